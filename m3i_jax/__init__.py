@@ -69,7 +69,7 @@ _PUBLIC = {
     "dense_losses": (
         "binary_cross_entropy",
         "dice",
-        "federated_classes",
+        "federated_categories",
         "federated_cross_entropy",
         "pixel_cross_entropy",
         "sigmoid_focal",

@@ -22,22 +22,13 @@ def _validate_combinations(c: schema.Config) -> None:
         o.min_lr,
         f"must not exceed optim.lr, {o.lr!r}",
     )
-    for key, value, used, why in (
-        ("class_names", d.class_names, d.source != "shapes", "the built-in shapes have names"),
-        (
-            "directory",
-            d.directory,
-            d.source in ("tfds", "mixture"),
-            f"it applies to data.source=tfds, and the source is {d.source}",
-        ),
-        (
-            "vocabulary",
-            d.vocabulary,
-            d.tokenizer == "clip",
-            f"it applies to data.tokenizer=clip, and the tokenizer is {d.tokenizer}",
-        ),
-    ):
-        _require(not value or used, f"data.{key}", value, f"does nothing: {why}; leave it empty")
+    _require(
+        not d.vocabulary or d.tokenizer == "clip",
+        "data.vocabulary",
+        d.vocabulary,
+        "does nothing: it applies to data.tokenizer=clip, and the tokenizer is"
+        f" {d.tokenizer}; leave it empty",
+    )
     for key in ("encoder", "decoder", "text", "intern_image"):
         width, ratio = getattr(m, key).width, getattr(m, key).mlp_ratio
         _require(
@@ -87,6 +78,7 @@ def validate_settings(c: schema.Config) -> None:
     Raises:
       UserError: the first impossible setting.
     """
+    check_limits(c.train, "train.")  # first, since recipes derive rates from the batch size
     check_limits(c)
     _validate_combinations(c)
     _validate_networks(c)
@@ -99,6 +91,33 @@ def validate_settings(c: schema.Config) -> None:
         image,
         f"must be a multiple of model.encoder.patch_size, {patch}",
     )
+    if c.traits.pairs:
+        _validate_masks(c)
+    mesh = c.parallel.mesh
+    _require(
+        0 not in mesh and list(mesh).count(-1) <= 1,
+        "parallel.mesh",
+        mesh,
+        "must be three numbers, the devices along (replica, fsdp, tensor), at most one of them -1",
+    )
+    steps, warm = c.train.steps, c.optim.warmup_steps
+    _require(
+        not steps or warm <= steps,
+        "optim.warmup_steps",
+        warm,
+        f"must not exceed train.steps, {steps}",
+    )
+    _require(
+        bool(steps or c.train.epochs),
+        "train.epochs",
+        c.train.epochs,
+        "gives no step to train; set train.epochs or train.steps",
+    )
+
+
+def _validate_masks(c: schema.Config) -> None:
+    """Constraints of images that are masked and mixed in pairs."""
+    patch, image = c.model.encoder.patch_size, c.data.image_size
     _require(
         2 <= c.grid <= 64,
         "data.image_size",
@@ -124,26 +143,6 @@ def validate_settings(c: schema.Config) -> None:
         "train.batch_size",
         c.train.batch_size,
         "must be even: images are mixed in pairs",
-    )
-    mesh = c.parallel.mesh
-    _require(
-        0 not in mesh and list(mesh).count(-1) <= 1,
-        "parallel.mesh",
-        mesh,
-        "must be three numbers, the devices along (replica, fsdp, tensor), at most one of them -1",
-    )
-    steps, warm = c.train.steps, c.optim.warmup_steps
-    _require(
-        not steps or warm <= steps,
-        "optim.warmup_steps",
-        warm,
-        f"must not exceed train.steps, {steps}",
-    )
-    _require(
-        bool(steps or c.train.epochs),
-        "train.epochs",
-        c.train.epochs,
-        "gives no step to train; set train.epochs or train.steps",
     )
 
 
@@ -183,6 +182,8 @@ def validate_devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
 
 def _batch_unit(c: schema.Config, shape: tuple[int, int, int]) -> tuple[int, str]:
     shards, parts = shape[0] * shape[1], c.train.microbatches
+    if not c.traits.pairs:
+        return shards * parts, f"{shards * parts}: {shards} data shards x {parts} microbatches"
     unit = 2 * shards * parts
     return unit, f"{unit}: 2 images mixed x {shards} data shards x {parts} microbatches"
 

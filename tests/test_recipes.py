@@ -133,6 +133,12 @@ def test_another_batch_size() -> None:
     assert small.warmup_epochs == large.warmup_epochs == 40
 
 
+@pytest.mark.parametrize("file", ["m3i.py", "forms.py", "folder.py", "transfer/probe.py"])
+def test_an_impossible_batch_size_is_refused_by_its_own_name(file: str) -> None:
+    with pytest.raises(UserError, match=r"config.train.batch_size: -4 must be at least 1"):
+        configuration.resolve(configuration.load_config(f"{ROOT}/configs/{file}:batch_size=-4"))
+
+
 def test_data_sources() -> None:
     imagenet, yfcc, joint = (
         recipe(f"data={data},path=/d/").data for data in ("imagenet", "yfcc", "joint")
@@ -209,7 +215,7 @@ def test_operations_of_the_largest_run() -> None:
         flops.count_flops(run.trace, run.template, trainer.abstract_batch(config)).total
         / config.train.batch_size
     )
-    assert 0.97 < counted / 1.52e12 < 1.03 and 0.97 < counted / formula.step(run.plan) < 1.03
+    assert 0.97 < counted / 1.52e12 < 1.03 and 0.97 < counted / formula.step(run.task.plan) < 1.03
 
 
 def test_days_of_the_paper_s_run() -> None:

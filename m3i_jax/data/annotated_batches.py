@@ -7,9 +7,22 @@ from typing import ClassVar
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import decode, geometry, pipeline
+from m3i_jax.data import decode, pipeline
 from m3i_jax.data.decode_map import MAP_CLASS, MAP_SIZE, NO_MAP, UNLABELLED, decode_map
+from m3i_jax.data.geometry import (
+    LEAST,
+    WIDTH,
+    Placement,
+    cut_image,
+    cut_map,
+    cut_polygons,
+    cut_run_lengths,
+    dominated,
+    jitter_placement,
+    range_placement,
+)
 from m3i_jax.data.record_batches import Batch, RecordBatchBuilder
+from m3i_jax.data.repeated_source import repeat_rare
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.sources.objects import Objects
@@ -79,7 +92,7 @@ class SegmentBatchBuilder(RecordBatchBuilder):
         return {"size": np.zeros((self.rows, 2), np.int32)}
 
     def uniforms(self, first: int) -> np.ndarray:
-        return rng.uniforms(self.seed, rng.GEOMETRY, first, self.rows, geometry.WIDTH)
+        return rng.uniforms(self.seed, rng.GEOMETRY, first, self.rows, WIDTH)
 
     def fill_row(self, record: base.Record, row: int, u: np.ndarray, batch: Batch) -> None:
         if record.map is None:
@@ -91,23 +104,23 @@ class SegmentBatchBuilder(RecordBatchBuilder):
             map_HxW = np.where(map_HxW < self.classes, map_HxW, np.uint8(UNLABELLED))
         share, draws = self.geometry.category_share, u.tolist()
 
-        def accept(placement: geometry.Placement) -> bool:
-            return not geometry.dominated(geometry.cut_map(map_HxW, placement), share)
+        def accept(placement: Placement) -> bool:
+            return not dominated(cut_map(map_HxW, placement), share)
 
         place = self.geometry, self.data.image_size
         if self.geometry.rule == "jitter":
-            placement = geometry.jitter_placement(draws, height, width, *place)
+            placement = jitter_placement(draws, height, width, *place)
             accepted = True
         elif share < 1:
-            placement = geometry.range_placement(draws, height, width, *place, accept=accept)
+            placement = range_placement(draws, height, width, *place, accept=accept)
             accepted = accept(placement)
         else:
-            placement = geometry.range_placement(draws, height, width, *place)
+            placement = range_placement(draws, height, width, *place)
             accepted = True
         image = opened.rgb(background=self.data.background)
-        content = geometry.cut_map(map_HxW, placement)
+        content = cut_map(map_HxW, placement)
         rows, columns = content.shape
-        _pad(batch["image"][row], geometry.cut_image(image, placement), 0)
+        _pad(batch["image"][row], cut_image(image, placement), 0)
         _pad(batch["map"][row], content, UNLABELLED)
         batch["size"][row] = rows, columns
         self.count(batch, "rotation_ignored", int(turned))
@@ -159,21 +172,21 @@ class DetectBatchBuilder(RecordBatchBuilder):
         }
 
     def uniforms(self, first: int) -> np.ndarray:
-        return rng.uniforms(self.seed, rng.GEOMETRY, first, self.rows, geometry.WIDTH)
+        return rng.uniforms(self.seed, rng.GEOMETRY, first, self.rows, WIDTH)
 
     def fill_row(self, record: base.Record, row: int, u: np.ndarray, batch: Batch) -> None:
         objects = record.objects
         if objects is None:
             raise decode.BadRecord(NO_OBJECTS, "the record has no list of objects")
         opened, turned = open_annotated(record, objects.size)
-        place = geometry.jitter_placement
+        place = jitter_placement
         if self.geometry.rule == "range":
-            place = geometry.range_placement
+            place = range_placement
         placement = place(
             u.tolist(), opened.height, opened.width, self.geometry, self.data.image_size
         )
         image = opened.rgb(background=self.data.background)
-        _pad(batch["image"][row], geometry.cut_image(image, placement), 0)
+        _pad(batch["image"][row], cut_image(image, placement), 0)
         batch["size"][row] = placement.rows, placement.columns
         batch["boxes"][row], batch["classes"][row] = 0, -1
         if self.masks:
@@ -181,9 +194,7 @@ class DetectBatchBuilder(RecordBatchBuilder):
         self.count(batch, "rotation_ignored", int(turned))
         self._fill_objects(objects, placement, row, batch)
 
-    def _fill_objects(
-        self, objects: Objects, placement: geometry.Placement, row: int, batch: Batch
-    ) -> None:
+    def _fill_objects(self, objects: Objects, placement: Placement, row: int, batch: Batch) -> None:
         filled = 0
         for i in range(len(objects)):
             if objects.crowd[i]:
@@ -202,22 +213,22 @@ class DetectBatchBuilder(RecordBatchBuilder):
                 filled += 1
 
     def _seen(
-        self, objects: Objects, i: int, placement: geometry.Placement, batch: Batch
+        self, objects: Objects, i: int, placement: Placement, batch: Batch
     ) -> tuple[np.ndarray, np.ndarray | None] | None:
         """Returns the box and the mask of what the crop shows of an object, or counts why not."""
         seen: tuple[np.ndarray, np.ndarray | None] | None
         segmentation = objects.segmentations[i]
         if not self.masks:
             box = placement.move_boxes(objects.boxes[i])[0]
-            seen = (box, None) if (box[2:] - box[:2]).min() > geometry.LEAST else None
+            seen = (box, None) if (box[2:] - box[:2]).min() > LEAST else None
         elif segmentation is None:
             self.count(batch, "object_without_mask")
             return None
         elif isinstance(segmentation, Polygons):
-            seen = geometry.cut_polygons(segmentation, placement, self.geometry.mask_size)
+            seen = cut_polygons(segmentation, placement, self.geometry.mask_size)
         else:
             try:
-                seen = geometry.cut_run_lengths(segmentation, placement, self.geometry.mask_size)
+                seen = cut_run_lengths(segmentation, placement, self.geometry.mask_size)
             except ValueError:
                 self.count(batch, "mask_damaged")
                 return None
@@ -247,7 +258,7 @@ def iterate_segment_batches(
 
     Args:
         config: of the run; `data` and `dense.geometry` decide what a batch is.
-        source: records with maps.
+        source: records with maps; see `rendered_maps.with_maps` for one of objects.
         start: position of the first sample.
         host, hosts: which contiguous share of the rows to build.
 
@@ -255,8 +266,7 @@ def iterate_segment_batches(
         An iterator of the arrays of `SegmentBatchBuilder`, and position uint32 [B, 2].
 
     Raises:
-        UserError: the source is empty or has more classes than a map can hold; see also
-            `pipeline.iterate`.
+        UserError: the source is empty or has no maps; see also `pipeline.iterate`.
 
     >>> from m3i_jax.data.sources.scenes import ScenesSource
     >>> config = schema.Config(data=schema.Data(image_size=64), train=schema.Train(batch_size=2))
@@ -267,17 +277,19 @@ def iterate_segment_batches(
     >>> batches.close()
     """
     names = base.map_classes(source)
-    if len(names) > UNLABELLED:
+    if not names:
         raise UserError(
-            f"{source.name} has {len(names):,} classes, a map of bytes holds {UNLABELLED}: merge"
-            " classes, or use detection"
+            f"{source.name} has no class maps to learn segmentation from: use data.source='maps',"
+            " 'coco' or 'scenes'"
         )
     limit = config.data.classes
     builder = SegmentBatchBuilder(
         data=config.data,
         seed=config.seed,
         source=source,
-        **_share(config, source, start, host, hosts),
+        rows=config.train.batch_size // hosts,
+        batch=config.train.batch_size,
+        first=_first(config, source, start, host, hosts),
         geometry=config.dense.geometry,
         classes=len(names) if limit < 0 else limit,
         map_classes=len(names),
@@ -295,7 +307,8 @@ def iterate_detect_batches(
         config: of the run; `data`, `dense.geometry` and `dense.detect.masks` decide what a batch
             is.
         source: records with objects; images without any are trained on as background, see
-            `drop_without_objects`.
+            `drop_without_objects`. With `dense.geometry.repeat`, images of rare categories come
+            more often, see `repeated_source.repeat_rare`.
         start, host, hosts: see `iterate_segment_batches`.
 
     Returns:
@@ -312,11 +325,15 @@ def iterate_detect_batches(
     ((2, 100, 4), (2, 100, 112, 112))
     >>> batches.close()
     """
+    if threshold := config.dense.geometry.repeat:
+        source = repeat_rare(source, threshold)
     builder = DetectBatchBuilder(
         data=config.data,
         seed=config.seed,
         source=source,
-        **_share(config, source, start, host, hosts),
+        rows=config.train.batch_size // hosts,
+        batch=config.train.batch_size,
+        first=_first(config, source, start, host, hosts),
         geometry=config.dense.geometry,
         classes=pipeline.count_classes(config.data, source),
         masks=config.dense.detect.masks,
@@ -354,10 +371,8 @@ def drop_without_objects(source: DataSource) -> DataSource:
     )
 
 
-def _share(
-    config: schema.Config, source: DataSource, start: int, host: int, hosts: int
-) -> dict[str, int]:
-    """Returns the rows of a host: rows, batch, first."""
+def _first(config: schema.Config, source: DataSource, start: int, host: int, hosts: int) -> int:
+    """Returns the position of the first row of a host."""
     batch = config.train.batch_size
     if batch % hosts or start < 0:
         raise ValueError(
@@ -365,8 +380,7 @@ def _share(
         )
     if not len(source):
         raise UserError(f"{source.name} has no images to train on: add some, or hold less out")
-    rows = batch // hosts
-    return {"rows": rows, "batch": batch, "first": start + host * rows}
+    return start + host * (batch // hosts)
 
 
 def _pad(target: np.ndarray, content: np.ndarray, value: int) -> None:

@@ -349,8 +349,9 @@ def _placement(
     flip: bool,
     smooth: bool,
 ) -> Placement:
-    rows, columns = (min(side, size) for side in sides)
-    return Placement(source, *sides, *offset, rows, columns, bool(flip), smooth)
+    (height, width), (top, left) = sides, offset
+    rows, columns = min(height, size), min(width, size)
+    return Placement(source, height, width, top, left, rows, columns, flip, smooth)
 
 
 def _inside(

@@ -77,7 +77,7 @@ def stream_fingerprint(config: schema.Config, source: DataSource) -> str:
     2
     """
     return base.stable_digest(
-        STREAM, config.seed, len(source), source.fingerprint(), *_resizer(config)
+        STREAM, config.seed, len(source), source.fingerprint(), *_resizer(config), *_repeat(config)
     )
 
 
@@ -85,6 +85,12 @@ def _resizer(config: schema.Config) -> list[str]:
     """Names the resizer that makes the pixels; empty for Pillow's, which is the default."""
     name = crops.choose_resizer(config.data.resizer)
     return [] if name == "pillow" else [f"resizer {name}"]
+
+
+def _repeat(config: schema.Config) -> list[str]:
+    """Names the threshold by which images of rare categories are repeated; empty without one."""
+    threshold = config.dense.geometry.repeat
+    return [f"repeat {threshold!r}"] if threshold else []
 
 
 def stream_identity(config: schema.Config, source: DataSource) -> str:
@@ -101,7 +107,9 @@ def stream_identity(config: schema.Config, source: DataSource) -> str:
     source 1 = five, 5 images, fingerprint 0123456789abcdef
     """
     lines = {f"source {i}": line for i, line in enumerate(base.source_identity(source), 1)}
-    stream = ", ".join([f"version {STREAM}", f"seed {config.seed}", *_resizer(config)])
+    stream = ", ".join(
+        [f"version {STREAM}", f"seed {config.seed}", *_resizer(config), *_repeat(config)]
+    )
     return "".join(f"{k} = {v}\n" for k, v in {"order of the stream": stream, **lines}.items())
 
 

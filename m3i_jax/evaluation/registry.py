@@ -62,6 +62,7 @@ class EvalInputs:
       statistics_set: the set whose mean and variance replace those of a batch where the pooling has
         batch norm; "" without batch norm.
       figures: the `FigureWriter` of the run.
+      task: the `Task` of the run.
     """
 
     config: schema.Config
@@ -78,6 +79,7 @@ class EvalInputs:
     pooled_set: str = "queries"
     statistics_set: str = ""
     figures: Any = None
+    task: Any = None
     _cache: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -98,6 +100,7 @@ class Evaluator:
       needs: some of `NEEDS`. Without one of them the evaluator is skipped, which is logged.
       setting: the field of `config.evaluate` that enables it; "": enabled once registered.
       title: its name in messages; "": `name`.
+      tasks: values of `config.task` whose runs it measures.
       last_only: run it at the last step of a run and in --mode=eval alone, as figures are drawn.
     """
 
@@ -106,6 +109,7 @@ class Evaluator:
     needs: tuple[str, ...] = ()
     setting: str = ""
     title: str = ""
+    tasks: tuple[str, ...] = ("pretrain",)
     last_only: bool = False
 
     def enabled(self, settings: schema.Evaluate) -> bool:

@@ -4,7 +4,9 @@ and back. Numbered layers and our stacked layer axis are converted in `vit_weigh
 A tree is flat here: {path: array}, such as `encoder/blocks/attention/qkv/kernel` [L, D, 3 D]. Two
 paths are no parameters of our models but arrays that a file may have: `encoder/positions` [1, R, D]
 is its position table, with or without a row for cls, and `encoder/blocks/scale1`, `scale2` [L, D]
-are LayerScale, which is multiplied into the preceding matrix.
+are LayerScale, which is multiplied into the preceding matrix. Layouts of dense tasks (detectron2,
+mmseg) have what `models.vit_maps` adds: `encoder/blocks/gamma1`, `gamma2`, layer scale that is
+kept, and tables of relative positions, an array a block, since their sizes differ.
 
 L blocks, D width, h heads, p pixels a patch.
 """
@@ -27,7 +29,7 @@ class LayoutEntry:
     Attributes:
       theirs: names in the file, with {l} for the number of a layer. Several names are parts of one
         array of ours, such as query, key and value.
-      ours: path in our tree.
+      ours: path in our tree. With {l}, every layer has an array of its own, which is not stacked.
       load: their arrays (of one layer) -> ours.
       store: (ours of one layer, heads) -> theirs.
     """
@@ -39,7 +41,7 @@ class LayoutEntry:
 
     @property
     def stacked(self) -> bool:
-        return "{l}" in self.theirs[0]
+        return "{l}" in self.theirs[0] and "{l}" not in self.ours
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,44 @@ def timm_encoder() -> list[LayoutEntry]:
     return entries + [
         single_array(f"blocks.{{l}}.ls{n}.gamma", f"encoder/blocks/scale{n}") for n in (1, 2)
     ]
+
+
+def _detectron2() -> list[LayoutEntry]:
+    """ViTDet's backbone: names of timm, without a final norm, and relative positions by row and
+    column. The position table has a row for cls, which is not used."""
+    return [
+        *timm_encoder(),
+        single_array("blocks.{l}.attn.rel_pos_h", "encoder/relative/block{l}/rows"),
+        single_array("blocks.{l}.attn.rel_pos_w", "encoder/relative/block{l}/columns"),
+    ]
+
+
+def _mmseg() -> list[LayoutEntry]:
+    """The ViT of mmsegmentation's BEiT and MAE. BEiT's keys have no bias."""
+    block, ours = "layers.{l}", "encoder/blocks"
+    entries = [
+        *patch_weight("patch_embed.projection"),
+        single_array("cls_token", "encoder/cls_token"),
+        single_array("pos_embed", "encoder/positions"),
+        *linear_weight(f"{block}.attn.qkv", f"{ours}/attention/qkv"),
+        LayoutEntry(
+            (f"{block}.attn.q_bias", f"{block}.attn.v_bias"),
+            f"{ours}/attention/qkv/bias",
+            lambda q, v: np.concatenate([q, np.zeros_like(q), v]),
+            lambda a, heads: (np.split(a, 3)[0], np.split(a, 3)[2]),
+        ),
+        *linear_weight(f"{block}.attn.proj", f"{ours}/attention/out"),
+        *linear_weight(f"{block}.ffn.layers.0.0", f"{ours}/mlp/fc1"),
+        *linear_weight(f"{block}.ffn.layers.1", f"{ours}/mlp/fc2"),
+        single_array(
+            f"{block}.attn.relative_position_bias_table", "encoder/relative/block{l}/table"
+        ),
+        *norm_weights("ln1.", "encoder/norm"),
+    ]
+    for n in (1, 2):
+        entries += norm_weights(f"{block}.ln{n}.", f"{ours}/norm{n}")
+        entries.append(single_array(f"{block}.gamma_{n}", f"{ours}/gamma{n}"))
+    return entries
 
 
 def _siamese_im() -> list[LayoutEntry]:
@@ -310,6 +350,29 @@ _MAE_DECODER = {r"^(mask_token|decoder_)": "pixel decoder"}
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
+        Layout(
+            name="detectron2",
+            known_by=r"^backbone\.net\.blocks\.0\.|^(net\.)?blocks\.0\.attn\.rel_pos_h$",
+            table=tuple(_detectron2()),
+            prefix=r"^(backbone\.)?net\.",
+            unused={
+                r"^backbone\.simfp_": "feature pyramid",
+                r"^(proposal_generator|roi_heads)\.": "heads",
+                r"^pixel_(mean|std)$": "pixel statistics",
+            },
+            settings={**_USUAL, **IMAGENET},
+        ),
+        Layout(
+            name="mmseg",
+            known_by=r"(^|\.)layers\.0\.ffn\.layers\.0\.0\.weight$",
+            table=tuple(_mmseg()),
+            prefix=r"^backbone\.",
+            unused={
+                r"^(neck|decode_head|auxiliary_head)\.": "neck and heads",
+                r"relative_position_index$": "numbers",
+            },
+            settings={**_USUAL, **IMAGENET},
+        ),
         Layout(
             name="siamese_im",
             known_by=r"^predictor_decoder_blocks\.0\.",

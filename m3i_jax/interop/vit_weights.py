@@ -130,8 +130,9 @@ def load_vit(
             continue
         match, entry, n = hit
         layer = int(match[1]) if entry.stacked else 0
-        entries[entry.ours] = entry
-        gathered.setdefault(entry.ours, {}).setdefault(layer, {})[n] = tensor_files.weights(
+        path = entry.ours.format(l=match[1]) if "{l}" in entry.ours else entry.ours
+        entries[path] = entry
+        gathered.setdefault(path, {}).setdefault(layer, {})[n] = tensor_files.weights(
             full_name, arrays[full_name]
         )
     flat = _stack_layers(gathered, entries)
@@ -418,13 +419,15 @@ def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix
         by_path.setdefault(entry.ours, entry)
     out: Flat = {}
     for path, array in tree.items():
-        known = by_path.get(path)
+        number = re.search(r"(?<=/block)\d+(?=/)", path)
+        known = by_path.get(re.sub(r"(?<=/block)\d+(?=/)", "{l}", path))
         if known is None:
             raise UserError(
                 f"{path} has no name in the layout {layout}; the nearest are"
                 f" {', '.join(nearest_names(path, by_path)) or 'nothing'}"
             )
-        for layer, value in enumerate(array) if known.stacked else [(0, array)]:
+        first = int(number[0]) if number else 0
+        for layer, value in enumerate(array) if known.stacked else [(first, array)]:
             for name, part in zip(known.theirs, known.store(np.asarray(value), heads), strict=True):
                 out[prefix + name.format(l=layer)] = np.ascontiguousarray(part)
     return out

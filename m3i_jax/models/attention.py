@@ -4,9 +4,11 @@
 precision for the backward pass. `attend_columns` takes heads side by side, [B, T, H E], and calls
 the Pallas kernel of `attention_tpu`, which keeps no weights.
 
-B batch, Q query rows, T tokens, D = H E width, H heads, E width of a head.
+B batch, Q query rows, T tokens, D = H E width, H heads, E width of a head; keys on a grid of R rows
+and C columns, T = R C.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +20,8 @@ from m3i_jax import parallel
 from m3i_jax.models import attention_tpu
 from m3i_jax.models.attention_tpu import MASKED_LOGIT, Columns
 
+LogitBias = tuple[jax.Array, ...]
+
 
 @jax.custom_vjp
 def attend(
@@ -25,15 +29,19 @@ def attend(
     k_BxHxTxE: jax.Array,
     v_BxHxTxE: jax.Array,
     where_BxT: jax.Array | None = None,
+    bias: LogitBias = (),
 ) -> jax.Array:
-    """Scaled dot-product attention, `softmax(q k' / sqrt(E)) v`; q is scaled in its own type,
-    logits and softmax are in float32.
+    """Scaled dot-product attention, `softmax(q k' / sqrt(E) + bias) v`; q is scaled in its own
+    type, logits and softmax are in float32.
 
     Args:
       q_BxHxQxE: queries.
       k_BxHxTxE, v_BxHxTxE: keys and values of the same type.
       where_BxT: bool, keys that count; None: all. A row without such a key gives the plain mean of
         all values.
+      bias: float32 arrays that are added to the logits, each [B, H, Q, R, C] or with 1 for axes
+        along which it does not change. So relative positions by row and column cost two small
+        products, and no array of T numbers a query is made of them.
 
     Returns:
       [B, H, Q, E] of the type of v.
@@ -42,14 +50,17 @@ def attend(
     >>> attend(q, v, v, jnp.array([[True, True, False]])).tolist()
     [[[[2.0, 3.0]]]]
     """
-    return _attend_forward(q_BxHxQxE, k_BxHxTxE, v_BxHxTxE, where_BxT)[0]
+    return _attend_forward(q_BxHxQxE, k_BxHxTxE, v_BxHxTxE, where_BxT, bias)[0]
 
 
 def attention_weights(
-    q_BxHxQxE: jax.Array, k_BxHxTxE: jax.Array, where_BxT: jax.Array | None = None
+    q_BxHxQxE: jax.Array,
+    k_BxHxTxE: jax.Array,
+    where_BxT: jax.Array | None = None,
+    bias: LogitBias = (),
 ) -> jax.Array:
-    """The weights of `attend`, [B, H, Q, T] float32: softmax(q k' / sqrt(E)) over the keys that
-    count.
+    """The weights of `attend`, [B, H, Q, T] float32: softmax(q k' / sqrt(E) + bias) over the
+    keys that count.
 
     >>> q = jnp.zeros((1, 1, 1, 2))
     >>> attention_weights(q, jnp.ones((1, 1, 3, 2)), jnp.array([[True, True, False]])).tolist()
@@ -61,26 +72,57 @@ def attention_weights(
     logits_BxHxQxT = jnp.einsum(
         "bhqe,bhte->bhqt", q_BxHxQxE, k_BxHxTxE, preferred_element_type=jnp.float32
     )
+    if bias:
+        grid = jnp.broadcast_shapes(*(part.shape[3:] for part in bias))
+        logits_BxHxQxRxC = logits_BxHxQxT.reshape(*logits_BxHxQxT.shape[:3], *grid)
+        logits_BxHxQxT = sum(bias, logits_BxHxQxRxC).reshape(logits_BxHxQxT.shape)
     if where_BxT is not None:
         logits_BxHxQxT = jnp.where(where_BxT[:, None, None], logits_BxHxQxT, MASKED_LOGIT)
     return jax.nn.softmax(logits_BxHxQxT)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _BiasShapes:
+    """What the backward pass needs of a bias: the shapes of its parts."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+
 def _attend_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, where: jax.Array | None
+    q: jax.Array, k: jax.Array, v: jax.Array, where: jax.Array | None, bias: LogitBias
 ) -> tuple[jax.Array, Any]:
-    weights_BxHxQxT = attention_weights(q, k, where).astype(v.dtype)
-    return jnp.einsum("bhqt,bhte->bhqe", weights_BxHxQxT, v), (q, k, v, weights_BxHxQxT, where)
+    weights_BxHxQxT = attention_weights(q, k, where, bias).astype(v.dtype)
+    shapes = _BiasShapes(tuple(part.shape for part in bias))
+    return (
+        jnp.einsum("bhqt,bhte->bhqe", weights_BxHxQxT, v),
+        (q, k, v, weights_BxHxQxT, where, shapes),
+    )
 
 
-def _attend_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, weights, where = residuals
+def _bias_gradients(dlogits_BxHxQxT: jax.Array, shapes: _BiasShapes) -> LogitBias:
+    """Gradients of the logits, summed along the axes where a part of the bias does not change."""
+    if not shapes.shapes:
+        return ()
+    grid = jnp.broadcast_shapes(*(shape[3:] for shape in shapes.shapes))
+    whole = dlogits_BxHxQxT.reshape(*dlogits_BxHxQxT.shape[:3], *grid)
+    return tuple(
+        whole.sum([i for i in range(5) if shape[i] != whole.shape[i]], keepdims=True)
+        for shape in shapes.shapes
+    )
+
+
+def _attend_backward(
+    residuals: Any, g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None, LogitBias]:
+    q, k, v, weights, where, shapes = residuals
     dv = jnp.einsum("bhqt,bhqe->bhte", weights, g)
     dweights = jnp.einsum("bhqe,bhte->bhqt", g, v, preferred_element_type=jnp.float32)
     wide = weights.astype(jnp.float32)
     dlogits = wide * (dweights - (wide * dweights).sum(-1, keepdims=True))
     if where is not None:
         dlogits = jnp.where(where[:, None, None], dlogits, 0)
+    dbias = _bias_gradients(dlogits, shapes)
     dlogits = dlogits.astype(q.dtype)
     scale = q.shape[-1] ** -0.5
     return (
@@ -88,6 +130,7 @@ def _attend_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, jax.Array
         jnp.einsum("bhqt,bhqe->bhte", dlogits, q * scale),
         dv,
         None,
+        dbias,
     )
 
 

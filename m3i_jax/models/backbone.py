@@ -41,10 +41,16 @@ class Backbone:
       layers_above(model, path): layers above a parameter, for layer-wise learning rates: a number,
         or one per layer of a stacked parameter.
       describe(model): a few words for reports.
-      stages(model, params, images_BxHxWx3, *, size, keep_BxLx2): maps {stride: [B, H / stride,
-        W / stride, C]} of normalised images of any height and width that the largest stride
-        divides. `size`: side in pixels of the images that the positions of the encoder belong to;
-        they are resized to the map. None: the backbone has no maps.
+      stages(model, params, images_BxHxWx3, *, maps, size, keep_BxLx2): maps for dense tasks, a
+        tuple of [B, H / stride, W / stride, C], of normalised images of any height and width that
+        the largest stride divides. `maps`: a `schema.Maps`. `size`: side in pixels of the images
+        of the run, to which the positions of the encoder belong (or to `maps.image_size`); they
+        are resized to the map. None: the backbone has no maps.
+      map_strides(model, maps): the stride of each map in pixels.
+      init_maps(model, maps, params, *, size): the parameters that `stages` reads with these
+        settings, made of those of `init`: with what only maps have, without what they do not read.
+        What it adds can be added to a pre-trained encoder, at first values that are settings or
+        without effect; `map_parameters` has the prefixes of these paths.
       attention(model, params, patches_BxNxP, *, grid): attention weights of the last block, [B, H,
         T, T]. None: it has no attention.
 
@@ -71,6 +77,7 @@ class Backbone:
       silent_settings: keys of `model.encoder` that change its output and no shape.
       init_settings: keys of its sections that only matter for first values.
       added_parameters: prefixes of paths that pre-training adds to a published encoder.
+      map_parameters: prefixes of paths that `init_maps` adds.
       without_added(model): how to configure the encoder without them, for an error message.
       fixed_arrays(model, grid): {path: array} that it computes and other projects store.
       card(model): rows (name, value) of the model card.
@@ -81,7 +88,9 @@ class Backbone:
     depth: Callable[[schema.Model], int]
     layers_above: Callable[[schema.Model, str], int | np.ndarray]
     describe: Callable[[schema.Model], str]
-    stages: Callable[..., dict[int, jax.Array]] | None = None
+    stages: Callable[..., tuple[jax.Array, ...]] | None = None
+    map_strides: Callable[[schema.Model, schema.Maps], tuple[int, ...]] | None = None
+    init_maps: Callable[..., Params] = lambda model, maps, params, *, size: params
     attention: Callable[..., jax.Array] | None = None
 
     can_drop_tokens: bool = False
@@ -103,6 +112,7 @@ class Backbone:
     silent_settings: tuple[str, ...] = ()
     init_settings: tuple[str, ...] = ()
     added_parameters: tuple[str, ...] = ("mask_token",)
+    map_parameters: tuple[str, ...] = ()
     without_added: Callable[[schema.Model], str] = lambda _: "use weights that have it"
     fixed_arrays: Callable[[schema.Model, int], Mapping[str, np.ndarray]] = lambda *_: {}
     card: Callable[[schema.Model], Any] = _nothing

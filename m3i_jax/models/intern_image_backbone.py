@@ -22,6 +22,7 @@ from m3i_jax.objective import mixing
 
 _SCAN_FROM = 50  # layers; in one scan per stage they compile as four
 _WHERE = "for model.backbone=intern_image"
+_NO_MAPS = schema.Maps()
 
 
 def intern_image_config(model: schema.Model) -> InternImageConfig:
@@ -91,21 +92,34 @@ def _stages(
     params: Params,
     images_BxHxWx3: jax.Array,
     *,
+    maps: schema.Maps = _NO_MAPS,
     size: int,
     keep_BxLx2: jax.Array | None = None,
-) -> dict[int, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The maps at the ends of the four stages, at strides 4 to 32 of the published sizes."""
-    del size  # there are no positions
-    maps = intern_image.feature_maps(
-        intern_image_config(model),
-        params,
-        images_BxHxWx3,
-        keep_BxLx2=keep_BxLx2,
-        dtype=model.dtype,
-        **scan_blocks.block_kwargs(model),
+    del maps, size  # there are no positions, and nothing to choose
+    return tuple(
+        intern_image.feature_maps(
+            intern_image_config(model),
+            params,
+            images_BxHxWx3,
+            keep_BxLx2=keep_BxLx2,
+            dtype=model.dtype,
+            **scan_blocks.block_kwargs(model),
+        )
     )
-    stride = math.prod(model.intern_image.stem_strides)
-    return {stride * 2**stage: x for stage, x in enumerate(maps)}
+
+
+def _map_strides(model: schema.Model, maps: schema.Maps) -> tuple[int, ...]:
+    del maps
+    first = math.prod(model.intern_image.stem_strides)
+    return tuple(first * 2**stage for stage in range(4))
+
+
+def _init_maps(model: schema.Model, maps: schema.Maps, params: Params, *, size: int) -> Params:
+    """Without the fusion, which no map reads."""
+    del model, maps, size
+    return {name: value for name, value in params.items() if name != "fusion"}
 
 
 def _layers_above(model: schema.Model, path: str) -> int | np.ndarray:
@@ -133,6 +147,7 @@ def _require(condition: bool, key: str, value: object, why: str) -> None:
 def _validate(config: schema.Config) -> None:
     _validate_encoder(config.model.encoder)
     _validate_section(config.model.intern_image)
+    _validate_maps(config.dense.maps)
     net, e = config.model.intern_image, config.model.encoder
     stride, deepest, size = 4 * math.prod(net.stem_strides), 8 * net.width, config.data.image_size
     _require(
@@ -174,6 +189,16 @@ def _validate_encoder(e: schema.Encoder) -> None:
     }.items():
         why = f"must be false {_WHERE}: it has no {what}"
         _require(not getattr(e, key), f"encoder.{key}", True, why)
+
+
+def _validate_maps(maps: schema.Maps) -> None:
+    for field in dataclasses.fields(schema.Maps):
+        value, default = getattr(maps, field.name), getattr(_NO_MAPS, field.name)
+        if value != default:
+            raise UserError(
+                f"config.dense.maps.{field.name}: {value!r} is of the ViT and does nothing"
+                f" {_WHERE}, whose maps are those of its four stages; leave it at {default}"
+            )
 
 
 def _validate_section(net: schema.InternImage) -> None:
@@ -278,6 +303,8 @@ INTERN_IMAGE = Backbone(
         f" {model.intern_image.width} channels"
     ),
     stages=_stages,
+    map_strides=_map_strides,
+    init_maps=_init_maps,
     validate=_validate,
     sections=("intern_image",),
     presets=PRESETS,

@@ -24,14 +24,16 @@ SMALL = 16  # cells; smaller maps are convolved as a product of patches
 
 
 def dense_layer(params: Params, x_xC: jax.Array, out: Any = None) -> jax.Array:
-    """`x W + b` over the last axis, as one [rows, C] matrix. `out`: type of the result; None: that
-    of x.
+    """`x W + b` over the last axis, as one [rows, C] matrix; `b` may be missing. `out`: type of the
+    result; None: that of x.
 
     >>> dense_layer({"kernel": jnp.eye(2), "bias": jnp.ones(2)}, jnp.zeros((1, 3, 2))).tolist()
     [[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]]
     """
     kernel, out = params["kernel"].astype(x_xC.dtype), out or x_xC.dtype
-    y = matmul(x_xC.reshape(-1, x_xC.shape[-1]), kernel, out) + params["bias"].astype(out)
+    y = matmul(x_xC.reshape(-1, x_xC.shape[-1]), kernel, out)
+    if "bias" in params:
+        y += params["bias"].astype(out)
     return y.reshape(*x_xC.shape[:-1], -1)
 
 

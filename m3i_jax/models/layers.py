@@ -12,7 +12,7 @@ B batch, T tokens, Q query rows, D width, H heads, E = D / H, L blocks.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from m3i_jax import parallel
 from m3i_jax.models import attention_tpu
 from m3i_jax.models.attention import (
+    LogitBias,
     attend,
     attend_columns,
     attention_weights,
@@ -234,8 +235,16 @@ class Attention(nn.Module):
         where_BxT: jax.Array | None,
         rows: slice | None,
         weights: bool = False,
+        bias: Callable[[jax.Array], LogitBias] | None = None,
     ) -> jax.Array:
-        """`weights`: return the attention weights, [B, H, Q, T], instead of the output."""
+        """Output of the layer.
+
+        Args:
+          x_BxTxD, where_BxT, rows: as of `Block`.
+          weights: return the attention weights, [B, H, Q, T], instead of the output.
+          bias: what is added to the logits, as of `attention.attend`: a function of the queries
+            [B, H, Q, E] before they are scaled.
+        """
         b, tokens, width = x_BxTxD.shape
         qkv = Dense(3 * width, self.dtype, name="qkv")
         if rows is None:
@@ -246,7 +255,7 @@ class Attention(nn.Module):
         fits = attention_tpu.fits(
             arrays[0].shape[1], tokens, self.heads, width // self.heads, jnp.dtype(self.dtype)
         )
-        if fits and not weights and parallel.kernels(b):
+        if fits and not weights and bias is None and parallel.kernels(b):
             attended_BxTxD = attend_columns(self.heads, arrays, where_BxT)
         else:
             q, k, v = (
@@ -256,7 +265,8 @@ class Attention(nn.Module):
             )
             if weights:
                 return attention_weights(q, k, where_BxT)
-            attended_BxTxD = from_heads(attend(q, k, v, where_BxT))
+            added = bias(q) if bias else ()
+            attended_BxTxD = from_heads(attend(q, k, v, where_BxT, added))
         attended_BxTxD = checkpoint_name(attended_BxTxD, "attended")
         return Dense(width, self.dtype, name="out")(attended_BxTxD)
 

@@ -88,21 +88,33 @@ def split_blocks(tree: Any, sizes: list[int]) -> list[Any]:
     return [jax.tree.unflatten(structure, part) for part in parts]
 
 
-def chunk_count(rows: int) -> int:
-    """Number of equal chunks in which a device takes its rows: those nearest to ROWS.
+def chunk_count(rows: int, at_once: float = 0.0) -> int:
+    """Number of equal chunks in which a device takes its rows: those nearest to `at_once` rows, or
+    to ROWS.
 
     >>> [chunk_count(rows) for rows in (2, 64, 96, 128, 254, 512)]
     [1, 2, 3, 4, 2, 16]
+    >>> chunk_count(8, at_once=1.5)
+    4
     """
     return min(
         (n for n in range(1, rows + 1) if rows % n == 0),
-        key=lambda n: abs(math.log(rows / n / ROWS)),
+        key=lambda n: abs(math.log(rows / n / (at_once or ROWS))),
     )
 
 
-def _deal(tree: Any, count: int, axis: int = 0) -> Any:
-    """[B, ...] -> [P, B / P, ...] with stride P, so that every device keeps its rows. `axis`: the
-    axis of rows."""
+def deal_rows(tree: Any, count: int, axis: int = 0) -> Any:
+    """[B, ...] -> [P, B / P, ...] with stride P, so that every device keeps its rows; as it is for
+    one chunk.
+
+    Args:
+      tree: of arrays with rows.
+      count: number of chunks, P.
+      axis: the axis of rows.
+
+    >>> deal_rows(jnp.arange(6), 2).tolist()
+    [[0, 2, 4], [1, 3, 5]]
+    """
     return jax.tree.map(
         lambda x: (
             jnp.moveaxis(
@@ -113,6 +125,15 @@ def _deal(tree: Any, count: int, axis: int = 0) -> Any:
         ),
         tree,
     )
+
+
+def join_rows(x: jax.Array, count: int) -> jax.Array:
+    """Inverse of `deal_rows` for one array with rows on its first axis.
+
+    >>> join_rows(deal_rows(jnp.arange(6), 2), 2).tolist()
+    [0, 1, 2, 3, 4, 5]
+    """
+    return x if count == 1 else x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
 def run_blocks(
@@ -182,7 +203,7 @@ def run_blocks(
             if remat == "none" or block.norm == "batch"
             else chunk_count(parallel.rows_of_device(x.shape[0]))
         )
-        x, where_BxT = _deal((x, where_BxT), count)
+        x, where_BxT = deal_rows((x, where_BxT), count)
 
         def stepper(rows: slice | None) -> Any:
             def step(x: jax.Array, layer: Any) -> jax.Array:
@@ -202,7 +223,7 @@ def run_blocks(
 
             return with_remat(step, **settings)
 
-        layers = (stacked, _deal(keep_LxBx2, count, 1))
+        layers = (stacked, deal_rows(keep_LxBx2, count, 1))
         if scan and full:
             parts = split_blocks(layers, [full, depth - full]) if full < depth else [layers]
             step = stepper(None)
@@ -212,7 +233,7 @@ def run_blocks(
             rest = split_blocks(layers, [1] * depth)
         for left, layer in zip(range(len(rest) - 1, -1, -1), rest, strict=True):
             x = stepper(None if left else rows)(x, jax.tree.map(lambda leaf: leaf[0], layer))
-        return x if count == 1 else x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        return join_rows(x, count)
 
     keep_LxBx2 = None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1)
     return parallel.with_fsdp_gather(

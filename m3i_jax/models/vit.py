@@ -8,8 +8,6 @@ after the embedding, other GELUs and another eps are for weights of other projec
 B images, S pixels a side (H, W if not square), p pixels a patch, N patches, P = 3 p p, K tokens
 kept, T tokens with cls, D width, L blocks."""
 
-import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -46,7 +44,12 @@ def patchify(images_BxSxSx3: jax.Array, patch: int) -> jax.Array:
     return split.swapaxes(2, 3).reshape(b, -1, patch * patch * channels)
 
 
-def _modules(model: schema.Model) -> tuple[Dense, Block]:
+def encoder_modules(model: schema.Model) -> tuple[Dense, Block]:
+    """The patch embedding and the block of these settings.
+
+    >>> encoder_modules(schema.Model())[1].hidden
+    3072
+    """
     e = model.encoder
     one = block(e.width, e.heads, e.mlp_ratio, model.dtype, eps=e.norm_eps, activation=e.activation)
     return Dense(e.width, jnp.dtype(model.dtype)), one
@@ -95,9 +98,9 @@ def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid:
     (['blocks', 'cls_token', 'patch_embed'], (768, 768))
     """
     e = model.encoder
-    embed, one = _modules(model)
+    patch, one = encoder_modules(model)
     of_stem, of_blocks = jax.random.split(rng)
-    stem: dict[str, Any] = {"patch_embed": shapes_of(embed, jnp.zeros((1, 3 * e.patch_size**2)))}
+    stem: dict[str, Any] = {"patch_embed": shapes_of(patch, jnp.zeros((1, 3 * e.patch_size**2)))}
     if e.cls_token:
         stem["cls_token"] = jax.ShapeDtypeStruct((1, 1, e.width), jnp.float32)
     if e.final_norm:
@@ -184,7 +187,7 @@ def last_attention(
     >>> weights[0, :, 0].sum(-1).round(3).tolist()
     [1.0, 1.0]
     """
-    _, one = _modules(model)
+    _, one = encoder_modules(model)
     z_BxTxD, depth = _embed_square(model, params, patches_BxNxP, grid), model.encoder.depth
     before, last = (
         split_blocks(params["blocks"], [depth - 1, 1]) if depth > 1 else (None, params["blocks"])
@@ -192,59 +195,6 @@ def last_attention(
     if before is not None:
         z_BxTxD = run_blocks(one, before, z_BxTxD, **block_kwargs(model))
     return one.apply({"params": jax.tree.map(lambda leaf: leaf[0], last)}, z_BxTxD, weights=True)
-
-
-def stages(
-    model: schema.Model,
-    params: Params,
-    images_BxHxWx3: jax.Array,
-    *,
-    size: int,
-    keep_BxLx2: jax.Array | None = None,
-) -> dict[int, jax.Array]:
-    """The map of the last block, {patch size: [B, H / p, W / p, D]} in `model.dtype`.
-
-    Args:
-      model, params, keep_BxLx2: as of `apply`.
-      images_BxHxWx3: normalised images of any height and width that are multiples of the patch.
-      size: side in pixels of the images that the positions belong to; of another grid they are
-        resized, bicubic.
-
-    Raises:
-      ValueError: sides that are not multiples of the patch.
-
-    >>> model = schema.Model(encoder=schema.Encoder(patch_size=4, width=8, depth=2, heads=2))
-    >>> shapes = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
-    >>> images = jnp.zeros((2, 8, 12, 3))
-    >>> maps = jax.eval_shape(lambda params: stages(model, params, images, size=16), shapes)
-    >>> {stride: x.shape for stride, x in maps.items()}
-    {4: (2, 2, 3, 8)}
-    """
-    patch, first = model.encoder.patch_size, int(model.encoder.cls_token)
-    grid = images_BxHxWx3.shape[1] // patch, images_BxHxWx3.shape[2] // patch
-    patches_BxNxP = patchify(images_BxHxWx3, patch)
-    table_NxD = _position_table(model, params, size // patch, grid)
-    z_BxTxD = _embed(model, params, patches_BxNxP, table_NxD)
-    z_BxTxD = _blocks_and_norm(model, params, z_BxTxD, keep_BxLx2)
-    return {patch: z_BxTxD[:, first:].reshape(len(z_BxTxD), *grid, -1)}
-
-
-def _position_table(
-    model: schema.Model, params: Params, trained: int, grid: tuple[int, int]
-) -> np.ndarray | jax.Array:
-    """Positions [N, D] of a grid of (rows, columns), resized from `trained` cells a side."""
-    e = model.encoder
-    if e.positions != "learned":
-        base = dataclasses.replace(e, position_grid=e.position_grid or trained)
-        return fixed_positions(base, grid)
-    table_NxD = params["positions"][0, int(e.cls_token) :]
-    old = math.isqrt(len(table_NxD))
-    if grid == (old, old):
-        return table_NxD
-    rows, columns = (positions.bicubic_weights(old, n).astype(np.float32) for n in grid)
-    square = table_NxD.reshape(old, old, -1)
-    resized = jnp.einsum("ya,xb,abd->yxd", rows, columns, square, precision="highest")
-    return resized.reshape(grid[0] * grid[1], -1)
 
 
 def _embed_square(
@@ -270,10 +220,10 @@ def _embed_square(
         if model.encoder.positions == "learned"
         else fixed_positions(model.encoder, grid)
     )
-    return _embed(model, params, patches_BxNxP, table_NxD, index_BxK, hidden_BxN)
+    return embed_patches(model, params, patches_BxNxP, table_NxD, index_BxK, hidden_BxN)
 
 
-def _embed(
+def embed_patches(
     model: schema.Model,
     params: Params,
     patches_BxNxP: jax.Array,
@@ -281,14 +231,22 @@ def _embed(
     index_BxK: jax.Array | None = None,
     hidden_BxN: jax.Array | None = None,
 ) -> jax.Array:
-    """Input of the first block: patch embedding, mask tokens, positions, cls token, norm."""
+    """Input of the first block: patch embedding, mask tokens, positions, cls token, norm.
+
+    Args:
+      model, params, patches_BxNxP, index_BxK, hidden_BxN: as of `apply`.
+      table_NxD: positions of all cells.
+
+    Returns:
+      [B, T, D] in `model.dtype`.
+    """
     e = model.encoder
-    embed, _ = _modules(model)
+    patch, _ = encoder_modules(model)
     embed_params = params["patch_embed"]
     if e.freeze_patch_embed:
         embed_params = jax.lax.stop_gradient(embed_params)
     read = patches_BxNxP if index_BxK is None else mixing.gather(patches_BxNxP, index_BxK)
-    z_BxTxD = embed.apply({"params": embed_params}, read)
+    z_BxTxD = patch.apply({"params": embed_params}, read)
     if hidden_BxN is not None:
         z_BxTxD = jnp.where(
             hidden_BxN[..., None], params["mask_token"].astype(z_BxTxD.dtype), z_BxTxD
@@ -310,7 +268,7 @@ def _embed(
 def _blocks_and_norm(
     model: schema.Model, params: Params, z_BxTxD: jax.Array, keep_BxLx2: jax.Array | None
 ) -> jax.Array:
-    _, one = _modules(model)
+    _, one = encoder_modules(model)
     z_BxTxD = run_blocks(
         one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **block_kwargs(model)
     )
@@ -330,7 +288,7 @@ def _mean_of_last(
     depth = model.encoder.depth
     if count > depth:
         raise ValueError(f"the mean over the last {count} blocks of an encoder that has {depth}")
-    _, one = _modules(model)
+    _, one = encoder_modules(model)
 
     def run(z: jax.Array, layers: Any) -> jax.Array:
         params, keep_LxBx2 = layers

@@ -7,7 +7,7 @@ import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
-from m3i_jax.models import vit
+from m3i_jax.models import vit, vit_maps
 from m3i_jax.models.backbone import Backbone, as_toy
 
 
@@ -15,12 +15,21 @@ def _validate(config: schema.Config) -> None:
     e = config.model.encoder
     if e.width % e.heads:
         raise UserError(f"config.model.encoder.heads: {e.heads!r} must divide the width {e.width}")
+    maps = config.dense.maps
+    for key, blocks in (("global_blocks", maps.global_blocks), ("blocks", maps.blocks)):
+        if beyond := [block for block in blocks if block >= e.depth]:
+            raise UserError(
+                f"config.dense.maps.{key}: block {beyond[0]} is beyond the last, {e.depth - 1};"
+                " give numbers below model.encoder.depth"
+            )
 
 
 def _layers_above(model: schema.Model, path: str) -> int | np.ndarray:
     depth = model.encoder.depth
     if path.startswith("blocks/"):
         return depth - np.arange(depth)
+    if path.startswith("relative/"):
+        return depth - int(path.split("/")[1].removeprefix("block"))
     return 0 if path.startswith("norm/") else depth + 1
 
 
@@ -89,7 +98,9 @@ VIT = Backbone(
     depth=lambda model: model.encoder.depth,
     layers_above=_layers_above,
     describe=lambda model: f"{model.encoder.depth} blocks of {model.encoder.width}",
-    stages=vit.stages,
+    stages=vit_maps.stages,
+    map_strides=vit_maps.map_strides,
+    init_maps=vit_maps.init_maps,
     attention=vit.last_attention,
     can_drop_tokens=True,
     can_isolate=True,
@@ -110,6 +121,7 @@ VIT = Backbone(
         "embedding_norm",
     ),
     silent_settings=("heads", "activation", "norm_eps"),
+    map_parameters=("relative/", "blocks/gamma1", "blocks/gamma2"),
     fixed_arrays=_fixed_arrays,
     card=_card,
 )

@@ -1,6 +1,7 @@
 """The evaluators of a run: those of the registry that its settings enable and that its data and
 objective can feed. The same during training and in --mode=eval."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,10 @@ from m3i_jax.data import eval_batches
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, registry
+from m3i_jax.modes import annotated_figures as annotated_figures  # registers its evaluators
 from m3i_jax.modes import figure_evaluators
 from m3i_jax.modes.setup import Setup
+from m3i_jax.training.pretrain_task import Pretrain
 
 Log = Callable[[str], None]
 
@@ -48,9 +51,9 @@ def chosen_batches(job: Setup, source: Any, indices: list[int]) -> eval_batches.
 
 def _unmet_needs(job: Setup, *, heads: bool) -> dict[str, str]:
     """{need: why it is not met}; `heads`: whether the weights have the heads of the objective."""
-    settings, terms = job.config.evaluate, job.plan
-    category = heads and bool(terms.where("category"))
-    text = heads and bool(terms.where("text"))
+    settings, category, text = job.config.evaluate, False, False
+    if heads and isinstance(job.task, Pretrain):
+        category, text = (bool(job.task.plan.where(of)) for of in ("category", "text"))
     reasons = {
         registry.LABELS: "" if job.classes else "the source has no categories",
         registry.CAPTIONS: "" if job.tokenizer is not None else "the data have no captions",
@@ -83,7 +86,8 @@ def enabled_evaluators(
     out: list[registry.Evaluator] = []
     skipped: dict[str, list[str]] = {}
     for evaluator in registry.evaluators():
-        if not evaluator.enabled(job.config.evaluate):
+        measures = job.config.task in evaluator.tasks
+        if not measures or not evaluator.enabled(job.config.evaluate):
             continue
         if reasons := [unmet[need] for need in evaluator.needs if need in unmet]:
             by_head = not heads and registry.HEADS.intersection(evaluator.needs)
@@ -119,7 +123,41 @@ def enabled_metrics(
       UserError: `evaluate.features` is attention, and the objective trains no pooling; or a file of
         templates cannot be read.
     """
-    config, settings, terms = job.config, job.config.evaluate, job.plan
+    if isinstance(job.task, Pretrain):
+        inputs, image_sets = _feature_inputs(job, job.task, figures, heads=heads)
+    else:
+        inputs, image_sets = _inputs(job, figures, heads=heads), {}
+    enabled = enabled_evaluators(job, log, thorough=thorough, heads=heads)
+    return {each.name: each.build(inputs) for each in enabled}, image_sets
+
+
+def _inputs(
+    job: Setup, figures: figure_evaluators.FigureWriter, *, heads: bool
+) -> registry.EvalInputs:
+    """What evaluators of any task get."""
+    limit = job.config.evaluate.query_limit
+    return registry.EvalInputs(
+        config=job.config,
+        mesh=job.mesh,
+        classes=job.classes,
+        tokenizer=job.tokenizer,
+        held_out=job.held_out,
+        available=frozenset(registry.NEEDS) - _unmet_needs(job, heads=heads).keys(),
+        batch_size=eval_rows(job),
+        index_batches=functools.partial(host_eval_batches, job, job.train),
+        query_batches=functools.partial(host_eval_batches, job, job.held_out, limit),
+        record_batches=functools.partial(chosen_batches, job, job.held_out),
+        pooled=False,
+        figures=figures,
+        task=job.task,
+    )
+
+
+def _feature_inputs(
+    job: Setup, task: Pretrain, figures: figure_evaluators.FigureWriter, *, heads: bool
+) -> tuple[registry.EvalInputs, dict[str, feature_extraction.ImageSet]]:
+    """(inputs, image sets) of evaluators of frozen features."""
+    config, settings, terms = job.config, job.config.evaluate, task.plan
     trained = bool(terms.where("category", "text"))
     if settings.features == "attention" and not trained:
         raise UserError(
@@ -132,37 +170,24 @@ def enabled_metrics(
     pooled = not batch_norm and (
         settings.features == "attention" or (settings.features == "auto" and trained)
     )
-    query_batches = functools.partial(host_eval_batches, job, job.held_out, settings.query_limit)
-    index_batches = functools.partial(host_eval_batches, job, job.train)
-    inputs = registry.EvalInputs(
-        config=config,
-        mesh=job.mesh,
-        classes=job.classes,
-        tokenizer=job.tokenizer,
-        held_out=job.held_out,
-        available=frozenset(registry.NEEDS) - _unmet_needs(job, heads=heads).keys(),
-        batch_size=eval_rows(job),
-        index_batches=index_batches,
-        query_batches=query_batches,
-        record_batches=functools.partial(chosen_batches, job, job.held_out),
+    inputs = dataclasses.replace(
+        _inputs(job, figures, heads=heads),
         pooled=pooled,
         pooled_set="queries" if pooled or batch_norm else "pooled queries",
         statistics_set="index" if batch_norm else "",
-        figures=figures,
     )
     extract = feature_extraction.Extractor(config, job.mesh, attention=pooled)
     image_sets = {
         "index": feature_extraction.image_sets(
-            extract, functools.partial(index_batches, settings.train_limit)
+            extract, functools.partial(inputs.index_batches, settings.train_limit)
         ),
-        "queries": feature_extraction.image_sets(extract, query_batches),
+        "queries": feature_extraction.image_sets(extract, inputs.query_batches),
     }
     if inputs.pooled_set not in image_sets:
         image_sets[inputs.pooled_set] = feature_extraction.image_sets(
-            feature_extraction.Extractor(config, job.mesh, attention=True), query_batches
+            feature_extraction.Extractor(config, job.mesh, attention=True), inputs.query_batches
         )
-    enabled = enabled_evaluators(job, log, thorough=thorough, heads=heads)
-    return {each.name: each.build(inputs) for each in enabled}, image_sets
+    return inputs, image_sets
 
 
 def make_evaluators(

@@ -30,7 +30,7 @@ def model_flops(trainer: Trainer) -> float:
         train=dataclasses.replace(config.train, microbatches=1),
     )
     run = functools.partial(
-        step.train_step, dataclasses.replace(trainer.plan, config=plain), trainer.tx
+        step.train_step, dataclasses.replace(trainer.task, config=plain), trainer.tx
     )
     return flops.count_flops(run, trainer.template, abstract_batch(plain)).total
 

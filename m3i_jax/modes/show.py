@@ -6,12 +6,13 @@ import math
 import jax
 
 from m3i_jax import config as configuration
-from m3i_jax import parallel, published_settings, schema, validation
+from m3i_jax import parallel, schema, validation
 from m3i_jax.models import m3i
 from m3i_jax.modes import monitoring, setup
-from m3i_jax.profiling import flops, hardware
+from m3i_jax.modes.task_views import task_views
+from m3i_jax.profiling import hardware
 from m3i_jax.reporting import text_table
-from m3i_jax.training import plan_table, scaling, trainer
+from m3i_jax.training import scaling, trainer
 
 # of ImageNet-1k and CLIP, in place of values that only the data determine
 ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}
@@ -70,19 +71,9 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         step_trainer.template.params, include_stats=False
     )
     print(overview)
-    print(
-        text_table.text_table(plan_table.term_rows(step_trainer.plan), plan_table.HEADERS_TERMS),
-        "\n",
-    )
-    print(
-        text_table.text_table(
-            plan_table.call_rows(
-                step_trainer.plan, step_trainer.template.params, batch, flops.count_flops
-            ),
-            plan_table.HEADERS_CALLS,
-        ),
-        "\n",
-    )
+    views = task_views(done.task)
+    for table in views.tables(step_trainer, batch):
+        print(table, "\n")
     print(
         text_table.text_table(
             [(part, f"{n:,}") for part, n in m3i.parameter_table(step_trainer.template.params)],
@@ -90,7 +81,7 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         ),
         "\n",
     )
-    if unpublished := published_settings.unpublished_settings_note(done):
+    if unpublished := views.unpublished(done):
         print(f"{unpublished}\n")
     total = monitoring.model_flops(step_trainer)
     rows = [
@@ -110,7 +101,7 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         ),
         (
             "matrix FLOPs a step",
-            f"{total / 1e12:,.3f} TFLOP, {total / images / 1e9:,.2f} GFLOP a mixed view",
+            f"{total / 1e12:,.3f} TFLOP, {total / images / 1e9:,.2f} GFLOP {views.unit}",
         ),
         ("matrix FLOPs of the run", f"{total * length.steps / 1e18:,.3f} exaFLOP"),
         (

@@ -6,20 +6,21 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 
 from m3i_jax import config as configuration
-from m3i_jax import parallel, privacy, published_settings, run_files, schema
+from m3i_jax import parallel, privacy, run_files, schema
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
-from m3i_jax.modes import evaluators, monitoring, report, unnormalize
+from m3i_jax.modes import evaluators, monitoring, report
 from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.task_views import task_views
 from m3i_jax.parallel import distributed
-from m3i_jax.reporting import panels, run_log, writers
+from m3i_jax.reporting import run_log, writers
 from m3i_jax.reporting.atomic_write import write_text_atomic
-from m3i_jax.training import checkpoint_dir, debug_dump, goodput, loop, plan, scaling
+from m3i_jax.training import checkpoint_dir, debug_dump, goodput, loop, scaling
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, SavesFailed
+from m3i_jax.training.task import task_kind
 from m3i_jax.training.trainer import Trainer
 
 LOG = "metrics.jsonl"
@@ -28,9 +29,10 @@ LOG = "metrics.jsonl"
 def run(
     config: schema.Config, *, workdir: str, allow_changes: bool, began: float | None = None
 ) -> int:
-    plan.reject_unused_settings(config, [config.objective.forms])
+    kind = task_kind(config.task)
+    kind.reject_unused_settings(config)
     report.refuse_absent(config)
-    job = jobs.open_setup(config, workdir, trains=[config.objective.forms])
+    job = jobs.open_setup(config, workdir, trains=kind.objectives(config))
     distributed.assert_same_on_all_hosts("data", {"data": job.identity})
     with jobs.lock_workdir(job.workdir):
         return pretrain(job, allow_changes, began)
@@ -95,7 +97,7 @@ def _difference(data: pathlib.Path, identity: str) -> list[str]:
     return []
 
 
-def sound(position: dict[str, Any], step: int) -> dict[str, Any]:
+def checked_position(position: dict[str, Any], step: int) -> dict[str, Any]:
     """The position stored in a checkpoint, checked.
 
     Raises:
@@ -149,9 +151,11 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     config, workdir = job.config, job.workdir
     if not jax.process_index():
         checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, say=writers.log_line)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
     newest = checkpoints.newest_good()
-    position = sound(checkpoints.position(newest), newest) if newest is not None else None
+    position = None
+    if newest is not None:
+        position = checked_position(checkpoints.position(newest), newest)
     if (
         newest is not None
         and not jax.process_index()
@@ -162,6 +166,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
             f" {newest:,}"
         )
     check_same_run(job, position, allow_changes)
+    views = task_views(config.task)
     trainer = job.make_trainer()
     trainer.check_state_fits()
     start, samples = (
@@ -175,14 +180,14 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     writer = writers.open_writers(
         config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0
     )
-    log = writer.say
+    log = writer.log
     # all hosts skip the evaluations that are in the log of the first
     own = sorted(evaluations_done(workdir / LOG)) if not jax.process_index() else []
     done = frozenset(json.loads(parallel.exchange_values("evaluated", json.dumps(own))[0]))
     words = tokenizer_of(workdir) if job.tokenizer else {}
     parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
     log(f"{job.train.description()}; {len(job.held_out):,} held out")
-    if unpublished := published_settings.unpublished_settings_note(config):
+    if unpublished := views.unpublished(config):
         log(unpublished)
     where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
     log(
@@ -190,8 +195,8 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
         f" images on {where}"
     )
     log(
-        f"peak rate {config.optim.lr:.4g} after {trainer.length.warmup:,} steps of warm-up, first "
-        f"momentum {config.optim.ema:.6g}, crops from {config.data.crop_scale[0]:g} of an image"
+        f"peak rate {config.optim.lr:.4g} after {trainer.length.warmup:,} steps of warm-up,"
+        f" {views.summary(config)}"
     )
     for line in scaling.scaling_warnings(
         config, steps=trainer.length.steps, warmup=trainer.length.warmup
@@ -216,9 +221,9 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
             data=data,
             checkpoints=checkpoints,
             write=writer.write,
-            say=log,
+            log=log,
             panel=lambda step, state, batch: writer.attempt(
-                "panels", lambda: draw_panel(job, trainer, step, state, batch)
+                "panels", lambda: views.draw_panel(job, trainer, step, state, batch)
             ),
             evaluators=evaluators.make_evaluators(
                 job, log, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)
@@ -244,7 +249,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
                     last = next(data)
                     writer.attempt(
                         "panels",
-                        lambda: draw_panel(job, trainer, trainer.length.steps, state, last),
+                        lambda: views.draw_panel(job, trainer, trainer.length.steps, state, last),
                     )
         except SavesFailed as error:
             log(
@@ -303,60 +308,3 @@ def dump_step(
             f"{path} has state and batch of step {step}; --mode=replay --workdir {workdir} repeats"
             " the step and lists what is not finite"
         )
-
-
-def draw_panel(
-    job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
-) -> None:
-    """Write WORKDIR/panels/<step>.png for the first rows of a batch, from the values that the step
-    computes."""
-    config = job.config
-    # partners come in pairs
-    rows = min(2 * -(-config.report.panel_rows // 2), config.train.batch_size)
-    few = parallel.broadcast_from_host0({name: value[:rows] for name, value in batch.items()})
-    seen = {
-        name: np.asarray(value, np.float32)
-        for name, value in jax.device_get(trainer.panel_outputs(state, few)).items()
-    }
-    if jax.process_index():
-        return
-
-    read, kinds = trainer.plan.passes[0], ("input", "input_view", "view", "picture")
-    shown = {
-        name: unnormalize.patches_to_images(config, seen[name])
-        for name in seen
-        if name.split("/")[-1] in kinds
-    }
-    captions, labels, mask = (
-        unnormalize.decode_captions(job, few),
-        unnormalize.label_names(job, few),
-        np.asarray(few["mask"]),
-    )
-    halves = read.mixed and config.objective.pairing == "halves"
-    if halves:  # a row is a pair of images; captions and labels are those of the first
-        captions, labels, mask = captions[::2], labels[::2], mask[::2]
-    if read.masked:
-        side = config.data.image_size // config.grid
-        hidden = (
-            ~mask.reshape(-1, config.grid, config.grid).repeat(side, 1).repeat(side, 2)[..., None]
-        )
-        for term in (
-            t
-            for t in trainer.plan.terms
-            if t.hidden and t.reads == read and f"{t.name}/picture" in shown
-        ):
-            shown[f"{term.name}/completed"] = np.where(
-                hidden, shown[f"{term.name}/picture"], shown["input_view"]
-            )
-    directory = job.workdir / "panels"
-    directory.mkdir(exist_ok=True)
-    panels.write_panel(
-        directory / f"{step:08d}.png",
-        features=seen,
-        images=shown,
-        batch={"mask": mask},
-        captions=captions,
-        labels=labels,
-        reads="mixed" if read.mixed else "masked" if read.masked else "whole",
-        paired=not halves,
-    )

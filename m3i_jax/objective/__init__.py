@@ -1,5 +1,5 @@
-"""The objective of M3I Pre-training (section 3 of the paper) as pure functions of arrays, for this
-project and for others.
+"""The objective of M3I Pre-training (section 3 of the paper) and the boxes, labels and losses of
+dense tasks as pure functions of arrays, for this project and for others.
 
 - `losses`: -log of the posteriors: Gaussian, Boltzmann, category, text
 - `regression_losses`: smooth L1 and cosine

@@ -12,6 +12,13 @@ from jax.typing import ArrayLike
 
 from m3i_jax.objective.numerics import assert_equal_shape, assert_rank, assert_shape, float32
 
+# States of the loops of `hungarian`: prices of rows and columns, column of a row, row of a column;
+_Prices = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+# row, length of the path, lengths, rows before and `done` of the columns, last column;
+_Search = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+# column, and the matching.
+_Walk = tuple[jax.Array, jax.Array, jax.Array]
+
 
 def match_boxes(
     iou_MxN: ArrayLike, valid_M: ArrayLike, *, low: float, high: float, keep_best: bool
@@ -159,11 +166,11 @@ def hungarian(cost_RxC: ArrayLike, valid_R: ArrayLike | None = None) -> jax.Arra
     cost_RxC = _finite_cost(cost_RxC, valid_R)
     column_C = jnp.arange(columns)
 
-    def add_row(row: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def add_row(row: jax.Array, carry: _Prices) -> _Prices:
         """Finds the cheapest path from a new row to a free column, and follows it back."""
         u_R, v_C, column_R, row_C = carry
 
-        def search(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def search(state: _Search) -> _Search:
             here, least, length_C, before_C, done_C, _ = state
             reach_C = least + cost_RxC[here] - u_R[here] - v_C
             better_C = ~done_C & (reach_C < length_C)
@@ -196,7 +203,7 @@ def hungarian(cost_RxC: ArrayLike, valid_R: ArrayLike | None = None) -> jax.Arra
         u_R = u_R.at[row].add(least)
         v_C = v_C - gain_C
 
-        def follow(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def follow(state: _Walk) -> _Walk:
             column, column_R, row_C = state
             here = before_C[column]
             following = jnp.where(here == row, -1, column_R[here])

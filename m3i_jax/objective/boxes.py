@@ -285,7 +285,7 @@ def _boxes(boxes: ArrayLike, name: str) -> jax.Array:
 
 
 def _weights(weights: Sequence[float]) -> jax.Array:
-    weights_4 = float32(weights)
+    weights_4 = jnp.asarray(weights, jnp.float32)
     assert_shape(weights_4, (4,), custom_message="weights must be four numbers")
     return weights_4
 

@@ -161,7 +161,7 @@ def dice(
     return weighted_sum(cost_T, weight_T), weight_T.sum()
 
 
-def federated_classes(
+def federated_categories(
     classes_R: ArrayLike,
     where_R: ArrayLike | None,
     uniform_K: ArrayLike,
@@ -196,7 +196,7 @@ def federated_classes(
     Raises:
       ValueError: shapes that do not belong together.
 
-    >>> kept = federated_classes([2, 5, 2], None, [0.9, 0.1, 0.5, 0.8, 0.2], count=3)
+    >>> kept = federated_categories([2, 5, 2], None, [0.9, 0.1, 0.5, 0.8, 0.2], count=3)
     >>> kept.tolist()  # category 2 of the regions; background, 5; one drawn
     [True, False, True, False, False]
     """
@@ -231,14 +231,14 @@ def federated_cross_entropy(
     power: float = 0.5,
 ) -> tuple[jax.Array, jax.Array]:
     """Federated loss of LVIS (Zhou et al., Probabilistic two-stage detection, 2021): the binary
-    cross-entropy of the regions of one image in the categories of `federated_classes`; the other
+    cross-entropy of the regions of one image in the categories of `federated_categories`; the other
     columns cost nothing.
 
     Args:
       logits_RxK: predictions, without a column for background.
       classes_R: category of each region, 0..K-1, or K: background, which is 0 in all columns.
       where_R: weight of a region, bool or float >= 0; None counts every region once.
-      uniform_K, frequency_K, count, power: see `federated_classes`.
+      uniform_K, frequency_K, count, power: see `federated_categories`.
 
     Returns:
       (sum over regions and kept categories of weight * cost in nats, sum of the regions' weights),
@@ -256,7 +256,9 @@ def federated_cross_entropy(
     assert_rank(x_RxK, 2)
     assert_shape(classes_R, x_RxK.shape[:1], custom_message="one category per row of logits")
     assert_shape(uniform_K, x_RxK.shape[1:], custom_message="one random number per column")
-    kept_K = federated_classes(classes_R, where_R, uniform_K, frequency_K, count=count, power=power)
+    kept_K = federated_categories(
+        classes_R, where_R, uniform_K, frequency_K, count=count, power=power
+    )
     target_RxK = (classes_R[:, None] == jnp.arange(x_RxK.shape[1])).astype(jnp.float32)
     x_RxK, target_RxK, weight_R = zero_masked_rows(x_RxK, target_RxK, where_R)
     x_RxK = jnp.where(kept_K, x_RxK, 0.0)

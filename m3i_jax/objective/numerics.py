@@ -100,7 +100,8 @@ def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """`-t log sigmoid(x) - (1 - t) log(1 - sigmoid(x))` of each element in nats: finite for every
     finite logit, accurate near 0, with the gradient `sigmoid(x) - t` everywhere, at x = 0, too.
 
-    >>> print(sigmoid_cross_entropy(jnp.array([0.0, 100.0, -2.0]), jnp.array([1.0, 0.0, 0.5])).round(4))
+    >>> logits, targets = jnp.array([0.0, 100.0, -2.0]), jnp.array([1.0, 0.0, 0.5])
+    >>> print(sigmoid_cross_entropy(logits, targets).round(4))
     [  0.6931 100.       1.1269]
     """
     return targets * jax.nn.softplus(-logits) + (1 - targets) * jax.nn.softplus(logits)

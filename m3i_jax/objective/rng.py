@@ -2,8 +2,8 @@
 (seed, purpose, stream position).
 
 A sample gets the same numbers on any number of hosts and workers and after any restart, and other
-numbers every epoch. `uniforms` draws what a sample needs (crops, masks, captions, rendered shapes and scenes);
-`hash64` and `permute` order the records."""
+numbers every epoch. `uniforms` draws what a sample needs (crops, masks, captions, rendered shapes
+and scenes); `hash64` and `permute` order the records."""
 
 import numpy as np
 

@@ -165,6 +165,12 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     }
 
 
+def local_rows(x_Bx: jax.Array) -> np.ndarray:
+    """The rows of this host of an array that is split over the data axes, in order."""
+    parts = {shard.index[0].start or 0: shard.data for shard in x_Bx.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
 def allgather_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """All rows of all hosts, on every host, the inverse of `split_rows`. A single process gets its
     own rows.

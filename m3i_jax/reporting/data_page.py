@@ -30,8 +30,7 @@ def data_page_html(
             format_share(good, examined),
             "usable" + ("" if sample["whole"] else f" of {examined:,} examined"),
         ),
-        (format_share(report["pictures"]["with_label"], good), "have a label"),
-        (format_share(report["pictures"]["with_caption"], good), "have a caption"),
+        *_annotated(report),
         (format_share(report["duplicates"]["records"], good), "are duplicates"),
         (data_report.format_rate(fed) if fed else "-", "samples a second a core"),
     ]
@@ -58,6 +57,29 @@ def data_page_html(
         ),
     ]
     return html_page.render_page(f"Data: {source['name']}", body)
+
+
+def _annotated(report: DataReport) -> list[tuple[str, str]]:
+    """The shares of images with labels and captions, or with objects or maps."""
+    good = report["pictures"]["usable"]
+    if not data_report.has_annotations_alone(report):
+        return [
+            (format_share(report["pictures"]["with_label"], good), "have a label"),
+            (format_share(report["pictures"]["with_caption"], good), "have a caption"),
+        ]
+    objects, maps = (report["annotations"][name] for name in ("objects", "maps"))
+    numbers = []
+    if objects:
+        numbers += [
+            (format_share(objects["images"] - objects["without_object"], good), "show an object"),
+            (f"{objects['mean']:g}", "objects an image"),
+        ]
+    if maps:
+        numbers += [
+            (format_share(1 - maps["unlabelled"], 1), "of the pixels have a class"),
+            (f"{maps['classes_per_image']:g}", "classes of the map an image"),
+        ]
+    return numbers
 
 
 def _bars(title: str, bars: Sequence[tuple[str, int]], total: int) -> str:

@@ -9,14 +9,16 @@ leaves open.
 import dataclasses
 
 from m3i_jax.schema.data import SOURCES, Augment, Data, RandAugment
-from m3i_jax.schema.dense import Dense, Detect, Geometry, Maps, Segment
+from m3i_jax.schema.dense import DensePrediction, Detect, Geometry, Maps, Segment
 from m3i_jax.schema.evaluation import Compare, Evaluate, Report
 from m3i_jax.schema.limits import PATH, NumberLimit, option, section
 from m3i_jax.schema.model import Decoder, Encoder, Head, InternImage, Model, Pool, Text
 from m3i_jax.schema.objective import Objective
+from m3i_jax.schema.tasks import BUILT_IN_TASKS, TASKS, TaskTraits
 from m3i_jax.schema.training import Init, Optim, Parallel, Train
 
 __all__ = [
+    "BUILT_IN_TASKS",
     "SOURCES",
     "TASKS",
     "Augment",
@@ -24,7 +26,7 @@ __all__ = [
     "Config",
     "Data",
     "Decoder",
-    "Dense",
+    "DensePrediction",
     "Detect",
     "Encoder",
     "Evaluate",
@@ -41,19 +43,14 @@ __all__ = [
     "RandAugment",
     "Report",
     "Segment",
+    "TaskTraits",
     "Text",
     "Train",
 ]
 
-# Values of `task`; training/task.py adds those that other packages register.
-TASKS = ["pretrain", "segment", "detect"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    task: str = option(
-        "pretrain", "what is trained: pretrain, segment, detect or a registered task", TASKS
-    )
     seed: int = option(0, "seed of all randomness", NumberLimit(0, 2**63 - 1))
     init_from: str = option(
         "",
@@ -61,17 +58,25 @@ class Config:
         " CLIP, MAE, SiameseIM or Google ViT",
         PATH,
     )
+    task: str = option(
+        "pretrain", "what is trained: pretrain, segment, detect or a registered task", TASKS
+    )
     init: Init = section(Init)
     data: Data = section(Data)
     model: Model = section(Model)
     objective: Objective = section(Objective)
-    dense: Dense = section(Dense)
+    dense: DensePrediction = section(DensePrediction)
     optim: Optim = section(Optim)
     train: Train = section(Train)
     evaluate: Evaluate = section(Evaluate)
     compare: Compare = section(Compare)
     parallel: Parallel = section(Parallel)
     report: Report = section(Report)
+
+    @property
+    def traits(self) -> TaskTraits:
+        """What validation has to know of the task."""
+        return TASKS[self.task]
 
     @property
     def grid(self) -> int:

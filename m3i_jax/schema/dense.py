@@ -24,7 +24,7 @@ LEVELS = ListLimit(fewest=1, most=8, rising=True, unique=True)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Maps:
-    """The maps of the encoder. All but `blocks` apply to the ViT only."""
+    """The maps of the encoder. They apply to the ViT only."""
 
     window: int = option(
         0,
@@ -59,7 +59,6 @@ class Maps:
         " `data.image_size`",
         NumberLimit(0, 2**16),
     )
-    freeze: bool = option(False, "train only pyramid and head, on a frozen encoder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,11 +234,10 @@ class Detect:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dense:
+class DensePrediction:
+    """Segmentation and detection."""
+
     maps: Maps = section(Maps)
     geometry: Geometry = section(Geometry)
     segment: Segment = section(Segment)
     detect: Detect = section(Detect)
-    ema: float = option(
-        0.0, "momentum of an average of all parameters, which is evaluated; 0: none", SHARE
-    )

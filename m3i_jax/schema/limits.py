@@ -180,7 +180,7 @@ def option(default: Any, text: str, *takes: Any) -> Any:
     Args:
       default: default value.
       text: help text.
-      *takes: accepted values, or one list of them that may grow, or one `NumberLimit` or
+      *takes: accepted values, or one list or dict of them that may grow, or one `NumberLimit` or
         `TextLimit`; none for a bool.
 
     Raises:
@@ -189,7 +189,8 @@ def option(default: Any, text: str, *takes: Any) -> Any:
     limits = takes[0] if takes and isinstance(takes[0], NumberLimit | TextLimit) else None
     if not isinstance(default, bool) and not takes:
         raise TypeError(f"the setting {text!r} has neither choices nor limits; give one of them")
-    choices = takes[0] if takes and isinstance(takes[0], list) else () if limits else takes
+    grows = bool(takes) and isinstance(takes[0], list | dict)
+    choices = takes[0] if grows else () if limits else takes
     return dataclasses.field(
         default=default,
         metadata={"help": text, "choices": choices, "limits": limits},

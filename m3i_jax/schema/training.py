@@ -67,6 +67,15 @@ class Optim:
         " logit scale are exempt",
         WEIGHT,
     )
+    decayed: str = option(
+        "matrices",
+        "which parameters decay; matrices: not biases, norms, tokens, position tables and logit"
+        " scale; but_norms: not the norms of the encoder and its position table (ViTDet); ranks:"
+        " those with more than one axis, tokens and tables too (mmsegmentation)",
+        "matrices",
+        "but_norms",
+        "ranks",
+    )
     b1: float = option(0.9, "AdamW beta 1 [P]", BELOW_ONE)
     b2: float = option(0.95, "AdamW beta 2 [P]", BELOW_ONE)
     eps: float = option(1e-8, "AdamW epsilon", EPS)

@@ -27,8 +27,10 @@ from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import step as step_module
+from m3i_jax.training import targets
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.state import State
+from m3i_jax.training.task import make_task
 from m3i_jax.training.trainer import Trainer
 
 _REMEDY = "restore the dump, or delete it to replay the one before"
@@ -79,6 +81,7 @@ def write_dump(
         "metrics": {name: repr(float(value)) for name, value in values.items()},
         "hosts": jax.process_count(),
         "vocabulary": trainer.vocabulary,
+        "category_counts": list(trainer.task.category_counts),
         "m3i_jax": version.__version__,
         "jax": jax.__version__,
         "devices": jax.device_count(),
@@ -143,13 +146,13 @@ def replay_step(
     nonfinite = nonfinite_arrays({"batch": batch, "params": state.params, "opt": state.opt})
     with jax.set_mesh(trainer.mesh):
         gradients = parallel.Program(
-            lambda state, batch: step_module.gradients_of(trainer.plan, state, batch)[0],
+            lambda state, batch: trainer.task.gradients(state.params, state.opt, batch).grads,
             name="gradients",
         )
         grads = gradients(state, batch)
     nonfinite |= nonfinite_arrays({"gradient": grads})
     _, metrics = trainer.step(state, batch)
-    metrics.pop(step_module.MOMENT, None)
+    metrics.pop(targets.MOMENT, None)
     return {name: float(value) for name, value in jax.device_get(metrics).items()}, nonfinite
 
 
@@ -189,8 +192,10 @@ def load_dump(
         raise UserError(f"{dump / 'step.json'}: is not of a dump ({', '.join(wrong)}); {_REMEDY}")
     settings = configuration.resolve(configuration.load_from_workdir(str(dump), "--workdir"))
     mesh = _mesh(settings, log)
-    trainer = Trainer(settings, mesh, description["vocabulary"])
-    checkpoints = Checkpoints(dump / "state", 1, say=log)
+    counts = tuple(description.get("category_counts", ()))  # absent in dumps of version 0.1
+    vocabulary = description["vocabulary"]
+    trainer = Trainer(settings, mesh, vocabulary, make_task(settings, vocabulary, counts))
+    checkpoints = Checkpoints(dump / "state", 1, log=log)
     try:
         step = checkpoints.newest_good()
         if step is None:
@@ -218,7 +223,12 @@ def _mesh(settings: Any, log: Callable[[str], None]) -> jax.sharding.Mesh:
         mesh = parallel.make_mesh(settings.parallel.mesh)
         if (
             settings.train.batch_size
-            % (2 * mesh.shape["replica"] * mesh.shape["fsdp"] * settings.train.microbatches)
+            % (
+                (1 + settings.traits.pairs)
+                * mesh.shape["replica"]
+                * mesh.shape["fsdp"]
+                * settings.train.microbatches
+            )
             == 0
         ):
             return mesh

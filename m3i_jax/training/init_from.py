@@ -2,9 +2,11 @@
 
 The log lists which arrays matched, which are missing and which differ in shape or setting. An
 encoder that fits in part, a position table of another kind and a source without any match are
-refused. An encoder may lack what pre-training adds to it: the mask token, and the fusion of an
-InternImage unless it is frozen."""
+refused. An encoder may lack what pre-training adds to it, the mask token, and the fusion of an
+InternImage unless it is frozen; and what maps add to it. Tables of relative positions are resized;
+those that a run does not have are refused, since the features would be others."""
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -12,16 +14,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop import position_tables, vit_weights
-from m3i_jax.models import backbones
+from m3i_jax.models import backbones, relative_bias
 from m3i_jax.models.vit import fixed_positions
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training.weight_source import WeightSource, open_weights, put_array
 
+_RELATIVE = "encoder/relative/"
 TABLE, MASK_TOKEN = "encoder/positions", "encoder/mask_token"
 # tolerance for equal tables: float32 frequencies make errors of the size of the rounded index
 _ATOL = 1e-3
@@ -42,7 +46,7 @@ class Match:
 
 
 def initialize_from(
-    config: schema.Config, params: Any, shardings: Any, say: Callable[[str], None] = print
+    config: schema.Config, params: Any, shardings: Any, log: Callable[[str], None] = print
 ) -> Any:
     """Initial parameters, replaced by the arrays of `config.init_from` that `config.init` selects.
 
@@ -50,7 +54,7 @@ def initialize_from(
       config: settings of this run.
       params: its initial parameters.
       shardings: of the same structure.
-      say: gets the log lines, one a call.
+      log: gets the log lines, one a call.
 
     Raises: UserError: nothing matches; the encoder fits in part; it is frozen and its fusion would
       be random; its position table is of another kind; with init.strict, an array is missing.
@@ -63,22 +67,24 @@ def initialize_from(
     source = open_weights(config.init_from, weights=config.init.weights)
     selected = {path for path in target if _matches(config.init.only, path)}
     table = (
-        _position_table(config, source)
+        _position_table(config, source, _own_grid(config, target))
         if _matches(config.init.only, TABLE)
         else PositionTable(None, "")
     )
     same = {p for p in selected if p != TABLE and source.shapes.get(p) == target[p].shape}
+    loaded, notes = _resized_relative(source, target, layout, sorted(selected - same))
+    same |= loaded.keys()
     differ = sorted(p for p in selected - same if p != TABLE and p in source.shapes)
     missing = sorted(p for p in selected - same - set(differ) if p != TABLE or table.value is None)
     match = Match(selected, same, differ, missing)
     _check_match(config, source, target, match)
-    loaded = source.read({path: layout[path] for path in sorted(same)})
+    loaded |= source.read({path: layout[path] for path in sorted(same - loaded.keys())})
     if TABLE in selected and table.value is not None:
         loaded[TABLE] = put_array(table.value, layout[TABLE])
     elif table.cls is not None and "encoder/cls_token" in loaded:
         loaded["encoder/cls_token"] = loaded["encoder/cls_token"] + table.cls
-    for line in _log_lines(config, source, target, loaded, match, table.message):
-        say(line)
+    for line in _log_lines(config, source, target, loaded, match, [table.message, *notes]):
+        log(line)
     return jax.tree.unflatten(
         structure, [loaded.get(path, leaf).astype(leaf.dtype) for path, leaf in target.items()]
     )
@@ -103,7 +109,33 @@ class PositionTable:
     cls: np.ndarray | None = None
 
 
-def _position_table(config: schema.Config, source: WeightSource) -> PositionTable:
+def _own_grid(config: schema.Config, target: Mapping[str, Any]) -> int:
+    """Patches a side for which this run has its positions."""
+    if TABLE in target:
+        return position_tables.table_grid(target[TABLE].shape[1])
+    size = config.dense.maps.image_size or config.data.image_size
+    return size // config.model.encoder.patch_size
+
+
+def _resized_relative(
+    source: WeightSource, target: Mapping[str, Any], layout: Mapping[str, Any], paths: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Tables of relative positions of maps of another size, {path: array}, and notes."""
+    out = {}
+    for path in paths:
+        theirs, ours = source.shapes.get(path), target[path].shape
+        if path.startswith(_RELATIVE) and theirs and theirs[1:] == ours[1:]:
+            name, table = path.split("/")[-1], source.read({path: None})[path]
+            with contextlib.suppress(ValueError):  # with and without cls: shapes that differ
+                resized = relative_bias.resize_table(name, jnp.asarray(table), ours[0])
+                out[path] = put_array(np.asarray(resized), layout[path])
+    sizes = {f"{source.shapes[p][0]} to {target[p].shape[0]} rows" for p in out}
+    return out, [
+        f"{len(out)} tables of relative positions were resized from {', '.join(sorted(sizes))}"
+    ] if out else []  # fmt: skip
+
+
+def _position_table(config: schema.Config, source: WeightSource, own_grid: int) -> PositionTable:
     encoder, kind = config.model.encoder, source.settings.get("positions", "sincos")
     if (
         "encoder/patch_embed/kernel" not in source.shapes
@@ -114,12 +146,10 @@ def _position_table(config: schema.Config, source: WeightSource) -> PositionTabl
         if kind != "learned":
             grid = _source_grid(source, config)
             fixed = fixed_positions(
-                dataclasses.replace(encoder, positions=kind, position_grid=grid), config.grid
+                dataclasses.replace(encoder, positions=kind, position_grid=grid), own_grid
             )
             return PositionTable(
-                position_tables.resize_position_table(
-                    fixed[None], config.grid, cls=encoder.cls_token
-                ),
+                position_tables.resize_position_table(fixed[None], own_grid, cls=encoder.cls_token),
                 f"{TABLE} starts as the source's fixed table of {grid} x {grid}",
             )
         if TABLE not in source.shapes:
@@ -127,15 +157,15 @@ def _position_table(config: schema.Config, source: WeightSource) -> PositionTabl
         table_1xTxD = source.read({TABLE: None})[TABLE]
         grid = position_tables.table_grid(table_1xTxD.shape[1])
         resized = (
-            f"{TABLE} was resized from {grid} x {grid} to {config.grid} x {config.grid} by bicubic"
+            f"{TABLE} was resized from {grid} x {grid} to {own_grid} x {own_grid} by bicubic"
             " interpolation"
         )
         return PositionTable(
-            position_tables.resize_position_table(table_1xTxD, config.grid, cls=encoder.cls_token),
-            resized if grid != config.grid else "",
+            position_tables.resize_position_table(table_1xTxD, own_grid, cls=encoder.cls_token),
+            resized if grid != own_grid else "",
         )
     if kind != "learned":
-        grid, own_grid = _source_grid(source, config), encoder.position_grid or config.grid
+        grid, own_grid = _source_grid(source, config), encoder.position_grid or own_grid
         message = (
             f"positions were of a grid of {grid} in the source and are of {own_grid} in this run;"
             f" config.model.encoder.position_grid={grid} resizes them"
@@ -216,14 +246,24 @@ def _check_match(
             f"{f' that match config.init.only={only}' if only else ''} ({names[:300]}); give"
             " another source, or leave config.init_from out to start from random weights"
         )
-    added = _added_parameters(config)
-    absent = [p for p in match.missing if p.startswith("encoder/") and not p.startswith(added)]
+    of_maps, added = _map_parameters(config), _added_parameters(config)
+    lost = [p for p in source.shapes if of_maps and p.startswith(of_maps) and p not in target]
+    if lost and any(p.startswith("encoder/") for p in match.selected):
+        raise UserError(
+            f"{where}: its features are computed with {lost[0]} ({len(lost)} such arrays), which"
+            " this run lacks; set config.dense.maps.relative and layer_scale as there, or select"
+            " less by config.init.only"
+        )
+    absent = [
+        p for p in match.missing if p.startswith("encoder/") and not p.startswith(added + of_maps)
+    ]
     if absent:
         raise UserError(
             f"{where}: its encoder fits in part ({len(absent)} arrays are missing, first"
             f" {absent[0]}); {_how_to_fit(source)}, or select less by config.init.only"
         )
-    untrained = [p for p in match.missing if p.startswith("encoder/") and p != MASK_TOKEN]
+    known = (MASK_TOKEN, *of_maps)
+    untrained = [p for p in match.missing if p.startswith("encoder/") and not p.startswith(known)]
     if config.model.encoder.freeze and untrained:
         raise UserError(
             f"{where}: has no {untrained[0]}, which a frozen encoder would keep at random values;"
@@ -245,6 +285,12 @@ def _added_parameters(config: schema.Config) -> tuple[str, ...]:
     """Prefixes of parameters that pre-training adds to a published encoder."""
     backbone = backbones.get_backbone(config.model)
     return tuple(f"encoder/{prefix}" for prefix in backbone.added_parameters)
+
+
+def _map_parameters(config: schema.Config) -> tuple[str, ...]:
+    """Prefixes of parameters that maps add to an encoder."""
+    backbone = backbones.get_backbone(config.model)
+    return tuple(f"encoder/{prefix}" for prefix in backbone.map_parameters)
 
 
 def _how_to_fit(source: WeightSource) -> str:
@@ -300,7 +346,7 @@ def _log_lines(
     target: Mapping[str, Any],
     loaded: Mapping[str, Any],
     match: Match,
-    table: str,
+    changes: list[str],
 ) -> list[str]:
     """What was loaded, what is missing, differs or was not used."""
     count = sum(math.prod(target[path].shape) for path in loaded)
@@ -308,10 +354,13 @@ def _log_lines(
         f"init_from {source.name}: {len(loaded)} of {len(target)} arrays, {count:,} numbers:"
         f" {', '.join(_grouped(loaded, target))}"
     ]
-    lines += [f"  {note}" for note in [*source.notes, table] if note]
-    if match.missing:
+    lines += [f"  {note}" for note in [*source.notes, *changes] if note]
+    of_maps = [p for p in match.missing if p.startswith(_map_parameters(config) or ("/",))]
+    if missing := [p for p in match.missing if p not in of_maps]:
+        lines.append(f"  missing, initialized randomly: {', '.join(_grouped(missing, target))}")
+    if of_maps:
         lines.append(
-            f"  missing, initialized randomly: {', '.join(_grouped(match.missing, target))}"
+            f"  of maps, at their first values: {len(of_maps)} arrays such as {of_maps[0]}"
         )
     added = _added_parameters(config)
     if random := [p for p in match.missing if p.startswith(added) and p != MASK_TOKEN]:

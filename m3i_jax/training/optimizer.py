@@ -5,7 +5,7 @@ and holds everything that must survive a restart."""
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +22,16 @@ from m3i_jax.parallel.sharding import path_text
 Schedule = Callable[[Any], Any]  # a function of the step
 Mask = Callable[[Any], Any]  # params -> tree of booleans
 Links = tuple[optax.GradientTransformation, ...]
+NamedLink = tuple[str, optax.GradientTransformation]
 
 # Never decayed, whatever their rank: tokens, position tables, norms, biases, LayerScale and the
 # logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's fine-tuning do not).
 _NO_DECAY = re.compile(
     r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_token|prototypes|positions|logit_scale)$|(^|/)\w*_bias$"
 )
+# ViTDet: its own channel norms of pyramid and heads are decayed, those of the blocks are not.
+_ENCODER_NORMS = re.compile(r"^encoder/(.*/)?\w*norm\w*/|^encoder/positions$")
+_STACKED = re.compile(r"(^|/)(blocks|layers)/|^decoder/projector/")
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
 SPIKE_WINDOW = 128  # steps
 MIN_SPREAD = 1e-3  # of the median: a smaller deviation is rounding, not a spike
@@ -43,23 +47,53 @@ def build_optimizer(
         return params if config.optim.ema_of == "all" else m3i.target_parts(config, terms, params)
 
     has_frozen = any(t.target.encoder == "frozen" for t in terms)
+    return build_chain(
+        config,
+        steps=steps,
+        warmup=warmup,
+        first=(("balance", balance.track_balance(config.objective.balance_decay)),),
+        last=(
+            ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
+            ("target", ema.track_target(_momentum(config.optim, steps), parts)),
+            *([("frozen", hold_frozen(parts))] if has_frozen else []),
+        ),
+    )
+
+
+def average_link(optim: schema.Optim, *, steps: int) -> tuple[NamedLink, ...]:
+    """The link that keeps an average of all parameters, if `optim.ema_of` is all."""
+    if optim.ema_of != "all":
+        return ()
+    return (("target", ema.track_target(_momentum(optim, steps), lambda params: params)),)
+
+
+def build_chain(
+    config: schema.Config,
+    *,
+    steps: int,
+    warmup: int,
+    first: Sequence[NamedLink] = (),
+    last: Sequence[NamedLink] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """The named chain of any task for a run of `steps` optimizer steps: its `first` links,
+    clipping, the rule with learning rates by layer and decay by name, its `last` links, and the
+    window of spikes if they are skipped. `update` takes the keyword arguments that any link
+    knows."""
     o, e = config.optim, config.model.encoder
     rate = lr_schedule(o, steps=steps, warmup=warmup)
     prefixes: tuple[str, ...] = ("encoder/",) if e.freeze else ()
     if e.freeze_patch_embed:
         prefixes += ("encoder/patch_embed/",)
-    mask = functools.partial(decay_mask, frozen=prefixes)
+    mask = functools.partial(decay_mask, rule=o.decayed, frozen=prefixes)
     if o.rule == "lars":
         links = lars(rate, momentum=o.b1, weight_decay=o.weight_decay, mask=mask)
     else:
         links = adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=mask)
     return optax.named_chain(
-        ("balance", balance.track_balance(config.objective.balance_decay)),
+        *first,
         ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
         (o.rule, optax.chain(*links, scale_by_lr_factor(config))),
-        ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
-        ("target", ema.track_target(_momentum(o, steps), parts)),
-        *([("frozen", hold_frozen(parts))] if has_frozen else []),
+        *last,
         *([("spikes", watch_spikes())] if o.skip_spikes else []),
     )
 
@@ -126,20 +160,35 @@ def matrix_mask(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def decay_mask(params: Any, *, frozen: tuple[str, ...] = ()) -> Any:
-    """A tree of booleans: which parameters are decayed; none whose path begins with a prefix of
-    `frozen`. Stacked blocks have a leading layer axis, so names decide, not ranks."""
+def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] = ()) -> Any:
+    """A tree of booleans: which parameters are decayed, by `optim.decayed`; none whose path begins
+    with a prefix of `frozen`. Stacked blocks have a leading layer axis, which is no axis of a
+    parameter.
+
+    >>> params = {"encoder": {"norm": {"scale": np.ones(2)}, "cls_token": np.ones((1, 1, 2))}}
+    >>> [
+    ...     jax.tree.leaves(decay_mask(params, rule=rule))
+    ...     for rule in ("matrices", "but_norms", "ranks")
+    ... ]
+    [[False, False], [True, False], [True, False]]
+    """
 
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
         name = path_text(path)
-        return not _NO_DECAY.search(name) and not name.startswith(frozen)
+        if rule == "but_norms":
+            decays = not _ENCODER_NORMS.search(name)
+        elif rule == "ranks":
+            decays = leaf.ndim - bool(_STACKED.search(name)) > 1 and not name.endswith("/bias")
+        else:
+            decays = not _NO_DECAY.search(name)
+        return decays and not name.startswith(frozen)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _fan_in(path: str, shape: tuple[int, ...]) -> int:
     """Inputs of one output of a matrix or a convolution; 0 for any other parameter."""
-    stacked = re.search(r"(^|/)(blocks|layers)/|^decoder/projector/", path) is not None
+    stacked = _STACKED.search(path) is not None
     return math.prod(shape[stacked:-1]) if path.endswith("kernel") else 0
 
 
@@ -197,19 +246,38 @@ def scale_by_lr_factor(config: schema.Config) -> optax.GradientTransformation:
 
 
 def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
-    """Linear warm-up, then a cosine from `lr` to `min_lr`, as a function of the step (M3I Table 7).
+    """Learning rate as a function of the step: linear warm-up, then by `optim.schedule`.
+
+    cosine: from `lr` to `min_lr` (M3I Table 7). steps: a tenth from each of the shares `milestones`
+    of the run on (detectron2). poly: linear to 0 at the last step, from the second step after the
+    warm-up (mmsegmentation).
 
     >>> rate = lr_schedule(schema.Optim(lr=1.0), steps=100, warmup=10)
     >>> [round(float(rate(k)), 4) for k in (0, 5, 10, 55, 100)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
+    >>> vitdet = schema.Optim(lr=1.0, schedule="steps", milestones=(0.8, 0.9), warmup_start=0.001)
+    >>> rate = lr_schedule(vitdet, steps=100, warmup=10)
+    >>> [round(float(rate(k)), 4) for k in (0, 5, 79, 80, 90)]
+    [0.001, 0.5005, 1.0, 0.1, 0.01]
     """
 
     def rate(step: Any) -> Any:
         step = jnp.asarray(step, jnp.float32)
         # as floats: --largest-batch plans runs of more steps than an int32 holds
-        share = jnp.clip((step - float(warmup)) / float(max(steps - warmup, 1)), 0.0, 1.0)
-        cosine = optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share))
-        return jnp.where(step < float(warmup), optim.lr * step / float(max(warmup, 1)), cosine)
+        if optim.schedule == "steps":
+            passed = [step >= round(share * steps) for share in optim.milestones]
+            after = optim.lr * jnp.prod(jnp.where(jnp.array([False, *passed]), 0.1, 1.0))
+        elif optim.schedule == "poly":
+            left = float(max(steps - warmup - 2, 1))
+            after = optim.lr * (1 - jnp.clip((step - float(warmup + 1)) / left, 0.0, 1.0))
+        else:
+            share = jnp.clip((step - float(warmup)) / float(max(steps - warmup, 1)), 0.0, 1.0)
+            cosine = 0.5 * (1 + jnp.cos(jnp.pi * share))
+            after = optim.min_lr + (optim.lr - optim.min_lr) * cosine
+        if optim.warmup_start:
+            risen = optim.warmup_start + (1 - optim.warmup_start) * step / float(max(warmup, 1))
+            return jnp.where(step < float(warmup), optim.lr * risen, after)
+        return jnp.where(step < float(warmup), optim.lr * step / float(max(warmup, 1)), after)
 
     return rate
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from m3i_jax.training import predictions, step, targets, views
+from m3i_jax.training import predictions, pretrain_gradients, targets, views
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.state import State
 from m3i_jax.training.views import Batch
@@ -18,7 +18,7 @@ def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array
     <term>/prediction, <term>/target    predicted features and those that they are compared with
     """
     config = plan.config
-    patches, features = step.views_and_targets(plan, state, batch)
+    patches, features = pretrain_gradients.views_and_targets(plan, state, batch)
     inputs = views.pass_inputs(config, plan.passes, batch)
     first = plan.passes[0]
     out = {

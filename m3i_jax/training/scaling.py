@@ -189,9 +189,10 @@ def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[
             " hardly learned. Use the scaling rule (optim.lr=0), raise it, or train longer"
         )
     updates = (1 - o.ema) * steps * (0.5 if o.ema_schedule == "cosine" else 1.0)
-    averages = any(view.encoder == "ema" for view in plan.build_plan(config).target_passes) or (
-        o.ema_of == "all" and o.ema < 1
-    )
+    averages = o.ema_of == "all" and o.ema < 1
+    if config.traits.views:
+        passes = plan.build_plan(config).target_passes
+        averages |= any(view.encoder == "ema" for view in passes)
     if averages and updates < 1:
         memory = 1 / max(1 - o.ema, 1e-12)
         left = f"{math.exp(-updates):.0%}"

@@ -12,11 +12,10 @@ from jax.extend import core
 
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
-from m3i_jax.models import m3i
 from m3i_jax.schema.limits import INT32
-from m3i_jax.training import checkpoint_reader, init_from, optimizer, panel, scaling, step
-from m3i_jax.training.plan import Plan, build_plan
+from m3i_jax.training import checkpoint_reader, init_from, optimizer, scaling, step
 from m3i_jax.training.state import State, create
+from m3i_jax.training.task import Task, make_task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class Trainer:
       open is filled in (`scaling.fill_open_settings`).
       mesh: devices.
       vocabulary: entries of the tokenizer, 0 without captions.
-      plan: of this configuration; None: built here.
+      task: of this configuration; None: built here.
     """
 
     def __init__(
@@ -79,42 +78,41 @@ class Trainer:
         config: schema.Config,
         mesh: jax.sharding.Mesh,
         vocabulary: int,
-        plan: Plan | None = None,
+        task: Task | None = None,
     ):
         filled = scaling.fill_open_settings(config)
-        # A plan of other settings is not that of this run.
-        self.plan = plan if plan and plan.config == filled else build_plan(filled)
+        self.task = make_task(filled, vocabulary, task.category_counts if task else ())
+        if task and task.config == filled:
+            self.task = task  # with what it has computed already
         config = filled
         self.config, self.mesh, self.vocabulary = config, mesh, vocabulary
         self.length = run_length(config)
         steps, warmup = self.length.steps, self.length.warmup
-        self.tx = optimizer.build_optimizer(config, self.plan.terms, steps=steps, warmup=warmup)
-        self.momentum = optimizer.ema_momentum(config.optim, steps=steps)
+        self.tx = self.task.optimizer(steps=steps, warmup=warmup)
         self.learning_rate = optimizer.lr_schedule(config.optim, steps=steps, warmup=warmup)
         self.template = jax.eval_shape(self._create)
         self.shardings = parallel.tree_shardings(mesh, self.template)
         replicated = parallel.replicated(mesh)
         self._step = parallel.Program(
-            functools.partial(step.train_step, self.plan, self.tx),
+            functools.partial(step.train_step, self.task, self.tx),
             name="train_step",
             in_shardings=(self.shardings, parallel.data_sharding(mesh)),
             out_shardings=(self.shardings, replicated),
             donate_argnums=0,
         )
         self._panel = parallel.Program(
-            functools.partial(panel.panel_outputs, self.plan),
+            lambda state, batch: self.task.panel_outputs(state, batch),
             name="panel",
             out_shardings=replicated,
         )
 
+    def scheduled(self, step: int) -> dict[str, float]:
+        """Learning rate of a step and what else the task schedules, for the log."""
+        values = self.task.scheduled(step, steps=self.length.steps)
+        return {"lr": float(self.learning_rate(step - 1)), **values}
+
     def _params(self) -> Any:
-        return m3i.init(
-            self.config,
-            terms=self.plan.terms,
-            classes=self.config.data.classes if self.plan.where("category") else 0,
-            vocabulary=self.vocabulary if self.plan.where("text") else 0,
-            rng=jax.random.key(self.config.seed),
-        )
+        return self.task.init(jax.random.key(self.config.seed))
 
     def _create(self) -> State:
         return create(self._params(), self.tx)
@@ -163,15 +161,12 @@ class Trainer:
             )(params)
         else:
             state = parallel.Program(self._create, name="init", out_shardings=self.shardings)()
-        if "frozen" not in state.opt:
-            return state
-        frozen, layout = state.opt["frozen"], self.shardings.opt["frozen"].params["encoder"]
-        teacher = checkpoint_reader.load_encoder(
-            self.config.objective.target_checkpoint, self.template.params["encoder"], layout
-        )
-        opt = state.opt.copy()  # keeps its type: to JAX another mapping type is another tree
-        opt["frozen"] = frozen._replace(params={**frozen.params, "encoder": teacher})
-        return state.replace(opt=opt)
+
+        def load(run: str, link: str, part: str) -> Any:
+            layout = self.shardings.opt[link].params[part]
+            return checkpoint_reader.load_encoder(run, self.template.params[part], layout)
+
+        return self.task.after_init(state, load)
 
     def step(self, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
         """One step; `state` is donated. Returns at once, while the device computes."""
@@ -186,10 +181,8 @@ class Trainer:
 
     def residual_bytes(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
         """Bytes that live from the forward pass to the backward, counted on the traced program:
-        what the encoder and the larger of the two groups of losses keep of a batch that is one
-        microbatch, without state and batch."""
-        pullbacks = functools.partial(step.loss_pullbacks, self.plan)
-        closed, (encoder, groups) = jax.make_jaxpr(pullbacks, return_shape=True)(
+        what the task keeps of a batch that is one microbatch, without state and batch."""
+        closed, (common, sets) = jax.make_jaxpr(self.task.pullbacks, return_shape=True)(
             self.template, batch
         )
         outputs, arguments = iter(closed.jaxpr.outvars), set(closed.jaxpr.invars)
@@ -198,42 +191,28 @@ class Trainer:
             variables = [next(outputs) for _ in jax.tree.leaves(tree)]
             return {v for v in variables if isinstance(v, core.Var)} - arguments
 
-        of_encoder = residuals(encoder)
-        each = [of_encoder | residuals(group) for group in groups]
+        of_all = residuals(common)
+        each = [of_all | residuals(one) for one in sets] or [of_all]
         return max(
             float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in variables))
             for variables in each
         )
 
-    def views_and_targets_bytes(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
-        """Bytes of the views and targets of a batch, which wait until its microbatch is
-        computed."""
-        arrays = jax.eval_shape(
-            functools.partial(step.views_and_targets, self.plan), self.template, batch
-        )
+    def waiting_bytes(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
+        """Bytes of the arrays of a batch that wait until its microbatch is computed."""
+        arrays = jax.eval_shape(self.task.waiting, self.template, batch)
         leaves = jax.tree.leaves(arrays)
         return float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves))
 
     def panel_outputs(self, state: State, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Arrays for a panel of a few rows, as of `panel.panel_outputs`."""
+        """Arrays for a panel of a few rows, as of the task."""
         return self._panel(state, batch)
 
     def trace(self, state: State, batch: dict[str, Any]) -> Any:
         """The step without `jit`, for tracing."""
-        return step.train_step(self.plan, self.tx, state, batch)
+        return step.train_step(self.task, self.tx, state, batch)
 
 
 def abstract_batch(config: schema.Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one global batch of a completed configuration."""
-    b, s, n = config.train.batch_size, config.data.image_size, config.tokens
-    shapes = {
-        "views": ((b, 2, s, s, 3), "uint8"),
-        "box": ((b, 2, 4), "float32"),
-        "flip": ((b, 2), "bool"),
-        "mask": ((b, n), "bool"),
-        "label": ((b,), "int32"),
-        "position": ((b, 2), "uint32"),
-    }
-    if config.data.captions == "yes":
-        shapes |= {"tokens": ((b, config.data.caption_length), "int32"), "length": ((b,), "int32")}
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    return make_task(config).batch_shapes()

@@ -1,5 +1,5 @@
 """Training steps of Mask R-CNN and UperNet over the same steps in PyTorch with torchvision's
-operations (tests/bench/dense_torch.py), on this machine's processor in float32.
+operations (tests/bench/dense_step_torch.py), on this machine's processor in float32.
 
     python -m tests.bench.dense_peer                    # detect and segment
     python -m tests.bench.dense_peer detect --runs 9
@@ -295,13 +295,13 @@ def theirs(folder: pathlib.Path, name: str) -> Any:
     """
     import torch
 
-    from tests.bench import dense_torch
+    from tests.bench import dense_step_torch
 
     torch.set_num_threads(race.THREADS)
     arrays = dict(np.load(folder / "start.npz"))
-    peer = dense_torch.Peer(json.loads((folder / "shape.json").read_text()), arrays)
+    peer = dense_step_torch.Peer(json.loads((folder / "shape.json").read_text()), arrays)
     peer.loss().backward()
-    wanted = dense_torch.load(arrays, "gradients/")
+    wanted = dense_step_torch.load(arrays, "gradients/")
     off = {
         path: float(np.linalg.norm(p.grad.numpy() - wanted[path]) / np.linalg.norm(wanted[path]))
         for path, p in peer.params.items()

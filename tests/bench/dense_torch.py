@@ -1,482 +1,387 @@
-"""Training steps of Mask R-CNN (as in ViTDet) and UperNet on a plain ViT in PyTorch, the peer of
-tests.bench.dense_peer. It does not use JAX: parameters, batch and random numbers are numpy arrays
-under the paths of the JAX parameter tree.
+"""The training losses of Mask R-CNN on a plain ViT in plain PyTorch with the operations of
+torchvision, on a dict of parameters with the names of detectron2. Written from the specification,
+to compare numbers and time.
 
-It is what a practitioner would write: torchvision's RoIAlign and NMS, fused attention and AdamW,
-maps in channels-last memory, dynamic numbers of proposals and objects.
+    python -m tests.bench.dense_torch      # eight steps, of UperNet too, against the references'
 """
 
-import math
+import pathlib
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops import batched_nms, box_iou, roi_align
 
-Arrays = dict[str, np.ndarray]
-Tensors = dict[str, torch.Tensor]
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LIMIT = math.log(1000 / 16)  # of a change of size
-
-
-def to_torch(path: str, array: np.ndarray) -> np.ndarray:
-    """An array of the JAX tree in PyTorch's layout."""
-    layer = path.split("/")[-2]
-    if not path.endswith("kernel"):
-        return array
-    if array.ndim == 4:
-        return array.transpose(3, 2, 0, 1)
-    if layer.startswith("deconv"):  # columns are (row, column, channel)
-        return array.reshape(len(array), 2, 2, -1).transpose(0, 3, 1, 2)
-    if layer == "hidden":  # rows are (7, 7, channel), the maps here (channel, 7, 7)
-        return array.reshape(7, 7, -1, array.shape[1]).transpose(3, 2, 0, 1).reshape(
-            array.shape[1], -1
-        )  # fmt: skip
-    return array.T
+Params = dict[str, torch.Tensor]
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+LARGEST = float(np.log(1000 / 16))
 
 
-def load(arrays: Arrays, prefix: str) -> Arrays:
-    """{path: array in PyTorch's layout} of the tree below a prefix; a stack of blocks becomes an
-    array a block."""
-    out: Arrays = {}
-    for name, array in arrays.items():
-        if not name.startswith(prefix):
-            continue
-        path = name.removeprefix(prefix)
-        if path.startswith("encoder/blocks/"):
-            rest = path.removeprefix("encoder/blocks/")
-            out |= {
-                f"encoder/block{i}/{rest}": to_torch(path, part) for i, part in enumerate(array)
-            }
+def norm(p: Params, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Layer norm of the last axis."""
+    return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"], 1e-6)
+
+
+def channel_norm(p: Params, name: str, x: torch.Tensor) -> torch.Tensor:
+    return norm(p, name, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def linear(p: Params, name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+
+
+def conv(p: Params, name: str, x: torch.Tensor, padding: int = 0) -> torch.Tensor:
+    return F.conv2d(x, p[f"{name}.weight"], p.get(f"{name}.bias"), padding=padding)
+
+
+def deconv(p: Params, name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.conv_transpose2d(x, p[f"{name}.weight"], p[f"{name}.bias"], stride=2)
+
+
+def mlp(p: Params, first: str, second: str, x: torch.Tensor) -> torch.Tensor:
+    return linear(p, second, F.gelu(linear(p, first, x)))
+
+
+def normalised(images: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, S, S, 3] to float [B, 3, S, S], zero outside the content."""
+    x = (images - torch.tensor(MEAN)) / torch.tensor(STD)
+    rows = torch.arange(images.shape[1])[None, :, None] < size[:, :1, None]
+    columns = torch.arange(images.shape[2])[None, None] < size[:, 1:, None]
+    return (x * (rows & columns)[..., None]).permute(0, 3, 1, 2)
+
+
+def offsets(table: torch.Tensor, side: int) -> torch.Tensor:
+    """[side, side, C] of relative positions, resized to the side."""
+    if len(table) != 2 * side - 1:
+        table = F.interpolate(table.T[None], size=2 * side - 1, mode="linear")[0].T
+    line = torch.arange(side)
+    return table[line[:, None] - line + side - 1]
+
+
+def relative_attention(p: Params, name: str, x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Attention of [B, h, w, C] with decomposed relative positions."""
+    b, h, w, c = x.shape
+    q, k, v = (
+        linear(p, f"{name}.qkv", x)
+        .reshape(b, h * w, 3, heads, c // heads)
+        .permute(2, 0, 3, 1, 4)
+        .unbind(0)
+    )
+    rows, columns = offsets(p[f"{name}.rel_pos_h"], h), offsets(p[f"{name}.rel_pos_w"], w)
+    grid = q.reshape(b, heads, h, w, -1)
+    logits = (q * (c // heads) ** -0.5) @ k.mT
+    logits = logits.view(b, heads, h, w, h, w)
+    logits = logits + torch.einsum("bnhwc,hkc->bnhwk", grid, rows)[..., None]
+    logits = logits + torch.einsum("bnhwc,wkc->bnhwk", grid, columns)[..., None, :]
+    out = logits.view(b, heads, h * w, h * w).softmax(-1) @ v
+    return linear(p, f"{name}.proj", out.transpose(1, 2).reshape(b, h, w, c))
+
+
+def windowed(p: Params, name: str, x: torch.Tensor, heads: int, side: int) -> torch.Tensor:
+    b, h, w, c = x.shape
+    down, right = -h % side, -w % side
+    x = F.pad(x, (0, 0, 0, right, 0, down))
+    rows, columns = (h + down) // side, (w + right) // side
+    x = x.view(b, rows, side, columns, side, c).transpose(2, 3).reshape(-1, side, side, c)
+    x = relative_attention(p, name, x, heads).view(b, rows, columns, side, side, c)
+    return x.transpose(2, 3).reshape(b, h + down, w + right, c)[:, :h, :w]
+
+
+def vit_map(p: Params, x: torch.Tensor, shape: dict[str, Any]) -> torch.Tensor:
+    """[B, C, h, w], the map of the last block."""
+    net = "backbone.net"
+    x = F.conv2d(
+        x,
+        p[f"{net}.patch_embed.proj.weight"],
+        p[f"{net}.patch_embed.proj.bias"],
+        stride=shape["patch"],
+    ).permute(0, 2, 3, 1)
+    table = p[f"{net}.pos_embed"][:, 1:]
+    side = int(table.shape[1] ** 0.5)
+    grid = table.view(1, side, side, -1).permute(0, 3, 1, 2)
+    if (side, side) != tuple(x.shape[1:3]):
+        grid = F.interpolate(grid, size=x.shape[1:3], mode="bicubic")
+    x = x + grid.permute(0, 2, 3, 1)
+    for i in range(shape["depth"]):
+        block = f"{net}.blocks.{i}"
+        y = norm(p, f"{block}.norm1", x)
+        if i in shape["global"]:
+            y = relative_attention(p, f"{block}.attn", y, shape["heads"])
         else:
-            out[path] = to_torch(path, array)
-    return {path: np.ascontiguousarray(array) for path, array in out.items()}
+            y = windowed(p, f"{block}.attn", y, shape["heads"], shape["window"])
+        x = x + y
+        y = norm(p, f"{block}.norm2", x)
+        x = x + mlp(p, f"{block}.mlp.fc1", f"{block}.mlp.fc2", y)
+    return x.permute(0, 3, 1, 2)
 
 
-class Peer:
-    """Parameters and the step of a run.
-
-    Args:
-      shape: task ("detect" or "segment"), patch, heads, window, global_blocks, strides and what
-        the losses need; see `dense_peer.numbers`.
-      arrays: params/<path>, table (positions), batch/<name>.
-    """
-
-    def __init__(self, shape: dict[str, Any], arrays: Arrays) -> None:
-        self.shape = shape
-        self.params: Tensors = {
-            path: torch.from_numpy(array).requires_grad_()
-            for path, array in load(arrays, "params/").items()
-        }
-        self.table = torch.from_numpy(arrays["table"])
-        self.batch = {
-            name.removeprefix("batch/"): torch.from_numpy(array)
-            for name, array in arrays.items()
-            if name.startswith("batch/")
-        }
-        self.running = {
-            path.removesuffix("/scale"): (torch.zeros(len(p)), torch.ones(len(p)))
-            for path, p in self.params.items()
-            if path.endswith("/scale")
-        }
-        self.depth = sum(path.endswith("norm1/scale") for path in self.params)
-        self.mean, self.std = (255 * torch.tensor(x) for x in (MEAN, STD))
-        decayed = [p for path, p in self.params.items() if path.endswith("kernel")]
-        plain = [p for path, p in self.params.items() if not path.endswith("kernel")]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": shape["decay"]},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=shape["lr"],
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            fused=True,
-        )
-        if shape["task"] == "detect":
-            self.anchors = [
-                anchors(shape["size"] // stride, stride, size, shape["ratios"])
-                for stride, size in zip(shape["strides"], shape["anchor_sizes"], strict=True)
-            ]
-
-    def loss(self) -> torch.Tensor:
-        maps = self.maps()
-        return self.detect(maps) if self.shape["task"] == "detect" else self.segment(maps)
-
-    def step(self) -> float:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.params.values(), self.shape["clip"], foreach=True)
-        self.optimizer.step()
-        return loss.item()
-
-    # layers
-
-    def dense(self, path: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.params[f"{path}/kernel"], self.params.get(f"{path}/bias"))
-
-    def conv(self, path: str, x: torch.Tensor, *, bias: bool = True) -> torch.Tensor:
-        weight = self.params[f"{path}/kernel"]
-        if weight.ndim == 2:
-            weight = weight[:, :, None, None]
-        added = self.params.get(f"{path}/bias") if bias else None
-        return F.conv2d(x, weight, added, padding=weight.shape[-1] // 2)
-
-    def deconv(self, path: str, x: torch.Tensor) -> torch.Tensor:
-        return F.conv_transpose2d(
-            x, self.params[f"{path}/kernel"], self.params[f"{path}/bias"], stride=2
-        )
-
-    def norm(self, path: str, x: torch.Tensor) -> torch.Tensor:
-        """Of the last axis."""
-        scale, bias = self.params[f"{path}/scale"], self.params[f"{path}/bias"]
-        return F.layer_norm(x, scale.shape, scale, bias, 1e-6)
-
-    def channel_norm(self, path: str, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(path, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def batch_norm(self, path: str, x: torch.Tensor) -> torch.Tensor:
-        mean, variance = self.running[path]
-        scale, bias = self.params[f"{path}/scale"], self.params[f"{path}/bias"]
-        return F.batch_norm(x, mean, variance, scale, bias, True, 0.1, 1e-5)
-
-    # backbone and pyramid
-
-    def maps(self) -> dict[int, torch.Tensor]:
-        s, images, size = self.shape, self.batch["image"], self.batch["size"]
-        x = (images.float() - self.mean) / self.std
-        inside = torch.arange(s["size"]) < size[..., None]
-        x = x * (inside[:, 0, :, None, None] & inside[:, 1, None, :, None])
-        b, grid, patch = len(x), s["size"] // s["patch"], s["patch"]
-        x = x.view(b, grid, patch, grid, patch, 3).transpose(2, 3).reshape(b, grid * grid, -1)
-        x = self.dense("encoder/patch_embed", x) + self.table
-        for i in range(self.depth):
-            window = 0 if i in s["global_blocks"] else s["window"]
-            x = self.block(i, x, grid, window)
-        x = x.view(b, grid, grid, -1).permute(0, 3, 1, 2)  # channels last in memory
-        return self.simple(x) if s["task"] == "detect" else self.rescaled(x)
-
-    def block(self, i: int, x: torch.Tensor, grid: int, window: int) -> torch.Tensor:
-        path, (b, n, d) = f"encoder/block{i}", x.shape
-        h = self.norm(f"{path}/norm1", x)
-        side = window or grid
-        if window:
-            w = grid // window
-            h = h.view(b, w, window, w, window, d).transpose(2, 3).reshape(-1, window**2, d)
-        heads = self.shape["heads"]
-        qkv = self.dense(f"{path}/attention/qkv", h).unflatten(-1, (3, heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        bias = self.relative(i, q, side)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-        h = self.dense(f"{path}/attention/out", h)
-        if window:
-            h = h.view(b, w, w, window, window, d).transpose(2, 3).reshape(b, n, d)
-        x = x + h
-        h = F.gelu(self.dense(f"{path}/mlp/fc1", self.norm(f"{path}/norm2", x)))
-        return x + self.dense(f"{path}/mlp/fc2", h)
-
-    def relative(self, i: int, q: torch.Tensor, side: int) -> torch.Tensor | None:
-        rows = self.params.get(f"encoder/relative/block{i}/rows")
-        if rows is None:
-            return None
-        columns = self.params[f"encoder/relative/block{i}/columns"]
-        offset = torch.arange(side)[:, None] - torch.arange(side) + side - 1
-        on_map = q.unflatten(2, (side, side))
-        by_row = torch.einsum("bhyxe,yke->bhyxk", on_map, rows[offset])
-        by_column = torch.einsum("bhyxe,xke->bhyxk", on_map, columns[offset])
-        return (by_row[..., None] + by_column[..., None, :]).reshape(*q.shape[:3], side * side)
-
-    def simple(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
-        """ViTDet's pyramid from a map of stride 8."""
-        made: dict[int, torch.Tensor] = {}
-        for stride in self.shape["strides"][:-1]:
-            path = f"pyramid/stride_{stride}"
-            y = x
-            if stride < self.shape["patch"]:
-                y = self.deconv(f"{path}/deconv_0", x)
-            elif stride > self.shape["patch"]:
-                y = F.max_pool2d(x, stride // self.shape["patch"])
-            y = self.channel_norm(f"{path}/norm_0", self.conv(f"{path}/conv_0", y))
-            made[stride] = self.channel_norm(f"{path}/norm_1", self.conv(f"{path}/conv_1", y))
-        last, before = self.shape["strides"][-1], self.shape["strides"][-2]
-        made[last] = made[before][:, :, ::2, ::2]
-        return made
-
-    def rescaled(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
-        patch = self.shape["patch"]
-        made = {patch // 2: self.deconv(f"pyramid/stride_{patch // 2}/deconv_0", x), patch: x}
-        return made | {f * patch: F.max_pool2d(x, f) for f in (2, 4)}
-
-    # segmentation
-
-    def segment(self, maps: dict[int, torch.Tensor]) -> torch.Tensor:
-        s, strides = self.shape, self.shape["strides"]
-
-        def layer(name: str, x: torch.Tensor) -> torch.Tensor:
-            return F.relu(self.batch_norm(f"head/{name}", self.conv(f"head/{name}", x, bias=False)))
-
-        def resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-            return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
-
-        def cost(name: str, x: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-            kept = (uniform >= s["dropout"]).float() / (1 - s["dropout"])
-            logits = self.conv(f"head/{name}", x * kept[..., None, None])
-            labels = self.batch["map"]
-            whole = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-            total = F.cross_entropy(whole, labels.long(), ignore_index=255, reduction="sum")
-            return total / labels.numel()
-
-        top = maps[strides[-1]]
-        pooled = [
-            resized(layer(f"pool_{n}", F.adaptive_avg_pool2d(top, n)), top) for n in s["pools"]
-        ]
-        above = layer("pooled", torch.cat([top, *pooled], 1))
-        made = [above]
-        for stride in strides[-2::-1]:
-            lateral = layer(f"lateral_{stride}", maps[stride])
-            above = lateral + resized(above, lateral)
-            made.insert(0, layer(f"output_{stride}", above))
-        x = layer("fuse", torch.cat([resized(y, made[0]) for y in made], 1))
-        uniform, width = self.batch["dropout"], x.shape[1]
-        loss = cost("classifier", x, uniform[:, :width])
-        aux = layer("aux", maps[strides[-2]])
-        return loss + s["aux_weight"] * cost("aux_classifier", aux, uniform[:, width:])
-
-    # detection
-
-    def detect(self, maps: dict[int, torch.Tensor]) -> torch.Tensor:
-        s, batch = self.shape, self.batch
-        logits, deltas = zip(*(self.rpn(maps[stride]) for stride in s["strides"]), strict=True)
-        with torch.no_grad():
-            found = self.proposals(logits, deltas)
-            known = [
-                (boxes[classes >= 0], classes[classes >= 0].long(), masks[classes >= 0])
-                for boxes, classes, masks in zip(
-                    batch["boxes"], batch["classes"], batch["masks"], strict=True
-                )
-            ]
-        loss = self.rpn_loss(torch.cat(logits, 1), torch.cat(deltas, 1), known)
-        chosen = [self.regions(i, found[i], *known[i][:2]) for i in range(len(known))]
-        return loss + self.box_loss(maps, chosen, known) + self.mask_loss(maps, chosen, known)
-
-    def rpn(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        for i in range(self.shape["rpn_convs"]):
-            x = F.relu(self.conv(f"head/rpn/conv_{i}", x))
-        logits, deltas = self.conv("head/rpn/logits", x), self.conv("head/rpn/deltas", x)
-        return (
-            logits.permute(0, 2, 3, 1).flatten(1),
-            deltas.permute(0, 2, 3, 1).reshape(len(x), -1, 4),
-        )
-
-    def proposals(
-        self, logits: tuple[torch.Tensor, ...], deltas: tuple[torch.Tensor, ...]
-    ) -> list[torch.Tensor]:
-        """Boxes of each image, by falling score."""
-        s = self.shape
-        scores, boxes, levels = [], [], []
-        parts = zip(logits, deltas, self.anchors, strict=True)
-        for level, (logits_BxA, deltas_BxAx4, anchors_Ax4) in enumerate(parts):
-            score, index = logits_BxA.topk(min(s["candidates"], logits_BxA.shape[1]), 1)
-            picked = deltas_BxAx4.gather(1, index[..., None].expand(-1, -1, 4))
-            boxes.append(decode(picked, anchors_Ax4[index], (1.0, 1.0, 1.0, 1.0)))
-            scores.append(score)
-            levels.append(torch.full((score.shape[1],), level))
-        score_BxN, boxes_BxNx4, level_N = (
-            torch.cat(scores, 1),
-            torch.cat(boxes, 1),
-            torch.cat(levels),
-        )
-        out = []
-        for score, box, size in zip(score_BxN, boxes_BxNx4, self.batch["size"], strict=True):
-            box = clip_boxes_to_image(box, (int(size[0]), int(size[1])))
-            keep = ((box[:, 2:] - box[:, :2]) > 0).all(1)
-            box, score, level = box[keep], score[keep], level_N[keep]
-            keep = batched_nms(box, score, level, s["rpn_nms"])[: s["proposals"]]
-            out.append(box[keep])
-        return out
-
-    def rpn_loss(
-        self, logits_BxA: torch.Tensor, deltas_BxAx4: torch.Tensor, known: list[Any]
-    ) -> torch.Tensor:
-        s, all_anchors = self.shape, torch.cat(self.anchors)
-        loss = logits_BxA.new_zeros(())
-        for i, (boxes, _, _) in enumerate(known):
-            with torch.no_grad():
-                label, owner = match(boxes, all_anchors, 0.3, 0.7, keep_best=True)
-                fore, back = sample(
-                    label, self.batch["anchor_draws"][i], s["rpn_samples"], s["rpn_samples"] // 2
-                )
-                places = torch.cat([fore, back])
-                target = (torch.arange(len(places)) < len(fore)).float()
-            loss = loss + F.binary_cross_entropy_with_logits(
-                logits_BxA[i, places], target, reduction="sum"
-            )
-            if len(fore):
-                wanted = encode(boxes[owner[fore]], all_anchors[fore], (1.0, 1.0, 1.0, 1.0))
-                loss = loss + (deltas_BxAx4[i, fore] - wanted).abs().sum()
-        return loss / (s["rpn_samples"] * len(known))
-
-    @torch.no_grad()
-    def regions(
-        self, i: int, found: torch.Tensor, boxes: torch.Tensor, classes: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """The sampled regions of an image, foreground first."""
-        s, draws = self.shape, self.batch["region_draws"][i]
-        places = torch.cat([found, boxes])
-        slots = torch.cat([torch.arange(len(found)), s["proposals"] + torch.arange(len(boxes))])
-        label, owner = match(boxes, places, 0.5, 0.5, keep_best=False)
-        most = int(s["rois"] * s["foreground"])
-        fore, back = sample(label, draws[slots], s["rois"], most)
-        index = torch.cat([fore, back])
-        target = torch.full((len(index),), s["classes"])
-        if len(fore):
-            target[: len(fore)] = classes[owner[fore]]
-        return {"boxes": places[index], "target": target, "owner": owner[fore]}
-
-    def read(
-        self, maps: dict[int, torch.Tensor], boxes: list[torch.Tensor], side: int
-    ) -> torch.Tensor:
-        """RoIAlign of the boxes of every image, each from the map of its size."""
-        side_of, stride_of = self.shape["canonical"]
-        strides = self.shape["strides"][:-1]
-        rois = torch.cat(
-            [
-                torch.cat([torch.full((len(each), 1), float(i)), each], 1)
-                for i, each in enumerate(boxes)
-            ]
-        )
-        area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
-        level = torch.floor(math.log2(stride_of) + torch.log2(area.sqrt() / side_of + 1e-8))
-        low, high = math.log2(strides[0]), math.log2(strides[-1])
-        level = level.clamp(low, high)
-        out = rois.new_zeros(len(rois), maps[strides[0]].shape[1], side, side)
-        for stride in strides:
-            mine = (level == math.log2(stride)).nonzero()[:, 0]
-            read = roi_align(maps[stride], rois[mine], side, 1 / stride, -1, aligned=True)
-            out = out.index_put((mine,), read)
-        return out
-
-    def box_loss(
-        self, maps: dict[int, torch.Tensor], chosen: list[Any], known: list[Any]
-    ) -> torch.Tensor:
-        s = self.shape
-        x = self.read(maps, [each["boxes"] for each in chosen], 7)
-        for i in range(s["box_convs"]):
-            x = self.conv(f"head/box/conv_{i}", x)
-            x = F.relu(self.channel_norm(f"head/box/norm_{i}", x))
-        h = F.relu(self.dense("head/box/hidden", x.flatten(1)))
-        logits, deltas = self.dense("head/box/classes", h), self.dense("head/box/deltas", h)
-        target = torch.cat([each["target"] for each in chosen])
-        share = torch.cat(
-            [torch.full((len(each["boxes"]),), 1 / len(each["boxes"])) for each in chosen]
-        )
-        loss = (F.cross_entropy(logits, target, reduction="none") * share).sum()
-        fore = (target < s["classes"]).nonzero()[:, 0]
-        if len(fore):
-            places = torch.cat([each["boxes"] for each in chosen])[fore]
-            objects = torch.cat(
-                [boxes[each["owner"]] for each, (boxes, _, _) in zip(chosen, known, strict=True)]
-            )
-            wanted = encode(objects, places, (10.0, 10.0, 5.0, 5.0))
-            own = deltas.view(len(target), -1, 4)[fore, target[fore]]
-            loss = loss + ((own - wanted).abs().sum(1) * share[fore]).sum()
-        return loss / len(chosen)
-
-    def mask_loss(
-        self, maps: dict[int, torch.Tensor], chosen: list[Any], known: list[Any]
-    ) -> torch.Tensor:
-        s = self.shape
-        counts = [len(each["owner"]) for each in chosen]
-        boxes = [each["boxes"][:count] for each, count in zip(chosen, counts, strict=True)]
-        x = self.read(maps, boxes, 14)
-        for i in range(s["mask_convs"]):
-            x = self.conv(f"head/mask/conv_{i}", x)
-            x = F.relu(self.channel_norm(f"head/mask/norm_{i}", x))
-        x = F.relu(self.deconv("head/mask/deconv", x))
-        logits = self.conv("head/mask/masks", x)
-        target = torch.cat(
-            [each["target"][:count] for each, count in zip(chosen, counts, strict=True)]
-        )
-        with torch.no_grad():
-            masks = torch.cat(
-                [
-                    box_masks(masks[each["owner"]], known_boxes[each["owner"]], places)
-                    for each, places, (known_boxes, _, masks) in zip(
-                        chosen, boxes, known, strict=True
-                    )
-                ]
-            )
-            share = torch.cat([torch.full((n,), 1 / max(n, 1)) for n in counts])
-        own = logits[torch.arange(len(target)), target]
-        cost = F.binary_cross_entropy_with_logits(own, masks, reduction="none").mean((1, 2))
-        return (cost * share).sum() / len(chosen)
-
-
-def anchors(grid: int, stride: int, size: float, ratios: list[float]) -> torch.Tensor:
-    """[grid^2 R, 4] around the corners of the cells."""
-    widths = torch.tensor([size / math.sqrt(r) for r in ratios])
-    heights = torch.tensor([size * math.sqrt(r) for r in ratios])
-    half = torch.stack([-widths, -heights, widths, heights], 1) / 2
-    y, x = torch.meshgrid(*(torch.arange(grid) * float(stride),) * 2, indexing="ij")
-    return (torch.stack([x, y, x, y], -1)[:, :, None] + half).reshape(-1, 4)
-
-
-def encode(boxes: torch.Tensor, at: torch.Tensor, weights: tuple[float, ...]) -> torch.Tensor:
-    size, own = at[:, 2:] - at[:, :2], boxes[:, 2:] - boxes[:, :2]
-    middle, other = at[:, :2] + size / 2, boxes[:, :2] + own / 2
-    deltas = torch.cat([(other - middle) / size, torch.log(own / size)], 1)
-    return deltas * torch.tensor(weights)
-
-
-def decode(deltas: torch.Tensor, at: torch.Tensor, weights: tuple[float, ...]) -> torch.Tensor:
-    deltas = deltas / torch.tensor(weights)
-    size = at[..., 2:] - at[..., :2]
-    middle = at[..., :2] + size / 2 + deltas[..., :2] * size
-    half = torch.exp(deltas[..., 2:].clamp(max=LIMIT)) * size / 2
-    return torch.cat([middle - half, middle + half], -1)
-
-
-def match(
-    boxes: torch.Tensor, at: torch.Tensor, low: float, high: float, *, keep_best: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1 foreground, 0 background, -1 neither; the object) of every place."""
-    if not len(boxes):
-        nothing = torch.zeros(len(at), dtype=torch.long)
-        return nothing, nothing
-    iou = box_iou(boxes, at)
-    best, owner = iou.max(0)
-    label = torch.where(best < low, 0, torch.where(best < high, -1, 1))
-    if keep_best:
-        label[(iou == iou.max(1, keepdim=True).values).any(0)] = 1
-    return label, owner
-
-
-def sample(
-    label: torch.Tensor, draws: torch.Tensor, count: int, most: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of the sampled foreground and background: those of the largest draws."""
+def simple_pyramid(p: Params, x: torch.Tensor, shape: dict[str, Any]) -> list[torch.Tensor]:
+    """Maps of shape["strides"]; the coarsest is every second cell of the one before."""
     out = []
-    for kind in (1, 0):
-        places = (label == kind).nonzero()[:, 0]
-        room = most if kind else count - len(out[0])
-        if len(places) > room:
-            places = places[draws[places].topk(room).indices]
-        out.append(places)
-    return out[0], out[1]
+    for stride in shape["strides"][:-1]:
+        name, y, at = f"backbone.simfp_{int(np.log2(stride))}", x, 0
+        for step in range(int(np.log2(shape["patch"] / stride)) if stride < shape["patch"] else 0):
+            if step:
+                y, at = F.gelu(channel_norm(p, f"{name}.{at}", y)), at + 2
+            y, at = deconv(p, f"{name}.{at}", y), at + 1
+        if stride > shape["patch"]:
+            y, at = F.max_pool2d(y, stride // shape["patch"]), 1
+        y = channel_norm(p, f"{name}.{at}.norm", conv(p, f"{name}.{at}", y))
+        y = channel_norm(p, f"{name}.{at + 1}.norm", conv(p, f"{name}.{at + 1}", y, 1))
+        out.append(y)
+    return [*out, out[-1][:, :, ::2, ::2]]
 
 
-def box_masks(
-    masks: torch.Tensor, frames: torch.Tensor, places: torch.Tensor, out: int = 28
+def anchors(shape: dict[str, Any], grids: list[tuple[int, int]]) -> list[torch.Tensor]:
+    out = []
+    for (h, w), stride, size in zip(grids, shape["strides"], shape["anchor_sizes"], strict=True):
+        sides = [(size / r**0.5, size * r**0.5) for r in shape["anchor_ratios"]]
+        base = torch.tensor([[-x / 2, -y / 2, x / 2, y / 2] for x, y in sides])
+        y, x = torch.meshgrid(torch.arange(h) * stride, torch.arange(w) * stride, indexing="ij")
+        out.append((torch.stack([x, y, x, y], -1).view(-1, 1, 4) + base).reshape(-1, 4))
+    return out
+
+
+def encoded(boxes: torch.Tensor, at: torch.Tensor, weights: tuple[float, ...]) -> torch.Tensor:
+    side, goal = at[:, 2:] - at[:, :2], boxes[:, 2:] - boxes[:, :2]
+    moved = (boxes[:, :2] + goal / 2 - at[:, :2] - side / 2) / side
+    return torch.cat([moved, (goal / side).log()], 1) * torch.tensor(weights)
+
+
+def decoded(deltas: torch.Tensor, at: torch.Tensor, weights: tuple[float, ...]) -> torch.Tensor:
+    deltas = deltas / torch.tensor(weights)
+    side = at[:, 2:] - at[:, :2]
+    centre = at[:, :2] + side / 2 + deltas[:, :2] * side
+    half = side * deltas[:, 2:].clamp(max=LARGEST).exp() / 2
+    return torch.cat([centre - half, centre + half], 1)
+
+
+def drawn(label: torch.Tensor, uniform: torch.Tensor, count: int, share: float) -> Any:
+    """Indices of foreground and background samples: those of the largest uniform numbers."""
+    chosen, wanted = [], int(count * share)
+    for value in (1, 0):
+        index = (label == value).nonzero()[:, 0]
+        if len(index) > wanted:
+            index = index[uniform[index].topk(wanted).indices]
+        chosen.append(index)
+        wanted = count - len(index)
+    return chosen
+
+
+def label_anchors(at: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if not len(boxes):
+        return torch.zeros(len(at)), torch.zeros(len(at), dtype=torch.long)
+    iou = box_iou(boxes, at)
+    best, index = iou.max(0)
+    label = torch.where(best < 0.3, 0, torch.where(best < 0.7, -1, 1))
+    label[(iou == iou.max(1, keepdim=True).values).any(0)] = 1
+    return label, index
+
+
+def propose(
+    logits: torch.Tensor,
+    deltas: torch.Tensor,
+    levels: list[torch.Tensor],
+    size: torch.Tensor,
+    limits: tuple[int, int],
 ) -> torch.Tensor:
-    """Masks in the frames of their boxes, read at out x out places of other boxes: 0 or 1."""
-    if not len(masks):
-        return masks.new_zeros((0, out, out), dtype=torch.float32)
-    centre = (torch.arange(out) + 0.5) / out
-    at = places[:, None, :2] + centre[:, None] * (places[:, 2:] - places[:, :2])[:, None]
-    size = (frames[:, 2:] - frames[:, :2])[:, None]
-    x, y = ((at - frames[:, None, :2]) / size * 2 - 1).unbind(-1)
-    grid = torch.stack([x[:, None].expand(-1, out, -1), y[:, :, None].expand(-1, -1, out)], -1)
-    read = F.grid_sample(masks[:, None].float(), grid, align_corners=False)
-    return (read[:, 0] >= 0.5).float()
+    """Proposals of an image, [P, 4]."""
+    found, start = [], 0
+    for number, at in enumerate(levels):
+        values, index = logits[start : start + len(at)].topk(min(limits[0], len(at)))
+        boxes = decoded(deltas[start + index], at[index], (1.0, 1.0, 1.0, 1.0))
+        found.append((boxes, values, torch.full_like(index, number)))
+        start += len(at)
+    boxes, values, level = (torch.cat(parts) for parts in zip(*found, strict=True))
+    boxes = torch.minimum(boxes.clamp(min=0), size[[1, 0, 1, 0]].to(boxes))
+    full = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
+    boxes, values, level = boxes[full], values[full], level[full]
+    return boxes[batched_nms(boxes, values, level, 0.7)[: limits[1]]]
+
+
+def pooled(
+    maps: list[torch.Tensor], shape: dict[str, Any], rois: list[torch.Tensor], side: int
+) -> torch.Tensor:
+    """[R, C, side, side] of the RoIs of all images, each from the level of its size."""
+    which = torch.cat([torch.full((len(r), 1), float(i)) for i, r in enumerate(rois)])
+    rois5 = torch.cat([which, torch.cat(rois)], 1)
+    area = (rois5[:, 3] - rois5[:, 1]) * (rois5[:, 4] - rois5[:, 2])
+    reference, stride = shape["canonical"]
+    level = (np.log2(stride) + (area.sqrt() / reference + 1e-8).log2()).floor()
+    strides = shape["strides"][:-1]
+    level = level.clamp(np.log2(strides[0]), np.log2(strides[-1])) - np.log2(strides[0])
+    out = maps[0].new_zeros(len(rois5), maps[0].shape[1], side, side)
+    for number, at in enumerate(strides):
+        index = (level == number).nonzero()[:, 0]
+        if len(index):
+            out = out.index_copy(
+                0, index, roi_align(maps[number], rois5[index], side, 1 / at, -1, True)
+            )
+    return out
+
+
+def framed_targets(
+    masks: torch.Tensor, boxes: torch.Tensor, rois: torch.Tensor, side: int
+) -> torch.Tensor:
+    """Masks in the frame of their boxes, read at the bin centres of RoIs: [R, side, side]."""
+    bins = (torch.arange(side) + 0.5) / side
+    places = []
+    for axis in (0, 1):
+        low, high = boxes[:, axis, None], boxes[:, axis + 2, None]
+        at = rois[:, axis, None] + bins * (rois[:, axis + 2] - rois[:, axis])[:, None]
+        places.append((at - low) / (high - low) * 2 - 1)
+    x, y = places
+    grid = torch.stack([x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], -1)
+    return (F.grid_sample(masks[:, None].float(), grid, align_corners=False)[:, 0] >= 0.5).float()
+
+
+def mask_rcnn_losses(p: Params, batch: dict[str, torch.Tensor], shape: dict[str, Any]) -> Any:
+    """[B, 5]: rpn_cls, rpn_loc, cls, box_reg and mask of each image by its own counts."""
+    count = len(batch["image"])
+    x = normalised(batch["image"], batch["size"])
+    maps = simple_pyramid(p, vit_map(p, x, shape), shape)
+    head, logits, deltas = "proposal_generator.rpn_head", [], []
+    for y in maps:
+        for i in range(2):
+            y = F.relu(conv(p, f"{head}.conv.conv{i}", y, 1))
+        logits.append(
+            conv(p, f"{head}.objectness_logits", y).permute(0, 2, 3, 1).reshape(count, -1)
+        )
+        deltas.append(conv(p, f"{head}.anchor_deltas", y).permute(0, 2, 3, 1).reshape(count, -1, 4))
+    levels = anchors(shape, [tuple(m.shape[2:]) for m in maps])
+    at, rpn_logits, rpn_deltas = torch.cat(levels), torch.cat(logits, 1), torch.cat(deltas, 1)
+    rows, rois, classes, goals, masks = [], [], [], [], []
+    total = shape["classes"]
+    for i in range(count):
+        with torch.no_grad():
+            valid = batch["classes"][i] >= 0
+            boxes, names = batch["boxes"][i][valid], batch["classes"][i][valid].long()
+            label, index = label_anchors(at, boxes)
+            fg, bg = drawn(label, batch["uniform/rpn"][i], shape["rpn_samples"], 0.5)
+            found = propose(
+                rpn_logits[i], rpn_deltas[i], levels, batch["size"][i], shape["proposals"]
+            )
+            slots = torch.cat(
+                [torch.arange(len(found)), shape["proposals"][1] + torch.arange(len(boxes))]
+            )
+            found = torch.cat([found, boxes])
+            if len(boxes):
+                best, match = box_iou(boxes, found).max(0)
+            else:
+                best, match = torch.zeros(len(found)), torch.zeros(len(found), dtype=torch.long)
+            uniform = batch["uniform/roi"][i][slots]
+            roi_fg, roi_bg = drawn(
+                (best >= 0.5).long(), uniform, shape["rois"], shape["roi_foreground"]
+            )
+            index_fg, roi = index[fg], torch.cat([roi_fg, roi_bg])
+            rois.append(found[roi])
+            kinds = torch.full((len(roi),), total)
+            kinds[: len(roi_fg)] = names[match[roi_fg]]
+            classes.append(kinds)
+            goals.append(boxes[match[roi_fg]])
+            masks.append(batch["masks"][i][valid][match[roi_fg]])
+        sampled = torch.cat([fg, bg])
+        truth = torch.cat([torch.ones(len(fg)), torch.zeros(len(bg))])
+        cost = F.binary_cross_entropy_with_logits(rpn_logits[i][sampled], truth, reduction="sum")
+        error = rpn_deltas[i][fg] - encoded(boxes[index_fg], at[fg], (1.0, 1.0, 1.0, 1.0))
+        rows.append(torch.stack([cost, error.abs().sum()]) / shape["rpn_samples"])
+    y = pooled(maps, shape, rois, 7)
+    for i in range(shape["box_convs"]):
+        name = f"roi_heads.box_head.conv{i + 1}"
+        y = F.relu(channel_norm(p, f"{name}.norm", conv(p, name, y, 1)))
+    y = F.relu(linear(p, "roi_heads.box_head.fc1", y.flatten(1)))
+    sizes = [len(r) for r in rois]
+    scores = linear(p, "roi_heads.box_predictor.cls_score", y).split(sizes)
+    moves = linear(p, "roi_heads.box_predictor.bbox_pred", y).view(-1, total, 4).split(sizes)
+    foreground = [len(g) for g in goals]
+    front = [r[:n] for r, n in zip(rois, foreground, strict=True)]
+    y = pooled(maps, shape, front, 14)
+    for i in range(shape["mask_convs"]):
+        name = f"roi_heads.mask_head.mask_fcn{i + 1}"
+        y = F.relu(channel_norm(p, f"{name}.norm", conv(p, name, y, 1)))
+    y = F.relu(deconv(p, "roi_heads.mask_head.deconv", y))
+    shown = conv(p, "roi_heads.mask_head.predictor", y).split(foreground)
+    out = []
+    for i, n in enumerate(foreground):
+        cls = F.cross_entropy(scores[i], classes[i])
+        kind = classes[i][:n]
+        error = moves[i][torch.arange(n), kind] - encoded(
+            goals[i], front[i], (10.0, 10.0, 5.0, 5.0)
+        )
+        mask = shown[i].sum() * 0
+        if n:
+            mask = F.binary_cross_entropy_with_logits(
+                shown[i][torch.arange(n), kind], framed_targets(masks[i], goals[i], front[i], 28)
+            )
+        out.append(torch.cat([rows[i], torch.stack([cls, error.abs().sum() / len(rois[i]), mask])]))
+    return torch.stack(out)
+
+
+def optimiser(p: Params, rate: float, groups: dict[str, tuple[float, float]]) -> Any:
+    """AdamW with the factor of the rate and the weight decay of each parameter."""
+    made: dict[tuple[float, float], list[torch.Tensor]] = {}
+    for name, value in p.items():
+        made.setdefault(groups[name], []).append(value)
+    return torch.optim.AdamW(
+        [{"params": v, "lr": rate * k[0], "weight_decay": k[1]} for k, v in made.items()],
+        lr=rate,
+        fused=True,
+    )
+
+
+def leaves(arrays: dict[str, np.ndarray]) -> Params:
+    return {k: torch.from_numpy(v.copy()).requires_grad_() for k, v in arrays.items()}
+
+
+def _check() -> None:
+    from tests.bench import upernet_torch
+
+    folder = pathlib.Path(__file__).parents[1] / "data" / "dense"
+    tiny = {
+        "patch": 16,
+        "depth": 4,
+        "heads": 2,
+        "window": 3,
+        "global": (1, 3),
+        "strides": (4, 8, 16, 32, 64),
+        "anchor_sizes": (8, 16, 32, 64, 96),
+        "anchor_ratios": (0.5, 1.0, 2.0),
+        "canonical": (32, 16),
+        "proposals": (16, 32),
+        "rpn_samples": 4092,
+        "rois": 37,
+        "roi_foreground": 0.5,
+        "box_convs": 2,
+        "mask_convs": 2,
+        "classes": 3,
+    }
+    for name in ("vitdet", "upernet"):
+        start, steps = (dict(np.load(folder / f"{name}{end}.npz")) for end in ("", "_steps"))
+        state = {k[6:]: v for k, v in start.items() if k.startswith("state/")}
+        batch = {k: torch.from_numpy(v) for k, v in start.items() if not k.startswith("state/")}
+        groups = {k[6:]: tuple(v.tolist()) for k, v in steps.items() if k.startswith("group/")}
+        p = leaves({k: state[k] for k in groups})
+        step = optimiser(p, float(steps["rate"]), groups)
+        if name == "upernet":
+            shape = {
+                "patch": 16,
+                "grid": 6,
+                "depth": 4,
+                "heads": 2,
+                "blocks": (0, 1, 2, 3),
+                "pool_scales": (1, 2, 3, 6),
+            }
+            rest = {k: torch.from_numpy(v) for k, v in state.items() if k not in groups}
+            net = upernet_torch.UperNet(p, rest, shape)
+        for number in range(8):
+            losses = net.losses(batch) if name == "upernet" else mask_rcnn_losses(p, batch, tiny)
+            error = (losses.detach() - torch.from_numpy(steps["losses"][number])).abs().max()
+            print(f"{name}, step {number}: largest difference of a loss {error:.1e}")
+            step.zero_grad()
+            (losses.sum() / (1 if name == "upernet" else len(losses))).backward()
+            step.step()
+
+
+if __name__ == "__main__":
+    _check()

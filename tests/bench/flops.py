@@ -86,7 +86,7 @@ def measure(config: schema.Config) -> tuple[float, float, float]:
         else float("nan")
     )
     images = config.train.batch_size
-    return (counted.dot + counted.conv) / images, formula.step(trainer.plan), lowered / images
+    return (counted.dot + counted.conv) / images, formula.step(trainer.task.plan), lowered / images
 
 
 def temporary(forms: str) -> float:

@@ -141,7 +141,9 @@ def hand_over(
     )
     arrays["keep"] = np.asarray(views.drop_path_factors(config, batch_of(config)["position"], 0))
     arrays["lr"] = np.asarray([trainer.learning_rate(k) for k in range(steps)], np.float32)
-    arrays["momentum"] = np.asarray([trainer.momentum(k + 1) for k in range(steps)], np.float64)
+    arrays["momentum"] = np.asarray(
+        [trainer.scheduled(k + 1)["ema"] for k in range(steps)], np.float64
+    )
     np.savez(folder / "start.npz", **arrays)
     (folder / "shape.json").write_text(json.dumps(numbers(config)))
 

@@ -179,7 +179,7 @@ def segment_config() -> schema.Config:
     rule = schema.Geometry(rule="range", long=400, short=60)
     return schema.Config(
         data=schema.Data(image_size=32, classes=2),
-        dense=schema.Dense(geometry=rule, segment=schema.Segment(test_stride=20)),
+        dense=schema.DensePrediction(geometry=rule, segment=schema.Segment(test_stride=20)),
     )
 
 

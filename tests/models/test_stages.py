@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.models import backbones, intern_image, intern_image_backbone, vit
+from m3i_jax.models import backbones, intern_image, intern_image_backbone, vit, vit_maps
 from m3i_jax.objective import positions
 from tests import toy
 
@@ -31,9 +31,12 @@ def encoder(**changes: object) -> tuple[schema.Config, Any]:
 
 
 def stages(config: schema.Config, params: Any, x: jax.Array) -> dict[int, jax.Array]:
-    call = backbones.get_backbone(config.model).stages
-    assert call is not None
-    return jit(lambda p, x: call(config.model, p, x, size=config.data.image_size))(params, x)
+    """Maps by their strides."""
+    backbone, maps = backbones.get_backbone(config.model), config.dense.maps
+    assert backbone.stages is not None and backbone.map_strides is not None
+    call = functools.partial(backbone.stages, config.model, maps=maps, size=config.data.image_size)
+    outputs = jit(lambda p, x: call(p, x))(params, x)
+    return dict(zip(backbone.map_strides(config.model, maps), outputs, strict=True))
 
 
 POSITIONS = {
@@ -69,7 +72,9 @@ def test_positions_of_another_grid_are_resized() -> None:
     rows, columns = np.meshgrid(np.arange(4.0), np.arange(4.0), indexing="ij")
     table = np.zeros((17, 32), np.float32)
     table[1:, 0], table[1:, 1] = rows.ravel(), columns.ravel()
-    resized = vit._position_table(config.model, {"positions": jnp.asarray(table)[None]}, 4, (12, 8))
+    resized = vit_maps.position_table(
+        config.model, {"positions": jnp.asarray(table)[None]}, 4, (12, 8)
+    )
     got = np.asarray(resized).reshape(12, 8, 32)
     tall, narrow = (positions.resized(table[1:], n).reshape(n, n, 32) for n in (12, 8))
     np.testing.assert_allclose(got[..., 0], tall[:, :1, 0].repeat(8, 1), atol=1e-5)
@@ -99,7 +104,7 @@ def test_gradients_reach_the_positions_through_the_resize() -> None:
     config, params = encoder(model__encoder__positions="learned")
 
     def total(params: Any) -> jax.Array:
-        return vit.stages(config.model, params, images(16, 24), size=32)[8].sum()
+        return vit_maps.stages(config.model, params, images(16, 24), size=32)[0].sum()
 
     table = jit(jax.grad(total))(params)["positions"]
     assert np.isfinite(table).all() and (np.abs(table).sum(-1) > 0).all()
@@ -112,13 +117,13 @@ def test_the_stages_of_intern_image() -> None:
     call = backbones.get_backbone(config.model).stages
     assert call is not None
     maps = jax.eval_shape(lambda p, x: call(config.model, p, x, size=32), params, images(32, 64))
-    assert {stride: m.shape for stride, m in maps.items()} == {
-        2 * 2**i: (2, 16 // 2**i, 32 // 2**i, 8 * 2**i) for i in range(4)
-    }
+    assert [m.shape for m in maps] == [(2, 16 // 2**i, 32 // 2**i, 8 * 2**i) for i in range(4)]
+    strides = backbones.INTERN_IMAGE.map_strides
+    assert strides is not None and strides(config.model, config.dense.maps) == (2, 4, 8, 16)
     net = intern_image_backbone.intern_image_config(config.model)
 
     def all_of(p: Any, x: jax.Array) -> tuple[jax.Array, ...]:
-        maps = list(call(config.model, p, x, size=32).values())
+        maps = list(call(config.model, p, x, size=32))
         plain = intern_image.apply(dataclasses.replace(net, fused=0), p, x)
         fused = intern_image.fuse(net, p, maps)
         return maps[3].reshape(2, -1, 64), plain, fused, intern_image.apply(net, p, x)

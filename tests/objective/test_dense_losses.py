@@ -125,14 +125,14 @@ def test_the_federated_loss_is_that_of_torch_for_its_categories():
         [20],
     )
     np.testing.assert_array_equal(
-        losses.federated_classes(classes, None, uniform, count=count), kept
+        losses.federated_categories(classes, None, uniform, count=count), kept
     )
 
 
 def test_slots_that_are_not_filled_bring_no_category():
     classes, weight = np.array([3, 9, 4, 7]), np.float32([1, 1, 0, 0])
     uniform = np.zeros(9, np.float32)
-    kept = losses.federated_classes(classes, weight, uniform, count=2)
+    kept = losses.federated_categories(classes, weight, uniform, count=2)
     assert np.flatnonzero(kept).tolist() == [3]
     logits = np.full((4, 9), np.nan, np.float32)
     logits[:2] = 0
@@ -145,12 +145,12 @@ def test_slots_that_are_not_filled_bring_no_category():
 def test_49_categories_beside_background():
     classes = np.array([1, 2, 2, 1203])
     uniform = np.random.default_rng(0).random(1203).astype(np.float32)
-    kept = np.asarray(losses.federated_classes(classes, None, uniform))
+    kept = np.asarray(losses.federated_categories(classes, None, uniform))
     assert kept.sum() == 49 and kept[[1, 2]].all()
-    assert losses.federated_classes(classes[:3], None, uniform).sum() == 50
+    assert losses.federated_categories(classes[:3], None, uniform).sum() == 50
     many = np.arange(60)  # none is drawn, none is dropped
     np.testing.assert_array_equal(
-        losses.federated_classes(many, None, uniform), np.arange(1203) < 60
+        losses.federated_categories(many, None, uniform), np.arange(1203) < 60
     )
 
 
@@ -160,7 +160,7 @@ def test_categories_are_drawn_as_without_replacement():
     classes, draws = np.array([2, 8]), 6000
     uniform = np.random.default_rng(0).random((draws, 8)).astype(np.float32)
     program = jax.jit(
-        jax.vmap(lambda u: losses.federated_classes(classes, None, u, frequency, count=5))
+        jax.vmap(lambda u: losses.federated_categories(classes, None, u, frequency, count=5))
     )
     share = np.asarray(program(uniform)).mean(0)
     weight = frequency**0.5
@@ -172,7 +172,7 @@ def test_categories_are_drawn_as_without_replacement():
     expected[2] = 1
     np.testing.assert_allclose(share, expected, atol=5 * (0.5 / draws) ** 0.5)
     # never drawn, even if nothing else is left
-    everything = losses.federated_classes(classes, None, uniform[0], frequency, count=50)
+    everything = losses.federated_categories(classes, None, uniform[0], frequency, count=50)
     assert everything.sum() == 7 and not everything[5]
 
 
@@ -196,7 +196,7 @@ def test_bfloat16_is_computed_in_float32():
         (lambda: losses.sigmoid_focal(np.zeros(3), np.zeros(3), gamma=-1), "gamma is -1"),
         (lambda: losses.dice(np.zeros(()), np.zeros(())), "scalars"),
         (
-            lambda: losses.federated_classes(np.zeros(2, int), None, np.zeros(4), np.ones(3)),
+            lambda: losses.federated_categories(np.zeros(2, int), None, np.zeros(4), np.ones(3)),
             "one frequency per category",
         ),
         (

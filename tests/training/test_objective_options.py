@@ -12,7 +12,7 @@ from m3i_jax.models import m3i, pooling, text
 from m3i_jax.objective import mixing, terms
 from m3i_jax.objective.terms import FULL, MIXED, MlpShape, ProjectionHead, pooled_term, token_term
 from m3i_jax.training import plan as plans
-from m3i_jax.training import predictions, step, term_losses, trainer, views
+from m3i_jax.training import predictions, pretrain_gradients, term_losses, trainer, views
 from tests import toy
 from tests.training.forward import SMALL, batch_of, forward, parameters, plan_of
 
@@ -188,9 +188,9 @@ def _contrast_gradients(count: int):
     trees = {
         "ema": jax.tree.map(lambda a: a * 0.9, m3i.target_parts(plan.config, plan.terms, params))
     }
-    return jax.jit(lambda p, t, b: step.objective_gradients(plan, p, t, b, jnp.float32(1)))(
-        params, trees, batch_of(plan)
-    )
+    return jax.jit(
+        lambda p, t, b: pretrain_gradients.objective_gradients(plan, p, t, b, jnp.float32(1))
+    )(params, trees, batch_of(plan))
 
 
 def test_microbatches_contrast_with_the_whole_batch() -> None:

@@ -14,7 +14,7 @@ from m3i_jax.objective import losses as loss_functions
 from m3i_jax.objective import mixing, positions, terms
 from m3i_jax.objective.posteriors import Boltzmann
 from m3i_jax.objective.terms import MIXED
-from m3i_jax.training import plan, step, term_losses, trainer, views
+from m3i_jax.training import plan, pretrain_gradients, term_losses, trainer, views
 from tests import toy
 from tests.training.forward import forward, loss_arguments, plan_of
 
@@ -30,13 +30,17 @@ def made(form: str, **changes: object) -> tuple[trainer.Trainer, object]:
 
 def gradients(form: str, **changes: object):
     one, state = made(form, **changes)
-    run = jax.jit(lambda p, t, b: step.objective_gradients(one.plan, p, t, b, jnp.float32(LAMBDA)))
+    run = jax.jit(
+        lambda p, t, b: pretrain_gradients.objective_gradients(
+            one.task.plan, p, t, b, jnp.float32(LAMBDA)
+        )
+    )
     return run(state.params, teachers(one, state), toy.batch(one.config))
 
 
 def teachers(one: trainer.Trainer, state) -> dict:
     """Other trees than the online encoder's."""
-    parts = m3i.target_parts(one.config, one.plan.terms, state.params)
+    parts = m3i.target_parts(one.config, one.task.plan.terms, state.params)
     return {
         "ema": jax.tree.map(lambda a: a * 0.9, parts),
         "frozen": jax.tree.map(lambda a: a * 1.1, parts),
@@ -44,7 +48,7 @@ def teachers(one: trainer.Trainer, state) -> dict:
 
 
 def with_shared(one: trainer.Trainer, trees: dict, params) -> dict:
-    parts = m3i.target_parts(one.config, one.plan.terms, params)
+    parts = m3i.target_parts(one.config, one.task.plan.terms, params)
     return {**trees, "shared": jax.lax.stop_gradient(parts)}
 
 
@@ -75,10 +79,10 @@ def test_one_backward_is_the_gradient_of_the_plain_sum(form: str, changes: dict)
     batch, trees = toy.batch(one.config), teachers(one, state)
 
     def plain(params, batch):
-        arguments, z = loss_arguments(one.plan, params, with_shared(one, trees, params), batch)
+        arguments, z = loss_arguments(one.task.plan, params, with_shared(one, trees, params), batch)
         heads = {k: v for k, v in params.items() if k != "encoder"}
         return sum(
-            w * term_losses.group_loss(one.plan, g, **arguments)(heads, z)[0]
+            w * term_losses.group_loss(one.task.plan, g, **arguments)(heads, z)[0]
             for g, w in (("ssp", 1.0), ("sp", LAMBDA))
         )
 
@@ -94,11 +98,13 @@ def test_norms_are_those_of_the_two_losses_at_the_encoder_output() -> None:
 
     def at_output(batch):
         arguments, z = loss_arguments(
-            one.plan, state.params, with_shared(one, trees, state.params), batch
+            one.task.plan, state.params, with_shared(one, trees, state.params), batch
         )
         return [
             jax.grad(
-                lambda z, g=g: term_losses.group_loss(one.plan, g, **arguments)(state.params, z)[0]
+                lambda z, g=g: term_losses.group_loss(one.task.plan, g, **arguments)(
+                    state.params, z
+                )[0]
             )(z)
             for g in ("ssp", "sp")
         ]
@@ -207,9 +213,9 @@ def test_microbatch_softmax_is_another_loss() -> None:
 def test_losses_are_averages_over_those_that_have_an_annotation() -> None:
     one, _ = made("m3i")
     batch = toy.batch(one.config)
-    inputs = views.pass_inputs(one.config, one.plan.passes, batch)
-    counts, weights = term_losses.loss_weights(one.plan, inputs)
-    names = [t.name for t in one.plan.terms]
+    inputs = views.pass_inputs(one.config, one.task.plan.passes, batch)
+    counts, weights = term_losses.loss_weights(one.task.plan, inputs)
+    names = [t.name for t in one.task.plan.terms]
     labels, captions = int((batch["label"] >= 0).sum()), int((batch["length"] > 0).sum())
     assert [int(counts[names.index(n)]) for n in ("intra", "category", "text")] == [
         16 * 16,
@@ -227,8 +233,8 @@ def test_missing_annotations_do_not_enter() -> None:
     other = {**batch, "tokens": batch["tokens"].copy()}
     other["tokens"][batch["length"] == 0] = 7
     run = jax.jit(
-        lambda b: step.objective_gradients(
-            one.plan, state.params, teachers(one, state), b, jnp.float32(1)
+        lambda b: pretrain_gradients.objective_gradients(
+            one.task.plan, state.params, teachers(one, state), b, jnp.float32(1)
         )[1]["loss/sp"]
     )
     assert float(run(batch)) == float(run(other))
@@ -259,7 +265,7 @@ def test_sim_with_equal_views_is_masked_image_modelling() -> None:
     losses = [
         float(
             jax.jit(
-                lambda b, p=m.plan: step.objective_gradients(
+                lambda b, p=m.task.plan: pretrain_gradients.objective_gradients(
                     p, state.params, trees, b, jnp.float32(1)
                 )[1]["loss/ssp"]
             )(batch)
@@ -329,7 +335,7 @@ def test_eight_devices_are_one_device_with_convolutions(monkeypatch: pytest.Monk
         for path, x in jax.tree_util.tree_leaves_with_path(state.params["encoder"])
         if x.sharding.shard_shape(x.shape) != x.shape
     }
-    wanted = ("dcn/input", "dcn/output", "dcn/offsets", "dcn/depthwise", "mlp/fc1", "mlp/fc2")
+    wanted = ("dcn/input", "dcn/output", "dcn/offsets", "mlp/fc1", "mlp/fc2")
     assert {f"stage3/layers/{name}/kernel" for name in wanted} | {
         "fusion/deep/kernel",
         "stage2/down/conv/kernel",

@@ -182,7 +182,7 @@ def test_a_run_traces_its_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_schedules_have_the_length_of_the_run() -> None:
     one = made()  # 20 steps, 2 of them warm-up
     assert [float(one.learning_rate(k)) for k in (1, 2, 20)] == pytest.approx([5e-4, 1e-3, 0.0])
-    assert [one.momentum(k) for k in (0, 10, 20)] == pytest.approx([0.9, 0.95, 1.0])
+    assert [one.scheduled(k)["ema"] for k in (0, 10, 20)] == pytest.approx([0.9, 0.95, 1.0])
 
 
 def block(width: int, hidden: int) -> int:

@@ -51,7 +51,7 @@ class DataSource(Protocol):
     classes: names of the categories, by label. captions: whether any record has one. fingerprint():
     changes when the records or their order do. Optional, for speed: `__getitems__(indices)`,
     `key(i)`, `caption(i)`, `key_hashes()`; the functions below fall back to `__getitem__`. An
-    annotated source has `object_table()`; and `map_classes` if those of its maps differ."""
+    annotated source has `object_table()`, one with maps has `map_classes`."""
 
     @property
     def name(self) -> str: ...
@@ -200,13 +200,13 @@ def object_table(source: DataSource) -> ObjectTable | None:
 
 
 def map_classes(source: DataSource) -> tuple[str, ...]:
-    """Returns the names of the classes of a source's maps.
+    """Returns the names of the classes of a source's maps; () if it has no maps.
 
     >>> import types
-    >>> map_classes(types.SimpleNamespace(classes=("cat",)))
-    ('cat',)
+    >>> map_classes(types.SimpleNamespace(map_classes=("sky",))), map_classes([])
+    (('sky',), ())
     """
-    return getattr(source, "map_classes", source.classes)
+    return getattr(source, "map_classes", ())
 
 
 def source_key_hashes(source: DataSource) -> np.ndarray:

@@ -316,7 +316,10 @@ def _open(path: str, split: str, data: schema.Data, cache: str) -> CocoSource:
             f"data.annotations is empty, and data.path={path!r} has no JSON file: give the file of"
             " annotations"
         )
-    return CocoSource(path, base.split_path(path, split), cache=cache)
+    annotations = base.split_path(path, split)
+    if not os.path.isfile(annotations) and os.path.isfile(os.path.expanduser(split)):
+        annotations = split  # of the working directory
+    return CocoSource(path, annotations, cache=cache)
 
 
 register_source(

@@ -198,7 +198,7 @@ class _Rows:
             box = _box(annotation.get("bbox"), parts, runs, size, ignored, noted)
             if box is None:
                 continue
-            identity = annotation.get("id")
+            identity: Any = annotation.get("id")
             if not _is_id(identity) or identity in self.ids:
                 noted["annotations without an id of their own"] += 1
                 identity = -1 if not _is_id(identity) else identity
@@ -207,7 +207,7 @@ class _Rows:
                 noted["objects without a mask"] += 1
             self.points += parts
             self.runs += runs
-            area = annotation.get("area")
+            area: Any = annotation.get("area")
             x0, y0, x1, y1 = box
             self.columns["box"].append(box)
             self.columns["class"].append(self.classes[category])

@@ -374,6 +374,11 @@ class RelabelledSource:
 
     def __init__(self, source: DataSource, classes: Sequence[str]) -> None:
         number = {name: i for i, name in enumerate(classes)}
+        if base.map_classes(source):
+            raise UserError(
+                f"{source.name} has class maps of other classes than the training part: give both"
+                " the same file of class names (data.class_names)"
+            )
         self.source, self.name, self.captions = source, source.name, source.captions
         self.classes = tuple(classes)
         self._table = np.array([number.get(name, -1) for name in source.classes], np.int32)

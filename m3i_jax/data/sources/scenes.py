@@ -38,7 +38,7 @@ _TILT = math.pi / 6
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Layer:
+class SceneLayer:
     """A shape of a scene. `x`, `y` and `radius` are in pixels; a layer of the heap is part of the
     crowd."""
 
@@ -111,7 +111,7 @@ class ScenesSource:
             f" {len(self.classes)} classes of objects, {len(MAP_CLASSES)} of the map"
         )
 
-    def layers(self, index: SupportsIndex) -> list[Layer]:
+    def layers(self, index: SupportsIndex) -> list[SceneLayer]:
         """Returns the shapes of a scene without rendering it, the hindmost first.
 
         >>> [layer.label for layer in ScenesSource(100).layers(7)]
@@ -122,7 +122,7 @@ class ScenesSource:
         height, width = self._shape(u)
         ground = _pick(shapes.PATTERNS, u[1]), self._ground(u)
         colors = tuple(c for c in shapes.COLORS if ground[1] in shapes.GROUNDS[c])
-        found: list[Layer] = []
+        found: list[SceneLayer] = []
         if u[5] < 0.1:
             label, color = _class(u[6]), _pick(colors, u[7])
             middle = width * (0.2 + 0.6 * u[8]), height * (0.2 + 0.6 * u[9])
@@ -130,14 +130,14 @@ class ScenesSource:
                 v = u[16 + 6 * _MOST + 4 * h :]
                 x, y = (m + 0.3 * self.side * (w - 0.5) for m, w in zip(middle, v, strict=False))
                 found.append(
-                    Layer(label, color, x, y, 0.055 * self.side, _TILT * (2 * v[2] - 1), True)
+                    SceneLayer(label, color, x, y, 0.055 * self.side, _TILT * (2 * v[2] - 1), True)
                 )
         for m in range(0 if u[3] < 0.05 else 1 + int(_MOST * u[4])):
             v = u[16 + 6 * m :]
             radius = self.side * 0.09 * 3.4 ** v[2]  # diameters of 0.18 to 0.61 of the side
             angle = _TILT * (2 * v[3] - 1)
             found.append(
-                Layer(
+                SceneLayer(
                     _class(v[4]),
                     _pick(colors, v[5]),
                     width * v[0],
@@ -173,7 +173,7 @@ class ScenesSource:
         first, second = shapes.color_shades(self._ground(u))
         image = Image.new("RGB", (self.side, self.side), _rgb(first))
         image.paste(
-            _rgb(second), mask=shapes.pattern_mask(pattern, self.side, *u[10:13], cells=specks)
+            _rgb(second), mask=shapes.pattern_mask(pattern, self.side, u[10], u[11], u[12], specks)
         )
         image = image.crop((0, 0, width, height))
         stuff = len(shapes.CLASSES) + shapes.PATTERNS.index(pattern)
@@ -191,7 +191,7 @@ class ScenesSource:
 
 
 def _paint(
-    image: Image.Image, layer: Layer, number: int, map_HxW: np.ndarray, owner: np.ndarray
+    image: Image.Image, layer: SceneLayer, number: int, map_HxW: np.ndarray, owner: np.ndarray
 ) -> None:
     """Draws a layer in front of a scene, its map and the numbers of its layers."""
     height, width = map_HxW.shape
@@ -215,7 +215,7 @@ def _paint(
     owner[alpha_HxW >= 128] = number
 
 
-def _annotate(layers: list[Layer], owner: np.ndarray) -> Objects:
+def _annotate(layers: list[SceneLayer], owner: np.ndarray) -> Objects:
     """Returns the objects of the visible layers; the heap is one, a crowd."""
     groups: list[list[int]] = [[n] for n, layer in enumerate(layers) if not layer.heap]
     if heap := [n for n, layer in enumerate(layers) if layer.heap]:

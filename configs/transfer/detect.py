@@ -1,0 +1,119 @@
+"""Detection and instance segmentation on images of one's own: ViTDet's Mask R-CNN with the trainer
+of pre-training.
+
+    python -m m3i_jax.main --config configs/transfer/detect.py --workdir runs/detect_scenes
+    python -m m3i_jax.main --workdir runs/mine \\
+      --config configs/transfer/detect.py:annotations=FILE.json,images=DIR,from=RUN
+
+Without data, it trains on built-in scenes of shapes for some minutes. `annotations` is a file in
+COCO's form, with or without masks (masks=false); a fifth of the images is held out unless
+--config.data.holdout_annotations names another file. `from` is the working directory of a run or a
+weights file that `init_from` reads.
+
+configs/transfer/coco.py and lvis.py have the published settings. Here, for data sets of thousands
+of images, rate and length are a choice of this project: AdamW with 1e-3 for small encoders and 1e-4
+for those of 768 channels, a cosine schedule, and images scaled by 0.5 to 1.5.
+"""
+
+from ml_collections import ConfigDict
+
+from m3i_jax.config import default_config
+from m3i_jax.evaluation.dense_encoder import build_dense_encoder, global_blocks
+
+SMALL = 512  # pixels below which strides, anchors and heads are small
+
+
+def get_config(
+    annotations: str = "",
+    images: str = "",
+    from_: str = "",
+    model: str = "",
+    image_size: int = 0,
+    epochs: float = 0.0,
+    steps: int = 0,
+    batch_size: int = 16,
+    masks: bool = True,
+) -> ConfigDict:
+    """Settings of a detection run.
+
+    Args:
+      annotations: JSON file in COCO's form; empty: built-in scenes.
+      images: directory of its images; empty: that of the file.
+      from_: working directory of the run that trained the encoder, or a weights file; empty: train
+        from scratch.
+      model: preset, used without `from`; empty: vit_tiny for scenes, vit_s16 otherwise.
+      image_size: side of the square that images are fitted into; 0: 96 for scenes, 512 otherwise.
+      epochs: passes over the images; 0: 36.
+      steps: optimizer steps instead of epochs; 0: from epochs.
+      batch_size: images per step.
+      masks: predict masks; the annotations must have them.
+    """
+    config = default_config()
+    config.task = "detect"
+    scenes = not annotations
+    size = image_size or (96 if scenes else SMALL)
+    is_vit = build_dense_encoder(
+        config,
+        from_=from_,
+        model=model or ("vit_tiny" if scenes else "vit_s16"),
+        image_size=size,
+        flag="configs/transfer/detect.py:from",
+    )
+    grid = size // config.model.encoder.patch_size
+    if is_vit:
+        config.dense.maps.update(
+            {
+                "window": 14 if grid > 28 else -(-grid // 2),
+                "global_blocks": global_blocks(config.model.encoder.depth),
+                "relative": "decomposed",
+            }
+        )
+    config.model.encoder.drop_path = 0.1 if config.model.encoder.depth >= 12 else 0.0
+
+    # Data.
+    config.data.source = "scenes" if scenes else "coco"
+    config.data.path = "" if scenes else images
+    config.data.annotations = annotations
+    config.data.size = 3300 if scenes else 0
+    config.data.holdout = 0.1 if scenes else 0.2
+    config.data.threads = 2
+    config.dense.geometry.scale = (1.0, 1.0) if scenes else (0.5, 1.5)
+    config.dense.geometry.max_objects = 20 if scenes else 100
+
+    # Heads.
+    config.dense.detect.masks = masks
+    if size < SMALL:
+        scale = size / 96
+        config.dense.geometry.mask_size = 56
+        config.dense.detect.update(
+            {
+                "strides": (4, 8, 16, 32),
+                "anchor_sizes": tuple(round(side * scale) for side in (12, 24, 48, 96)),
+                "canonical": (round(56 * scale), 8),
+                "width": 48,
+                "rpn_convs": 1,
+                "rpn_samples": 64,
+                "proposals": (500, 200),
+                "test_proposals": (500, 200),
+                "rois": 24,
+                "box_convs": 0,
+                "box_hidden": 128,
+                "mask_convs": 2,
+                "candidates": 500,
+            }
+        )
+
+    # Optimization.
+    config.train.batch_size = batch_size
+    config.train.epochs = epochs or (2.0 if scenes else 36.0)
+    config.train.steps = steps
+    config.train.eval_every = 0
+    config.optim.lr = 1e-3 if config.model.encoder.width < 384 else 1e-4
+    config.optim.warmup_epochs = 0.05 * config.train.epochs
+    config.optim.warmup_steps = steps // 20 if steps else -1
+    config.optim.weight_decay = 0.05
+    config.optim.b2 = 0.999
+    config.optim.clip = 1.0
+    config.optim.layer_decay = 0.8 if from_ and config.model.encoder.depth >= 12 else 1.0
+    config.evaluate.batch_size = batch_size
+    return config

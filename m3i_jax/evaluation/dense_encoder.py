@@ -1,0 +1,71 @@
+"""The encoder of a dense run, for its recipe: model, weights and maps."""
+
+import ml_collections
+
+from m3i_jax.evaluation.load import build_encoder
+from m3i_jax.models import backbones, presets
+
+WINDOW = 14  # side of ViTDet's windows in patches
+
+
+def global_blocks(depth: int) -> tuple[int, ...]:
+    """The last block of each quarter of a ViT, as in ViTDet; of each half of one of fewer than
+    eight blocks.
+
+    >>> global_blocks(12), global_blocks(4)
+    ((2, 5, 8, 11), (1, 3))
+    """
+    parts = 4 if depth >= 8 else min(2, depth)
+    return tuple(depth * (i + 1) // parts - 1 for i in range(parts))
+
+
+def map_blocks(depth: int, parts: int = 4) -> tuple[int, ...]:
+    """The blocks whose outputs are the maps of mmsegmentation's ViT: 3, 5, 7, 11 of 12; else the
+    last of equal parts, as far as there are enough.
+
+    >>> map_blocks(12), map_blocks(24), map_blocks(4), map_blocks(2)
+    ((3, 5, 7, 11), (7, 11, 15, 23), (0, 1, 2, 3), ())
+    """
+    if depth < parts:
+        return ()
+    if depth % 12 == 0 and parts == 4:
+        unit = depth // 12
+        return (4 * unit - 1, 6 * unit - 1, 8 * unit - 1, 12 * unit - 1)
+    return tuple(depth * (i + 1) // parts - 1 for i in range(parts))
+
+
+def build_dense_encoder(
+    config: ml_collections.ConfigDict,
+    *,
+    from_: str,
+    model: str,
+    image_size: int,
+    flag: str,
+) -> bool:
+    """Set model, image size, preprocessing and `init_from` of a dense run.
+
+    Args:
+      config: changed in place.
+      from_: working directory of a run, or a file of weights; "" to train from scratch.
+      model: preset, used without `from_`.
+      image_size: side of the images of this run in pixels.
+      flag: names `from_` in messages.
+
+    Returns:
+      whether the encoder is a plain ViT, of which a recipe sets `dense.maps`.
+    """
+    if from_:
+        build_encoder(config, from_, flag)
+    else:
+        config.model.update(presets.preset(model))
+    vit = config.model.backbone == "vit"
+    if vit:
+        config.dense.maps.image_size = config.data.image_size if from_ else image_size
+        config.model.encoder.position_grid = 0
+    config.model.encoder.freeze_patch_embed = False
+    config.model.scan = False
+    config.data.image_size = image_size
+    config.data.captions = "no"
+    config.train.panel_every = 1000
+    config.evaluate.knn = False
+    return vit and backbones.get_backbone(config.model).stages is not None

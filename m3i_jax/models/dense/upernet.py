@@ -1,0 +1,185 @@
+"""UperNet (Xiao et al., 2018) as in mmsegmentation: pyramid pooling on the coarsest map, a feature
+pyramid from coarse to fine, and one classifier on all of its maps; beside it, in training, an
+auxiliary classifier on the second coarsest map.
+
+Every convolution before a batch norm is without bias; ReLU after each. Maps are resized bilinearly.
+
+B images, H W size of a map, C channels, D width of the head, K categories.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from m3i_jax import schema
+from m3i_jax.models.dense.batch_norm import initial_statistics, norm_shapes, running_batch_norm
+from m3i_jax.models.dense.map_sampling import adaptive_mean, resize_bilinear
+from m3i_jax.models.initializers import InitSpec, fill
+from m3i_jax.models.intern_image_layer import convolve, dense_layer
+from m3i_jax.models.layers import Params
+
+
+def _layer(*kernel: int) -> dict[str, Any]:
+    """A convolution and its batch norm."""
+    return {"kernel": kernel, **norm_shapes(kernel[-1])}
+
+
+def upernet_shapes(
+    settings: schema.Segment, channels: Mapping[int, int], classes: int
+) -> dict[str, Any]:
+    """The tree of parameters, as shapes.
+
+    >>> settings = schema.Segment(strides=(8, 16), width=4, aux_width=0, pool_scales=(1, 2))
+    >>> sorted(upernet_shapes(settings, {8: 2, 16: 3}, 5))
+    ['classifier', 'fuse', 'lateral_8', 'output_8', 'pool_1', 'pool_2', 'pooled']
+    """
+    d, fine = settings.width, settings.strides[:-1]
+    top = channels[settings.strides[-1]]
+    tree = {f"pool_{scale}": _layer(top, d) for scale in settings.pool_scales}
+    tree["pooled"] = _layer(3, 3, top + len(settings.pool_scales) * d, d)
+    for stride in fine:
+        tree[f"lateral_{stride}"] = _layer(channels[stride], d)
+        tree[f"output_{stride}"] = _layer(3, 3, d, d)
+    tree["fuse"] = _layer(3, 3, len(settings.strides) * d, d)
+    tree["classifier"] = {"kernel": (d, classes), "bias": (classes,)}
+    if settings.aux_width:
+        tree["aux"] = _layer(3, 3, channels[_aux_stride(settings)], settings.aux_width)
+        tree["aux_classifier"] = {"kernel": (settings.aux_width, classes), "bias": (classes,)}
+    return tree
+
+
+def _aux_stride(settings: schema.Segment) -> int:
+    return settings.strides[max(len(settings.strides) - 2, 0)]
+
+
+def _first_values(path: str, shape: tuple[int, ...]) -> InitSpec:
+    layer, last = path.split("/")[-2:]
+    if last in ("scale", "bias"):
+        return "constant", float(last == "scale")
+    if layer.endswith("classifier"):
+        return "normal", 0.01
+    return "normal", math.sqrt(2 / math.prod((*shape[:-2], shape[-1])))
+
+
+def init(
+    settings: schema.Segment, channels: Mapping[int, int], classes: int, rng: jax.Array
+) -> tuple[Params, Params]:
+    """Parameters, and the running statistics of the batch norms.
+
+    Convolutions are N(0, 2 / fan out), classifiers N(0, 0.01^2), biases 0.
+
+    Args:
+      settings: `strides`, `width`, `pool_scales` and `aux_width` are read.
+      channels: {stride: channels} of the maps.
+      classes: categories.
+      rng: key.
+
+    >>> channels = dict.fromkeys((4, 8, 16, 32), 768)
+    >>> call = lambda key: init(schema.Segment(), channels, 150, key)
+    >>> params, statistics = jax.eval_shape(call, jax.random.key(0))
+    >>> aux = sum(leaf.size for name in params for leaf in jax.tree.leaves(params[name])
+    ...     if name.startswith("aux"))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(params)) - aux, aux
+    (67963542, 1808534)
+    """
+    tree = upernet_shapes(settings, channels, classes)
+    statistics = {
+        name: initial_statistics(part["scale"][0]) for name, part in tree.items() if "scale" in part
+    }
+    return fill(rng, tree, _first_values), statistics
+
+
+def drop_channels(x_BxHxWxC: jax.Array, uniform_BxC: jax.Array, rate: float) -> jax.Array:
+    """Whole channels of an image set to 0 where the uniform number is below the rate, the others
+    divided by 1 - rate (torch's Dropout2d).
+
+    >>> uniform = jnp.array([[0.1, 0.3]])
+    >>> drop_channels(jnp.ones((1, 1, 1, 2)), uniform, 0.2).ravel().tolist()
+    [0.0, 1.25]
+    """
+    factor_BxC = jnp.where(uniform_BxC < rate, 0, 1 / (1 - rate))
+    return (x_BxHxWxC.astype(jnp.float32) * factor_BxC[:, None, None]).astype(x_BxHxWxC.dtype)
+
+
+def dropout_width(settings: schema.Segment) -> int:
+    """How many uniform numbers per image `apply` reads for dropout.
+
+    >>> dropout_width(schema.Segment())
+    1024
+    """
+    return settings.width + settings.aux_width
+
+
+def apply(
+    settings: schema.Segment,
+    params: Params,
+    statistics: Params,
+    maps: Mapping[int, jax.Array],
+    *,
+    train: bool,
+    uniform_BxC: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, Params]:
+    """Logits of every cell.
+
+    Args:
+      settings: also `dropout` and `norm_momentum` are read.
+      params, statistics: as of `init`.
+      maps: {stride: [B, H, W, C]}.
+      train: batch norm by the batch, dropout and the auxiliary head.
+      uniform_BxC: numbers in [0, 1) for dropout, `dropout_width` for each image; None: no
+        dropout.
+
+    Returns:
+      logits [B, H, W, K] at the finest stride and, in training, those of the auxiliary head at the
+      second coarsest, float32; the new statistics.
+
+    >>> settings = schema.Segment(strides=(4, 8), width=4, aux_width=2)
+    >>> tree = jax.eval_shape(lambda key: init(settings, {4: 3, 8: 3}, 5, key), jax.random.key(0))
+    >>> maps = {4: jnp.zeros((2, 6, 8, 3)), 8: jnp.zeros((2, 3, 4, 3))}
+    >>> call = lambda tree: apply(settings, *tree, maps, train=True)
+    >>> logits, aux, _ = jax.eval_shape(call, tree)
+    >>> logits.shape, aux.shape
+    ((2, 6, 8, 5), (2, 6, 8, 5))
+    """
+    new = dict(statistics)
+
+    def layer(name: str, x: jax.Array) -> jax.Array:
+        kernel = {"kernel": params[name]["kernel"]}
+        x = dense_layer(kernel, x) if kernel["kernel"].ndim == 2 else convolve(kernel, x, 1)
+        y, new[name] = running_batch_norm(
+            params[name],
+            statistics[name],
+            x,
+            train=train,
+            momentum=settings.norm_momentum,
+            relu=True,
+        )
+        return y
+
+    def classify(name: str, x: jax.Array, channels: slice) -> jax.Array:
+        if train and uniform_BxC is not None:
+            x = drop_channels(x, uniform_BxC[:, channels], settings.dropout)
+        return dense_layer(params[name], x, jnp.float32)
+
+    *fine, coarsest = settings.strides
+    top = maps[coarsest]
+    pooled = [
+        resize_bilinear(layer(f"pool_{scale}", adaptive_mean(top, scale)), top.shape[1:3])
+        for scale in settings.pool_scales
+    ]
+    above = layer("pooled", jnp.concatenate([top, *pooled], -1))
+    made = [above]
+    for stride in reversed(fine):
+        lateral = layer(f"lateral_{stride}", maps[stride])
+        above = lateral + resize_bilinear(above, lateral.shape[1:3])
+        made.insert(0, layer(f"output_{stride}", above))
+    size = made[0].shape[1:3]
+    x = layer("fuse", jnp.concatenate([resize_bilinear(y, size) for y in made], -1))
+    logits = classify("classifier", x, slice(settings.width))
+    if not (train and settings.aux_width):
+        return logits, None, new
+    x = layer("aux", maps[_aux_stride(settings)])
+    return logits, classify("aux_classifier", x, slice(settings.width, None)), new

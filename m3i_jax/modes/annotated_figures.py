@@ -1,0 +1,175 @@
+"""Figures and result files of detection and segmentation: precision-recall curves, tables of the
+classes, confusion, the worst images, and the detections as JSON for COCO's and LVIS's own tools.
+
+They run at the last step of a training and in --mode=eval, on the predictions that the scores are
+computed from."""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from m3i_jax.data import annotated_eval
+from m3i_jax.evaluation import (
+    detection_errors,
+    detection_eval,
+    detection_results,
+    registry,
+    segmentation_metrics,
+)
+from m3i_jax.evaluation.detection_results import CategoryTable, DetectionResult, Rle
+from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
+from m3i_jax.modes.figure_evaluators import FigureWriter
+from m3i_jax.reporting import confusion_matrix, dense_figures, figures
+from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.reporting.dense_panels import DrawnObjects
+
+WORST = 6  # images of the figure of the worst ones
+
+
+def _write(writer: FigureWriter, kind: str, figure: figures.Figure) -> None:
+    writer.write(kind, figure.title, figure.note, figure.rows)
+
+
+def drawn_objects(result: DetectionResult, *, found: bool) -> DrawnObjects:
+    """The objects of an image, or its detections, for a figure."""
+
+    def pixels(masks: Sequence[Rle | None]) -> list[np.ndarray | None]:
+        return [m if m is None else detection_results.rle_to_mask(m).astype(bool) for m in masks]
+
+    if found:
+        part = result.found
+        masks = None if part.masks is None else pixels(part.masks)
+        return DrawnObjects(boxes=part.boxes, classes=part.classes, scores=part.scores, masks=masks)
+    truth = result.truth
+    return DrawnObjects(
+        boxes=truth.boxes, classes=truth.classes, masks=pixels(truth.masks), crowd=truth.crowd
+    )
+
+
+def _write_results(
+    directory: pathlib.Path, results: list[DetectionResult], categories: CategoryTable, masks: bool
+) -> None:
+    for kind in ("bbox", "segm") if masks else ("bbox",):
+        rows = detection_results.json_detections(results, categories, kind)
+        write_text_atomic(directory / f"detections-{kind}.json", json.dumps(rows), noted=False)
+
+
+def _draw_detections(
+    inputs: registry.EvalInputs, evaluation: detection_eval.DetectionEvaluation
+) -> None:
+    writer, names, results = inputs.figures, evaluation.categories.names, evaluation.results
+    for kind, scores in evaluation.scores.items():
+        of = {"box": "boxes", "mask": "masks"}[kind]
+        title = f"Precision and recall of {of}"
+        _write(writer, f"curves-{kind}", dense_figures.curves_figure(title, names, scores.curves))
+    boxes = evaluation.scores["box"]
+    columns = [boxes.ap, boxes.ap50, boxes.recall]
+    headers = ["objects", "box AP", "box AP50", "recall"]
+    if masks := evaluation.scores.get("mask"):
+        columns.append(masks.ap)
+        headers.append("mask AP")
+    table = dense_figures.class_table_figure(
+        "Classes", headers, names, boxes.objects, np.stack(columns, 1)
+    )
+    _write(writer, "classes", table)
+    true, guessed = detection_errors.confused_classes(results, len(names))
+    count = np.zeros((len(names) + 1,) * 2, np.int64)
+    np.add.at(count, (true, guessed), 1)
+    confusion = dense_figures.class_confusion_figure(
+        "Confusion of classes",
+        dense_figures.confusion_of_matrix(count),
+        names,
+        note="objects, found at an IoU of 0.5 by a detection of a score of at least 0.5",
+    )
+    _write(writer, "confusion", confusion)
+    _write_results(
+        writer.job.workdir, results, evaluation.categories, inputs.config.dense.detect.masks
+    )
+    by_image = {result.image: result for result in results}
+    precisions = dict(detection_errors.image_precisions(results))
+    worst = dense_figures.worst_first(list(precisions.items()), WORST)
+    images = [_original_image(inputs, by_image[key].truth.record) for key in worst]
+    figure = dense_figures.worst_detections_figure(
+        "The worst images",
+        images,
+        [drawn_objects(by_image[key], found=False) for key in worst],
+        [drawn_objects(by_image[key], found=True) for key in worst],
+        names,
+        [str(key) for key in worst],
+        [precisions[key] for key in worst],
+    )
+    _write(writer, "worst", figure)
+
+
+def _original_image(inputs: registry.EvalInputs, record: int) -> np.ndarray:
+    opened = annotated_eval.open_annotated(inputs.held_out[record])[0]
+    return np.asarray(opened.rgb(background=inputs.config.data.background))
+
+
+def _draw_maps(
+    inputs: registry.EvalInputs,
+    scores: segmentation_metrics.SegmentationScores,
+    worst: list[segmentation_metrics.SegmentedImage],
+) -> None:
+    writer, names = inputs.figures, scores.names
+    table = dense_figures.class_table_figure(
+        "Classes",
+        ["pixels", "IoU", "accuracy"],
+        names,
+        scores.pixels,
+        np.stack([scores.iou, scores.accuracy], 1),
+    )
+    _write(writer, "classes", table)
+    off = scores.confusion.copy()
+    confusion = dense_figures.class_confusion_figure(
+        "Confusion of classes", confusion_counts(off), names, note="pixels"
+    )
+    _write(writer, "confusion", confusion)
+    values = dict(scores.images)
+    figure = dense_figures.worst_maps_figure(
+        "The worst images",
+        [image.shown.image for image in worst],
+        [image.shown.map for image in worst],
+        [image.prediction for image in worst],
+        names,
+        [image.shown.key for image in worst],
+        [values.get(image.shown.index, 0.0) for image in worst],
+    )
+    _write(writer, "worst", figure)
+
+
+def confusion_counts(matrix_KxK: np.ndarray) -> confusion_matrix.ConfusionCounts:
+    """The counts of pixels by true and predicted class."""
+    return dense_figures.confusion_of_matrix(matrix_KxK)
+
+
+def _build_detection(inputs: registry.EvalInputs) -> Metric:
+    def draw(context: EvalContext) -> Iterator[tuple[str, float]]:
+        evaluation = detection_eval.detections(inputs, context)
+        inputs.figures.draw(lambda: _draw_detections(inputs, evaluation))
+        yield from ()
+
+    return draw
+
+
+def _build_segmentation(inputs: registry.EvalInputs) -> Metric:
+    def draw(context: EvalContext) -> Iterator[tuple[str, float]]:
+        scores = segmentation_metrics.pixel_scores(inputs, context)
+        records = [int(key) for key in dense_figures.worst_first(scores.images, WORST)]
+        worst = list(segmentation_metrics.segmented_images(inputs, context, records, {}))
+        if jax.process_count() == 1 or worst:
+            inputs.figures.draw(lambda: _draw_maps(inputs, scores, worst))
+        yield from ()
+
+    return draw
+
+
+Build = Callable[[registry.EvalInputs], Metric]
+_FIGURES: dict[str, Build] = {"detect": _build_detection, "segment": _build_segmentation}
+for _task, _build in _FIGURES.items():
+    registry.register_builtin(
+        registry.Evaluator(name=f"{_task}_figures", build=_build, tasks=(_task,), last_only=True)
+    )

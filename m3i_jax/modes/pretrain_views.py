@@ -1,0 +1,153 @@
+"""What the modes show of a pre-training run: evaluations of its features, panels, tables."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from m3i_jax import parallel, published_settings, schema
+from m3i_jax.data import decode
+from m3i_jax.data.sources import base
+from m3i_jax.modes import setup as jobs
+from m3i_jax.modes import unnormalize
+from m3i_jax.modes.task_views import TaskViews, register_task_views
+from m3i_jax.profiling import flops
+from m3i_jax.reporting import panels, preview_sheet, text_table
+from m3i_jax.training import plan_table, views
+from m3i_jax.training.pretrain_task import Pretrain
+from m3i_jax.training.trainer import Trainer
+
+
+def _summary(config: schema.Config) -> str:
+    share = config.data.crop_scale[0]
+    return f"first momentum {config.optim.ema:.6g}, crops from {share:g} of an image"
+
+
+def _tables(trainer: Trainer, batch: dict[str, Any]) -> list[str]:
+    """The terms of the objective, and the calls of a step with their cost."""
+    assert isinstance(trainer.task, Pretrain)
+    plan = trainer.task.plan
+    calls = plan_table.call_rows(plan, trainer.template.params, batch, flops.count_flops)
+    return [
+        text_table.text_table(plan_table.term_rows(plan), plan_table.HEADERS_TERMS),
+        text_table.text_table(calls, plan_table.HEADERS_CALLS),
+    ]
+
+
+def draw_panel(
+    job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
+) -> None:
+    """Write WORKDIR/panels/<step>.png for the first rows of a batch, from the values that the step
+    computes."""
+    config, plan = job.config, job.plan
+    # partners come in pairs
+    rows = min(2 * -(-config.report.panel_rows // 2), config.train.batch_size)
+    rows_of_batch = parallel.broadcast_from_host0(
+        {name: value[:rows] for name, value in batch.items()}
+    )
+    arrays = {
+        name: np.asarray(value, np.float32)
+        for name, value in jax.device_get(trainer.panel_outputs(state, rows_of_batch)).items()
+    }
+    if jax.process_index():
+        return
+
+    read, kinds = plan.passes[0], ("input", "input_view", "view", "picture")
+    images = {
+        name: unnormalize.patches_to_images(config, arrays[name])
+        for name in arrays
+        if name.split("/")[-1] in kinds
+    }
+    captions, labels, mask = (
+        unnormalize.decode_captions(job, rows_of_batch),
+        unnormalize.label_names(job, rows_of_batch),
+        np.asarray(rows_of_batch["mask"]),
+    )
+    halves = read.mixed and config.objective.pairing == "halves"
+    if halves:  # a row is a pair of images; captions and labels are those of the first
+        captions, labels, mask = captions[::2], labels[::2], mask[::2]
+    if read.masked:
+        side = config.data.image_size // config.grid
+        hidden = (
+            ~mask.reshape(-1, config.grid, config.grid).repeat(side, 1).repeat(side, 2)[..., None]
+        )
+        for term in (
+            t for t in plan.terms if t.hidden and t.reads == read and f"{t.name}/picture" in images
+        ):
+            images[f"{term.name}/completed"] = np.where(
+                hidden, images[f"{term.name}/picture"], images["input_view"]
+            )
+    directory = job.workdir / "panels"
+    directory.mkdir(exist_ok=True)
+    panels.write_panel(
+        directory / f"{step:08d}.png",
+        features=arrays,
+        images=images,
+        batch={"mask": mask},
+        captions=captions,
+        labels=labels,
+        reads="mixed" if read.mixed else "masked" if read.masked else "whole",
+        paired=not halves,
+    )
+
+
+def draw_preview(
+    job: jobs.Setup,
+    path: pathlib.Path,
+    batch: dict[str, np.ndarray],
+    records: Sequence[base.Record],
+) -> None:
+    """Write a sheet of model inputs next to their original images."""
+    patches_by_view = jax.jit(lambda b: views.augmented_patches(job.config, b, (0, 1)))(batch)
+    colored = {
+        view: unnormalize.patches_to_images(job.config, np.asarray(patches, np.float32))
+        for view, patches in patches_by_view.items()
+    }
+    # with the colour augmentation of the device
+    batch["views"] = np.stack([colored[0], colored[1]], 1)
+    passes = job.plan.passes
+    blended = next((read for read in passes if read.blended), None)
+    inputs = None
+    if blended:
+        blended_patches = jax.jit(
+            lambda b, patches: views.encoder_input(
+                job.config,
+                blended,
+                views.pass_inputs(job.config, passes, b)[blended],
+                patches,
+            )
+        )(batch, patches_by_view)
+        inputs = unnormalize.patches_to_images(job.config, np.asarray(blended_patches, np.float32))
+    captions = unnormalize.decode_captions(job, batch)
+    originals = [
+        decode.decode_image(record.image, background=job.config.data.background)
+        for record in records
+    ]
+    has_column = {"input view": True, "target view": 1 in job.plan.views}
+    has_column["mask"] = any(read.masked or read.mixed for read in passes)
+    has_column["mixed input"] = any(read.mixed for read in passes)
+    columns = [name for name in preview_sheet.COLUMNS if has_column[name]]
+    preview_sheet.write_preview(
+        path,
+        batch,
+        captions=captions,
+        classes=job.classes,
+        originals=originals,
+        blended=inputs,
+        columns=columns,
+    )
+
+
+register_task_views(
+    "pretrain",
+    TaskViews(
+        draw_panel=draw_panel,
+        draw_preview=draw_preview,
+        tables=_tables,
+        summary=_summary,
+        unpublished=published_settings.unpublished_settings_note,
+        unit="a mixed view",
+    ),
+)

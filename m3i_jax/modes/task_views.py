@@ -1,0 +1,52 @@
+"""What the modes ask of a task beyond training (training/task.py): panels, tables and words
+for people, as one value per task, and their registry.
+
+Those of this package are the files modes/NAME_views.py, imported when they are first needed."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from m3i_jax import schema
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskViews:
+    """What the modes show of a task.
+
+    Attributes:
+      draw_panel: (setup, trainer, step, state, host batch) writes WORKDIR/panels/<step>.png.
+      draw_preview: (setup, path, host batch, its records) writes the sheet of --mode=preview.
+      tables: (trainer, batch shapes) -> tables for --mode=show.
+      summary: a few words on the settings that decide a run, for its log.
+      unpublished: a line if settings differ from the published ones of a named method, or "".
+      unit: of the cost per image in --mode=show.
+    """
+
+    draw_panel: Callable[..., None] = lambda *_: None
+    draw_preview: Callable[..., None] = lambda *_: None
+    tables: Callable[[Any, dict[str, Any]], list[str]] = lambda *_: []
+    summary: Callable[[schema.Config], str] = lambda _: "no other schedule"
+    unpublished: Callable[[schema.Config], str] = lambda _: ""
+    unit: str = "an image"
+
+
+_REGISTRY: dict[str, TaskViews] = {}
+
+
+def register_task_views(name: str, views: TaskViews) -> TaskViews:
+    """Sets what the modes show of a task. Registering the same name again replaces it."""
+    _REGISTRY[name] = views
+    return views
+
+
+def task_views(name: str) -> TaskViews:
+    """What the modes show of a task; nothing, if nothing was registered for it.
+
+    >>> task_views("pretrain").unit
+    'a mixed view'
+    """
+    if name not in _REGISTRY and name in schema.BUILT_IN_TASKS:
+        importlib.import_module(f"{__package__}.{name}_views")
+    return _REGISTRY.get(name, TaskViews())

@@ -1,0 +1,98 @@
+"""Detection and instance segmentation as a task: ViTDet's Mask R-CNN on the maps of any encoder."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3i_jax import schema
+from m3i_jax.data import annotated_batches, pipeline
+from m3i_jax.data.sources import base
+from m3i_jax.models.dense import mask_rcnn, pyramid
+from m3i_jax.training.dense_task import (
+    SAMPLING,
+    DenseTask,
+    Maps,
+    Values,
+    image_keys,
+    one_stride,
+    sum_images,
+)
+from m3i_jax.training.task import Batch, register_task
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectTask(DenseTask):
+    """Boxes, categories and masks of objects. Losses are means over images of per-image losses."""
+
+    traits = schema.TASKS["detect"]
+
+    def pyramid_config(self, sources: tuple[tuple[int, int], ...]) -> pyramid.PyramidConfig:
+        settings = self.config.dense.detect
+        return pyramid.PyramidConfig(
+            kind="simple" if one_stride(sources) else "lateral",
+            strides=settings.strides,
+            sources=sources,
+            width=settings.width,
+        )
+
+    def init_head(self, rng: jax.Array) -> tuple[Any, Any]:
+        config = self.config
+        channels = self.pyramid().channels
+        return mask_rcnn.init(config.dense.detect, channels, config.data.classes, rng), {}
+
+    def annotation_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        b, g = self.config.train.batch_size, self.config.dense.geometry
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            "boxes": ((b, g.max_objects, 4), "float32"),
+            "classes": ((b, g.max_objects), "int32"),
+        }
+        if self.config.dense.detect.masks:
+            shapes["masks"] = ((b, g.max_objects, g.mask_size, g.mask_size), "uint8")
+        return shapes
+
+    def divisor(self, batch: Batch) -> jax.Array:
+        return jnp.float32(batch["position"].shape[0])
+
+    def loss_sums(
+        self, params: Any, statistics: Any, maps: Maps, batch: Batch
+    ) -> tuple[Values, Values, Any]:
+        values, counts = mask_rcnn.losses(
+            self.config.dense.detect,
+            params["head"],
+            maps,
+            batch["size"],
+            batch["boxes"],
+            batch["classes"],
+            batch.get("masks"),
+            image_keys(self.config, batch["position"], SAMPLING),
+            frequency_K=self.category_counts or None,
+        )
+        infos = {f"detect/{name}": total for name, total in sum_images(counts).items()}
+        return sum_images(values), infos, {}
+
+    def predict(self, params: Any, statistics: Any, batch: Batch) -> dict[str, jax.Array]:
+        maps, _ = self.maps(params, statistics, batch, train=False)
+        return mask_rcnn.detect(self.config.dense.detect, params["head"], maps, batch["size"])
+
+    def batches(self, source: Any, tokenizer: Any, **options: Any) -> pipeline.Batches:
+        options.pop("views", None)
+        return annotated_batches.iterate_detect_batches(self.config, source, **options)
+
+    @classmethod
+    def training_records(cls, source: base.DataSource) -> base.DataSource:
+        return annotated_batches.drop_without_objects(source)
+
+    @classmethod
+    def count_categories(cls, config: schema.Config, source: base.DataSource) -> tuple[int, ...]:
+        table = base.object_table(source)
+        if config.dense.detect.loss != "federated" or table is None:
+            return ()
+        pairs = np.unique(np.stack([table.records, table.classes])[:, ~table.crowd], axis=1)
+        counts = np.bincount(pairs[1], minlength=len(source.classes))[: config.data.classes]
+        return tuple(counts.tolist())
+
+
+register_task("detect", DetectTask)

@@ -1,0 +1,213 @@
+"""Gradients of M3I's objective on one batch, with one encoder backward pass.
+
+    1. what every pass reads of the batch       views.pass_inputs
+    2. targets, without gradient                z_y = f_EMA(clean views)
+    3. the online encoder once, with pullback   z, pullback = vjp(f_theta, input)
+    4. each group: its loss and gradients       L_ssp, dz_ssp      L_sp, dz_sp
+    5. one encoder backward                     pullback(dz_ssp + lambda * dz_sp)
+
+k microbatches of B/k give the result of one batch of B: every loss is divided by the count of the
+whole batch, the second moment is taken over all targets before, the norms are roots of summed
+squares, and the text softmax spans the batch through embeddings that are computed once more."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from m3i_jax import schema
+from m3i_jax.models import m3i
+from m3i_jax.objective import balance
+from m3i_jax.training import predictions, targets, term_losses, views
+from m3i_jax.training.microbatches import merge_microbatches, split_microbatches
+from m3i_jax.training.plan import Plan
+from m3i_jax.training.predictions import Arrays
+from m3i_jax.training.state import State
+from m3i_jax.training.targets import TargetFeatures
+from m3i_jax.training.term_losses import CachedTextGradients, TargetBundle, TermLosses
+from m3i_jax.training.views import Batch, Inputs, Patches
+
+Metrics = dict[str, jax.Array]
+GROUPS = ("ssp", "sp")
+
+
+def _cached_text_gradients(
+    plan: Plan,
+    params: Any,
+    batch: Batch,
+    inputs: Inputs,
+    microbatches: tuple[Batch, Inputs, Patches],
+) -> tuple[TermLosses, CachedTextGradients]:
+    """Costs of the text terms over all rows of all microbatches, and their gradients at every
+    embedding."""
+
+    def embed(_: None, part: tuple[Batch, Inputs, Patches]) -> tuple[None, Any]:
+        part_batch, part_inputs, patches = part
+        z = views.encode_passes(plan.config, part_inputs, patches, params["encoder"])
+        vectors = predictions.pool_images(plan, params, z, part_inputs)
+        return None, predictions.contrastive_embeddings(plan, params, vectors, part_batch)
+
+    _, (images, captions) = jax.lax.scan(embed, None, microbatches)
+    count, pairs = microbatches[0]["mask"].shape[0], batch["mask"].shape[0] // 2
+
+    def costs(u: Arrays, v: Arrays, s: Arrays) -> tuple[jax.Array, TermLosses]:
+        out = {i: term_losses.text_losses(plan, {i: u[i]}, v[i], s[i], batch, inputs)[i] for i in u}
+        return sum((cost.sum for cost in out.values()), jnp.zeros(())), out
+
+    u, v = merge_microbatches((images, captions), count, pairs)
+    (_, value), (du, dv, ds) = jax.value_and_grad(costs, (0, 1, 2), has_aux=True)(
+        u, dict.fromkeys(u, v), dict.fromkeys(u, params["logit_scale"])
+    )
+    du, dv = split_microbatches((du, dv), count, pairs)
+    log_scale = jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds)
+    return value, CachedTextGradients(images=du, captions=dv, log_scale=log_scale)
+
+
+def _encode(plan: Plan, params: Any, inputs: Inputs, patches: Patches) -> tuple[Any, Any]:
+    """(features of every pass, their pullback to the encoder's parameters)."""
+    encode = functools.partial(views.encode_passes, plan.config, inputs, patches)
+    return jax.vjp(encode, params["encoder"])
+
+
+def _views_and_targets(
+    plan: Plan, teachers: dict[str, Any], batch: Batch
+) -> tuple[Patches, TargetFeatures]:
+    patches = views.augmented_patches(plan.config, batch, plan.views, exact=plan.exact)
+    return patches, targets.target_features(plan, teachers, patches)
+
+
+def objective_gradients(
+    plan: Plan, params: Any, teachers: dict[str, Any], batch: Batch, weight: jax.Array
+) -> tuple[Any, Metrics, tuple[jax.Array, jax.Array]]:
+    """Gradients of L_ssp + weight * L_sp with one encoder backward.
+
+    Args:
+      plan: the terms and their settings.
+      params: the parameter tree; `params["encoder"]` is f_theta, the others are heads.
+      teachers: {"ema": tree, "frozen": tree} of the target encoders, as of `m3i.target_parts`;
+        "shared" is added here.
+      batch: one global batch, leading axis B.
+      weight: lambda, a scalar without gradient.
+
+    Returns:
+      (gradients like params, metrics, (norm of dL_ssp/dz, norm of dL_sp/dz)).
+    """
+    config, heads = plan.config, {k: v for k, v in params.items() if k != "encoder"}
+    count, size = config.train.microbatches, batch["mask"].shape[0]
+    teachers = teachers | _shared_encoder(plan, params)
+    inputs = views.pass_inputs(config, plan.passes, batch)
+    counts, weights = term_losses.loss_weights(plan, inputs)
+    views_and_targets = functools.partial(_views_and_targets, plan, teachers)
+
+    def microbatch_grads(
+        batch: Batch,
+        inputs: Inputs,
+        patches: Patches,
+        rows: TargetFeatures,
+        cached: CachedTextGradients | None,
+    ) -> tuple[Any, Any]:
+        z, pullback = _encode(plan, params, inputs, patches)
+        bundle = TargetBundle(rows=rows, batch=features, moments=moments)
+        costs: TermLosses = {}
+        grads = []
+        for group in GROUPS:
+            loss = term_losses.group_loss(
+                plan,
+                group,
+                weights=weights,
+                batch=batch,
+                inputs=inputs,
+                bundle=bundle,
+                cached=cached,
+            )
+            (_, group_costs), grad = jax.value_and_grad(loss, (0, 1), has_aux=True)(heads, z)
+            costs |= group_costs
+            grads.append(grad)
+        add_weighted = functools.partial(
+            jax.tree.map, lambda a, b: (a.astype(jnp.float32) + weight * b).astype(a.dtype)
+        )
+        (heads_ssp, z_ssp), (heads_sp, z_sp) = grads
+        (encoder,) = pullback(add_weighted(z_ssp, z_sp))
+        squares = tuple(jnp.square(balance.feature_norm(g)) for g in (z_ssp, z_sp))
+        return {"encoder": encoder, **add_weighted(heads_ssp, heads_sp)}, (costs, squares)
+
+    if count == 1:
+        patches, features = views_and_targets(batch)
+        moments = targets.target_moments(plan, features)
+        grads, (costs, squares) = microbatch_grads(batch, inputs, patches, features, None)
+    else:
+        parts, part_inputs = split_microbatches((batch, inputs), count, size // 2)
+        patches, rows = jax.lax.map(views_and_targets, parts)
+        features = merge_microbatches(rows, count, size // 2)
+        moments = targets.target_moments(plan, features)
+        text_costs: TermLosses = {}
+        cached = None
+        if plan.where("text") and config.objective.text_softmax == "batch":
+            text_costs, cached = _cached_text_gradients(
+                plan, params, batch, inputs, (parts, part_inputs, patches)
+            )
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, microbatch_grads(*part)), None
+
+        xs = (parts, part_inputs, patches, rows, cached)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(microbatch_grads, *jax.tree.map(lambda x: x[0], xs)),
+        )
+        (grads, (costs, squares)), _ = jax.lax.scan(add, zeros, xs)
+        costs |= text_costs
+
+    metrics = term_losses.loss_metrics(plan, costs, counts, weights)
+    metrics |= targets.target_metrics(plan, features, moments)
+    return grads, metrics, (jnp.sqrt(squares[0]), jnp.sqrt(squares[1]))
+
+
+def target_encoders(opt: Any) -> dict[str, Any]:
+    """The trees of the target encoders in an optimizer state."""
+    out = {"ema": opt["target"].params}
+    return out | ({"frozen": opt["frozen"].params} if "frozen" in opt else {})
+
+
+def _shared_encoder(plan: Plan, params: Any) -> dict[str, Any]:
+    """The online encoder as a target encoder, without gradient."""
+    parts = m3i.target_parts(plan.config, plan.terms, params)
+    return {"shared": jax.lax.stop_gradient(parts)}
+
+
+def views_and_targets(plan: Plan, state: State, batch: Batch) -> tuple[Patches, TargetFeatures]:
+    """(patches of every view, targets) of a batch. With microbatches, those of all of them are
+    computed before the first gradient."""
+    teachers = target_encoders(state.opt) | _shared_encoder(plan, state.params)
+    return _views_and_targets(plan, teachers, batch)
+
+
+def loss_pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[Any]]:
+    """(pullback of the encoder, [pullback of each group's loss]) of a batch that is one
+    microbatch, as trees of the arrays that they keep. The first and one of the others live from the
+    forward pass to the backward."""
+    patches, features = views_and_targets(plan, state, batch)
+    inputs = views.pass_inputs(plan.config, plan.passes, batch)
+    moments = targets.target_moments(plan, features)
+    z, pullback = _encode(plan, state.params, inputs, patches)
+    group_loss = functools.partial(
+        term_losses.group_loss,
+        plan,
+        weights=term_losses.loss_weights(plan, inputs)[1],
+        batch=batch,
+        inputs=inputs,
+        bundle=TargetBundle(rows=features, batch=features, moments=moments),
+        cached=None,
+    )
+    heads = {k: v for k, v in state.params.items() if k != "encoder"}
+    return pullback, [jax.vjp(group_loss(g), heads, z, has_aux=True)[1] for g in GROUPS]
+
+
+def balance_lambda(config: schema.Config, opt: Any) -> jax.Array:
+    """Lambda of a step, from the statistics of the steps before it."""
+    settings = config.objective
+    if settings.weighting != "dynamic":
+        return jnp.asarray(settings.gamma, jnp.float32)
+    low, high = settings.balance_range
+    return balance.balance_weight(opt["balance"], gamma=settings.gamma, limits=(low, high))

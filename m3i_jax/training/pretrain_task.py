@@ -1,0 +1,107 @@
+"""Pre-training as a task: M3I's objective, and every other tuple of terms."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from m3i_jax import schema
+from m3i_jax.data import pipeline
+from m3i_jax.models import m3i
+from m3i_jax.training import optimizer, panel, plan, pretrain_gradients
+from m3i_jax.training.state import State
+from m3i_jax.training.task import Batch, StepGradients, Task, register_task
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain(Task):
+    """The terms of `config.objective` on view pairs that are mixed or masked."""
+
+    traits = schema.TASKS["pretrain"]
+
+    @functools.cached_property
+    def plan(self) -> plan.Plan:
+        """The plan of the objective, built once."""
+        return plan.build_plan(self.config)
+
+    def init(self, rng: jax.Array) -> Any:
+        return m3i.init(
+            self.config,
+            terms=self.plan.terms,
+            classes=self.config.data.classes if self.plan.where("category") else 0,
+            vocabulary=self.vocabulary if self.plan.where("text") else 0,
+            rng=rng,
+        )
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        config = self.config
+        b, s, n = config.train.batch_size, config.data.image_size, config.tokens
+        shapes = {
+            "views": ((b, 2, s, s, 3), "uint8"),
+            "box": ((b, 2, 4), "float32"),
+            "flip": ((b, 2), "bool"),
+            "mask": ((b, n), "bool"),
+            "label": ((b,), "int32"),
+            "position": ((b, 2), "uint32"),
+        }
+        if config.data.captions == "yes":
+            length = config.data.caption_length
+            shapes |= {"tokens": ((b, length), "int32"), "length": ((b,), "int32")}
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+    def gradients(self, params: Any, opt: Any, batch: Batch) -> StepGradients:
+        weight = pretrain_gradients.balance_lambda(self.config, opt)
+        teachers = pretrain_gradients.target_encoders(opt)
+        grads, metrics, norms = pretrain_gradients.objective_gradients(
+            self.plan, params, teachers, batch, weight
+        )
+        zero = jnp.zeros(())
+        loss = metrics.get("loss/ssp", zero) + weight * metrics.get("loss/sp", zero)
+        metrics |= {
+            "balance/lambda": weight,
+            "balance/ssp_norm": norms[0],
+            "balance/sp_norm": norms[1],
+        }
+        return StepGradients(grads, loss, metrics, {"feature_grad_norms": norms})
+
+    def optimizer(self, *, steps: int, warmup: int) -> optax.GradientTransformationExtraArgs:
+        return optimizer.build_optimizer(self.config, self.plan.terms, steps=steps, warmup=warmup)
+
+    def batches(self, source: Any, tokenizer: Any, **options: Any) -> pipeline.Batches:
+        options["views"] = options.get("views") or self.plan.views
+        return pipeline.iterate_batches(self.config, source, tokenizer, **options)
+
+    def pullbacks(self, state: State, batch: Batch) -> tuple[Any, list[Any]]:
+        return pretrain_gradients.loss_pullbacks(self.plan, state, batch)
+
+    def waiting(self, state: State, batch: Batch) -> Any:
+        return pretrain_gradients.views_and_targets(self.plan, state, batch)
+
+    def panel_outputs(self, state: State, batch: Batch) -> dict[str, jax.Array]:
+        return panel.panel_outputs(self.plan, state, batch)
+
+    def scheduled(self, step: int, *, steps: int) -> dict[str, float]:
+        return {"ema": optimizer.ema_momentum(self.config.optim, steps=steps)(step)}
+
+    def after_init(self, state: State, load: Any) -> State:
+        if "frozen" not in state.opt:
+            return state
+        frozen = state.opt["frozen"]
+        teacher = load(self.config.objective.target_checkpoint, "frozen", "encoder")
+        opt = state.opt.copy()  # keeps its type: to JAX another mapping type is another tree
+        opt["frozen"] = frozen._replace(params={**frozen.params, "encoder": teacher})
+        return State(step=state.step, params=state.params, opt=opt)
+
+    @classmethod
+    def objectives(cls, config: schema.Config) -> list[tuple[str, ...]]:
+        return [config.objective.forms]
+
+    @classmethod
+    def reject_unused_settings(cls, config: schema.Config) -> None:
+        plan.reject_unused_settings(config, [config.objective.forms])
+
+
+register_task("pretrain", Pretrain)

@@ -1,0 +1,198 @@
+"""The interface of a task: everything that the trainer, the loop and the pipeline ask of what a run
+trains, as one value, and the registry of tasks.
+
+The tasks of this package are the files training/NAME_task.py, imported when they are first needed.
+Another package adds its own:
+
+    from m3i_jax.training.task import Task, register_task
+
+    class Denoise(Task): ...
+
+    register_task("denoise", Denoise)
+
+Then `--config.task=denoise` trains it with the same loop, checkpoints, sharding and resume. What
+the modes show of a task is in modes/task_views.py."""
+
+import abc
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import optax
+
+from m3i_jax import schema
+from m3i_jax.data.pipeline import Batches
+from m3i_jax.data.sources.base import DataSource
+from m3i_jax.data.tokenizer import Tokenizer
+from m3i_jax.errors import UserError
+from m3i_jax.training.state import State
+
+Batch = dict[str, Any]
+
+
+class StepGradients(NamedTuple):
+    """What a task computes of one batch.
+
+    grads: a tree like the parameters. loss: the scalar that decides whether a step is skipped.
+    metrics: scalars for the log. extras: keyword arguments of the optimizer chain; each link takes
+    those that it knows."""
+
+    grads: Any
+    loss: jax.Array
+    metrics: dict[str, jax.Array]
+    extras: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(abc.ABC):
+    """What a run trains.
+
+    Attributes:
+      config: completed settings; what they leave open is filled in.
+      vocabulary: entries of the tokenizer, 0 without captions.
+      category_counts: training images that show each category, for losses that need them; () if
+        the task reads none or no data are open.
+      traits: of the kind; see `schema.TaskTraits`.
+    """
+
+    config: schema.Config
+    vocabulary: int = 0
+    category_counts: tuple[int, ...] = ()
+    traits: ClassVar[schema.TaskTraits] = schema.TaskTraits()
+
+    @abc.abstractmethod
+    def init(self, rng: jax.Array) -> Any:
+        """The tree of initial parameters. The encoder is under "encoder"."""
+
+    @abc.abstractmethod
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one global batch."""
+
+    @abc.abstractmethod
+    def gradients(self, params: Any, opt: Any, batch: Batch) -> StepGradients:
+        """Loss and gradients of one global batch, which may be processed in microbatches.
+
+        Args:
+          params: the parameters.
+          opt: state of the optimizer chain, for links that hold statistics.
+          batch: arrays like `batch_shapes`.
+        """
+
+    @abc.abstractmethod
+    def optimizer(self, *, steps: int, warmup: int) -> optax.GradientTransformationExtraArgs:
+        """The named optax chain of a run of this length."""
+
+    @abc.abstractmethod
+    def batches(
+        self,
+        source: DataSource,
+        tokenizer: Tokenizer | None,
+        *,
+        start: int,
+        host: int = 0,
+        hosts: int = 1,
+        views: tuple[int, ...] = (),
+    ) -> Batches:
+        """This host's share of the batches from sample `start` on (law 5). `views`: what to cut of
+        an image, for tasks with several views; (): what the task reads."""
+
+    @abc.abstractmethod
+    def pullbacks(self, state: State, batch: Batch) -> tuple[Any, list[Any]]:
+        """(arrays that live from the forward pass to the backward, [others of which one set lives
+        at a time]) of a batch that is one microbatch; only their shapes are read."""
+
+    @abc.abstractmethod
+    def panel_outputs(self, state: State, batch: Batch) -> dict[str, jax.Array]:
+        """Arrays of a few rows of a batch, for people."""
+
+    def waiting(self, state: State, batch: Batch) -> Any:
+        """Arrays that are computed of all microbatches before the first gradient."""
+        return ()
+
+    def scheduled(self, step: int, *, steps: int) -> dict[str, float]:
+        """Scheduled values of a step for the log, beside the learning rate."""
+        return {}
+
+    def after_init(self, state: State, load: Callable[[str, Any, Any], Any]) -> State:
+        """The initial state, with what the task loads into its optimizer state."""
+        return state
+
+    @classmethod
+    def objectives(cls, config: schema.Config) -> list[tuple[str, ...]]:
+        """Objectives that the data are opened for, each a tuple of forms; [] if none is read."""
+        return []
+
+    @classmethod
+    def class_names(cls, source: DataSource) -> tuple[str, ...]:
+        """Names of the categories that are predicted."""
+        return source.classes
+
+    @classmethod
+    def with_annotations(cls, source: DataSource) -> DataSource:
+        """A source, to train on or held out, with the annotations that the task reads."""
+        return source
+
+    @classmethod
+    def training_records(cls, source: DataSource) -> DataSource:
+        """The records of a source to train on."""
+        return source
+
+    @classmethod
+    def count_categories(cls, config: schema.Config, source: DataSource) -> tuple[int, ...]:
+        """`category_counts` of the training data."""
+        return ()
+
+    @classmethod
+    def reject_unused_settings(cls, config: schema.Config) -> None:
+        """Refuse a setting that this task does not read, with a UserError."""
+        return None
+
+
+_REGISTRY: dict[str, type[Task]] = {}
+
+
+def register_task(name: str, kind: type[Task]) -> type[Task]:
+    """Adds a task to the values of `config.task`.
+
+    Registering the same name again replaces it, so that a module can be reloaded.
+
+    Raises:
+      ValueError: the name is not an identifier, or belongs to a task of this package.
+
+    >>> register_task("pretrain", type("Other", (), {"__module__": "elsewhere"}))
+    Traceback (most recent call last):
+    ValueError: a task cannot be named 'pretrain'
+    """
+    foreign = not kind.__module__.startswith(__package__)
+    if not name.isidentifier() or foreign and name in schema.BUILT_IN_TASKS:
+        raise ValueError(f"a task cannot be named {name!r}")
+    if name not in schema.TASKS:
+        schema.TASKS[name] = kind.traits
+    _REGISTRY[name] = kind
+    return kind
+
+
+def task_kind(name: str) -> type[Task]:
+    """The class of a task by its name.
+
+    Raises:
+      UserError: no task of that name is registered.
+
+    >>> task_kind("pretrain").__name__
+    'Pretrain'
+    """
+    if name not in schema.TASKS:
+        names = ", ".join(schema.TASKS)
+        raise UserError(f"config.task: {name!r} is not a task; use one of {names}")
+    if name not in _REGISTRY:
+        importlib.import_module(f"{__package__}.{name}_task")
+    return _REGISTRY[name]
+
+
+def make_task(
+    config: schema.Config, vocabulary: int = 0, category_counts: tuple[int, ...] = ()
+) -> Task:
+    """The task of a completed configuration."""
+    return task_kind(config.task)(config, vocabulary, category_counts)

@@ -1,0 +1,336 @@
+"""Files of annotations: found images, and everything that is wrong in real ones, counted by its
+reason or refused in one line."""
+
+import copy
+import json
+import pathlib
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_jax import schema
+from m3i_jax.data import splits
+from m3i_jax.data.sources import coco, coco_index, registry, segmentations
+from m3i_jax.data.sources.coco import CocoSource
+from m3i_jax.errors import UserError
+
+SQUARE = [2.0, 3.0, 12.0, 3.0, 12.0, 9.0, 2.0, 9.0]
+
+
+def annotation(number: int, image: int = 1, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": 3,
+        "bbox": [2.0, 3.0, 10.0, 6.0],
+        "area": 60.0,
+        "iscrowd": 0,
+        "segmentation": [SQUARE],
+    } | changes
+
+
+DOCUMENT: dict[str, Any] = {
+    "images": [{"id": n, "file_name": f"{n}.png", "height": 20, "width": 30} for n in (1, 2, 4)],
+    "annotations": [annotation(11), annotation(12, 4)],
+    "categories": [{"id": 9, "name": "dog"}, {"id": 3, "name": "cat"}],
+}
+
+
+def write(root: pathlib.Path, document: Any, *, images: int = 5, raw: bytes | None = None) -> str:
+    (root / "images").mkdir(exist_ok=True)
+    for n in range(images):
+        Image.new("RGB", (30, 20), (n, n, n)).save(root / "images" / f"{n}.png")
+    path = root / "objects.json"
+    path.write_bytes(json.dumps(document).encode() if raw is None else raw)
+    return str(path)
+
+
+def opened(root: pathlib.Path, document: Any, **more: Any) -> CocoSource:
+    return CocoSource(str(root / "images"), write(root, document, **more))
+
+
+def changed(**lists: list[Any]) -> dict[str, Any]:
+    """The document with more images, annotations or categories."""
+    document = copy.deepcopy(DOCUMENT)
+    for name, more in lists.items():
+        document[name] += more
+    return document
+
+
+def test_objects_and_classes(tmp_path) -> None:
+    source = opened(tmp_path, DOCUMENT)
+    assert source.classes == ("cat", "dog") and source.category_ids.tolist() == [3, 9]
+    assert [source.key(i) for i in range(3)] == ["1.png", "2.png", "4.png"]
+    objects = source[2].objects
+    assert objects.boxes.tolist() == [[2.0, 3.0, 12.0, 9.0]] and objects.boxes.dtype == np.float32
+    assert (objects.ids.tolist(), objects.image, objects.size) == ([12], 4, (20, 30))
+    assert segmentations.decode_mask(objects.segmentations[0], 20, 30).sum() == 60
+    assert len(source[1].objects) == 0
+    assert source.image_counts.tolist() == [2, 0] and source.frequencies == ("", "")
+    assert "1 images without an object" in source.description()
+    table = source.object_table()
+    assert table.records.tolist() == [0, 2] and table.classes.tolist() == [0, 0]
+
+
+RLE = {"size": [20, 30], "counts": segmentations.encode_mask(np.eye(20, 30) > 0).counts.decode()}
+LEFT_OUT = {
+    "annotations of an image that is not listed": annotation(20, 3),
+    "annotations of a category that is not listed": annotation(20, category_id=4),
+    "annotations that are no JSON object": 7,
+    "annotations without a box": annotation(20, bbox=None, segmentation=None),
+    "boxes of no area": annotation(20, bbox=[5, 5, 0, 9]),
+    "boxes outside of the image": annotation(20, bbox=[31, 2, 5, 5]),
+}
+ODD = {
+    "annotations without an id of their own": annotation(11),
+    "objects without a mask": annotation(20, segmentation=None),
+    "masks of an unknown form": annotation(20, segmentation="mask.png"),
+    "polygons without three points": annotation(20, segmentation=[SQUARE[:4], SQUARE]),
+    "polygons outside of the image": annotation(20, segmentation=[[-9, -9, -2, -9, -2, -3]]),
+    "run lengths of an image of another size": annotation(
+        20, segmentation={**RLE, "size": [30, 20]}
+    ),
+    "run lengths without a size": annotation(20, segmentation={"counts": [600]}),
+    "damaged run lengths": annotation(20, segmentation={"size": [20, 30], "counts": [599]}),
+    "boxes taken from the mask": annotation(20, bbox=None),
+    "boxes that reach out of the image by more than a pixel": annotation(20, bbox=[20, 2, 15, 5]),
+}
+
+
+@pytest.mark.parametrize("reason", LEFT_OUT)
+def test_annotations_that_are_left_out_are_counted(tmp_path, reason) -> None:
+    source = opened(tmp_path, changed(annotations=[LEFT_OUT[reason]]))
+    assert source.ignored[reason] == 1 and sum(source.ignored.values()) == 1
+    assert f"1 {reason}" in source.description()
+    assert len(source.object_table().classes) == 2
+
+
+@pytest.mark.parametrize("reason", ODD)
+def test_odd_annotations_are_used_and_counted(tmp_path, reason) -> None:
+    source = opened(tmp_path, changed(annotations=[ODD[reason]]))
+    assert source.noted[reason] == 1 and not sum(source.ignored.values())
+    assert f"1 {reason}" in source.description()
+    assert len(source.object_table().classes) == 3
+
+
+@pytest.mark.parametrize(
+    "box", [[1, 2, float("nan"), 4], [1, 2, "3", 4], [1, 2, 3], [10**400, 1, 2, 3], {}]
+)
+def test_boxes_that_are_no_numbers_are_taken_from_the_mask(tmp_path, box) -> None:
+    source = opened(tmp_path, changed(annotations=[annotation(20, bbox=box)]))
+    assert source.noted["boxes taken from the mask"] == 1
+    assert source[0].objects.boxes[1].tolist() == [2, 3, 12, 9]
+    run_lengths = annotation(20, bbox=box, segmentation=RLE)
+    assert opened(tmp_path, changed(annotations=[run_lengths]))[0].objects.boxes[1].tolist() == [
+        0,
+        0,
+        20,
+        20,
+    ]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [RLE, {"size": [20, 30], "counts": segmentations.runs_of_mask(np.eye(20, 30) > 0).tolist()}],
+    ids=["compressed", "list"],
+)
+def test_run_lengths_and_crowds(tmp_path, segmentation) -> None:
+    crowd = annotation(20, iscrowd=1, segmentation=segmentation)
+    objects = opened(tmp_path, changed(annotations=[crowd]))[0].objects
+    assert objects.crowd.tolist() == [False, True]
+    mask = segmentations.decode_mask(objects.segmentations[1], 20, 30)
+    assert (mask == (np.eye(20, 30) > 0)).all()
+
+
+def test_coordinates_are_kept_to_the_last_bit(tmp_path) -> None:
+    for points in (
+        [10.1, 3.07, 12.33, 3.0, 12.0, 9.99],
+        [10.123456789, 3.0, 12.333333333333, 3.0, 12, 9.1],
+    ):
+        source = opened(tmp_path, changed(annotations=[annotation(20, segmentation=[points])]))
+        assert source[0].objects.segmentations[1].parts[0].ravel().tolist() == points
+
+
+def test_images_that_cannot_be_used(tmp_path) -> None:
+    more = [{"id": 77, "height": 5, "width": 5}, {"id": 1, "file_name": "1.png"}]
+    missing = [{"id": 78, "file_name": "gone.png", "height": 20, "width": 30}]
+    source = opened(tmp_path, changed(images=more + missing, annotations=[annotation(20, 78)]))
+    assert len(source) == 3 and source.ignored == {
+        "images without a file name": 1,
+        "images that are listed twice": 1,
+        "images whose file is missing": 1,
+    }
+    assert len(source.object_table().classes) == 2
+
+
+def test_an_image_without_a_stated_size(tmp_path) -> None:
+    document = changed(images=[{"id": 3, "file_name": "3.png"}], annotations=[annotation(20, 3)])
+    source = opened(tmp_path, document)
+    assert source[3].objects.size == (0, 0) and len(source[3].objects) == 1
+
+
+def deep(levels: int) -> bytes:
+    return b"[" * levels + b"]" * levels
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (b"\xff\xfe{}", "is not UTF-8 text (byte 0); save it as UTF-8"),
+        (b'{"images": [', "is no JSON (Expecting value"),
+        (b"", "is no JSON"),
+        (deep(100_000), "is nested too deep"),
+        (b'{"images": ' + b"9" * 5000 + b"}", "is no JSON (Exceeds the limit"),
+        ([], "holds a JSON list and no object"),
+        ({"info": 1}, "has no list 'images' (it has: 'info')"),
+        ({**DOCUMENT, "categories": {}}, "has no list 'categories'"),
+        ({**DOCUMENT, "images": []}, "lists no image"),
+        ({**DOCUMENT, "categories": []}, "lists no category"),
+        (changed(categories=[{"id": "x"}]), "{'id': 'x'} is no category"),
+        (changed(categories=[{"id": 3, "name": "cow"}]), "'cat' and 'cow' have the same id 3"),
+        (changed(images=[{"file_name": "7.png"}]), "is no image: it needs a whole number 'id'"),
+        (changed(images=[{"id": 2**70, "file_name": "7.png"}]), "is no image"),
+        (changed(images=[{"id": 1, "file_name": "7.png"}]), "'1.png' and '7.png' have the same id"),
+        ({**DOCUMENT, "images": [{"id": 1}]}, "no image has a 'file_name'"),
+    ],
+    ids=range(16),
+)
+def test_files_that_are_refused(tmp_path, document, message) -> None:
+    raw = document if isinstance(document, bytes) else None
+    path = write(tmp_path, document if raw is None else {}, raw=raw)
+    with pytest.raises(UserError) as error:
+        CocoSource(str(tmp_path / "images"), path)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_file_that_is_too_large(tmp_path, monkeypatch) -> None:
+    path = write(tmp_path, DOCUMENT)
+    monkeypatch.setattr(coco_index, "JSON_LIMIT", 100)
+    with pytest.raises(UserError, match="GiB of annotations, at most"):
+        CocoSource(str(tmp_path / "images"), path)
+
+
+def test_no_image_is_there(tmp_path) -> None:
+    path = write(tmp_path, DOCUMENT)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"lists 3 images, such as '1.png', of which none is in"):
+        CocoSource(str(tmp_path / "empty"), path)
+    with pytest.raises(UserError, match=r"data.path='/no/dir' is no directory: there is no 'no'"):
+        CocoSource("/no/dir", path)
+    with pytest.raises(UserError, match=r"data.annotations='/no/file.json' is no file"):
+        CocoSource(str(tmp_path), "/no/file.json")
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "strip", "prefix"),
+    [
+        (["1.png"], "1.png", 0, ""),
+        (["train2017/1.png", "val2017/2.png"], "1.png", 0, "train2017"),  # COCO
+        (["patch3/1.png"], "images/v1/patch3/1.png", 2, ""),  # Objects365
+        (["a/train2017/1.png"], "train2017/1.png", 0, "a"),
+        (["train/1.png", "val/1.png"], "1.png", 0, "train"),  # named by the file of annotations
+    ],
+)
+def test_where_images_are_found(tmp_path, files, name, strip, prefix) -> None:
+    for file in files:
+        path = tmp_path / "root" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 20)).save(path)
+    document = {**DOCUMENT, "images": [{"id": 1, "file_name": name}]}
+    annotations = tmp_path / "instances_train.json"
+    annotations.write_text(json.dumps(document))
+    source = CocoSource(str(tmp_path / "root"), str(annotations))
+    assert (source._strip, source._prefix, source.key(0)) == (strip, prefix, name)
+    assert source[0].image[:4] == b"\x89PNG"
+
+
+def test_folders_with_the_same_names_are_refused(tmp_path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (30, 20)).save(tmp_path / folder / "1.png")
+    path = write(tmp_path, DOCUMENT, images=0)
+    with pytest.raises(UserError, match="several folders with images of the names"):
+        CocoSource(str(tmp_path), path)
+
+
+def test_addresses_of_lvis(tmp_path) -> None:
+    (tmp_path / "images" / "train2017").mkdir(parents=True)
+    Image.new("RGB", (30, 20)).save(tmp_path / "images" / "train2017" / "9.jpg")
+    entry = {
+        "id": 9,
+        "coco_url": "http://images.cocodataset.org/train2017/9.jpg",
+        "height": 20,
+        "width": 30,
+        "neg_category_ids": [9, 5],
+        "not_exhaustive_category_ids": [3],
+    }
+    document = {**DOCUMENT, "images": [entry], "annotations": []}
+    source = opened(tmp_path, document, images=0)
+    objects = source[0].objects
+    assert source.key(0) == "train2017/9.jpg"
+    assert objects.negative.tolist() == [1] and objects.inexhaustive.tolist() == [0]
+    assert source.noted["entries of LVIS's lists of unknown categories"] == 1
+
+
+def test_the_index_is_kept_and_made_again(tmp_path, monkeypatch) -> None:
+    path, cache = write(tmp_path, DOCUMENT), str(tmp_path / "cache")
+    first = CocoSource(str(tmp_path / "images"), path, cache=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(coco_index, "build_index", lambda _: pytest.fail("it was parsed again"))
+        second = CocoSource(str(tmp_path / "images"), path, cache=cache)
+        sent = pickle.dumps(second)
+        assert len(sent) < 4000
+        third = pickle.loads(sent)
+    assert first.fingerprint() == second.fingerprint() == third.fingerprint()
+    assert third[2].objects.ids.tolist() == [12] and third.description() == first.description()
+    write(tmp_path, changed(annotations=[annotation(30, 2)]))
+    fourth = CocoSource(str(tmp_path / "images"), path, cache=cache)
+    assert fourth.fingerprint() != first.fingerprint() and len(fourth[1].objects) == 1
+    (file,) = pathlib.Path(cache).iterdir()
+    file.write_bytes(file.read_bytes()[:-700])
+    assert len(CocoSource(str(tmp_path / "images"), path, cache=cache)[1].objects) == 1
+
+
+def test_a_missing_image_changes_the_fingerprint(tmp_path) -> None:
+    first = opened(tmp_path, DOCUMENT).fingerprint()
+    (tmp_path / "images" / "2.png").unlink()
+    source = CocoSource(str(tmp_path / "images"), str(tmp_path / "objects.json"))
+    assert source.fingerprint() != first and len(source) == 2
+
+
+def test_splits_by_files_of_annotations(tmp_path) -> None:
+    write(tmp_path, DOCUMENT)
+    held_out = {**DOCUMENT, "categories": DOCUMENT["categories"][1:]}
+    (tmp_path / "other.json").write_text(json.dumps(held_out))
+    data = schema.Data(
+        source="coco",
+        path=str(tmp_path),
+        annotations="objects.json",
+        holdout_annotations="other.json",
+    )
+    train, other = splits.open_splits(data)
+    assert train.classes == other.classes == ("cat", "dog")
+    assert other[0].objects.classes.tolist() == [0]
+    assert other.object_table().classes.tolist() == [0, 0]
+    with pytest.raises(UserError, match=r"data.path=.* has several files of annotations"):
+        splits.open_splits(schema.Data(source="coco", path=str(tmp_path)))
+    whole = splits.open_source(
+        schema.Data(source="coco", path=str(tmp_path), annotations="objects.json")
+    )
+    assert len(whole) == 3
+    (tmp_path / "other.json").unlink()
+    train, other = splits.open_splits(schema.Data(source="coco", path=str(tmp_path), holdout=0.4))
+    assert len(train) + len(other) == 3
+
+
+def test_the_settings_that_name_a_split_are_refused_beside_it() -> None:
+    from m3i_jax.data.sources import mixture
+
+    reasons = mixture.unread(schema.Data(source="coco"), counted=True)
+    assert {"data.split", "data.holdout_split"} <= set(reasons)
+    assert "data.annotations" not in reasons
+    assert registry.source_kind("coco").find_splits is coco.annotation_files
