@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import decode, decode_map, splits
+from m3i_jax.data import conversion, decode, decode_map, splits
 from m3i_jax.data.sources import segmentations, shapes
 from m3i_jax.data.sources.scene_files import CATEGORY_IDS, write_scenes
 from m3i_jax.data.sources.scenes import MAP_CLASSES, UNLABELLED, ScenesSource
@@ -157,3 +157,8 @@ def test_the_files_of_pycocotools(tmp_path: pathlib.Path) -> None:
         for k, identity in enumerate(objects.ids.tolist()):
             mask = segmentations.decode_mask(objects.segmentations[k], *objects.size)
             assert (theirs.annToMask(theirs.anns[identity]) == mask).all()
+
+
+def test_annotated_sources_are_not_converted(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="ArrayRecord shards would lose"):
+        conversion.check_plan(ScenesSource(9), str(tmp_path))
