@@ -1,4 +1,4 @@
-"""Tiny settings and batches of the dense tasks: a ViT of two blocks on 16 patches, and small heads."""
+"""Tiny settings and batches of the dense tasks: a ViT of two blocks on 16 patches, small heads."""
 
 from typing import Any
 
@@ -105,16 +105,3 @@ def make_trainer(config: schema.Config, devices: int = 1) -> trainer.Trainer:
     """Data parallel on some of the devices."""
     mesh = parallel.make_mesh((-1, 1, 1), jax.devices()[:devices])
     return trainer.Trainer(config, mesh, 0)
-
-
-def run_steps(config: schema.Config, steps: int, devices: int = 1) -> tuple[list[dict], Any]:
-    """The metrics of each step, and the last state."""
-    one = make_trainer(config, devices)
-    state, out = one.init(), []
-    for k in range(steps):
-        batch = parallel.to_global(one.mesh, dense_batch(config, k))
-        state, metrics = one.step(state, batch)
-        out.append({name: float(value) for name, value in jax.device_get(metrics).items()})
-    return out, jax.device_get(state)
-
-

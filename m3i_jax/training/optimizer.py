@@ -75,9 +75,10 @@ def build_chain(
     first: Sequence[NamedLink] = (),
     last: Sequence[NamedLink] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """The named chain of any task for a run of `steps` optimizer steps: its `first` links, clipping,
-    the rule with learning rates by layer and decay by name, its `last` links, and the window of
-    spikes if they are skipped. `update` takes the keyword arguments that any of the links knows."""
+    """The named chain of any task for a run of `steps` optimizer steps: its `first` links,
+    clipping, the rule with learning rates by layer and decay by name, its `last` links, and the
+    window of spikes if they are skipped. `update` takes the keyword arguments that any of the links
+    knows."""
     o, e = config.optim, config.model.encoder
     rate = lr_schedule(o, steps=steps, warmup=warmup)
     prefixes: tuple[str, ...] = ("encoder/",) if e.freeze else ()

@@ -74,6 +74,7 @@ LOSSES = {
     "upernet": ("pixels", "auxiliary"),
 }
 STATISTICS = {"running_mean": "mean", "running_var": "variance"}
+UNKNOWN = -99.0
 # A few gradients are 0 but for rounding, of which Adam makes whole steps: those of biases before a
 # batch norm, and of the keys' biases.
 ROUNDING = ("upsample_2x.0.bias", "upsample_4x.0.bias", "upsample_4x.3.bias", "qkv.bias")
@@ -172,10 +173,10 @@ def _upernet_head(table: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def filled(system: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of parameters, in which every entry has the value of its array in the reference; NaN
-    where there is none. A value may be an array of the shape of the reference's."""
+    """A tree of parameters, in which every entry has the value of its array in the reference;
+    UNKNOWN where there is none. A value may be an array of the shape of the reference's."""
     table = {
-        name: np.broadcast_to(np.asarray(values.get(name, np.nan), np.float32), value.shape)
+        name: np.broadcast_to(np.asarray(values.get(name, UNKNOWN), np.float32), value.shape)
         for name, value in starting(system, "state/").items()
     }
     return reference_tree(system, table)
