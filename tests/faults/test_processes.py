@@ -64,10 +64,8 @@ class Counting:
         time.sleep(0.002)
         return self._add(state), {"loss": jnp.float32(1), "skipped/not_finite": jnp.float32(0)}
 
-    def learning_rate(self, step: int) -> float:
-        return 0.0
-
-    momentum = learning_rate
+    def scheduled(self, step: int) -> dict[str, float]:
+        return {}
 
     def counted(self) -> dict[str, float]:
         return {}

@@ -76,11 +76,8 @@ class World:
             metrics["collapse/spread"] = Metric(self.spread(k))
         return State(k), metrics | ({MOMENT: np.eye(4)} if self.moment else {})
 
-    def learning_rate(self, step: int) -> float:
-        return 0.1 * step
-
-    def momentum(self, step: int) -> float:
-        return 0.9 + 0.01 * step
+    def scheduled(self, step: int) -> dict[str, float]:
+        return {"lr": 0.1 * (step - 1), "ema": 0.9 + 0.01 * step}
 
     # the data
     def __next__(self) -> dict:
