@@ -80,9 +80,7 @@ def test_views_and_targets_of_all_microbatches_are_counted() -> None:
     """For both views of 16 images: 16 patches of 8 x 8 x 3 values, and 16 features of 32."""
     config = toy.settings(data__captions="no")
     one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
-    assert one.waiting_bytes(trainer.abstract_batch(config)) == 4 * 2 * 16 * 16 * (
-        8 * 8 * 3 + 32
-    )
+    assert one.waiting_bytes(trainer.abstract_batch(config)) == 4 * 2 * 16 * 16 * (8 * 8 * 3 + 32)
 
 
 def test_a_cached_program_is_compiled_again(tmp_path) -> None:
