@@ -57,6 +57,7 @@ HINTS = {
     errno.ESTALE: "mount the file system again, then run the same command again",
     errno.EPIPE: "the program that reads the output has ended",
 }
+MAX_PATH = 600  # characters of a path in a message
 SMALLER = "use a smaller batch, image or model, or a machine with more memory"
 _PACKAGE = pathlib.Path(__file__).parent
 # System errors in messages of C++ libraries: tensorstore has the number, Riegeli (ArrayRecord) the
@@ -202,13 +203,19 @@ def _refusal(error: BaseException) -> UserError | RunStopped | None:
 
 
 def system_error(error: OSError) -> UserError:
-    """The UserError of an OSError: path, reason and hint."""
+    """The UserError of an OSError: path, reason and hint.
+
+    >>> str(system_error(OSError(errno.ENAMETOOLONG, "File name too long", "a/" * 3000)))[-44:]
+    'a/a/: File name too long; use a shorter path'
+    """
     names = [
         os.fsdecode(name)
         for name in (error.filename, error.filename2)
         if isinstance(name, str | bytes | os.PathLike)
     ]
     path = " -> ".join(names) or error_path(error) or error_location(error)
+    if len(path) > MAX_PATH:  # the reason comes after it
+        path = f"{path[: MAX_PATH // 2]}…{path[-MAX_PATH // 2 :]}"
     reason = error.strerror or one_line(error) or type(error).__name__
     if error.errno == errno.ENOMEM:
         return DoesNotFit(f"{path}: {reason}; {SMALLER}")

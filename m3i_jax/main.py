@@ -2,9 +2,14 @@
 
     python -m m3i_jax.main --config FILE[:name=value,...] --workdir DIR [--config.a.b=v] [--mode=M]
 
-Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted and saved, 1 any other error. Only the
-module of the requested mode is imported.
+Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted and saved, 130 interrupted, 1 any other
+error. Only the module of the requested mode is imported.
 """
+
+from m3i_jax import interrupts
+
+if __name__ == "__main__":  # before the other imports
+    interrupts.install_handler()
 
 import argparse
 import contextlib
@@ -240,7 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began, process = time.monotonic(), arguments is None
     if process:
         began = _process_start()
+        interrupts.install_handler()
         malloc.limit_arenas()  # before any thread starts
+        interrupts.watch_long_calls()
         for stream in (sys.stdout, sys.stderr):  # names that are no UTF-8 become printable
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
@@ -264,6 +271,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # Python would wait for a thread that waits for a hung disk.
                 os._exit(1)
             code = getattr(error, "status", 1)
+        except KeyboardInterrupt:
+            if not process:
+                raise
+            interrupts.exit_interrupted()
         except Exception as error:
             if not process:
                 raise

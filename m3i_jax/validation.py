@@ -22,22 +22,13 @@ def _validate_combinations(c: schema.Config) -> None:
         o.min_lr,
         f"must not exceed optim.lr, {o.lr!r}",
     )
-    for key, value, used, why in (
-        ("class_names", d.class_names, d.source != "shapes", "the built-in shapes have names"),
-        (
-            "directory",
-            d.directory,
-            d.source in ("tfds", "mixture"),
-            f"it applies to data.source=tfds, and the source is {d.source}",
-        ),
-        (
-            "vocabulary",
-            d.vocabulary,
-            d.tokenizer == "clip",
-            f"it applies to data.tokenizer=clip, and the tokenizer is {d.tokenizer}",
-        ),
-    ):
-        _require(not value or used, f"data.{key}", value, f"does nothing: {why}; leave it empty")
+    _require(
+        not d.vocabulary or d.tokenizer == "clip",
+        "data.vocabulary",
+        d.vocabulary,
+        "does nothing: it applies to data.tokenizer=clip, and the tokenizer is"
+        f" {d.tokenizer}; leave it empty",
+    )
     for key in ("encoder", "decoder", "text", "intern_image"):
         width, ratio = getattr(m, key).width, getattr(m, key).mlp_ratio
         _require(
@@ -87,6 +78,7 @@ def validate_settings(c: schema.Config) -> None:
     Raises:
       UserError: the first impossible setting.
     """
+    check_limits(c.train, "train.")  # first, since recipes derive rates from the batch size
     check_limits(c)
     _validate_combinations(c)
     _validate_networks(c)

@@ -1,4 +1,4 @@
-"""Hashes of the rows of a stream, made by a process of its own:
+"""Hashes of the rows of a stream, made by a separate process:
 
 python -m tests.rows FOLDER BATCHES START HOST HOSTS BATCH    # prints one line for each row of this
 host"""
@@ -41,7 +41,7 @@ def hashes(folder: str, batches: int, start: int, host: int, hosts: int, batch: 
 
 
 def by_processes(folder: str, hosts: int, *, batches: int, start: int, batch: int) -> list[str]:
-    """The rows of the global batches, each host's share from a process of its own; they share
+    """The rows of the global batches, each host's share from a separate process; they share
     nothing but the folder."""
     commands = [
         [

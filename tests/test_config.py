@@ -103,7 +103,6 @@ BAD = {
     "train.epochs=1e300": "at most 1e+06",
     "data.size=1000000000000000": "at most 1,099,511,627,776",
     "objective.forms=m3i,m3i": "names m3i twice",
-    "data.class_names=/nope": "does nothing",  # with the built-in shapes
     "data.vocabulary=/nope": "does nothing",  # without data.tokenizer=clip
     "data.path=~nosuchuser/x": "the home directory of an unknown user, ~nosuchuser",
     "model.text.width=0": "at least 1",

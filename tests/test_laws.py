@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "version": set(),
     "errors": set(),
     "library_errors": {"errors"},
+    "interrupts": set(),
     "privacy": set(),
     "run_files": {"errors"},
     "schema": {"errors"},
@@ -54,8 +55,9 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": BASE
     | {"config", "objective", "models", "augment", "data", "parallel"}
     | {"training", "interop"},
-    "modes": BELOW_TRAINING | {"training", "evaluation", "validation"},
-    "main": BELOW_TRAINING | {"training", "evaluation", "validation", "modes", "library_errors"},
+    "modes": BELOW_TRAINING | {"training", "evaluation", "validation", "interrupts"},
+    "main": BELOW_TRAINING
+    | {"training", "evaluation", "validation", "modes", "library_errors", "interrupts"},
 }
 # The pure room: what another project gets with it.
 PURE = {"jax", "jaxlib", "numpy", "optax", "chex"}
@@ -83,7 +85,7 @@ LAZY = {
     "timm",
     "transformers",
 }
-# Not even inside a function, but where files of theirs are read and compared with.
+# Not even inside a function, except where their files are read and compared.
 NEVER = {"tensorflow": "no room", "torch": "interop", "torchvision": "no room"}
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
 

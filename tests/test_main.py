@@ -38,8 +38,8 @@ TINY = [
     "--config.train.panel_every=0",
     "--config.evaluate.batch_size=32",
     *(
-        f"--config.evaluate.{drawn}=false"
-        for drawn in ("embedding", "attention", "confusion", "examples")
+        f"--config.evaluate.{figure}=false"
+        for figure in ("embedding", "attention", "confusion", "examples")
     ),
 ]
 QUICK = ["--config", "configs/quickstart.py", *TINY]

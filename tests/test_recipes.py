@@ -133,6 +133,12 @@ def test_another_batch_size() -> None:
     assert small.warmup_epochs == large.warmup_epochs == 40
 
 
+@pytest.mark.parametrize("file", ["m3i.py", "forms.py", "folder.py", "transfer/probe.py"])
+def test_an_impossible_batch_size_is_refused_by_its_own_name(file: str) -> None:
+    with pytest.raises(UserError, match=r"config.train.batch_size: -4 must be at least 1"):
+        configuration.resolve(configuration.load_config(f"{ROOT}/configs/{file}:batch_size=-4"))
+
+
 def test_data_sources() -> None:
     imagenet, yfcc, joint = (
         recipe(f"data={data},path=/d/").data for data in ("imagenet", "yfcc", "joint")

@@ -15,12 +15,13 @@ import numpy as np
 from PIL import Image
 
 from m3i_jax import schema
+from m3i_jax.data import annotation_stats, pipeline
 from m3i_jax.data import decode as decoding
-from m3i_jax.data import pipeline
 from m3i_jax.data.sources import base
 from m3i_jax.data.tokenizer import Tokenizer
 
 _CHUNK = 32  # records per task of a thread
+BatchesOf = Callable[[schema.Config, base.DataSource], pipeline.Batches]
 THUMBNAIL = 160  # pixels of the longer side
 
 
@@ -40,6 +41,7 @@ class RecordInfo:
     width: int
     label: int
     caption: str | None
+    annotations: annotation_stats.AnnotationInfo | None = None
 
 
 def spread_indices(total: int, limit: int) -> list[int]:
@@ -55,10 +57,14 @@ def spread_indices(total: int, limit: int) -> list[int]:
 
 
 def inspect_record(
-    index: int, record: base.Record | decoding.BadRecord, *, background: int = 255
+    index: int,
+    record: base.Record | decoding.BadRecord,
+    *,
+    background: int = 255,
+    map_classes: int = 0,
 ) -> RecordInfo:
     """Decodes one record completely, as the pipeline does. The key of a record that cannot be read
-    is its index.
+    is its index. `map_classes` is the number of classes of its map.
 
     >>> info = inspect_record(3, base.Record("a", b"<html>", caption=" a  cat "))
     >>> info.reason, info.caption
@@ -71,10 +77,12 @@ def inspect_record(
     image = record.image
     raw = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
     kind, reason, detail, height, width = "", "", "", 0, 0
+    annotations = None
     try:
         opened = decoding.open_image(image)
         kind, height, width = opened.image.format or "array", opened.height, opened.width
         opened.rgb(background=background)
+        annotations = annotation_stats.inspect_annotations(record, map_classes)
     except decoding.BadRecord as error:
         reason, detail = error.reason, error.detail
     content = hashlib.blake2b(raw, digest_size=16).digest()
@@ -91,6 +99,7 @@ def inspect_record(
         width,
         record.label,
         caption,
+        annotations,
     )
 
 
@@ -111,9 +120,11 @@ def scan_records(
     ['', 'empty']
     """
 
+    map_classes = len(base.map_classes(source))
+
     def inspect(chunk: Sequence[int]) -> list[RecordInfo]:
         return [
-            inspect_record(i, record, background=background)
+            inspect_record(i, record, background=background, map_classes=map_classes)
             for i, record in zip(chunk, decoding.read_records(source, chunk, missing), strict=True)
         ]
 
@@ -155,6 +166,7 @@ class InMemorySource:
     def __init__(self, records: Sequence[base.Record], like: Any) -> None:
         self._records = records
         self.name, self.classes, self.captions = like.name, like.classes, like.captions
+        self.map_classes = base.map_classes(like)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -176,6 +188,7 @@ class ConcatSource:
         self.train, self.held_out = train, held_out
         self.name, self.classes = train.name.removesuffix(" (train)"), train.classes
         self.captions = train.captions or held_out.captions
+        self.map_classes = base.map_classes(train)
 
     def __len__(self) -> int:
         return len(self.train) + len(self.held_out)
@@ -203,11 +216,14 @@ class ConcatSource:
 @dataclasses.dataclass(frozen=True)
 class ReadSpeed:
     """Images per second of processor time of one core, read from memory: for decoding alone at full
-    size, and for building batches."""
+    size, and for building batches. `counted` is what the batches counted of so many `samples`, such
+    as objects that a crop does not show."""
 
     decode: float
     pipeline: float
     images: int  # distinct images that were used
+    samples: int = 0
+    counted: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def measure_speed(
@@ -216,6 +232,7 @@ def measure_speed(
     like: Any,
     tokenizer: Tokenizer | None,
     *,
+    batches_of: BatchesOf | None = None,
     seconds: float = 2.0,
 ) -> ReadSpeed:
     """Measures both speeds on usable records, each for about `seconds` of processor time of this
@@ -226,6 +243,7 @@ def measure_speed(
         records: usable ones; with fewer than two, the speed of the pipeline is 0.
         like: the source of the records.
         tokenizer: see `pipeline.iterate_batches`.
+        batches_of: (config, source) -> batches of the task; None: of masked view pairs.
         seconds: processor time of each measurement.
     """
     if not records:
@@ -239,13 +257,25 @@ def measure_speed(
     small = dataclasses.replace(
         config, data=serial, train=dataclasses.replace(config.train, batch_size=32)
     )
-    batches = pipeline.iterate_batches(small, InMemorySource(records, like), tokenizer, start=0)
+    source = InMemorySource(records, like)
+    batches = (
+        batches_of(small, source)
+        if batches_of
+        else pipeline.iterate_batches(small, source, tokenizer, start=0)
+    )
+    samples: list[int] = []
+
+    def consume() -> Iterator[int]:
+        for _ in batches:
+            samples.append(len(batches.record))
+            yield samples[-1]
+
     try:
-        next(batches)
-        rate = _rate((len(batch["label"]) for batch in batches), seconds)
+        next(consume())
+        rate = _rate(consume(), seconds)
     finally:
         batches.close()
-    return ReadSpeed(decode, rate, len(records))
+    return ReadSpeed(decode, rate, len(records), sum(samples), batches.noted)
 
 
 def _decode_forever(records: Sequence[base.Record]) -> Iterator[int]:

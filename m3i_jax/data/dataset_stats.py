@@ -95,7 +95,7 @@ def dataset_stats(
 
 def _bad(infos: Sequence[RecordInfo]) -> list[dict[str, Any]]:
     rows = []
-    for reason in decode.REASONS:
+    for reason in dict.fromkeys((*decode.REASONS, *(s.reason for s in infos if s.reason))):
         if bad := [s for s in infos if s.reason == reason]:
             examples = [(s.key, s.detail) for s in bad[:EXAMPLES]]
             rows.append({"reason": reason, "count": len(bad), "examples": examples})

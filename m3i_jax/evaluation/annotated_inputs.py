@@ -11,7 +11,6 @@ import numpy as np
 
 from m3i_jax import parallel
 from m3i_jax.data import annotated_eval
-from m3i_jax.data.sources.base import DataSource
 from m3i_jax.evaluation.registry import EvalInputs
 
 
@@ -54,16 +53,6 @@ def queries(inputs: EvalInputs) -> list[int]:
     """Numbers of the held-out records that are evaluated, evenly spread."""
     count = min(inputs.config.evaluate.query_limit, len(inputs.held_out))
     return [i * len(inputs.held_out) // count for i in range(count)]
-
-
-def source_attribute(source: DataSource, name: str, default: Any) -> Any:
-    """An attribute of a source, or of the one that it is a part of."""
-    node: Any = source
-    while node is not None:
-        if hasattr(node, name):
-            return getattr(node, name)
-        node = getattr(node, "source", None)
-    return default
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,20 +16,7 @@ class DetectionEvaluation:
 
     categories: CategoryTable
     results: list[DetectionResult]
-    records: dict[int | str, int]  # image id -> number of its record on this host
     scores: dict[str, detection_scores.DetectionScores]
-
-
-def category_table(inputs: EvalInputs) -> CategoryTable:
-    """The categories of a run, with ids and frequencies as in the annotation file."""
-    ids = annotated_inputs.source_attribute(inputs.held_out, "category_ids", ())
-    frequency = annotated_inputs.source_attribute(inputs.held_out, "frequencies", ())
-    count = len(inputs.classes)
-    return CategoryTable(
-        names=inputs.classes,
-        ids=tuple(int(i) for i in ids)[:count],
-        frequency=tuple(frequency)[:count] if all(frequency) else (),
-    )
 
 
 def detections(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
@@ -39,29 +26,24 @@ def detections(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
 
 def _detect(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
     skipped: dict[str, int] = {}
-    own, records = [], {}
+    own = []
     predicted = annotated_inputs.predicted_images(
         inputs, context.params, annotated_inputs.queries(inputs), context.poll, skipped
     )
     for image in predicted:
-        objects = image.fitted.objects
-        known = objects is not None and objects.image >= 0
-        name: int | str = objects.image if objects is not None and known else image.fitted.key
+        fitted = image.fitted
         truth = detection_results.image_truth(
-            objects,
-            image=name,
-            size=image.fitted.original,
-            negative=() if objects is None else tuple(objects.negative.tolist()),
-            not_exhaustive=() if objects is None else tuple(objects.inexhaustive.tolist()),
+            fitted.objects, record=image.index, size=fitted.original
         )
         found = detection_results.original_detections(
-            image.outputs, content=image.fitted.size, size=image.fitted.original
+            image.outputs, content=fitted.size, size=fitted.original
         )
         own.append(DetectionResult(truth, found))
-        records[name] = image.index
     context.skipped.update(gather_from_hosts(skipped))
     results = detection_results.gather_results(own)
-    categories = category_table(inputs)
+    categories = dataclasses.replace(
+        detection_results.category_table(inputs.held_out), names=inputs.classes
+    )
     protocol = "lvis" if categories.frequency else "coco"
     kinds = ("bbox", "segm") if inputs.config.dense.detect.masks else ("bbox",)
     scores = {
@@ -70,7 +52,7 @@ def _detect(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
         )
         for kind in kinds
     }
-    return DetectionEvaluation(categories, results, records, scores)
+    return DetectionEvaluation(categories, results, scores)
 
 
 def _build(inputs: EvalInputs) -> Metric:

@@ -47,7 +47,7 @@ def drop_cls(config: schema.Config, params: Any, pixels_BxSxSx3: jax.Array) -> j
     return m3i.encode(config, params["encoder"], views.plain_patches(config, pixels_BxSxSx3))
 
 
-class FeatureSpec(NamedTuple):
+class ImageFeatures(NamedTuple):
     """Features of a set of images: vectors [n, D] float32, L2-normalised; labels [n] int32, -1 =
     none; records [n] int64, indices in the source; lengths [n] float32, the norms before the
     normalisation (None: not kept)."""
@@ -89,7 +89,7 @@ class Extractor:
         params: Any,
         batches: Iterable[dict[str, np.ndarray]],
         poll: Callable[[], None] = lambda: None,
-    ) -> FeatureSpec:
+    ) -> ImageFeatures:
         """Features of the valid rows, in order. `params` has the part "encoder" and, for attention
         pooling, "pool". `poll` is called between batches and may raise."""
         vectors, labels, index = (
@@ -103,7 +103,7 @@ class Extractor:
             index.append(rows["index"])
         raw_NxD = np.concatenate(vectors)
         length_N = np.sqrt(np.square(raw_NxD).sum(1) + 1e-12)
-        return FeatureSpec(
+        return ImageFeatures(
             raw_NxD / length_N[:, None], np.concatenate(labels), np.concatenate(index), length_N
         )
 
@@ -168,8 +168,8 @@ class EvalContext:
         self._cache: dict[str, Any] = {}
         self.skipped: collections.Counter[str] = collections.Counter()
 
-    def __call__(self, name: str) -> FeatureSpec:
-        def extract() -> FeatureSpec:
+    def __call__(self, name: str) -> ImageFeatures:
+        def extract() -> ImageFeatures:
             features, skipped = self._image_sets[name](self.params, self.poll)
             self.skipped.update(skipped)
             return features
@@ -209,7 +209,7 @@ def gather_from_hosts(skipped: Mapping[str, int]) -> dict[str, int]:
 
 # parts that an average holds completely or not at all
 WHOLE = ("pool", "category", "image_projection", "text", "logit_scale", "pyramid", "head")
-ImageSet = Callable[[Any, Callable[[], None]], tuple[FeatureSpec, Mapping[str, int]]]
+ImageSet = Callable[[Any, Callable[[], None]], tuple[ImageFeatures, Mapping[str, int]]]
 Metric = Callable[[EvalContext], Iterator[tuple[str, float]]]
 
 
@@ -217,7 +217,7 @@ def image_sets(extract: Extractor, batches: Callable[[], Any]) -> ImageSet:
     """An image set: `batches` gives a fresh iterator, whose attribute `skipped` counts at its end
     the images that could not be read."""
 
-    def run(params: Any, poll: Callable[[], None]) -> tuple[FeatureSpec, Mapping[str, int]]:
+    def run(params: Any, poll: Callable[[], None]) -> tuple[ImageFeatures, Mapping[str, int]]:
         iterator = batches()
         features = extract(params, iterator, poll)
         return features, gather_from_hosts(getattr(iterator, "skipped", {}))

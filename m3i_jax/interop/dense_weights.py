@@ -91,7 +91,7 @@ def _head_rules() -> Iterator[_Rule]:
 
 
 def _pyramid_rules(level: str, deconvs: int, pooled: bool) -> Iterator[_Rule]:
-    """Rules of one map: its layers are a list, in which activations and pooling have numbers, too."""
+    """Rules of one map: its layers are a list, where activations and pooling have numbers, too."""
     theirs, ours = f"backbone.simfp_{level}", f"pyramid/stride_{2 ** int(level)}"
     places = [0, 3][:deconvs]
     for i, place in enumerate(places):

@@ -30,7 +30,7 @@ from m3i_jax.models.scan_blocks import (
     with_remat,
 )
 
-_TOKENS = 6272  # of a chunk: 32 rows of 14 x 14 patches, as in `scan_blocks`
+_TOKENS = 4096  # of a chunk: a map of ViTDet; its attention is most of what a block recomputes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,11 @@ class MapBlock:
         if window:
             h_WxTxD = to_windows(h_WxTxD, self.grid, window)
         sides = (window, window) if window else self.grid
-        bias = relative_bias.logit_bias(params.get("relative", {}), sides, cls=self.cls)
+        relative = relative_bias.relative_positions_of(
+            params.get("relative", {}), sides, cls=self.cls
+        )
         h_WxTxD = Attention(one.heads, one.dtype).apply(
-            {"params": params["attention"]}, h_WxTxD, None, None, bias=bias
+            {"params": params["attention"]}, h_WxTxD, None, None, relative=relative
         )
         h_BxTxD = from_windows(h_WxTxD, self.grid, window) if window else h_WxTxD
         x_BxTxD = checkpoint_name(add(1, x_BxTxD, h_BxTxD), "middle")
@@ -262,7 +264,8 @@ def _runs_of(stretch: Stretch, layers: Any, tables: Params) -> list[Any]:
     counts = [count for _, count in stretch.runs]
     leaves, structure = jax.tree.flatten(layers)
     folded = [leaf.reshape(stretch.repeats, stretch.period, *leaf.shape[1:]) for leaf in leaves]
-    parts, first = [], stretch.start
+    parts: list[Any] = []
+    first = stretch.start
     for run in zip(*(jax.lax.split(leaf, counts, 1) for leaf in folded), strict=True):
         count = counts[len(parts)]
         own = [

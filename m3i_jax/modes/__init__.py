@@ -155,8 +155,8 @@ MODES = {
 
 
 def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) -> None:
-    """Refuse assignments of the command line without effect: settings that the mode or the source
-    does not read.
+    """Refuse settings without effect: assignments of the command line that the mode or the source
+    does not read, and files that the source does not read, whoever named them.
 
     Args:
       mode: its name.
@@ -182,7 +182,7 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
             f"config.{unread[0]}: changes nothing, for --mode={mode} does not read it; leave it out"
         )
     reasons = mixture.unread(config.data, counted=bool(reads))
-    for key in keys:
+    for key in dict.fromkeys([*keys, "data.class_names", "data.directory"]):
         value = getattr(config.data, key.removeprefix("data."), None)
         if key in reasons and value != getattr(schema.Data, key.removeprefix("data.")):
             raise UserError(f"config.{key}: {value!r} changes nothing, for {reasons[key]}")

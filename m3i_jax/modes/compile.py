@@ -133,7 +133,7 @@ def _report_in_subprocess(
 def _report(
     folder: pathlib.Path | None, config: schema.Config, target: CompileTarget, vocabulary: int
 ) -> dict[str, Any]:
-    config, mesh = setup.restore_or_init(config, target.devices)
+    config, mesh = setup.fit_to_devices(config, target.devices)
     step_trainer = trainer.Trainer(config, mesh, vocabulary)
     batch, shards, devices = (
         trainer.abstract_batch(config),
@@ -273,7 +273,7 @@ def search_changes(
     config: schema.Config, target: CompileTarget, vocabulary: int
 ) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
     """(flags of the cheapest candidate that fits, or "", report as configured, attempts)."""
-    setup.restore_or_init(config, target.devices)
+    setup.fit_to_devices(config, target.devices)
     first, rows = None, []
     for flags, changed in batch_search.memory_savers(config, len(target.devices)):
         mesh = parallel.make_mesh(changed.parallel.mesh, target.devices)
@@ -333,6 +333,8 @@ def run(
         raise UserError(
             "--suggest: cannot be combined with --largest-batch; run the two one after the other"
         )
+    directory = pathlib.Path(workdir)
+    setup.make_workdir(directory)
     target = compile_target(topology, memory, code=code)
     done, assumed = show.assume_data(config)
     vocabulary = show.vocabulary_size(done)
@@ -347,8 +349,6 @@ def run(
         flags, report, rows = search_changes(done, target, vocabulary)
     else:
         report = report_program(done, target, vocabulary)
-    directory = pathlib.Path(workdir)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     content = report | {"assumed": assumed, "largest_batch": largest or None, "tried": rows}
     atomic_write.write_text_atomic(
         directory / "compile.json",

@@ -6,7 +6,7 @@ import pathlib
 import sys
 import time
 
-from m3i_jax import schema
+from m3i_jax import interrupts, schema
 from m3i_jax.data import conversion, splits
 from m3i_jax.data.sources import array_record
 from m3i_jax.modes import setup as jobs
@@ -17,7 +17,7 @@ PREEMPTED = 42
 
 def run(config: schema.Config, *, workdir: str) -> int:
     directory = pathlib.Path(workdir)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    jobs.make_workdir(directory)
     with jobs.lock_workdir(directory):
         source = splits.open_source(config.data, cache=str(directory / "index"))
         print(source.description())
@@ -30,10 +30,11 @@ def run(config: schema.Config, *, workdir: str) -> int:
         )
         processes = config.data.workers or len(os.sched_getaffinity(0))
         try:
-            for count in conversion.convert(
-                source, str(directory), todo, shards, processes=processes
-            ):
-                progress(count)
+            with interrupts.raise_interrupts():
+                for count in conversion.convert(
+                    source, str(directory), todo, shards, processes=processes
+                ):
+                    progress(count)
         except KeyboardInterrupt:
             missing = conversion.missing_shards(len(source), str(directory), shards)
             print(

@@ -11,7 +11,15 @@ from typing import Any
 import jax
 
 from m3i_jax import parallel, privacy, schema
-from m3i_jax.data import dataset_scan, dataset_stats, decode, pipeline, splits, tokenizer
+from m3i_jax.data import (
+    annotation_stats,
+    dataset_scan,
+    dataset_stats,
+    decode,
+    pipeline,
+    splits,
+    tokenizer,
+)
 from m3i_jax.data.sources import base
 from m3i_jax.modes import monitoring
 from m3i_jax.modes import setup as jobs
@@ -19,6 +27,7 @@ from m3i_jax.profiling import hardware
 from m3i_jax.reporting import data_page, data_report
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import trainer
+from m3i_jax.training.task import make_task, task_kind
 
 IN_MEMORY = 256  # readable records for the measurement of speed
 EXAMPLES = 24  # examples on the page
@@ -26,11 +35,14 @@ EXAMPLES = 24  # examples on the page
 
 def run(config: schema.Config, *, workdir: str) -> int:
     directory = pathlib.Path(workdir)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    train, held_out = splits.open_splits(config.data, cache=str(directory / "index"))
+    jobs.make_workdir(directory)
+    opened = splits.open_splits(config.data, cache=str(directory / "index"))
+    kind = task_kind(config.task)
+    train, held_out = (kind.with_annotations(part) for part in opened)
     source = dataset_scan.ConcatSource(train, held_out)
+    names = kind.class_names(train)
     classes, captions = (
-        pipeline.count_classes(config.data, source),
+        len(names) if config.data.classes < 0 else config.data.classes,
         pipeline.uses_captions(config.data, source),
     )
     done = jobs.complete_config(config, classes=classes, captions=captions, size=max(len(train), 1))
@@ -40,6 +52,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
         else None
     )
 
+    vocabulary = words.vocabulary if words else 0
     indices = dataset_scan.spread_indices(len(source), config.report.survey)
     background, missing = config.data.background, config.data.missing
     records = dataset_scan.scan_records(
@@ -60,11 +73,25 @@ def run(config: schema.Config, *, workdir: str) -> int:
         held_out=range(len(train), len(source)),
     )
     readable = [record for record in records if not record.reason]
+    annotations = annotation_stats.annotation_stats(
+        [record.annotations for record in readable if record.annotations],
+        classes=source.classes,
+        map_classes=source.map_classes,
+        geometry=config.dense.geometry,
+    )
     read = decode.read_records(
         source, [s.index for s in spread_items(readable, IN_MEMORY)], missing
     )
     held = [record for record in read if not isinstance(record, decode.BadRecord)]
-    speed = dataset_scan.measure_speed(done, held, source, words)
+    speed = dataset_scan.measure_speed(
+        done,
+        held,
+        source,
+        words,
+        batches_of=lambda small, few: make_task(small, vocabulary).batches(
+            few, words, start=0, views=(0, 1)
+        ),
+    )
     report = {
         "source": {
             "description": source.description(),
@@ -78,8 +105,9 @@ def run(config: schema.Config, *, workdir: str) -> int:
             "rule": f"record i x {len(source)} // {len(indices)} for i = 0, 1, ...",
         },
         **stats,
+        "annotations": annotations,
         "speed": {**dataclasses.asdict(speed), "cores": usable_cores()},
-        "feeds": chips_fed(done, words.vocabulary if words else 0, usable_cores() * speed.pipeline),
+        "feeds": chips_fed(done, vocabulary, usable_cores() * speed.pipeline),
     }
     write_text_atomic(directory / "data.json", privacy.json_text(report, indent=1) + "\n")
     shown = _examples(source, spread_items(readable, EXAMPLES), config.data)
@@ -116,7 +144,8 @@ def chips_fed(config: schema.Config, vocabulary: int, supply: float) -> dict[str
       supply: samples a second that the host produces.
 
     Returns:
-      "flops_per_image" of the model, "mfu", "image_size" and "chips": for each kind of
+      "flops_per_image" of the model, "mfu", "image_size", "views" (whether a sample is two views
+      of an image, or an annotated image) and "chips": for each kind of
       `hardware.CHIPS` a row with its peak in FLOP/s, the samples a second that one chip consumes,
       and the number of chips that are fed.
     """
@@ -138,6 +167,7 @@ def chips_fed(config: schema.Config, vocabulary: int, supply: float) -> dict[str
         "flops_per_image": cost,
         "mfu": mfu,
         "image_size": config.data.image_size,
+        "views": config.traits.views,
         "chips": rows,
     }
 

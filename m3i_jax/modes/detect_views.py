@@ -1,11 +1,14 @@
 """What the modes show of a detection run: panels of objects and detections."""
 
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from m3i_jax import parallel, schema
+from m3i_jax.data.sources import base
 from m3i_jax.evaluation.detection_results import paste_mask
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.task_views import TaskViews, register_task_views
@@ -90,9 +93,28 @@ def draw_panel(
     )
 
 
+def draw_preview(
+    job: jobs.Setup,
+    path: pathlib.Path,
+    batch: dict[str, np.ndarray],
+    records: Sequence[base.Record],
+) -> None:
+    """Write a sheet of augmented images with their objects."""
+    rows = range(len(records))
+    dense_panels.write_object_sheet(
+        path,
+        [content(batch, row) for row in rows],
+        [batch_objects(batch, row) for row in rows],
+        names=job.classes,
+        words=[record.key for record in records],
+    )
+
+
 def _summary(config: schema.Config) -> str:
     low, high = config.dense.geometry.scale
     return f"images scaled by {low:g} to {high:g} times {config.data.image_size} pixels"
 
 
-register_task_views("detect", TaskViews(draw_panel=draw_panel, summary=_summary))
+register_task_views(
+    "detect", TaskViews(draw_panel=draw_panel, draw_preview=draw_preview, summary=_summary)
+)

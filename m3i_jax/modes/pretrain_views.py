@@ -1,17 +1,21 @@
 """What the modes show of a pre-training run: evaluations of its features, panels, tables."""
 
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from m3i_jax import parallel, published_settings, schema
+from m3i_jax.data import decode
+from m3i_jax.data.sources import base
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes import unnormalize
 from m3i_jax.modes.task_views import TaskViews, register_task_views
 from m3i_jax.profiling import flops
-from m3i_jax.reporting import panels, text_table
-from m3i_jax.training import plan_table
+from m3i_jax.reporting import panels, preview_sheet, text_table
+from m3i_jax.training import plan_table, views
 from m3i_jax.training.pretrain_task import Pretrain
 from m3i_jax.training.trainer import Trainer
 
@@ -89,10 +93,58 @@ def draw_panel(
     )
 
 
+def draw_preview(
+    job: jobs.Setup,
+    path: pathlib.Path,
+    batch: dict[str, np.ndarray],
+    records: Sequence[base.Record],
+) -> None:
+    """Write a sheet of model inputs next to their original images."""
+    patches_by_view = jax.jit(lambda b: views.augmented_patches(job.config, b, (0, 1)))(batch)
+    colored = {
+        view: unnormalize.patches_to_images(job.config, np.asarray(patches, np.float32))
+        for view, patches in patches_by_view.items()
+    }
+    # with the colour augmentation of the device
+    batch["views"] = np.stack([colored[0], colored[1]], 1)
+    passes = job.plan.passes
+    blended = next((read for read in passes if read.blended), None)
+    inputs = None
+    if blended:
+        blended_patches = jax.jit(
+            lambda b, patches: views.encoder_input(
+                job.config,
+                blended,
+                views.pass_inputs(job.config, passes, b)[blended],
+                patches,
+            )
+        )(batch, patches_by_view)
+        inputs = unnormalize.patches_to_images(job.config, np.asarray(blended_patches, np.float32))
+    captions = unnormalize.decode_captions(job, batch)
+    originals = [
+        decode.decode_image(record.image, background=job.config.data.background)
+        for record in records
+    ]
+    has_column = {"input view": True, "target view": 1 in job.plan.views}
+    has_column["mask"] = any(read.masked or read.mixed for read in passes)
+    has_column["mixed input"] = any(read.mixed for read in passes)
+    columns = [name for name in preview_sheet.COLUMNS if has_column[name]]
+    preview_sheet.write_preview(
+        path,
+        batch,
+        captions=captions,
+        classes=job.classes,
+        originals=originals,
+        blended=inputs,
+        columns=columns,
+    )
+
+
 register_task_views(
     "pretrain",
     TaskViews(
         draw_panel=draw_panel,
+        draw_preview=draw_preview,
         tables=_tables,
         summary=_summary,
         unpublished=published_settings.unpublished_settings_note,

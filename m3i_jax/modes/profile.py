@@ -72,7 +72,7 @@ def profile(job: jobs.Setup, began: float | None) -> int:
             data=data,
             checkpoints=_NoCheckpoints(),  # type: ignore[arg-type]
             write=console.write,
-            say=log,
+            log=log,
             panel=lambda *_: None,
             evaluators=[],
             position=lambda samples: {},

@@ -54,7 +54,7 @@ def write_report(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:
         run_page.run_page_html(
             runs,
             differs=differs,
-            exhibits=[
+            figure_sections=[
                 figures.figure_html(file) for file in figures.newest_figures(workdir / "pictures")
             ],
         ),

@@ -1,11 +1,14 @@
 """What the modes show of a segmentation run: panels of class maps."""
 
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from m3i_jax import schema
+from m3i_jax.data.sources import base
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.detect_views import content, few_rows
 from m3i_jax.modes.task_views import TaskViews, register_task_views
@@ -41,9 +44,29 @@ def draw_panel(
     )
 
 
+def draw_preview(
+    job: jobs.Setup,
+    path: pathlib.Path,
+    batch: dict[str, np.ndarray],
+    records: Sequence[base.Record],
+) -> None:
+    """Write a sheet of augmented images with their class maps."""
+    rows = range(len(records))
+    dense_panels.write_map_sheet(
+        path,
+        [content(batch, row) for row in rows],
+        [content_map(batch, row) for row in rows],
+        None,
+        names=job.classes,
+        words=[record.key for record in records],
+    )
+
+
 def _summary(config: schema.Config) -> str:
     low, high = config.dense.geometry.scale
     return f"images scaled by {low:g} to {high:g}, crops of {config.data.image_size} pixels"
 
 
-register_task_views("segment", TaskViews(draw_panel=draw_panel, summary=_summary))
+register_task_views(
+    "segment", TaskViews(draw_panel=draw_panel, draw_preview=draw_preview, summary=_summary)
+)

@@ -20,6 +20,7 @@ from m3i_jax.data import pipeline, splits, tokenizer
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
+from m3i_jax.modes import output
 from m3i_jax.training import scaling
 from m3i_jax.training.plan import Plan, build_plan
 from m3i_jax.training.pretrain_task import Pretrain
@@ -41,8 +42,8 @@ def complete_config(
 
 @dataclasses.dataclass(kw_only=True)
 class Setup:
-    """A run with completed settings, its devices and its data; `asked` is `data.size` as
-    configured."""
+    """A run with completed settings, its devices and its data; `configured_size` is `data.size`
+    before it was completed."""
 
     config: schema.Config
     mesh: jax.sharding.Mesh
@@ -51,14 +52,15 @@ class Setup:
     classes: tuple[str, ...]
     tokenizer: tokenizer.Tokenizer | None
     workdir: pathlib.Path
-    asked: int = 0
+    configured_size: int = 0
 
     @property
     def text(self) -> str:
         """The configuration for `config.txt`: completed, except for `data.size`, which stays as
         configured. For the shapes source it is the number of images to render, held-out ones
         included, and must be the same when the run is opened again."""
-        data = dataclasses.replace(self.config.data, size=self.asked or self.config.data.size)
+        size = self.configured_size or self.config.data.size
+        data = dataclasses.replace(self.config.data, size=size)
         return configuration.config_to_text(dataclasses.replace(self.config, data=data))
 
     @property
@@ -76,7 +78,8 @@ class Setup:
     @functools.cached_property
     def task(self) -> Task:
         """The task of the run on these data, built once."""
-        return make_task(self.config, self.vocabulary)
+        counts = task_kind(self.config.task).count_categories(self.config, self.train)
+        return make_task(self.config, self.vocabulary, counts)
 
     @property
     def plan(self) -> Plan:
@@ -111,13 +114,13 @@ def _with_rounded_batch(config: schema.Config, workdir: pathlib.Path) -> schema.
     if not config.train.round_batch or not (workdir / "config.txt").is_file():
         return config
     saved = configuration.load_from_workdir(str(workdir), "--workdir").train
-    asked = config.train.batch_size
-    if not saved.round_batch or not asked < saved.batch_size < 1.1 * asked:
+    configured = config.train.batch_size
+    if not saved.round_batch or not configured < saved.batch_size < 1.1 * configured:
         return config
     if not jax.process_index():
         print(
             f"train.batch_size: {saved.batch_size:,}, as in the run in {workdir}, instead of"
-            f" {asked:,}",
+            f" {configured:,}",
             flush=True,
         )
     return dataclasses.replace(
@@ -125,7 +128,7 @@ def _with_rounded_batch(config: schema.Config, workdir: pathlib.Path) -> schema.
     )
 
 
-def restore_or_init(
+def fit_to_devices(
     config: schema.Config, devices: Sequence[jax.Device] | None = None
 ) -> tuple[schema.Config, jax.sharding.Mesh]:
     """The configuration, with a rounded batch if so configured, and its mesh on the given devices
@@ -157,7 +160,7 @@ def open_setup(
     """
     backbones.validate_backbone(config)  # before data are opened, which may take minutes
     path = pathlib.Path(workdir)
-    config, devices = restore_or_init(_with_rounded_batch(config, path))
+    config, devices = fit_to_devices(_with_rounded_batch(config, path))
     make_workdir(path)
     # the first host reads the headers of all files, the others its index
     with parallel.host0_first("index"):
@@ -192,12 +195,13 @@ def open_setup(
         classes=tuple(names[:count]),
         tokenizer=opened,
         workdir=path,
-        asked=config.data.size,
+        configured_size=config.data.size,
     )
 
 
 def make_workdir(workdir: pathlib.Path) -> None:
-    """Create a working directory if it does not exist. Raises UserError if that fails."""
+    """Create a working directory if it does not exist. Raises UserError if that fails, or if the
+    first host cannot write to it."""
     try:
         workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -205,6 +209,7 @@ def make_workdir(workdir: pathlib.Path) -> None:
             f"--workdir {workdir}: cannot be created ({error.strerror or error}); choose another"
             " directory"
         ) from error
+    output.check_writable(workdir, f"--workdir {workdir}", "choose another directory")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ class TaskViews:
 
     Attributes:
       draw_panel: (setup, trainer, step, state, host batch) writes WORKDIR/panels/<step>.png.
+      draw_preview: (setup, path, host batch, its records) writes the sheet of --mode=preview.
       tables: (trainer, batch shapes) -> tables for --mode=show.
       summary: a few words on the settings that decide a run, for its log.
       unpublished: a line if settings differ from the published ones of a named method, or "".
@@ -24,6 +25,7 @@ class TaskViews:
     """
 
     draw_panel: Callable[..., None] = lambda *_: None
+    draw_preview: Callable[..., None] = lambda *_: None
     tables: Callable[[Any, dict[str, Any]], list[str]] = lambda *_: []
     summary: Callable[[schema.Config], str] = lambda _: "no other schedule"
     unpublished: Callable[[schema.Config], str] = lambda _: ""

@@ -11,6 +11,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, run_files, schema
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
+from m3i_jax.evaluation import load_dense
 from m3i_jax.models import m3i
 from m3i_jax.modes import evaluators, monitoring, report
 from m3i_jax.modes import setup as jobs
@@ -53,6 +54,9 @@ def check_same_run(job: jobs.Setup, position: dict[str, Any] | None, allow_chang
     if not jax.process_index():
         write_text_atomic(job.workdir / "config.txt", privacy.redact(job.text), noted=True)
         write_text_atomic(job.workdir / "data.txt", privacy.redact(job.identity), noted=True)
+        if not job.config.traits.views:  # predictions of the run have their names
+            names = json.dumps({"classes": job.classes}, indent=1) + "\n"
+            write_text_atomic(job.workdir / load_dense.CLASSES, names, noted=True)
 
 
 def _changes(job: jobs.Setup, position: dict[str, Any]) -> list[str]:
@@ -97,7 +101,7 @@ def _difference(data: pathlib.Path, identity: str) -> list[str]:
     return []
 
 
-def sound(position: dict[str, Any], step: int) -> dict[str, Any]:
+def checked_position(position: dict[str, Any], step: int) -> dict[str, Any]:
     """The position stored in a checkpoint, checked.
 
     Raises:
@@ -151,9 +155,11 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     config, workdir = job.config, job.workdir
     if not jax.process_index():
         checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, say=writers.log_line)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
     newest = checkpoints.newest_good()
-    position = sound(checkpoints.position(newest), newest) if newest is not None else None
+    position = None
+    if newest is not None:
+        position = checked_position(checkpoints.position(newest), newest)
     if (
         newest is not None
         and not jax.process_index()
@@ -178,7 +184,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     writer = writers.open_writers(
         config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0
     )
-    log = writer.say
+    log = writer.log
     # all hosts skip the evaluations that are in the log of the first
     own = sorted(evaluations_done(workdir / LOG)) if not jax.process_index() else []
     done = frozenset(json.loads(parallel.exchange_values("evaluated", json.dumps(own))[0]))
@@ -219,7 +225,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
             data=data,
             checkpoints=checkpoints,
             write=writer.write,
-            say=log,
+            log=log,
             panel=lambda step, state, batch: writer.attempt(
                 "panels", lambda: views.draw_panel(job, trainer, step, state, batch)
             ),

@@ -194,7 +194,7 @@ def initialize(
     *,
     limit: float = barriers.LIMIT,
     beat: float = heartbeat.LIMIT,
-    say: Callable[[str], None] = rendezvous.now,
+    log: Callable[[str], None] = rendezvous.now,
 ) -> None:
     """Initialize jax.distributed and log one line about it. Must be called before a device is used;
     with one process it does nothing.
@@ -204,7 +204,7 @@ def initialize(
       limit: seconds to wait for the last process.
       beat: seconds without a heartbeat after which a host is lost; 0: only jax.distributed checks,
         after 100.
-      say: logs a line.
+      log: logs a line.
 
     Raises:
       HostMissing: names the processes that did not come.
@@ -220,7 +220,7 @@ def initialize(
             info.process,
             limit=limit,
             patient=not given,
-            say=say,
+            log=log,
         )
     if info.processes and "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -253,10 +253,10 @@ def initialize(
     # jax's preemption notifier would swallow a SIGTERM that comes before the training loop
     signal.signal(signal.SIGTERM, before)
     barriers.announce_host(socket.gethostname())
-    heartbeat.start_heartbeat(beat, say)
+    heartbeat.start_heartbeat(beat, log)
     if barriers.host_names() > 1:
         coordinator = f"; coordinator {info.coordinator}" if info.coordinator else ""
-        say(
+        log(
             f"host {barriers.host_name()} of {barriers.host_names()}, {socket.gethostname()}"
             f"{coordinator} (from {info.source})"
         )
@@ -343,7 +343,7 @@ def start_distributed(
     mesh: tuple[int, ...],
     *,
     beat: float = heartbeat.LIMIT,
-    say: Callable[[str], None] = rendezvous.now,
+    log: Callable[[str], None] = rendezvous.now,
 ) -> None:
     """Initialize jax.distributed and check that all hosts have the same configuration, code and
     devices.
@@ -353,9 +353,9 @@ def start_distributed(
       settings: `key = value` lines, of `config.config_to_text`.
       mesh: shape of the configured mesh.
       beat: seconds without a heartbeat after which a host is lost.
-      say: logs a line.
+      log: logs a line.
     """
-    initialize(info, beat=beat, say=say)
+    initialize(info, beat=beat, log=log)
     if barriers.host_names() == 1:
         return
     lines = dict(line.split(" = ", 1) for line in settings.splitlines() if " = " in line)

@@ -184,7 +184,7 @@ def end_heartbeat(text: str) -> None:
     os._exit(1)
 
 
-def start_heartbeat(limit: float, say: Callable[[str], None] = print) -> None:
+def start_heartbeat(limit: float, log: Callable[[str], None] = print) -> None:
     """Start the heartbeats of this process. Does nothing with one host or a limit of 0."""
     if barriers.host_names() == 1 or not limit:
         return
@@ -192,7 +192,7 @@ def start_heartbeat(limit: float, say: Callable[[str], None] = print) -> None:
     try:
         heartbeat.open()
     except (OSError, ValueError) as error:
-        say(
+        log(
             f"warning: no heartbeats from {barriers.host_label(0)} ({error}); only jax.distributed"
             " detects a lost host, without its name"
         )

@@ -24,14 +24,14 @@ def now(text: str) -> None:
 class _WaitLog:
     """Logs a wait after FIRST_LOG seconds, and every LOG_EVERY seconds from then on."""
 
-    def __init__(self, say: Callable[[str], None], limit: float) -> None:
-        self._say, self._limit, self._start, self._due = say, limit, time.monotonic(), FIRST_LOG
+    def __init__(self, log: Callable[[str], None], limit: float) -> None:
+        self._log, self._limit, self._start, self._due = log, limit, time.monotonic(), FIRST_LOG
 
     def log(self, awaited: str) -> None:
         seconds = time.monotonic() - self._start
         if seconds >= self._due:
             self._due = seconds + LOG_EVERY
-            self._say(f"waiting for {awaited}; {seconds:.0f} of at most {self._limit:.0f} seconds")
+            self._log(f"waiting for {awaited}; {seconds:.0f} of at most {self._limit:.0f} seconds")
 
 
 def resolve_address(coordinator: str) -> str:
@@ -55,7 +55,7 @@ def wait_for_processes(
     *,
     limit: float,
     patient: bool = False,
-    say: Callable[[str], None] = now,
+    log: Callable[[str], None] = now,
 ) -> None:
     """Return when all processes have connected to process 0.
 
@@ -65,7 +65,7 @@ def wait_for_processes(
       limit: seconds to wait.
       patient: wait for a name without an address, which a scheduler may still register; a name that
         a user gave is a mistake then.
-      say: logs a line about a long wait.
+      log: logs a line about a long wait.
 
     Raises:
       HostMissing: on all that came; names those that did not, or no process answers.
@@ -75,7 +75,7 @@ def wait_for_processes(
     """
     if processes == 1:
         return
-    deadline, wait_log = time.monotonic() + limit, _WaitLog(say, limit)
+    deadline, wait_log = time.monotonic() + limit, _WaitLog(log, limit)
     while why := resolve_address(coordinator):
         if not patient or time.monotonic() > deadline:
             raise UserError(

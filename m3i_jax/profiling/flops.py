@@ -3,7 +3,8 @@
 The body of a scan counts once per iteration, the program of a device once per device. (XLA's cost
 analysis counts the body of a scan once, and a partitioned program on one device.) Without loops, on
 one device, the numbers are XLA's. The number of iterations of a while loop depends on the data; its
-code states the expected one by `jax.named_scope("turns=3")`."""
+code states the expected one by `jax.named_scope("turns=3")`. Products that are no work of the
+model, such as reading a map by matrices of mostly zeros, are in `jax.named_scope("flops=0")`."""
 
 import dataclasses
 import math
@@ -79,6 +80,9 @@ def _count(jaxpr: Any, used: Sequence[bool]) -> FlopCount:
 
 def _equation(equation: Any, used: list[bool]) -> FlopCount:
     name, params = equation.primitive.name, equation.params
+    stated = _STATED.findall(str(equation.source_info.name_stack))
+    if stated and not int(stated[-1]):
+        return FlopCount()
     if name == "dot_general":
         (contract, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
@@ -92,7 +96,6 @@ def _equation(equation: Any, used: list[bool]) -> FlopCount:
     if name == "pallas_call" and params.get("cost_estimate"):
         # A kernel's estimate leaves out products that it discards; jax.named_scope("flops=N")
         # states the FLOPs of the model.
-        stated = _STATED.findall(str(equation.source_info.name_stack))
         return FlopCount(dot=float(stated[-1] if stated else params["cost_estimate"].flops))
     is_loop = name in ("scan", "while")  # an iteration needs all outputs of the one before
     inner = [
@@ -100,13 +103,13 @@ def _equation(equation: Any, used: list[bool]) -> FlopCount:
         for p in _programs(params)
     ]
     if name == "while" and any(f.total for f in inner):
-        stated = _TURNS.findall(str(equation.source_info.name_stack))
-        if not stated:
+        turns = _TURNS.findall(str(equation.source_info.name_stack))
+        if not turns:
             raise ValueError(
                 "matrix products in a while loop, whose number of iterations is unknown; use"
                 ' lax.scan, or state it by jax.named_scope("turns=N")'
             )
-        return sum(inner, FlopCount()).times(float(stated[-1]))
+        return sum(inner, FlopCount()).times(float(turns[-1]))
     if name == "cond":
         return max(inner, key=lambda f: f.total)
     return sum(inner, FlopCount()).times(_repeats(name, params))

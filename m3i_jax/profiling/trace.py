@@ -29,7 +29,7 @@ class Tracer:
 
     Args:
       directory: of the traces, each in a folder named by the time.
-      say: logs a line.
+      log: logs a line.
       steps: length of a trace.
       pause: context in which the profiler starts, or stops and writes; its time is not that of
         training.
@@ -39,13 +39,13 @@ class Tracer:
     def __init__(
         self,
         directory: pathlib.Path,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         steps: int,
         *,
         pause: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         done: Callable[[pathlib.Path, int], None] = lambda place, steps: None,
     ) -> None:
-        self._directory, self._say, self._steps = directory, say, steps
+        self._directory, self._log, self._steps = directory, log, steps
         self._pause, self._done = pause, done
         self._requested, self._last, self._first = False, 0, 0
         self.running = False
@@ -73,10 +73,10 @@ class Tracer:
                 str(self._directory), create_perfetto_trace=True, profiler_options=options
             )
         except Exception as error:  # another profiler runs, or the disk is full: training goes on
-            self._say(f"warning: no trace: {' '.join(str(error).split())[:200]}")
+            self._log(f"warning: no trace: {' '.join(str(error).split())[:200]}")
             return
         self.running, self._first, self._last = True, step, step + self._steps
-        self._say(f"tracing steps {step + 1:,} to {self._last:,}")
+        self._log(f"tracing steps {step + 1:,} to {self._last:,}")
 
     def close(self) -> None:
         """Drop an incomplete trace."""
@@ -84,20 +84,20 @@ class Tracer:
             self.running = False
             with contextlib.suppress(Exception):
                 jax.profiler.stop_trace()
-            self._say(f"the run ended before the trace had its {self._steps} steps")
+            self._log(f"the run ended before the trace had its {self._steps} steps")
 
     def _finish(self, step: int) -> None:
         self.running = False
         try:
             jax.profiler.stop_trace()
             place = newest_trace(self._directory)
-            self._say(
+            self._log(
                 f"trace of {step - self._first} steps: {place}; open perfetto_trace.json.gz there"
                 " in https://ui.perfetto.dev"
             )
             self._done(place, step - self._first)
         except Exception as error:
-            self._say(f"warning: the trace is lost: {' '.join(str(error).split())[:200]}")
+            self._log(f"warning: the trace is lost: {' '.join(str(error).split())[:200]}")
 
 
 def newest_trace(directory: pathlib.Path) -> pathlib.Path:

@@ -30,8 +30,7 @@ def data_page_html(
             format_share(good, examined),
             "usable" + ("" if sample["whole"] else f" of {examined:,} examined"),
         ),
-        (format_share(report["pictures"]["with_label"], good), "have a label"),
-        (format_share(report["pictures"]["with_caption"], good), "have a caption"),
+        *_annotated(report),
         (format_share(report["duplicates"]["records"], good), "are duplicates"),
         (data_report.format_rate(fed) if fed else "-", "samples a second a core"),
     ]
@@ -43,7 +42,8 @@ def data_page_html(
         "<h2>Images</h2>" + (_image_list(images) or "<p>No usable image.</p>"),
         '<h2>Distributions</h2><div class="charts">'
         + "".join(
-            _bars(title, bars, good) for title, bars in data_report.histogram_lines(report, 24)
+            _bars(title, bars, data_report.histogram_unit(title, bars, good)[1])
+            for title, bars in data_report.histogram_lines(report, 24)
         )
         + "</div>",
         "<h2>Bad records</h2>" + _bad(report),
@@ -58,6 +58,29 @@ def data_page_html(
         ),
     ]
     return html_page.render_page(f"Data: {source['name']}", body)
+
+
+def _annotated(report: DataReport) -> list[tuple[str, str]]:
+    """The shares of images with labels and captions, or with objects or maps."""
+    good = report["pictures"]["usable"]
+    if not data_report.has_annotations_alone(report):
+        return [
+            (format_share(report["pictures"]["with_label"], good), "have a label"),
+            (format_share(report["pictures"]["with_caption"], good), "have a caption"),
+        ]
+    objects, maps = (report["annotations"][name] for name in ("objects", "maps"))
+    numbers = []
+    if objects:
+        numbers += [
+            (format_share(objects["images"] - objects["without_object"], good), "show an object"),
+            (f"{objects['mean']:g}", "objects an image"),
+        ]
+    if maps:
+        numbers += [
+            (format_share(1 - maps["unlabelled"], 1), "of the pixels have a class"),
+            (f"{maps['classes_per_image']:g}", "classes of the map an image"),
+        ]
+    return numbers
 
 
 def _bars(title: str, bars: Sequence[tuple[str, int]], total: int) -> str:

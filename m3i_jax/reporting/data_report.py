@@ -1,12 +1,14 @@
 """The data report as text for the console; `data_page` makes the page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax import privacy
 from m3i_jax.reporting import text_table
 
 DataReport = Mapping[str, Any]
+# titles of the histograms that count objects
+OBJECT_SIDE, OBJECT_CLASS = "side of an object, pixels", "class of objects"
 
 
 def format_share(part: float, total: float) -> str:
@@ -42,6 +44,7 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
         report["categories"],
         report["duplicates"],
     )
+    annotated = has_annotations_alone(report)
     rows = [
         ("records", f"{source['records']:,}, of which {source['held_out']:,} are held out"),
         (
@@ -49,15 +52,7 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
             "all" if sample["whole"] else f"{examined:,}, evenly spread: {sample['rule']}",
         ),
         ("usable", f"{good:,} ({format_share(good, examined)}); bad: {counts['bad']:,}"),
-        (
-            "with a label",
-            f"{counts['with_label']:,} ({format_share(counts['with_label'], good)})",
-        ),
-        (
-            "with a caption",
-            f"{counts['with_caption']:,} ({format_share(counts['with_caption'], good)})",
-        ),
-        ("with neither", f"{counts['with_neither']:,}"),
+        *([] if annotated else _label_facts(report)),
         ("formats", ", ".join(f"{n:,} {kind}" for kind, n in counts["formats"]) or "-"),
         (
             "bytes a record",
@@ -68,7 +63,7 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
             f"{sizes['median_width']} x {sizes['median_height']} pixels (width x height)",
         ),
     ]
-    if categories["in_source"] or categories["used"]:
+    if not annotated and (categories["in_source"] or categories["used"]):
         empty, dropped = len(categories["empty"]), categories["dropped"]
         rows.append(
             (
@@ -92,6 +87,7 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
                 f" {captions['different']:,} different ones",
             )
         )
+    rows += annotation_facts(report)
     both, labels = twice["in_both_parts"], twice["with_several_labels"]
     rows.append(
         (
@@ -105,16 +101,105 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
     return rows
 
 
+def has_annotations_alone(report: DataReport) -> bool:
+    """Whether images have objects or maps, and none has a label or a caption.
+
+    >>> has_annotations_alone({"pictures": {"with_label": 0, "with_caption": 0}})
+    False
+    """
+    counts = report["pictures"]
+    labels = counts["with_label"] or counts["with_caption"]
+    return any(report.get("annotations", {}).values()) and not labels
+
+
+def _label_facts(report: DataReport) -> list[tuple[str, str]]:
+    counts, good = report["pictures"], report["pictures"]["usable"]
+    return [
+        (
+            "with a label",
+            f"{counts['with_label']:,} ({format_share(counts['with_label'], good)})",
+        ),
+        (
+            "with a caption",
+            f"{counts['with_caption']:,} ({format_share(counts['with_caption'], good)})",
+        ),
+        ("with neither", f"{counts['with_neither']:,}"),
+    ]
+
+
+def annotation_facts(report: DataReport) -> list[tuple[str, str]]:
+    """(name, value) of the facts about objects and maps; [] if there are none.
+
+    >>> annotation_facts({})
+    []
+    """
+    annotations, rows = report.get("annotations", {}), []
+    if objects := annotations.get("objects"):
+        count, images = objects["objects"], objects["images"]
+        without, over = objects["without_mask"], objects["objects_over"]
+        sizes = ", ".join(
+            f"{n:,} {name} ({format_share(n, count)})" for name, n in objects["sizes"]
+        )
+        rows += [
+            (
+                "objects",
+                f"{count:,} in {images:,} images: {objects['mean']:g} an image, at most"
+                f" {objects['most']:,}; {objects['without_object']:,} images have none"
+                f" ({format_share(objects['without_object'], images)}), crowds:"
+                f" {objects['crowds']:,}",
+            ),
+            ("sizes of objects", f"{sizes}; limits 32 x 32 and 96 x 96 pixels"),
+            (
+                "classes of objects",
+                f"{len(objects['table']):,}: {objects['frequent']:,} in more than 100 of the"
+                f" examined images, {objects['common']:,} in 11 to 100, {objects['rare']:,} in 1 to"
+                f" 10, {len(objects['empty']):,} in none",
+            ),
+            (
+                "masks",
+                f"{without:,} objects have none ({format_share(without, count)})"
+                + (f"; {objects['damaged']:,} are damaged" if objects["damaged"] else ""),
+            ),
+            (
+                "truncated",
+                f"{over:,} objects of {objects['images_over']:,} images are beyond"
+                f" dense.geometry.max_objects={objects['max_objects']:,}",
+            ),
+        ]
+    if maps := annotations.get("maps"):
+        rows.append(
+            (
+                "class maps",
+                f"{maps['images']:,} of {len(maps['table']):,} classes,"
+                f" {maps['classes_per_image']:g} in an image;"
+                f" {format_share(maps['unlabelled'], 1)} of the pixels are unlabelled; images"
+                f" without a labelled pixel: {maps['all_unlabelled']:,}, with one class:"
+                f" {maps['one_class']:,}; classes that are in none: {len(maps['empty']):,}",
+            )
+        )
+    counted = report.get("speed", {}).get("counted", {})
+    if rows and any(counted.values()):
+        texts = [f"{n:,} {name.replace('_', ' ')}" for name, n in counted.items() if n]
+        rows.append(
+            ("in batches", f"of {report['speed']['samples']:,} samples: {', '.join(texts)}")
+        )
+    return rows
+
+
 def feeding_lines(report: DataReport) -> tuple[str, list[tuple[str, str, str, str]]]:
     """A paragraph with what was measured and assumed, and rows of (chip, peak, images a second that
     it needs, number of chips that this machine feeds)."""
     speed, feeds = report["speed"], report["feeds"]
     if not speed["pipeline"]:
         return "The speed was not measured: it needs two usable images.", []
+    size = feeds["image_size"]
+    sample = f"two views of {size} pixels, mask, caption"
+    if not feeds.get("views", True):
+        sample = f"resizing and cropping to {size} pixels with annotations"
     text = (
         f"One core decodes {format_rate(speed['decode'])} images a second and prepares"
-        f" {format_rate(speed['pipeline'])} samples a second (decoding, two views of"
-        f" {feeds['image_size']} pixels, mask, caption), measured on {speed['images']:,} images"
+        f" {format_rate(speed['pipeline'])} samples a second (decoding, {sample}), measured on"
+        f" {speed['images']:,} images"
         f" in memory. With all {speed['cores']} cores, {feeds['flops_per_image'] / 1e9:.4g} GFLOP"
         f" an image (counted) and chips at {feeds['mfu']:.0%} of their peak (assumed):"
     )
@@ -133,16 +218,17 @@ def report_text(report: DataReport) -> str:
     ]
     good = report["pictures"]["usable"]
     for title, bars in histogram_lines(report):
+        unit, total = histogram_unit(title, bars, good)
         bins = [
             (
                 _name(label),
                 f"{n:,}",
-                format_share(n, good),
+                format_share(n, total),
                 "#" * round(30 * n / max(m for _, m in bars)),
             )
             for label, n in bars
         ]
-        parts.append(text_table.text_table(bins, (title, "images", "share", "")))
+        parts.append(text_table.text_table(bins, (title, unit, "share", "")))
     if report["bad"]:
         rows = [
             (
@@ -191,10 +277,40 @@ def histogram_lines(report: DataReport, most: int = 12) -> list[tuple[str, list[
         if len(table) <= most
         else f"category ({most - most // 2} largest, {most // 2} smallest)"
     )
+    annotations = report.get("annotations", {})
+    objects, maps = annotations.get("objects", {}), annotations.get("maps", {})
     histograms = [
         ("short side, pixels", report["sizes"]["short_side"]),
         ("width : height", report["sizes"]["aspect"]),
         ("caption, tokens", report["captions"].get("tokens", [])),
         (title, cut),
+        ("objects per image", objects.get("per_image", [])),
+        (OBJECT_SIDE, objects.get("sides", [])),
+        *_class_bars(OBJECT_CLASS, objects.get("table", []), 1, most),
+        *_class_bars("class of maps", maps.get("table", []), 2, most),
     ]
     return [(title, list(bars)) for title, bars in histograms if any(n for _, n in bars)]
+
+
+def histogram_unit(title: str, bars: Sequence[tuple[str, int]], images: int) -> tuple[str, int]:
+    """What a histogram counts, and how many there are of it.
+
+    >>> histogram_unit("width : height", [("1:1", 3)], 9)
+    ('images', 9)
+    >>> histogram_unit(OBJECT_SIDE, [("0-7", 3), ("8-15", 4)], 2)
+    ('objects', 7)
+    """
+    if title.startswith((OBJECT_SIDE, OBJECT_CLASS)):
+        return "objects", sum(n for _, n in bars)
+    return "images", images
+
+
+def _class_bars(
+    title: str, table: list[tuple[Any, ...]], column: int, most: int
+) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Bars of the classes with the largest and smallest numbers in a column of a table."""
+    rows = sorted(((row[0], row[column]) for row in table), key=lambda row: -row[1])
+    if len(rows) > most:
+        title = f"{title} ({most - most // 2} largest, {most // 2} smallest)"
+        rows = [*rows[: most - most // 2], *rows[-(most // 2) :]]
+    return [(title, rows)]

@@ -313,15 +313,46 @@ def write_detection_sheet(
                 " · ".join(filter(None, [words[row] if words else "", count])),
             )
         )
-    titles = ["ground truth", f"detections of score {score:g} or more"]
+    titles = ["ground truth", f"detections of score {score:g} or more, or the best 3"]
     _write(path, blocks, titles, room, [])
+
+
+def write_object_sheet(
+    path: str | os.PathLike[str],
+    images: Sequence[np.ndarray],
+    objects: Sequence[DrawnObjects],
+    *,
+    names: Sequence[str],
+    words: Sequence[str] = (),
+) -> None:
+    """Write a PNG of images, beside each the same image with its annotated objects.
+
+    Args:
+      path: the file; its directory must exist.
+      images: uint8 [H, W, 3] each, of any sizes.
+      objects: of each image.
+      names: of the classes.
+      words: a line below each image, such as its key.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    room = _room(images, 2)
+    blocks = []
+    for row, (image, given) in enumerate(zip(images, objects, strict=True)):
+        height, width = image.shape[:2]
+        plain = _resized(image, fitted_size(height, width, room))
+        count = f"{len(given.boxes)} object" + "s" * (len(given.boxes) != 1)
+        line = " · ".join(filter(None, [words[row] if words else "", count]))
+        blocks.append(_Block([plain, objects_tile(image, given, names, room)], line))
+    _write(path, blocks, ["augmented image", "objects"], room, [])
 
 
 def write_map_sheet(
     path: str | os.PathLike[str],
     images: Sequence[np.ndarray],
     truth: Sequence[np.ndarray],
-    found: Sequence[np.ndarray],
+    found: Sequence[np.ndarray] | None,
     *,
     names: Sequence[str],
     words: Sequence[str] = (),
@@ -332,7 +363,8 @@ def write_map_sheet(
     Args:
       path: the file; its directory must exist.
       images: uint8 [H, W, 3] each, of any sizes.
-      truth, found: class maps [H, W] of each image; 255 in `truth` where unknown.
+      truth, found: class maps [H, W] of each image; 255 in `truth` where unknown. Without `found`
+        the sheet has no predictions.
       names: of the classes.
       words: a line below each image, such as its key and its mean IoU.
 
@@ -341,8 +373,14 @@ def write_map_sheet(
     """
     room = (WIDTH - 2 * MARGIN - 3 * GAP) // 4
     blocks, present = [], np.zeros(256, np.int64)
-    for row, (image, given, predicted) in enumerate(zip(images, truth, found, strict=True)):
+    for row, (image, given) in enumerate(zip(images, truth, strict=True)):
         present += np.bincount(given.reshape(-1), minlength=256)[:256]
+        small = _resized(image, fitted_size(*given.shape, room))
+        if found is None:
+            tiles = [small, map_tile(image, given, room)]
+            blocks.append(_Block(tiles, words[row] if words else ""))
+            continue
+        predicted = found[row]
         present += np.bincount(predicted.reshape(-1), minlength=256)[:256]
         known = np.where(given == UNKNOWN, UNKNOWN, predicted)
         tiles = [
@@ -360,7 +398,8 @@ def write_map_sheet(
     ]
     if unknown:
         legend.append(("unknown, not counted", _UNKNOWN_COLOR))
-    _write(path, blocks, ["image", "ground truth", "prediction", "wrong pixels"], room, legend)
+    titles = ["image", "ground truth", "prediction", "wrong pixels"]
+    _write(path, blocks, titles if found is not None else ["augmented image", "map"], room, legend)
 
 
 def _room(images: Iterable[np.ndarray], tiles: int) -> int:

@@ -133,7 +133,7 @@ def figure_html(file: pathlib.Path) -> str:
         return (
             f"<h2>{html_page.escape_html(saved['title'])}</h2><p"
             f" class=muted>{html_page.escape_html(saved['note'])}</p><div"
-            f" class=exhibit>{rows}</div>"
+            f" class=figure>{rows}</div>"
         )
     except (
         OSError,
@@ -288,7 +288,7 @@ def _ink(right: bool | None) -> Color:
 
 
 STYLE = """
-.exhibit { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr));
+.figure { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr));
   gap: 1.2rem 2rem; }
 .row { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: flex-start; min-width: 0; }
 .row.wide { grid-column: 1 / -1; }

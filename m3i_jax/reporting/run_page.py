@@ -84,14 +84,17 @@ NOTES = {
 
 
 def run_page_html(
-    runs: Sequence[RunLog], *, differs: Mapping[str, Sequence[str]], exhibits: Sequence[str] = ()
+    runs: Sequence[RunLog],
+    *,
+    differs: Mapping[str, Sequence[str]],
+    figure_sections: Sequence[str] = (),
 ) -> str:
     """The page.
 
     Args:
       runs: the run itself first, then those to compare it with.
       differs: {name of a run: settings in which it differs from the first}, one line each.
-      exhibits: figures of the first run's evaluators, each a section of `figures.figure_html`.
+      figure_sections: figures of the first run's evaluators, as `figures.figure_html` gives them.
 
     >>> log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     >>> one = RunLog("first", log, "seed = 0\\n", "", [], {})
@@ -118,7 +121,7 @@ def run_page_html(
                 f' class="charts">{charts}</div>'
             )
         if title == IMAGES_AFTER:
-            body += [_panels(run) for run in runs if run.panels] + list(exhibits)
+            body += [_panels(run) for run in runs if run.panels] + list(figure_sections)
             if first.evaluation:
                 body.append(_evaluation(first.evaluation))
     if others := [name for name in _names(runs, ("",), shown) if name != "samples_seen"]:

@@ -104,13 +104,13 @@ class Console:
     Args:
       total: steps of the run.
       images: images a step.
-      say: prints a line; returns False if that failed.
+      log: prints a line; returns False if that failed.
     """
 
-    def __init__(self, total: int, images: int, say: Callable[[str], Any]):
-        self._total, self._images, self._print = total, images, say
+    def __init__(self, total: int, images: int, log: Callable[[str], Any]):
+        self._total, self._images, self._print = total, images, log
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if self._print(text) is False:
             raise OSError("the console cannot be written to")
 
@@ -118,7 +118,7 @@ class Console:
         if evaluation := {
             k.removeprefix("eval/"): v for k, v in values.items() if k.startswith("eval/")
         }:
-            self._say(
+            self._log(
                 f"{self._progress(step)}  evaluation  "
                 + "  ".join(f"{k} {v:.4f}" for k, v in evaluation.items())
             )
@@ -141,7 +141,7 @@ class Console:
         left = (
             f"  left {format_duration((self._total - step) * self._images / rate)}" if rate else ""
         )
-        self._say(f"{self._progress(step)}  {line}{left}")
+        self._log(f"{self._progress(step)}  {line}{left}")
 
     def _progress(self, step: int) -> str:
         return f"{step:>{len(str(self._total))}}/{self._total} {step / max(self._total, 1):4.0%}"
@@ -262,8 +262,8 @@ def _step(line: bytes) -> float:
 class Writers:
     """All writers of a run. `write` never raises; `dropped` counts the lost lines of each."""
 
-    def __init__(self, sinks: dict[str, Sink], say: Callable[[str], None]):
-        self._sinks, self.say, self.dropped = sinks, say, dict.fromkeys(sinks, 0)
+    def __init__(self, sinks: dict[str, Sink], log: Callable[[str], None]):
+        self._sinks, self.log, self.dropped = sinks, log, dict.fromkeys(sinks, 0)
 
     def write(self, step: int, values: Values) -> None:
         losses = {f"report/dropped/{name}": lost for name, lost in self.dropped.items() if lost}
@@ -276,7 +276,7 @@ class Writers:
     def _lost(self, name: str, what: str, error: Exception) -> None:
         self.dropped[name] = self.dropped.get(name, 0) + 1
         if self.dropped[name] in (1, 10, 100, 1000):
-            self.say(
+            self.log(
                 f"warning: {name} lost {self.dropped[name]} {what}: {type(error).__name__}: {error}"
             )
 
@@ -299,7 +299,7 @@ class Writers:
             try:
                 sink.close()
             except Exception as error:  # a failure to close must not end the run with an error
-                self.say(f"warning: {type(sink).__name__} did not close: {error}")
+                self.log(f"warning: {type(sink).__name__} did not close: {error}")
 
 
 def log_line(text: str) -> None:

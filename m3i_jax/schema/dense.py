@@ -24,7 +24,7 @@ LEVELS = ListLimit(fewest=1, most=8, rising=True, unique=True)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Maps:
-    """The maps of the encoder. All but `freeze` apply to the ViT only."""
+    """The maps of the encoder. They apply to the ViT only."""
 
     window: int = option(
         0,

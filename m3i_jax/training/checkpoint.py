@@ -47,7 +47,7 @@ class Checkpoints:
     Args:
       directory: <workdir>/checkpoints, created if absent.
       keep: number of steps to keep.
-      say: logs a line; gets the warnings.
+      log: logs a line; gets the warnings.
     """
 
     MAX_FAILURES = 3  # failed saves in a row that end the run
@@ -55,8 +55,8 @@ class Checkpoints:
     LIMIT = 1800.0  # seconds that hosts wait for each other in a save or a restore
     FILE_SIZE = 2**27  # bytes of a file of arrays: the disk writes one while the next is encoded
 
-    def __init__(self, directory: pathlib.Path, keep: int, *, say: Callable[[str], None] = print):
-        self._directory, self._keep, self._say = directory.absolute(), keep, say
+    def __init__(self, directory: pathlib.Path, keep: int, *, log: Callable[[str], None] = print):
+        self._directory, self._keep, self._log = directory.absolute(), keep, log
         self._hosts, self._first = jax.process_count(), jax.process_index() == 0
         malloc.patch_tensorstore()
         library_errors.drop_repeated_errors()
@@ -116,12 +116,12 @@ class Checkpoints:
         """The newest undamaged step, "" without one; sets newer ones aside."""
         for step in reversed(
             checkpoint_dir.retry_read(
-                lambda: checkpoint_dir.complete_steps(self._directory), self._directory, self._say
+                lambda: checkpoint_dir.complete_steps(self._directory), self._directory, self._log
             )
         ):
             if not (problems := self._find_damage(step)):
                 return str(step)
-            self._say(checkpoint_dir.quarantine_step(self._directory / str(step), problems))
+            self._log(checkpoint_dir.quarantine_step(self._directory / str(step), problems))
         return ""
 
     def _find_damage(self, step: int) -> list[str]:
@@ -129,9 +129,9 @@ class Checkpoints:
 
         def verify() -> list[str]:
             with checkpoint_dir.hold_step(path):
-                return checkpoint_dir.find_damage(path, self._say)
+                return checkpoint_dir.find_damage(path, self._log)
 
-        return checkpoint_dir.retry_read(verify, path, self._say)
+        return checkpoint_dir.retry_read(verify, path, self._log)
 
     # Saving
 
@@ -202,7 +202,7 @@ class Checkpoints:
         checkpoint_dir.fsync_dir(self._directory)
         with contextlib.suppress(UserError):  # the note only guards against a lost directory
             checkpoint_dir.note_newest(self._directory, step)
-        checkpoint_dir.retain_newest(self._directory, self._keep, self._say)
+        checkpoint_dir.retain_newest(self._directory, self._keep, self._log)
 
     def _finish_previous(self) -> bool:
         """Wait for the previous save on all hosts. True if it succeeded, or there was none."""
@@ -236,7 +236,7 @@ class Checkpoints:
         if self._failures >= self.MAX_FAILURES:
             raise SavesFailed(message)
         newest = self.latest()
-        self._say(
+        self._log(
             f"warning: {message}; the newest checkpoint is {'none' if newest is None else newest},"
             f" the save is retried in {wait:.0f} seconds or with the next one"
         )
@@ -249,7 +249,7 @@ class Checkpoints:
         path = self._directory / str(step)
         try:
             saved = checkpoint_dir.retry_read(
-                lambda: checkpoint_dir.position(path), path, self._say
+                lambda: checkpoint_dir.position(path), path, self._log
             )
         except ValueError as error:
             raise self._damaged(step, error) from error
@@ -330,7 +330,7 @@ class Checkpoints:
         if not changed:
             return state
         if self._first:
-            self._say(checkpoint_dir.quarantine_step(self._directory / str(step), problems))
+            self._log(checkpoint_dir.quarantine_step(self._directory / str(step), problems))
         raise CheckpointDamaged(
             f"checkpoint {step}: {len(changed)} arrays differ from what was trained, first"
             f" {changed[0]}; it was set aside, run again"

@@ -76,7 +76,7 @@ def position(step: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def find_damage(step: pathlib.Path, say: Callable[[str], None] = lambda text: None) -> list[str]:
+def find_damage(step: pathlib.Path, log: Callable[[str], None] = lambda text: None) -> list[str]:
     """Differences between the files of a step and what its save wrote, `FILE: PROBLEM` each; empty
     if there are none.
 
@@ -100,7 +100,7 @@ def find_damage(step: pathlib.Path, say: Callable[[str], None] = lambda text: No
         except ValueError as error:
             return [f"position/metadata: cannot be read ({' '.join(str(error).split())[:100]})"]
         if old:
-            say(
+            log(
                 f"warning: checkpoint {step.name} was saved by an older version, without checksums:"
                 " it is used unverified"
             )
@@ -119,14 +119,14 @@ def _has_own_step(step: pathlib.Path, saved: dict[str, Any]) -> bool:
     )
 
 
-def retry_read(read: Callable[[], T], path: pathlib.Path, say: Callable[[str], None]) -> T:
+def retry_read(read: Callable[[], T], path: pathlib.Path, log: Callable[[str], None]) -> T:
     """The result of `read`, retried after an OSError: a server may be unavailable for a moment, and
     the content need not be damaged.
 
     Args:
       read: reads `path`, or files below it.
       path: a checkpoint, or the directory of all.
-      say: logs a line.
+      log: logs a line.
 
     Raises:
       UserError: the last retry failed too.
@@ -143,7 +143,7 @@ def retry_read(read: Callable[[], T], path: pathlib.Path, say: Callable[[str], N
                     " step is used: check its permissions, its disk or its server and run again;"
                     f" only if it is lost, move {path} away"
                 ) from error
-            say(f"warning: {reason}; retrying in {wait:g} seconds")
+            log(f"warning: {reason}; retrying in {wait:g} seconds")
             time.sleep(wait)
     raise AssertionError("unreachable")
 
@@ -241,13 +241,13 @@ def delete_step(step: pathlib.Path) -> bool:
     return True
 
 
-def retain_newest(directory: pathlib.Path, keep: int, say: Callable[[str], None]) -> None:
+def retain_newest(directory: pathlib.Path, keep: int, log: Callable[[str], None]) -> None:
     """Delete all steps but the newest `keep`."""
     for old in complete_steps(directory)[:-keep]:
         try:
             delete_step(directory / str(old))
         except OSError as error:  # the save itself succeeded
-            say(f"warning: checkpoint {old} cannot be deleted ({error.strerror or error})")
+            log(f"warning: checkpoint {old} cannot be deleted ({error.strerror or error})")
 
 
 def quarantine_step(step: pathlib.Path, problems: list[str]) -> str:

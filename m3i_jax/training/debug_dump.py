@@ -30,6 +30,7 @@ from m3i_jax.training import step as step_module
 from m3i_jax.training import targets
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.state import State
+from m3i_jax.training.task import make_task
 from m3i_jax.training.trainer import Trainer
 
 _REMEDY = "restore the dump, or delete it to replay the one before"
@@ -80,6 +81,7 @@ def write_dump(
         "metrics": {name: repr(float(value)) for name, value in values.items()},
         "hosts": jax.process_count(),
         "vocabulary": trainer.vocabulary,
+        "category_counts": list(trainer.task.category_counts),
         "m3i_jax": version.__version__,
         "jax": jax.__version__,
         "devices": jax.device_count(),
@@ -190,8 +192,10 @@ def load_dump(
         raise UserError(f"{dump / 'step.json'}: is not of a dump ({', '.join(wrong)}); {_REMEDY}")
     settings = configuration.resolve(configuration.load_from_workdir(str(dump), "--workdir"))
     mesh = _mesh(settings, log)
-    trainer = Trainer(settings, mesh, description["vocabulary"])
-    checkpoints = Checkpoints(dump / "state", 1, say=log)
+    counts = tuple(description.get("category_counts", ()))  # absent in dumps of version 0.1
+    vocabulary = description["vocabulary"]
+    trainer = Trainer(settings, mesh, vocabulary, make_task(settings, vocabulary, counts))
+    checkpoints = Checkpoints(dump / "state", 1, log=log)
     try:
         step = checkpoints.newest_good()
         if step is None:

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from m3i_jax import schema
+from m3i_jax.augment import dense_photometric
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.models.dense import pyramid
@@ -234,8 +235,13 @@ class DenseTask(Task):
         return total, (values, counts, new)
 
     def images(self, batch: Batch, *, train: bool) -> jax.Array:
-        """Normalised images of a batch, float32."""
-        return normalize_images(self.config, batch["image"], batch["size"])
+        """Normalised images of a batch, float32; in training, after changes of colour."""
+        images = batch["image"]
+        if train and self.config.dense.geometry.photometric:
+            images = dense_photometric.dense_photometric(
+                images, batch["position"], seed=self.config.seed
+            )
+        return normalize_images(self.config, images, batch["size"])
 
     def maps(self, params: Any, statistics: Any, batch: Batch, *, train: bool) -> tuple[Maps, Any]:
         """(maps that the head reads, new statistics of the pyramid)."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.data import annotated_batches, pipeline
@@ -67,6 +68,7 @@ class DetectTask(DenseTask):
             batch["classes"],
             batch.get("masks"),
             image_keys(self.config, batch["position"], SAMPLING),
+            frequency_K=self.category_counts or None,
         )
         infos = {f"detect/{name}": total for name, total in sum_images(counts).items()}
         return sum_images(values), infos, {}
@@ -82,6 +84,15 @@ class DetectTask(DenseTask):
     @classmethod
     def training_records(cls, source: base.DataSource) -> base.DataSource:
         return annotated_batches.drop_without_objects(source)
+
+    @classmethod
+    def count_categories(cls, config: schema.Config, source: base.DataSource) -> tuple[int, ...]:
+        table = base.object_table(source)
+        if config.dense.detect.loss != "federated" or table is None:
+            return ()
+        pairs = np.unique(np.stack([table.records, table.classes])[:, ~table.crowd], axis=1)
+        counts = np.bincount(pairs[1], minlength=len(source.classes))[: config.data.classes]
+        return tuple(counts.tolist())
 
 
 register_task("detect", DetectTask)

@@ -46,7 +46,7 @@ class Match:
 
 
 def initialize_from(
-    config: schema.Config, params: Any, shardings: Any, say: Callable[[str], None] = print
+    config: schema.Config, params: Any, shardings: Any, log: Callable[[str], None] = print
 ) -> Any:
     """Initial parameters, replaced by the arrays of `config.init_from` that `config.init` selects.
 
@@ -54,7 +54,7 @@ def initialize_from(
       config: settings of this run.
       params: its initial parameters.
       shardings: of the same structure.
-      say: gets the log lines, one a call.
+      log: gets the log lines, one a call.
 
     Raises: UserError: nothing matches; the encoder fits in part; it is frozen and its fusion would
       be random; its position table is of another kind; with init.strict, an array is missing.
@@ -84,7 +84,7 @@ def initialize_from(
     elif table.cls is not None and "encoder/cls_token" in loaded:
         loaded["encoder/cls_token"] = loaded["encoder/cls_token"] + table.cls
     for line in _log_lines(config, source, target, loaded, match, [table.message, *notes]):
-        say(line)
+        log(line)
     return jax.tree.unflatten(
         structure, [loaded.get(path, leaf).astype(leaf.dtype) for path, leaf in target.items()]
     )

@@ -93,7 +93,7 @@ class Callbacks:
     data: Any  # iterator of host batches; `.counted()`: metrics of the consumed ones
     checkpoints: Checkpoints
     write: Callable[[int, dict[str, float]], None]
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     panel: Callable[[int, State, dict[str, Any]], None]
     evaluators: list[Evaluator]
     position: Callable[[int], dict[str, Any]]  # samples seen -> JSON saved with the state
@@ -192,7 +192,7 @@ class _MetricsLog:
         }
         collapsed = self.collapse.update(values)
         if collapsed:
-            self.callbacks.say(
+            self.callbacks.log(
                 COLLAPSED.format(
                     step=step, monitors=", ".join(f"{k} {v:.3g}" for k, v in monitors.items())
                 )
@@ -212,7 +212,7 @@ class _MetricsLog:
                 )
             values |= self.clock.read()
             if stall := self.stalls.see(values):
-                self.callbacks.say(f"warning: {stall}")
+                self.callbacks.log(f"warning: {stall}")
             self.callbacks.write(step, values)
 
 
@@ -236,10 +236,14 @@ def run_loop(
       Exception: the error of the data or an evaluator, after the state was saved. Several hosts do
         not save then: the others continue to the next step, and a save needs all.
     """
-    config, total, log = trainer.config, trainer.length.steps, _MetricsLog(trainer, callbacks)
+    config, total, metrics_log = (
+        trainer.config,
+        trainer.length.steps,
+        _MetricsLog(trainer, callbacks),
+    )
     train, first = config.train, int(state.step)
     host: Any = None  # the newest batch
-    with Preemption() as notice, log.clock.phase("step"):
+    with Preemption() as notice, metrics_log.clock.phase("step"):
         try:
             for step in range(first, total + 1):
                 evaluate = (
@@ -249,47 +253,47 @@ def run_loop(
                     step == total or step % train.save_every == 0 or callbacks.checkpoints.retry()
                 )
                 if evaluate or save:  # the log has this state's line before it is used
-                    log.flush()
-                if log.failed:
-                    callbacks.say(
+                    metrics_log.flush()
+                if metrics_log.failed:
+                    callbacks.log(
                         f"stopped at step {step}: {MOST_NOT_FINITE} steps in a row were not finite;"
                         " no checkpoint has their updates"
                     )
-                    callbacks.dump(step, state, host, log.last)
+                    callbacks.dump(step, state, host, metrics_log.last)
                     return FAILED, state
                 if evaluate:
-                    with log.clock.phase("evaluate"), _wrap_errors():
+                    with metrics_log.clock.phase("evaluate"), _wrap_errors():
                         _evaluate(state, step, callbacks, notice)
                 if save:
-                    with log.clock.phase("save"):
+                    with metrics_log.clock.phase("save"):
                         callbacks.checkpoints.save(step, state, callbacks.position(samples_seen))
                 if step == total:
                     break
-                with log.clock.phase("data"), _wrap_errors():
+                with metrics_log.clock.phase("data"), _wrap_errors():
                     host = next(callbacks.data)
                 if train.panel_every and step % train.panel_every == 0:
-                    with log.clock.phase("panel"):
+                    with metrics_log.clock.phase("panel"):
                         callbacks.panel(step, state, host)
                 state, metrics = trainer.step(state, parallel.to_global(trainer.mesh, host))
                 samples_seen += train.batch_size
-                log.push(step + 1, samples_seen, metrics)
+                metrics_log.push(step + 1, samples_seen, metrics)
                 callbacks.on_step(step + 1, metrics)
                 # fetch each step before the next is dispatched, so that the third bad step is
                 # dumped with its own state
-                if log.bad:
-                    log.flush()
+                if metrics_log.bad:
+                    metrics_log.flush()
                 notice.poll()
         except (Preempted, CallbackError) as reason:
-            log.flush()
+            metrics_log.flush()
             now = int(state.step)
             if isinstance(reason, Preempted) or (now > first and parallel.host_names() == 1):
-                with log.clock.phase("save"):
+                with metrics_log.clock.phase("save"):
                     _save_last(callbacks, now, state, samples_seen, reason)
             if isinstance(reason, CallbackError):
                 raise reason.error from None
-            callbacks.say(f"preempted: saved step {now}; run the same command again to resume")
+            callbacks.log(f"preempted: saved step {now}; run the same command again to resume")
             return PREEMPTED, state
-    with log.clock.phase("save"):
+    with metrics_log.clock.phase("save"):
         callbacks.checkpoints.wait(state)
     return DONE, state
 
@@ -304,10 +308,10 @@ def _save_last(
     except SavesFailed as failed:
         if isinstance(reason, Preempted):
             raise
-        callbacks.say(f"warning: {failed}")  # the run ends with its own error
+        callbacks.log(f"warning: {failed}")  # the run ends with its own error
     else:
         if isinstance(reason, CallbackError):
-            callbacks.say(
+            callbacks.log(
                 f"saved step {step}, since the run cannot continue; the same command resumes from"
                 " there"
             )

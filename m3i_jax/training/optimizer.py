@@ -75,9 +75,10 @@ def build_chain(
     first: Sequence[NamedLink] = (),
     last: Sequence[NamedLink] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """The named chain of any task for a run of `steps` optimizer steps: its `first` links, clipping,
-    the rule with learning rates by layer and decay by name, its `last` links, and the window of
-    spikes if they are skipped. `update` takes the keyword arguments that any of the links knows."""
+    """The named chain of any task for a run of `steps` optimizer steps: its `first` links,
+    clipping, the rule with learning rates by layer and decay by name, its `last` links, and the
+    window of spikes if they are skipped. `update` takes the keyword arguments that any link
+    knows."""
     o, e = config.optim, config.model.encoder
     rate = lr_schedule(o, steps=steps, warmup=warmup)
     prefixes: tuple[str, ...] = ("encoder/",) if e.freeze else ()
@@ -268,7 +269,7 @@ def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
             after = optim.lr * jnp.prod(jnp.where(jnp.array([False, *passed]), 0.1, 1.0))
         elif optim.schedule == "poly":
             left = float(max(steps - warmup - 2, 1))
-            after = optim.lr * (1 - jnp.clip((step - float(warmup + 1)) / left, 0.0, 1.0))
+            after = optim.lr * jnp.clip((float(steps - 1) - step) / left, 0.0, 1.0)
         else:
             share = jnp.clip((step - float(warmup)) / float(max(steps - warmup, 1)), 0.0, 1.0)
             cosine = 0.5 * (1 + jnp.cos(jnp.pi * share))

@@ -52,11 +52,14 @@ class Task(abc.ABC):
     Attributes:
       config: completed settings; what they leave open is filled in.
       vocabulary: entries of the tokenizer, 0 without captions.
+      category_counts: training images that show each category, for losses that need them; () if
+        the task reads none or no data are open.
       traits: of the kind; see `schema.TaskTraits`.
     """
 
     config: schema.Config
     vocabulary: int = 0
+    category_counts: tuple[int, ...] = ()
     traits: ClassVar[schema.TaskTraits] = schema.TaskTraits()
 
     @abc.abstractmethod
@@ -137,6 +140,11 @@ class Task(abc.ABC):
         return source
 
     @classmethod
+    def count_categories(cls, config: schema.Config, source: DataSource) -> tuple[int, ...]:
+        """`category_counts` of the training data."""
+        return ()
+
+    @classmethod
     def reject_unused_settings(cls, config: schema.Config) -> None:
         """Refuse a setting that this task does not read, with a UserError."""
         return None
@@ -183,6 +191,8 @@ def task_kind(name: str) -> type[Task]:
     return _REGISTRY[name]
 
 
-def make_task(config: schema.Config, vocabulary: int = 0) -> Task:
+def make_task(
+    config: schema.Config, vocabulary: int = 0, category_counts: tuple[int, ...] = ()
+) -> Task:
     """The task of a completed configuration."""
-    return task_kind(config.task)(config, vocabulary)
+    return task_kind(config.task)(config, vocabulary, category_counts)

@@ -81,8 +81,9 @@ class Trainer:
         task: Task | None = None,
     ):
         filled = scaling.fill_open_settings(config)
-        # A task of other settings is not that of this run.
-        self.task = task if task and task.config == filled else make_task(filled, vocabulary)
+        self.task = make_task(filled, vocabulary, task.category_counts if task else ())
+        if task and task.config == filled:
+            self.task = task  # with what it has computed already
         config = filled
         self.config, self.mesh, self.vocabulary = config, mesh, vocabulary
         self.length = run_length(config)

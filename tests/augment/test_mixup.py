@@ -14,7 +14,7 @@ SIZE, ROWS = 20, 4000
 
 
 @functools.cache
-def drawn(mixup: float, cutmix: float, blend_p: float = 1.0) -> mixup_draws.MixupDraws:
+def draw_rows(mixup: float, cutmix: float, blend_p: float = 1.0) -> mixup_draws.MixupDraws:
     position = np.stack([np.zeros(ROWS), np.arange(ROWS)], 1).astype(np.uint32)
     settings = schema.Augment(mixup=mixup, cutmix=cutmix, blend_p=blend_p)
     return jax.device_get(
@@ -31,7 +31,7 @@ def area(box: np.ndarray) -> np.ndarray:
 def test_shares_of_a_pair_and_of_all() -> None:
     """Mixup's are Beta(0.8, 0.8): mean 1/2, variance 1 / (4 (2 * 0.8 + 1)). Half of the pairs are
     cut; both of a pair alike."""
-    made = drawn(0.8, 1.0)
+    made = draw_rows(0.8, 1.0)
     for part in made:
         np.testing.assert_array_equal(part[::2], part[1::2])
     assert 0.45 < made.cut.mean() < 0.55
@@ -55,13 +55,13 @@ def test_the_box_of_cutmix_in_numpy(share: float, u: tuple[float, float]) -> Non
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.0, 0.0)])
 def test_one_of_the_two_or_none(mixup: float, cutmix: float) -> None:
-    made = drawn(mixup, cutmix)
+    made = draw_rows(mixup, cutmix)
     assert made.cut.all() == bool(cutmix) and made.cut.any() == bool(cutmix)
     assert (made.share < 1).any() == bool(mixup or cutmix)
 
 
 def test_some_pairs_are_left_alone() -> None:
-    made = drawn(0.8, 1.0, 0.3)
+    made = draw_rows(0.8, 1.0, 0.3)
     assert 0.65 < (made.share == 1).mean() < 0.76  # 0.7, and empty boxes
 
 
@@ -70,7 +70,7 @@ def test_a_position_has_its_own_draw_wherever_it_stands() -> None:
     made = mixup_draws.draw_mixup(
         position, seed=3, size=SIZE, settings=schema.Augment(mixup=0.8, cutmix=1.0)
     )
-    np.testing.assert_allclose(made.share, drawn(0.8, 1.0).share[[41, 40, 7]], rtol=1e-6)
+    np.testing.assert_allclose(made.share, draw_rows(0.8, 1.0).share[[41, 40, 7]], rtol=1e-6)
 
 
 def test_erasing_fills_one_box_with_noise() -> None:

@@ -22,7 +22,7 @@ OFF = dict(jitter_p=0.0, grayscale_p=0.0, blur_p=(0.0, 0.0), solarize_p=(0.0, 0.
 
 
 @pytest.fixture(scope="module")
-def pictures() -> np.ndarray:
+def images() -> np.ndarray:
     """Smooth coloured images with edges and a little noise, uint8 [4, S, S, 3]."""
     rng = np.random.default_rng(0)
     smooth = scipy.ndimage.zoom(rng.random((4, 5, 5, 3)), (1, SIZE / 5, SIZE / 5, 1), order=1)
@@ -35,8 +35,8 @@ def positions(count: int, first: int = 0) -> np.ndarray:
     return np.stack([index >> np.uint64(32), index & np.uint64(0xFFFFFFFF)], 1).astype(np.uint32)
 
 
-def pillow(operation, picture: np.ndarray) -> np.ndarray:
-    return np.asarray(operation(Image.fromarray(picture)), np.float64) / 255
+def pillow(operation, image: np.ndarray) -> np.ndarray:
+    return np.asarray(operation(Image.fromarray(image)), np.float64) / 255
 
 
 def pillow_hue(image: Image.Image, shift: float) -> Image.Image:
@@ -50,21 +50,21 @@ def pillow_hue(image: Image.Image, shift: float) -> Image.Image:
     "name, enhancer",
     [("brightness", "Brightness"), ("contrast", "Contrast"), ("saturation", "Color")],
 )
-def test_blends_equal_pillow(pictures, name, enhancer, factor):
+def test_blends_equal_pillow(images, name, enhancer, factor):
     enhance = getattr(ImageEnhance, enhancer)
-    out = np.asarray(getattr(photometric, name)(pictures, factor))
-    want = np.stack([pillow(lambda image: enhance(image).enhance(factor), p) for p in pictures])
+    out = np.asarray(getattr(photometric, name)(images, factor))
+    want = np.stack([pillow(lambda image: enhance(image).enhance(factor), p) for p in images])
     assert np.abs(out - want).mean() <= TOLERANCE
     assert np.abs(out - want).max() <= 2.01 / 255  # truncation of Pillow, and a rounded gray
 
 
 @pytest.mark.parametrize("shift", [-0.1, -0.03, 0.1, 0.5])
-def test_hue_equals_pillow_and_colorsys(pictures, shift):
-    out = np.asarray(photometric.hue(pictures, shift))
-    want = np.stack([pillow(functools.partial(pillow_hue, shift=shift), p) for p in pictures])
+def test_hue_equals_pillow_and_colorsys(images, shift):
+    out = np.asarray(photometric.hue(images, shift))
+    want = np.stack([pillow(functools.partial(pillow_hue, shift=shift), p) for p in images])
     assert np.abs(out - want).mean() <= TOLERANCE
     for y, x in [(0, 0), (3, 17), (12, 12), (31, 5)]:
-        h, s, v = colorsys.rgb_to_hsv(*(pictures[1, y, x] / 255))
+        h, s, v = colorsys.rgb_to_hsv(*(images[1, y, x] / 255))
         np.testing.assert_allclose(
             out[1, y, x], colorsys.hsv_to_rgb((h + shift) % 1, s, v), atol=1e-5
         )
@@ -80,18 +80,18 @@ def test_hue_of_grays_and_primaries():
     np.testing.assert_allclose(out, want, atol=1e-5)
 
 
-def test_grayscale_equals_pillow(pictures):
-    want = np.stack([pillow(lambda image: image.convert("L").convert("RGB"), p) for p in pictures])
-    assert np.abs(np.asarray(photometric.grayscale(pictures)) - want).max() <= 0.51 / 255
+def test_grayscale_equals_pillow(images):
+    want = np.stack([pillow(lambda image: image.convert("L").convert("RGB"), p) for p in images])
+    assert np.abs(np.asarray(photometric.grayscale(images)) - want).max() <= 0.51 / 255
     # white stays white
     assert np.asarray(photometric.grayscale(np.full([1, 1, 3], 255, np.uint8))).min() > 0.99999
 
 
-def test_solarize_equals_pillow(pictures):
+def test_solarize_equals_pillow(images):
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    for picture in (*pictures, levels):
-        want = pillow(ImageOps.solarize, picture)
-        np.testing.assert_allclose(np.asarray(photometric.solarize(picture)), want, atol=1e-6)
+    for image in (*images, levels):
+        want = pillow(ImageOps.solarize, image)
+        np.testing.assert_allclose(np.asarray(photometric.solarize(image)), want, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 31), (7, 224)])
@@ -106,9 +106,9 @@ def test_blur_equals_scipy(shape):
         np.testing.assert_allclose(out[i], want, atol=2e-6)
 
 
-def test_jitter_equals_the_operations_one_by_one_in_all_24_orders(pictures):
+def test_jitter_equals_the_operations_one_by_one_in_all_24_orders(images):
     orders = list(itertools.permutations(range(4)))
-    images = jnp.asarray(np.resize(pictures, (24, SIZE, SIZE, 3))) / 255
+    images = jnp.asarray(np.resize(images, (24, SIZE, SIZE, 3))) / 255
     factors = jnp.asarray(
         np.random.default_rng(2).uniform([0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1], (24, 4)),
         jnp.float32,
@@ -137,7 +137,7 @@ def test_jitter_equals_the_operations_one_by_one_in_all_24_orders(pictures):
     assert spread > 1e-3  # the order matters, so the equality above says something
 
 
-def test_jitter_equals_pillow_in_sequence(pictures):
+def test_jitter_equals_pillow_in_sequence(images):
     factors, order = [1.3, 0.7, 1.2, 0.06], [2, 0, 3, 1]
     steps = [
         lambda image: ImageEnhance.Brightness(image).enhance(factors[0]),
@@ -145,11 +145,11 @@ def test_jitter_equals_pillow_in_sequence(pictures):
         lambda image: ImageEnhance.Color(image).enhance(factors[2]),
         lambda image: pillow_hue(image, factors[3]),
     ]
-    image = Image.fromarray(pictures[0])
+    image = Image.fromarray(images[0])
     for op in order:
         image = steps[op](image)
     ranks = jnp.asarray([[order.index(op) for op in range(4)]])
-    out = photometric.color_jitter(pictures[:1], jnp.asarray([factors]), ranks)[0]
+    out = photometric.color_jitter(images[:1], jnp.asarray([factors]), ranks)[0]
     assert np.abs(np.asarray(out) - np.asarray(image) / 255.0).mean() <= TOLERANCE
 
 
@@ -192,15 +192,15 @@ def augment(views, position, view=0, **changes):
     )
 
 
-def test_a_row_depends_on_its_own_picture_and_position_alone(pictures):
-    batch, where = np.resize(pictures, (8, SIZE, SIZE, 3)), positions(8, first=2**32 - 4)
+def test_a_row_depends_on_its_own_picture_and_position_alone(images):
+    batch, where = np.resize(images, (8, SIZE, SIZE, 3)), positions(8, first=2**32 - 4)
     out = augment(batch, where, view=1)
     order = np.array([5, 2, 7, 0, 1, 6, 3, 4])
     np.testing.assert_array_equal(augment(batch[order], where[order], view=1), out[order])
     others, elsewhere = 255 - batch, positions(8, first=77)
     others[3:5], elsewhere[3:5] = batch[3:5], where[3:5]
     np.testing.assert_array_equal(augment(others, elsewhere, view=1)[3:5], out[3:5])
-    same = augment(np.repeat(pictures[:1], 8, 0), where, view=1)
+    same = augment(np.repeat(images[:1], 8, 0), where, view=1)
     assert all(
         np.abs(same[i] - same[j]).max() > 1e-3 for i, j in itertools.combinations(range(8), 2)
     )
@@ -211,12 +211,12 @@ def test_a_row_depends_on_its_own_picture_and_position_alone(pictures):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[5:6], b), whole, part)
 
 
-def test_eight_devices_give_what_one_gives(pictures):
+def test_eight_devices_give_what_one_gives(images):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    batch, where = np.resize(pictures, (8, SIZE, SIZE, 3)), positions(8)
+    batch, where = np.resize(images, (8, SIZE, SIZE, 3)), positions(8)
     out = augment(*jax.device_put((batch, where), rows), view=1)
     np.testing.assert_allclose(out, augment(batch, where, view=1), atol=1e-6)
 
@@ -247,18 +247,18 @@ def test_seed_view_and_both_words_of_the_position_are_keys():
     )
 
 
-def test_switched_off_is_the_identity(pictures):
-    pictures = np.concatenate([pictures] * 2)
-    out = augment(pictures, positions(8), **OFF)
-    np.testing.assert_allclose(out, np.float32(pictures) / 255, atol=1e-7)
+def test_switched_off_is_the_identity(images):
+    images = np.concatenate([images] * 2)
+    out = augment(images, positions(8), **OFF)
+    np.testing.assert_allclose(out, np.float32(images) / 255, atol=1e-7)
     # Jitter that was compiled in but not drawn changes nothing, not a bit.
-    rare = augment(pictures, positions(8), **(OFF | dict(jitter_p=1e-9)))
+    rare = augment(images, positions(8), **(OFF | dict(jitter_p=1e-9)))
     np.testing.assert_array_equal(rare, out)
 
 
-def test_the_chain_is_the_operations_in_order(pictures):
+def test_the_chain_is_the_operations_in_order(images):
     settings = schema.Augment()
-    batch = np.resize(pictures, (8, SIZE, SIZE, 3))
+    batch = np.resize(images, (8, SIZE, SIZE, 3))
     seen = np.zeros(3, int)
     for first in range(0, 48, 8):
         where = positions(8, first)
@@ -278,13 +278,11 @@ def test_the_chain_is_the_operations_in_order(pictures):
     assert (seen > 0).all()  # every operation took part
 
 
-def test_normalize(pictures):
+def test_normalize(images):
     a = schema.Augment()
-    want = (pictures / 255.0 - np.array(a.mean)) / np.array(a.std)
-    np.testing.assert_allclose(photometric.normalize(pictures, a), want, atol=1e-5)
-    np.testing.assert_allclose(
-        photometric.normalize(np.float32(pictures) / 255, a), want, atol=1e-5
-    )
+    want = (images / 255.0 - np.array(a.mean)) / np.array(a.std)
+    np.testing.assert_allclose(photometric.normalize(images, a), want, atol=1e-5)
+    np.testing.assert_allclose(photometric.normalize(np.float32(images) / 255, a), want, atol=1e-5)
 
 
 def test_costs_a_few_tens_of_megaflop():
@@ -296,6 +294,6 @@ def test_costs_a_few_tens_of_megaflop():
     assert 20e6 < flops < 60e6
 
 
-def test_wrong_shapes_are_named(pictures):
+def test_wrong_shapes_are_named(images):
     with pytest.raises(ValueError, match=r"\(4, 32, 32, 3\) and \(3, 2\)"):
-        photometric.augment(pictures, positions(3), seed=0, view=0, settings=schema.Augment())
+        photometric.augment(images, positions(3), seed=0, view=0, settings=schema.Augment())

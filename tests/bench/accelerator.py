@@ -8,7 +8,7 @@ memory and attention.
 
 bfloat16 products, float32 parameters, synthetic images, categories, no colour augmentation (the
 PyTorch side has none). Batches grow until one does not fit or two in a row are no faster. Every
-attempt is a process of its own, so that its peak memory is measured alone. PyTorch:
+attempt has a separate process, so that its peak memory is measured alone. PyTorch:
 tests/bench/m3i_torch.py with torch.compile, fused attention and fused AdamW, at its best batch of
 the same list; the losses of the first step must agree. MFU is model FLOPs over the dense peak of
 the chip (M3I_PEAK_TFLOPS if the chip is unknown). The predicted peak memory is the compiler's.
@@ -308,13 +308,15 @@ def figures(
                 )
             )
             both = jax_side["losses"].keys() & other["losses"].keys()
-            apart = max(
+            difference = max(
                 abs(jax_side["losses"][b] - other["losses"][b]) / abs(other["losses"][b])
                 for b in both
             )
             out.append(
                 Figure(
-                    "loss of the first step over PyTorch's in bfloat16: difference", apart, AGREE
+                    "loss of the first step over PyTorch's in bfloat16: difference",
+                    difference,
+                    AGREE,
                 )
             )
     times = child("--side", "attention", *toy)

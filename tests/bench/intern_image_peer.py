@@ -47,10 +47,10 @@ def ours(folder: pathlib.Path, name: str) -> Any:
     from m3i_jax.models import intern_image
 
     model, noise = intern_image.PRESETS["internimage_t"], np.random.default_rng(2)
-    drawn = jax.tree.map(np.asarray, intern_image.init(model, jax.random.key(0)))
+    random_params = jax.tree.map(np.asarray, intern_image.init(model, jax.random.key(0)))
     # which the published network lacks
     state = interop.store_intern_image(
-        {"encoder": {part: tree for part, tree in drawn.items() if part != "fusion"}}
+        {"encoder": {part: tree for part, tree in random_params.items() if part != "fusion"}}
     )
     state |= {
         key: noise.normal(0, 0.1, value.shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Timing of two programs that compute the same, in JAX and in PyTorch, each in a process of its own
+"""Timing of two programs that compute the same, in JAX and in PyTorch, each in a separate process
 and in turns.
 
 A contest is a module of this package with `ours(folder, name)` (JAX) and `theirs(folder, name)`

@@ -30,7 +30,7 @@ def settings(batch: int = 6, rule: str = "jitter", classes: int = -1, **more) ->
     return schema.Config(
         data=data,
         train=schema.Train(batch_size=batch),
-        dense=schema.Dense(geometry=schema.Geometry(rule=rule, **rule_settings)),
+        dense=schema.DensePrediction(geometry=schema.Geometry(rule=rule, **rule_settings)),
     )
 
 

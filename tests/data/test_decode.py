@@ -59,8 +59,8 @@ def test_every_good_file_has_the_same_pixels(make):
         out = decode.decode_image(content)
         assert out.shape == (48, 40, 3) and out.dtype == np.uint8, name
         if name in expected:
-            picture, tolerance = expected[name]
-            assert distance(out, picture) <= tolerance, name
+            image, tolerance = expected[name]
+            assert distance(out, image) <= tolerance, name
     assert set(np.unique(decode.decode_image(make.good_files()["bilevel.png"]))) == {0, 255}
 
 
@@ -111,9 +111,9 @@ def test_a_jpeg_decodes_at_the_smallest_scale_that_suffices(make, orientation):
         ((100, 120), 4),
         ((10, 10), 8),
     ):
-        picture = decode.open_image(content)
-        assert (picture.height, picture.width) == (640, 480)
-        image = picture.rgb(least=least)
+        image = decode.open_image(content)
+        assert (image.height, image.width) == (640, 480)
+        image = image.rgb(least=least)
         assert image.size == (480 // scale, 640 // scale), least
         small = np.asarray(Image.fromarray(upright).reduce(scale))
         assert distance(np.asarray(image), small) < 4

@@ -85,13 +85,13 @@ def test_every_operation_is_in_the_table() -> None:
 
 def test_draws_have_the_probabilities_of_the_recipe() -> None:
     settings, r = schema.RandAugment(ops=2), np.random.default_rng(0)
-    drawn = [
+    draws = [
         rand_augment.draw_operations(u, settings)
         for u in r.random((4000, 2 * rand_augment.WIDTH)).tolist()
     ]
-    counts = np.bincount([len(operations) for operations in drawn], minlength=3) / len(drawn)
+    counts = np.bincount([len(operations) for operations in draws], minlength=3) / len(draws)
     np.testing.assert_allclose(counts, [0.25, 0.5, 0.25], atol=0.03)
-    every = [one for operations in drawn for one in operations]
+    every = [one for operations in draws for one in operations]
     shares = np.unique([name for name, *_ in every], return_counts=True)[1] / len(every)
     np.testing.assert_allclose(shares, 1 / 15, atol=0.02)
     magnitudes = 10 * np.array([level for _, level, _ in every])

@@ -195,7 +195,7 @@ def test_the_diameter_is_what_the_plan_says(source):
 
 
 def test_images_differ(rendered):
-    assert len({picture.tobytes() for picture in rendered}) == MANY
+    assert len({image.tobytes() for image in rendered}) == MANY
 
 
 def test_raw_pixels_do_not_predict_the_class(source, rendered):

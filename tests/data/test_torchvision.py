@@ -24,7 +24,7 @@ def unit(values: np.ndarray) -> np.ndarray:
 
 
 def test_the_pictures_are_those_of_the_file(saved):
-    np.testing.assert_array_equal(saved["pictures"], reference.pictures())
+    np.testing.assert_array_equal(saved["pictures"], reference.images())
     # An operation that did nothing would not pass.
     for name in ("brightness", "contrast", "saturation", "hue"):
         assert (
@@ -78,9 +78,9 @@ def test_crops(saved, kind, by):
         pytest.importorskip("cykooz_resizer", reason="the extra `fast` is not installed")
     name = crops.choose_resizer(by)
     for box, want in zip(reference.BOXES, saved[f"crop/{kind}"], strict=True):
-        for picture, view in zip(saved["pictures"], want, strict=True):
+        for image, view in zip(saved["pictures"], want, strict=True):
             side = reference.SIDE
             out = crops.cut_view(
-                Image.fromarray(picture), box, reference.CROP, height=side, width=side, by=name
+                Image.fromarray(image), box, reference.CROP, height=side, width=side, by=name
             )
             assert np.abs(out.reshape(view.shape) / 255 - unit(view)).mean() <= TOLERANCE, box

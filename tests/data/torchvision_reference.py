@@ -21,7 +21,7 @@ SIGMAS = (0.5, 1.0, 2.0)
 BOXES = ((0, 0, 32, 32), (5, 9, 26, 15), (20, 3, 10, 16))  # top, left, height, width
 
 
-def pictures() -> np.ndarray:
+def images() -> np.ndarray:
     """uint8 [2, SIDE, SIDE, 3]: a smooth one and one with edges."""
     rng = np.random.default_rng(4)
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE
@@ -43,7 +43,7 @@ def main() -> None:
     from torchvision.transforms import InterpolationMode, functional
 
     made: dict[str, np.ndarray] = {
-        "pictures": pictures(),
+        "pictures": images(),
         "version": np.array(torchvision.__version__),
     }
     for name, factors in FACTORS.items():
@@ -72,11 +72,11 @@ def main() -> None:
     for kind in ("pillow", "tensor"):
         cuts = []
         for top, left, height, width in BOXES:
-            for picture in made["pictures"]:
+            for image in made["pictures"]:
                 image = (
-                    Image.fromarray(picture)
+                    Image.fromarray(image)
                     if kind == "pillow"
-                    else torch.from_numpy(picture).permute(2, 0, 1)
+                    else torch.from_numpy(image).permute(2, 0, 1)
                 )
                 cut = functional.resized_crop(
                     image,
@@ -99,13 +99,13 @@ def main() -> None:
     print(f"{PLACE}: {PLACE.stat().st_size:,} bytes")
 
 
-def _apply(operation: object, picture: np.ndarray, kind: str, argument: float) -> np.ndarray:
+def _apply(operation: object, image: np.ndarray, kind: str, argument: float) -> np.ndarray:
     import torch
     from PIL import Image
 
     if kind == "pillow":
-        return np.asarray(operation(Image.fromarray(picture), argument))  # type: ignore[operator]
-    return operation(torch.from_numpy(picture).permute(2, 0, 1), argument).permute(1, 2, 0).numpy()  # type: ignore[operator]
+        return np.asarray(operation(Image.fromarray(image), argument))  # type: ignore[operator]
+    return operation(torch.from_numpy(image).permute(2, 0, 1), argument).permute(1, 2, 0).numpy()  # type: ignore[operator]
 
 
 if __name__ == "__main__":

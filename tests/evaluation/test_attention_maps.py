@@ -50,7 +50,7 @@ def test_the_last_block_computed_with_the_shown_weights_gives_the_encoder_output
     blocks = params["encoder"]["blocks"]
     z = vit._embed_square(config.model, params["encoder"], patches, config.grid, None, None)
     for i in range(e.depth - 1):
-        z = vit._modules(config.model)[1].apply(
+        z = vit.encoder_modules(config.model)[1].apply(
             {"params": jax.tree.map(lambda x, i=i: x[i], blocks)}, z
         )
     last = jax.tree.map(lambda x: x[-1], blocks)
@@ -104,8 +104,8 @@ def test_maps_on_a_mesh_equal_those_of_one_device(changes: dict) -> None:
     """With sharded rows and weights, an incomplete last batch and invalid rows; an InternImage has
     no attention."""
     config = toy.settings(**{**changes, **SETTINGS, "model__encoder__width": 64})
-    params, pictures = started(config), views(6)
-    wanted = attention_maps.attention_maps(config, True, params, jnp.asarray(pictures))
+    params, images = started(config), views(6)
+    wanted = attention_maps.attention_maps(config, True, params, jnp.asarray(images))
     assert set(wanted) == {"features", "pooling"} | (set() if changes else {"last"})
     np.testing.assert_allclose(wanted["pooling"].sum(1), 1, atol=1e-5)
     mesh = parallel.make_mesh((2, 2, 1), jax.devices()[:4])
@@ -113,7 +113,7 @@ def test_maps_on_a_mesh_equal_those_of_one_device(changes: dict) -> None:
     look = attention_maps.compile_maps(config, mesh, pooled=True)
     batches = [
         {
-            "views": np.pad(pictures[at : at + 4], [(0, max(0, at - 2))] + [(0, 0)] * 3),
+            "views": np.pad(images[at : at + 4], [(0, max(0, at - 2))] + [(0, 0)] * 3),
             "label": np.arange(4),
             "index": at + np.arange(4),
             "valid": at + np.arange(4) < 6,

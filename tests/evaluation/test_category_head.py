@@ -43,9 +43,9 @@ def test_the_metric_applies_the_head_to_raw_features(norm: str) -> None:
     raw, label = 5 * r.normal(size=(40, 32)) + 1, r.integers(-1, 9, 40).astype(np.int32)
     index = (3 * r.normal(size=(60, 32)) + 2).astype(np.float32)
 
-    def as_features(x: np.ndarray, label: np.ndarray) -> feature_extraction.FeatureSpec:
+    def as_features(x: np.ndarray, label: np.ndarray) -> feature_extraction.ImageFeatures:
         length = np.linalg.norm(x, axis=1)
-        return feature_extraction.FeatureSpec(
+        return feature_extraction.ImageFeatures(
             (x / length[:, None]).astype(np.float32),
             label,
             np.arange(len(x)),

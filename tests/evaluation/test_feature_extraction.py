@@ -49,7 +49,7 @@ def one_device() -> jax.sharding.Mesh:
 
 
 @functools.cache
-def everything() -> feature_extraction.FeatureSpec:
+def everything() -> feature_extraction.ImageFeatures:
     return feature_extraction.Extractor(settings(), one_device())({"encoder": encoder()}, batches())
 
 
@@ -143,11 +143,11 @@ def test_no_batches_give_no_features() -> None:
 
 
 def test_a_poll_comes_before_every_batch_and_may_raise() -> None:
-    drawn, polls = [], []
+    batches_drawn, polls = [], []
 
     def draw():
         for batch in batches():
-            drawn.append(1)
+            batches_drawn.append(1)
             yield batch
 
     def poll() -> None:
@@ -157,11 +157,11 @@ def test_a_poll_comes_before_every_batch_and_may_raise() -> None:
 
     with pytest.raises(KeyError, match="enough"):
         feature_extraction.Extractor(settings(), one_device())({"encoder": encoder()}, draw(), poll)
-    assert len(polls) == 2 and len(drawn) == 2
+    assert len(polls) == 2 and len(batches_drawn) == 2
 
 
-def made_of(name: str, label: int = 0) -> feature_extraction.FeatureSpec:
-    return feature_extraction.FeatureSpec(
+def made_of(name: str, label: int = 0) -> feature_extraction.ImageFeatures:
+    return feature_extraction.ImageFeatures(
         np.full((2, 3), len(name), np.float32), np.full(2, label, np.int32), np.arange(2)
     )
 
@@ -215,12 +215,16 @@ def test_an_image_set_reads_fresh_batches_and_counts_skipped_images() -> None:
     class Batches(list):
         skipped = {"small": 1}
 
-    polls, drawn = [], []
+    polls, batches_drawn = [], []
     made = feature_extraction.image_sets(
-        lambda params, batches, poll: (poll(), drawn.append(batches), made_of("a"))[2],  # type: ignore[arg-type]
+        lambda params, batches, poll: (poll(), batches_drawn.append(batches), made_of("a"))[2],  # type: ignore[arg-type]
         lambda: Batches(["b"]),
     )
     for _ in range(2):
         found, skipped = made({}, lambda: polls.append(1))
         assert found.labels.tolist() == [0, 0] and skipped == {"small": 1}
-    assert len(polls) == 2 and drawn == [["b"], ["b"]] and drawn[0] is not drawn[1]
+    assert (
+        len(polls) == 2
+        and batches_drawn == [["b"], ["b"]]
+        and batches_drawn[0] is not batches_drawn[1]
+    )

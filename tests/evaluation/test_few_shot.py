@@ -35,8 +35,8 @@ def test_ridge_weights_equal_lstsq(rows: int, width: int, l2: float) -> None:
 @pytest.mark.parametrize("shots", [1, 3, 100])
 def test_shots_are_drawn_from_each_class(shots: int) -> None:
     label = np.array([2, 0, 0, -1, 2, 0, 0, 2, 5, -1])
-    drawn = [few_shot.draw_shots(label, shots, seed) for seed in range(40)]
-    for rows in drawn:
+    draws = [few_shot.draw_shots(label, shots, seed) for seed in range(40)]
+    for rows in draws:
         assert np.bincount(label[rows], minlength=6).tolist() == [
             min(shots, 4),
             0,
@@ -46,7 +46,7 @@ def test_shots_are_drawn_from_each_class(shots: int) -> None:
             min(shots, 1),
         ]
         assert (np.diff(rows) > 0).all()
-    seen = {int(row) for rows in drawn for row in rows}
+    seen = {int(row) for rows in draws for row in rows}
     assert seen == {0, 1, 2, 4, 5, 6, 7, 8}  # every labelled row can be drawn
 
 
@@ -81,8 +81,8 @@ def test_empty_sets_yield_no_metric() -> None:
 def test_the_metric_uses_the_settings_and_both_sets() -> None:
     (x, label), (q, q_label) = data(40, 5), data(20, 5, seed=2)
     sets = {
-        "index": feature_extraction.FeatureSpec(x, label, np.arange(40)),
-        "queries": feature_extraction.FeatureSpec(q, q_label, np.arange(20)),
+        "index": feature_extraction.ImageFeatures(x, label, np.arange(40)),
+        "queries": feature_extraction.ImageFeatures(q, q_label, np.arange(20)),
     }
     config = toy.settings(evaluate__shots="(2,4)", evaluate__shot_seeds=2)
     got = dict(

@@ -121,7 +121,7 @@ def test_the_metric_uses_the_settings() -> None:
     queries, index = data(8)
     config = dataclasses.replace(schema.Config(), evaluate=schema.Evaluate(k=4, temperature=0.3))
     sets = {
-        name: feature_extraction.FeatureSpec(*part, np.arange(len(part[1])))
+        name: feature_extraction.ImageFeatures(*part, np.arange(len(part[1])))
         for name, part in (("queries", queries), ("index", index))
     }
     wanted = [

@@ -97,7 +97,7 @@ def test_the_metric_uses_raw_features() -> None:
     found = {}
     for name, raw, its in (("index", x, label), ("queries", q, q_label)):
         length = np.linalg.norm(raw, axis=1)
-        found[name] = feature_extraction.FeatureSpec(
+        found[name] = feature_extraction.ImageFeatures(
             raw / length[:, None], its, np.arange(len(raw)), length
         )
     config = toy.settings(

@@ -38,23 +38,21 @@ def run(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module")
-def pictures() -> np.ndarray:
+def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
 
 
-def test_features_of_a_run_equal_those_of_its_parts(run, pictures: np.ndarray) -> None:
+def test_features_of_a_run_equal_those_of_its_parts(run, images: np.ndarray) -> None:
     workdir, params, average = run
     config = toy.settings()
-    normal = (pictures / 255 - np.array(config.data.augment.mean)) / np.array(
-        config.data.augment.std
-    )
+    normal = (images / 255 - np.array(config.data.augment.mean)) / np.array(config.data.augment.std)
     patches = jnp.asarray(
         normal.reshape(5, 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(5, 16, 192), jnp.float32
     )
     for weights_, encoder in (("online", params["encoder"]), ("ema", average["encoder"])):
         tokens = np.asarray(m3i.encode(config, encoder, patches))
         got = {
-            pool: m3i_jax.load(workdir, weights=weights_, pool=pool).features(pictures, ready=True)
+            pool: m3i_jax.load(workdir, weights=weights_, pool=pool).features(images, ready=True)
             for pool in load.POOLS
         }
         np.testing.assert_allclose(got["tokens"], tokens, rtol=1e-4, atol=1e-4)
@@ -101,21 +99,21 @@ def test_preprocessing_equals_that_of_evaluation(run) -> None:
     np.testing.assert_allclose(views, expected, atol=1e-5)
 
 
-def test_types_and_counts_of_images(run, pictures: np.ndarray) -> None:
+def test_types_and_counts_of_images(run, images: np.ndarray) -> None:
     model = load.load(run[0], pool="mean")
-    whole = model.features(pictures, ready=True)
+    whole = model.features(images, ready=True)
     for same, expected in (
-        (pictures / 255, whole),
-        (pictures[0], whole[:1]),
-        ([pictures[0], pictures[1] / 255], whole[:2]),
-        ([Image.fromarray(pictures[2])], whole[2:3]),
-        (pictures[:0], whole[:0]),
-        (np.repeat(pictures, 14, 0), np.repeat(whole, 14, 0)),  # more images than a device step
+        (images / 255, whole),
+        (images[0], whole[:1]),
+        ([images[0], images[1] / 255], whole[:2]),
+        ([Image.fromarray(images[2])], whole[2:3]),
+        (images[:0], whole[:0]),
+        (np.repeat(images, 14, 0), np.repeat(whole, 14, 0)),  # more images than a device step
     ):
         np.testing.assert_allclose(model.features(same, ready=True), expected, atol=1e-5)
-    seen = model.features(pictures)
+    seen = model.features(images)
     np.testing.assert_allclose(
-        model.features([*pictures[:2], Image.fromarray(pictures[2])]), seen[:3], atol=1e-5
+        model.features([*images[:2], Image.fromarray(images[2])]), seen[:3], atol=1e-5
     )
     assert model.features([]).shape == (0, 32)
     with pytest.raises(ValueError, match="a view has shape"):
@@ -124,19 +122,19 @@ def test_types_and_counts_of_images(run, pictures: np.ndarray) -> None:
     with pytest.raises(
         ValueError, match="features of 5 images are not finite, the first is image 0"
     ):
-        huge.features(pictures)
+        huge.features(images)
     refused = [
-        (pictures[..., :1], "must be"),
-        (pictures.astype(np.int32), "must be"),
+        (images[..., :1], "must be"),
+        (images.astype(np.int32), "must be"),
         (np.zeros((1, 0, 9, 3), np.uint8), "must be"),
     ]
-    refused += [(pictures * 1.0, "must lie in 0..1"), (pictures * np.nan, "must lie in 0..1")]
+    refused += [(images * 1.0, "must lie in 0..1"), (images * np.nan, "must lie in 0..1")]
     for wrong, words in refused:
         with pytest.raises(ValueError, match=words):
             model.features(wrong)
 
 
-def test_files_of_other_projects(tmp_path: pathlib.Path, pictures: np.ndarray) -> None:
+def test_files_of_other_projects(tmp_path: pathlib.Path, images: np.ndarray) -> None:
     """Files of the same weights for timm and Hugging Face give the same features, except for the
     eps and the pixel statistics of each layout."""
     table = weights(ENCODERS["timm"], **SIZES)
@@ -168,9 +166,9 @@ def test_files_of_other_projects(tmp_path: pathlib.Path, pictures: np.ndarray) -
         '{"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}'
     )
     hf = load.load(str(tmp_path / "hf"))
-    np.testing.assert_array_equal(hf.features(pictures), timm.features(pictures))
+    np.testing.assert_array_equal(hf.features(images), timm.features(images))
     other = load.load(str(tmp_path / "timm.safetensors"), heads=4)
-    assert np.abs(other.features(pictures) - timm.features(pictures)).max() > 1e-3
+    assert np.abs(other.features(images) - timm.features(images)).max() > 1e-3
 
 
 def intern_image_file(
@@ -195,7 +193,7 @@ def intern_image_file(
 
 @pytest.mark.parametrize(("fused", "hugging_face"), [(0, True), (48, False)])
 def test_a_published_intern_image(
-    fused: int, hugging_face: bool, tmp_path: pathlib.Path, pictures: np.ndarray
+    fused: int, hugging_face: bool, tmp_path: pathlib.Path, images: np.ndarray
 ) -> None:
     """Features equal those of the published net: the mean of its fused map or, without fusion, of
     its last map."""
@@ -215,10 +213,10 @@ def test_a_published_intern_image(
     theirs = published.Run(
         net,
         table,
-        (pictures / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225]),
+        (images / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225]),
     )
     expected = theirs.fused().mean(1) if fused else theirs.maps[3].mean((1, 2))
-    got = model.features(pictures, ready=True)
+    got = model.features(images, ready=True)
     assert got.shape == (5, fused or 256) and np.abs(expected).max() > 0.1
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 

@@ -127,8 +127,8 @@ def test_rows_without_a_label_are_left_out_and_too_few_yield_no_metric() -> None
 def test_a_poll_comes_before_every_fit() -> None:
     x, label = data(3, rows=40)
     sets = {
-        "index": feature_extraction.FeatureSpec(x, label, np.arange(40)),
-        "queries": feature_extraction.FeatureSpec(x[:9], label[:9], np.arange(9)),
+        "index": feature_extraction.ImageFeatures(x, label, np.arange(40)),
+        "queries": feature_extraction.ImageFeatures(x[:9], label[:9], np.arange(9)),
     }
     polls = []
     context = feature_extraction.EvalContext(

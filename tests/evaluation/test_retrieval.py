@@ -31,11 +31,11 @@ CAPTIONS = [
 ]
 
 
-def embeddings(pictures: int, captions: int, width: int = 5, seed: int = 0):
+def embeddings(images: int, captions: int, width: int = 5, seed: int = 0):
     r = np.random.default_rng(seed)
-    owner = np.concatenate([r.permutation(captions), r.integers(0, captions, pictures - captions)])
+    owner = np.concatenate([r.permutation(captions), r.integers(0, captions, images - captions)])
     texts = r.normal(size=(captions, width))
-    images = texts[owner] + 1.2 * r.normal(size=(pictures, width))
+    images = texts[owner] + 1.2 * r.normal(size=(images, width))
     unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     return unit(images), unit(texts), owner
 
@@ -57,10 +57,10 @@ def brute(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str,
 
 
 @pytest.mark.parametrize(
-    ("pictures", "captions", "chunk"), [(40, 40, 1024), (43, 17, 10), (30, 1, 7), (12, 9, 12)]
+    ("images", "captions", "chunk"), [(40, 40, 1024), (43, 17, 10), (30, 1, 7), (12, 9, 12)]
 )
-def test_recall_equals_a_numpy_loop(pictures: int, captions: int, chunk: int) -> None:
-    made = embeddings(pictures, captions)
+def test_recall_equals_a_numpy_loop(images: int, captions: int, chunk: int) -> None:
+    made = embeddings(images, captions)
     got = dict(retrieval.recall_at(*made, chunk=chunk))
     assert got == pytest.approx(brute(*made)) and len(got) == 6
     if captions == 40:
@@ -117,7 +117,7 @@ def test_the_metric_embeds_images_and_captions_with_the_model(
     order = np.array([6, 3, 0, 1, 5, 2, 7, 4])
     vectors = np.random.default_rng(0).normal(size=(8, config.model.pool.width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = feature_extraction.FeatureSpec(vectors, np.full(8, -1, np.int32), order)
+    found = feature_extraction.ImageFeatures(vectors, np.full(8, -1, np.int32), order)
     mesh = parallel.make_mesh((2, 2, 1), jax.devices()[:4])
     measure = retrieval.measure(
         mesh, source, TextEmbedder(config, mesh, words(), 4), image_set="images"
@@ -166,7 +166,7 @@ def test_without_captions_there_is_no_retrieval() -> None:
     measure = retrieval.measure(
         mesh, source, TextEmbedder(toy.settings(objective__forms="clip"), mesh, words(), 4)
     )
-    found = feature_extraction.FeatureSpec(
+    found = feature_extraction.ImageFeatures(
         np.ones((3, 4), np.float32), np.zeros(3, np.int32), np.arange(3)
     )
     assert (
@@ -192,7 +192,7 @@ def test_a_missing_caption_counts_as_none_with_data_missing_replace(tmp_path: pa
     )()
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
     vectors = np.random.default_rng(0).normal(size=(4, config.model.pool.width)).astype(np.float32)
-    found = feature_extraction.FeatureSpec(
+    found = feature_extraction.ImageFeatures(
         vectors, np.full(4, -1, np.int32), np.array([3, 0, 2, 1])
     )
     for name, caption in zip("abcd", ("a dog", "two birds", "a red cat", "a cat"), strict=True):

@@ -265,7 +265,8 @@ def test_windows_and_sizes_of_the_settings() -> None:
     base = schema.Config(data=schema.Data(image_size=512))
     segment = schema.Segment(test_scales=(0.5, 1.75), test_flip=True)
     geometry = schema.Geometry(rule="range")
-    config = dataclasses.replace(base, dense=schema.Dense(segment=segment, geometry=geometry))
+    dense = schema.DensePrediction(segment=segment, geometry=geometry)
+    config = dataclasses.replace(base, dense=dense)
     settings = sliding_windows.sliding_settings(config, classes=150, batch=2)
     assert settings == SlidingSettings(
         window=512, stride=256, batch=2, classes=150, scales=(0.5, 1.75), flip=True

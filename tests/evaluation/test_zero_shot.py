@@ -94,7 +94,7 @@ def test_the_metric_embeds_every_prompt_once_and_leaves_out_unlabelled_images(
     context = feature_extraction.EvalContext(
         {
             "images": lambda params, poll: (
-                feature_extraction.FeatureSpec(x, label, np.arange(30)),
+                feature_extraction.ImageFeatures(x, label, np.arange(30)),
                 {},
             )
         },

@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @dataclasses.dataclass
-class Said:
+class TestResult:
     """The last result of a test: its rows, passed, failed or skipped, the reason if skipped, and
     its counts."""
 
@@ -94,7 +94,7 @@ class Said:
         )
 
 
-def line(row: str, tests: list[Said]) -> str:
+def line(row: str, tests: list[TestResult]) -> str:
     """A row of the table. A test counts its trials or is one trial; a failure outside of the trials
     is one more failed trial."""
     trials = passed = 0
@@ -118,7 +118,7 @@ def line(row: str, tests: list[Said]) -> str:
     )
 
 
-def table(tests: list[Said], before: str) -> str:
+def table(tests: list[TestResult], before: str) -> str:
     """The table of all rows; rows without a test among these keep their line of `before`."""
     kept = {
         text.split("|")[1].strip(): text for text in before.splitlines() if text.startswith("| ")
@@ -132,23 +132,23 @@ def table(tests: list[Said], before: str) -> str:
         "| --- | --- | ---: | ---: | --- |",
     ]
     for row, (fault, _) in ROWS.items():
-        mine = [test for test in tests if row in test.rows]
+        tests_of_row = [test for test in tests if row in test.rows]
         out.append(
-            line(row, mine)
-            if mine
+            line(row, tests_of_row)
+            if tests_of_row
             else kept.get(row, f"| {row} | {fault} | 0 | 0 | {NOT_HERE.get(row, 'not run')} |")
         )
     return "\n".join(out) + "\n"
 
 
-_said: dict[str, Said] = {}
-_ended: set[str] = set()  # a test that was interrupted said nothing
+_results: dict[str, TestResult] = {}
+_ended: set[str] = set()  # an interrupted test has no result
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     rows = [str(value) for name, value in report.user_properties if name == "row"]
     if rows:
-        _said.setdefault(report.nodeid, Said(rows)).see(report)
+        _results.setdefault(report.nodeid, TestResult(rows)).see(report)
         if report.when == "call" or report.outcome != "passed":
             _ended.add(report.nodeid)
 
@@ -159,15 +159,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = pathlib.Path(os.environ[RESULTS])
     record, all_ = path.with_suffix(".json"), {}
     if record.is_file():
-        for name, said in json.loads(record.read_text(encoding="utf-8")).items():
+        for name, result in json.loads(record.read_text(encoding="utf-8")).items():
             file, function = (
                 session.config.rootpath / name.split("::")[0],
                 name.split("::")[-1].split("[")[0],
             )
-            # else it is gone, and so is what it said
+            # else the test was removed, and its result with it
             if file.is_file() and f"def {function}(" in file.read_text(encoding="utf-8"):
-                all_[name] = Said(**said)
-    all_ |= {name: said for name, said in _said.items() if name in _ended}
+                all_[name] = TestResult(**result)
+    all_ |= {name: result for name, result in _results.items() if name in _ended}
     record.write_text(
         json.dumps({name: dataclasses.asdict(all_[name]) for name in sorted(all_)}, indent=1)
         + "\n",

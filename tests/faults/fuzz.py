@@ -1,7 +1,7 @@
 """A fuzzer of the command line and of files.
 
     python -m tests.faults.fuzz --minutes 60 [--seed S] \
-        [--only settings,commands,scripts,of_data,of_a_run]
+        [--only settings,commands,scripts,steps,of_data,of_a_run]
     python -m tests.faults.fuzz --cases 20 --seed 1
 
 Each case is a command in its own process, forked from one that has imported everything, and in its
@@ -177,8 +177,8 @@ def result(room: Room, mode: str) -> bytes:
 class Fuzzer:
     """Templates of data and of a run, made once, and the failed cases."""
 
-    def __init__(self, folder: pathlib.Path, say: Any = print) -> None:
-        self.folder, self.say = folder, say
+    def __init__(self, folder: pathlib.Path, log: Any = print) -> None:
+        self.folder, self.log = folder, log
         self.found: dict[str, list[str]] = collections.defaultdict(list)
         self.counts: collections.Counter[str] = collections.Counter()
         self._some = itertools.count()
@@ -278,7 +278,8 @@ class Fuzzer:
         wrong = []
         lines = [line for line in done.err.splitlines() if not LOG.match(line)]
         if done.late:
-            if case.damage is None and mode_of(case) in ("show", "preview", "data", ""):
+            begun = ("show", "preview", "data", "", *cases.STEP_MODES)
+            if case.damage is None and mode_of(case) in begun:
                 self.counts["slow"] += 1  # much was asked for, and it was begun
                 return []
             wrong.append(f"did not end in {done.seconds:.0f} s of the processor")
@@ -317,7 +318,7 @@ class Fuzzer:
             )
             text += f"  [script {case.script[:300]!r}]" if case.script else ""
             self.found[name].append(text)
-            self.say(
+            self.log(
                 f"FOUND {name}\n  {text}\n  {done.err.replace(str(room.place), 'ROOM')[-1500:]}",
                 flush=True,
             )
@@ -339,7 +340,7 @@ class Fuzzer:
         except Exception as error:  # noqa: BLE001
             name = f"{type(error).__name__}: {str(error)[:80]}"
             self.found[name].append(shlex.join(case.arguments[-4:])[:500])
-            self.say(f"FOUND {name}\n  {self.found[name][-1]}", flush=True)
+            self.log(f"FOUND {name}\n  {self.found[name][-1]}", flush=True)
         return False
 
 
@@ -373,6 +374,9 @@ def imported() -> None:
     child can initialize its own."""
     import importlib
 
+    # the fastest compilation; XLA reads it when a child initializes its device
+    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}"
     for name in main.MODES:
         importlib.import_module(f"m3i_jax.modes.{name}")
 
@@ -399,7 +403,7 @@ def run(arguments: list[str] | None = None) -> int:
     began, last = time.monotonic(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="m3i_jax_fuzz_") as folder:
         fuzzer = Fuzzer(pathlib.Path(folder))
-        if "of_a_run" in kinds or "commands" in kinds:
+        if {"of_a_run", "commands", "steps"} & set(kinds):
             fuzzer.train()
         seed = asked.seed * 100_003
         while True:

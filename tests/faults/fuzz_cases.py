@@ -14,7 +14,7 @@ from m3i_jax import config, main
 from m3i_jax.config import files as config_files
 from m3i_jax.modes import MODES
 from m3i_jax.schema import limits as schema_limits
-from tests.faults import fuzz_damage
+from tests.faults import fuzz_damage, fuzz_scripts
 from tests.test_main import TINY
 from tests.test_setting_limits import SETTINGS
 
@@ -37,9 +37,9 @@ LEFT_OUT_FLAGS = {
 LEFT_OUT_KEYS = {"report.wandb", "parallel.heartbeat"}
 KEYS = tuple(key for key in SETTINGS if key not in LEFT_OUT_KEYS)
 QUICK_MODES = ("show", "preview", "data", "report")
-SLOW_MODES = tuple(
-    mode for mode in MODES if mode not in (*QUICK_MODES, "train", "compare", "profile", "compile")
-)
+# they compile a step
+STEP_MODES = ("train", "compare", "profile", "compile")
+SLOW_MODES = tuple(mode for mode in MODES if mode not in (*QUICK_MODES, *STEP_MODES))
 NASTY = (
     "",
     " ",
@@ -152,7 +152,7 @@ def value(draw: Any, key: str) -> str:
     entries = default if isinstance(default, tuple) else (default,)
     limits = metadata["limits"]
     if metadata["choices"]:
-        return str(draw(st.sampled_from(metadata["choices"])))
+        return str(draw(st.sampled_from(list(metadata["choices"]))))
     if isinstance(default, bool):
         return draw(st.sampled_from(["true", "false", "True", "FALSE"]))
     if isinstance(limits, schema_limits.NumberLimit):
@@ -249,7 +249,7 @@ def commands(draw: Any) -> Case:
     given += [key for key in ("path", "source", "sources") if key in taken and key not in given]
     given = {key: draw(st.sampled_from(ARGUMENTS.get(key, NUMBERS))) for key in given}
     mode = draw(st.sampled_from([*QUICK_MODES, *QUICK_MODES, *MODES]))
-    mode = "show" if mode in ("train", "compare", "profile", "compile") else mode
+    mode = "show" if mode in STEP_MODES else mode
     room = draw(st.sampled_from(["empty", "run"]))
     workdir, more = (
         "{W}",
@@ -315,87 +315,6 @@ def settings(draw: Any) -> Case:
     )
 
 
-HEAD = (
-    "import os, sys\nfrom m3i_jax.config import default_config\n"
-    "def get_config(path='', n=1):\n    c = default_config()\n"
-)
-SCRIPTS = (
-    b"",
-    b"\0",
-    b"\xff\xfe",
-    b"# coding: latin-9\nx = '\xe9'\n",
-    b"\xef\xbb\xbfx = 1\n",
-    b"import sys\nsys.exit(0)\n",
-    b"raise SystemExit\n",
-    b"1/0\n",
-    b"def get_config(:\n",
-    b"get_config = 3\n",
-    b"get_config = None\n",
-    b"def get_config(*a, **k): return 1\n",
-    b"class get_config: pass\n",
-    b"def f(): f()\nf()\n",
-    b"get_config = lambda **k: k\n",
-    b"(" * 5000,
-    b"x = " + b"-" * 100_000 + b"1\n",
-    b"raise BaseException('x')\n",
-    b"raise MemoryError\n",
-    b"raise OSError(28, 'No space left on device')\n",
-    b"import there_is_none\n",
-    b"import asyncio\nraise asyncio.CancelledError\n",
-    b"class E(Exception):\n    def __str__(self): raise self\nraise E\n",
-    b"raise GeneratorExit\n",
-    *(
-        HEAD.encode() + f"    {line}\n    return c\n".encode()
-        for line in (
-            "sys.exit(0)",
-            "return None",
-            "return {}",
-            "return 3",
-            "c = {}",
-            "c.optim = 3",
-            "c.optim.lr = 'x'",
-            "c.optim.lr = None",
-            "c.optim.lr = 10**400",
-            "c.optim.lr = 10**5000",
-            "c.optim.lr = float('nan')",
-            "c.optim.lr = True",
-            "c.train.steps = 2.0",
-            "c.seed = -1",
-            "c.unlock(); c.x = 3",
-            "c.unlock(); c.optim.y = {'a': 1}",
-            "c.unlock(); del c.optim.lr",
-            "c.unlock(); c['optim'] = c",
-            "c.unlock(); c.optim = [1]",
-            "c.data.path = 'a\\0b'",
-            "c.data.path = '\\udcff'",
-            "c.data.path = 'a' * 10**6",
-            "c.objective.forms = ('m3i',) * 10**5",
-            "c.objective.forms = (['m3i'],)",
-            "c.objective.forms = (None,)",
-            "c.objective.forms = 'm3i'",
-            "c.parallel.mesh = (1, 1, 10**30)",
-            "import numpy; c.optim.lr = numpy.float64(0.1)",
-            "import numpy; c.train.steps = numpy.int64(3)",
-            "import numpy; c.data.crop_scale = numpy.ones(2)",
-            "c.evaluate.shots = tuple(range(1, 200))",
-            "c.model.encoder.width = 2**20",
-            "c.train.batch_size = 10**18",
-            "print('x' * 10)",
-            "get_config()",
-            "raise Exception('a\\nb' * 1000)",
-            "raise KeyError",
-            "raise UnicodeError('x')",
-            "c = default().copy_and_resolve_references()",
-            "import m3i_jax.schema as s; return s.Config()",
-            "open('/no/such/file')",
-            "os.chdir('/no/such')",
-            "assert False",
-            "yield c",
-        )
-    ),
-)
-
-
 @st.composite
 def scripts(draw: Any) -> Case:
     """A user's configuration file with a mistake in it."""
@@ -404,7 +323,7 @@ def scripts(draw: Any) -> Case:
             ["", "", ":path=x", ":n=x", ":n=2,m=3", ":", ":,,", ":=", ":n", ":path={D},n=3"]
         )
     )
-    script = draw(st.one_of(st.sampled_from(SCRIPTS), st.binary(max_size=40)))
+    script = draw(st.one_of(st.sampled_from(fuzz_scripts.SCRIPTS), st.binary(max_size=40)))
     return Case(("--config={C}" + tail, "--mode=show", "--workdir={W}", *TINY), script=script)
 
 
@@ -435,6 +354,52 @@ RUN = (
     "--config.evaluate.direct=false",
     "--config.evaluate.zero_shot=false",
 )
+
+
+TOPOLOGIES = ("cpu:1", "cpu:1", "cpu:2", "cpu:0", "cpu", "v5e:4x4", "h100:8", "v5e:3", "tpu")
+FORMS = ("mim", "mim,clip", "mim,mim", "m3i", "k", "mim+clip", "+", "nothing", "")
+
+
+@st.composite
+def steps(draw: Any) -> Case:
+    """A command that compiles a step of a toy run, and takes two if nothing is wrong: a new run or
+    one that is there, with up to two other settings or flags."""
+    mode = draw(st.sampled_from(STEP_MODES))
+    words: list[str] = []
+    if mode == "compare":
+        words += [f"--config.compare.forms={draw(st.sampled_from(FORMS))}"]
+    if mode == "compile":
+        words += [
+            f"--topology={draw(st.one_of(st.sampled_from(TOPOLOGIES), st.sampled_from(NASTY)))}"
+        ]
+    for _ in range(draw(st.integers(0, 2))):
+        kind = draw(st.integers(0, 5))
+        if kind == 0:
+            words.append(f"--memory={draw(st.sampled_from(('1', '0', '-1', '1e-9', 'x', *NASTY)))}")
+        elif kind == 1:
+            words.append("--allow-changes")
+        elif kind == 2:
+            source = draw(st.sampled_from(("folder", "tars", "tfds", "mixture", "array_record")))
+            path = draw(
+                st.sampled_from(("{D}/folder", "{D}/tars/*.tar", "{D}", "{W}", "/dev/null"))
+            )
+            words += [f"--config.data.source={source}", f"--config.data.path={path}"]
+        elif kind == 3:
+            path = draw(st.sampled_from(("{W}", "{D}/weights/w.npz", "{D}/tensors/w.safetensors")))
+            words.append(f"--config.init_from={path}")
+        else:
+            words += [f"--config.{text}" for text in draw(overrides(2))]
+    return Case(
+        (
+            f"--config={ROOT}/configs/quickstart.py",
+            f"--mode={mode}",
+            "--workdir={W}",
+            *TINY,
+            *RUN,
+            *dict.fromkeys(words),
+        ),
+        room=draw(st.sampled_from(["empty", "empty", "run"])),
+    )
 
 
 @st.composite
@@ -477,6 +442,7 @@ KINDS: dict[str, st.SearchStrategy[Case]] = {
     "settings": settings(),
     "commands": commands(),
     "scripts": scripts(),
+    "steps": steps(),
     "of_data": of_data(),
     "of_a_run": of_a_run(),
 }

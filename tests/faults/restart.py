@@ -37,7 +37,7 @@ def first_step(
     while life.process.poll() is None and not life.first:
         time.sleep(0.01)
     if not life.first:
-        raise SystemExit(f"{run}: ended before its first step: {life.told()}")
+        raise SystemExit(f"{run}: ended before its first step: {life.last_output()}")
     life.stop() if save else life.kill()
     return life.first - life.began, life.cost
 

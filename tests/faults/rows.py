@@ -22,7 +22,7 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
         "the other ends within heartbeat + 5 s and names it; a restart resumes",
     ),
     "A6": ("one process hangs", "no barrier without a limit; stacks of all threads are written"),
-    "A7": ("the input starves the main thread", "waiting is measured and told"),
+    "A7": ("the input starves the main thread", "waiting is measured and logged"),
     "A8": (
         "another configuration or code on one host",
         "all refuse at the start and name the keys",
@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     ),
     "A15": (
         "a first host that has no address, or does not answer",
-        "refused at once; a wait logs for whom, every 15 s",
+        "refused at once; a wait logs the missing hosts every 15 s",
     ),
     # checkpoints
     "B1": (
@@ -71,7 +71,7 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     ),
     "B8": ("the state is donated while it is saved", "what is saved is the value at that step"),
     "B9": ("a checkpoint of an older version", "is loaded, or refused with its version"),
-    "B10": ("too few devices for the state", "said before anything is allocated"),
+    "B10": ("too few devices for the state", "refused before anything is allocated"),
     "B11": (
         "power is lost after a step was named",
         "all of it is on the disk before its name, and before an older one goes",
@@ -108,7 +108,7 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     "C12": ("a mask of all or nothing, a partner that is itself", "never made"),
     "C13": (
         "a named pipe or device under the name of an image",
-        "skipped and counted; if it appears later, told at once",
+        "skipped and counted; one that appears later is logged at once",
     ),
     # numerics
     "D1": (
@@ -127,7 +127,7 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
     "D8": ("2^31 examples, the last step, no step", "no overflow, a clean end"),
     # configuration and operation
     "E1": ("60 bad configurations", "each refused in 5 s, exit 2, with its key"),
-    "E2": ("more memory than there is", "said before, with what fits"),
+    "E2": ("more memory than there is", "refused before the start, with what fits"),
     "E3": ("resume with a changed configuration", "the difference, and a flag where it matters"),
     "E4": ("optional packages missing", "the core works; the extra is named"),
     "E5": ("a metrics sink fails, the log disk is full", "training goes on, losses are counted"),
@@ -142,7 +142,7 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
         "named, and kept apart from the run's own",
     ),
     "E10": (
-        "pictures seen otherwise by evaluation, load and exports",
+        "images preprocessed by evaluation, load and exports",
         "one description gives the same features",
     ),
     "E11": (

@@ -115,8 +115,8 @@ def state_at(run: pathlib.Path, step: int, cache: pathlib.Path) -> str:
     done = subprocess.run(
         command, env=environment(cache), capture_output=True, text=True, check=True
     )
-    said = [row for row in learned(run) if row["step"] <= step]
-    return done.stdout.strip() + hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    rows_before = [row for row in learned(run) if row["step"] <= step]
+    return done.stdout.strip() + hashlib.sha256(json.dumps(rows_before).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Growth:
         """Whether the samples show that memory does not grow, at so many saves an hour."""
         return self.mb + self.error <= MOST_MB + LEFT_MB * saves and self.descriptors <= 0
 
-    def told(self, saves: float) -> dict[str, Any]:
+    def figures(self, saves: float) -> dict[str, Any]:
         """As in the result."""
         return dataclasses.asdict(self) | {"mb_a_day": self.a_day, "none": self.none(saves)}
 
@@ -226,8 +226,8 @@ class Life:
             stdout=self.output,
             stderr=self.output,
         )
-        self._told = False  # to stop: what it does then is not what it did all its life
-        # seconds since the first step, MB of its own, descriptors
+        self._stopping = False  # memory that a run uses when it ends is not its memory in training
+        # seconds since the first step, private MB, descriptors
         self.samples: list[tuple[float, float, int]] = []
         # of one that is watched, whose samples are what is allocated
         self.resident: list[tuple[float, float, int]] = []
@@ -251,7 +251,7 @@ class Life:
                 if b'"loss"' in log.read():  # an evaluation before the first step has none
                     self.first, self.cost = now, self._processor()
         self._size = size
-        if self.first and not self._told:
+        if self.first and not self._stopping:
             try:
                 noted = self._noted.read_text() if self._noted.is_file() else ""
                 about = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
@@ -297,11 +297,11 @@ class Life:
 
     def stop(self) -> None:
         """Send SIGTERM, as a cluster does; the run saves and exits with 42."""
-        self._told = True
+        self._stopping = True
         self.process.send_signal(signal.SIGTERM)
         if self.process.wait() not in (0, 42):
             raise SystemExit(
-                f"{self.run}: exit {self.process.returncode} after SIGTERM: {self.told()}"
+                f"{self.run}: exit {self.process.returncode} after SIGTERM: {self.last_output()}"
             )
         self._close()
 
@@ -310,12 +310,12 @@ class Life:
         self.output.close()
         atexit.unregister(self.process.kill)
 
-    def told(self) -> str:
+    def last_output(self) -> str:
         return (self.run / "output.txt").read_text()[-2000:]
 
     def ended_well(self) -> None:
         if self.process.returncode:
-            raise SystemExit(f"{self.run}: exit {self.process.returncode}: {self.told()}")
+            raise SystemExit(f"{self.run}: exit {self.process.returncode}: {self.last_output()}")
 
 
 def committed(run: pathlib.Path) -> list[int]:
@@ -406,7 +406,7 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
         while life.last(time_) is False and over and not life.first:
             time_ += 1.0
         if life.process.returncode is not None or whole.process.poll() is not None:
-            raise SystemExit(f"a run ended by itself: {life.told()}\n{whole.told()}")
+            raise SystemExit(f"a run ended by itself: {life.last_output()}\n{whole.last_output()}")
         life.stop() if over else life.kill()
         starts += [life.first - life.began] if life.first else []
         lives += [late] if (late := [s for s in life.samples if s[0] >= SETTLED]) else []
@@ -422,7 +422,7 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
         )
     while (step := regular[-1]) not in committed(whole.run):
         if whole.last(time.monotonic() - whole.began + 1.0):
-            raise SystemExit(f"the run that was left alone ended by itself: {whole.told()}")
+            raise SystemExit(f"the run that was left alone ended by itself: {whole.last_output()}")
     whole.stop()
     grown = growth(whole.samples)
     saves = len(committed(whole.run))  # it keeps all
@@ -441,8 +441,8 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
         "committed_steps_lost": lost.back,
         "leftovers": leftovers(lost.run) + leftovers(whole.run),
         "restart_seconds": round(statistics.median(starts), 2) if starts else None,
-        "alone": grown.told(an_hour) if grown else None,
-        "alone_resident": resident.told(an_hour) if resident else None,
+        "alone": grown.figures(an_hour) if grown else None,
+        "alone_resident": resident.figures(an_hour) if resident else None,
         "alone_samples": len(whole.samples),
         "alone_saves": saves,
         "lives_measured": len(of_lives),
@@ -471,20 +471,20 @@ def main() -> int:
     flags = ask.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its runs end with it
     if flags.hours:
-        told = soak(
+        results = soak(
             flags.directory,
             seconds=3600 * flags.hours,
             every=flags.every,
             save_every=flags.save_every or 20,
         )
     else:
-        told = at_random(
+        results = at_random(
             flags.directory, steps=flags.steps, kills=flags.kills, save_every=flags.save_every or 5
         )
-    print(json.dumps(told, indent=1))
-    fine = told["bitwise"] and not told["leftovers"] and not told["committed_steps_lost"]
+    print(json.dumps(results, indent=1))
+    fine = results["bitwise"] and not results["leftovers"] and not results["committed_steps_lost"]
     if flags.hours and not all(
-        told[name] and told[name]["none"] for name in ("alone", "alone_resident")
+        results[name] and results[name]["none"] for name in ("alone", "alone_resident")
     ):
         print(
             f"it is not shown that memory grows by at most {MOST_MB:g} MB an hour and descriptors"

@@ -46,13 +46,13 @@ def same(got: dict[str, jax.Array], wanted: dict[str, jax.Array]) -> bool:
 
 @pytest.fixture
 def make(tmp_path: pathlib.Path) -> Iterator[Make]:
-    """Opens checkpoints that are closed at the end; `said` has the warnings of each."""
+    """Opens checkpoints that are closed at the end; `logged` has the warnings of each."""
     opened = []
 
     def call(directory: pathlib.Path | None = None, keep: int = 2) -> Checkpoints:
-        said: list[str] = []
-        one = Checkpoints(directory or tmp_path / "checkpoints", keep, say=said.append)
-        one.said, one.BACK_OFF = said, 0.0  # type: ignore[attr-defined, misc]
+        logged: list[str] = []
+        one = Checkpoints(directory or tmp_path / "checkpoints", keep, log=logged.append)
+        one.logged, one.BACK_OFF = logged, 0.0  # type: ignore[attr-defined, misc]
         opened.append(one)
         return one
 
@@ -91,8 +91,8 @@ def places(step: pathlib.Path, count: int, seed: int) -> Iterator[tuple[pathlib.
     r = random.Random(seed)
     every = [path for path in files(step) if path.stat().st_size]
     sizes = [path.stat().st_size for path in every]
-    drawn = every[:count] + r.choices(every, sizes, k=max(count - len(every), 0))
-    return ((path, r.randrange(8 * path.stat().st_size)) for path in drawn)
+    samples = every[:count] + r.choices(every, sizes, k=max(count - len(every), 0))
+    return ((path, r.randrange(8 * path.stat().st_size)) for path in samples)
 
 
 def flips(pair: pathlib.Path, make: Make, trials, count: int) -> None:
@@ -105,8 +105,11 @@ def flips(pair: pathlib.Path, make: Make, trials, count: int) -> None:
             found = one.newest_good()
             if found == 8:
                 silent += 1
-            name, told = path.relative_to(pair / "8").as_posix(), one.said.pop() if one.said else ""
-            trials.add(found == 4 and name in told and "renamed to 8.bad-" in told)
+            name, line = (
+                path.relative_to(pair / "8").as_posix(),
+                one.logged.pop() if one.logged else "",
+            )
+            trials.add(found == 4 and name in line and "renamed to 8.bad-" in line)
         finally:
             for bad in pair.glob("8.bad-*"):
                 bad.rename(pair / "8")
@@ -167,8 +170,8 @@ def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(
         if not before and fault not in (faults["deleted"], faults["swapped"], faults["a link"]):
             continue
         fault(path)
-        found, told = one.newest_good(), one.said.pop() if one.said else ""
-        trials.add(found == 4 and f"{name}: " in told)
+        found, line = one.newest_good(), one.logged.pop() if one.logged else ""
+        trials.add(found == 4 and f"{name}: " in line)
         for bad in pair.glob("8.bad-*"):
             bad.rename(pair / "8")
         path.unlink(missing_ok=True)
@@ -217,4 +220,4 @@ def test_when_all_are_damaged_a_person_decides(
     for _ in range(2):
         with pytest.raises(UserError, match="no undamaged checkpoint is left .*4.bad-.*8.bad-"):
             one.newest_good()
-    assert len(one.said) == 2 and one.latest() is None  # type: ignore[attr-defined]
+    assert len(one.logged) == 2 and one.latest() is None  # type: ignore[attr-defined]

@@ -60,10 +60,10 @@ def test_bad_pictures_are_replaced_and_counted(every: int, trials) -> None:
     assert set(source.bad.values()) == set(broken.bad_files().values())
     for _ in range(2):
         batches = pipeline.iterate_batches(settings(batch=40), source, None, start=0)
-        drawn = [next(batches)["views"] for _ in range(count // 40)]
+        views_of_batches = [next(batches)["views"] for _ in range(count // 40)]
         batches.close()
-        assert {views.shape for views in drawn} == {(40, 2, 32, 32, 3)}
-        seen = np.concatenate(drawn)[:, 0, 0, 0].astype(int)
+        assert {views.shape for views in views_of_batches} == {(40, 2, 32, 32, 3)}
+        seen = np.concatenate(views_of_batches)[:, 0, 0, 0].astype(int)
         assert (seen[:, 0] + 256 * seen[:, 1]).tolist() == used
         for reason, number in skipped.items():
             assert trials.add(batches.skipped[reason] == number), (reason, batches.skipped, skipped)
@@ -110,10 +110,13 @@ def test_too_many_bad_pictures_end_the_run_with_reasons_and_examples(trials) -> 
         while seen < 2 * pipeline.WINDOW:
             seen += len(next(batches)["label"])
     batches.close()
-    told = str(stop.value)
-    assert trials.add(seen < 2 * pipeline.WINDOW and "data.max_bad_share=0.05" in told)
+    message = str(stop.value)
+    assert trials.add(seen < 2 * pipeline.WINDOW and "data.max_bad_share=0.05" in message)
     worst = max(batches.skipped, key=lambda reason: batches.skipped[reason])
-    assert f": {batches.skipped[worst]:,} {worst} (such as '" in told and told.count("such as") == 5
+    assert (
+        f": {batches.skipped[worst]:,} {worst} (such as '" in message
+        and message.count("such as") == 5
+    )
     trials.figure = f"50 % bad: stopped after {seen:,} samples"
 
 
@@ -186,19 +189,19 @@ def test_bombs_are_refused_by_their_header(trials, tmp_path: pathlib.Path) -> No
         text=True,
         check=True,
     )
-    told = {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
-    assert told.keys() == bombs.keys()
-    for name, (reason, grown, _) in told.items():
+    results = {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
+    assert results.keys() == bombs.keys()
+    for name, (reason, grown, _) in results.items():
         wanted = bombs[name][1]  # None: a profile is not applied, so that it may be passed over
         assert trials.add(reason == wanted or wanted is None) and trials.add(grown < 300 * 1024), (
             name,
             reason,
             grown,
         )
-    refused = [seconds for reason, _, seconds in told.values() if reason]
+    refused = [seconds for reason, _, seconds in results.values() if reason]
     trials.figure = (
-        f"most memory {max(g for _, g, _ in told.values()) / 1024:.0f} MB; a refusal takes at most"
-        f" {1000 * max(refused):.0f} ms"
+        f"most memory {max(g for _, g, _ in results.values()) / 1024:.0f} MB; a refusal takes at"
+        f" most {1000 * max(refused):.0f} ms"
     )
 
 

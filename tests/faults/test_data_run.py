@@ -50,11 +50,11 @@ def a_folder(place: pathlib.Path) -> tuple[Any, list[pathlib.Path], set[int]]:
 
 
 def tar_shards(place: pathlib.Path) -> tuple[Any, list[pathlib.Path], set[int]]:
-    pictures = coloured(40)
+    images = coloured(40)
     for shard in range(4):
         tar(
             place / f"{shard}.tar",
-            [(f"{i:02}.png", pictures[i]) for i in range(10 * shard, 10 * shard + 10)],
+            [(f"{i:02}.png", images[i]) for i in range(10 * shard, 10 * shard + 10)],
         )
     return TarSource(str(place)), [place / "2.tar"], set(range(20, 30))
 
@@ -173,14 +173,14 @@ def test_lost_workers_are_replaced_in_the_same_order(trials, caplog) -> None:
         assert trials.add(
             [next(batches)["k"] for _ in range(10)] == list(range(10)) and batches.restarts == 5
         )
-        told = "\n".join(caplog.messages)
+        messages = "\n".join(caplog.messages)
         assert (
             "worker 0 of 2 of the data (for batch 2 since the start) ended with exit code -9,"
-            " killed, as the kernel does" in told
+            " killed, as the kernel does" in messages
         )
         assert (
             "worker 1 of 2 of the data (for batch 5 since the start) made no batch in 0.3 seconds"
-            " (config.data.patience)" in told
+            " (config.data.patience)" in messages
         )
         batches.close()
         for fails in ({3: [died] * 3}, {3: [forever.wait] * 3}):
@@ -295,7 +295,7 @@ def test_real_workers_that_are_killed_or_stopped(number: int, trials, caplog) ->
     assert not [
         p
         for p in pathlib.Path("/dev/shm").glob(f"{shared_buffers._PREFIX}*")
-        if p.stat().st_mtime > time.time() - 300 and mine(p)
+        if p.stat().st_mtime > time.time() - 300 and is_own_buffer(p)
     ]
     trials.figure = (
         f"{signal.Signals(number).name}: {batches._batches.restarts} restarts, longest wait"
@@ -303,7 +303,7 @@ def test_real_workers_that_are_killed_or_stopped(number: int, trials, caplog) ->
     )
 
 
-def mine(place: pathlib.Path) -> bool:
+def is_own_buffer(place: pathlib.Path) -> bool:
     """Whether this process maps a file of the directory."""
     return str(place) in pathlib.Path("/proc/self/maps").read_text()
 
@@ -341,8 +341,8 @@ def check_masks(count: int) -> int:
     assert (config.grid, config.hidden) == (14, 98)
     wrong = 0
     for at in range(0, count, 2000):
-        drawn = masks.blockwise(0, at, 2000, grid=14, hidden=98)
-        wrong += int(((~drawn).sum(1) != 98).sum())
+        drawn_masks = masks.blockwise(0, at, 2000, grid=14, hidden=98)
+        wrong += int(((~drawn_masks).sum(1) != 98).sum())
     return wrong
 
 
@@ -436,7 +436,7 @@ def test_no_flip_of_an_array_record_is_silent(trials, tmp_path: pathlib.Path) ->
             else:
                 bad = [r for r in got if r.image == array_record.DAMAGED]
                 same = [r for r in got if r in written]
-                told = (
+                named = (
                     len(bad) + len(same) == 12 == len(got)
                     or source.fingerprint() != before.fingerprint()
                 )
@@ -444,7 +444,7 @@ def test_no_flip_of_an_array_record_is_silent(trials, tmp_path: pathlib.Path) ->
                     base.source_key_hashes(source) == base.source_key_hashes(before)
                 ).all() or source.fingerprint() != before.fingerprint()
                 replaced += len(bad)
-                if not (told and hashes):
+                if not (named and hashes):
                     silent.append((path.name, at))
             trials.add(not silent)
         path.write_bytes(content)
@@ -458,4 +458,4 @@ def test_no_flip_of_an_array_record_is_silent(trials, tmp_path: pathlib.Path) ->
         with pytest.raises(UserError):
             source = array_record.ArrayRecordSource(str(tmp_path))
             assert any(source[i].image == array_record.DAMAGED for i in range(12)), at
-            raise UserError("told as damaged records")
+            raise UserError("damaged records")

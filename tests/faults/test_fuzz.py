@@ -63,15 +63,8 @@ def test_an_hour_finds_nothing(trials) -> None:
 @pytest.mark.row()
 def test_a_new_setting_mode_or_flag_is_tried_without_being_named() -> None:
     """Everything is drawn from the schema, the modes and the parser."""
-    named = {
-        text for kind in ("QUICK_MODES", "SLOW_MODES") for text in getattr(fuzz_cases, kind)
-    } | {
-        "train",
-        "compare",
-        "profile",
-        "compile",
-    }
-    assert named == set(MODES)
+    kinds = ("QUICK_MODES", "SLOW_MODES", "STEP_MODES")
+    assert {name for kind in kinds for name in getattr(fuzz_cases, kind)} == set(MODES)
     assert set(fuzz_cases.flags()) | fuzz_cases.LEFT_OUT_FLAGS >= {
         name for action in command.parser()._actions for name in action.option_strings
     }
@@ -91,7 +84,7 @@ def test_a_new_setting_mode_or_flag_is_tried_without_being_named() -> None:
 def test_what_a_fault_looks_like(tmp_path: pathlib.Path, monkeypatch) -> None:
     """The checks can fail: a command that prints a traceback, one that changes the data, one that
     exits with another code."""
-    fuzzer = fuzz.Fuzzer(tmp_path, say=lambda *_, **__: None)
+    fuzzer = fuzz.Fuzzer(tmp_path, log=lambda *_, **__: None)
     case = fuzz_cases.Case(("--mode=show",))
 
     def did(code: int, err: str, touch: bool = False) -> list[str]:

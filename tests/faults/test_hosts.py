@@ -226,8 +226,8 @@ def test_a_mistake_that_one_host_meets_ends_all(tmp_path: pathlib.Path) -> None:
         for who, both in pairs.items():
             for i, process in enumerate(both):
                 _, err = process.communicate(timeout=90)
-                told = "" if str(i) in who else f"m3i_jax: lost host {who} ("
-                assert process.returncode == (1 if told else 2) and told in err, (
+                expected = "" if str(i) in who else f"m3i_jax: lost host {who} ("
+                assert process.returncode == (1 if expected else 2) and expected in err, (
                     who,
                     i,
                     process.returncode,
@@ -263,8 +263,8 @@ SAVE = (
         split = jax.make_array_from_callback(whole.shape, rows, lambda i: whole[i])
         return {"rows": split, "step": count}
 
-    said, place = [], pathlib.Path(sys.argv[4])
-    one = Checkpoints(place, 2, say=said.append)
+    logged, place = [], pathlib.Path(sys.argv[4])
+    one = Checkpoints(place, 2, log=logged.append)
     one.BACK_OFF = 0.0
     for step in (2, 4, 6):
         one.save(step, make(step), {"samples_seen": step})
@@ -278,13 +278,13 @@ SAVE = (
             file.seek(0)
             file.write(bytes([byte ^ 1]))
     parallel.barrier("damaged")
-    one = Checkpoints(place, 2, say=said.append)
+    one = Checkpoints(place, 2, log=logged.append)
     one.BACK_OFF = 0.0
     print("good", one.newest_good(), one.position(4))
     template = jax.eval_shape(lambda: make(4))
     got = one.restore(4, template, {"rows": rows, "step": parallel.replicated(mesh)})
-    mine = lambda x: np.concatenate([np.asarray(s.data) for s in x.addressable_shards])
-    print("same", bool((mine(got["rows"]) == mine(make(4)["rows"])).all()))
+    local = lambda x: np.concatenate([np.asarray(s.data) for s in x.addressable_shards])
+    print("same", bool((local(got["rows"]) == local(make(4)["rows"])).all()))
 
     # One host cannot write its part: both learn of it, both go on, and the old step stays.
     if me == 1:
@@ -295,7 +295,7 @@ SAVE = (
         one._finish = full
     one.save(8, make(8), {})
     one.wait()
-    print("after", len(said), [text for text in said if "failed" in text])
+    print("after", len(logged), [text for text in logged if "failed" in text])
     one.close()
 """
 )
@@ -317,16 +317,16 @@ def test_two_hosts_save_and_restore_with_limits(tmp_path: pathlib.Path) -> None:
     finally:
         for process in both:
             process.kill()
-    for said in done:
+    for output in done:
         assert (
-            said["kept"] == "['4', '6']"
-            and said["good"] == "4 {'samples_seen': 4}"
-            and said["same"] == "True"
+            output["kept"] == "['4', '6']"
+            and output["good"] == "4 {'samples_seen': 4}"
+            and output["same"] == "True"
         )
         assert (
-            "checkpoint 8: save 1 of 3 in a row failed" in said["after"]
-            and "host 1" in said["after"]
-            and "No space" in said["after"]
+            "checkpoint 8: save 1 of 3 in a row failed" in output["after"]
+            and "host 1" in output["after"]
+            and "No space" in output["after"]
         )
 
 
@@ -405,8 +405,8 @@ def test_a_lost_host_costs_no_bit(tmp_path: pathlib.Path, trials) -> None:
     since the last complete save are trained again."""
     steps, at = 40, (3, 10, 17, 30)
     alone = pair(tmp_path / "alone", steps)
-    said = [process.communicate(timeout=500)[0] for process in alone]
-    assert [process.returncode for process in alone] == [0, 0], said
+    outputs = [process.communicate(timeout=500)[0] for process in alone]
+    assert [process.returncode for process in alone] == [0, 0], outputs
     run, lost_steps, outs = tmp_path / "killed", [], []
     for victim, when in enumerate(at):
         began, log = time.time(), run / "metrics.jsonl"
@@ -432,10 +432,10 @@ def test_a_lost_host_costs_no_bit(tmp_path: pathlib.Path, trials) -> None:
         seen = max(row["step"] for row in soak.rows(run) if "loss" in row)
         lost_steps.append(seen - max(soak.committed(run), default=0))
     both = pair(run, steps)
-    said = [process.communicate(timeout=500)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0] and "resuming at step" in said[0], (
-        said
-    )
+    outputs = [process.communicate(timeout=500)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and "resuming at step" in outputs[
+        0
+    ], outputs
     cache = tmp_path / "cache"
     same = soak.state_at(run, steps, cache) == soak.state_at(tmp_path / "alone", steps, cache)
     trials.passed *= same

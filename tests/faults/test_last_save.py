@@ -51,7 +51,7 @@ def test_the_state_is_saved_before_the_run_ends(
     assert list(world.positions) == [4, 5] and world.positions[5] == {"samples_seen": 40}
     # what is saved has its line in the log
     assert world.events[-2:] == ["save 5", "wait"] and "write 5" in world.events
-    assert "saved step 5" in world.said[-1]
+    assert "saved step 5" in world.logged[-1]
 
 
 @pytest.mark.fast
@@ -83,7 +83,7 @@ def test_what_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     world.at["wait"] = lambda: (_ for _ in ()).throw(SavesFailed("no space"))
     with pytest.raises(UnreadableError, match="gone"):
         world.run(monkeypatch)
-    assert world.said[-1] == "warning: no space"
+    assert world.logged[-1] == "warning: no space"
 
 
 @pytest.mark.fast
@@ -99,8 +99,8 @@ def test_files_that_come_back_continue_the_run(
     one, seen = Counting(20, 100), {}
 
     def go(name: str, first: int, vanish: int) -> tuple[int, list[str]]:
-        said: list[str] = []
-        checkpoints = Checkpoints(tmp_path / name, 2, say=said.append)
+        logged: list[str] = []
+        checkpoints = Checkpoints(tmp_path / name, 2, log=logged.append)
         inner = pipeline.iterate_batches(
             settings(batch=8), FolderSource(str(tmp_path / "data")), None, start=8 * first
         )
@@ -129,7 +129,7 @@ def test_files_that_come_back_continue_the_run(
             }
         quiet = {
             "write": lambda *_: None,
-            "say": said.append,
+            "log": logged.append,
             "panel": lambda *_: None,
             "evaluators": [],
             "position": lambda n: {"n": n},
@@ -145,7 +145,7 @@ def test_files_that_come_back_continue_the_run(
             inner.close()
             checkpoints.close()
         assert (np.asarray(state.params["w"]) == 20).all()
-        return int(state.step), said
+        return int(state.step), logged
 
     go("whole", 0, -1)
     with pytest.raises(UserError, match=r"0\d\.png' cannot be read"):

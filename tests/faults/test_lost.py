@@ -51,9 +51,9 @@ def opened(tmp_path: pathlib.Path) -> Iterator[Callable[[], tuple[Checkpoints, l
     every = []
 
     def call() -> tuple[Checkpoints, list[str]]:
-        said: list[str] = []
-        every.append(Checkpoints(tmp_path / "checkpoints", 3, say=said.append))
-        return every[-1], said
+        logged: list[str] = []
+        every.append(Checkpoints(tmp_path / "checkpoints", 3, log=logged.append))
+        return every[-1], logged
 
     yield call
     for one in every:
@@ -78,11 +78,11 @@ def names(directory: pathlib.Path) -> list[str]:
 @pytest.mark.row("B13")
 def test_a_copy_under_another_number_is_not_used(pair: pathlib.Path, opened) -> None:
     shutil.copytree(pair / "4", pair / "12")
-    one, said = opened()
+    one, logged = opened()
     assert one.newest_good() == 8 and names(pair) == ["12.bad", "4", "8"]
     assert (
         "checkpoint 12 is damaged (digests.json: belongs to checkpoint 4, which was copied or"
-        " renamed)" in said[0]
+        " renamed)" in logged[0]
     )
 
 
@@ -90,10 +90,10 @@ def test_a_copy_under_another_number_is_not_used(pair: pathlib.Path, opened) -> 
 def test_exchanged_steps_are_not_used(pair: pathlib.Path, opened) -> None:
     for old, new in (("4", "x"), ("8", "4"), ("x", "8")):
         (pair / old).rename(pair / new)
-    one, said = opened()
+    one, logged = opened()
     with pytest.raises(UserError, match="no undamaged checkpoint is left"):
         one.newest_good()
-    assert [line.split("(")[1].split(",")[0] for line in said] == [
+    assert [line.split("(")[1].split(",")[0] for line in logged] == [
         f"digests.json: belongs to checkpoint {step}" for step in (4, 8)
     ]
 
@@ -108,19 +108,19 @@ def test_a_copy_of_an_older_format_is_noticed_by_its_arrays(
     more = {"arrays": file_checksums.read_checksums(pair / "4")["arrays"]} if form == 3 else {}
     (pair / "4" / file_checksums.NAME).unlink()
     file_checksums.write_checksums(pair / "4", format=form, **more)
-    one, said = opened()
+    one, logged = opened()
     assert (
         checkpoint_dir.find_damage(pair / "4") == []
         and (restored(one, 4)["w"] == state(4)["w"]).all()
     )
     shutil.copytree(pair / "4", pair / "12")
     if form == 3:
-        assert one.newest_good() == 8 and "belongs to another checkpoint" in said[0]
+        assert one.newest_good() == 8 and "belongs to another checkpoint" in logged[0]
         return
     assert one.newest_good() == 12
     with pytest.raises(CheckpointDamaged):
         restored(one, 12)
-    assert "step: is 4, that of another checkpoint" in said[-1] and one.newest_good() == 8
+    assert "step: is 4, that of another checkpoint" in logged[-1] and one.newest_good() == 8
 
 
 @pytest.mark.row("B13", "B9")
@@ -161,14 +161,14 @@ def test_what_cannot_be_read_is_not_damaged(
         "the position": (run_files, "read_bytes"),
         "the directory": (checkpoint_dir, "complete_steps"),
     }[what]
-    one, said = opened()
+    one, logged = opened()
     read = (lambda: one.position(8)["samples_seen"]) if what == "the position" else one.newest_good
     wanted = 80 if what == "the position" else 8
     monkeypatch.setattr(file_checksums, "THREADS", 1)
     monkeypatch.setattr(module, name, failing(getattr(module, name)))
     # of several files that are read at once, both may fail
-    assert read() == wanted and 1 <= len(said) <= 2
-    assert f"cannot be read ({os.strerror(number)}); retrying in 0 seconds" in said[0]
+    assert read() == wanted and 1 <= len(logged) <= 2
+    assert f"cannot be read ({os.strerror(number)}); retrying in 0 seconds" in logged[0]
     fails[0] = 99
     with pytest.raises(
         UserError, match=r"may be undamaged, so nothing was renamed and no older step is used"
@@ -241,7 +241,7 @@ def test_a_step_that_was_saved_and_is_gone_is_told(pair: pathlib.Path, opened) -
     assert checkpoint_dir.lost_since(pair.parent, 8) == 0
     shutil.rmtree(pair / "8")
     assert checkpoint_dir.lost_since(pair.parent, 4) == 8
-    (pair / "8.bad-20260101-000000").mkdir()  # told already
+    (pair / "8.bad-20260101-000000").mkdir()  # renamed and logged before
     assert checkpoint_dir.lost_since(pair.parent, 4) == 0
 
 
@@ -290,7 +290,7 @@ def test_a_position_that_somebody_made_is_refused(trials) -> None:
         "seconds": {"step": 1.5},
         "counts": {"skipped": {"empty": 0}},
     }
-    assert train.sound(good, 4) == good
+    assert train.checked_position(good, 4) == good
     for name, value in (
         ("samples_seen", "8"),
         ("samples_seen", -8),
@@ -304,10 +304,10 @@ def test_a_position_that_somebody_made_is_refused(trials) -> None:
         ("restarts", "x"),
     ):
         with pytest.raises(UserError, match=f"checkpoint 4: its position is not valid .*{name}"):
-            train.sound({**good, name: value}, 4)
+            train.checked_position({**good, name: value}, 4)
         trials.add(True)
     with pytest.raises(UserError, match="fingerprint"):
-        train.sound({"samples_seen": 8}, 4)
+        train.checked_position({"samples_seen": 8}, 4)
 
 
 FULL = """

@@ -80,7 +80,7 @@ def test_the_table_is_what_the_run_did(tmp_path: pathlib.Path) -> None:
         "| 0 | 0 | not run |"
     )
     assert set(ROWS) < set(rows)
-    # In parts: what the others said last still counts.
+    # In parts: the last results of the other tests still count.
     (tmp_path / "test_example.py").write_text(
         textwrap.dedent(EXAMPLE)
         .replace("raise ValueError", "pass")

@@ -95,38 +95,38 @@ def test_three_in_a_row_leave_a_dump_that_replays(
 ) -> None:
     """The loop with a real step: from the fifth batch on a box is not finite. The run ends, and its
     dump reproduces that; with the batch repaired it does not, and the replay says so."""
-    one, drawn = made("sim", model__encoder__depth=1), [0]
+    one, batches_drawn = made("sim", model__encoder__depth=1), [0]
 
     class Data:
         def counted(self) -> dict[str, float]:
             return {}
 
         def __next__(self) -> dict[str, np.ndarray]:
-            drawn[0] += 1
-            out = toy.batch(one.config, drawn[0])
-            if drawn[0] >= 5:
+            batches_drawn[0] += 1
+            out = toy.batch(one.config, batches_drawn[0])
+            if batches_drawn[0] >= 5:
                 out["box"][3, 1, 2] = np.nan
             return out
 
-    said: list[str] = []
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, say=said.append)
+    logged: list[str] = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, log=logged.append)
     outside = loop.Callbacks(
         data=Data(),
         checkpoints=checkpoints,
         write=lambda step, values: None,
-        say=said.append,
+        log=logged.append,
         panel=lambda *_: None,
         evaluators=[],
         position=lambda samples: {},
-        dump=lambda *what: train.dump_step(tmp_path, one, said.append, *what),
+        dump=lambda *what: train.dump_step(tmp_path, one, logged.append, *what),
     )
     code, ended = loop.run_loop(one, one.init(), samples_seen=0, callbacks=outside)
     checkpoints.close()
     assert (
         code == loop.FAILED
-        and drawn[0] == 7
-        and "stopped at step 7" in said[0]
-        and "--mode=replay" in said[1]
+        and batches_drawn[0] == 7
+        and "stopped at step 7" in logged[0]
+        and "--mode=replay" in logged[1]
     )
     place = tmp_path / "dumps" / "7"
     names = {"step.json", "config.txt", "batch-0.npz", "state", "digests"}

@@ -194,11 +194,11 @@ def test_a_changed_configuration_is_shown_and_asks_for_a_flag(
     for change, wanted in DIFFERENT.items():
         with pytest.raises(UserError) as refusal:
             start(**dict([change.split("=", 1)]))
-        told = str(refusal.value)
+        message = str(refusal.value)
         assert trials.add(
             f"another configuration ({wanted}); choose another directory, or add --allow-changes"
-            in told
-        ), told
+            in message
+        ), message
         train.check_same_run(job(tmp_path, **dict([change.split("=", 1)])), position, True)
         assert trials.add(wanted.split(" -> ")[1] in (tmp_path / "config.txt").read_text())
     for change in SAME:
@@ -217,7 +217,7 @@ def test_a_changed_configuration_is_shown_and_asks_for_a_flag(
             job(tmp_path, fingerprint="g", seed="1", optim__lr="0.01"), position, False
         )
     trials.figure = (
-        f"{len(DIFFERENT)} changes told exactly, {len(SAME)} that change no result allowed"
+        f"{len(DIFFERENT)} changes named exactly, {len(SAME)} that change no result allowed"
     )
 
 

@@ -128,7 +128,7 @@ def test_wrong_bytes_with_right_digests_are_found(
     assert [path.split("-")[0] for path in names(tmp_path)] == ["1", "2.bad"]
     assert (
         f"warning: checkpoint 2 is damaged ({name}: differs from what was trained); renamed to"
-        " 2.bad-" in again.said[0]
+        " 2.bad-" in again.logged[0]
     )
 
 

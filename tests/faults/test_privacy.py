@@ -86,13 +86,13 @@ def test_no_name_of_an_archive_leads_out_or_commands_a_terminal(
     monkeypatch.setattr(data_mode.dataset_scan.measure_speed, "__kwdefaults__", {"seconds": 0.02})
     assert command.main([*arguments, "--mode=data", "--config.data.holdout=0"]) == 0
     out, err = capsys.readouterr()
-    told = out + err
+    output = out + err
     for name in HOSTILE:
         assert trials.add(not (tmp_path / name).exists() or str(name).startswith("a/")), name
     assert (
-        not any(c in told for c in "\x1b\x07\x08\r\u202e")
-        and "\nforged" not in told
-        and "\\x1b" in told
+        not any(c in output for c in "\x1b\x07\x08\r\u202e")
+        and "\nforged" not in output
+        and "\\x1b" in output
     )
     written = {
         name: (tmp_path / "run" / name).read_bytes().decode() for name in ("data.html", "data.json")
@@ -472,8 +472,8 @@ def test_text_of_the_data_does_nothing_on_the_page() -> None:
         "<a href=javascript:fired()>",
         "&lt;script&gt;fired()&lt;/script&gt;",
     ]
-    picture = [{"jpeg": JPEG, "key": a, "size": "1 x 1", "label": a, "caption": a} for a in attacks]
-    page = data_page._image_list(picture) + html_page.html_table(attacks, [attacks], 1)
+    image = [{"jpeg": JPEG, "key": a, "size": "1 x 1", "label": a, "caption": a} for a in attacks]
+    page = data_page._image_list(image) + html_page.html_table(attacks, [attacks], 1)
     seen: list[tuple[str, dict[str, str | None]]] = []
     reader = html.parser.HTMLParser()
     reader.handle_starttag = lambda name, attributes: seen.append((name, dict(attributes)))

@@ -64,10 +64,8 @@ class Counting:
         time.sleep(0.002)
         return self._add(state), {"loss": jnp.float32(1), "skipped/not_finite": jnp.float32(0)}
 
-    def learning_rate(self, step: int) -> float:
-        return 0.0
-
-    momentum = learning_rate
+    def scheduled(self, step: int) -> dict[str, float]:
+        return {}
 
     def counted(self) -> dict[str, float]:
         return {}
@@ -76,14 +74,14 @@ class Counting:
         return {}
 
 
-def told_while_saving(
+def stops_while_saving(
     place: pathlib.Path, monkeypatch: pytest.MonkeyPatch, at: int, number: int
 ) -> bool:
     """A run with slow saves gets a signal during one; a new start finds the newest step complete,
     and resumes."""
     monkeypatch.setattr(loop.parallel, "to_global", lambda mesh, batch: batch)
     one = Counting(60, 10)
-    checkpoints = Checkpoints(place, 2, say=lambda text: pytest.fail(text))
+    checkpoints = Checkpoints(place, 2, log=lambda text: pytest.fail(text))
     inner = checkpoints._finish
     monkeypatch.setattr(checkpoints, "_finish", lambda *what: (time.sleep(0.05), inner(*what)))
     sent = []
@@ -101,7 +99,7 @@ def told_while_saving(
 
     quiet = {
         "write": lambda *_: None,
-        "say": lambda text: None,
+        "log": lambda text: None,
         "panel": lambda *_: None,
         "evaluators": [],
         "position": lambda n: {"n": n},
@@ -114,7 +112,7 @@ def told_while_saving(
     )
     checkpoints.close()
     step = int(state.step)
-    again = Checkpoints(place, 2, say=lambda text: pytest.fail(text))
+    again = Checkpoints(place, 2, log=lambda text: pytest.fail(text))
     template = jax.eval_shape(one.init)
     got = again.restore(
         step,
@@ -138,21 +136,21 @@ def told_while_saving(
 @pytest.mark.parametrize(
     ("at", "number"), [(11, signal.SIGTERM), (21, signal.SIGINT), (13, signal.SIGTERM)]
 )
-def test_told_to_stop_while_it_saves(
+def test_stopped_while_it_saves(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, at: int, number: int
 ) -> None:
-    assert told_while_saving(tmp_path, monkeypatch, at, number)
+    assert stops_while_saving(tmp_path, monkeypatch, at, number)
 
 
 @pytest.mark.slow
 @pytest.mark.row("A3", "A4")
-def test_told_to_stop_at_any_instant_of_a_save(
+def test_stopped_at_any_instant_of_a_save(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, trials
 ) -> None:
     for k in range(20):
         with monkeypatch.context() as patch:
             trials.add(
-                told_while_saving(
+                stops_while_saving(
                     tmp_path / str(k),
                     patch,
                     11 + k % 5 + 10 * (k % 4),
@@ -258,52 +256,57 @@ def test_killed_at_fifty_random_instants(tmp_path: pathlib.Path, trials) -> None
     """From the import through compiling, steps, evaluation and saves: the surviving run equals an
     undisturbed one."""
     kills = int(os.environ.get("M3I_FAULTS_KILLS", "50"))
-    told = soak.at_random(tmp_path, steps=400, kills=kills, save_every=5)
+    results = soak.at_random(tmp_path, steps=400, kills=kills, save_every=5)
     # A save goes on behind the training, which waits for it before the next one begins: less than
     # two intervals can be under way.
-    few = told["most_steps_lost"] <= 2 * told["save_every"]
-    fine = told["bitwise"] and not told["leftovers"] and not told["committed_steps_lost"] and few
-    trials.trials, trials.passed = told["kills"], told["kills"] * fine
-    trials.figure = (
-        f"{trials.passed} of {told['kills']} bitwise, at most {told['most_steps_lost']} steps lost"
-        f" (saves every 5), restart {told['restart_seconds']} s, clean start"
-        f" {told['clean_start_seconds']} s"
+    few = results["most_steps_lost"] <= 2 * results["save_every"]
+    fine = (
+        results["bitwise"]
+        and not results["leftovers"]
+        and not results["committed_steps_lost"]
+        and few
     )
-    assert fine, told
+    trials.trials, trials.passed = results["kills"], results["kills"] * fine
+    trials.figure = (
+        f"{trials.passed} of {results['kills']} bitwise, at most {results['most_steps_lost']} steps"
+        f" lost (saves every 5), restart {results['restart_seconds']} s, clean start"
+        f" {results['clean_start_seconds']} s"
+    )
+    assert fine, results
 
 
 @pytest.mark.slow
 @pytest.mark.row("A1")
 def test_a_restart_costs_no_more_than_half_a_start_more(tmp_path: pathlib.Path, trials) -> None:
     """Judged by processor time, which does not depend on other load; wall time is reported."""
-    told = restart.measure(tmp_path, trials=3)
-    trials.add(told["ratio_processor"] <= 1.5)
+    results = restart.measure(tmp_path, trials=3)
+    trials.add(results["ratio_processor"] <= 1.5)
     trials.figure = (
-        f"restart to the first new step {told['ratio_processor']:.2f} of a clean start in processor"
-        f" time, {told['ratio']:.2f} on the clock ({told['restart_seconds']} s,"
-        f" {told['clean_seconds']} s), no evaluation in either"
+        f"restart to the first new step {results['ratio_processor']:.2f} of a clean start in"
+        f" processor time, {results['ratio']:.2f} on the clock ({results['restart_seconds']} s,"
+        f" {results['clean_seconds']} s), no evaluation in either"
     )
-    assert trials.passed, told
+    assert trials.passed, results
 
 
 @pytest.mark.slow
 @pytest.mark.row("A1")
 def test_a_short_soak(tmp_path: pathlib.Path, trials) -> None:
-    told = soak.soak(tmp_path, seconds=180.0, every=45.0, save_every=10)
-    grown = told["alone"] or {}
+    results = soak.soak(tmp_path, seconds=180.0, every=45.0, save_every=10)
+    grown = results["alone"] or {}
     fine = (
-        told["bitwise"]
-        and not told["leftovers"]
-        and not told["committed_steps_lost"]
+        results["bitwise"]
+        and not results["leftovers"]
+        and not results["committed_steps_lost"]
         and grown.get("descriptors", 1) <= 0
     )
-    trials.trials, trials.passed = told["kills"], told["kills"] * fine
+    trials.trials, trials.passed = results["kills"], results["kills"] * fine
     trials.figure = (
-        f"soak of {told['minutes']} minutes: the same bits at step {told['steps']:,},"
+        f"soak of {results['minutes']} minutes: the same bits at step {results['steps']:,},"
         f" {grown.get('descriptors')} descriptors more"
     )
     # memory is only judged in an hour: an allocator takes minutes to have what it needs
-    assert fine and told["kills"] >= 2, told
+    assert fine and results["kills"] >= 2, results
 
 
 @pytest.mark.fast

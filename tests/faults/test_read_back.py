@@ -34,7 +34,7 @@ def words(tmp_path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def pictures() -> Any:
+def images() -> Any:
     return [base.Record(str(k), b"", caption=caption) for k, caption in enumerate(CAPTIONS)]
 
 
@@ -47,9 +47,9 @@ def test_two_ids_that_were_exchanged_are_noticed(words: pathlib.Path) -> None:
     with pytest.raises(
         UserError, match=r"tokenizer\.json: is damaged.*restore it, or delete it to train it again"
     ):
-        tokenizer.open_tokenizer(DATA, pictures(), str(words))
+        tokenizer.open_tokenizer(DATA, images(), str(words))
     words.unlink()
-    assert tokenizer.open_tokenizer(DATA, pictures(), str(words)).ids(
+    assert tokenizer.open_tokenizer(DATA, images(), str(words)).ids(
         "a red cat"
     ) == tokenizer.train_tokenizer(CAPTIONS, 300, 8).ids("a red cat")
 

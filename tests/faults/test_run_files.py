@@ -229,17 +229,19 @@ def trial(
     fault: str,
     mode: Callable[[], Any],
     wanted: Any,
-    heard: Callable[[], str],
+    logged_text: Callable[[], str],
 ) -> str:
     """Damage one file of a run and call a mode; "" if it behaves as promised, else the problem."""
     with put_back(whole):
         FAULTS[fault](victim)
-        heard()
+        logged_text()
         try:
             with limited(120):
                 got = mode()
             return (
-                "" if got == wanted or "warning: " in heard() else "another result, without a word"
+                ""
+                if got == wanted or "warning: " in logged_text()
+                else "another result, without a word"
             )
         except UserError as error:
             return "" if len(f"{error}".splitlines()) == 1 else f"refused with {error!r}"
@@ -267,7 +269,7 @@ def untouched(whole: pathlib.Path, mode: Callable[[], Any]) -> Any:
 def tried(
     run: pathlib.Path,
     modes: dict[str, Callable[[], Any]],
-    heard: Callable[[], str],
+    logged_text: Callable[[], str],
     trials: Any,
     part: Callable[[int], bool],
 ) -> None:
@@ -285,11 +287,11 @@ def tried(
                         "checkpoints/"
                     ):
                         continue
-                    told = trial(run, victim, fault, mode, wanted[name], heard)
-                    if not trials.add(not told):
-                        wrong.append(f"{victim.relative_to(run)} {fault}, {name}: {told}")
+                    output = trial(run, victim, fault, mode, wanted[name], logged_text)
+                    if not trials.add(not output):
+                        wrong.append(f"{victim.relative_to(run)} {fault}, {name}: {output}")
     trials.figure = (
-        f"{trials.passed} of {trials.trials} files and faults: the same, refused or told"
+        f"{trials.passed} of {trials.trials} files and faults: the same, refused or a warning"
     )
     assert not wrong, "\n".join(wrong)
 
@@ -297,13 +299,13 @@ def tried(
 def listener(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> Callable[[], str]:
-    def heard() -> str:
+    def logged_text() -> str:
         out, err = capsys.readouterr()
-        told = out + err + caplog.text
+        output = out + err + caplog.text
         caplog.clear()
-        return told
+        return output
 
-    return heard
+    return logged_text
 
 
 @pytest.mark.fast
@@ -331,13 +333,13 @@ def test_every_file_of_a_run_in_every_fault(
 
 def command_line(*arguments: str) -> None:
     """A command that must succeed; its refusal is raised, as one line."""
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output):
         code = command.main(list(arguments))
     if code == 2:
-        raise UserError(told.getvalue().strip())
-    assert code == 0, (code, told.getvalue())
-    print(told.getvalue())  # with its warnings
+        raise UserError(output.getvalue().strip())
+    assert code == 0, (code, output.getvalue())
+    print(output.getvalue())  # with its warnings
 
 
 @pytest.mark.slow

@@ -56,9 +56,9 @@ def make() -> Iterator[Make]:
     opened = []
 
     def call(directory: pathlib.Path, keep: int = 2) -> Checkpoints:
-        said: list[str] = []
-        one = Checkpoints(directory, keep, say=said.append)
-        one.said, one.BACK_OFF = said, 0.0  # type: ignore[attr-defined, misc]
+        logged: list[str] = []
+        one = Checkpoints(directory, keep, log=logged.append)
+        one.logged, one.BACK_OFF = logged, 0.0  # type: ignore[attr-defined, misc]
         opened.append(one)
         return one
 
@@ -93,10 +93,10 @@ def failing(
             one.save(step, state(step), {})
             one.wait()  # does not raise: training goes on
             assert (
-                len(one.said) == miss
-                and f"checkpoint {step}: save {miss} of 3 in a row failed" in one.said[-1]
+                len(one.logged) == miss
+                and f"checkpoint {step}: save {miss} of 3 in a row failed" in one.logged[-1]
             )
-            assert "the newest checkpoint is 2" in one.said[-1]
+            assert "the newest checkpoint is 2" in one.logged[-1]
             assert one.latest() == 2 and names(directory) == ["2"]
             assert one.retry()
     one.save(6, state(6), {})
@@ -191,12 +191,12 @@ def test_a_full_disk(small_disk: pathlib.Path, make: Make) -> None:
     for step in (4, 5):
         one.save(step, state(step, size), {})
         one.wait()
-        assert one.latest() == 2 and names(place) == ["2"], one.said
+        assert one.latest() == 2 and names(place) == ["2"], one.logged
     (small_disk / "other").unlink()
     assert one.retry()
     one.save(6, state(6, size), {})
     one.wait()
-    assert names(place) == ["6"] and len(one.said) == 2
+    assert names(place) == ["6"] and len(one.logged) == 2
     (small_disk / "other").write_bytes(bytes(4 * 2**20))
     one.save(8, state(8, size), {})
     with pytest.raises(SavesFailed):
@@ -231,7 +231,7 @@ def test_what_lies_beside_the_steps(tmp_path: pathlib.Path, make: Make) -> None:
     one = make(place)
     assert (
         one.latest() == one.newest_good() == 4
-        and not one.said
+        and not one.logged
         and checkpoint_dir.complete_steps(place) == [4]
     )
     one.save(6, state(6), {})
@@ -264,7 +264,7 @@ def test_retention_spares_what_is_read_and_the_last_good(
     assert not one._finish_previous() and checkpoint_dir.complete_steps(place) == [2, 4]
     one.save(8, state(8), {})
     one.wait()
-    assert names(place) == ["8"] and not [text for text in one.said if "save 1 of 3" not in text]
+    assert names(place) == ["8"] and not [text for text in one.logged if "save 1 of 3" not in text]
 
 
 @pytest.mark.slow
@@ -357,10 +357,10 @@ def test_every_difference_of_a_layout_is_listed(tmp_path: pathlib.Path, make: Ma
         with pytest.raises(UserError) as error:
             one.restore(2, template, shardings(template))
         text = str(error.value)
-        told = (tmp_path / "layout.txt").read_text().splitlines() if len(wanted) > 3 else wanted
+        listed = (tmp_path / "layout.txt").read_text().splitlines() if len(wanted) > 3 else wanted
         trials.add(
-            sorted(told) == sorted(wanted)
-            and all(line in text for line in told[:3])
+            sorted(listed) == sorted(wanted)
+            and all(line in text for line in listed[:3])
             and "checkpoint 2: does not fit" in text
         )
     trials.figure = f"{trials.passed} of {trials.trials} mutations listed in full"
@@ -404,13 +404,13 @@ def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> No
             "fingerprint": "golden",
         }
         assert same(restored(one, 3, 16), state(3, 16))
-        assert [("older version, without checksums" in text) for text in one.said] == (
+        assert [("older version, without checksums" in text) for text in one.logged] == (
             [True] if form == 1 else []
         )
     (place / "3" / file_checksums.NAME).unlink()
     with pytest.raises(UserError, match="no undamaged checkpoint is left"):
         one.newest_good()
-    assert "digests.json: is missing" in one.said[-1]
+    assert "digests.json: is missing" in one.logged[-1]
 
 
 @pytest.mark.fast

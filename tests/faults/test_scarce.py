@@ -21,9 +21,9 @@ from tests.training.test_loop import World
 
 @pytest.mark.fast
 @pytest.mark.row("A7")
-@pytest.mark.parametrize(("slow", "told"), [("draw", 1), ("dispatch", 0)])
+@pytest.mark.parametrize(("slow", "warnings"), [("draw", 1), ("dispatch", 0)])
 def test_training_that_waits_for_data_is_told(
-    monkeypatch: pytest.MonkeyPatch, trials, slow: str, told: int
+    monkeypatch: pytest.MonkeyPatch, trials, slow: str, warnings: int
 ) -> None:
     """A warning within two readings of the clock, once, with the share; a step that is slow itself
     gives none."""
@@ -32,21 +32,25 @@ def test_training_that_waits_for_data_is_told(
     world.at = {
         event: lambda: time.sleep(0.05) for event in (slow, *(f"{slow} {k}" for k in range(10)))
     }
-    said: list[tuple[int, str]] = []
-    assert world.run(monkeypatch, say=lambda text: said.append((len(world.lines), text))) == 0
+    logged: list[tuple[int, str]] = []
+    assert world.run(monkeypatch, log=lambda text: logged.append((len(world.lines), text))) == 0
     shares = [values["perf/input_wait"] for _, values in world.lines if "perf/input_wait" in values]
-    assert trials.add(len(said) == told and (statistics.median(shares) > 0.5) == bool(told)), (
-        said,
+    assert trials.add(
+        len(logged) == warnings and (statistics.median(shares) > 0.5) == bool(warnings)
+    ), (
+        logged,
         shares,
     )
-    for lines, text in said:
-        assert lines == 2  # that of the evaluation and one reading: it is told with the second
+    for lines, text in logged:
+        assert (
+            lines == 2
+        )  # that of the evaluation and one reading: the warning comes with the second
         assert re.match(
             r"warning: training waits for data: \d+% of the last reading's time, [\d.]+ s since it"
             r" began; raise data.threads",
             text,
         )
-        trials.figure = "told with the second reading"
+        trials.figure = "logged with the second reading"
 
 
 @pytest.mark.fast

@@ -358,11 +358,11 @@ def test_metadata_is_limited_before_it_is_parsed(trials, tmp_path: pathlib.Path)
         text=True,
         check=True,
     )
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    for name, good, grown, seconds in told:
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    for name, good, grown, seconds in results:
         assert trials.add(good and grown < 300 * 1024), (name, good, grown, seconds)
     trials.figure = (
-        f"most memory {max(grown for *_, grown, _ in told) / 1024:.0f} MB, longest"
-        f" {max(s for *_, s in told):.1f} s of a core"
+        f"most memory {max(grown for *_, grown, _ in results) / 1024:.0f} MB, longest"
+        f" {max(s for *_, s in results):.1f} s of a core"
     )
-    assert len(told) == 6
+    assert len(results) == 6

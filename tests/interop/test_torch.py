@@ -58,7 +58,7 @@ def shaken(model):
     return model.eval()
 
 
-def pictures(side: int, count: int = 2) -> np.ndarray:
+def images(side: int, count: int = 2) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, side, side, 3)).astype(np.uint8)
 
 
@@ -97,7 +97,7 @@ def from_timm(
     ours = load.load(str(path), pool="tokens", heads=arguments["num_heads"])
     # not stored in a timm file without config.json
     ours.config = with_encoder(ours.config, activation=arguments.get("act_layer", "gelu"))
-    raw = pictures(arguments["img_size"])
+    raw = images(arguments["img_size"])
     close(ours.features(raw, ready=True), model.forward_features(normal(ours, raw)))
 
 
@@ -135,7 +135,7 @@ def hugging_face(directory: pathlib.Path, kind: str, sizes: dict) -> None:
     model = shaken(getattr(transformers, kind)(config))
     model.save_pretrained(directory)
     ours = load.load(str(directory), pool="tokens")
-    raw = pictures(sizes["image_size"])
+    raw = images(sizes["image_size"])
     out = model(pixel_values=normal(ours, raw), output_hidden_states=True)
     if kind == "ViTModel":
         # the file has the norm, so our model has it too
@@ -203,7 +203,7 @@ def test_exported_weights_give_equal_features(
 def both_ways(directory: pathlib.Path, library: str, ours: load.LoadedEncoder) -> None:
     described, preprocessing = mode._described(ours)
     size = preprocessing["image_size"]
-    raw = pictures(size)
+    raw = images(size)
     shown = normal(ours, raw).numpy().transpose(0, 2, 3, 1)
     out = directory / "out"
     if library == "timm":
@@ -224,7 +224,7 @@ def test_timms_own_loader_reads_our_npz(tmp_path: pathlib.Path) -> None:
     name, arguments = export_formats.timm_arguments(mode._described(ours)[0], 32)
     model = timm.create_model(name, pretrained=False, **arguments).eval()
     model.load_pretrained(str(tmp_path / "vit.npz"))
-    raw = pictures(32)
+    raw = images(32)
     close(ours.features(raw, ready=True), model.forward_features(normal(ours, raw)))
 
 

@@ -85,14 +85,14 @@ def test_converted_weights_compute_the_same() -> None:
             expected,
             atol=1e-6,
         )
-    picture = r.normal(size=(4, 4, 3)).astype(np.float32)
-    convolved = np.einsum("dcij,ijc->d", theirs["patch_embed.proj.weight"], picture)
+    image = r.normal(size=(4, 4, 3)).astype(np.float32)
+    convolved = np.einsum("dcij,ijc->d", theirs["patch_embed.proj.weight"], image)
     np.testing.assert_allclose(
-        picture.reshape(-1) @ here["encoder/patch_embed/kernel"], convolved, atol=1e-5
+        image.reshape(-1) @ here["encoder/patch_embed/kernel"], convolved, atol=1e-5
     )
-    apart = vit_weights.store_vit(here, "hf", heads=2)
+    separate = vit_weights.store_vit(here, "hf", heads=2)
     for n, name in enumerate(("query", "key", "value")):
-        part = apart[f"encoder.layer.0.attention.attention.{name}.weight"]
+        part = separate[f"encoder.layer.0.attention.attention.{name}.weight"]
         np.testing.assert_array_equal(
             part, theirs["blocks.0.attn.qkv.weight"][16 * n : 16 * n + 16]
         )

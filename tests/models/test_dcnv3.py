@@ -181,7 +181,7 @@ def test_every_combination(kernel, stride, dilation, groups):
             "offset_scale": scale,
         }
         settings["remove_center"] = without
-        # The kernel is told where samples lie, and nothing of these settings.
+        # The kernel gets the positions of samples and none of these settings.
         compare(
             inputs((11, 10), **settings),
             methods=tuple(m for m in METHODS if m != "kernel"),

@@ -50,10 +50,10 @@ def norm(p, x):
 def attention(q_QxD, k_TxD, v_TxD, heads):
     width, out = q_QxD.shape[-1] // heads, np.zeros_like(q_QxD)
     for h in range(heads):
-        mine = slice(h * width, (h + 1) * width)
-        for row, query in enumerate(q_QxD[:, mine]):
-            weights = np.exp([query @ key / np.sqrt(width) for key in k_TxD[:, mine]])
-            out[row, mine] = weights / weights.sum() @ v_TxD[:, mine]
+        columns = slice(h * width, (h + 1) * width)
+        for row, query in enumerate(q_QxD[:, columns]):
+            weights = np.exp([query @ key / np.sqrt(width) for key in k_TxD[:, columns]])
+            out[row, columns] = weights / weights.sum() @ v_TxD[:, columns]
     return out
 
 

@@ -268,7 +268,7 @@ def test_vit_b_of_vitdet_and_of_mmsegmentation(scan: bool) -> None:
         call = functools.partial(vit_maps.stages, model, maps=maps, size=size)
         images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         counted = flops.count_flops(call, tree, images).total / 1e9
-        assert abs(counted / gflop - 1) < 0.002
+        assert abs(counted / gflop - 1) < 0.01
 
 
 def test_the_program_does_not_grow_with_depth() -> None:
@@ -298,6 +298,7 @@ def test_the_less_is_kept_the_less_memory() -> None:
             (y,) = vit_maps.stages(model, params, images, maps=maps, size=48)
             return jnp.square(y).sum()
 
-        compiled = jit(jax.grad(total)).lower(tree, images).compile()
-        used[remat] = compiled.memory_analysis().temp_size_in_bytes
+        memory = jit(jax.grad(total)).lower(tree, images).compile().memory_analysis()
+        assert memory is not None
+        used[remat] = memory.temp_size_in_bytes
     assert used["none"] > used["full"] + 2 * 6 * 4 * 144**2 * 4

@@ -22,18 +22,18 @@ pytest.importorskip("array_record")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("pictures")
     broken.fill(folder, good=600, kinds=20)
     return folder
 
 
-def config(pictures: pathlib.Path, workers: int) -> schema.Config:
-    return schema.Config(data=schema.Data(source="folder", path=str(pictures), workers=workers))
+def config(images: pathlib.Path, workers: int) -> schema.Config:
+    return schema.Config(data=schema.Data(source="folder", path=str(images), workers=workers))
 
 
-def same(directory: pathlib.Path, pictures: pathlib.Path) -> None:
-    before, after = FolderSource(str(pictures)), array_record.ArrayRecordSource(str(directory))
+def same(directory: pathlib.Path, images: pathlib.Path) -> None:
+    before, after = FolderSource(str(images)), array_record.ArrayRecordSource(str(directory))
     assert len(before) == len(after) == 620 and before.classes == after.classes and after.captions
     for i in range(len(before)):
         a, b = before[i], after[i]
@@ -44,33 +44,33 @@ def same(directory: pathlib.Path, pictures: pathlib.Path) -> None:
         ) == b.caption
 
 
-def test_records_are_kept_byte_for_byte_and_a_second_run_writes_nothing(pictures, tmp_path, capsys):
-    assert mode.run(config(pictures, 1), workdir=str(tmp_path)) == 0
-    same(tmp_path, pictures)
+def test_records_are_kept_byte_for_byte_and_a_second_run_writes_nothing(images, tmp_path, capsys):
+    assert mode.run(config(images, 1), workdir=str(tmp_path)) == 0
+    same(tmp_path, images)
     out, err = capsys.readouterr()
     assert "620 records in 3 shards" in out and "3 of 3 shards, 620 of 620 records" in err
     shards = sorted(tmp_path.glob("*.array_record"))
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in shards]
     shards[1].unlink()
     (tmp_path / "pictures-00001-of-00003.array_record.123.part").write_bytes(b"left over")
-    assert mode.run(config(pictures, 1), workdir=str(tmp_path)) == 0
+    assert mode.run(config(images, 1), workdir=str(tmp_path)) == 0
     assert "2 of 3 shards are already complete" in capsys.readouterr().out
     after = [(path.read_bytes(), path.stat().st_mtime_ns) for path in shards]
     assert after[0] == before[0] and after[2] == before[2] and after[1][1] > before[1][1]
     assert not list(tmp_path.glob("*.part"))
-    same(tmp_path, pictures)
+    same(tmp_path, images)
 
 
-def test_another_source_is_refused(pictures, tmp_path):
-    conversion.check_plan(FolderSource(str(pictures)), str(tmp_path))
+def test_another_source_is_refused(images, tmp_path):
+    conversion.check_plan(FolderSource(str(images)), str(tmp_path))
     with pytest.raises(
         UserError, match="another source, or another state of it, is converted there"
     ):
-        conversion.check_plan(FolderSource(str(pictures / "a")), str(tmp_path))
+        conversion.check_plan(FolderSource(str(images / "a")), str(tmp_path))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.array_record").write_bytes(b"")
     with pytest.raises(UserError, match="'x.array_record' is not from this conversion"):
-        conversion.check_plan(FolderSource(str(pictures)), str(tmp_path / "other"))
+        conversion.check_plan(FolderSource(str(images)), str(tmp_path / "other"))
 
 
 def test_a_mixture_of_nothing_is_refused(tmp_path):
@@ -87,7 +87,7 @@ def test_the_shards_partition_all_rows():
 
 
 @pytest.mark.slow
-def test_a_killed_conversion_is_resumed(pictures, tmp_path):
+def test_a_killed_conversion_is_resumed(images, tmp_path):
     """Killed while its two processes write: an incomplete shard is not used, no process is left,
     and the result is the same."""
     command = [
@@ -95,7 +95,7 @@ def test_a_killed_conversion_is_resumed(pictures, tmp_path):
         "-m",
         "m3i_jax.main",
         "--config",
-        f"configs/folder.py:path={pictures}",
+        f"configs/folder.py:path={images}",
         "--mode=convert",
     ]
     command += ["--workdir", str(tmp_path), "--config.data.workers=2"]
@@ -112,5 +112,5 @@ def test_a_killed_conversion_is_resumed(pictures, tmp_path):
         process.wait()
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    same(tmp_path, pictures)
+    same(tmp_path, images)
     assert os.listdir(tmp_path) and not list(tmp_path.glob("*.part"))

@@ -62,18 +62,18 @@ def survey(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str, di
 
 def test_the_counts_are_exact(survey):
     report, _, console, reasons = survey
-    pictures = report["pictures"]
+    images = report["pictures"]
     assert (
-        report["source"]["records"] == pictures["looked_at"] == 24 + 22 + 2
+        report["source"]["records"] == images["looked_at"] == 24 + 22 + 2
         and report["sample"]["whole"]
     )
-    assert (pictures["usable"], pictures["bad"]) == (26, 22)
-    assert (pictures["with_label"], pictures["with_caption"], pictures["with_neither"]) == (
+    assert (images["usable"], images["bad"]) == (26, 22)
+    assert (images["with_label"], images["with_caption"], images["with_neither"]) == (
         26,
         25,
         0,
     )
-    assert pictures["formats"] == [["PNG", 26]]
+    assert images["formats"] == [["PNG", 26]]
     wanted = {reason: list(reasons.values()).count(reason) for reason in set(reasons.values())}
     assert {row["reason"]: row["count"] for row in report["bad"]} == wanted
     assert all(reasons[key] == row["reason"] for row in report["bad"] for key, _ in row["examples"])

@@ -85,8 +85,8 @@ def test_every_evaluator_of_a_run(run: pathlib.Path, capsys: pytest.CaptureFixtu
     }
     assert wanted <= set(values) and all(0 <= values[name] <= 1 for name in wanted)
     kinds = ("attention", "confusion", "map", "neighbours", "zero_shot")
-    drawn = {path.name for path in (run / "pictures").iterdir() if path.is_file()}
-    assert drawn == {f"00000002-{kind}.{end}" for kind in kinds for end in ("json", "png")}
+    figure_names = {path.name for path in (run / "pictures").iterdir() if path.is_file()}
+    assert figure_names == {f"00000002-{kind}.{end}" for kind in kinds for end in ("json", "png")}
     out = capsys.readouterr().out
     assert all(name in out for name in values) and str(run / "checkpoints" / "2") in out
 
@@ -441,7 +441,7 @@ def test_results_of_the_same_command_are_kept(
         (["--workdir", "RUN", "--config.init_from=NOWHERE"], "config.init_from: changes nothing"),
         (
             ["--workdir", "RUN", "--config.data.directory=/d"],
-            "config.data.directory: '/d' does nothing: it applies to data.source=tfds",
+            "config.data.directory: '/d' changes nothing, for no source is of TFDS",
         ),
         (
             ["--config", "configs/quickstart.py", "--mode=show", "--checkpoint", "RUN"],

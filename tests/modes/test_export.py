@@ -93,8 +93,8 @@ def test_hugging_face_and_the_momentum_average(run, capsys: pytest.CaptureFixtur
 
 
 def test_exported_weights_load_as_the_same_function(run) -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
-    expected = load.load(str(run[0]), pool="mean").features(pictures)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    expected = load.load(str(run[0]), pool="mean").features(images)
     for format in ("timm", "npz"):
         directory = exported(run[0], format)
         got = load.load(str(directory / "vit.npz" if format == "npz" else directory), pool="mean")
@@ -105,7 +105,7 @@ def test_exported_weights_load_as_the_same_function(run) -> None:
                 and got.config.model.encoder.heads == 2
             )
         else:
-            np.testing.assert_allclose(got.features(pictures), expected, atol=1e-5)
+            np.testing.assert_allclose(got.features(images), expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,8 @@ def intern(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_an_intern_image_under_its_published_names(
     intern: pathlib.Path, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
-    expected = load.load(str(intern), pool="mean").features(pictures)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    expected = load.load(str(intern), pool="mean").features(images)
     directory = exported(intern, format)
     assert "its stem has strides (2, 1), theirs (2, 2)" in capsys.readouterr().out
     path = directory if format == "hf" else directory / "intern_image.npz"
@@ -136,7 +136,7 @@ def test_an_intern_image_under_its_published_names(
     got = load.load(str(path))
     # the files hold no size: preprocessing.json and the processor's do
     assert got.config.data.image_size == 32
-    np.testing.assert_allclose(got.features(pictures), expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(got.features(images), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_timm_has_no_intern_image(intern: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,8 +178,8 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(
         0.875,
         "bicubic",
     )
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
-    np.save(tmp_path / "pictures.npy", pictures)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    np.save(tmp_path / "pictures.npy", images)
     arguments = [
         str(directory / "features.stablehlo"),
         str(tmp_path / "pictures.npy"),
@@ -187,7 +187,7 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(
     ]
     subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True, cwd=tmp_path)
     # attention: this objective trained it
-    expected = load.load(str(run[0])).features(pictures, ready=True)
+    expected = load.load(str(run[0])).features(images, ready=True)
     with np.load(tmp_path / "out.npz") as got:
         for n in ("1", "3"):
             assert got[n].shape == (int(n), 24)

@@ -34,7 +34,7 @@ SETTINGS = {
 }
 
 
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     """Smooth images, so that resizers with other rounding give nearly equal features."""
     r = np.random.default_rng(0)
     waves = [
@@ -52,8 +52,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, np.ndar
     evaluators."""
     directory = tmp_path_factory.mktemp("seen")
     (directory / "pictures").mkdir()
-    for number, picture in enumerate(pictures()):
-        Image.fromarray(picture).save(directory / "pictures" / f"{number}.png")
+    for number, image in enumerate(images()):
+        Image.fromarray(image).save(directory / "pictures" / f"{number}.png")
     config = toy.settings(**SETTINGS, data__path=str(directory / "pictures"), evaluate__crop=CROP)
     params, _ = saved.run(directory / "run", config)
     job = jobs.open_setup(config, str(directory / "elsewhere"))
@@ -79,14 +79,14 @@ def test_the_crop_changes_the_features(run) -> None:
     """With the default crop the features differ, so that the tests below can fail."""
     workdir, expected = run
     model = load.load(str(workdir))
-    other = np.stack([Preprocessing(image_size=32).view(picture) for picture in pictures()])
+    other = np.stack([Preprocessing(image_size=32).view(image) for image in images()])
     assert np.abs(model.features(other, ready=True) - expected).max() > 0.1 * np.abs(expected).max()
 
 
 @pytest.mark.row("E10")
 def test_load_and_mode_features_use_the_crop(run, tmp_path: pathlib.Path) -> None:
     workdir, expected = run
-    close(load.load(str(workdir)).features(pictures()), expected)
+    close(load.load(str(workdir)).features(images()), expected)
     assert (
         command.main(["--mode=features", "--workdir", str(workdir), f"--out={tmp_path / 'a.npz'}"])
         == 0
@@ -114,7 +114,7 @@ def test_exports_keep_the_preprocessing(run, format: str) -> None:
         {**m.preprocessing.described(), "crop": 0} for m in (model, load.load(str(workdir)))
     )
     assert got == wanted and wanted["short_side"] == 46
-    close(model.features(pictures()), expected)
+    close(model.features(images()), expected)
 
 
 def test_exports_describe_the_preprocessing(run) -> None:
@@ -149,7 +149,7 @@ def test_timm_uses_the_same_preprocessing(run) -> None:
     library = pytest.importorskip("safetensors.torch")
     model.load_state_dict(library.load_file(directory / "model.safetensors"))
     with torch.no_grad():
-        got = model.eval()(torch.stack([see(Image.fromarray(picture)) for picture in pictures()]))
+        got = model.eval()(torch.stack([see(Image.fromarray(image)) for image in images()]))
     close(got.numpy(), expected, 5e-3)
 
 
@@ -161,10 +161,7 @@ def test_transformers_use_the_same_preprocessing(run) -> None:
     see = transformers.AutoImageProcessor.from_pretrained(directory)
     model = transformers.ViTModel.from_pretrained(directory, add_pooling_layer=False).eval()
     seen = torch.cat(
-        [
-            see(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
-            for picture in pictures()
-        ]
+        [see(Image.fromarray(image), return_tensors="pt")["pixel_values"] for image in images()]
     )
     with torch.no_grad():
         got = model(pixel_values=seen).last_hidden_state[:, 1:].mean(1)

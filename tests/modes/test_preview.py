@@ -28,11 +28,11 @@ def test_the_views_of_a_row_are_cut_from_its_record(tmp_path):
         batches.close()
     assert sum(batches.skipped.values()) > 3 and batches.record.shape == (40,)
     for row, record in enumerate(base.read_items(source, batches.record.tolist())):
-        picture = decode.decode_image(record.image)
+        image = decode.decode_image(record.image)
         for view in range(2):
-            height, width = picture.shape[:2]
+            height, width = image.shape[:2]
             box = batch["box"][row, view].astype(int).tolist()
-            made = crops.cut_view(Image.fromarray(picture), box, 32, height=height, width=width)
+            made = crops.cut_view(Image.fromarray(image), box, 32, height=height, width=width)
             np.testing.assert_array_equal(made.reshape(32, 32, 3), batch["views"][row, view])
 
 

@@ -110,6 +110,34 @@ def test_overrides_with_effect_are_accepted(mode: str, data: dict, assignments: 
 
 
 @pytest.mark.row("E8")
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"class_names": "/nope"}, "config.data.class_names: '/nope' changes nothing, for the so"),
+        ({"source": "folder", "directory": "/d"}, "'/d' changes nothing, for no source is of TFDS"),
+        (MIXED | {"directory": "/d"}, "'/d' changes nothing, for no source is of TFDS"),
+        (MIXED | {"mixture": ("shapes:10",), "class_names": "/n"}, "names its classes itself"),
+    ],
+)
+def test_files_that_no_source_reads_are_refused_in_a_configuration_too(
+    data: dict, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        refuse_unread("train", [], schema.Config(data=schema.Data(**data)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"source": "tfds", "directory": "/d", "class_names": "/n"},
+        MIXED | {"mixture": ("shapes:10", "tfds:food101"), "directory": "/d"},
+    ],
+)
+def test_files_that_a_source_reads_are_accepted(data: dict) -> None:
+    refuse_unread("train", [], schema.Config(data=schema.Data(**data)))
+
+
+@pytest.mark.row("E8")
 def test_a_mixture_evaluated_on_a_path_is_refused_as_a_command(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,11 +68,11 @@ def independent(seed):
 
 def information(p_txz):
     """I(z_x; z | t_x, t_y) of a table [t_x, t_y, z_x, z], in nats."""
-    apart, total = (
+    product, total = (
         p_txz.sum(3, keepdims=True) * p_txz.sum(2, keepdims=True),
         p_txz.sum((2, 3), keepdims=True),
     )
-    return (p_txz * (log(p_txz * total) - log(apart))).sum()
+    return (p_txz * (log(p_txz * total) - log(product))).sum()
 
 
 def given_t(p_txz):

@@ -235,8 +235,8 @@ def test_text_of_a_zero_embedding_is_finite():
 def test_text_equal_captions_are_no_negatives():
     u, v, group = normal(5, 4), normal(5, 4, seed=1), np.array([3, 0, 3, 1, 0])
     logits = np.exp(1.5) * unit(u).astype(np.float64) @ unit(v).astype(np.float64).T
-    apart = (group[:, None] != group) | np.eye(5, dtype=bool)
-    rows, columns = (logsumexp(np.where(apart, x, -np.inf), axis=1) for x in (logits, logits.T))
+    kept = (group[:, None] != group) | np.eye(5, dtype=bool)
+    rows, columns = (logsumexp(np.where(kept, x, -np.inf), axis=1) for x in (logits, logits.T))
     np.testing.assert_allclose(
         text(u, v, 1.5, group_B=group)[0], ((rows + columns) / 2 - np.diag(logits)).sum(), rtol=1e-5
     )

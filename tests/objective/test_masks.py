@@ -104,14 +104,14 @@ def test_rectangles_are_those_of_the_sequential_generator(grid, hidden, least):
             (r, c) for r in range(grid) for c in range(grid) if int(bits[k, r]) >> c & 1
         } == expected
         assert count[k] == len(expected)
-    drawn = ~masks.blockwise(2, 50, rows, grid=grid, hidden=hidden, min_block=least, swap=False)
+    plain = ~masks.blockwise(2, 50, rows, grid=grid, hidden=hidden, min_block=least, swap=False)
     columns = (
         (bits[:, :, None] >> np.arange(grid, dtype=np.uint64) & np.uint64(1))
         .astype(bool)
         .reshape(rows, -1)
     )
     # single cells are added afterwards
-    assert (drawn | ~columns).all() and (drawn.sum(1) == hidden).all()
+    assert (plain | ~columns).all() and (plain.sum(1) == hidden).all()
 
 
 # --- statistics
@@ -148,11 +148,11 @@ def test_rectangles_prefer_the_centre(grid, hidden, centre, edge, corner, tolera
 def test_the_role_swap_makes_every_cell_even():
     share = hidden_share(14, 98)
     assert np.abs(share - 0.5).max() < 5 * 0.5 / math.sqrt(MANY)
-    drawn, swapped = (
+    plain, swapped = (
         masks.blockwise(0, 0, MANY, grid=14, hidden=98, swap=swap) for swap in (False, True)
     )
-    inverted = (drawn != swapped).all(1)
-    assert ((drawn == swapped).all(1) | inverted).all()
+    inverted = (plain != swapped).all(1)
+    assert ((plain == swapped).all(1) | inverted).all()
     assert abs(inverted.mean() - 0.5) < 5 * 0.5 / math.sqrt(MANY)
     # Samples swap independently: partners agree half of the time.
     assert abs((inverted[::2] == inverted[1::2]).mean() - 0.5) < 5 * 0.5 / math.sqrt(MANY / 2)

@@ -93,8 +93,8 @@ def test_unmix_takes_a_mixed_sequence_apart(hidden):
 def test_unmix_is_two_gathers_with_the_same_gradient():
     weight = np.random.default_rng(5).normal(size=X.shape).astype(np.float32)
 
-    def loss(apart, x):
-        own, other = apart(x)
+    def loss(separate, x):
+        own, other = separate(x)
         return (own * weight[:, :K]).sum() + 2 * (other * weight[:, K:]).sum()
 
     def gathers(x):

@@ -134,11 +134,11 @@ def test_coordinates_are_those_of_the_pixels(flip_in, flip_out):
     """Crop, flip and average an image whose pixel values are their coordinates, without a formula
     of positions."""
     grid, rng = 4, np.random.default_rng(0)
-    picture = np.stack(np.meshgrid(np.arange(60) + 0.5, np.arange(80) + 0.5, indexing="ij"), -1)
+    image = np.stack(np.meshgrid(np.arange(60) + 0.5, np.arange(80) + 0.5, indexing="ij"), -1)
 
     def view(box, flip):
         top, left, height, width = map(int, box)
-        cut = picture[top : top + height, left : left + width]
+        cut = image[top : top + height, left : left + width]
         cut = cut[:, ::-1] if flip else cut
         # centre of each cell
         return cut.reshape(grid, height // grid, grid, width // grid, 2).mean((1, 3))

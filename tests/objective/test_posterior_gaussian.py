@@ -100,8 +100,8 @@ def test_gaussian_gives_no_gradient_to_target_moment_and_weight():
     )(t, c, 0.5)
     assert all(not np.any(g) for g in grads)
     shared = grad_of(lambda x: gaussian(x, 2 * x, second_moment=0.5)[0])(p)
-    apart = grad_of(lambda x: gaussian(x, 2 * p, second_moment=0.5)[0])(p)
-    np.testing.assert_allclose(shared, apart, rtol=1e-5, atol=1e-6)
+    stopped = grad_of(lambda x: gaussian(x, 2 * p, second_moment=0.5)[0])(p)
+    np.testing.assert_allclose(shared, stopped, rtol=1e-5, atol=1e-6)
 
 
 def test_gaussian_skips_rows_without_weight_even_nan():

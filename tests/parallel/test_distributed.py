@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def test_alone_nothing_waits() -> None:
-    distributed.initialize(ProcessInfo(source="alone"), say=lambda text: pytest.fail(text))
+    distributed.initialize(ProcessInfo(source="alone"), log=lambda text: pytest.fail(text))
     barriers.barrier("never")
     with barriers.host0_first("never"):
         pass
@@ -105,7 +105,7 @@ TALK = """
     except UserError as error:
         print("differ", error)
 
-    # Host 1 is told while host 0 is ahead: both stop at the same poll, after the largest number.
+    # Host 1 gets a notice while host 0 is ahead: both stop at the same poll, after the largest.
     asked = threading.Event()
     together = barriers.CoordinatedStop(asked.is_set, limit=30).open()
     if me == 0:
@@ -122,7 +122,7 @@ TALK = """
     print("stopped", polls + 1)
     together.close()
 
-    # A run that ends by itself while nobody asks.
+    # A run that ends without a notice.
     together = barriers.CoordinatedStop(lambda: False, limit=30).open()
     assert not together.poll()
     together.close()
@@ -147,32 +147,34 @@ def test_hosts_talk(tmp_path: pathlib.Path) -> None:
     script.write_text(textwrap.dedent(TALK))
     done = ends(two(str(script), "{i}", "127.0.0.1:{port}"))
     assert [status for status, *_ in done] == [0, 0], done
-    said = [
+    outputs = [
         {line.split(" ")[0]: line.partition(" ")[2] for line in out.splitlines()}
         for _, out, _ in done
     ]
-    assert [s["hosts"] for s in said] == ["2 0", "2 1"]
+    assert [s["hosts"] for s in outputs] == ["2 0", "2 1"]
     assert (
-        said[0]["exchange"] == said[1]["exchange"] == "['from 0', 'from 1'] ['again 0', 'again 1']"
+        outputs[0]["exchange"]
+        == outputs[1]["exchange"]
+        == "['from 0', 'from 1'] ['again 0', 'again 1']"
     )
-    assert float(said[1]["first"]) - float(said[0]["first"]) >= 0.3
+    assert float(outputs[1]["first"]) - float(outputs[0]["first"]) >= 0.3
     for who in (0, 1):
-        assert said[who][f"fails{who}"] == "AssertionError broken"
+        assert outputs[who][f"fails{who}"] == "AssertionError broken"
         assert (
-            said[1 - who][f"fails{who}"]
+            outputs[1 - who][f"fails{who}"]
             == f"HostMissing fails: host {who} (name{who}) failed; its output says why"
         )
-    for s in said:
+    for s in outputs:
         assert (
             "host 1 (name1): seed is 1, 0 on host 0" in s["differ"]
             and "code" not in s["differ"].partition(";")[0]
         )
         assert "ended" in s
-    assert said[0]["stopped"] == said[1]["stopped"] and int(said[0]["stopped"]) >= 8
+    assert outputs[0]["stopped"] == outputs[1]["stopped"] and int(outputs[0]["stopped"]) >= 8
     assert (
-        "missing" not in said[1]
-        and "host 1 (name1)" in said[0]["missing"]
-        and int(said[0]["missing"].split()[0]) <= 5
+        "missing" not in outputs[1]
+        and "host 1 (name1)" in outputs[0]["missing"]
+        and int(outputs[0]["missing"].split()[0]) <= 5
     )
     assert "host 0 of 2" in done[0][1] and "from test" in done[0][1]
 
@@ -279,9 +281,9 @@ def test_another_number_of_hosts_goes_on_with_the_same_data(tmp_path: pathlib.Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize("signalled", [0, 1])
 @pytest.mark.row("A2")
-def test_sigterm_on_one_host_saves_on_both(told: int, tmp_path: pathlib.Path) -> None:
+def test_sigterm_on_one_host_saves_on_both(signalled: int, tmp_path: pathlib.Path) -> None:
     longer = [
         "--config.train.steps=2000",
         "--config.train.save_every=1000",
@@ -297,7 +299,7 @@ def test_sigterm_on_one_host_saves_on_both(told: int, tmp_path: pathlib.Path) ->
         ):
             break
         time.sleep(0.05)
-    processes[told].send_signal(signal.SIGTERM)
+    processes[signalled].send_signal(signal.SIGTERM)
     done = ends(processes)
     assert [status for status, *_ in done] == [42, 42], done
     assert "preempted: saved step" in done[0][1]

@@ -1,5 +1,5 @@
-"""All hosts compile a program before any runs it, and share a compilation cache on CPUs. With two
-real processes."""
+"""All hosts compile a program before any runs it, share a compilation cache on CPUs, and there wait
+for a host whose data are late. With two real processes."""
 
 import ast
 import pathlib
@@ -64,19 +64,21 @@ def both(
     limit: float = 600.0,
 ) -> list[dict[str, str]]:
     """{first word: rest} of the lines of each host."""
-    said = []
+    outputs = []
     script.write_text(textwrap.dedent(SPAN))
     processes = start(script, str(delay), str(cache), str(notice), str(limit))
     try:
         for process in processes:
             out, err = process.communicate(timeout=delay + 120)
             assert process.returncode == 0, err[-3000:]
-            said.append({line.split(" ")[0]: line.partition(" ")[2] for line in out.splitlines()})
+            outputs.append(
+                {line.split(" ")[0]: line.partition(" ")[2] for line in out.splitlines()}
+            )
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return said
+    return outputs
 
 
 @pytest.mark.fast
@@ -106,6 +108,62 @@ def test_hosts_wait_for_the_slowest_compilation_and_share_it(tmp_path: pathlib.P
 def test_a_compilation_without_an_end_is_named(tmp_path: pathlib.Path) -> None:
     host, _ = both(tmp_path / "span.py", 4.0, tmp_path / "cache", limit=1.0)
     assert host["missing"].startswith("compile total: waited 1 seconds for host 1 (")
+
+
+# Host 1 is late for the second call of a program with a reduce-scatter.
+LATE = (
+    JOIN
+    + """
+    import logging
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    import jax, numpy as np
+    from m3i_jax import parallel
+    late, barriers.NOTICE = float(sys.argv[4]), float(sys.argv[4]) / 3
+    distributed.initialize(place, limit=60, beat=60.0)
+    mesh = parallel.make_mesh((1, hosts, 1))
+    every, parts = parallel.replicated(mesh), jax.sharding.PartitionSpec("fsdp")
+    x = jax.make_array_from_callback((4,), every, lambda index: np.ones(4, np.float32)[index])
+    scatter = parallel.Program(
+        jax.shard_map(
+            lambda x: jax.lax.psum_scatter(x, "fsdp", tiled=True), mesh=mesh,
+            in_specs=jax.sharding.PartitionSpec(), out_specs=parts, check_vma=False,
+        ),
+        name="scatter",
+    )
+    first = jax.block_until_ready(scatter(x))
+    if me:
+        time.sleep(late)
+    print("got", np.asarray(scatter(x).addressable_shards[0].data).tolist())
+"""
+)
+
+
+def wait_for_late_host(script: pathlib.Path, seconds: float) -> None:
+    script.write_text(textwrap.dedent(LATE))
+    processes, outputs = start(script, str(seconds)), []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=seconds + 120)
+            assert process.returncode == 0, err[-3000:]
+            outputs.append(out)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert all("got [2.0, 2.0]" in out for out in outputs), outputs
+    assert "run scatter: waiting for host 1 (" in outputs[0] and "waiting" not in outputs[1]
+
+
+@pytest.mark.fast
+@pytest.mark.row("A7")
+def test_hosts_wait_for_late_data(tmp_path: pathlib.Path) -> None:
+    wait_for_late_host(tmp_path / "late.py", 1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.row("A7")
+def test_hosts_wait_for_data_that_are_later_than_the_limit_of_gloo(tmp_path: pathlib.Path) -> None:
+    wait_for_late_host(tmp_path / "late.py", 36.0)
 
 
 def spanning(source: str) -> list[int]:

@@ -41,21 +41,21 @@ def test_all_come_in_any_order_and_the_port_is_free_again() -> None:
 
 
 def test_who_is_missing_is_named_to_all_that_came() -> None:
-    said = meet((0, 4, 0.0), (2, 4, 0.0), limit=1.0)
+    lines = meet((0, 4, 0.0), (2, 4, 0.0), limit=1.0)
     assert (
-        said[0] == said[1]
-        and said[0].startswith("HostMissing")
-        and "for process 1, 3 of 4" in said[0]
+        lines[0] == lines[1]
+        and lines[0].startswith("HostMissing")
+        and "for process 1, 3 of 4" in lines[0]
     )
     (alone,) = meet((1, 2, 0.0), limit=0.5)
     assert "HostMissing" in alone and "for process 0 at 127.0.0.1" in alone
 
 
 def test_numbers_and_counts_must_fit() -> None:
-    said = meet((0, 3, 0.0), (1, 3, 0.2), (1, 3, 0.6))
-    assert all("UserError --process-id: 1 was given twice" in s for s in said)
-    said = meet((0, 2, 0.0), (1, 4, 0.1))
-    assert all("process 1 on " in s and "is one of 4, process 0 is one of 2" in s for s in said)
+    lines = meet((0, 3, 0.0), (1, 3, 0.2), (1, 3, 0.6))
+    assert all("UserError --process-id: 1 was given twice" in s for s in lines)
+    lines = meet((0, 2, 0.0), (1, 4, 0.1))
+    assert all("process 1 on " in s and "is one of 4, process 0 is one of 2" in s for s in lines)
 
 
 def test_a_process_that_was_started_anew_takes_the_place_of_the_first() -> None:
@@ -101,29 +101,29 @@ def test_a_name_without_an_address_is_refused_at_once_and_a_wait_is_logged(
         (0, "waiting for process 1 of 2 at 127.0.0.1:"),
         (1, "waiting for process 0 at 127.0.0.1:"),
     ):
-        said: list[str] = []
+        lines: list[str] = []
         with pytest.raises(HostMissing):
-            rendezvous.wait_for_processes(address(), 2, process, limit=1.5, say=said.append)
-        assert len(said) >= 2 and all(line.startswith(wanted) for line in said)
-    said = []
+            rendezvous.wait_for_processes(address(), 2, process, limit=1.5, log=lines.append)
+        assert len(lines) >= 2 and all(line.startswith(wanted) for line in lines)
+    lines = []
     with pytest.raises(UserError, match="has no address here"):  # of a scheduler the name may come
         rendezvous.wait_for_processes(
-            "no-such-host.invalid:8476", 2, 1, limit=1.5, patient=True, say=said.append
+            "no-such-host.invalid:8476", 2, 1, limit=1.5, patient=True, log=lines.append
         )
-    assert said and said[0].startswith("waiting for an address of no-such-host.invalid:8476 (")
+    assert lines and lines[0].startswith("waiting for an address of no-such-host.invalid:8476 (")
 
 
 @pytest.mark.row("A15")
 def test_who_came_and_waits_for_others_logs_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "FIRST_LOG", 0.1)
-    at, said = address(), list[str]()
+    at, lines = address(), list[str]()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(meet, (0, 3, 0.0), limit=2.0, at=at)
         with pytest.raises(HostMissing, match="for process 2 of 3"):
-            rendezvous.wait_for_processes(at, 3, 1, limit=2.0, say=said.append)
+            rendezvous.wait_for_processes(at, 3, 1, limit=2.0, log=lines.append)
         assert "for process 2 of 3" in first.result()[0]
     assert any(
-        line.startswith("waiting for the other processes, with process 0 at") for line in said
+        line.startswith("waiting for the other processes, with process 0 at") for line in lines
     )
 
 

@@ -245,8 +245,8 @@ def test_a_share_of_a_device_counts_for_all_of_them():
     assert flops.count_flops(jnp.matmul, placed, b) == whole
 
 
-@pytest.mark.parametrize("told", (None, 99))
-def test_a_kernel_counts_what_it_says_or_once_a_cell_of_its_grid(told):
+@pytest.mark.parametrize("estimate", (None, 99))
+def test_a_kernel_counts_what_it_says_or_once_a_cell_of_its_grid(estimate):
     def kernel(a, b, out):
         out[...] = a[...] @ b[...]
 
@@ -256,10 +256,11 @@ def test_a_kernel_counts_what_it_says_or_once_a_cell_of_its_grid(told):
         grid=(4,),
         in_specs=[pl.BlockSpec((2, 5), lambda i: (i, 0)), pl.BlockSpec((5, 7), lambda i: (0, 0))],
         out_specs=pl.BlockSpec((2, 7), lambda i: (i, 0)),
-        cost_estimate=told and pl.CostEstimate(flops=told, transcendentals=0, bytes_accessed=0),
+        cost_estimate=estimate
+        and pl.CostEstimate(flops=estimate, transcendentals=0, bytes_accessed=0),
     )
     assert flops.count_flops(call, jnp.zeros((8, 5)), jnp.zeros((5, 7))) == FlopCount(
-        dot=told or 2.0 * 8 * 5 * 7
+        dot=estimate or 2.0 * 8 * 5 * 7
     )
 
 

@@ -102,7 +102,7 @@ ENTRY %main (x: bf16[8,64], y: f32[64,64], k: s32[]) -> f32[8,64] {
         # eight shares of the other host, through eight devices
         ("all-gather(%a), replica_groups=[1,16]<=[16]", 8 * 4096 / 8),
         ("reduce-scatter(%a), replica_groups=[1,16]<=[16]", 4096 / 2 / 8),
-        # each device's own: nobody else could fetch it
+        # each device has its own, which no other could fetch
         ("all-to-all(%a), replica_groups=[1,16]<=[16]", 4096 / 2),
         ("collective-permute(%a), source_target_pairs={{0,1},{1,0}}", 0),
         ("collective-permute(%a), source_target_pairs={{0,1},{7,8}}", 4096),

@@ -111,16 +111,16 @@ def test_the_table_has_shares_of_all_and_the_rest_in_one_line() -> None:
 
 def test_a_real_trace_of_whole_steps(tmp_path: pathlib.Path) -> None:
     step = jax.jit(lambda x: jnp.tanh(x @ x))
-    x, said, found, apart = jnp.eye(64), [], [], []
+    x, logged, found, compiled = jnp.eye(64), [], [], []
 
     @contextlib.contextmanager
     def block(name: str) -> Any:
-        apart.append(name)
+        compiled.append(name)
         yield
 
     tracer = trace.Tracer(
         tmp_path,
-        said.append,
+        logged.append,
         3,
         pause=block,
         done=lambda place, steps: found.append((place, steps)),
@@ -130,13 +130,15 @@ def test_a_real_trace_of_whole_steps(tmp_path: pathlib.Path) -> None:
             tracer.ask()
         x = step(x)
         tracer(number, x)
-    assert said[0] == "tracing steps 3 to 5" and len(said) == 2 and "ui.perfetto.dev" in said[1]
+    assert (
+        logged[0] == "tracing steps 3 to 5" and len(logged) == 2 and "ui.perfetto.dev" in logged[1]
+    )
     ((place, steps),) = found
-    assert steps == 3 and (place / "perfetto_trace.json.gz").is_file() and str(place) in said[1]
+    assert steps == 3 and (place / "perfetto_trace.json.gz").is_file() and str(place) in logged[1]
     calls = {o.name: o.calls for o in trace.trace_operations(place)}
     # every operation of the step as often as there are steps, whatever it is called
     assert calls and set(calls.values()) == {3}
-    assert apart == ["trace", "trace"]
+    assert compiled == ["trace", "trace"]
 
 
 def test_a_profiler_that_does_not_start_stops_nothing(
@@ -146,23 +148,23 @@ def test_a_profiler_that_does_not_start_stops_nothing(
         raise RuntimeError("Profile has\nalready been started.")
 
     monkeypatch.setattr(trace.jax.profiler, "start_trace", busy)
-    said: list[str] = []
-    tracer = trace.Tracer(tmp_path, said.append, 3)
+    logged: list[str] = []
+    tracer = trace.Tracer(tmp_path, logged.append, 3)
     tracer.ask()
     for number in range(5):
         tracer(number, None)
     tracer.close()
-    assert said == ["warning: no trace: Profile has already been started."]
+    assert logged == ["warning: no trace: Profile has already been started."]
 
 
 def test_a_run_that_ends_first_says_so(tmp_path: pathlib.Path) -> None:
-    said: list[str] = []
-    tracer = trace.Tracer(tmp_path, said.append, 30)
+    logged: list[str] = []
+    tracer = trace.Tracer(tmp_path, logged.append, 30)
     tracer.ask()
     tracer(1, None)
     tracer.close()
     tracer.close()
     assert (
-        said == ["tracing steps 2 to 31", "the run ended before the trace had its 30 steps"]
+        logged == ["tracing steps 2 to 31", "the run ended before the trace had its 30 steps"]
         and not tracer.running
     )

@@ -88,9 +88,9 @@ def test_refusals(tmp_path: pathlib.Path) -> None:
         run_log.load_run_log(tmp_path)
     with pytest.raises(UserError, match="has no line of a run"):
         run_log.load_run_log(log(tmp_path / "a", [], "nothing\n"))
-    mine = log(tmp_path / "b", [{"step": 1, "loss": 1.0}])
+    this_run = log(tmp_path / "b", [{"step": 1, "loss": 1.0}])
     with pytest.raises(UserError, match="^config.report.beside nowhere: has no metrics.jsonl"):
-        report.write_report(schema.Config(report=schema.Report(beside=("nowhere",))), mine)
+        report.write_report(schema.Config(report=schema.Report(beside=("nowhere",))), this_run)
 
 
 def test_runs_of_one_name_are_told_apart(
@@ -116,14 +116,17 @@ def test_runs_of_one_name_are_told_apart(
 def test_curves_show_the_values() -> None:
     """Coordinates agree with the axes: a line from the lowest to the highest value spans the
     ticks."""
-    drawn = svg_charts.svg_chart(
+    series = svg_charts.svg_chart(
         "t", [svg_charts.SvgCurve("a", [0, 50, 100], [0.0, 5.0, 10.0])], last=100
     )
     points = np.array(
-        [[float(v) for v in p.split(",")] for p in re.findall(r'd="M([^"]*)"', drawn)[0].split(" ")]
+        [
+            [float(v) for v in p.split(",")]
+            for p in re.findall(r'd="M([^"]*)"', series)[0].split(" ")
+        ]
     )
-    grid = [float(y) for y in re.findall(r'class="grid"[^>]* y1="([\d.]+)"', drawn)]
-    labels = [float(v) for v in re.findall(r'text-anchor="end">([^<]*)<', drawn)]
+    grid = [float(y) for y in re.findall(r'class="grid"[^>]* y1="([\d.]+)"', series)]
+    labels = [float(v) for v in re.findall(r'text-anchor="end">([^<]*)<', series)]
     scale = np.polyfit(labels, grid, 1)
     np.testing.assert_allclose(points[:, 1], np.polyval(scale, [0, 5, 10]), atol=0.1)
     np.testing.assert_allclose(np.diff(points[:, 0]), [(svg_charts.WIDTH - 64) / 2] * 2, atol=0.1)
@@ -170,7 +173,7 @@ def test_no_terminal_obeys_the_page(two: tuple[pathlib.Path, pathlib.Path]) -> N
     (first / "eval.json").write_text(
         json.dumps({"checkpoint": bad, "results": {"knn": {f"eval/{bad}": 0.5}}})
     )
-    figures.write_figure(first / "pictures", "00000030-kind", exhibit(bad))
+    figures.write_figure(first / "pictures", "00000030-kind", figure(bad))
     page = report.write_report(schema.Config(), first).read_text()
     assert (
         page == privacy.escape_control(page)
@@ -198,7 +201,7 @@ def test_the_reference_run_is_the_one_of_the_readme() -> None:
     assert len(losses) >= 5 and {step: f"{kept[step]:.3f}" for step in losses} == losses
 
 
-def exhibit(title: str, rows: int = 3) -> figures.Figure:
+def figure(title: str, rows: int = 3) -> figures.Figure:
     """A figure as an evaluator draws it: rows of four, nine and one large tile, with captions and
     lines."""
     tile = Image.fromarray(np.full((112, 112, 3), 90, np.uint8))
@@ -218,8 +221,8 @@ def exhibit(title: str, rows: int = 3) -> figures.Figure:
 
 
 def test_what_evaluators_drew_and_measured_is_on_it(two: tuple[pathlib.Path, pathlib.Path]) -> None:
-    figures.write_figure(two[0] / "pictures", "00000010-kind", exhibit("an older one"))
-    figures.write_figure(two[0] / "pictures", "00000030-kind", exhibit("What was <drawn>"))
+    figures.write_figure(two[0] / "pictures", "00000010-kind", figure("an older one"))
+    figures.write_figure(two[0] / "pictures", "00000030-kind", figure("What was <drawn>"))
     (two[0] / "eval.json").write_text(
         json.dumps({"checkpoint": HOSTILE, "results": {"knn": {"eval/knn/top1": 0.123456}}})
     )
@@ -240,7 +243,7 @@ def test_a_browser_shows_it_and_complains_of_nothing(
     """At the width of a phone and of a desktop: nothing overflows to the right, the console is
     empty, the charts have colours, and the images are where they were drawn, large enough to see. A
     window of Chromium cannot be as narrow as a phone, a frame in it can."""
-    figures.write_figure(two[0] / "pictures", "00000030-kind", exhibit("drawn", rows=1))
+    figures.write_figure(two[0] / "pictures", "00000030-kind", figure("drawn", rows=1))
     page = report.write_report(schema.Config(report=schema.Report(beside=(str(two[1]),))), two[0])
     frame, shot, height = tmp_path / "frame.html", tmp_path / "shot.png", 8000
     frame.write_text(

@@ -101,18 +101,18 @@ class Broken:
 
 
 def test_a_failing_sink_is_counted_and_told_and_stops_nothing():
-    said: list[str] = []
+    logged: list[str] = []
     good, bad = Broken(works_at=range(100)), Broken(works_at=[3])
-    writer = writers.Writers({"bad": bad, "good": good}, said.append)
+    writer = writers.Writers({"bad": bad, "good": good}, logged.append)
     for step in range(1, 6):
         writer.write(step, {"loss": 1.0})
     assert writer.dropped == {"bad": 4, "good": 0}
     assert good.got[1] == {"loss": 1.0}
     assert bad.got[3] == good.got[3] == {"loss": 1.0, "report/dropped/bad": 2}
     assert good.got[5]["report/dropped/bad"] == 3
-    assert said == ["warning: bad lost 1 line(s): OSError: no space left"]  # not at every step
+    assert logged == ["warning: bad lost 1 line(s): OSError: no space left"]  # not at every step
     writer.close()
-    assert len(said) == 3
+    assert len(logged) == 3
 
 
 def test_a_full_disk_is_survived(tmp_path, capsys):
@@ -184,7 +184,7 @@ def test_a_run_that_goes_on_has_no_line_twice(tmp_path, capsys):
 def test_other_processes_write_nothing(tmp_path, capsys):
     writer = open_writers(tmp_path, main=False, tensorboard=True, wandb="project")
     writer.write(1, VALUES)
-    writer.say("not here")
+    writer.log("not here")
     writer.close()
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 

@@ -16,7 +16,7 @@ from m3i_jax.training import trainer
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BATCH = 8
 # golden: a mixed view, 12 blocks of 197 tokens forward and backward, two clean views forward, two
-# passes of 4 decoder blocks without the rows that nobody reads, pooling and categories
+# passes of 4 decoder blocks without the rows that are not read, pooling and categories
 FLOOR = 279.5e9
 
 

@@ -137,7 +137,7 @@ GOLDEN: dict[str, dict[str, float]] = {
 }
 
 
-def pictures() -> list[tuple[str, Image.Image]]:
+def images() -> list[tuple[str, Image.Image]]:
     """Ten images of two categories without randomness of any library."""
     y, x = np.mgrid[:60, :80]
     waves = [np.sin(x / (3 + k) + k) * np.cos(y / (4 + k)) for k in range(10)]
@@ -150,7 +150,7 @@ def pictures() -> list[tuple[str, Image.Image]]:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("golden")
-    for k, (kind, image) in enumerate(pictures()):
+    for k, (kind, image) in enumerate(images()):
         (root / "folder" / kind).mkdir(parents=True, exist_ok=True)
         image.save(root / "folder" / kind / f"{k}.png")
         (root / "folder" / kind / f"{k}.txt").write_text(f"picture {k} of kind {kind}")

@@ -11,7 +11,7 @@ from tests.training.test_loop import BATCH, World
 
 
 class Time:
-    """A clock on the wall that only moves when it is told to."""
+    """A wall clock that the test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -26,7 +26,7 @@ def pass_(monkeypatch: pytest.MonkeyPatch) -> Time:
     return Time(monkeypatch)
 
 
-def told(clock: GoodputClock) -> dict[str, float]:
+def phase_seconds(clock: GoodputClock) -> dict[str, float]:
     return {name: seconds for name, seconds in clock.total().items() if seconds}
 
 
@@ -43,7 +43,7 @@ def test_a_phase_inside_another_takes_its_time_out_of_it(pass_: Time) -> None:
         pass_(32)
     clock.turn("stop")
     pass_(64)
-    assert told(clock) == {"start": 1, "step": 34, "evaluate": 20, "save": 8, "stop": 64}
+    assert phase_seconds(clock) == {"start": 1, "step": 34, "evaluate": 20, "save": 8, "stop": 64}
     assert sum(clock.total().values()) == pass_.now - 1000
 
 
@@ -53,7 +53,7 @@ def test_a_phase_that_raises_ends(pass_: Time) -> None:
         pass_(3)
         raise KeyError
     pass_(1)
-    assert told(clock) == {"data": 3, "start": 1}
+    assert phase_seconds(clock) == {"data": 3, "start": 1}
 
 
 def test_compilations_inside_one_another_count_once(pass_: Time) -> None:
@@ -66,11 +66,11 @@ def test_compilations_inside_one_another_count_once(pass_: Time) -> None:
         pass_(3)
         clock.compiled(3)  # another
         pass_(1)
-        clock.compiled(6)  # the outer one: both and 1 of its own
+        clock.compiled(6)  # the outer one: both, and 1 more
         pass_(4)
         clock.compiled(4)  # the backend, after it
         pass_(5)
-    assert told(clock) == {"step": 6, "compile": 10}
+    assert phase_seconds(clock) == {"step": 6, "compile": 10}
 
 
 def test_a_compilation_longer_than_its_phase_leaves_the_sum_alone(pass_: Time) -> None:
@@ -88,7 +88,7 @@ def test_compilations_of_other_threads_hold_nothing_up(pass_: Time) -> None:
     thread = threading.Thread(target=clock.compiled, args=(3.0,))
     thread.start()
     thread.join()
-    assert told(clock) == {"start": 5}
+    assert phase_seconds(clock) == {"start": 5}
 
 
 def test_speed_is_that_of_training_alone(pass_: Time) -> None:
@@ -132,9 +132,9 @@ def test_the_line_at_the_end_adds_up_as_printed(pass_: Time) -> None:
         with clock.phase(name):
             pass_(1.04)
     values, line = clock.summary()
-    told = line.partition(" = ")[2].split(" + ")
+    parts = line.partition(" = ")[2].split(" + ")
     total = float(line.partition(": ")[2].partition(" s")[0])
-    assert round(sum(float(part.split()[-1]) for part in told), 1) == total == 6.2
+    assert round(sum(float(part.split()[-1]) for part in parts), 1) == total == 6.2
     assert values["perf/goodput"] == pytest.approx(1 / 6) and line.startswith("goodput 16.7%")
     assert (
         values["perf/wall_seconds"]
@@ -191,9 +191,9 @@ def test_the_phases_of_a_run_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     world.at = {event: lambda: now.__setitem__(0, now[0] + 1.0) for event in events}
     clock = goodput.GoodputClock(images=BATCH)
     world.run(monkeypatch, clock=clock)
-    told = {name: seconds for name, seconds in clock.total().items() if seconds}
-    assert told == {"evaluate": 3, "save": 3, "data": 4, "panel": 1, "step": 3}
-    assert sum(told.values()) == now[0] - 100
+    total = {name: seconds for name, seconds in clock.total().items() if seconds}
+    assert total == {"evaluate": 3, "save": 3, "data": 4, "panel": 1, "step": 3}
+    assert sum(total.values()) == now[0] - 100
 
 
 def test_every_step_is_passed_on_with_its_metrics_unfetched(

@@ -184,16 +184,16 @@ def test_other_settings_are_told_and_with_strict_refused(tmp_path: pathlib.Path)
         "model__encoder__embedding_norm": True,
     }
     _, _, lines = take(toy.settings(**only))
-    (told,) = (line for line in lines if "other settings" in line)
+    (line,) = (line for line in lines if "other settings" in line)
     assert all(
-        f"model.encoder.{x}" in told
+        f"model.encoder.{x}" in line
         for x in (
             "heads=4 in the source, 2 in",
             "activation=quick_gelu in the",
             "norm_eps=1e-05 in the",
         )
     )
-    assert "data.augment.mean=(0.48145466, 0.4578275, 0.40821073) in the source" in told
+    assert "data.augment.mean=(0.48145466, 0.4578275, 0.40821073) in the source" in line
     with pytest.raises(UserError, match="other settings"):
         take(toy.settings(init__strict="true", **only))
     fits = {
@@ -367,7 +367,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int) -> np.nda
     return (w / w.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(q.shape[1], -1)
 
 
-def clip_vision(table: dict[str, np.ndarray], picture: np.ndarray, heads: int) -> np.ndarray:
+def clip_vision(table: dict[str, np.ndarray], image: np.ndarray, heads: int) -> np.ndarray:
     """CLIP's vision tower as in its paper and public code, in float64: an image [S, S, 3] -> tokens
     [T, D] before the last norm."""
     t = {name: array.astype(np.float64) for name, array in table.items()}
@@ -379,11 +379,11 @@ def clip_vision(table: dict[str, np.ndarray], picture: np.ndarray, heads: int) -
     def linear(x: np.ndarray, name: str) -> np.ndarray:
         return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
 
-    p, side = t["embeddings.patch_embedding.weight"].shape[-1], len(picture)
+    p, side = t["embeddings.patch_embedding.weight"].shape[-1], len(image)
     tokens = [t["embeddings.class_embedding"]]
     for row in range(0, side, p):
         for column in range(0, side, p):
-            patch = picture[row : row + p, column : column + p].transpose(2, 0, 1)
+            patch = image[row : row + p, column : column + p].transpose(2, 0, 1)
             tokens.append(np.tensordot(t["embeddings.patch_embedding.weight"], patch, 3))
     x = norm(np.stack(tokens) + t["embeddings.position_embedding.weight"], "pre_layrnorm")
     for layer in range(2):
@@ -414,9 +414,9 @@ def test_clip_weights_compute_what_clip_defines(tmp_path: pathlib.Path) -> None:
     for path, array in after.items():
         if path.startswith("encoder/"):
             checkpoint_reader.set_leaf(tree, path.removeprefix("encoder/"), jnp.asarray(array))
-    picture = np.random.default_rng(5).normal(size=(32, 32, 3))
-    got = m3i.encode(config, tree, vit.patchify(jnp.asarray(picture, jnp.float32)[None], 8))[0]
-    np.testing.assert_allclose(got, clip_vision(table, picture, heads=2), atol=2e-4, rtol=1e-4)
+    image = np.random.default_rng(5).normal(size=(32, 32, 3))
+    got = m3i.encode(config, tree, vit.patchify(jnp.asarray(image, jnp.float32)[None], 8))[0]
+    np.testing.assert_allclose(got, clip_vision(table, image, heads=2), atol=2e-4, rtol=1e-4)
     other = dataclasses.replace(
         config.model, encoder=dataclasses.replace(config.model.encoder, activation="gelu")
     )
@@ -425,7 +425,7 @@ def test_clip_weights_compute_what_clip_defines(tmp_path: pathlib.Path) -> None:
             m3i.encode(
                 dataclasses.replace(config, model=other),
                 tree,
-                vit.patchify(jnp.asarray(picture, jnp.float32)[None], 8),
+                vit.patchify(jnp.asarray(image, jnp.float32)[None], 8),
             )[0]
             - got
         ).max()

@@ -41,7 +41,8 @@ def take(config: schema.Config) -> tuple[dict[str, np.ndarray], dict[str, np.nda
             "encoder": backbone.init_maps(config.model, maps, params, size=config.data.image_size)
         }
 
-    shapes, r, lines = jax.eval_shape(start, jax.random.key(0)), np.random.default_rng(5), []
+    shapes, r = jax.eval_shape(start, jax.random.key(0)), np.random.default_rng(5)
+    lines: list[str] = []
     before = jax.tree.map(lambda s: r.normal(size=s.shape).astype(np.float32), shapes)
     layout = parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), before)
     after = init_from.initialize_from(config, jax.device_put(before, layout), layout, lines.append)
@@ -139,7 +140,7 @@ def test_an_mmsegmentation_file(tmp_path: pathlib.Path) -> None:
     """With its layer scale, and its tables resized for another map; BEiT's queries and values have
     biases, its keys none."""
     r = np.random.default_rng(4)
-    draw = lambda *shape: r.normal(size=shape).astype(np.float32)
+    draw = lambda *shape: np.asarray(r.normal(size=shape), np.float32)
     table = {
         "cls_token": draw(1, 1, 32),
         "pos_embed": draw(1, 17, 32),

@@ -136,7 +136,7 @@ def test_targets_of_another_encoder_do_not_enter_the_second_moment() -> None:
     [("m3i", {}), ("m3i,deit", {}), ("sim,m3i", {"objective__soft_label": "joint"})],
 )
 def test_one_token_is_not_asked_for_two_images(forms: str, changes: dict) -> None:
-    """Both would be predicted to be the same; only a category of both together can be told from
+    """Both would be predicted to be the same; only a category of both together differs from
     it."""
     with pytest.raises(UserError, match=r"model\.pool\.kind: 'cls'.*attention"):
         plan_of(forms, model__pool__kind="cls", **changes)

@@ -53,7 +53,7 @@ class World:
         self.bad, self.moment, self.spread = bad, moment, spread
         self.events: list[str] = []
         self.lines: list[tuple[int, dict[str, float]]] = []
-        self.said: list[str] = []
+        self.logged: list[str] = []
         self.positions: dict[int, Any] = {}
         self.at: dict[str, Any] = {}  # event -> what else happens then
         self.again: dict[int, bool] = {}  # batches drawn -> a save that failed before is due again
@@ -76,11 +76,8 @@ class World:
             metrics["collapse/spread"] = Metric(self.spread(k))
         return State(k), metrics | ({MOMENT: np.eye(4)} if self.moment else {})
 
-    def learning_rate(self, step: int) -> float:
-        return 0.1 * step
-
-    def momentum(self, step: int) -> float:
-        return 0.9 + 0.01 * step
+    def scheduled(self, step: int) -> dict[str, float]:
+        return {"lr": 0.1 * (step - 1), "ema": 0.9 + 0.01 * step}
 
     # the data
     def __next__(self) -> dict:
@@ -129,7 +126,7 @@ class World:
             "data": self,
             "checkpoints": self,
             "write": self.write,
-            "say": self.said.append,
+            "log": self.logged.append,
             "panel": lambda step, state, batch: self.note(f"panel {step}"),
             "evaluators": [self.evaluator],
             "position": lambda samples: {"samples_seen": samples},
@@ -307,7 +304,7 @@ def test_preemption_in_the_loop_saves_and_returns_42(
         "wait",
     ]
     assert world.positions == {3: {"samples_seen": 24}} and world.final == 3
-    assert len(world.said) == 1 and "preempted: saved step 3" in world.said[0]
+    assert len(world.logged) == 1 and "preempted: saved step 3" in world.logged[0]
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
 
 
@@ -339,11 +336,11 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(
 ) -> None:
     world = World(20, bad={4, 5, 6, 7, 8}, save_every=3, log_every=50)
     assert world.run(monkeypatch) == loop.FAILED == 1
-    # what would be saved at step 6 is looked at first
+    # the state for step 6 is checked before it is saved
     assert world.final == 6 and list(world.positions) == [3]
     # written whatever log_every is
     assert [step for step, values in world.lines if "loss" in values] == [1, 4, 5, 6]
-    assert len(world.said) == 1 and "not finite" in world.said[0]
+    assert len(world.logged) == 1 and "not finite" in world.logged[0]
 
 
 def test_three_at_the_very_end_are_not_saved_as_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,9 +376,9 @@ def test_a_collapse_is_said_once_and_written(monkeypatch: pytest.MonkeyPatch) ->
     world = World(40, spread=lambda k: 0.7 if k < 11 else 0.001, log_every=10)
     assert world.run(monkeypatch, evaluators=[]) == loop.DONE
     assert (
-        len(world.said) == 1
-        and "collapsed at step 15" in world.said[0]
-        and "objective.second_moment" in world.said[0]
+        len(world.logged) == 1
+        and "collapsed at step 15" in world.logged[0]
+        and "objective.second_moment" in world.logged[0]
     )
     alarms = [(step, values["collapse/alarm"]) for step, values in world.lines]
     assert alarms == [(1, 0.0), (10, 0.0), (15, 1.0), (20, 1.0), (30, 1.0), (40, 1.0)]
@@ -444,12 +441,12 @@ def test_a_forced_collapse_warns_within_100_steps_and_a_healthy_run_does_not(
     }
     config = toy.settings(**settings)
     made = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
-    said, lines, world = [], [], World(0)
+    logged, lines, world = [], [], World(0)
     outside = loop.Callbacks(
         data=_Data(toy.batch(config, k) for k in range(60)),
         checkpoints=world,
         write=lambda step, values: lines.append((step, values)),
-        say=said.append,
+        log=logged.append,
         panel=lambda *_: None,
         evaluators=[],
         position=lambda samples: {},
@@ -457,7 +454,7 @@ def test_a_forced_collapse_warns_within_100_steps_and_a_healthy_run_does_not(
     monkeypatch.setattr(world, "save", lambda *_: None)
     loop.run_loop(made, made.init(), samples_seen=0, callbacks=outside)
     if form == "collapsing":
-        assert len(said) == 1 and "have collapsed" in said[0]
+        assert len(logged) == 1 and "have collapsed" in logged[0]
         first = next(step for step, values in lines if values["collapse/alarm"])
         assert (
             first <= 60
@@ -467,7 +464,7 @@ def test_a_forced_collapse_warns_within_100_steps_and_a_healthy_run_does_not(
             < lines[0][1]["collapse/effective_rank"]
         )
     else:
-        assert not said and all(values["collapse/alarm"] == 0 for _, values in lines)
+        assert not logged and all(values["collapse/alarm"] == 0 for _, values in lines)
 
 
 def test_signals_are_left_alone_outside_the_main_thread() -> None:

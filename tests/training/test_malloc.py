@@ -19,7 +19,7 @@ ARRAYS, SAVES = 40, 10
 def test_a_save_leaks_few_objects(tmp_path: pathlib.Path) -> None:
     """TensorStore leaks four objects an array and 270 more, 430 a save here; with
     training/malloc.py it is 20, and 30 more in the first saves, which fill caches."""
-    checkpoints = Checkpoints(tmp_path, 1, say=lambda _: None)
+    checkpoints = Checkpoints(tmp_path, 1, log=lambda _: None)
     state = {f"a{i}": jnp.full((3, 5 + i % 7), i) for i in range(ARRAYS)}
     blocks = []
     for step in range(1, 2 * SAVES + 1):

@@ -19,7 +19,7 @@ class Hanging(World):
 
     def __init__(self, at: int, **more: Any) -> None:
         super().__init__(6, **more)
-        self.hangs, self.drawn, self.freed, self.first_steps = (
+        self.hangs, self.batches, self.freed, self.first_steps = (
             at,
             0,
             threading.Event(),
@@ -27,27 +27,27 @@ class Hanging(World):
         )
 
     def __next__(self) -> dict:
-        self.drawn += 1
-        if self.drawn == self.hangs:
-            assert self.freed.wait(SECONDS), "nobody noticed"
+        self.batches += 1
+        if self.batches == self.hangs:
+            assert self.freed.wait(SECONDS), "the watchdog did not react"
         return super().__next__()
 
 
 def test_a_hanging_iterator_is_reported_with_its_stack(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    world, clock, said = Hanging(4), GoodputClock(images=8), []
+    world, clock, logged = Hanging(4), GoodputClock(images=8), []
 
-    def say(line: str) -> None:
-        said.append(line)
+    def log(line: str) -> None:
+        logged.append(line)
         world.freed.set()
 
-    with Watchdog(clock, tmp_path / "stacks-0.txt", say, limit=0.3, first=SECONDS):
+    with Watchdog(clock, tmp_path / "stacks-0.txt", log, limit=0.3, first=SECONDS):
         assert world.run(monkeypatch, clock=clock) == loop.DONE  # reported, not ended
     assert (
-        len(said) == 1
-        and "in phase 'data' after 2 step(s)" in said[0]
-        and "stacks-0.txt" in said[0]
+        len(logged) == 1
+        and "in phase 'data' after 2 step(s)" in logged[0]
+        and "stacks-0.txt" in logged[0]
     )
     text = (tmp_path / "stacks-0.txt").read_text()
     assert "in __next__" in text and "in run" in text  # where it hangs, and who called
@@ -58,16 +58,16 @@ def test_the_first_step_has_a_limit_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     """Silence before it is compilation, and much longer than one between steps."""
-    world, clock, said = Hanging(1), GoodputClock(images=8), []
+    world, clock, logged = Hanging(1), GoodputClock(images=8), []
 
-    def say(line: str) -> None:
-        said.append(line)
+    def log(line: str) -> None:
+        logged.append(line)
         world.freed.set()
 
-    with Watchdog(clock, tmp_path / "stacks-0.txt", say, limit=0.05, first=0.5):
+    with Watchdog(clock, tmp_path / "stacks-0.txt", log, limit=0.05, first=0.5):
         world.run(monkeypatch, clock=clock)
-    assert said and "after 0 step(s)" in said[0]
-    seconds = float(said[0].partition("for ")[2].partition(" s")[0])
+    assert logged and "after 0 step(s)" in logged[0]
+    seconds = float(logged[0].partition("for ")[2].partition(" s")[0])
     line = (tmp_path / "stacks-0.txt").read_text().splitlines()[0]
     assert float(line.partition("for ")[2].partition(" s")[0]) >= 0.5 > seconds - 1
 
@@ -75,27 +75,27 @@ def test_the_first_step_has_a_limit_of_its_own(
 def test_it_ends_the_process_after_so_many_reports_in_a_row(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    world, clock, said, ended = Hanging(3), GoodputClock(images=8), [], []
+    world, clock, logged, ended = Hanging(3), GoodputClock(images=8), [], []
 
     def end(status: int) -> None:
         ended.append(status)
         world.freed.set()
 
     with Watchdog(
-        clock, tmp_path / "stacks-0.txt", said.append, limit=0.2, first=SECONDS, abort=3, end=end
+        clock, tmp_path / "stacks-0.txt", logged.append, limit=0.2, first=SECONDS, abort=3, end=end
     ):
         world.run(monkeypatch, clock=clock)
     assert ended == [1]
-    assert [line.split()[0] for line in said] == ["warning:"] * 3 + ["ended"]
+    assert [line.split()[0] for line in logged] == ["warning:"] * 3 + ["ended"]
 
 
 def test_a_run_that_lives_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    world, clock, said = World(6), GoodputClock(images=8), []
-    with Watchdog(clock, tmp_path / "stacks-0.txt", said.append, limit=SECONDS, first=SECONDS):
+    world, clock, logged = World(6), GoodputClock(images=8), []
+    with Watchdog(clock, tmp_path / "stacks-0.txt", logged.append, limit=SECONDS, first=SECONDS):
         world.run(monkeypatch, clock=clock)
-    assert not said and not list(tmp_path.iterdir())
+    assert not logged and not list(tmp_path.iterdir())
 
 
 def test_an_evaluator_that_polls_is_alive() -> None:

@@ -13,18 +13,23 @@ H W size of a map, C channels, R boxes, M side of a mask, T places along an axis
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m3i_jax import parallel
 from m3i_jax.models.dcnv3_dense import hat, widen
+from m3i_jax.models.dense import roi_align_cpu
 
 # Samples of a bin that can reach one cell: those of a bin with five or more are at least 0.8 cells
 # apart, and a cell is reached from two.
 _NEAR = 4
+# Numbers that boxes read by row may be, in the products of whole maps with the weights of boxes.
+_AT_ONCE = 2**26
 
 
 def _product(terms: str, a: jax.Array, b: Any) -> jax.Array:
@@ -100,43 +105,6 @@ def _roi_matrix(low_R: jax.Array, high_R: jax.Array, out: int, size: int) -> jax
     return total / jnp.maximum(samples, 1)
 
 
-def _roi_matrices(
-    boxes_Rx4: jax.Array, out: int, stride: int, size: tuple[int, int]
-) -> tuple[jax.Array, jax.Array]:
-    places = jax.lax.stop_gradient(boxes_Rx4.astype(jnp.float32)) * np.float32(1 / stride) - 0.5
-    x0, y0, x1, y1 = places.T
-    return _roi_matrix(y0, y1, out, size[0]), _roi_matrix(x0, x1, out, size[1])
-
-
-def _read(map_HxWxC: jax.Array, rows_RxTxH: jax.Array, columns_RxTxW: jax.Array) -> jax.Array:
-    read = _product("hwc,ryh->rywc", map_HxWxC, rows_RxTxH)
-    return _product("rywc,rxw->ryxc", read, columns_RxTxW)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def roi_align(map_HxWxC: jax.Array, boxes_Rx4: jax.Array, out: int, stride: int) -> jax.Array:
-    """Means of a map over the bins of boxes, [R, out, out, C] in the type of the map.
-
-    Every bin of b x c cells is the mean of ceil(b) x ceil(c) bilinear samples at the centres of as
-    many equal parts (aligned, adaptive RoIAlign: torchvision's `aligned=True, sampling_ratio=0`),
-    exactly for boxes of any size. A box without width or height reads 0. The map has a gradient,
-    boxes have none.
-
-    Args:
-      map_HxWxC: the map of one image; jax.vmap for several.
-      boxes_Rx4: x0 y0 x1 y1 in pixels of the image.
-      out: bins along each axis.
-      stride: pixels per cell of the map.
-
-    >>> ramp = jnp.broadcast_to(jnp.arange(8.0)[:, None, None], (8, 8, 1))  # value = row
-    >>> print(roi_align(ramp, jnp.array([[4.0, 4.0, 20.0, 12.0]]), 2, 4)[0, :, :, 0])
-    [[1. 1.]
-     [2. 2.]]
-    """
-    rows, columns = _roi_matrices(boxes_Rx4, out, stride, map_HxWxC.shape[:2])
-    return _read(map_HxWxC, rows, columns)
-
-
 def level_shares(
     boxes_Rx4: jax.Array, strides: tuple[int, ...], canonical: tuple[int, int] = (224, 16)
 ) -> jax.Array:
@@ -164,6 +132,179 @@ def level_shares(
     return jax.nn.one_hot(level_R, len(strides), dtype=jnp.float32)
 
 
+class _Alignment(NamedTuple):
+    """Static arguments of RoIAlign: bins along each axis, strides and (height, width) of the maps,
+    and the canonical (side, stride) of boxes."""
+
+    out: int
+    strides: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
+    canonical: tuple[int, int]
+
+
+def _roi_weights(call: _Alignment, boxes_Nx4: jax.Array) -> list[tuple[jax.Array, ...]]:
+    """For every map: rows [N, T, H], columns [N, T, W], the first and the last cell [N, 2] that a
+    box can reach, and which boxes are read from it [N]."""
+    boxes_Nx4 = boxes_Nx4.astype(jnp.float32)
+    here_NxL = level_shares(boxes_Nx4, call.strides, call.canonical) > 0
+    levels = []
+    for level, (stride, size) in enumerate(zip(call.strides, call.sizes, strict=True)):
+        places_Nx4 = boxes_Nx4 * np.float32(1 / stride) - 0.5
+        x0, y0, x1, y1 = places_Nx4.T
+        reach = (places_Nx4[:, 1::-1], places_Nx4[:, :1:-1] + 1)
+        first, last = (
+            jnp.clip(jnp.floor(end), 0, np.array(size) - 1).astype(jnp.int32) for end in reach
+        )
+        matrices = _roi_matrix(y0, y1, call.out, size[0]), _roi_matrix(x0, x1, call.out, size[1])
+        levels.append((*matrices, first, last, here_NxL[:, level]))
+    return levels
+
+
+def _by_windows(
+    call: _Alignment, boxes_BxRx4: jax.Array
+) -> Iterator[tuple[int, roi_align_cpu.Weights]]:
+    image_Bx1 = jnp.arange(boxes_BxRx4.shape[0], dtype=jnp.int32)[:, None]
+    image_N = jnp.broadcast_to(image_Bx1, boxes_BxRx4.shape[:2]).ravel()
+    for level, weights in enumerate(_roi_weights(call, boxes_BxRx4.reshape(-1, 4))):
+        yield level, roi_align_cpu.Weights(image_N, *weights)
+
+
+def _windows_value(
+    call: _Alignment, maps: tuple[jax.Array, ...], boxes_BxRx4: jax.Array
+) -> jax.Array:
+    shape = (*boxes_BxRx4.shape[:2], call.out, call.out, maps[0].shape[-1])
+    y = jnp.zeros((shape[0] * shape[1], *shape[2:]), jnp.float32)
+    for level, weights in _by_windows(call, boxes_BxRx4):
+        y = roi_align_cpu.read_windows(y, maps[level], weights)
+    return y.reshape(shape).astype(maps[0].dtype)
+
+
+def _windows_gradient(
+    call: _Alignment, grad_BxRxTxTxC: jax.Array, boxes_BxRx4: jax.Array
+) -> tuple[jax.Array, ...]:
+    b, grad = boxes_BxRx4.shape[0], grad_BxRxTxTxC.reshape(-1, *grad_BxRxTxTxC.shape[2:])
+    return tuple(
+        roi_align_cpu.add_windows(grad, (b, *call.sizes[level]), weights).astype(grad.dtype)
+        for level, weights in _by_windows(call, boxes_BxRx4)
+    )
+
+
+def _products_value(
+    call: _Alignment, maps: tuple[jax.Array, ...], boxes_BxRx4: jax.Array
+) -> jax.Array:
+    """Sum over the maps, with weights 0 where a box is not read from one; so many boxes at a time
+    that what they read by row fits."""
+    b, r, _ = boxes_BxRx4.shape
+    rows_here = parallel.rows_of_device(b) if isinstance(b, int) else 1
+    total: Any = 0
+    levels = _roi_weights(call, boxes_BxRx4.reshape(-1, 4))
+    for map_BxHxWxC, (rows, columns, *_, here) in zip(maps, levels, strict=True):
+        rows = jnp.where(here[:, None, None], rows, 0).reshape(b, r, *rows.shape[1:])
+        columns = columns.reshape(b, r, *columns.shape[1:])
+
+        def read(rows: jax.Array, columns: jax.Array, x: jax.Array = map_BxHxWxC) -> jax.Array:
+            by_row = _product("bhwc,brth->brtwc", x, rows)
+            return _product("brywc,brxw->bryxc", by_row, columns)
+
+        numbers = rows_here * call.out * math.prod(map_BxHxWxC.shape[2:])
+        parts = -(-r // max(1, _AT_ONCE // numbers))
+        if parts == 1:
+            total += read(rows, columns)
+            continue
+        size = -(-r // parts)
+
+        def split(x: jax.Array, parts: int = parts, size: int = size) -> jax.Array:
+            x = jnp.pad(x, [(0, 0), (0, parts * size - r), (0, 0), (0, 0)])
+            return jnp.moveaxis(x.reshape(b, parts, size, *x.shape[2:]), 1, 0)
+
+        y = jax.lax.map(lambda some, read=read: read(*some), (split(rows), split(columns)))
+        y = jnp.moveaxis(y, 0, 1)
+        total += y.reshape(b, parts * size, *y.shape[3:])[:, :r]
+    return total
+
+
+def _products_gradient(
+    call: _Alignment, grad_BxRxTxTxC: jax.Array, boxes_BxRx4: jax.Array
+) -> tuple[jax.Array, ...]:
+    b, c = grad_BxRxTxTxC.shape[0], grad_BxRxTxTxC.shape[-1]
+    maps = tuple(jnp.zeros((b, *size, c), grad_BxRxTxTxC.dtype) for size in call.sizes)
+    _, back = jax.vjp(lambda maps: _products_value(call, maps, boxes_BxRx4), maps)
+    return back(grad_BxRxTxTxC)[0]
+
+
+def _merged_by_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of trees of arrays [B, ...] for which jax.vmap makes one longer axis B."""
+
+    @jax.custom_batching.custom_vmap
+    def call(*trees_Bx: Any) -> Any:
+        return run(*trees_Bx)
+
+    @call.def_vmap
+    def rule(axis: int, is_batched: Any, *trees_Bx: Any) -> Any:
+        def merged(x: jax.Array, batched: bool) -> jax.Array:
+            x = x if batched else jnp.broadcast_to(x, (axis, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        y = call(*jax.tree.map(merged, trees_Bx, tuple(is_batched)))
+        return (
+            jax.tree.map(lambda y: y.reshape(axis, -1, *y.shape[1:]), y),
+            jax.tree.map(lambda _: True, y),
+        )
+
+    return call
+
+
+def _by_platform(windows: Callable[..., Any], products: Callable[..., Any], *arrays: Any) -> Any:
+    """Windows on CPUs, where a program per device can be run; else products, which the partitioner
+    splits. Neither counts as work of the model."""
+
+    def run(*arrays_Bx: Any) -> Any:
+        with jax.named_scope("flops=0"):
+            if not parallel.is_single_device(jax.tree.leaves(arrays_Bx)[0].shape[0]):
+                return products(*arrays_Bx)
+            each = functools.partial(parallel.per_device, windows)
+            return jax.lax.platform_dependent(*arrays_Bx, cpu=each, default=products)
+
+    return _merged_by_vmap(run)(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _aligned(call: _Alignment, maps: tuple[jax.Array, ...], boxes_BxRx4: jax.Array) -> jax.Array:
+    value = (functools.partial(form, call) for form in (_windows_value, _products_value))
+    return _by_platform(*value, maps, boxes_BxRx4)
+
+
+def _aligned_backward(call: _Alignment, boxes_BxRx4: jax.Array, grad: jax.Array) -> Any:
+    forms = (functools.partial(form, call) for form in (_windows_gradient, _products_gradient))
+    return _by_platform(*forms, grad, boxes_BxRx4), None
+
+
+_aligned.defvjp(lambda call, maps, boxes: (_aligned(call, maps, boxes), boxes), _aligned_backward)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def roi_align(map_HxWxC: jax.Array, boxes_Rx4: jax.Array, out: int, stride: int) -> jax.Array:
+    """Means of a map over the bins of boxes, [R, out, out, C] in the type of the map.
+
+    Every bin of b x c cells is the mean of ceil(b) x ceil(c) bilinear samples at the centres of as
+    many equal parts (aligned, adaptive RoIAlign: torchvision's `aligned=True, sampling_ratio=0`),
+    exactly for boxes of any size. A box without width or height reads 0. The map has a gradient,
+    boxes have none.
+
+    Args:
+      map_HxWxC: the map of one image; jax.vmap for several.
+      boxes_Rx4: x0 y0 x1 y1 in pixels of the image.
+      out: bins along each axis.
+      stride: pixels per cell of the map.
+
+    >>> ramp = jnp.broadcast_to(jnp.arange(8.0)[:, None, None], (8, 8, 1))  # value = row
+    >>> print(roi_align(ramp, jnp.array([[4.0, 4.0, 20.0, 12.0]]), 2, 4)[0, :, :, 0])
+    [[1. 1.]
+     [2. 2.]]
+    """
+    return multilevel_roi_align({stride: map_HxWxC}, boxes_Rx4, out)
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def multilevel_roi_align(
     maps: Mapping[int, jax.Array],
@@ -185,12 +326,10 @@ def multilevel_roi_align(
     [2.0, 1.0]
     """
     strides = tuple(sorted(maps))
-    share_RxL = level_shares(boxes_Rx4, strides, canonical)
-    total: Any = 0
-    for level, stride in enumerate(strides):
-        rows, columns = _roi_matrices(boxes_Rx4, out, stride, maps[stride].shape[:2])
-        total += _read(maps[stride], rows * share_RxL[:, level, None, None], columns)
-    return total
+    sizes = tuple(maps[stride].shape[:2] for stride in strides)
+    call = _Alignment(out, strides, sizes, canonical)
+    images = tuple(maps[stride][None] for stride in strides)
+    return _aligned(call, images, boxes_Rx4[None])[0]
 
 
 def _frame_places(to_Rx2: jax.Array, frame_Rx2: jax.Array, out: int, size: int) -> jax.Array:
@@ -276,7 +415,12 @@ def _along_axes(x_BxHxWxC: jax.Array, rows: np.ndarray, columns: np.ndarray) -> 
     return _product("bywc,xw->byxc", read, columns.astype(np.float32))
 
 
-def _resize_matrix(size: int, out: int) -> np.ndarray:
+def resize_matrix(size: int, out: int) -> np.ndarray:
+    """Matrix [out, size] of `resize_bilinear` along one axis, float64.
+
+    >>> resize_matrix(2, 4).tolist()
+    [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    """
     place = np.clip((np.arange(out) + 0.5) * (size / out) - 0.5, 0, size - 1)
     return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(size)))
 
@@ -291,7 +435,7 @@ def resize_bilinear(x_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
     now = x_BxHxWxC.shape[1:3]
     if now == tuple(size):
         return x_BxHxWxC
-    return _along_axes(x_BxHxWxC, *(_resize_matrix(n, m) for n, m in zip(now, size, strict=True)))
+    return _along_axes(x_BxHxWxC, *(resize_matrix(n, m) for n, m in zip(now, size, strict=True)))
 
 
 def _mean_matrix(size: int, out: int) -> np.ndarray:

@@ -45,7 +45,7 @@ class Proposals(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Boxes that a loss reads: their index_S, whether each is foreground, its weight (0: an unfilled
+    """Boxes that a loss reads: their index_S, whether each is foreground, the weight (0: an empty
     slot) and the object that it is matched with. Foreground comes first."""
 
     index_S: jax.Array

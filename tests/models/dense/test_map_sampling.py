@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m3i_jax import parallel
 from m3i_jax.models.dense import map_sampling
+from m3i_jax.profiling.flops import count_flops
 
 FILE = pathlib.Path(__file__).parents[2] / "data" / "dense" / "map_sampling.npz"
 STRIDES, OUT = (4, 8, 16, 32), (7, 3)
@@ -34,25 +36,113 @@ def agrees(name, function, x):
     np.testing.assert_allclose(dx, wanted[f"{name}/dx"], atol=1e-4)
 
 
+@pytest.fixture(params=["windows", "products", "parts"])
+def form(request, monkeypatch):
+    """How RoIAlign is computed: on one CPU, where the partitioner splits it, or some boxes at a
+    time."""
+    jax.clear_caches()
+    if request.param == "parts":
+        monkeypatch.setattr(map_sampling, "_AT_ONCE", 7000)
+    if request.param == "windows":
+        with jax.set_mesh(parallel.make_mesh((1, 1, 1), jax.devices()[:1])):
+            yield request.param
+    else:
+        yield request.param
+
+
 @pytest.mark.parametrize("out", OUT)
 @pytest.mark.parametrize("stride", STRIDES)
-def test_roi_align(stride, out):
+def test_roi_align(form, stride, out):
     boxes = stored()["boxes"]
-    agrees(
-        f"roi/{stride}/{out}",
-        lambda x: map_sampling.roi_align(x, boxes, out, stride),
-        stored()[f"map/{stride}"],
+    align = lambda x: map_sampling.roi_align(x, boxes, out, stride)
+    agrees(f"roi/{stride}/{out}", align, stored()[f"map/{stride}"])
+
+
+def test_forms_are_those_that_their_names_say(form):
+    data = stored()
+    traced = jax.make_jaxpr(lambda x: map_sampling.roi_align(x, data["boxes"], 7, 4))
+    program = str(traced(data["map/4"]))
+    assert ("while[" in program) == (form == "windows")
+    assert ("scan[" in program) == (form != "products")
+
+
+def batch():
+    """Maps of eight images of 96 x 128 pixels, boxes, and gradients of what is read in 3 bins."""
+    rng = np.random.default_rng(3)
+    maps = {s: rng.normal(size=(8, 96 // s, 128 // s, 2)).astype("float32") for s in (4, 8, 16)}
+    boxes = np.stack([stored()["boxes"][rng.permutation(12)[:7]] for _ in range(8)])
+    return maps, boxes, rng.normal(size=(8, 7, 3, 3, 2)).astype("float32")
+
+
+def batch_by_vmap(maps, boxes, grad):
+    align = lambda maps, boxes: map_sampling.multilevel_roi_align(maps, boxes, 3, CANONICAL)
+    y, back = jax.vjp(lambda maps: jax.vmap(align)(maps, boxes), maps)
+    return y, back(grad)[0]
+
+
+def test_images_of_a_batch(form):
+    """As each by itself, under one jax.vmap and under two."""
+    maps, boxes, grad = batch()
+    y, dmaps = jax.jit(batch_by_vmap)(maps, boxes, grad)
+
+    @jax.jit
+    def one(maps, boxes, grad):
+        align = lambda maps: map_sampling.multilevel_roi_align(maps, boxes, 3, CANONICAL)
+        y, back = jax.vjp(align, maps)
+        return y, back(grad)[0]
+
+    for i in (0, 5):
+        alone, dalone = one({s: x[i] for s, x in maps.items()}, boxes[i], grad[i])
+        np.testing.assert_allclose(y[i], alone, atol=1e-5)
+        for stride, dx in dalone.items():
+            np.testing.assert_allclose(dmaps[stride][i], dx, atol=1e-5)
+    in_pairs = lambda x: x.reshape(4, 2, *x.shape[1:])
+    pairs = jax.tree.map(in_pairs, (maps, boxes, grad))
+    align = lambda maps, boxes: map_sampling.multilevel_roi_align(maps, boxes, 3, CANONICAL)
+    nested = jax.jit(jax.vmap(jax.vmap(align)))(*pairs[:2])
+    np.testing.assert_allclose(nested.reshape(y.shape), y, atol=1e-5)
+
+
+def test_images_on_eight_devices():
+    maps, boxes, grad = batch()
+    wanted = jax.jit(batch_by_vmap)(maps, boxes, grad)
+    mesh = parallel.make_mesh((8, 1, 1))
+    with jax.set_mesh(mesh):
+        split = jax.device_put((maps, boxes, grad), parallel.data_sharding(mesh))
+        program = jax.jit(batch_by_vmap).lower(*split).compile()
+        ours = program(*split)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, wanted)
+    text = program.as_text()
+    assert "while(" in text and not any(word in text for word in ("all-gather", "all-reduce"))
+
+
+def test_the_products_of_reading_are_no_work_of_the_model(form):
+    assert count_flops(batch_by_vmap, *batch()).total == 0
+
+
+def test_a_program_for_any_number_of_images(form):
+    maps, boxes, grad = batch()
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), (maps, boxes, grad)
+    )
+    exported = jax.export.export(jax.jit(batch_by_vmap), platforms=["cpu"])(*shapes)
+    wanted = jax.jit(batch_by_vmap)(maps, boxes, grad)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        exported.call(maps, boxes, grad),
+        wanted,
     )
 
 
-def test_a_box_has_no_gradient_and_none_without_area_breaks_that_of_the_map():
+def test_a_box_has_no_gradient_and_none_without_area_breaks_that_of_the_map(form):
     data = stored()
     total = lambda x, boxes: jnp.square(map_sampling.roi_align(x, boxes, 3, 8)).sum()
     dx, dboxes = jax.jit(jax.grad(total, (0, 1)))(data["map/8"], data["boxes"])
     assert np.isfinite(dx).all() and np.abs(dx).max() > 0.1 and not np.any(dboxes)
 
 
-def test_long_boxes_take_all_their_samples():
+def test_long_boxes_take_all_their_samples(form):
     """A row of 300 cells in 2 bins has 150 samples a bin: here each cell is hit at its centre."""
     map_HxWxC = np.random.default_rng(0).normal(size=(1, 300, 1)).astype(np.float32)
     y = map_sampling.roi_align(map_HxWxC, jnp.array([[0.0, 0, 300, 1]]), 2, 1)
@@ -60,7 +150,7 @@ def test_long_boxes_take_all_their_samples():
     np.testing.assert_allclose(y[0, 0, :, 0], halves, atol=1e-6)
 
 
-def test_each_box_is_read_from_the_map_of_its_area():
+def test_each_box_is_read_from_the_map_of_its_area(form):
     data = stored()
     boxes, levels = data["boxes"], data["levels"]
     assert set(levels) == {0, 1, 2, 3}
@@ -121,7 +211,7 @@ def test_mask_targets():
     np.testing.assert_array_equal(targets[decided], data["targets"][decided] >= 0.5)
 
 
-def test_bfloat16_maps_give_bfloat16():
+def test_bfloat16_maps_give_bfloat16(form):
     data = stored()
     x = jnp.asarray(data["map/8"], jnp.bfloat16)
     y = map_sampling.roi_align(x, data["boxes"], 7, 8)

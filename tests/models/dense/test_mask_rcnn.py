@@ -17,8 +17,6 @@ from m3i_jax.objective.assignment import match_boxes
 from m3i_jax.objective.boxes import box_iou
 from tests.models.dense import vitdet
 
-PARTS = ("pyramid", "head")
-
 
 @functools.cache
 def params() -> dict[str, Any]:
@@ -40,7 +38,9 @@ def test_choices_are_those_of_detectron2(name: str) -> None:
         anchors, valid = jnp.concatenate(levels), classes >= 0
         label, _ = match_boxes(box_iou(boxes, anchors), valid, low=0.3, high=0.7, keep_best=True)
         sampled = proposals.sample_anchors(settings, anchors, boxes, valid, anchor_draw)
-        found = proposals.select_proposals(settings, logits, deltas, levels, size, (16, 32))
+        found = proposals.select_proposals(
+            settings, logits, deltas, levels, size, settings.proposals
+        )
         rois, chosen = regions.sample_regions(settings, found, boxes, valid, region_draw)
         some = slice(0, regions.foreground_regions(settings))
         target = mask_targets(

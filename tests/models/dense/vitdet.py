@@ -26,6 +26,7 @@ MODEL = schema.Model(
         positions="learned",
         freeze_patch_embed=False,
         final_norm=False,
+        drop_path=0.0,
     ),
     dtype="float32",
 )

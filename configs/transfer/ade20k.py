@@ -1,0 +1,112 @@
+"""ADE20k segmentation as in the paper's Table 12: UperNet on the maps of four blocks.
+
+    python -m m3i_jax.main --config configs/transfer/ade20k.py:path=DIR,from=RUN \\
+      --workdir runs/ade
+
+DIR is ADEChallengeData2016: images/{training,validation}/ and annotations/ alike. `from` is
+the working directory of a run or a weights file that `init_from` reads; without it, `model` is any
+ViT or InternImage preset. The published settings are those of mmsegmentation's MAE UperNet, whose
+recipe is the usual one of this table; [R] marks them.
+
+Colours are changed on the device; images are resized on the host by Pillow or as in OpenCV, see
+data/geometry.py. --mode=show prints cost and days; nothing of this was trained at its full size by
+this project.
+"""
+
+from ml_collections import ConfigDict
+
+from m3i_jax.config import default_config
+from m3i_jax.evaluation.dense_encoder import build_dense_encoder, map_blocks
+
+STEPS, BATCH = 160_000, 16  # [R]
+WARMUP = 1499  # steps [R]
+IMAGE_SIZE = 512  # [R]
+
+
+def get_config(
+    path: str = "",
+    from_: str = "",
+    model: str = "vit_b16",
+    head: str = "upernet",
+    steps: int = STEPS,
+    batch_size: int = BATCH,
+    image_size: int = IMAGE_SIZE,
+    multi_scale: bool = False,
+) -> ConfigDict:
+    """Settings of a run on ADE20k.
+
+    Args:
+      path: directory of images and annotations.
+      from_: working directory of the run that trained the encoder, or a weights file; empty: train
+        from scratch.
+      model: preset, used without `from`.
+      head: upernet, or linear for a quick answer.
+      steps: optimizer steps; 31,578 and 126,313 are 25 and 100 epochs.
+      batch_size: images per step.
+      image_size: side of a crop.
+      multi_scale: evaluate at six scales, mirrored too.
+    """
+    config = default_config()
+    config.task = "segment"
+    is_vit = build_dense_encoder(
+        config,
+        from_=from_,
+        model=model,
+        image_size=image_size,
+        flag="configs/transfer/ade20k.py:from",
+    )
+    if is_vit:
+        config.dense.maps.update(
+            {
+                "relative": "table",  # [R]
+                "layer_scale": 1.0,  # [R]
+                "blocks": map_blocks(config.model.encoder.depth)
+                if head == "upernet"
+                else (),  # [R]
+            }
+        )
+        config.model.encoder.final_norm = False  # [R]
+        config.model.encoder.drop_path = 0.1  # [R]
+        config.model.encoder.drop_path_rule = "linear"
+
+    # Data.
+    config.data.source = "maps"
+    config.data.path = path
+    config.data.classes = 150
+    config.data.split = "training"
+    config.data.holdout_split = "validation"
+    config.data.threads = 8
+    config.dense.geometry.update(
+        {
+            "rule": "range",  # [R]
+            "long": 4 * image_size,  # [R]
+            "short": image_size,  # [R]
+            "scale": (0.5, 2.0),  # [R]
+            "category_share": 0.75,  # [R]
+            "photometric": True,  # [R]
+        }
+    )
+
+    # Head.
+    config.dense.segment.head = head
+    config.dense.segment.width = 768  # [R]; mmsegmentation's default is 512
+    config.dense.segment.test_stride = image_size // 2  # [R]
+    if multi_scale:
+        config.dense.segment.test_scales = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # [R]
+        config.dense.segment.test_flip = True  # [R]
+
+    # Optimization.
+    config.train.batch_size = batch_size
+    config.train.steps = steps
+    config.train.eval_every = 16_000  # [R]
+    config.optim.lr = 1e-4 * batch_size / BATCH  # [R]; linear in the batch [C]
+    config.optim.schedule = "poly"
+    config.optim.warmup_steps = min(WARMUP, steps)
+    config.optim.warmup_start = 1e-6  # [R]
+    config.optim.b2 = 0.999  # [R]
+    config.optim.weight_decay = 0.05  # [R]
+    config.optim.decayed = "ranks"  # [R]
+    config.optim.layer_decay = 0.65  # [R]
+    config.optim.clip = 0.0  # [R]
+    config.evaluate.batch_size = batch_size
+    return config

@@ -1,0 +1,78 @@
+"""Ctrl-C outside the training loop: one line, exit code 130, no traceback."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from m3i_jax.modes import MODES
+
+ROOT = pathlib.Path(__file__).parent.parent
+LINE = "m3i_jax: interrupted; run the same command again to continue\n"
+# A configuration file that waits: the command line is in the middle of its start.
+WAITING = "import time\nprint('ready', flush=True)\ntime.sleep(100)\n"
+START = (
+    "import signal\nfrom m3i_jax import interrupts\ninterrupts.install_handler()\n"
+    "interrupts.watch_long_calls()\n"
+)
+READY = "print('ready', flush=True)\n"
+# A call of C that a signal does not end: a mutex that is locked twice.
+LONG_CALL = (
+    "import ctypes\nlibrary, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+    f"library.pthread_mutex_lock(mutex)\n{READY}library.pthread_mutex_lock(mutex)\n"
+)
+COLLECTED = (  # Python prints and ignores what a callback of the garbage collector raises
+    "import gc, time\nf = lambda *_: (gc.callbacks.clear(), print('ready', flush=True),"
+    " time.sleep(100))\ngc.callbacks.append(f)\ngc.collect()\ntime.sleep(100)\n"
+)
+
+
+def interrupted(*command: str) -> tuple[int, str]:
+    """Exit code and stderr of a process that gets SIGINT when it has printed "ready"."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # the tests may run where the signal is ignored, as in a shell's background job
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    return process.returncode, error
+
+
+@pytest.mark.row("A4")
+@pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.settings])
+def test_every_mode_while_it_starts(tmp_path: pathlib.Path, mode: str) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(WAITING)
+    arguments = ("--config", str(config), "--workdir", str(tmp_path / "run"), f"--mode={mode}")
+    assert interrupted("-m", "m3i_jax.main", *arguments) == (130, LINE)
+
+
+@pytest.mark.row("A4")
+@pytest.mark.parametrize("code", [f"{READY}import time\ntime.sleep(100)", LONG_CALL, COLLECTED])
+def test_python_a_long_call_and_a_callback(code: str) -> None:
+    assert interrupted("-c", START + code) == (130, LINE)
+
+
+def test_a_block_that_catches_it() -> None:
+    code = (
+        "import sys, time\ntry:\n    with interrupts.raise_interrupts():\n"
+        "        print('ready', flush=True)\n        time.sleep(100)\n"
+        "except KeyboardInterrupt:\n    sys.exit(7)\n"
+    )
+    assert interrupted("-c", START + code) == (7, "")
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    code = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + START
+    code += READY + "import time\ntime.sleep(0.5)\n"
+    assert interrupted("-c", "import signal\n" + code) == (0, "")
