@@ -78,6 +78,10 @@ FILES = (
         "config.txt", _RUNS, ("train", "compare", "eval", "export", "features", "report"), "note"
     ),
     RunFile("data.txt", _RUNS, ("train", "compare", "eval", "report"), "note"),
+    # of detection and segmentation; also read by m3i_jax.load
+    RunFile("classes.json", ("train",), ("export",), "note"),
+    RunFile("detections-*.json", ("train", "eval"), (), "not read"),
+    RunFile("eval-*/detections-*.json", ("eval",), (), "not read"),
     RunFile("tokenizer.json", (*_OPEN, "data"), (*_OPEN, "data"), "position"),
     RunFile("metrics.jsonl", _RUNS, ("train", "compare", "report"), "beginning"),
     RunFile("eval.json", ("eval",), ("eval", "report"), "note"),

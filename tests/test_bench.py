@@ -25,6 +25,7 @@ def test_benchmarks_are_listed_without_imports() -> None:
         "collectives",
         "compiled",
         "dcnv3",
+        "dense_peer",
         "flops",
         "input",
         "intern_image_peer",
@@ -33,6 +34,7 @@ def test_benchmarks_are_listed_without_imports() -> None:
     assert not {"report", "heap", "m3i_torch", "contestants", "race", "intern_image_torch"} & set(
         rows
     )
+    assert "dense_step_torch" not in rows
 
 
 def test_table_marks_met_missed_and_not_measured(
@@ -77,7 +79,7 @@ def test_measured_process_has_the_heap_of_a_run(monkeypatch: pytest.MonkeyPatch)
     assert heap.kept()["MALLOC_ARENA_MAX"] == "1"
 
 
-@pytest.mark.parametrize("name", ["torch_peer", "intern_image_peer"])
+@pytest.mark.parametrize("name", ["torch_peer", "intern_image_peer", "dense_peer"])
 def test_race_without_the_peer_is_not_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The missing package is the reason, found before anything is compiled."""
     contest = importlib.import_module(f"tests.bench.{name}")
@@ -150,3 +152,16 @@ def test_internimage_peer_computes_the_same_loss(tmp_path: pathlib.Path) -> None
     ours = intern_image_peer.ours(tmp_path, "toy")
     theirs = intern_image_peer.theirs(tmp_path, "toy")
     assert ours() == pytest.approx(theirs(), rel=intern_image_peer.AGREE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["detect_toy", "segment_toy"])
+def test_dense_peer_computes_the_same_losses(name: str, tmp_path: pathlib.Path) -> None:
+    """Losses of two steps; the peer itself compares the gradients of all parameters."""
+    pytest.importorskip("torch", reason="the extra bench")
+    pytest.importorskip("torchvision", reason="the extra bench")
+    from tests.bench import dense_peer
+
+    ours, theirs = dense_peer.ours(tmp_path, name), dense_peer.theirs(tmp_path, name)
+    for _ in range(2):
+        assert ours() == pytest.approx(theirs(), rel=dense_peer.AGREE)

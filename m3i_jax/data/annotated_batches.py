@@ -102,21 +102,15 @@ class SegmentBatchBuilder(RecordBatchBuilder):
         opened, turned = open_map_image(record, (height, width))
         if self.classes < self.map_classes:
             map_HxW = np.where(map_HxW < self.classes, map_HxW, np.uint8(UNLABELLED))
-        share, draws = self.geometry.category_share, u.tolist()
+        share = self.geometry.category_share
 
         def accept(placement: Placement) -> bool:
-            return not dominated(cut_map(map_HxW, placement), share)
+            return share >= 1 or not dominated(cut_map(map_HxW, placement), share)
 
-        place = self.geometry, self.data.image_size
-        if self.geometry.rule == "jitter":
-            placement = jitter_placement(draws, height, width, *place)
-            accepted = True
-        elif share < 1:
-            placement = range_placement(draws, height, width, *place, accept=accept)
-            accepted = accept(placement)
-        else:
-            placement = range_placement(draws, height, width, *place)
-            accepted = True
+        place = jitter_placement if self.geometry.rule == "jitter" else range_placement
+        placement = place(
+            u.tolist(), height, width, self.geometry, self.data.image_size, accept=accept
+        )
         image = opened.rgb(background=self.data.background)
         content = cut_map(map_HxW, placement)
         rows, columns = content.shape
@@ -124,7 +118,7 @@ class SegmentBatchBuilder(RecordBatchBuilder):
         _pad(batch["map"][row], content, UNLABELLED)
         batch["size"][row] = rows, columns
         self.count(batch, "rotation_ignored", int(turned))
-        self.count(batch, "crop_dominated", int(not accepted))
+        self.count(batch, "crop_dominated", int(not accept(placement)))
         self.count(batch, "map_unlabelled", int((content == UNLABELLED).all()))
 
 

@@ -64,8 +64,14 @@ def check_plan(source: DataSource, directory: str) -> int:
         The number of shards.
 
     Raises:
-        UserError: the directory holds another conversion, or other ArrayRecord files.
+        UserError: the directory holds another conversion, or other ArrayRecord files; or the source
+            has annotations, which a shard does not hold.
     """
+    if base.map_classes(source) or base.object_table(source) is not None:
+        raise UserError(
+            f"{source.name} has objects or class maps, which ArrayRecord shards would lose: train"
+            " on its files themselves"
+        )
     shards, path = shard_count(len(source)), os.path.join(directory, PLAN)
     plan = {
         "source": source.fingerprint(),

@@ -74,7 +74,13 @@ class Placement:
 
 
 def jitter_placement(
-    u: Sequence[float], height: int, width: int, geometry: schema.Geometry, size: int
+    u: Sequence[float],
+    height: int,
+    width: int,
+    geometry: schema.Geometry,
+    size: int,
+    *,
+    accept: Callable[[Placement], bool] = lambda _: True,
 ) -> Placement:
     """Draws the placement of rule "jitter": the image is scaled to fit into a square of `size`
     times a uniform factor; where it is larger than `size`, a window of `size` is cut at one uniform
@@ -85,6 +91,7 @@ def jitter_placement(
         height, width: of the image.
         geometry: scale and flip_p.
         size: side of the largest window.
+        accept: whether a window may be used; others are drawn again, up to REDRAWS times.
 
     >>> jitter_placement([0.5] * WIDTH, 60, 80, schema.Geometry(scale=(1.0, 3.0)), 100)
     Placement(source=(60, 80), height=150, width=200, top=25, left=50, rows=100, columns=100, ...
@@ -92,8 +99,12 @@ def jitter_placement(
     factor = _between(geometry.scale, u[0])
     scale = min(size * factor / height, size * factor / width)
     sides = max(round(height * scale), 1), max(round(width * scale), 1)  # half to even
-    offset = [round(max(side - size, 0) * u[2]) for side in sides]
-    return _placement((height, width), sides, offset, size, u[1] < geometry.flip_p, True)
+    for draw in range(REDRAWS + 1):
+        offset = [round(max(side - size, 0) * u[2 + 2 * draw]) for side in sides]
+        placement = _placement((height, width), sides, offset, size, u[1] < geometry.flip_p, True)
+        if draw == REDRAWS or accept(placement):
+            break
+    return placement
 
 
 def range_placement(

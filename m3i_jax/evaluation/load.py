@@ -21,7 +21,7 @@ from m3i_jax import schema
 from m3i_jax.data import preprocessing
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import feature_extraction
+from m3i_jax.evaluation import feature_extraction, load_dense
 from m3i_jax.models import backbones
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint_dir, checkpoint_reader, plan, weight_source
@@ -131,8 +131,9 @@ def _check_view(size: int, image: np.ndarray) -> np.ndarray:
 
 def load(
     path: str, *, weights: str = "online", pool: str = "auto", heads: int = 0, dtype: str = ""
-) -> LoadedEncoder:
-    """The encoder of a run or of a file of weights.
+) -> Any:
+    """The encoder of a run or of a file of weights, a `LoadedEncoder`; of a run of detection or
+    segmentation its whole model, a `load_dense.LoadedDense`.
 
     Args:
       path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE,
@@ -163,6 +164,8 @@ def load(
     )
     if dtype:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    if run and not config.traits.views:
+        return load_dense.load_dense(path, config, weights=weights)
     trained = (
         run
         and bool(plan.build_plan(config).where("category", "text"))

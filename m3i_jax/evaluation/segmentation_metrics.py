@@ -23,7 +23,12 @@ class SegmentedImage:
 
 
 def segmented_images(
-    inputs: EvalInputs, context: EvalContext, records: list[int], skipped: dict[str, int]
+    inputs: EvalInputs,
+    context: EvalContext,
+    records: list[int],
+    skipped: dict[str, int],
+    *,
+    at_host0: bool = False,
 ) -> Iterator[SegmentedImage]:
     """This host's share of the class maps of some held-out images; all hosts must call it.
 
@@ -32,7 +37,10 @@ def segmented_images(
       context: of the evaluation.
       records: numbers of the records, the same on all hosts.
       skipped: receives {reason: images of this host that could not be read}.
+      at_host0: the first host's share is all of them.
     """
+    if at_host0 and jax.process_index():
+        records = []
     config, predict = inputs.config, annotated_inputs.predictor(inputs)
     settings = sliding_windows.sliding_settings(
         config, classes=len(inputs.classes), batch=inputs.batch_size // jax.process_count()
@@ -44,8 +52,8 @@ def segmented_images(
         background=config.data.background,
         threads=max(1, config.data.threads),
         missing=config.data.missing,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        host=0 if at_host0 else jax.process_index(),
+        hosts=1 if at_host0 else jax.process_count(),
     )
     waiting: dict[int, annotated_eval.MappedImage] = {}
 

@@ -21,27 +21,30 @@ from m3i_jax.models import attention_tpu
 from m3i_jax.models.attention_tpu import MASKED_LOGIT, Columns
 
 LogitBias = tuple[jax.Array, ...]
+Relative = tuple[jax.Array, jax.Array, LogitBias]  # queries and keys, and the bias of their logits
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(
     q_BxHxQxE: jax.Array,
     k_BxHxTxE: jax.Array,
     v_BxHxTxE: jax.Array,
     where_BxT: jax.Array | None = None,
     bias: LogitBias = (),
+    scale: float = 0.0,
 ) -> jax.Array:
     """Scaled dot-product attention, `softmax(q k' / sqrt(E) + bias) v`; q is scaled in its own
     type, logits and softmax are in float32.
 
     Args:
       q_BxHxQxE: queries.
-      k_BxHxTxE, v_BxHxTxE: keys and values of the same type.
+      k_BxHxTxE, v_BxHxTxE: keys and values of the same type; values may have another width.
       where_BxT: bool, keys that count; None: all. A row without such a key gives the plain mean of
         all values.
       bias: float32 arrays that are added to the logits, each [B, H, Q, R, C] or with 1 for axes
         along which it does not change. So relative positions by row and column cost two small
         products, and no array of T numbers a query is made of them.
+      scale: instead of 1 / sqrt(E).
 
     Returns:
       [B, H, Q, E] of the type of v.
@@ -50,7 +53,7 @@ def attend(
     >>> attend(q, v, v, jnp.array([[True, True, False]])).tolist()
     [[[[2.0, 3.0]]]]
     """
-    return _attend_forward(q_BxHxQxE, k_BxHxTxE, v_BxHxTxE, where_BxT, bias)[0]
+    return _attend_forward(q_BxHxQxE, k_BxHxTxE, v_BxHxTxE, where_BxT, bias, scale)[0]
 
 
 def attention_weights(
@@ -58,6 +61,7 @@ def attention_weights(
     k_BxHxTxE: jax.Array,
     where_BxT: jax.Array | None = None,
     bias: LogitBias = (),
+    scale: float = 0.0,
 ) -> jax.Array:
     """The weights of `attend`, [B, H, Q, T] float32: softmax(q k' / sqrt(E) + bias) over the
     keys that count.
@@ -66,9 +70,8 @@ def attention_weights(
     >>> attention_weights(q, jnp.ones((1, 1, 3, 2)), jnp.array([[True, True, False]])).tolist()
     [[[[0.5, 0.5, 0.0]]]]
     """
-    q_BxHxQxE = (q_BxHxQxE.astype(jnp.float32) * q_BxHxQxE.shape[-1] ** -0.5).astype(
-        q_BxHxQxE.dtype
-    )
+    scale = scale or q_BxHxQxE.shape[-1] ** -0.5
+    q_BxHxQxE = (q_BxHxQxE.astype(jnp.float32) * scale).astype(q_BxHxQxE.dtype)
     logits_BxHxQxT = jnp.einsum(
         "bhqe,bhte->bhqt", q_BxHxQxE, k_BxHxTxE, preferred_element_type=jnp.float32
     )
@@ -90,9 +93,9 @@ class _BiasShapes:
 
 
 def _attend_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, where: jax.Array | None, bias: LogitBias
+    q: jax.Array, k: jax.Array, v: jax.Array, where: jax.Array | None, bias: LogitBias, scale: float
 ) -> tuple[jax.Array, Any]:
-    weights_BxHxQxT = attention_weights(q, k, where, bias).astype(v.dtype)
+    weights_BxHxQxT = attention_weights(q, k, where, bias, scale).astype(v.dtype)
     shapes = _BiasShapes(tuple(part.shape for part in bias))
     return (
         jnp.einsum("bhqt,bhte->bhqe", weights_BxHxQxT, v),
@@ -113,7 +116,7 @@ def _bias_gradients(dlogits_BxHxQxT: jax.Array, shapes: _BiasShapes) -> LogitBia
 
 
 def _attend_backward(
-    residuals: Any, g: jax.Array
+    scale: float, residuals: Any, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, LogitBias]:
     q, k, v, weights, where, shapes = residuals
     dv = jnp.einsum("bhqt,bhqe->bhte", weights, g)
@@ -124,7 +127,7 @@ def _attend_backward(
         dlogits = jnp.where(where[:, None, None], dlogits, 0)
     dbias = _bias_gradients(dlogits, shapes)
     dlogits = dlogits.astype(q.dtype)
-    scale = q.shape[-1] ** -0.5
+    scale = scale or q.shape[-1] ** -0.5
     return (
         jnp.einsum("bhqt,bhte->bhqe", dlogits, k) * scale,
         jnp.einsum("bhqt,bhqe->bhte", dlogits, q * scale),

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from m3i_jax import parallel
 from m3i_jax.models import attention_tpu
 from m3i_jax.models.attention import (
-    LogitBias,
+    Relative,
     attend,
     attend_columns,
     attention_weights,
@@ -235,15 +235,15 @@ class Attention(nn.Module):
         where_BxT: jax.Array | None,
         rows: slice | None,
         weights: bool = False,
-        bias: Callable[[jax.Array], LogitBias] | None = None,
+        relative: Callable[[jax.Array, jax.Array], Relative] | None = None,
     ) -> jax.Array:
         """Output of the layer.
 
         Args:
           x_BxTxD, where_BxT, rows: as of `Block`.
           weights: return the attention weights, [B, H, Q, T], instead of the output.
-          bias: what is added to the logits, as of `attention.attend`: a function of the queries
-            [B, H, Q, E] before they are scaled.
+          relative: relative positions, a function of queries and keys [B, H, T, E]: what takes
+            their place, and what is added to the logits, as of `attention.attend`.
         """
         b, tokens, width = x_BxTxD.shape
         qkv = Dense(3 * width, self.dtype, name="qkv")
@@ -255,7 +255,7 @@ class Attention(nn.Module):
         fits = attention_tpu.fits(
             arrays[0].shape[1], tokens, self.heads, width // self.heads, jnp.dtype(self.dtype)
         )
-        if fits and not weights and bias is None and parallel.kernels(b):
+        if fits and not weights and relative is None and parallel.kernels(b):
             attended_BxTxD = attend_columns(self.heads, arrays, where_BxT)
         else:
             q, k, v = (
@@ -265,8 +265,10 @@ class Attention(nn.Module):
             )
             if weights:
                 return attention_weights(q, k, where_BxT)
-            added = bias(q) if bias else ()
-            attended_BxTxD = from_heads(attend(q, k, v, where_BxT, added))
+            q, k, added = relative(q, k) if relative else (q, k, ())
+            attended_BxTxD = from_heads(
+                attend(q, k, v, where_BxT, added, (width // self.heads) ** -0.5)
+            )
         attended_BxTxD = checkpoint_name(attended_BxTxD, "attended")
         return Dense(width, self.dtype, name="out")(attended_BxTxD)
 

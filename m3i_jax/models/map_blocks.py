@@ -72,9 +72,11 @@ class MapBlock:
         if window:
             h_WxTxD = to_windows(h_WxTxD, self.grid, window)
         sides = (window, window) if window else self.grid
-        bias = relative_bias.logit_bias(params.get("relative", {}), sides, cls=self.cls)
+        relative = relative_bias.relative_positions_of(
+            params.get("relative", {}), sides, cls=self.cls
+        )
         h_WxTxD = Attention(one.heads, one.dtype).apply(
-            {"params": params["attention"]}, h_WxTxD, None, None, bias=bias
+            {"params": params["attention"]}, h_WxTxD, None, None, relative=relative
         )
         h_BxTxD = from_windows(h_WxTxD, self.grid, window) if window else h_WxTxD
         x_BxTxD = checkpoint_name(add(1, x_BxTxD, h_BxTxD), "middle")

@@ -1,16 +1,17 @@
-"""Relative positions in attention on a map: what is added to the logits, from tables of parameters.
+"""Relative positions in attention on a map, from tables of parameters.
 
 `decomposed` (ViTDet): a table of rows and one of columns, [2 S - 1, E] each, shared by the heads:
 logit[(y, x), (k, l)] = q k' / sqrt(E) + q Rh[y - k + S - 1] + q Rw[x - l + S - 1], q unscaled in
 the last two. With q' = [q / sqrt(E), q Rh', q Rw'] and k' = [k, one-hot row, one-hot column] that
-is plain attention; here the two products are added to the logits by `attention.attend` instead,
-since R + C more numbers a key would double the products of a large map.
+is plain attention. It is the faster way where R + C <= E (a CPU, 12 x 12 cells of 32: 58 % of the
+time). On a larger map the longer keys would cost more than they save (64 x 64 cells of 64: three
+times the products of the logits), so `attention.attend` adds the two terms to the logits.
 
 `table` (BEiT, mmsegmentation): one number per offset and head, [(2 S - 1)^2, H], row offsets first,
 of the query minus the key; with a cls token three more: cls to a cell, a cell to cls, cls to cls.
 
 S cells a side for which a table was made; of another map it is resized, linearly. B batch, H heads,
-E width of a head, n m cells a side of a map, N = n m cells, Q = T tokens.
+E width of a head, n m cells a side of a map, N = n m cells, Q = T tokens, R C rows and columns.
 """
 
 import math
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax.models.attention import LogitBias
+from m3i_jax.models.attention import Relative
 from m3i_jax.models.layers import Params
 
 
@@ -47,11 +48,11 @@ def table_shapes(
     return {"table": (offsets**2 + 3 * cls, heads)} if rule == "table" else {}
 
 
-def logit_bias(
+def relative_positions_of(
     tables: Params, grid: tuple[int, int], *, cls: bool
-) -> Callable[[jax.Array], LogitBias] | None:
-    """What is added to the logits of attention on a map: a function of the queries [B, H, Q, E], as
-    of `layers.Attention`; None for no tables.
+) -> Callable[[jax.Array, jax.Array], Relative] | None:
+    """Relative positions on a map, as `layers.Attention` takes them: a function of queries and keys
+    [B, H, T, E] before the queries are scaled; None for no tables.
 
     Args:
       tables: of one block, with the names of `table_shapes`.
@@ -59,13 +60,13 @@ def logit_bias(
       cls: whether the first token is cls.
 
     >>> tables = {"rows": jnp.zeros((5, 8)), "columns": jnp.zeros((5, 8))}
-    >>> bias = logit_bias(tables, (2, 3), cls=False)
-    >>> [part.shape for part in bias(jnp.zeros((1, 4, 6, 8)))]
-    [(1, 4, 6, 2, 1), (1, 4, 6, 1, 3)]
+    >>> q, k, bias = relative_positions_of(tables, (2, 3), cls=False)(*jnp.zeros((2, 1, 4, 6, 8)))
+    >>> q.shape, k.shape, bias
+    ((1, 4, 6, 13), (1, 4, 6, 13), ())
     """
     if "table" in tables:
         bias_HxTxT = _table_bias(tables["table"], grid, cls=cls)
-        return lambda q_BxHxQxE: (bias_HxTxT[None, :, :, :, None],)
+        return lambda q, k: (q, k, (bias_HxTxT[None, :, :, :, None],))
     if "rows" not in tables:
         return None
     rows_nxnxE, columns_mxmxE = (
@@ -73,21 +74,36 @@ def logit_bias(
         for name, n in zip(("rows", "columns"), grid, strict=True)
     )
 
-    def decomposed(q_BxHxQxE: jax.Array) -> LogitBias:
-        b, h, q, e = q_BxHxQxE.shape
-        on_map = q_BxHxQxE.reshape(b, h, *grid, e)
+    def decomposed(q_BxHxTxE: jax.Array, k_BxHxTxE: jax.Array) -> Relative:
+        b, h, t, e = q_BxHxTxE.shape
+        on_map = q_BxHxTxE.reshape(b, h, *grid, e)
 
         def product(equation: str, table: jax.Array) -> jax.Array:
             out = jnp.einsum(
                 equation, on_map, table.astype(on_map.dtype), preferred_element_type=jnp.float32
             )
-            return out.reshape(b, h, q, -1)
+            return out.reshape(b, h, t, -1)
 
         by_row = product("bhyxe,yke->bhyxk", rows_nxnxE)
         by_column = product("bhyxe,xle->bhyxl", columns_mxmxE)
-        return by_row[..., None], by_column[..., None, :]
+        if sum(grid) > e:
+            return q_BxHxTxE, k_BxHxTxE, (by_row[..., None], by_column[..., None, :])
+        longer = (part.astype(q_BxHxTxE.dtype) * math.sqrt(e) for part in (by_row, by_column))
+        places_TxP = jnp.asarray(_places(grid), k_BxHxTxE.dtype)
+        ones_BxHxTxP = jnp.broadcast_to(places_TxP, (b, h, *places_TxP.shape))
+        return (
+            jnp.concatenate([q_BxHxTxE, *longer], -1),
+            jnp.concatenate([k_BxHxTxE, ones_BxHxTxP], -1),
+            (),
+        )
 
     return decomposed
+
+
+def _places(grid: tuple[int, int]) -> np.ndarray:
+    """One-hot row and column of every cell, [N, R + C]."""
+    n, m = grid
+    return np.concatenate([np.eye(n).repeat(m, 0), np.tile(np.eye(m), (n, 1))], 1)
 
 
 def by_offset(table: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import numpy as np
 
 from m3i_jax.data import annotated_eval
@@ -22,8 +21,8 @@ from m3i_jax.evaluation import (
 from m3i_jax.evaluation.detection_results import CategoryTable, DetectionResult, Rle
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 from m3i_jax.modes.figure_evaluators import FigureWriter
-from m3i_jax.reporting import confusion_matrix, dense_figures, figures
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.reporting import dense_figures, figures
+from m3i_jax.reporting.atomic_write import atomic_file
 from m3i_jax.reporting.dense_panels import DrawnObjects
 
 WORST = 6  # images of the figure of the worst ones
@@ -49,12 +48,18 @@ def drawn_objects(result: DetectionResult, *, found: bool) -> DrawnObjects:
     )
 
 
-def _write_results(
+def write_results(
     directory: pathlib.Path, results: list[DetectionResult], categories: CategoryTable, masks: bool
 ) -> None:
+    """Write DIRECTORY/detections-bbox.json and, with masks, detections-segm.json.
+
+    They hold numbers and run lengths alone, and are not redacted as texts are: run lengths can look
+    like a key of a cloud, and the files have up to hundreds of megabytes.
+    """
     for kind in ("bbox", "segm") if masks else ("bbox",):
         rows = detection_results.json_detections(results, categories, kind)
-        write_text_atomic(directory / f"detections-{kind}.json", json.dumps(rows), noted=False)
+        with atomic_file(directory / f"detections-{kind}.json") as temporary:
+            temporary.write_text(json.dumps(rows), "ascii")
 
 
 def _draw_detections(
@@ -85,7 +90,7 @@ def _draw_detections(
         note="objects, found at an IoU of 0.5 by a detection of a score of at least 0.5",
     )
     _write(writer, "confusion", confusion)
-    _write_results(
+    write_results(
         writer.job.workdir, results, evaluation.categories, inputs.config.dense.detect.masks
     )
     by_image = {result.image: result for result in results}
@@ -123,9 +128,11 @@ def _draw_maps(
         np.stack([scores.iou, scores.accuracy], 1),
     )
     _write(writer, "classes", table)
-    off = scores.confusion.copy()
     confusion = dense_figures.class_confusion_figure(
-        "Confusion of classes", confusion_counts(off), names, note="pixels"
+        "Confusion of classes",
+        dense_figures.confusion_of_matrix(scores.confusion),
+        names,
+        note="pixels",
     )
     _write(writer, "confusion", confusion)
     values = dict(scores.images)
@@ -141,11 +148,6 @@ def _draw_maps(
     _write(writer, "worst", figure)
 
 
-def confusion_counts(matrix_KxK: np.ndarray) -> confusion_matrix.ConfusionCounts:
-    """The counts of pixels by true and predicted class."""
-    return dense_figures.confusion_of_matrix(matrix_KxK)
-
-
 def _build_detection(inputs: registry.EvalInputs) -> Metric:
     def draw(context: EvalContext) -> Iterator[tuple[str, float]]:
         evaluation = detection_eval.detections(inputs, context)
@@ -159,9 +161,10 @@ def _build_segmentation(inputs: registry.EvalInputs) -> Metric:
     def draw(context: EvalContext) -> Iterator[tuple[str, float]]:
         scores = segmentation_metrics.pixel_scores(inputs, context)
         records = [int(key) for key in dense_figures.worst_first(scores.images, WORST)]
-        worst = list(segmentation_metrics.segmented_images(inputs, context, records, {}))
-        if jax.process_count() == 1 or worst:
-            inputs.figures.draw(lambda: _draw_maps(inputs, scores, worst))
+        worst = list(
+            segmentation_metrics.segmented_images(inputs, context, records, {}, at_host0=True)
+        )
+        inputs.figures.draw(lambda: _draw_maps(inputs, scores, worst))
         yield from ()
 
     return draw

@@ -11,6 +11,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, run_files, schema
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
+from m3i_jax.evaluation import load_dense
 from m3i_jax.models import m3i
 from m3i_jax.modes import evaluators, monitoring, report
 from m3i_jax.modes import setup as jobs
@@ -53,6 +54,9 @@ def check_same_run(job: jobs.Setup, position: dict[str, Any] | None, allow_chang
     if not jax.process_index():
         write_text_atomic(job.workdir / "config.txt", privacy.redact(job.text), noted=True)
         write_text_atomic(job.workdir / "data.txt", privacy.redact(job.identity), noted=True)
+        if not job.config.traits.views:  # predictions of the run have their names
+            names = json.dumps({"classes": job.classes}, indent=1) + "\n"
+            write_text_atomic(job.workdir / load_dense.CLASSES, names, noted=True)
 
 
 def _changes(job: jobs.Setup, position: dict[str, Any]) -> list[str]:

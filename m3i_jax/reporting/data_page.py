@@ -42,7 +42,8 @@ def data_page_html(
         "<h2>Images</h2>" + (_image_list(images) or "<p>No usable image.</p>"),
         '<h2>Distributions</h2><div class="charts">'
         + "".join(
-            _bars(title, bars, good) for title, bars in data_report.histogram_lines(report, 24)
+            _bars(title, bars, data_report.histogram_unit(title, bars, good)[1])
+            for title, bars in data_report.histogram_lines(report, 24)
         )
         + "</div>",
         "<h2>Bad records</h2>" + _bad(report),

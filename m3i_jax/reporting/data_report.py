@@ -1,12 +1,14 @@
 """The data report as text for the console; `data_page` makes the page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax import privacy
 from m3i_jax.reporting import text_table
 
 DataReport = Mapping[str, Any]
+# titles of the histograms that count objects
+OBJECT_SIDE, OBJECT_CLASS = "side of an object, pixels", "class of objects"
 
 
 def format_share(part: float, total: float) -> str:
@@ -216,16 +218,17 @@ def report_text(report: DataReport) -> str:
     ]
     good = report["pictures"]["usable"]
     for title, bars in histogram_lines(report):
+        unit, total = histogram_unit(title, bars, good)
         bins = [
             (
                 _name(label),
                 f"{n:,}",
-                format_share(n, good),
+                format_share(n, total),
                 "#" * round(30 * n / max(m for _, m in bars)),
             )
             for label, n in bars
         ]
-        parts.append(text_table.text_table(bins, (title, "images", "share", "")))
+        parts.append(text_table.text_table(bins, (title, unit, "share", "")))
     if report["bad"]:
         rows = [
             (
@@ -282,11 +285,24 @@ def histogram_lines(report: DataReport, most: int = 12) -> list[tuple[str, list[
         ("caption, tokens", report["captions"].get("tokens", [])),
         (title, cut),
         ("objects per image", objects.get("per_image", [])),
-        ("side of an object, pixels", objects.get("sides", [])),
-        *_class_bars("class, objects", objects.get("table", []), 1, most),
-        *_class_bars("class of maps, images", maps.get("table", []), 2, most),
+        (OBJECT_SIDE, objects.get("sides", [])),
+        *_class_bars(OBJECT_CLASS, objects.get("table", []), 1, most),
+        *_class_bars("class of maps", maps.get("table", []), 2, most),
     ]
     return [(title, list(bars)) for title, bars in histograms if any(n for _, n in bars)]
+
+
+def histogram_unit(title: str, bars: Sequence[tuple[str, int]], images: int) -> tuple[str, int]:
+    """What a histogram counts, and how many there are of it.
+
+    >>> histogram_unit("width : height", [("1:1", 3)], 9)
+    ('images', 9)
+    >>> histogram_unit(OBJECT_SIDE, [("0-7", 3), ("8-15", 4)], 2)
+    ('objects', 7)
+    """
+    if title.startswith((OBJECT_SIDE, OBJECT_CLASS)):
+        return "objects", sum(n for _, n in bars)
+    return "images", images
 
 
 def _class_bars(

@@ -269,7 +269,7 @@ def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
             after = optim.lr * jnp.prod(jnp.where(jnp.array([False, *passed]), 0.1, 1.0))
         elif optim.schedule == "poly":
             left = float(max(steps - warmup - 2, 1))
-            after = optim.lr * (1 - jnp.clip((step - float(warmup + 1)) / left, 0.0, 1.0))
+            after = optim.lr * jnp.clip((float(steps - 1) - step) / left, 0.0, 1.0)
         else:
             share = jnp.clip((step - float(warmup)) / float(max(steps - warmup, 1)), 0.0, 1.0)
             cosine = 0.5 * (1 + jnp.cos(jnp.pi * share))

@@ -34,9 +34,8 @@ class SegmentTask(DenseTask):
     def pyramid_config(self, sources: tuple[tuple[int, int], ...]) -> pyramid.PyramidConfig:
         settings = self.config.dense.segment
         if settings.head == "linear":
-            return pyramid.PyramidConfig(
-                kind="none", strides=(sources[-1][0],), sources=sources[-1:]
-            )
+            # of several maps, the last
+            return pyramid.PyramidConfig(kind="none", strides=(sources[-1][0],), sources=sources)
         kind = "rescale" if one_stride(sources) else "none"
         return pyramid.PyramidConfig(kind=kind, strides=settings.strides, sources=sources)
 

@@ -1,15 +1,15 @@
 """The built-in scenes: exact masks, boxes and maps, and the files that they are written to."""
 
+import copy
 import json
 import pathlib
-import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import decode, decode_map, splits
+from m3i_jax.data import conversion, decode, decode_map, splits
 from m3i_jax.data.sources import segmentations, shapes
 from m3i_jax.data.sources.scene_files import CATEGORY_IDS, write_scenes
 from m3i_jax.data.sources.scenes import MAP_CLASSES, UNLABELLED, ScenesSource
@@ -33,7 +33,7 @@ def masks(record) -> list[np.ndarray]:
 
 
 def test_a_scene_is_a_function_of_seed_and_index(source, records) -> None:
-    again = pickle.loads(pickle.dumps(source))[7]
+    again = copy.copy(source)[7]  # copies as pickle does
     assert (again.image == records[7].image).all() and (again.map == records[7].map).all()
     assert (again.objects.boxes == records[7].objects.boxes).all()
     other = ScenesSource(120, side=64, seed=1)
@@ -157,3 +157,8 @@ def test_the_files_of_pycocotools(tmp_path: pathlib.Path) -> None:
         for k, identity in enumerate(objects.ids.tolist()):
             mask = segmentations.decode_mask(objects.segmentations[k], *objects.size)
             assert (theirs.annToMask(theirs.anns[identity]) == mask).all()
+
+
+def test_annotated_sources_are_not_converted(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="ArrayRecord shards would lose"):
+        conversion.check_plan(ScenesSource(9), str(tmp_path))

@@ -157,29 +157,27 @@ def test_a_regular_pattern_is_one_window_block_and_one_global_block(of_a_unit: i
 # ---- relative positions ----
 
 
-def test_rows_and_columns_are_plain_attention_with_longer_queries_and_keys() -> None:
-    """dense.md 2.2: q' = [q / sqrt(E), q Rh', q Rw'], k' = [k, one-hot row, one-hot column]."""
-    n, m, e = 3, 4, 8
+@pytest.mark.parametrize("e", [8, 4])
+def test_rows_and_columns_against_loops(e: int) -> None:
+    """As longer queries and keys where a head is wider than rows and columns together, else added
+    to the logits."""
+    n, m = 3, 4
     q, k, v = (np.asarray(normal(i, 2, 2, n * m, e), np.float64) for i in range(3))
     tables = {"rows": normal(3, 2 * n - 1, e), "columns": normal(4, 2 * m - 1, e)}
     rows, columns = (np.asarray(tables[name], np.float64) for name in ("rows", "columns"))
-    by_row, by_column = np.zeros((2, 2, n * m, n)), np.zeros((2, 2, n * m, m))
-    for (y, x), i in zip(itertools.product(range(n), range(m)), range(n * m), strict=True):
-        for a in range(n):
-            by_row[:, :, i, a] = q[:, :, i] @ rows[y - a + n - 1]
-        for b in range(m):
-            by_column[:, :, i, b] = q[:, :, i] @ columns[x - b + m - 1]
-    places = np.eye(n)[np.repeat(np.arange(n), m)], np.eye(m)[np.tile(np.arange(m), n)]
-    long_q = np.concatenate([q / np.sqrt(e), by_row, by_column], -1)
-    long_k = np.concatenate([k, *(np.broadcast_to(p, (2, 2, *p.shape)) for p in places)], -1)
-    logits = long_q @ long_k.swapaxes(2, 3)
+    logits = q @ k.swapaxes(2, 3) / np.sqrt(e)
+    cells = list(itertools.product(range(n), range(m)))
+    for (i, (y, x)), (j, (a, b)) in itertools.product(enumerate(cells), enumerate(cells)):
+        logits[:, :, i, j] += q[:, :, i] @ (rows[y - a + n - 1] + columns[x - b + m - 1])
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     wanted = weights / weights.sum(-1, keepdims=True) @ v
 
     def got(q: Any, k: Any, v: Any) -> jax.Array:
-        bias = relative_bias.logit_bias(tables, (n, m), cls=False)
-        assert bias is not None
-        return attention.attend(q, k, v, None, bias(q))
+        relative = relative_bias.relative_positions_of(tables, (n, m), cls=False)
+        assert relative is not None
+        q, k, bias = relative(q, k)
+        assert bool(bias) == (e < n + m) and (q.shape[-1] > e) == (e >= n + m)
+        return attention.attend(q, k, v, None, bias, e**-0.5)
 
     close(jit(got)(*map(jnp.float32, (q, k, v))), wanted, 1e-5)
 
@@ -202,15 +200,15 @@ def test_a_bias_table_is_read_by_the_offset_of_the_query(grid: tuple[int, int], 
     if cls:
         wanted[:, 0, 1:], wanted[:, 1:, 0] = table[-3][:, None], table[-2][:, None]
         wanted[:, 0, 0] = table[-1]
-    bias = relative_bias.logit_bias({"table": table}, grid, cls=cls)
-    assert bias is not None
-    (got,) = bias(jnp.zeros((1, 4, n * m + cls, 8)))
+    relative = relative_bias.relative_positions_of({"table": table}, grid, cls=cls)
+    assert relative is not None
+    _, _, (got,) = relative(*jnp.zeros((2, 1, 4, n * m + cls, 8)))
     close(got[0, ..., 0], wanted, 1e-5)
 
 
 def test_a_table_with_a_wrong_number_of_rows_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(28, 4\).*cls=False"):
-        relative_bias.logit_bias({"table": jnp.zeros((28, 4))}, (3, 3), cls=False)
+        relative_bias.relative_positions_of({"table": jnp.zeros((28, 4))}, (3, 3), cls=False)
 
 
 def test_gradients_of_a_bias_are_those_of_autodiff() -> None:

@@ -268,7 +268,7 @@ def test_vit_b_of_vitdet_and_of_mmsegmentation(scan: bool) -> None:
         call = functools.partial(vit_maps.stages, model, maps=maps, size=size)
         images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         counted = flops.count_flops(call, tree, images).total / 1e9
-        assert abs(counted / gflop - 1) < 0.002
+        assert abs(counted / gflop - 1) < 0.01
 
 
 def test_the_program_does_not_grow_with_depth() -> None:

@@ -111,7 +111,8 @@ def _categories(path: str, entries: list[Any]) -> list[dict[str, Any]]:
                 f"{path}: {shorten(entry)} is no category: it needs a whole number 'id'"
             )
         name = entry.get("name", str(entry["id"]))
-        category = {"id": entry["id"], "name": name if isinstance(name, str) else str(name)}
+        text = str(name).encode("utf-8", "replace").decode()  # half of a character is no text
+        category = {"id": entry["id"], "name": text}
         if entry.get("frequency") in ("r", "c", "f"):
             category["frequency"] = entry["frequency"]
         if _is_id(entry.get("image_count")) and entry["image_count"] >= 0:
@@ -136,7 +137,7 @@ def _images(path: str, entries: list[Any], ignored: Counts) -> list[dict[str, An
             # LVIS 1.0 has the address alone; its last two parts are folder and file
             url = entry.get("coco_url")
             name = "/".join(url.split("/")[-2:]) if isinstance(url, str) else ""
-        if not name or "\0" in name:
+        if not name or "\0" in name or not _is_encodable(name):
             ignored["images without a file name"] += 1
             continue
         size = tuple(entry.get(side) for side in ("height", "width"))
@@ -160,6 +161,15 @@ def _images(path: str, entries: list[Any], ignored: Counts) -> list[dict[str, An
     if not found:
         raise UserError(f"{path}: no image has a 'file_name' or 'coco_url'; add them")
     return list(found.values())
+
+
+def _is_encodable(name: str) -> bool:
+    """Returns whether a name can be that of a file: JSON can hold half of a character."""
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_id(value: Any) -> bool:

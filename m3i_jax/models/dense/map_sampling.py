@@ -415,7 +415,12 @@ def _along_axes(x_BxHxWxC: jax.Array, rows: np.ndarray, columns: np.ndarray) -> 
     return _product("bywc,xw->byxc", read, columns.astype(np.float32))
 
 
-def _resize_matrix(size: int, out: int) -> np.ndarray:
+def resize_matrix(size: int, out: int) -> np.ndarray:
+    """Matrix [out, size] of `resize_bilinear` along one axis, float64.
+
+    >>> resize_matrix(2, 4).tolist()
+    [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    """
     place = np.clip((np.arange(out) + 0.5) * (size / out) - 0.5, 0, size - 1)
     return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(size)))
 
@@ -430,7 +435,7 @@ def resize_bilinear(x_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
     now = x_BxHxWxC.shape[1:3]
     if now == tuple(size):
         return x_BxHxWxC
-    return _along_axes(x_BxHxWxC, *(_resize_matrix(n, m) for n, m in zip(now, size, strict=True)))
+    return _along_axes(x_BxHxWxC, *(resize_matrix(n, m) for n, m in zip(now, size, strict=True)))
 
 
 def _mean_matrix(size: int, out: int) -> np.ndarray:

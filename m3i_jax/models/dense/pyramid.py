@@ -126,10 +126,15 @@ def transposed_conv(params: Params, x_BxHxWxC: jax.Array) -> jax.Array:
 
 
 def _max_pool(x_BxHxWxC: jax.Array, steps: int) -> jax.Array:
+    """The largest of every 2^steps x 2^steps cells. Its gradient goes to the first of the largest,
+    by its place: that of `max` compares values, which a compiler may have computed twice with
+    different rounding, and is then 0 / 0."""
     b, h, w, c = x_BxHxWxC.shape
     f = 2**steps
-    whole = x_BxHxWxC[:, : h // f * f, : w // f * f]
-    return whole.reshape(b, h // f, f, w // f, f, c).max((2, 4))
+    whole = x_BxHxWxC[:, : h // f * f, : w // f * f].reshape(b, h // f, f, w // f, f, c)
+    cells = whole.swapaxes(2, 3).reshape(b, h // f, w // f, f * f, c)
+    first = jnp.argmax(jax.lax.stop_gradient(cells), 3, keepdims=True)
+    return jnp.where(first == jnp.arange(f * f)[:, None], cells, 0).sum(3)
 
 
 def _scaled_shapes(channels: int, steps: int, *, halve: bool) -> tuple[dict[str, Any], int]:

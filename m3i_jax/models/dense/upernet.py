@@ -3,6 +3,8 @@ pyramid from coarse to fine, and one classifier on all of its maps; beside it, i
 auxiliary classifier on the second coarsest map.
 
 Every convolution before a batch norm is without bias; ReLU after each. Maps are resized bilinearly.
+Those that meet in a 3 x 3 convolution are convolved one by one and before they are enlarged
+(`resized_conv`), which is the same sum for half of the head's multiply-adds.
 
 B images, H W size of a map, C channels, D width of the head, K categories.
 """
@@ -17,8 +19,9 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.models.dense.batch_norm import initial_statistics, norm_shapes, running_batch_norm
 from m3i_jax.models.dense.map_sampling import adaptive_mean, resize_bilinear
+from m3i_jax.models.dense.resized_conv import convolve_resized
 from m3i_jax.models.initializers import InitSpec, fill
-from m3i_jax.models.intern_image_layer import convolve, dense_layer
+from m3i_jax.models.intern_image_layer import dense_layer
 from m3i_jax.models.layers import Params
 
 
@@ -146,9 +149,16 @@ def apply(
     """
     new = dict(statistics)
 
-    def layer(name: str, x: jax.Array) -> jax.Array:
-        kernel = {"kernel": params[name]["kernel"]}
-        x = dense_layer(kernel, x) if kernel["kernel"].ndim == 2 else convolve(kernel, x, 1)
+    def layer(name: str, *parts: jax.Array) -> jax.Array:
+        """ReLU of the norm of a convolution of maps side by side, at the size of the first."""
+        kernel = params[name]["kernel"]
+        if kernel.ndim == 2:
+            x = dense_layer({"kernel": kernel}, *parts)
+        else:
+            kernels = jax.lax.split(kernel, [part.shape[-1] for part in parts], 2)
+            size = parts[0].shape[1:3]
+            terms = [convolve_resized(k, y, size) for k, y in zip(kernels, parts, strict=True)]
+            x = sum(term.astype(jnp.float32) for term in terms).astype(parts[0].dtype)
         y, new[name] = running_batch_norm(
             params[name],
             statistics[name],
@@ -166,19 +176,14 @@ def apply(
 
     *fine, coarsest = settings.strides
     top = maps[coarsest]
-    pooled = [
-        resize_bilinear(layer(f"pool_{scale}", adaptive_mean(top, scale)), top.shape[1:3])
-        for scale in settings.pool_scales
-    ]
-    above = layer("pooled", jnp.concatenate([top, *pooled], -1))
+    pools = [layer(f"pool_{scale}", adaptive_mean(top, scale)) for scale in settings.pool_scales]
+    above = layer("pooled", top, *pools)
     made = [above]
     for stride in reversed(fine):
         lateral = layer(f"lateral_{stride}", maps[stride])
         above = lateral + resize_bilinear(above, lateral.shape[1:3])
         made.insert(0, layer(f"output_{stride}", above))
-    size = made[0].shape[1:3]
-    x = layer("fuse", jnp.concatenate([resize_bilinear(y, size) for y in made], -1))
-    logits = classify("classifier", x, slice(settings.width))
+    logits = classify("classifier", layer("fuse", *made), slice(settings.width))
     if not (train and settings.aux_width):
         return logits, None, new
     x = layer("aux", maps[_aux_stride(settings)])

@@ -1,0 +1,214 @@
+"""What `m3i_jax.load` returns for a run of detection or segmentation: predictions for images of any
+size, as in the evaluations of the run.
+
+    model = m3i_jax.load("runs/detect")
+    found = model.detect([image])[0]    # boxes, scores, classes, masks in pixels of the image
+    maps = m3i_jax.load("runs/segment").segment([image])
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3i_jax import run_files, schema
+from m3i_jax.data import annotated_eval
+from m3i_jax.data.sources import base
+from m3i_jax.errors import UserError
+from m3i_jax.evaluation import detection_results, sliding_windows
+from m3i_jax.parallel.sharding import path_text
+from m3i_jax.training import checkpoint_reader, weight_source
+from m3i_jax.training.dense_task import DenseTask
+from m3i_jax.training.task import make_task
+
+CLASSES = "classes.json"
+_STATISTICS = "opt/running/statistics/"
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectedObjects:
+    """The detections of an image, by falling score; D of them.
+
+    Attributes:
+      boxes: float32 [D, 4], x0 y0 x1 y1 in pixels of the image.
+      scores: float32 [D].
+      classes: int [D].
+      names: of the classes of the detections.
+      masks: bool [D, H, W]; None if the run predicts no masks.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    names: tuple[str, ...]
+    masks: np.ndarray | None
+
+
+@dataclasses.dataclass
+class LoadedDense:
+    """A detector or segmenter with its weights.
+
+    Attributes:
+      config: settings of the run.
+      params: parameters of encoder, pyramid and head, and `running` statistics.
+      names: of the classes.
+      name: origin of the weights, for messages.
+      batch: images in a call of the model.
+    """
+
+    config: schema.Config
+    params: Any
+    names: tuple[str, ...]
+    name: str
+    batch: int = 1
+
+    @property
+    def task(self) -> DenseTask:
+        """The task of the run."""
+        task = make_task(self.config)
+        assert isinstance(task, DenseTask)
+        return task
+
+    @functools.cached_property
+    def function(self) -> Callable[..., dict[str, jax.Array]]:
+        """The compiled function (params, images uint8 [B, S, S, 3], sizes int32 [B, 2]) ->
+        predictions; see `Task.predict`."""
+        task = self.task
+
+        def predict(params: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+            batch = {"image": images, "size": sizes}
+            return task.predict(params, params["running"], batch)
+
+        return jax.jit(predict)
+
+    def detect(self, images: Any) -> list[DetectedObjects]:
+        """The objects of images.
+
+        Args:
+          images: RGB uint8 [H, W, 3], or a list of images of any sizes. The long side of each is
+            scaled to the model's input.
+
+        Raises:
+          UserError: the run is not one of detection.
+        """
+        self._require("detect")
+        out = []
+        for image in as_images(images):
+            fitted = annotated_eval.fit_image(
+                base.Record("", image), self.config.data.image_size, background=0
+            )
+            outputs = self.function(self.params, fitted.image[None], np.array([fitted.size]))
+            row = {name: np.asarray(value)[0] for name, value in outputs.items()}
+            found = detection_results.original_detections(
+                row, content=fitted.size, size=fitted.original
+            )
+            masks = None
+            if found.masks is not None:
+                pixels = [detection_results.rle_to_mask(rle) for rle in found.masks]
+                empty = np.zeros((0, *fitted.original), bool)
+                masks = np.stack(pixels).astype(bool) if pixels else empty
+            names = tuple(self.names[k] for k in found.classes.tolist())
+            out.append(DetectedObjects(found.boxes, found.scores, found.classes, names, masks))
+        return out
+
+    def segment(self, images: Any) -> list[np.ndarray]:
+        """The class map [H, W] of each image, uint8; `names` has the names of the classes.
+
+        Args:
+          images: see `detect`. Each is resized and cut into windows as in the run's evaluations.
+
+        Raises:
+          UserError: the run is not one of segmentation.
+        """
+        self._require("segment")
+        size_of, resize = sliding_windows.resize_rule(self.config)
+        settings = sliding_windows.sliding_settings(
+            self.config, classes=len(self.names), batch=self.batch
+        )
+        maps = sliding_windows.class_maps(
+            lambda image, size: self.function(self.params, image, size)["logits"],
+            list(enumerate(as_images(images))),
+            settings,
+            size_of=size_of,
+            resize=resize,
+        )
+        return [pixels for _, pixels in maps]
+
+    def features(self, images: Any, **_: Any) -> np.ndarray:
+        """Not of these runs: their encoder reads whole images by windows.
+
+        Raises:
+          UserError: always.
+        """
+        raise UserError(
+            f"load: {self.name}: is a run of config.task={self.config.task}, which has no features"
+            " of images; load the run or file that it was initialised from"
+        )
+
+    def _require(self, task: str) -> None:
+        if self.config.task != task:
+            raise UserError(
+                f"load: {self.name}: is a run of config.task={self.config.task}, and .{task}() is"
+                f" of {task}; use .{self.config.task}()"
+            )
+
+
+def as_images(images: Any) -> list[np.ndarray]:
+    """One image, an array of images or a list of images as a list of uint8 [H, W, 3].
+
+    Raises:
+      ValueError: an image of another shape or type.
+
+    >>> [image.shape for image in as_images(np.zeros((2, 4, 5, 3), np.uint8))]
+    [(4, 5, 3), (4, 5, 3)]
+    """
+    several = isinstance(images, Sequence) or np.ndim(images) == 4
+    out = [np.asarray(image) for image in (images if several else [images])]
+    for image in out:
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+            raise ValueError(
+                f"an image has shape {image.shape} and type {image.dtype}; give RGB uint8"
+                " [height, width, 3]"
+            )
+    return out
+
+
+def load_dense(path: str, config: schema.Config, *, weights: str) -> LoadedDense:
+    """The model of a run of detection or segmentation; see `load.load`."""
+    source = weight_source.open_weights(path, weights=weights, key="load")
+    task = make_task(config)
+    assert isinstance(task, DenseTask)
+    shapes = {
+        path_text(key): leaf.shape
+        for key, leaf in jax.tree_util.tree_leaves_with_path(
+            jax.eval_shape(task.init, jax.random.key(0))
+        )
+    }
+    wrong = [name for name, shape in shapes.items() if source.shapes.get(name) != shape]
+    if wrong:
+        raise UserError(
+            f"load: {path}: its arrays are not those of its settings ({wrong[0]} is"
+            f" {source.shapes.get(wrong[0], 'absent')}, expected {shapes[wrong[0]]})"
+        )
+    params: dict[str, Any] = {"running": {"pyramid": {}, "head": {}}, "pyramid": {}, "head": {}}
+    for name, array in source.read(dict.fromkeys(shapes)).items():
+        checkpoint_reader.set_leaf(params, name, jnp.asarray(array))
+    run = checkpoint_reader.RunWeights(path, "load")
+    statistics = [name for name in run.shapes if name.startswith(_STATISTICS)]
+    for name, array in run.read(dict.fromkeys(statistics)).items() if statistics else ():
+        part = "running/" + name.removeprefix(_STATISTICS)
+        checkpoint_reader.set_leaf(params, part, jnp.asarray(array))
+    return LoadedDense(config, params, class_names(path, config), source.name)
+
+
+def class_names(workdir: str, config: schema.Config) -> tuple[str, ...]:
+    """The names of the classes of a run; their numbers if the run has no file of names."""
+    file = pathlib.Path(workdir) / CLASSES
+    if file.is_file():
+        return tuple(map(str, run_files.read_run_json(file)["classes"]))
+    return tuple(map(str, range(config.data.classes)))

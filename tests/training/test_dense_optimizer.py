@@ -1,0 +1,137 @@
+"""Parameters, groups and schedules of the published recipes of detection and segmentation, on the
+abstract trees of ViT-B."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from m3i_jax import config as configuration
+from m3i_jax import schema
+from m3i_jax.parallel.sharding import path_text
+from m3i_jax.training import optimizer, trainer
+from m3i_jax.training.task import make_task
+
+RULES = pathlib.Path(__file__).parents[1] / "data" / "dense" / "rules.npz"
+CLASSES = {"coco": 80, "lvis": 1203, "ade20k": 150}
+LAYERS = 12
+
+
+@functools.cache
+def recipe(name: str, spec: str = "") -> schema.Config:
+    config = configuration.load_config(f"configs/transfer/{name}.py{spec}")
+    config.data.update({"size": 118_000, "classes": CLASSES[name], "captions": "no"})
+    return configuration.resolve(config)
+
+
+@functools.cache
+def leaves(name: str) -> dict[str, jax.ShapeDtypeStruct]:
+    params = jax.eval_shape(make_task(recipe(name)).init, jax.random.key(0))
+    found = jax.tree_util.tree_leaves_with_path(params)
+    return {path_text(path): leaf for path, leaf in found}
+
+
+def groups(name: str) -> dict[str, tuple[Any, bool]]:
+    """{path: (factor of the learning rate, decayed)}"""
+    config, tree = recipe(name), leaves(name)
+    assert not config.model.encoder.freeze_patch_embed and not config.model.encoder.freeze
+    mask = optimizer.decay_mask(tree, rule=config.optim.decayed)  # flat, with the same paths
+    return {
+        path: (optimizer.lr_factor(config, path, leaf.shape), mask[path])
+        for path, leaf in tree.items()
+    }
+
+
+def check_factors(found: dict[str, tuple[Any, bool]], decay: float) -> None:
+    """A block's parameters, those of its relative positions too, count with the block, what is
+    before the blocks with the patch embedding, and all the rest is above."""
+    for path, (factor, _) in found.items():
+        above = 0
+        if path.startswith("encoder/blocks/"):
+            above = np.arange(LAYERS, 0, -1)
+        elif path.startswith("encoder/relative/block"):
+            above = LAYERS - int(path.split("/")[2].removeprefix("block"))
+        elif path.startswith("encoder/"):
+            assert path.split("/")[1] in ("patch_embed", "positions", "cls_token"), path
+            above = LAYERS + 1
+        np.testing.assert_allclose(factor, decay**above, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["coco", "lvis"])
+def test_groups_of_vitdet(name: str) -> None:
+    """Not decayed are the norms of the blocks (and a learned position table); the channel norms of
+    pyramid and heads are, and biases, and relative positions."""
+    found = groups(name)
+    check_factors(found, 0.7)
+    norms = {f"encoder/blocks/norm{i}/{part}" for i in (1, 2) for part in ("scale", "bias")}
+    assert {path for path, (_, decayed) in found.items() if not decayed} == norms
+    assert {
+        "encoder/blocks/attention/qkv/bias",
+        "encoder/patch_embed/bias",
+        "encoder/relative/block2/rows",
+        "pyramid/stride_4/scale_norm_0/scale",
+        "pyramid/stride_32/norm_1/bias",
+        "head/box/norm_0/scale",
+        "head/mask/deconv/bias",
+    } <= {path for path, (_, decayed) in found.items() if decayed}
+    table = {"encoder": {"positions": leaves(name)["head/rpn/logits/kernel"]}}
+    assert not optimizer.decay_mask(table, rule="but_norms")["encoder"]["positions"]
+
+
+def test_groups_of_upernet() -> None:
+    """Decayed is what has two axes or more, token and tables too; not what has one, and no
+    bias."""
+    found = groups("ade20k")
+    check_factors(found, 0.65)
+    one_axis = {
+        path
+        for path, leaf in leaves("ade20k").items()
+        if leaf.ndim - path.startswith("encoder/blocks/") < 2
+    }
+    assert {path for path, (_, decayed) in found.items() if not decayed} == one_axis
+    assert {path.split("/")[-1] for path in one_axis} == {"bias", "scale", "gamma1", "gamma2"}
+    assert found["encoder/cls_token"][1] and found["encoder/relative/block0/table"][1]
+    assert optimizer.decay_mask({"encoder": {"positions": np.ones((1, 5, 4))}}, rule="ranks") == {
+        "encoder": {"positions": True}
+    }
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_schedules_are_those_of_the_references(name: str) -> None:
+    """The multipliers that detectron2 and mmengine give, at the ends of every phase."""
+    config, stored = recipe(name), np.load(RULES)
+    length = trainer.run_length(config)
+    rate = optimizer.lr_schedule(config.optim, steps=length.steps, warmup=length.warmup)
+    steps = stored[f"schedules/{name}/steps"]
+    assert steps[-1] == length.steps - 1  # the last that is taken
+    got = np.array([float(rate(step)) for step in steps]) / config.optim.lr
+    np.testing.assert_allclose(got, stored[f"schedules/{name}/multipliers"], rtol=2e-5, atol=1e-9)
+    assert config.optim.lr == {"coco": 1e-4, "lvis": 2e-4, "ade20k": 1e-4}[name]
+
+
+def test_the_parameters_of_mask_r_cnn_on_vit_b() -> None:
+    """detectron2 has 110,895,792, of which 151,296 are a learned position table with a row for cls.
+    Ours is fixed; learned, it is the same number."""
+    counts = {}
+    for positions in ("sincos", "learned"):
+        config = configuration.load_config("configs/transfer/coco.py")
+        config.data.update({"size": 118_000, "captions": "no"})
+        config.model.encoder.positions = positions
+        config.dense.maps.image_size = 224  # of pre-training
+        tree = jax.eval_shape(make_task(configuration.resolve(config)).init, jax.random.key(0))
+        sizes = {
+            part: sum(leaf.size for leaf in jax.tree.leaves(tree[part]))
+            for part in ("encoder", "pyramid", "head")
+        }
+        counts[positions] = sum(sizes.values())
+    assert counts["learned"] == 110_895_792
+    assert counts["learned"] - counts["sincos"] == 197 * 768
+    rpn = sum(leaf.size for leaf in jax.tree.leaves(tree["head"]["rpn"]))
+    assert (sizes["encoder"] + sizes["pyramid"], rpn, sizes["head"] - rpn) == (
+        91_449_024,
+        1_184_015,
+        18_262_753,
+    )

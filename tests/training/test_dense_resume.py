@@ -1,0 +1,127 @@
+"""A detection run that is preempted, killed, and continued with other threads and workers: the same
+metrics and the same bits as of one that was left alone."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from m3i_jax import main as command
+from m3i_jax.training import file_checksums, loop, trainer
+from tests.dense_toy import DETECT, SHARED
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 6
+VALUES = (SHARED | DETECT) | {
+    "data.size": 40,
+    "data.holdout": 0.0,
+    "data.image_size": 32,
+    "dense.geometry.scale": (0.5, 1.5),
+    "model.encoder.patch_size": 8,
+    "model.encoder.depth": 2,
+    "model.encoder.heads": 2,
+    "model.dtype": "float32",
+    "train.steps": STEPS,
+    "train.save_every": 3,
+    "train.log_every": 1,
+    "train.panel_every": 0,
+    "train.keep": 3,
+    "optim.warmup_steps": 1,
+    "evaluate.batch_size": 8,
+}
+
+
+def arguments(run: pathlib.Path, **changes: object) -> list[str]:
+    values = VALUES | {key.replace("__", "."): value for key, value in changes.items()}
+    values.pop("data.classes")
+    texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in values.items()]
+    return ["--config", "configs/transfer/detect.py", "--workdir", str(run), *texts]
+
+
+def logged(run: pathlib.Path) -> list[dict]:
+    """What was logged of the steps, without times."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+    return [row for row in rows if "loss" in row]
+
+
+def saved_arrays(run: pathlib.Path) -> dict[str, str]:
+    """Checksums of all arrays of the last checkpoint: parameters, moments, running statistics."""
+    found = file_checksums.read_checksums(run / "checkpoints" / str(STEPS))
+    assert found
+    return found["arrays"]
+
+
+def same(run: pathlib.Path, other: pathlib.Path) -> bool:
+    assert logged(run) == logged(other)
+    return saved_arrays(run) == saved_arrays(other)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    run = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert command.main(arguments(run, data__threads=1)) == loop.DONE
+    return run
+
+
+def test_a_detection_run_logs_its_losses(unbroken: pathlib.Path) -> None:
+    rows = logged(unbroken)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    names = {f"loss/{name}" for name in ("rpn_cls", "rpn_loc", "cls", "box_reg", "mask")}
+    assert names | {"lr", "samples_seen", "detect/foreground_regions"} <= set(rows[-1])
+    assert rows[-1]["samples_seen"] == 8 * STEPS and rows[0]["loss"] != rows[-1]["loss"]
+    paths = saved_arrays(unbroken)
+    assert any(path.startswith("params/head/mask/") for path in paths), list(paths)[:5]
+
+
+@pytest.mark.row("A2", "A10")
+def test_a_preempted_detection_run_goes_on_with_other_workers(
+    unbroken: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    calls, whole = [], trainer.Trainer.step
+
+    def counted(self, state, batch):
+        calls.append(len(calls))
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(self, state, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "step", counted)
+    assert command.main(arguments(tmp_path, data__threads=1)) == loop.PREEMPTED
+    assert len(calls) == 2 and [row["step"] for row in logged(tmp_path)] == [1, 2]
+    assert command.main(arguments(tmp_path, data__threads=3, data__workers=2)) == loop.DONE
+    assert len(calls) == STEPS and same(tmp_path, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.row("A1")
+def test_a_killed_detection_run_goes_on_from_its_last_save(
+    unbroken: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process, with as many devices, is killed after the save of step 3."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "m3i_jax.main", *arguments(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "checkpoints" / "3").is_dir() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait(timeout=60)
+    monkeypatch.chdir(ROOT)
+    assert command.main(arguments(tmp_path)) == loop.DONE
+    assert same(tmp_path, unbroken)

@@ -1,0 +1,227 @@
+"""Detection and segmentation by the one train step: in parts, on other devices, again and again,
+against plain automatic differentiation."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3i_jax import parallel
+from m3i_jax.errors import UserError
+from m3i_jax.training import step
+from m3i_jax.training.microbatches import split_microbatches
+from m3i_jax.training.task import StepGradients, make_task
+from tests import toy
+from tests.dense_toy import dense_batch, dense_settings, make_trainer
+
+UPERNET = {"dense__segment__head": "upernet", "dense__segment__divide_by": "all"}
+HEADS = [("detect", {}), ("segment", {}), ("segment", UPERNET)]
+IDS = ["detect", "linear", "upernet"]
+
+
+@functools.cache
+def started(task: str, head: str = "linear") -> Any:
+    """(parameters, optimizer state) at the start, with a head that moves what is below it."""
+    changes = {"dense__segment__head": head} if task == "segment" else {}
+    state = make_trainer(dense_settings(task, **changes)).init()
+    r = np.random.default_rng(1)
+    noise = lambda leaf: leaf + 0.05 * r.normal(size=leaf.shape).astype(np.float32)
+    return jax.tree.map(noise, jax.device_get(state.params)), jax.device_get(state.opt)
+
+
+@functools.cache
+def compiled(task: str, batch_size: int, microbatches: int, changes: tuple) -> Any:
+    config = dense_settings(
+        task, train__batch_size=batch_size, train__microbatches=microbatches, **dict(changes)
+    )
+    return config, jax.jit(make_task(config).gradients)
+
+
+def gradients(task: str, changes: dict, *, microbatches: int = 1) -> StepGradients:
+    config, run = compiled(task, 8, microbatches, tuple(changes.items()))
+    head = changes.get("dense__segment__head", "linear")
+    return run(*started(task, head), dense_batch(config, 3))
+
+
+def difference(a: Any, b: Any) -> float:
+    """Largest difference of two trees, each leaf relative to its largest entry; leaves of pure
+    rounding noise against a floor."""
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(b))
+    return max(
+        float(jnp.abs(x - y).max() / (jnp.abs(y).max() + 1e-4 * scale))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("task", "changes"), HEADS[:2], ids=IDS[:2])
+@pytest.mark.row("D6")
+def test_microbatches_of_dense_tasks_are_the_whole_batch(task: str, changes: dict) -> None:
+    """Where no statistics are of a batch: losses are sums over images or pixels, and sampling and
+    stochastic depth go by the position of an image. Row 1 has no object and no labelled pixel."""
+    whole = gradients(task, changes)
+    parts = gradients(task, changes, microbatches=4)
+    assert whole.metrics.keys() == parts.metrics.keys()
+    for name, value in whole.metrics.items():
+        np.testing.assert_allclose(parts.metrics[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+    np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-6)
+    assert difference(parts.grads, whole.grads) < 2e-5
+    if task == "detect":
+        assert min(float(whole.metrics[f"detect/foreground_{of}"]) for of in ("anchors", "regions"))
+
+
+def test_microbatches_of_a_batch_norm_are_batches_of_their_own() -> None:
+    """UperNet: a step of four parts is the mean of four batches, one after another, whose running
+    statistics move four times; and not the step of the whole batch."""
+    got = gradients("segment", UPERNET, microbatches=4)
+    config, run = compiled("segment", 2, 1, tuple(UPERNET.items()))
+    params, opt = started("segment", "upernet")
+    parts = split_microbatches(dense_batch(dense_settings("segment"), 3), 4, 8)
+    made = []
+    for i in range(4):
+        made.append(run(params, opt, jax.tree.map(lambda x: x[i], parts)))  # noqa: B023
+        statistics = made[-1].extras["running_statistics"]
+        opt["running"] = opt["running"]._replace(statistics=statistics)
+    assert difference(got.extras, made[-1].extras) < 1e-5
+    mean = jax.tree.map(lambda *all_: sum(all_) / 4, *(one.grads for one in made))
+    assert difference(got.grads, mean) < 1e-3
+    np.testing.assert_allclose(got.loss, np.mean([one.loss for one in made]), rtol=1e-5)
+    whole = gradients("segment", UPERNET)
+    assert difference(got.grads, whole.grads) > 0.01 and abs(got.loss - whole.loss) > 1e-4
+
+
+@pytest.mark.parametrize(("task", "changes"), HEADS, ids=IDS)
+def test_gradients_are_those_of_the_printed_loss(task: str, changes: dict) -> None:
+    """The loss is the sum of the printed losses, and the gradient is its derivative: along a random
+    direction, the loss changes by what the gradient says."""
+    config, run = compiled(task, 8, 1, tuple(changes.items()))
+    head = changes.get("dense__segment__head", "linear")
+    (params, opt), batch = started(task, head), dense_batch(config, 3)
+    got = run(params, opt, batch)
+    losses = [value for name, value in got.metrics.items() if name.startswith("loss/")]
+    np.testing.assert_allclose(got.loss, sum(losses), rtol=1e-6)
+    assert all(
+        any(np.any(g) for g in jax.tree.leaves(got.grads[part])) for part in ("encoder", "head")
+    )
+    r = np.random.default_rng(2)
+    way = jax.tree.map(lambda g: g * r.uniform(0.5, 1.5, g.shape).astype(np.float32), got.grads)
+    size = float(np.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(way))))
+    wanted = sum(
+        float((g * w).sum())
+        for g, w in zip(jax.tree.leaves(got.grads), jax.tree.leaves(way), strict=True)
+    )
+    length = 3e-3 / size
+    ends = [
+        run(jax.tree.map(lambda p, w: p + sign * length * w, params, way), opt, batch).loss
+        for sign in (1, -1)
+    ]
+    np.testing.assert_allclose((ends[0] - ends[1]) / (2 * length), wanted, rtol=0.05)
+
+
+def steps(task: str, changes: dict, devices: int, count: int) -> tuple[list[dict], Any]:
+    one = make_trainer(dense_settings(task, **changes), devices)
+    state, out = one.init(), []
+    for k in range(count):
+        batch = parallel.to_global(one.mesh, dense_batch(one.config, k))
+        state, metrics = one.step(state, batch)
+        out.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+    return out, jax.device_get(state)
+
+
+@pytest.mark.parametrize(("task", "changes"), HEADS, ids=IDS)
+@pytest.mark.row("D6")
+def test_eight_devices_are_one_device_for_dense_tasks(
+    task: str, changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statistics of batch norm are of the whole batch, on any number of devices. And 50 batches
+    of other images, sizes and numbers of objects are one trace, which would be one compilation."""
+    chex.clear_trace_counter()
+    monkeypatch.setattr(step, "train_step", chex.assert_max_traces(step.train_step, n=2))
+    one, last = steps(task, changes, 1, 50)
+    eight, _ = steps(task, changes, 8, 4)
+    for wanted, got in zip(one, eight, strict=False):
+        for name, value in wanted.items():
+            np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+    assert all(np.isfinite(list(metrics.values())).all() for metrics in one)
+    assert not any(metrics["skipped/not_finite"] for metrics in one) and int(last.step) == 50
+    if "dense__segment__head" in changes:
+        means = jax.tree.leaves(last.opt["running"].statistics)
+        assert all(np.isfinite(mean).all() and mean.any() for mean in means)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "changes"), [HEADS[0], HEADS[2]], ids=["detect", "upernet"])
+def test_sharded_parameters_are_one_device_for_dense_tasks(
+    task: str, changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel.sharding, "SMALL", 1)  # or nothing of a toy would be split
+    one, _ = steps(task, changes, 1, 3)
+    settings = dense_settings(task, **changes, parallel__mesh="(2,2,2)")
+    split = make_trainer(settings)
+    split = type(split)(settings, parallel.make_mesh((2, 2, 2)), 0)
+    state = split.init()
+    for k in range(3):
+        state, metrics = split.step(state, parallel.to_global(split.mesh, dense_batch(settings, k)))
+        np.testing.assert_allclose(float(metrics["loss"]), one[k]["loss"], rtol=5e-5)
+    shards = [x for x in jax.tree.leaves(state) if x.sharding.shard_shape(x.shape) != x.shape]
+    assert len(shards) > 30
+
+
+def test_a_frozen_encoder_stays_and_is_not_decayed() -> None:
+    config = dense_settings(
+        "segment", model__encoder__freeze=True, optim__weight_decay=0.1, optim__warmup_steps=0
+    )
+    one = make_trainer(config)
+    state = one.init()
+    before = jax.device_get(state.params)
+    state, _ = one.step(state, dense_batch(config))
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(state.params))
+    assert not any(jax.tree.leaves(moved["encoder"])) and any(jax.tree.leaves(moved["head"]))
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_the_shapes_of_a_dense_batch_are_those_that_are_announced(task: str) -> None:
+    config = dense_settings(task)
+    batch = dense_batch(config)
+    announced = make_task(config).batch_shapes()
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        k: (v.shape, v.dtype) for k, v in announced.items()
+    }
+
+
+def test_the_linear_head_reads_the_last_of_several_maps() -> None:
+    """Of several blocks of a ViT, and of the stages of an InternImage."""
+    task = make_task(dense_settings("segment"))
+    assert task.pyramid().channels == {8: 16}
+    settings = dense_settings(
+        "segment", **{**toy.INTERN, "dense__maps__relative": "none", "dense__maps__blocks": "()"}
+    )
+    task = make_task(settings)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    stride, channels = task.sources[-1]
+    assert len(task.sources) == 4 and params["head"]["classifier"]["kernel"].shape[0] == channels
+    batch = task.batch_shapes()
+    out = jax.eval_shape(task.predict, params, task.init_statistics(), batch)
+    assert out["logits"].shape == (8, 32, 32, 3) and stride == max(s for s, _ in task.sources)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "words"),
+    [
+        ("detect", {"dense__detect__strides": "(3,6,12)"}, "config.dense.detect.strides"),
+        (
+            "segment",
+            UPERNET | {"dense__segment__strides": "(8,12)"},
+            "config.dense.segment.strides",
+        ),
+    ],
+)
+def test_strides_that_the_encoder_cannot_give_are_refused(
+    task: str, changes: dict, words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        make_task(dense_settings(task, **changes)).pyramid()
+    assert "\n" not in str(error.value)
