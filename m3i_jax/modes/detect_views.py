@@ -70,7 +70,7 @@ def _predicted_objects(
     )
 
 
-def draw_panel(
+def _draw_panel(
     job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
 ) -> None:
     """Write WORKDIR/panels/<step>.png: augmented images with their objects, and the detections."""
@@ -93,7 +93,7 @@ def draw_panel(
     )
 
 
-def draw_preview(
+def _draw_preview(
     job: jobs.Setup,
     path: pathlib.Path,
     batch: dict[str, np.ndarray],
@@ -116,5 +116,5 @@ def _summary(config: schema.Config) -> str:
 
 
 register_task_views(
-    "detect", TaskViews(draw_panel=draw_panel, draw_preview=draw_preview, summary=_summary)
+    "detect", TaskViews(draw_panel=_draw_panel, draw_preview=_draw_preview, summary=_summary)
 )

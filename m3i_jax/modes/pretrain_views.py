@@ -36,7 +36,7 @@ def _tables(trainer: Trainer, batch: dict[str, Any]) -> list[str]:
     ]
 
 
-def draw_panel(
+def _draw_panel(
     job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
 ) -> None:
     """Write WORKDIR/panels/<step>.png for the first rows of a batch, from the values that the step
@@ -93,7 +93,7 @@ def draw_panel(
     )
 
 
-def draw_preview(
+def _draw_preview(
     job: jobs.Setup,
     path: pathlib.Path,
     batch: dict[str, np.ndarray],
@@ -143,8 +143,8 @@ def draw_preview(
 register_task_views(
     "pretrain",
     TaskViews(
-        draw_panel=draw_panel,
-        draw_preview=draw_preview,
+        draw_panel=_draw_panel,
+        draw_preview=_draw_preview,
         tables=_tables,
         summary=_summary,
         unpublished=published_settings.unpublished_settings_note,

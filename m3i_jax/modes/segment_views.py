@@ -22,7 +22,7 @@ def content_map(batch: dict[str, np.ndarray], row: int) -> np.ndarray:
     return np.asarray(batch["map"][row, :height, :width])
 
 
-def draw_panel(
+def _draw_panel(
     job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
 ) -> None:
     """Write WORKDIR/panels/<step>.png: augmented images, their maps and the predicted ones."""
@@ -44,7 +44,7 @@ def draw_panel(
     )
 
 
-def draw_preview(
+def _draw_preview(
     job: jobs.Setup,
     path: pathlib.Path,
     batch: dict[str, np.ndarray],
@@ -68,5 +68,5 @@ def _summary(config: schema.Config) -> str:
 
 
 register_task_views(
-    "segment", TaskViews(draw_panel=draw_panel, draw_preview=draw_preview, summary=_summary)
+    "segment", TaskViews(draw_panel=_draw_panel, draw_preview=_draw_preview, summary=_summary)
 )
