@@ -46,6 +46,7 @@ SEGMENT = {
     "dense.maps.relative": "table",
     "dense.maps.blocks": (0, 1),
     "dense.segment.strides": (2, 8),
+    "dense.geometry.photometric": True,
     "dense.segment.head": "linear",
     "dense.segment.width": 8,
     "dense.segment.aux_width": 4,
