@@ -25,7 +25,7 @@ def prepare(
     root: pathlib.Path,
     splits: dict[str, list[bytes]],
     kind: str = "array_record",
-    image: bool = True,
+    has_image: bool = True,
 ) -> pathlib.Path:
     """Writes the files of `tfds build tiny --file_format=array_record`."""
     directory = root / "tiny" / "1.0.0"
@@ -71,7 +71,7 @@ def prepare(
             "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"},
         },
     }
-    if image:
+    if has_image:
         features["image"] = {"pythonClassName": FEATURES + "image_feature.Image", "image": shape}
     (directory / "dataset_info.json").write_text(json.dumps(metadata))
     (directory / "features.json").write_text(
@@ -125,7 +125,7 @@ def test_records(files, tmp_path):
 def test_refusals(files, tmp_path):
     records = prepare(tmp_path / "a", {"train": files}, kind="tfrecord")
     prepare(tmp_path / "b", {"train": files})
-    prepare(tmp_path / "c", {"train": files}, image=False)
+    prepare(tmp_path / "c", {"train": files}, has_image=False)
     cases = [
         (
             str(records),
