@@ -41,11 +41,12 @@ def _validate_combinations(c: schema.Config) -> None:
 
 def _validate_networks(c: schema.Config) -> None:
     m = c.model
-    for key, width, heads in (
+    towers = (
         ("model.decoder.heads", m.decoder.width, m.decoder.heads),
         ("model.text.heads", m.text.width, m.text.heads),
         ("model.pool.heads", m.encoder.width, m.pool.heads),
-    ):
+    )
+    for key, width, heads in towers if c.traits.views else ():
         _require(width % heads == 0, key, heads, f"must divide the width {width}")
     for key, value in {
         "model.encoder.width": m.encoder.width,
