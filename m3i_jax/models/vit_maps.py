@@ -149,7 +149,7 @@ def stages(
     if e.final_norm and (maps.blocks or (e.depth - 1,))[-1] == e.depth - 1:
         last_BxTxD = LayerNorm(e.norm_eps).apply({"params": params["norm"]}, outputs[-1])
         outputs = (*outputs[:-1], last_BxTxD)
-    return tuple(x[:, int(cls) :].reshape(len(x), *grid, e.width) for x in outputs)
+    return tuple(x[:, int(cls) :].reshape(x.shape[0], *grid, e.width) for x in outputs)
 
 
 def position_table(

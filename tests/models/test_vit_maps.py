@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -302,3 +303,18 @@ def test_the_less_is_kept_the_less_memory() -> None:
         assert memory is not None
         used[remat] = memory.temp_size_in_bytes
     assert used["none"] > used["full"] + 2 * 6 * 4 * 144**2 * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_number_of_images_may_be_a_symbol(kind: str) -> None:
+    """As in exported programs, which serve any batch."""
+    file, params = reference(kind)
+    maps, size = KINDS[kind]
+    (rows,) = jax.export.symbolic_shape("b")
+    image = file["case0/image"]
+    call = functools.partial(vit_maps.stages, MODEL, maps=maps, size=size)
+    abstract = jax.ShapeDtypeStruct((rows, *image.shape[1:]), jnp.float32)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    exported = jax.export.export(jit(call))(shapes, abstract)
+    got = jit(exported.call)(params, image)
+    np.testing.assert_allclose(got[-1], file[f"case0/map{len(got) - 1}"], rtol=0, atol=1e-5)
