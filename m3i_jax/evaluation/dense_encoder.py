@@ -62,8 +62,8 @@ def build_dense_encoder(
     if vit:
         config.dense.maps.image_size = config.data.image_size if from_ else image_size
         config.model.encoder.position_grid = 0
+        config.model.scan = config.model.encoder.depth >= 12  # else compile time grows with depth
     config.model.encoder.freeze_patch_embed = False
-    config.model.scan = False
     config.data.image_size = image_size
     config.data.captions = "no"
     config.train.panel_every = 1000
