@@ -12,7 +12,11 @@ import random
 import pytest
 
 # import torch, which only benchmarks need
-collect_ignore = ["bench/intern_image_torch.py", "bench/m3i_torch.py"]
+collect_ignore = [
+    "bench/dense_torch.py",
+    "bench/intern_image_torch.py",
+    "bench/m3i_torch.py",
+]
 
 ROOT = pathlib.Path(__file__).parent.parent
 

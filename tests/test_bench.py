@@ -25,14 +25,14 @@ def test_benchmarks_are_listed_without_imports() -> None:
         "collectives",
         "compiled",
         "dcnv3",
+        "dense_peer",
         "flops",
         "input",
         "intern_image_peer",
         "torch_peer",
     } <= set(rows) and "figures" not in rows
-    assert not {"report", "heap", "m3i_torch", "contestants", "race", "intern_image_torch"} & set(
-        rows
-    )
+    helpers = {"report", "heap", "m3i_torch", "contestants", "race", "intern_image_torch"}
+    assert not (helpers | {"dense_torch"}) & set(rows)
 
 
 def test_table_marks_met_missed_and_not_measured(
@@ -77,7 +77,7 @@ def test_measured_process_has_the_heap_of_a_run(monkeypatch: pytest.MonkeyPatch)
     assert heap.kept()["MALLOC_ARENA_MAX"] == "1"
 
 
-@pytest.mark.parametrize("name", ["torch_peer", "intern_image_peer"])
+@pytest.mark.parametrize("name", ["torch_peer", "intern_image_peer", "dense_peer"])
 def test_race_without_the_peer_is_not_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The missing package is the reason, found before anything is compiled."""
     contest = importlib.import_module(f"tests.bench.{name}")
@@ -150,3 +150,12 @@ def test_internimage_peer_computes_the_same_loss(tmp_path: pathlib.Path) -> None
     ours = intern_image_peer.ours(tmp_path, "toy")
     theirs = intern_image_peer.theirs(tmp_path, "toy")
     assert ours() == pytest.approx(theirs(), rel=intern_image_peer.AGREE)
+
+
+@pytest.mark.parametrize("name", ["upernet_32", "pyramid_32", "roi_32"])
+def test_peer_of_dense_heads_computes_the_same_losses(name: str, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("torchvision", reason="the extra bench")
+    from tests.bench import dense_peer
+
+    ours = dense_peer.ours(tmp_path, name)
+    np.testing.assert_allclose(ours(), dense_peer.theirs(tmp_path, name)(), rtol=1e-5)
