@@ -84,7 +84,8 @@ def jitter_placement(
 ) -> Placement:
     """Draws the placement of rule "jitter": the image is scaled to fit into a square of `size`
     times a uniform factor; where it is larger than `size`, a window of `size` is cut at one uniform
-    share of what is left over, the same in both directions.
+    share of what is left over, the same in both directions of the image as it is mirrored or not
+    (detectron2 mirrors before it crops).
 
     Args:
         u: WIDTH uniform numbers.
@@ -100,7 +101,10 @@ def jitter_placement(
     scale = min(size * factor / height, size * factor / width)
     sides = max(round(height * scale), 1), max(round(width * scale), 1)  # half to even
     for draw in range(REDRAWS + 1):
-        offset = [round(max(side - size, 0) * u[2 + 2 * draw]) for side in sides]
+        excess = [max(side - size, 0) for side in sides]
+        offset = [round(over * u[2 + 2 * draw]) for over in excess]
+        if u[1] < geometry.flip_p:
+            offset[1] = excess[1] - offset[1]
         placement = _placement((height, width), sides, offset, size, u[1] < geometry.flip_p, True)
         if draw == REDRAWS or accept(placement):
             break
