@@ -20,6 +20,7 @@ from m3i_jax.objective.numerics import assert_equal_shape, assert_shape, float32
 LARGEST_LOG_SCALE = math.log(1000 / 16)
 """Upper limit of a decoded log of width or height, against overflow: as in Mask R-CNN."""
 _FINITE = float(np.finfo(np.float32).max)
+_BITS = 32  # of a word
 
 
 def box_area(boxes_Nx4: ArrayLike) -> jax.Array:
@@ -251,30 +252,41 @@ def nms(
     order_N = jnp.argsort(-scores_N, stable=True)
     boxes_Nx4 = boxes_Nx4[order_N]
     rank_N = jnp.arange(len(order_N))
-    too_close_NxN = box_iou(boxes_Nx4, boxes_Nx4) > _rounded_down(threshold)
-    removes_NxN = too_close_NxN & (rank_N[:, None] < rank_N)
+    padding = (0, -len(order_N) % _BITS)
+    before_PxN = jnp.arange(len(order_N) + padding[1])[:, None] < rank_N
+    iou_PxN = box_iou(jnp.pad(boxes_Nx4, (padding, (0, 0))), boxes_Nx4)
+    removes_PxN = (iou_PxN > _rounded_down(threshold)) & before_PxN
     if groups_N is not None:
         groups_N = jnp.asarray(groups_N)
         assert_equal_shape([groups_N, scores_N], custom_message="one group per box")
         groups_N = groups_N[order_N]
-        removes_NxN &= groups_N[:, None] == groups_N
+        removes_PxN &= jnp.pad(groups_N, padding)[:, None] == groups_N
     if valid_N is None:
         valid_N = jnp.ones(scores_N.shape, bool)
     else:
         valid_N = jnp.asarray(valid_N, bool)
         assert_equal_shape([valid_N, scores_N], custom_message="one `valid` per box")
         valid_N = valid_N[order_N]
+    removes_WxN = _bits(removes_PxN)  # 32 boxes a word: a round reads little memory
 
     def changes(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
         return carry[1]
 
     def one_round(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         keep_N, _ = carry
-        next_N = valid_N & ~(removes_NxN & keep_N[:, None]).any(0)
+        keep_Wx1 = _bits(jnp.pad(keep_N, padding)[:, None])
+        next_N = valid_N & ~((removes_WxN & keep_Wx1) != 0).any(0)
         return next_N, (next_N != keep_N).any()
 
     keep_N, _ = jax.lax.while_loop(changes, one_round, (valid_N, jnp.array(True)))
     return jnp.zeros_like(keep_N).at[order_N].set(keep_N, unique_indices=True)
+
+
+def _bits(x_PxN: jax.Array) -> jax.Array:
+    """Rows of bool, 32 of them in a word: uint32 [P / 32, N]."""
+    x_WxBxN = x_PxN.reshape(-1, _BITS, x_PxN.shape[1]).astype(jnp.uint32)
+    place_Bx1 = jnp.arange(_BITS, dtype=jnp.uint32)[:, None]
+    return (x_WxBxN << place_Bx1).sum(1, dtype=jnp.uint32)
 
 
 def _boxes(boxes: ArrayLike, name: str) -> jax.Array:

@@ -120,6 +120,17 @@ def losses(
     Returns:
       losses: rpn_cls, rpn_loc, cls, box_reg and mask; their sum is the objective.
       counts: foreground anchors, proposals and foreground regions per image.
+
+    >>> settings = schema.Detect(width=8, box_hidden=8)
+    >>> channels = dict.fromkeys(settings.strides, 8)
+    >>> params = jax.eval_shape(lambda key: init(settings, channels, 3, key), jax.random.key(0))
+    >>> maps = {s: jnp.zeros((2, 128 // s, 128 // s, 8)) for s in settings.strides}
+    >>> targets = jnp.zeros((2, 5, 4)), jnp.zeros((2, 5), int), jnp.zeros((2, 5, 14, 14))
+    >>> keys = jax.random.split(jax.random.key(0), 2)
+    >>> call = lambda params: losses(settings, params, maps, jnp.full((2, 2), 128), *targets, keys)
+    >>> [sorted(values) for values in jax.eval_shape(call, params)]
+    [['box_reg', 'cls', 'mask', 'rpn_cls', 'rpn_loc'],
+     ['foreground_anchors', 'foreground_regions', 'proposals']]
     """
     anchors = sum(len(level) for level in _anchors(settings, pyramid))
     classes = params["box"]["classes"]["bias"].shape[0] - 1
@@ -295,6 +306,15 @@ def detect(
       [B, D], where there is a detection; cut int32 [B], scored boxes beyond `settings.candidates`;
       and masks [B, D, 28, 28], probabilities in the frame of the box, unless `settings.masks` is
       off.
+
+    >>> settings = schema.Detect(width=8, box_hidden=8, detections=7)
+    >>> channels = dict.fromkeys(settings.strides, 8)
+    >>> params = jax.eval_shape(lambda key: init(settings, channels, 3, key), jax.random.key(0))
+    >>> maps = {s: jnp.zeros((2, 128 // s, 128 // s, 8)) for s in settings.strides}
+    >>> call = lambda params: detect(settings, params, maps, jnp.full((2, 2), 128))
+    >>> {name: array.shape for name, array in jax.eval_shape(call, params).items()}
+    {'boxes': (2, 7, 4), 'classes': (2, 7), 'cut': (2,), 'masks': (2, 7, 28, 28),
+     'scores': (2, 7), 'valid': (2, 7)}
     """
     levels = _anchors(settings, pyramid)
     logits_BxA, deltas_BxAx4 = proposals.apply_rpn(settings, params["rpn"], pyramid)

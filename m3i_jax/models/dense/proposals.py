@@ -8,7 +8,7 @@ B images, A anchors of all levels (levels from the finest, rows, columns, ratios
 levels, K candidates of a level, P proposals, S sampled anchors, R ratios, C channels.
 """
 
-import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -202,30 +202,42 @@ def select_proposals(
     """
     logits_A, deltas_Ax4 = jax.lax.stop_gradient((logits_A, deltas_Ax4))
     candidates, most = counts
-    width = min(candidates, max(len(level) for level in anchors_of_levels))
+    anchors_Ax4 = jnp.concatenate(anchors_of_levels)
     scores, indices, start = [], [], 0
     for level in anchors_of_levels:
         score_K, index_K = jax.lax.top_k(
             logits_A[start : start + len(level)], min(candidates, len(level))
         )
-        padding = (0, width - score_K.shape[0])
-        scores.append(jnp.pad(score_K, padding, constant_values=-jnp.inf))
-        indices.append(jnp.pad(index_K + start, padding))
+        scores.append(score_K)
+        indices.append(index_K + start)
         start += len(level)
-    score_LxK, index_LxK = jnp.stack(scores), jnp.stack(indices)
-    anchors_Ax4 = jnp.concatenate(anchors_of_levels)
-    boxes_LKx4 = clip_boxes(
-        decode_boxes(deltas_Ax4[index_LxK.ravel()], anchors_Ax4[index_LxK.ravel()], CODE), size_2
+    score_Q, index_Q = jnp.concatenate(scores), jnp.concatenate(indices)
+    boxes_Qx4 = clip_boxes(decode_boxes(deltas_Ax4[index_Q], anchors_Ax4[index_Q], CODE), size_2)
+    finite_Q = jnp.isfinite(boxes_Qx4).all(-1) & jnp.isfinite(score_Q)
+    valid_Q = finite_Q & (boxes_Qx4[:, 2:] > boxes_Qx4[:, :2]).all(-1)
+    boxes_Qx4 = jnp.where(valid_Q[:, None], boxes_Qx4, 0.0)
+    keep_Q = _suppress_levels(
+        settings.rpn_nms, boxes_Qx4, score_Q, valid_Q, [len(score) for score in scores]
     )
-    sides_LKx2 = boxes_LKx4[:, 2:] - boxes_LKx4[:, :2]
-    finite_LK = jnp.isfinite(boxes_LKx4).all(-1) & jnp.isfinite(score_LxK.ravel())
-    valid_LK = finite_LK & (sides_LKx2 > 0).all(-1)
-    boxes_LKx4 = jnp.where(valid_LK[:, None], boxes_LKx4, 0.0)
-    suppress = functools.partial(nms, threshold=settings.rpn_nms)
-    keep_LxK = jax.vmap(lambda boxes, score, valid: suppress(boxes, score, valid_N=valid))(
-        boxes_LKx4.reshape(*score_LxK.shape, 4), score_LxK, valid_LK.reshape(score_LxK.shape)
-    )
-    kept_LK = jnp.where(keep_LxK, score_LxK, -jnp.inf).ravel()
-    score_P, best_P = jax.lax.top_k(kept_LK, min(most, kept_LK.shape[0]))
+    kept_Q = jnp.where(keep_Q, score_Q, -jnp.inf)
+    score_P, best_P = jax.lax.top_k(kept_Q, min(most, kept_Q.shape[0]))
     valid_P = jnp.isfinite(score_P)
-    return Proposals(boxes_LKx4[best_P], jnp.where(valid_P, score_P, 0.0), valid_P)
+    return Proposals(boxes_Qx4[best_P], jnp.where(valid_P, score_P, 0.0), valid_P)
+
+
+def _suppress_levels(
+    threshold: float, boxes_Qx4: jax.Array, score_Q: jax.Array, valid_Q: jax.Array, sizes: list[int]
+) -> jax.Array:
+    """Which boxes stay, bool [Q]. Levels of one size, which lie side by side, are suppressed at
+    once, each for itself."""
+    keep, start = [], 0
+    for size, levels in ((n, len(list(group))) for n, group in itertools.groupby(sizes)):
+        of = slice(start, start + levels * size)
+        keep_LxK = jax.vmap(lambda b, s, v: nms(b, s, threshold, valid_N=v))(
+            boxes_Qx4[of].reshape(levels, size, 4),
+            score_Q[of].reshape(levels, size),
+            valid_Q[of].reshape(levels, size),
+        )
+        keep.append(keep_LxK.ravel())
+        start = of.stop
+    return jnp.concatenate(keep)
