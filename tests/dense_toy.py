@@ -1,6 +1,5 @@
 """Tiny settings and batches of the dense tasks: a ViT of two blocks on 16 patches, small heads."""
 
-
 import jax
 import numpy as np
 

@@ -29,6 +29,7 @@ RESULT = "result.json"
 
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
+    jobs.require_views(config, "compare", "it compares objectives of pre-training")
     # refuse an objective that this data cannot train before hours go into the others
     trains = [objective_names(form) for form in config.compare.forms]
     for name in itertools.chain(*trains):

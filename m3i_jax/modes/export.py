@@ -32,7 +32,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load
 from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, vit_weights
 from m3i_jax.models import backbones
-from m3i_jax.modes import model_card, output
+from m3i_jax.modes import export_dense, model_card, output
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import checkpoint, checkpoint_reader, init_from, weight_source
 
@@ -55,6 +55,8 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
             "--format=stablehlo needs the package flatbuffers: pip install 'm3i-jax[export]'"
         )
     config = settings_of(config, workdir)
+    if not config.traits.views:
+        return export_dense.run(config, workdir=workdir, format=format)
     write = {**_FORMATS, **_FORMATS_OF_LAYOUT[backbones.get_backbone(config.model).layout]}
     if format not in write:
         raise UserError(

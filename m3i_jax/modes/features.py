@@ -32,6 +32,7 @@ _PART = 4096  # images of a part
 def run(config: schema.Config, *, workdir: str, out: str) -> int:
     if not out:
         raise UserError("--out: is missing; give the npz file to write, such as --out=features.npz")
+    jobs.require_views(config, "features", "use m3i_jax.load(RUN).detect or .segment")
     target = pathlib.Path(out)
     if target.suffix != ".npz" or target.is_dir():
         raise UserError(f"--out: {out!r} must be a file that ends in .npz")

@@ -199,6 +199,12 @@ def open_setup(
     )
 
 
+def require_views(config: schema.Config, mode: str, why: str) -> None:
+    """Refuse a mode that needs features of whole images for a task that has none."""
+    if not config.traits.views:
+        raise UserError(f"config.task: {config.task!r} has no --mode={mode}: {why}")
+
+
 def make_workdir(workdir: pathlib.Path) -> None:
     """Create a working directory if it does not exist. Raises UserError if that fails, or if the
     first host cannot write to it."""

@@ -271,10 +271,11 @@ def worst_maps_figure(
         whole = Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
         known = np.where(given == dense_panels.UNKNOWN, given, predicted)
         wrong = (known != given).sum() / max((given != dense_panels.UNKNOWN).sum(), 1)
-        present = np.unique(np.concatenate([np.unique(given), np.unique(known)]))
+        both = np.concatenate([given.ravel(), known.ravel()])
+        present, count = np.unique(both, return_counts=True)
         legend = [
             FigureLine(names[k] if k < len(names) else str(k), chip=category_color(k))
-            for k in present.tolist()
+            for k in present[np.argsort(-count, kind="stable")].tolist()
             if k != dense_panels.UNKNOWN
         ]
         rows.append(

@@ -375,7 +375,8 @@ def write_map_sheet(
     blocks, present = [], np.zeros(256, np.int64)
     for row, (image, given) in enumerate(zip(images, truth, strict=True)):
         present += np.bincount(given.reshape(-1), minlength=256)[:256]
-        small = _resized(image, fitted_size(*given.shape, room))
+        height, width = given.shape
+        small = _resized(image, fitted_size(height, width, room))
         if found is None:
             tiles = [small, map_tile(image, given, room)]
             blocks.append(_Block(tiles, words[row] if words else ""))

@@ -164,7 +164,8 @@ def test_refusals_of_a_folder(fill, tmp_path):
         refusal(linked)
         == f"data.path={str(linked)!r} holds no image ({KINDS}); ignored: 1 links out of the folder"
     )
-    kinds = "'shapes', 'folder', 'tars', 'array_record', 'tfds', 'hugging_face' or 'mixture'"
+    kinds = "'shapes', 'folder', 'tars', 'array_record', 'tfds', 'hugging_face', 'coco', 'maps', "
+    kinds += "'scenes' or 'mixture'"
     assert refusal(tmp_path, "folders") == f"data.source='folders' is not a source: use {kinds}"
 
 

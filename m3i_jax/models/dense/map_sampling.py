@@ -147,7 +147,7 @@ def _roi_weights(call: _Alignment, boxes_Nx4: jax.Array) -> list[tuple[jax.Array
     box can reach, and which boxes are read from it [N]."""
     boxes_Nx4 = boxes_Nx4.astype(jnp.float32)
     here_NxL = level_shares(boxes_Nx4, call.strides, call.canonical) > 0
-    levels = []
+    levels: list[tuple[jax.Array, ...]] = []
     for level, (stride, size) in enumerate(zip(call.strides, call.sizes, strict=True)):
         places_Nx4 = boxes_Nx4 * np.float32(1 / stride) - 0.5
         x0, y0, x1, y1 = places_Nx4.T
@@ -326,7 +326,7 @@ def multilevel_roi_align(
     [2.0, 1.0]
     """
     strides = tuple(sorted(maps))
-    sizes = tuple(maps[stride].shape[:2] for stride in strides)
+    sizes = tuple((maps[stride].shape[0], maps[stride].shape[1]) for stride in strides)
     call = _Alignment(out, strides, sizes, canonical)
     images = tuple(maps[stride][None] for stride in strides)
     return _aligned(call, images, boxes_Rx4[None])[0]

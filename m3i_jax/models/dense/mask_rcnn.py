@@ -76,7 +76,8 @@ def _map_images(one: Callable[..., Any], numbers: int, *arrays_Bx: Any) -> Any:
 
 
 def _anchors(settings: schema.Detect, pyramid: Pyramid) -> list[jax.Array]:
-    grids = {stride: pyramid[stride].shape[1:3] for stride in settings.strides}
+    sizes = {stride: pyramid[stride].shape for stride in settings.strides}
+    grids = {stride: (shape[1], shape[2]) for stride, shape in sizes.items()}
     return proposals.pyramid_anchors(settings, grids)
 
 
@@ -236,10 +237,11 @@ def losses_from_draws(
         "foreground_regions": (chosen.weight_S * chosen.foreground_S).sum(1),
     }
     total = jnp.float32(images)
-    return tuple(
+    summed, counted = (
         {name: (value_B.sum(), total) for name, value_B in some.items()}
         for some in (values, counts)
     )
+    return summed, counted
 
 
 def _suppressed(candidates: int, levels: list[jax.Array]) -> int:

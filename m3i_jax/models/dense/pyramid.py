@@ -267,7 +267,7 @@ def _lateral(config: PyramidConfig, params: Params, maps: Pyramid) -> dict[int, 
     for stride in reversed([stride for stride in config.strides if f"stride_{stride}" in params]):
         part = params[f"stride_{stride}"]
         y = dense_layer(part["lateral"], maps[stride])
-        above = y if above is None else y + _doubled(above, y.shape[1:3])
+        above = y if above is None else y + _doubled(above, (y.shape[1], y.shape[2]))
         made[stride] = convolve(part["output"], above, 1)
     return made
 

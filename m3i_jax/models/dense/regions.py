@@ -229,6 +229,7 @@ def box_losses(
         loss_R = -jnp.take_along_axis(log_RxK1, target_R[:, None], 1)[:, 0]
         classified = (loss_R * sample.weight_S).sum() / count
     else:
+        assert uniform_K is not None
         total, _ = federated_cross_entropy(
             logits_RxK1[:, :classes],
             target_R,

@@ -9,6 +9,7 @@ Those that meet in a 3 x 3 convolution are convolved one by one and before they 
 B images, H W size of a map, C channels, D width of the head, K categories.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -156,9 +157,10 @@ def apply(
             x = dense_layer({"kernel": kernel}, *parts)
         else:
             kernels = jax.lax.split(kernel, [part.shape[-1] for part in parts], 2)
-            size = parts[0].shape[1:3]
+            size = parts[0].shape[1], parts[0].shape[2]
             terms = [convolve_resized(k, y, size) for k, y in zip(kernels, parts, strict=True)]
-            x = sum(term.astype(jnp.float32) for term in terms).astype(parts[0].dtype)
+            wide = [term.astype(jnp.float32) for term in terms]
+            x = functools.reduce(jnp.add, wide).astype(parts[0].dtype)
         y, new[name] = running_batch_norm(
             params[name],
             statistics[name],
@@ -181,7 +183,7 @@ def apply(
     made = [above]
     for stride in reversed(fine):
         lateral = layer(f"lateral_{stride}", maps[stride])
-        above = lateral + resize_bilinear(above, lateral.shape[1:3])
+        above = lateral + resize_bilinear(above, (lateral.shape[1], lateral.shape[2]))
         made.insert(0, layer(f"output_{stride}", above))
     logits = classify("classifier", layer("fuse", *made), slice(settings.width))
     if not (train and settings.aux_width):

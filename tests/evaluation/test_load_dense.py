@@ -1,0 +1,61 @@
+"""`m3i_jax.load` of runs of detection and segmentation: predictions in pixels of images of any
+size, equal to those that the evaluations of the run are computed from."""
+
+import jax
+import numpy as np
+import pytest
+
+from m3i_jax.data import annotated_eval
+from m3i_jax.data.sources.base import Record
+from m3i_jax.data.sources.scenes import ScenesSource
+from m3i_jax.errors import UserError
+from m3i_jax.evaluation import detection_results
+from m3i_jax.evaluation.load_dense import LoadedDense, as_images
+from m3i_jax.training.task import make_task
+from tests import dense_toy
+
+IMAGES = [np.asarray(ScenesSource(6, 40)[i].image) for i in range(2)]
+IMAGES.append(np.tile(IMAGES[0], (2, 1, 1)))  # higher than wide
+
+
+def loaded(task: str) -> LoadedDense:
+    """A model with initial parameters, without a run."""
+    config = dense_toy.dense_settings(task)
+    made = make_task(config)
+    params = made.init(jax.random.key(0)) | {"running": made.init_statistics()}
+    names = tuple(f"class {k}" for k in range(config.data.classes))
+    return LoadedDense(config, params, names, "a toy")
+
+
+def test_detections_are_those_of_an_evaluation() -> None:
+    model = loaded("detect")
+    side = model.config.data.image_size
+    for image, found in zip(IMAGES, model.detect(IMAGES), strict=True):
+        fitted = annotated_eval.fit_image(Record("", image), side)
+        outputs = model.function(model.params, fitted.image[None], np.array([fitted.size]))
+        row = {name: np.asarray(value)[0] for name, value in outputs.items()}
+        wanted = detection_results.original_detections(
+            row, content=fitted.size, size=image.shape[:2]
+        )
+        np.testing.assert_array_equal(found.boxes, wanted.boxes)
+        np.testing.assert_array_equal(found.classes, wanted.classes)
+        assert found.masks is not None and found.masks.shape[1:] == image.shape[:2]
+        assert len(found.names) == len(found.boxes)
+        assert (found.boxes[:, 2:] <= [image.shape[1], image.shape[0]]).all()
+
+
+def test_maps_have_the_size_of_their_images() -> None:
+    model = loaded("segment")
+    maps = model.segment(IMAGES)
+    assert [each.shape for each in maps] == [image.shape[:2] for image in IMAGES]
+    assert max(int(each.max()) for each in maps) < len(model.names)
+    np.testing.assert_array_equal(model.segment(IMAGES[1])[0], maps[1])
+
+
+def test_the_other_prediction_and_features_are_refused() -> None:
+    with pytest.raises(UserError, match=r"config.task=detect, and .segment\(\) is of segment"):
+        loaded("detect").segment(IMAGES)
+    with pytest.raises(UserError, match="has no features"):
+        loaded("segment").features(IMAGES)
+    with pytest.raises(ValueError, match="give RGB uint8"):
+        as_images(np.zeros((4, 4), np.uint8))
