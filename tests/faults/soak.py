@@ -468,7 +468,7 @@ def main() -> int:
         "--save-every", type=int, default=0, help="steps; default: 20 with --hours, else 5"
     )
     flags = ask.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its child processes end with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes end with it
     if flags.hours:
         results = soak(
             flags.directory,
