@@ -3,7 +3,10 @@
 The handler ends the process instead of raising KeyboardInterrupt, which imports, callbacks of the
 garbage collector and threads of libraries print, swallow or wait for. A killed run loses nothing
 either. Two blocks have another handler: the training loop, which saves a checkpoint first
-(training/loop.py), and `--mode=convert`, which reports the complete shards."""
+(training/loop.py), and `--mode=convert`, which reports the complete shards.
+
+A terminal sends the signal to the worker processes as well, which are started with it blocked: the
+process that started them ends them."""
 
 import contextlib
 import os
@@ -12,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import NoReturn
 
 STATUS = 130  # exit code: 128 + SIGINT, as shells report it
@@ -79,3 +83,20 @@ def raise_interrupts() -> Iterator[None]:
     finally:
         if before is _handle:
             signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def block_interrupts() -> Iterator[None]:
+    """Context manager in which this thread, and the threads and worker processes that it starts, do
+    not receive SIGINT. The main thread receives it at the end of the block.
+
+    >>> with block_interrupts(): print("start workers")
+    start workers
+    """
+    # the start of this process of multiprocessing would unblock the signal
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -76,3 +76,17 @@ def test_an_ignored_signal_stays_ignored() -> None:
     code = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + START
     code += READY + "import time\ntime.sleep(0.5)\n"
     assert interrupted("-c", "import signal\n" + code) == (0, "")
+
+
+def test_processes_that_are_started_in_a_block_do_not_receive_it() -> None:
+    """Also the first one: multiprocessing starts a process of its own before it, and unblocks the
+    signal then."""
+    child = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    code = (
+        "import subprocess, sys, time\nfrom multiprocessing import resource_tracker\n"
+        "with interrupts.block_interrupts():\n    resource_tracker.ensure_running()\n"
+        f"    assert subprocess.check_output([sys.executable, '-c', {child!r}]) == b'True\\n'\n"
+        f"assert subprocess.check_output([sys.executable, '-c', {child!r}]) == b'False\\n'\n"
+        f"{READY}time.sleep(100)\n"
+    )
+    assert interrupted("-c", START + code) == (130, LINE)

@@ -163,7 +163,7 @@ def test_a_host_keeps_its_heap_on_a_cpu_and_only_there(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_host_that_is_told_to_go_lets_the_run_save_and_goes(number: int, stage: Stage) -> None:
+def test_a_host_that_is_stopped_lets_the_run_save_first(number: int, stage: Stage) -> None:
     stage.python(
         "trap '/bin/sleep 0.3; echo saved >>\"$LOG\"; exit 42' TERM\nfor i in {1..300}; do"
         " /bin/sleep 0.1; done"

@@ -46,7 +46,7 @@ ROOMS: dict[str, set[str]] = {
     "config": BASE | {"objective", "validation"},
     "models": BASE | {"objective", "parallel"},
     "augment": BASE | {"objective"},
-    "data": BASE | {"objective"},
+    "data": BASE | {"objective", "interrupts"},
     "parallel": BASE,
     "reporting": BASE,
     "profiling": BASE | {"parallel", "reporting"},

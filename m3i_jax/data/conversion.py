@@ -12,11 +12,11 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+from m3i_jax import interrupts
 from m3i_jax.data.sources import array_record, base
 from m3i_jax.data.sources.base import DataSource, Record
 from m3i_jax.errors import UserError
@@ -149,7 +149,8 @@ def convert(
         (source, directory, shards),
     )
     try:
-        futures = [pool.submit(_write_in_worker, shard) for shard in todo]
+        with interrupts.block_interrupts():  # the processes are started here
+            futures = [pool.submit(_write_in_worker, shard) for shard in todo]
         for future in concurrent.futures.as_completed(futures):
             yield future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
@@ -162,7 +163,6 @@ def convert(
 
 
 def _begin_worker(source: DataSource, directory: str, shards: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _STATE.update(source=source, directory=directory, shards=shards)
 

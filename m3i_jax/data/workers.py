@@ -5,6 +5,7 @@ A batch is a function of its number, so a worker that the kernel kills for its m
 for a disk that does not answer, costs a restart and no data. The run ends with the number of the
 batch if `TRIES` starts do not produce it."""
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from m3i_jax import privacy
+from m3i_jax import interrupts, privacy
 from m3i_jax.data import shared_buffers
 from m3i_jax.errors import RunStopped
 
@@ -70,7 +71,7 @@ class RestartingIterator(Iterator[dict[str, Any]]):
         # This thread may wait for a worker for ever; the caller waits no longer than the limit.
         threading.Thread(
             target=_fetch,
-            args=(self._inner, self._requests, self._results),
+            args=(self._inner, self._requests, self._results, self._workers),
             name="batches",
             daemon=True,
         ).start()
@@ -136,7 +137,8 @@ class RestartingIterator(Iterator[dict[str, Any]]):
 
     def start(self) -> None:
         """Starts to prefetch batches."""
-        self._inner.start_prefetch()
+        with _block_interrupts(self._workers):
+            self._inner.start_prefetch()
 
     def _kill_workers(self) -> None:
         """Kills the workers, whether they respond or not, and releases their memory."""
@@ -154,6 +156,12 @@ class RestartingIterator(Iterator[dict[str, Any]]):
             close()
         if self._pool:
             self._pool.close()
+
+
+def _block_interrupts(workers: int) -> contextlib.AbstractContextManager[None]:
+    """For a block that starts workers: a terminal sends SIGINT to them too, and the trainer ends
+    them."""
+    return interrupts.block_interrupts() if workers else contextlib.nullcontext()
 
 
 def begin_worker(number: int, workers: int) -> None:
@@ -177,10 +185,12 @@ def _fetch(
     inner: Any,
     requests: queue.SimpleQueue[bool],
     results: queue.SimpleQueue[tuple[Any, BaseException | None]],
+    workers: int,
 ) -> None:
     """Answers each request with the next batch or the error, which is raised in the caller."""
-    while requests.get():
-        try:
-            results.put((next(inner), None))
-        except BaseException as error:
-            results.put((None, error))
+    with _block_interrupts(workers):  # the first request starts them
+        while requests.get():
+            try:
+                results.put((next(inner), None))
+            except BaseException as error:
+                results.put((None, error))

@@ -192,7 +192,7 @@ def augment(views, position, view=0, **changes):
     )
 
 
-def test_a_row_depends_on_its_own_picture_and_position_alone(images):
+def test_a_row_depends_on_its_own_image_and_position_alone(images):
     batch, where = np.resize(images, (8, SIZE, SIZE, 3)), positions(8, first=2**32 - 4)
     out = augment(batch, where, view=1)
     order = np.array([5, 2, 7, 0, 1, 6, 3, 4])

@@ -158,7 +158,7 @@ def test_a_far_position_needs_no_replay(make, bpe):
     same(far, near)
 
 
-def test_epochs_augment_anew(make, bpe):
+def test_epochs_differ_in_augmentation(make, bpe):
     batch = make.joined(make.stream(make.settings(batch=50), make.ColorImages(50), bpe, 2))
     record = batch["views"][:, 0, 0, 0, 0]
     first, second = np.argsort(record[:50]), 50 + np.argsort(record[50:])

@@ -39,7 +39,7 @@ def test_positions_follow_the_factors() -> None:
     assert np.abs(counts - expected).max() < 41 and np.abs(counts / expected - 1).mean() < 0.05
 
 
-def test_batches_are_repeated_and_the_stream_says_so() -> None:
+def test_batches_are_repeated_and_the_stream_is_named_so() -> None:
     source = ScenesSource(40, side=48)
     config = schema.Config(
         data=schema.Data(image_size=48, threads=0), train=schema.Train(batch_size=8)

@@ -116,7 +116,7 @@ def test_labels_are_balanced_without_a_period(source):
     assert shares.min() > 0.03 and shares.max() < 0.25  # a stride of eight meets every class
 
 
-def test_captions_tell_the_truth(source):
+def test_captions_describe_their_images(source):
     openings: collections.Counter[str] = collections.Counter()
     for i in range(MANY):
         what, caption = source.what(i), source.caption(i)
@@ -214,7 +214,7 @@ def test_raw_pixels_do_not_predict_the_class(source, rendered):
         assert (guess == labels[400:]).mean() < 0.3
 
 
-def test_outlines_tell_the_class(source):
+def test_outlines_have_the_colour_of_the_class(source):
     """A profile that ignores place, size, rotation and colour separates the classes: a perfect
     learner has something to find."""
     rows, names = [], []

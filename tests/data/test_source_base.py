@@ -291,7 +291,7 @@ def test_reading_fails_with_one_line(fill, monkeypatch):
 
 
 @pytest.mark.row("C13")
-def test_a_pipe_in_place_of_a_file_is_told_and_not_waited_for(fill):
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(fill):
     folder = fill({"a/1.jpg": b"1", "b/2.jpg": b"2", "b/2.txt": b"two"})
     source = FolderSource(str(folder))
     for name in ("a/1.jpg", "b/2.txt"):

@@ -23,7 +23,7 @@ def unit(values: np.ndarray) -> np.ndarray:
     return values / 255 if values.dtype == np.uint8 else values
 
 
-def test_the_pictures_are_those_of_the_file(saved):
+def test_the_images_are_those_of_the_file(saved):
     np.testing.assert_array_equal(saved["pictures"], reference.images())
     # An operation that did nothing would not pass.
     for name in ("brightness", "contrast", "saturation", "hue"):

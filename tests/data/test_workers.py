@@ -52,6 +52,12 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def blocks_interrupts(pid: int) -> bool:
+    lines = pathlib.Path("/proc", str(pid), "status").read_text().splitlines()
+    blocked = next(line.split()[1] for line in lines if line.startswith("SigBlk:"))
+    return bool(int(blocked, 16) >> (signal.SIGINT - 1) & 1)
+
+
 @pytest.mark.skipif(
     not os.path.isdir("/proc/self"), reason="reads the state of processes from /proc"
 )
@@ -75,6 +81,8 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path, script) -> None:
         workers = [int(pid) for pid in trainer.stdout.readline().split()]
         assert workers
         assert all(map(is_alive, workers))
+        # of the pipeline: a terminal sends SIGINT to workers too
+        assert script is ONE_PROCESS or all(map(blocks_interrupts, workers))
     finally:
         os.kill(trainer.pid, signal.SIGKILL)
         trainer.wait()

@@ -208,17 +208,10 @@ def flags() -> list[str]:
     )
 
 
-CONFIGS = (
-    "quickstart.py",
-    "folder.py",
-    "tars.py",
-    "mixture.py",
-    "toy.py",
-    "m3i.py",
-    "tfds.py",
-    "forms.py",
-    "transfer/finetune.py",
-    "transfer/probe.py",
+CONFIGS = tuple(
+    sorted(
+        path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.py")
+    )
 )
 
 

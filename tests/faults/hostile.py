@@ -10,8 +10,8 @@ from tests import broken
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 JPEG = broken.encode(broken.smooth(40, 48), "JPEG")
-# Of a program that says how much memory it took: the most it had, in KiB. What getrusage says began
-# with the process that started it.
+# Code by which a program prints its peak memory in KiB. getrusage would include the process that
+# started it.
 PEAK = """
 import pathlib
 

@@ -44,11 +44,11 @@ TINY = [
     *("data.vocabulary_size=300", "train.log_every=1", "train.panel_every=0"),
     "evaluate.batch_size=32",
 ]
-STEPS = 10_000_000  # of a run that is stopped after its hours: more than it can do
-SETTLED = 15.0  # seconds after the first step of a life from which on descriptors are compared
-WINDOWS = 24  # parts of a life whose medians make the slope of its memory
-MOST_MB = 1.0  # an hour: the slope of memory that counts as none, with its error
-LEFT_MB = 1.5e-3  # a save
+STEPS = 10_000_000  # of a run that is stopped after some hours: more than it can reach
+SETTLED = 15.0  # seconds after the first step of a process, before which descriptors do not count
+WINDOWS = 24  # parts of a process whose medians give the slope of its memory
+MOST_MB = 1.0  # accepted growth of memory an hour, including its error
+LEFT_MB = 1.5e-3  # accepted growth a save
 
 
 def environment(cache: pathlib.Path) -> dict[str, str]:
@@ -197,7 +197,7 @@ class Life:
             "keep": keep,
         }
         settings = [*TINY, *(f"train.{name}={value}" for name, value in regular.items()), *settings]
-        self._noted = run / "memory.txt"  # by itself, of one that is watched
+        self._noted = run / "memory.txt"  # written by a watched process
         traced = {"PYTHONMALLOC": "malloc"} if watched else {}
         program = ["tests.faults.watched", str(self._noted)] if watched else ["m3i_jax.main"]
         command = [
@@ -229,11 +229,11 @@ class Life:
         self._stopping = False  # memory that a run uses when it ends is not its memory in training
         # seconds since the first step, private MB, descriptors
         self.samples: list[tuple[float, float, int]] = []
-        # of one that is watched, whose samples are what is allocated
+        # resident memory of a watched process, whose samples are allocated memory
         self.resident: list[tuple[float, float, int]] = []
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
-        atexit.register(self.process.kill)  # whoever watches it may fail
+        atexit.register(self.process.kill)  # if the test fails
 
     def _watch(self) -> None:
         while self.process.poll() is None:
@@ -360,8 +360,7 @@ def at_random(
     lost = [Lost(place / "killed-0")]
     while True:
         life = Life(lost[-1].run, steps, save_every, cache)
-        # No later than half as long again as a start takes, or the run is over before it was killed
-        # so often.
+        # At most 1.5 times the duration of a start, or the run ends before it has all its kills.
         most = 1.5 * (statistics.median(starts) if starts else clean)
         ended = life.last(r.uniform(0.0, most) if done < kills else math.inf)
         if not ended:
@@ -425,10 +424,10 @@ def soak(place: pathlib.Path, *, seconds: float, every: float, save_every: int) 
             raise SystemExit(f"the run that was left alone ended by itself: {whole.last_output()}")
     whole.stop()
     grown = growth(whole.samples)
-    saves = len(committed(whole.run))  # it keeps all
+    saves = len(committed(whole.run))  # none is deleted
     an_hour, resident = 3600 * saves / (time.monotonic() - whole.began), growth(whole.resident)
     (place / "samples.json").write_text(json.dumps([whole.samples, whole.resident]))
-    # of one life after the other, each at the same age
+    # of consecutive processes, each at the same age
     of_lives = [statistics.median(s[1] for s in life) for life in lives]
     part = max(len(of_lives) // 3, 1)
     return {
@@ -469,7 +468,7 @@ def main() -> int:
         "--save-every", type=int, default=0, help="steps; default: 20 with --hours, else 5"
     )
     flags = ask.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its runs end with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes end with it
     if flags.hours:
         results = soak(
             flags.directory,

@@ -183,7 +183,7 @@ def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(
 
 @pytest.mark.fast
 @pytest.mark.row("B3")
-def test_a_step_that_is_asked_for_by_its_number_is_looked_at_too(
+def test_a_step_that_is_requested_by_its_number_is_verified_too(
     pair: pathlib.Path, tmp_path: pathlib.Path, make: Make
 ) -> None:
     """An evaluation of one step renames nothing, and does not use damaged files."""

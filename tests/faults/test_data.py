@@ -50,7 +50,7 @@ class Mixed:
 @pytest.mark.fast
 @pytest.mark.row("C1")
 @pytest.mark.parametrize("every", [100, 5])
-def test_bad_pictures_are_replaced_and_counted(every: int, trials) -> None:
+def test_bad_images_are_replaced_and_counted(every: int, trials) -> None:
     """1 % and 20 %, all 22 kinds: counts, order and pixels follow the rule, also the second
     time."""
     source = Mixed(22 * every if every > 50 else 440, every)
@@ -82,7 +82,7 @@ def test_a_whole_run_on_a_folder_that_is_one_fifth_broken(tmp_path: pathlib.Path
 
 @pytest.mark.slow
 @pytest.mark.row("C1")
-def test_what_bad_pictures_cost(trials) -> None:
+def test_the_cost_of_bad_images(trials) -> None:
     """Processor seconds for the same samples with and without a fifth of bad files: reported, since
     no limit holds everywhere."""
     seconds = []
@@ -101,7 +101,7 @@ def test_what_bad_pictures_cost(trials) -> None:
 
 @pytest.mark.fast
 @pytest.mark.row("C2")
-def test_too_many_bad_pictures_end_the_run_with_reasons_and_examples(trials) -> None:
+def test_too_many_bad_images_end_the_run_with_reasons_and_examples(trials) -> None:
     batches = pipeline.iterate_batches(
         settings(batch=50, max_bad_share=0.05), Mixed(440, 2), None, start=0
     )
@@ -207,7 +207,7 @@ def test_bombs_are_refused_by_their_header(trials, tmp_path: pathlib.Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.row("C3")
-def test_memory_of_the_largest_pictures_that_are_taken(trials, tmp_path: pathlib.Path) -> None:
+def test_memory_of_the_largest_images_that_are_accepted(trials, tmp_path: pathlib.Path) -> None:
     """64 million pixels of every mode: the bytes of the image and of its RGB, 4 a pixel, are in
     memory at once, and little else."""
     shapes = {"RGB": (8000, 8000, 3), "RGBA": (8000, 8000, 4), "L": (8000, 8000)}

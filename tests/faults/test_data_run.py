@@ -310,7 +310,7 @@ def is_own_buffer(place: pathlib.Path) -> bool:
 
 @pytest.mark.fast
 @pytest.mark.row("C11")
-def test_few_pictures_and_odd_numbers(trials) -> None:
+def test_few_images_and_odd_numbers(trials) -> None:
     """Fewer images than a batch, and odd numbers: complete epochs, and no image is its own partner;
     one image, or a batch that cannot be split, is refused."""
     for count in (2, 3, 5, 7):
@@ -391,7 +391,7 @@ def test_stopped_is_one_line_and_exit_1(monkeypatch, capsys, tmp_path: pathlib.P
 
 @pytest.mark.fast
 @pytest.mark.row("C4", "C1")
-def test_pictures_that_are_odd_but_whole_are_no_bad_records(tmp_path: pathlib.Path) -> None:
+def test_unusual_but_complete_images_are_no_bad_records(tmp_path: pathlib.Path) -> None:
     for name, content in good_files().items():
         (tmp_path / name).write_bytes(content)
     batches = pipeline.iterate_batches(

@@ -412,8 +412,7 @@ def test_a_lost_host_costs_no_bit(tmp_path: pathlib.Path, trials) -> None:
         began, log = time.time(), run / "metrics.jsonl"
         both, victim = pair(run, steps), victim % 2
         try:
-            # By the rows of this life: one of before may have gone further than its kill was meant
-            # to come.
+            # Rows of these processes: earlier ones may have logged later steps.
             while (
                 not log.is_file()
                 or log.stat().st_mtime < began

@@ -124,7 +124,7 @@ def test_a_copy_of_an_older_format_is_noticed_by_its_arrays(
 
 
 @pytest.mark.row("B13", "B9")
-def test_another_run_is_looked_at_in_the_same_way(pair: pathlib.Path) -> None:
+def test_another_run_is_verified_in_the_same_way(pair: pathlib.Path) -> None:
     """init_from, evaluation and export refuse a copy under another number, and a newer format."""
     shutil.copytree(pair / "4", pair / "12")
     with pytest.raises(UserError, match="checkpoint 12 is damaged .*belongs to checkpoint 4"):
@@ -202,7 +202,9 @@ LOG = [{"step": step, "loss": 1.0} for step in range(1, 26)]
 
 
 @pytest.mark.row("B13")
-def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(pair: pathlib.Path, trials) -> None:
+def test_a_run_whose_checkpoints_are_gone_does_not_start_from_the_beginning(
+    pair: pathlib.Path, trials
+) -> None:
     """The directory is absent, empty, or a link to a disk that is not mounted; the error says how
     to continue."""
     place = pair.parent
@@ -237,7 +239,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(pair: pathlib.Path
 
 
 @pytest.mark.row("B13")
-def test_a_step_that_was_saved_and_is_gone_is_told(pair: pathlib.Path, opened) -> None:
+def test_a_step_that_was_saved_and_is_gone_is_named(pair: pathlib.Path, opened) -> None:
     assert checkpoint_dir.lost_since(pair.parent, 8) == 0
     shutil.rmtree(pair / "8")
     assert checkpoint_dir.lost_since(pair.parent, 4) == 8
@@ -283,7 +285,7 @@ def test_what_is_no_lock_is_neither_written_nor_waited_for(tmp_path: pathlib.Pat
 
 
 @pytest.mark.row("B12")
-def test_a_position_that_somebody_made_is_refused(trials) -> None:
+def test_a_position_of_another_structure_is_refused(trials) -> None:
     good: dict[str, Any] = {
         "samples_seen": 8,
         "fingerprint": "f",
@@ -330,7 +332,7 @@ FULL = """
 
 
 @pytest.mark.row("B1")
-def test_a_disk_that_fills_is_told_in_a_line_a_save(small_disk: pathlib.Path) -> None:
+def test_a_disk_that_fills_is_logged_in_a_line_a_save(small_disk: pathlib.Path) -> None:
     """64 arrays fail, each in its own thread: no traceback, not even after the last line."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FULL), str(small_disk)],

@@ -124,7 +124,7 @@ def test_each_is_refused_in_five_seconds_of_a_processor(trials, tmp_path: pathli
 
 @pytest.mark.fast
 @pytest.mark.row("E2")
-def test_the_largest_batch_that_fits_is_said(trials) -> None:
+def test_the_largest_batch_that_fits_is_printed(trials) -> None:
     """Ten sizes of memory, with a formula in place of the compiler; tests/modes/test_compile.py
     uses a real compiler."""
     for largest in (0, 1, 2, 3, 5, 8, 11, 13, 15, 16):
@@ -424,7 +424,7 @@ def test_a_console_on_a_full_disk_comes_back(monkeypatch, tmp_path: pathlib.Path
 
 @pytest.mark.fast
 @pytest.mark.row("E5")
-def test_a_picture_that_cannot_be_written_ends_nothing(tmp_path: pathlib.Path, capsys) -> None:
+def test_a_figure_that_cannot_be_written_ends_nothing(tmp_path: pathlib.Path, capsys) -> None:
     from m3i_jax.reporting.image_grid import ImageGrid
 
     writer = writers.open_writers(schema.Config(), tmp_path, resume_at=0, total=10)

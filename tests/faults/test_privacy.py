@@ -254,8 +254,7 @@ def test_no_secret_is_in_a_file_of_a_run(
         for file in run.rglob("*")
         if file.is_file()
     }
-    # The vocabulary and the index are the data's own words, for this program to read; all else is
-    # for people.
+    # The vocabulary and the index have words of the data, and only this program reads them.
     own = ("tokenizer.json", "tar_index")
     written = {k: text for k, text in written.items() if not any(name in k for name in own)}
     assert {"config.txt", "data.txt", "data.json", "data.html"} <= written.keys()

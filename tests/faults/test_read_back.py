@@ -82,7 +82,7 @@ def test_a_tokenizer_of_another_run_is_refused_by_the_position(words: pathlib.Pa
     train.check_same_run(here, position, True)
 
 
-def test_settings_that_cannot_be_compared_are_told(tmp_path: pathlib.Path, capsys) -> None:
+def test_settings_that_cannot_be_compared_are_logged(tmp_path: pathlib.Path, capsys) -> None:
     position = {"samples_seen": 8, "fingerprint": "f"}
     train.check_same_run(job(tmp_path), None, False)
     text = (tmp_path / "config.txt").read_text()

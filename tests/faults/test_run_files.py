@@ -281,7 +281,7 @@ def tried(
                 if not part(number):
                     continue
                 if fault == "deleted" and file.verified == "shown":
-                    continue  # an image that is not there is one that was not drawn
+                    continue  # a missing image counts as one that was not written
                 for name, mode in modes.items():
                     if name == "report" and victim.relative_to(run).as_posix().startswith(
                         "checkpoints/"

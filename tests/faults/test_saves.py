@@ -291,7 +291,7 @@ def test_a_reader_races_with_retention(tmp_path: pathlib.Path, make: Make, trial
             while True:
                 step = reader.latest()
                 with checkpoint_dir.hold_step(place / str(step)):
-                    # it was not deleted before the lock was ours
+                    # it was not deleted before this lock was taken
                     if step in checkpoint_dir.complete_steps(place):
                         trials.add(
                             same(restored(reader, step), state(step))

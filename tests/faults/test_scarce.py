@@ -22,7 +22,7 @@ from tests.training.test_loop import World
 @pytest.mark.fast
 @pytest.mark.row("A7")
 @pytest.mark.parametrize(("slow", "warnings"), [("draw", 1), ("dispatch", 0)])
-def test_training_that_waits_for_data_is_told(
+def test_training_that_waits_for_data_is_logged(
     monkeypatch: pytest.MonkeyPatch, trials, slow: str, warnings: int
 ) -> None:
     """A warning within two readings of the clock, once, with the share; a step that is slow itself

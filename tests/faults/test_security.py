@@ -50,7 +50,7 @@ def test_the_payload_itself_fires(tmp_path: pathlib.Path) -> None:
     """Without this, none of the tests below could fail."""
     ForkingPickler.loads(pickled(tmp_path / "fired"))
     assert (tmp_path / "fired").is_dir()
-    # spelt so that the law against it, which is read from the source, keeps its eye on all else
+    # written so that the check of the source (tests/test_laws.py) accepts this line alone
     unsafe_load = {"allow_pickle": True}
     with np.load(io.BytesIO(objects(tmp_path / "again", ("x",))), **unsafe_load) as packed:
         _ = packed["x"]

@@ -266,7 +266,7 @@ def test_arrays_that_do_not_fit_each_other(trials, tmp_path: pathlib.Path) -> No
 
 @pytest.mark.fast
 @pytest.mark.row("F8", "F1")
-def test_a_pickle_is_refused_with_advice_of_our_own(tmp_path: pathlib.Path) -> None:
+def test_a_pickle_is_refused_without_the_advice_of_torch(tmp_path: pathlib.Path) -> None:
     """PyTorch's message says how to load it unsafely."""
     torch = pytest.importorskip("torch")
     for name, content in (

@@ -147,7 +147,7 @@ def test_mixing_patches_is_mixing_pixels(cell: int) -> None:
     assert config.hidden == 8 and config.cell == cell // 8
 
 
-def test_cells_of_the_paper_s_pictures() -> None:
+def test_cells_of_the_images_in_the_paper() -> None:
     for cell, wanted in ((0, (12, 1, 72)), (16, (12, 1, 72)), (32, (12, 2, 72)), (96, (12, 6, 72))):
         config = chosen("internimage_h", image_size=192, mask_cell=cell)
         assert (config.grid, config.cell, config.hidden) == wanted

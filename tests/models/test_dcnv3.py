@@ -304,7 +304,7 @@ def test_the_innermost_loop_of_the_lookup_is_over_the_channels_of_a_group():
     assert "f32[2,100,2,16]" in shapes, shapes
 
 
-def test_few_pictures_at_a_time_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
+def test_few_images_at_a_time_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
     arrays = inputs((5, 5), batch=6)
     whole = run(*arrays, groups=2, method="fused")
     monkeypatch.setattr(dcnv3_cpu, "_BYTES", 2 * 25 * 6 * 16)  # two images

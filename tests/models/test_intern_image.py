@@ -219,7 +219,7 @@ def test_stochastic_depth_skips_branches_of_their_own_rows():
     np.testing.assert_allclose(dropped[1], forward()(silent, ones, shown)[1], atol=1e-5)
 
 
-def test_hidden_cells_show_nothing_of_the_picture():
+def test_hidden_cells_show_nothing_of_the_image():
     params, ones = lively(SMALL), np.ones((2, 6, 2), np.float32)
     hidden = np.ones((2, 4), bool)
     z = forward()(params, ones, hidden)
@@ -230,7 +230,7 @@ def test_hidden_cells_show_nothing_of_the_picture():
     assert np.abs(part[1] - z[1]).max() > 1e-3
 
 
-def test_pictures_and_patches():
+def test_images_and_patches():
     x = images(12)
     np.testing.assert_array_equal(intern_image.unpatchify(vit.patchify(x, 4), 3), x)
 

@@ -58,7 +58,7 @@ def test_numbers_and_counts_must_fit() -> None:
     assert all("process 1 on " in s and "is one of 4, process 0 is one of 2" in s for s in lines)
 
 
-def test_a_process_that_was_started_anew_takes_the_place_of_the_first() -> None:
+def test_a_process_that_was_started_again_replaces_the_first() -> None:
     at = address()
     host, port = at.split(":")
 

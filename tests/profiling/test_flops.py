@@ -176,7 +176,7 @@ def test_inside_calls_of_every_kind():
     ) == ONE.times(4)
 
 
-def test_what_nobody_uses_does_not_count():
+def test_unused_ones_do_not_count():
     def wasteful(a, b):
         dead = jnp.sin(a @ b) @ b.T
         return a + 0 * a, dead.shape

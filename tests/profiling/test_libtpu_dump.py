@@ -114,7 +114,7 @@ def test_a_result_comes_from_another_process_that_ends_whatever_runs_in_it():
         os.kill(made, 0)
 
 
-def test_what_goes_wrong_there_is_told_here(capfd):
+def test_an_error_there_is_raised_here(capfd):
     with pytest.raises(DoesNotFit, match="True: too large"):
         libtpu_dump.run_in_subprocess(refused)
     with pytest.raises(RuntimeError, match="ValueError"):

@@ -93,7 +93,7 @@ def test_refusals(tmp_path: pathlib.Path) -> None:
         report.write_report(schema.Config(report=schema.Report(beside=("nowhere",))), this_run)
 
 
-def test_runs_of_one_name_are_told_apart(
+def test_runs_of_one_name_get_different_labels(
     two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
     """As in two comparisons with DIR/compare/k-0 in each. The differences of every run are listed,

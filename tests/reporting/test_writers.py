@@ -100,7 +100,7 @@ class Broken:
         raise RuntimeError("already gone")
 
 
-def test_a_failing_sink_is_counted_and_told_and_stops_nothing():
+def test_a_failing_sink_is_counted_and_logged_and_stops_nothing():
     logged: list[str] = []
     good, bad = Broken(works_at=range(100)), Broken(works_at=[3])
     writer = writers.Writers({"bad": bad, "good": good}, logged.append)

@@ -35,7 +35,7 @@ def smoothed(label: np.ndarray, classes: int, smoothing: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_the_loss_is_that_of_blended_pictures_and_targets(microbatches: int) -> None:
+def test_the_loss_is_that_of_blended_images_and_targets(microbatches: int) -> None:
     """Pixels blended in numpy before they are cut into patches; soft targets as timm makes them,
     cross-entropy over them."""
     config = toy.settings(**FINE, train__microbatches=microbatches)

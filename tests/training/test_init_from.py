@@ -132,7 +132,7 @@ def test_a_file_of_timm(timm) -> None:
     )
 
 
-def test_a_table_of_another_grid_is_resized_and_said_so(timm) -> None:
+def test_a_table_of_another_grid_is_resized_with_a_log_line(timm) -> None:
     path, table = timm
     _, after, lines = take(toy.settings(init_from=path, data__image_size=48, **LEARNED))
     np.testing.assert_array_equal(
@@ -172,7 +172,7 @@ def test_a_fixed_table_in_a_file_is_known_as_the_fixed_one_here(tmp_path: pathli
     take(toy.settings(**mae, model__encoder__positions="sincos_columns", data__image_size=48))
 
 
-def test_other_settings_are_told_and_with_strict_refused(tmp_path: pathlib.Path) -> None:
+def test_other_settings_are_logged_and_with_strict_refused(tmp_path: pathlib.Path) -> None:
     tensor_files.write_safetensors(
         tmp_path / "model.safetensors", weights(ENCODERS["clip"], **SIZES)
     )
@@ -244,7 +244,7 @@ def intern(tmp_path_factory: pytest.TempPathFactory):
     return str(path), flat({"encoder": tree})
 
 
-def test_pre_training_adds_a_fusion_to_an_intern_image_and_says_so(intern) -> None:
+def test_pre_training_adds_a_fusion_to_an_intern_image_with_a_log_line(intern) -> None:
     path, tree = intern
     before, after, lines = take(toy.settings(**toy.INTERN, init_from=path))
     for name, array in after.items():
@@ -295,7 +295,7 @@ def test_an_encoder_that_fits_in_part_is_refused(intern, tmp_path: pathlib.Path)
     take(toy.settings(**settings, init__only="^encoder/(?!norm/)"))
 
 
-def test_an_intern_image_with_other_settings_is_told(tmp_path: pathlib.Path) -> None:
+def test_an_intern_image_with_other_settings_is_logged(tmp_path: pathlib.Path) -> None:
     alone = {**toy.INTERN, "objective__forms": "sim", "data__captions": "no"}
     saved.run(tmp_path, toy.settings(**alone, model__intern_image__offset_scale=2.0))
     _, _, lines = take(toy.settings(**alone, init_from=str(tmp_path)))

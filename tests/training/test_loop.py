@@ -372,7 +372,7 @@ def test_two_and_then_finite_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_a_collapse_is_said_once_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collapse_is_logged_once_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(40, spread=lambda k: 0.7 if k < 11 else 0.001, log_every=10)
     assert world.run(monkeypatch, evaluators=[]) == loop.DONE
     assert (
