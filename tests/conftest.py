@@ -13,17 +13,12 @@ import pytest
 
 # import torch, which only benchmarks need
 collect_ignore = [
-<<<<<<< HEAD
+    "bench/dense_heads_torch.py",
     "bench/dense_step_torch.py",
     "bench/dense_torch.py",
     "bench/intern_image_torch.py",
     "bench/m3i_torch.py",
     "bench/upernet_torch.py",
-=======
-    "bench/dense_torch.py",
-    "bench/intern_image_torch.py",
-    "bench/m3i_torch.py",
->>>>>>> w-heads
 ]
 
 ROOT = pathlib.Path(__file__).parent.parent

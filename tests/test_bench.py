@@ -31,15 +31,9 @@ def test_benchmarks_are_listed_without_imports() -> None:
         "intern_image_peer",
         "torch_peer",
     } <= set(rows) and "figures" not in rows
-<<<<<<< HEAD
-    assert not {"report", "heap", "m3i_torch", "contestants", "race", "intern_image_torch"} & set(
-        rows
-    )
-    assert "dense_step_torch" not in rows
-=======
     helpers = {"report", "heap", "m3i_torch", "contestants", "race", "intern_image_torch"}
-    assert not (helpers | {"dense_torch"}) & set(rows)
->>>>>>> w-heads
+    helpers |= {"dense_step_torch", "dense_heads_torch", "dense_torch", "upernet_torch"}
+    assert not helpers & set(rows)
 
 
 def test_table_marks_met_missed_and_not_measured(
@@ -159,7 +153,6 @@ def test_internimage_peer_computes_the_same_loss(tmp_path: pathlib.Path) -> None
     assert ours() == pytest.approx(theirs(), rel=intern_image_peer.AGREE)
 
 
-<<<<<<< HEAD
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["detect_toy", "segment_toy"])
 def test_dense_peer_computes_the_same_losses(name: str, tmp_path: pathlib.Path) -> None:
@@ -171,12 +164,12 @@ def test_dense_peer_computes_the_same_losses(name: str, tmp_path: pathlib.Path) 
     ours, theirs = dense_peer.ours(tmp_path, name), dense_peer.theirs(tmp_path, name)
     for _ in range(2):
         assert ours() == pytest.approx(theirs(), rel=dense_peer.AGREE)
-=======
+
+
 @pytest.mark.parametrize("name", ["upernet_32", "pyramid_32", "roi_32"])
 def test_peer_of_dense_heads_computes_the_same_losses(name: str, tmp_path: pathlib.Path) -> None:
     pytest.importorskip("torchvision", reason="the extra bench")
-    from tests.bench import dense_peer
+    from tests.bench import dense_heads_peer
 
-    ours = dense_peer.ours(tmp_path, name)
-    np.testing.assert_allclose(ours(), dense_peer.theirs(tmp_path, name)(), rtol=1e-5)
->>>>>>> w-heads
+    ours = dense_heads_peer.ours(tmp_path, name)
+    np.testing.assert_allclose(ours(), dense_heads_peer.theirs(tmp_path, name)(), rtol=1e-5)

@@ -34,7 +34,9 @@ def test_the_jitter_rule(height, width) -> None:
         )
         assert (p.rows, p.columns) == (min(p.height, 128), min(p.width, 128))
         assert p.top == np.round(max(p.height - 128, 0) * u[2])
-        assert p.left == np.round(max(p.width - 128, 0) * u[2])  # the same number
+        excess = max(p.width - 128, 0)
+        left = np.round(excess * u[2])  # the same number, of the mirrored image
+        assert p.left == (excess - left if p.flip else left)
         assert p.flip == (u[1] < 0.3)
 
 
