@@ -41,7 +41,7 @@ from m3i_jax.errors import UserError
 from tests.faults import fuzz_cases as cases
 from tests.faults import fuzz_damage
 from tests.faults.hostile import tar
-from tests.test_main import TINY
+from tests.test_main import TINY, environment
 
 PROCESSOR = 10.0  # seconds of a refusal
 LONGEST = 40.0  # seconds of the processor after which a command is ended
@@ -374,9 +374,8 @@ def imported() -> None:
     child can initialize its own."""
     import importlib
 
-    # the fastest compilation; XLA reads it when a child initializes its device
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}"
+    # one device and the fastest compilation; XLA reads it when a child initializes its device
+    os.environ["XLA_FLAGS"] = environment()["XLA_FLAGS"]
     for name in main.MODES:
         importlib.import_module(f"m3i_jax.modes.{name}")
 

@@ -147,6 +147,7 @@ def job(workdir: pathlib.Path, fingerprint: str = "f", **changes: Any) -> Any:
     config = configuration.resolve(made)
     return types.SimpleNamespace(
         workdir=workdir,
+        config=config,
         text=configuration.config_to_text(config),
         fingerprint=fingerprint,
         identity=identity,
