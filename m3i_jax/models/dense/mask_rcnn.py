@@ -4,9 +4,9 @@ Losses are per image: those of each image are divided by its own counts, and the
 their mean over the images. So a value does not depend on how a batch is cut into microbatches,
 devices and hosts, and equals that of the references, which run one image a process.
 
-What has no gradient (matching, sampling, proposals, suppression) runs for a few images at a time
-on the device that has them, so that its memory does not grow with the batch, and no device waits
-for another. Heads run on the regions of all images at once.
+What needs much memory an image (matching, suppression, reading maps in boxes) runs for a few images
+at a time on the device that has them, so that no more is needed for more of them, and no device
+waits for another. Heads run on the regions of all images at once.
 
 B images, A anchors, M objects, P proposals, R regions of an image, K categories, D detections.
 """
@@ -24,7 +24,7 @@ from m3i_jax.models.dense.map_sampling import mask_targets, multilevel_roi_align
 from m3i_jax.models.dense.proposals import Pyramid
 from m3i_jax.models.layers import Params
 
-_AT_ONCE = 2**26  # numbers of the largest array of the parts without gradient, on a device
+_AT_ONCE = 2**26  # numbers of the largest intermediate array of some images, on a device
 Values = dict[str, tuple[jax.Array, jax.Array]]
 
 
@@ -63,16 +63,16 @@ def init(
 
 def _map_images(one: Callable[..., Any], numbers: int, *arrays_Bx: Any) -> Any:
     """`one` of every image; so many at a time that arrays of `numbers` an image fit."""
-    rows = jax.tree.leaves(arrays_Bx)[0].shape[0]
+    rows, at_once = jax.tree.leaves(arrays_Bx)[0].shape[0], max(1, _AT_ONCE // max(1, numbers))
+    if not parallel.is_single_device(rows):
+        return jax.vmap(one)(*arrays_Bx)  # the partitioner could not split a loop over images
 
     def run(*some_Bx: Any) -> Any:
-        return jax.lax.map(
-            lambda row: one(*row), some_Bx, batch_size=max(1, _AT_ONCE // max(1, numbers))
-        )
+        if jax.tree.leaves(some_Bx)[0].shape[0] <= at_once:
+            return jax.vmap(one)(*some_Bx)
+        return jax.lax.map(lambda row: one(*row), some_Bx, batch_size=at_once)
 
-    if parallel.is_single_device(rows):
-        return parallel.per_device(run, *arrays_Bx)
-    return jax.vmap(one)(*arrays_Bx)  # the partitioner could not split a loop over images
+    return parallel.per_device(run, *arrays_Bx)
 
 
 def _anchors(settings: schema.Detect, pyramid: Pyramid) -> list[jax.Array]:
@@ -87,8 +87,13 @@ def _align(
     """What the maps have in boxes, [B R, side, side, C]. The coarsest map is for proposals only."""
     maps = {stride: pyramid[stride] for stride in settings.strides[:-1] or settings.strides}
     canonical = (settings.canonical[0], settings.canonical[1])
-    read = jax.vmap(lambda maps, boxes: multilevel_roi_align(maps, boxes, side, canonical))
-    pooled_BxRxTxTxC = read(maps, boxes_BxRx4)
+    (height, width, channels), rois = maps[min(maps)].shape[1:], boxes_BxRx4.shape[1]
+    pooled_BxRxTxTxC = _map_images(
+        lambda maps, boxes: multilevel_roi_align(maps, boxes, side, canonical),
+        rois * side * max(height, width) * channels,
+        maps,
+        boxes_BxRx4,
+    )
     return pooled_BxRxTxTxC.reshape(-1, *pooled_BxRxTxTxC.shape[2:])
 
 

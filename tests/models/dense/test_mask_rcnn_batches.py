@@ -138,6 +138,17 @@ def test_devices_do_not_talk_about_images() -> None:
     assert 0 < largest <= max(leaf.size for leaf in jax.tree.leaves(params()))
 
 
+def test_images_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the arrays of two images would be too large."""
+    monkeypatch.setattr(mask_rcnn, "_AT_ONCE", 1)
+    with jax.set_mesh(parallel.make_mesh((1, 1, 1), jax.devices()[:1])):
+        compiled = jax.jit(lambda params, batch: GRADIENTS(params, batch))
+        lowered = compiled.lower(params(), example())
+        assert lowered.as_text().count("stablehlo.while") > 8
+        got = lowered.compile()(params(), example())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, whole())
+
+
 def test_an_image_without_objects_has_background_alone() -> None:
     empty = jax.tree.map(lambda leaf: leaf[1:3], example())
     empty = empty | {"classes": np.full_like(empty["classes"], -1), "boxes": 0 * empty["boxes"]}
