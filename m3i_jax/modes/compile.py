@@ -333,9 +333,10 @@ def run(
         raise UserError(
             "--suggest: cannot be combined with --largest-batch; run the two one after the other"
         )
+    # first: it decides on the devices of this process, which make_workdir asks for
+    target = compile_target(topology, memory, code=code)
     directory = pathlib.Path(workdir)
     setup.make_workdir(directory)
-    target = compile_target(topology, memory, code=code)
     done, assumed = show.assume_data(config)
     vocabulary = show.vocabulary_size(done)
     print(
