@@ -167,7 +167,7 @@ def draw_uniforms(
     >>> {name: draw.shape for name, draw in draws.items()}
     {'anchors': (2, 3000), 'regions': (2, 1005)}
     """
-    counts = {"anchors": anchors, "regions": min(anchors, settings.proposals[1]) + objects}
+    counts = {"anchors": anchors, "regions": settings.proposals[1] + objects}
     if settings.loss == "federated":
         counts["categories"] = classes
 

@@ -144,7 +144,7 @@ def sample_anchors(
     )
     count = min(settings.rpn_samples, label_A.shape[0])
     index_S, foreground_S, weight_S = sample_labels(
-        label_A, uniform_A, count, settings.rpn_samples // 2
+        label_A, uniform_A, count, min(count, settings.rpn_samples // 2)
     )
     return Sample(index_S, foreground_S, weight_S, object_A[index_S])
 
@@ -191,7 +191,8 @@ def select_proposals(
 
     Args:
       size_2: (height, width) of the image without padding.
-      counts: (candidates of a level, proposals of an image). Fewer, if there are fewer anchors.
+      counts: (candidates of a level, proposals of an image). Where there are fewer anchors, the
+        last proposals are not valid.
 
     >>> settings = schema.Detect(strides=(8,), anchor_sizes=(8,), anchor_ratios=(1.0,))
     >>> levels = pyramid_anchors(settings, {8: (1, 3)})
@@ -220,9 +221,11 @@ def select_proposals(
         settings.rpn_nms, boxes_Qx4, score_Q, valid_Q, [len(score) for score in scores]
     )
     kept_Q = jnp.where(keep_Q, score_Q, -jnp.inf)
-    score_P, best_P = jax.lax.top_k(kept_Q, min(most, kept_Q.shape[0]))
+    missing = max(0, most - kept_Q.shape[0])
+    score_P, best_P = jax.lax.top_k(jnp.pad(kept_Q, (0, missing), constant_values=-jnp.inf), most)
     valid_P = jnp.isfinite(score_P)
-    return Proposals(boxes_Qx4[best_P], jnp.where(valid_P, score_P, 0.0), valid_P)
+    boxes_Px4 = jnp.pad(boxes_Qx4, ((0, missing), (0, 0)))[best_P]
+    return Proposals(boxes_Px4, jnp.where(valid_P, score_P, 0.0), valid_P)
 
 
 def _suppress_levels(

@@ -185,7 +185,7 @@ def sample_regions(
     label_Q = jnp.where(valid_Q, label_Q, -1)
     count = min(settings.rois, label_Q.shape[0])
     index_R, foreground_R, weight_R = sample_labels(
-        label_Q, uniform_Q, count, foreground_regions(settings)
+        label_Q, uniform_Q, count, min(count, foreground_regions(settings))
     )
     sample = Sample(index_R, foreground_R, weight_R, object_Q[index_R])
     return jnp.where(weight_R[:, None] > 0, boxes_Qx4[index_R], 0.0), sample
@@ -219,6 +219,15 @@ def box_losses(
       classes_M: int32, those of objects that `sample` names are 0..K-1.
       uniform_K: uniform random numbers by which the federated loss draws categories.
       frequency_K: images that have each category, for the federated loss; None: all equal.
+
+    >>> box, one = jnp.array([[0.0, 0, 8, 8]]), jnp.ones(1)
+    >>> sample = Sample(jnp.array([0]), one > 0, one, jnp.array([0]))
+    >>> values = box_losses(
+    ...     schema.Detect(), jnp.zeros((1, 3)), jnp.zeros((1, 2, 4)), box, box + 2.0,
+    ...     jnp.array([1]), sample
+    ... )
+    >>> print(*(value.round(4) for value in values))  # ln 3; 10 * 2 / 8 for x, and for y
+    1.0986 5.0
     """
     classes = deltas_RxKx4.shape[1]
     class_R = classes_M[sample.object_S]
@@ -278,6 +287,14 @@ def select_detections(
 
     Args:
       size_2: (height, width) of the image without padding.
+
+    >>> boxes = jnp.array([[0.0, 0, 8, 8], [0, 0, 8, 7]])
+    >>> found = Proposals(boxes, jnp.zeros(2), jnp.array([True, True]))
+    >>> settings, size = schema.Detect(detections=2), jnp.array([8, 8])
+    >>> logits = jnp.array([[4.0, 0, 0], [5, 0, 0]])  # two categories and background
+    >>> best = select_detections(settings, logits, jnp.zeros((2, 2, 4)), found, size)
+    >>> best.class_D[:1].tolist(), best.boxes_Dx4[0].tolist(), best.valid_D.tolist()
+    ([0], [0.0, 0.0, 8.0, 7.0], [True, False])
     """
     if settings.loss == "softmax":
         score_PxK = jax.nn.softmax(logits_PxK1)[:, :-1]

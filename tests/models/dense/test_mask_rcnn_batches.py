@@ -292,6 +292,31 @@ def test_costs_of_the_heads_at_1024_pixels() -> None:
         np.testing.assert_allclose((count.dot + count.conv * padded) / 1e9, wanted, rtol=0.01)
 
 
+def test_more_is_asked_for_than_there_is() -> None:
+    """Fewer anchors than samples, candidates, proposals, regions and detections."""
+    settings = dataclasses.replace(
+        SETTINGS,
+        rpn_samples=400,
+        proposals=(200, 300),
+        test_proposals=(200, 300),
+        rois=2000,
+        candidates=3000,
+        detections=1000,
+        masks=False,
+    )
+    batch = jax.tree.map(lambda leaf: leaf[:2], example())
+
+    @jax.jit
+    def call(params: Any) -> Any:
+        found = mask_rcnn.detect(settings, params, batch["pyramid"], batch["size"])
+        return values(settings, params, batch), found
+
+    (losses, counts), found = call(params(settings))
+    assert counts["proposals"][0] <= 2 * 84
+    assert all(np.isfinite(total) for total, _ in losses.values())
+    assert found["valid"].sum() <= 2 * 84 * CLASSES and not found["cut"].any()
+
+
 def test_levels_are_those_of_the_settings() -> None:
     with pytest.raises(ValueError, match="strides"):
         mask_rcnn.init(SETTINGS, {4: 8, 8: 8}, 3, jax.random.key(0))
