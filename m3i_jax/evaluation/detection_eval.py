@@ -64,4 +64,4 @@ def _build(inputs: EvalInputs) -> Metric:
     return measure
 
 
-register_builtin(Evaluator(name="detection", build=_build, tasks=("detect",)))
+register_builtin(Evaluator(name="detection", setting="detection", build=_build, tasks=("detect",)))

@@ -6,7 +6,7 @@ computed from."""
 
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -170,9 +170,10 @@ def _build_segmentation(inputs: registry.EvalInputs) -> Metric:
     return draw
 
 
-Build = Callable[[registry.EvalInputs], Metric]
-_FIGURES: dict[str, Build] = {"detect": _build_detection, "segment": _build_segmentation}
-for _task, _build in _FIGURES.items():
+for _name, _task, _build in (
+    ("detection_figures", "detect", _build_detection),
+    ("segmentation_figures", "segment", _build_segmentation),
+):
     registry.register_builtin(
-        registry.Evaluator(name=f"{_task}_figures", build=_build, tasks=(_task,), last_only=True)
+        registry.Evaluator(name=_name, setting=_name, build=_build, tasks=(_task,), last_only=True)
     )

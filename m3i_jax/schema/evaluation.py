@@ -63,6 +63,14 @@ class Evaluate:
         True, "figure: confusion matrix of `direct`, or of `knn` without a category head"
     )
     examples: bool = option(True, "figure: some images with their `zero_shot` predictions")
+    detection: bool = option(True, "average precision of boxes and masks (task detect)")
+    segmentation: bool = option(True, "mIoU of class maps (task segment)")
+    detection_figures: bool = option(
+        True, "figures of detection: curves, table and confusion of the classes, worst images"
+    )
+    segmentation_figures: bool = option(
+        True, "figures of segmentation: table and confusion of the classes, worst images"
+    )
     encoder: str = option(
         "online",
         "parameters to evaluate: the trained ones, or their EMA (the target)",
