@@ -96,4 +96,6 @@ def _build(inputs: EvalInputs) -> Metric:
     return measure
 
 
-X
+register_builtin(
+    Evaluator(name="segmentation", setting="segmentation", build=_build, tasks=("segment",))
+)
