@@ -11,7 +11,7 @@ import random
 
 import pytest
 
-# import torch, which only benchmarks need
+# import torch or OpenCV, which only benchmarks and scripts need
 collect_ignore = [
     "bench/dense_heads_torch.py",
     "bench/dense_step_torch.py",
@@ -19,6 +19,8 @@ collect_ignore = [
     "bench/intern_image_torch.py",
     "bench/m3i_torch.py",
     "bench/upernet_torch.py",
+    "data/make_opencv_values.py",
+    "data/make_vitdet.py",
 ]
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -25,12 +25,13 @@ def gather_bytes(name: str, content: bytes) -> list[bytes]:
     """
     if barriers.host_names() == 1:
         return [content]
-    # The collective itself has no time limit, so it starts when all hosts are here.
+    # The collective itself has no time limit, so it starts after a barrier, which has one.
     lengths = [int(text) for text in barriers.exchange_values(name, str(len(content)))]
     size = _LEAST  # a power of two: few shapes are compiled
     while size < min(max(lengths), PIECE):
         size *= 2
     parts: list[list[bytes]] = [[] for _ in lengths]
+    barriers.barrier(f"{name} gather")
     for start in range(0, max(lengths), size):
         piece = np.zeros(size, np.uint8)
         own = np.frombuffer(content[start : start + size], np.uint8)

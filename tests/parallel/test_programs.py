@@ -88,8 +88,8 @@ def test_hosts_wait_for_the_slowest_compilation_and_share_it(tmp_path: pathlib.P
     cache."""
     script, right = tmp_path / "span.py", "[1.0, 3.0, 5.0] [1.0, 3.0, 5.0]"
     first, second = (
-        both(script, 2.0, tmp_path / "cache", notice=0.5),
-        both(script, 2.0, tmp_path / "cache"),
+        both(script, 4.0, tmp_path / "cache", notice=0.5),
+        both(script, 4.0, tmp_path / "cache"),
     )
     assert [host["got"] for host in first + second] == [right] * 4
     assert (
