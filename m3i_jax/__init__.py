@@ -11,6 +11,8 @@ For other projects, the pure functions of the objective, which need jax, numpy, 
     from m3i_jax import box_iou, encode_boxes, anchors, nms     # boxes of dense tasks
     from m3i_jax import sigmoid_focal, dice, miou               # their losses and scores
 
+    from m3i_jax import roi_align, paste_masks                  # maps read at boxes; need flax
+
 and, of the whole package, an encoder as a function of images:
 
     m3i_jax.load("runs/first").features(images)
@@ -98,12 +100,17 @@ _RENAMED = {
     "METHODS": "PUBLISHED",
 }
 
+# of models/, which need flax
+_MAP_SAMPLING = ("roi_align", "multilevel_roi_align", "paste_masks", "mask_targets")
+
 __all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import stays light
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
         return importlib.import_module("m3i_jax.evaluation.load").load
+    if name in _MAP_SAMPLING:
+        return getattr(importlib.import_module("m3i_jax.models.dense.map_sampling"), name)
     if name in _RENAMED:
         current = _RENAMED[name]
         warnings.warn(
@@ -120,4 +127,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, "load"])
+    return sorted([*globals(), *__all__, *_MAP_SAMPLING, "load"])

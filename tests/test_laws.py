@@ -39,8 +39,8 @@ ROOMS: dict[str, set[str]] = {
     "run_files": {"errors"},
     "schema": {"errors"},
     "objective": set(),
-    # the last for `load` alone, when it is asked for
-    "__init__": {"objective", "version", "evaluation"},
+    # the last two for `load` and `roi_align` and the like, when they are asked for
+    "__init__": {"objective", "version", "evaluation", "models"},
     "published_settings": BASE | {"config"},
     "validation": BASE | {"objective"},
     "config": BASE | {"objective", "validation"},

@@ -4,6 +4,7 @@ import importlib
 import re
 import warnings
 
+import numpy as np
 import pytest
 
 import m3i_jax
@@ -61,3 +62,14 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         m3i_jax.no_such_loss  # noqa: B018
     with pytest.raises(ImportError):
         from m3i_jax import no_such_module  # noqa: F401
+
+
+def test_maps_are_read_at_boxes_by_functions_of_the_package() -> None:
+    image_HxWx1 = np.arange(16.0, dtype=np.float32).reshape(4, 4, 1)
+    pooled = m3i_jax.roi_align(image_HxWx1, np.array([[0.0, 0, 4, 4]], np.float32), 2, 1)
+    np.testing.assert_allclose(np.asarray(pooled).ravel(), [2.5, 4.5, 10.5, 12.5])
+    masks = m3i_jax.paste_masks(np.ones((1, 28, 28)), np.array([[1.0, 0, 3, 2]]), (3, 4))
+    assert (np.asarray(masks) >= 0.5).astype(int).tolist() == [
+        [[0, 1, 1, 0], [0, 1, 1, 0], [0] * 4]
+    ]
+    assert {"roi_align", "paste_masks"} <= set(dir(m3i_jax))
