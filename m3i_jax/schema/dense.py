@@ -140,6 +140,12 @@ class Segment:
         "share of the channels that are dropped before the classifier",
         NumberLimit(0, 1, natural=True, below=True),
     )
+    classifier_std: float = option(
+        0.01,
+        "standard deviation of the classifiers' first values (mmsegmentation: 0.01, with which a"
+        " head of tens of channels hardly moves for the first hundred steps)",
+        STD,
+    )
     divide_by: str = option(
         "all",
         "divisor of the pixel loss: all pixels, ignored ones included (mmsegmentation), or the"
