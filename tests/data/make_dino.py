@@ -1,7 +1,7 @@
 """Writes tests/data/dense/dino.npz: what the authors' own DINO makes of small maps.
 
     git clone https://github.com/IDEA-Research/DINO && git -C DINO checkout faa8520
-    python tests/data/make_dino.py DINO
+    PYTHONPATH=. python tests/data/make_dino.py DINO
 
 IDEA-Research/DINO (Apache-2.0) at commit faa8520fe9604c23ad65a48bc583550a44c0e3ab, torch 2.13, on a
 CPU: its model, denoising, matcher, criterion and post-processing, in float64, one image at a time

@@ -33,8 +33,6 @@ class DetectionHead:
       raw_strides: settings to the strides of an encoder's own maps that it reads as they are;
         None: it reads a feature pyramid of `settings.width` channels at `settings.strides`. An
         encoder whose maps all have one stride always gets a pyramid.
-      lr_settings: pairs (part of a parameter's path, key of `optim` with the factor of its learning
-        rate).
     """
 
     init: Callable[[schema.Detect, Mapping[int, int], int, jax.Array], Params]
@@ -43,7 +41,6 @@ class DetectionHead:
     detect: Callable[[schema.Detect, Params, Maps, jax.Array], dict[str, jax.Array]]
     has_masks: bool
     raw_strides: Callable[[schema.Detect], tuple[int, ...]] | None = None
-    lr_settings: tuple[tuple[str, str], ...] = ()
 
 
 _HEADS = {

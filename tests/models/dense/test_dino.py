@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
+from m3i_jax.errors import UserError
 from m3i_jax.interop.dino_weights import load_dino
 from m3i_jax.models.dense import denoising, dino, dino_decoder, dino_encoder
 from m3i_jax.objective import box_matching
@@ -243,3 +244,16 @@ def test_objects_need_not_come_first() -> None:
     assert int(used.sum()) == 96 and int(first.positive_S.sum()) == 48
     np.testing.assert_array_equal(order[other.object_S][used], first.object_S[used])
     np.testing.assert_array_equal(other.boxes_Sx4[used], first.boxes_Sx4[used])
+
+
+def test_other_tables_of_weights_are_refused() -> None:
+    table = {name: case.parameter(name, shape) for name, shape in names().items()}
+    # as in a file: the heads under the names of every layer, and a backbone
+    again = {"class_embed.1.bias": table["transformer.decoder.class_embed.0.bias"]}
+    backbone = {"backbone.0.body.conv1.weight": np.zeros((4, 3, 7, 7))}
+    same = load_dino({"model": table | again | backbone})["head"]
+    jax.tree.map(np.testing.assert_array_equal, same, load_dino(table)["head"])
+    with pytest.raises(UserError, match="unknown names extra"):
+        load_dino(table | {"extra": np.zeros(1)})
+    with pytest.raises(UserError, match=r"transformer.level_embed is missing"):
+        load_dino({k: v for k, v in table.items() if k != "transformer.level_embed"})
