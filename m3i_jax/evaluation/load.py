@@ -226,17 +226,23 @@ def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
     return _described(weight_source.open_weights(path, key=flag), path, 0, flag)
 
 
-def build_encoder(config: ml_collections.ConfigDict, path: str, flag: str) -> None:
+def build_encoder(
+    config: ml_collections.ConfigDict, path: str, flag: str
+) -> ml_collections.ConfigDict:
     """Set up a run that starts from other weights: their model and preprocessing, and `init_from`.
 
     Args:
       config: settings of the run, changed in place.
       path, flag: see `settings_of_weights`, which raises.
+
+    Returns:
+      the settings of the weights.
     """
     source = settings_of_weights(path, flag)
     config.model.update(source.model)
     _copy_preprocessing(config, source)
     config.init_from, config.init.only = path, ("^encoder/",)
+    return source
 
 
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:

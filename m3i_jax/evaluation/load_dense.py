@@ -8,7 +8,6 @@ size, as in the evaluations of the run.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import run_files, schema
+from m3i_jax import schema
 from m3i_jax.data import annotated_eval
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
@@ -26,7 +25,6 @@ from m3i_jax.training import checkpoint_reader, weight_source
 from m3i_jax.training.dense_task import DenseTask
 from m3i_jax.training.task import make_task
 
-CLASSES = "classes.json"
 _STATISTICS = "opt/running/statistics/"
 
 
@@ -203,12 +201,5 @@ def load_dense(path: str, config: schema.Config, *, weights: str) -> LoadedDense
     for name, array in run.read(dict.fromkeys(statistics)).items() if statistics else ():
         part = "running/" + name.removeprefix(_STATISTICS)
         checkpoint_reader.set_leaf(params, part, jnp.asarray(array))
-    return LoadedDense(config, params, class_names(path, config), source.name)
-
-
-def class_names(workdir: str, config: schema.Config) -> tuple[str, ...]:
-    """The names of the classes of a run; their numbers if the run has no file of names."""
-    file = pathlib.Path(workdir) / CLASSES
-    if file.is_file():
-        return tuple(map(str, run_files.read_run_json(file)["classes"]))
-    return tuple(map(str, range(config.data.classes)))
+    names = source.classes or tuple(map(str, range(config.data.classes)))
+    return LoadedDense(config, params, names, source.name)

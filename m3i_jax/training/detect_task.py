@@ -28,6 +28,7 @@ class DetectTask(DenseTask):
     """Boxes, categories and masks of objects. Losses are means over images of per-image losses."""
 
     traits = schema.TASKS["detect"]
+    category_parameters = ("^head/box/(classes|deltas)/", "^head/mask/masks/")
 
     def pyramid_config(self, sources: tuple[tuple[int, int], ...]) -> pyramid.PyramidConfig:
         settings = self.config.dense.detect

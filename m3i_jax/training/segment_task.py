@@ -30,6 +30,7 @@ class SegmentTask(DenseTask):
     """A category for every pixel."""
 
     traits = schema.TASKS["segment"]
+    category_parameters = ("^head/(aux_)?classifier/",)
 
     def pyramid_config(self, sources: tuple[tuple[int, int], ...]) -> pyramid.PyramidConfig:
         settings = self.config.dense.segment

@@ -11,10 +11,13 @@ import jax
 import numpy as np
 
 from m3i_jax import config as configuration
+from m3i_jax import run_files
 from m3i_jax.errors import UserError
 from m3i_jax.interop import tensor_files, vit_weights
 from m3i_jax.models import backbones
 from m3i_jax.training import checkpoint_dir, checkpoint_reader
+
+CLASSES = "classes.json"  # names of the categories of a run of a dense task
 
 
 @dataclasses.dataclass
@@ -31,6 +34,7 @@ class WeightSource:
         its `preset`.
       unused: {name: count} of arrays that have no such path.
       notes: what was changed while reading.
+      classes: names of the categories that its heads predict, of a run of a dense task; else None.
     """
 
     name: str
@@ -39,6 +43,7 @@ class WeightSource:
     settings: dict[str, Any]
     unused: dict[str, int]
     notes: list[str]
+    classes: tuple[str, ...] | None = None
 
 
 def open_weights(
@@ -137,7 +142,8 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
     pixels = {
         "mean": config.data.augment.mean,
         "std": config.data.augment.std,
-        "image_size": config.data.image_size,
+        # of a dense task, that of the pre-training to which its positions belong
+        "image_size": config.dense.maps.image_size or config.data.image_size,
     }
     model = {
         "backbone": config.model.backbone,
@@ -149,8 +155,21 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
     settings = {**dataclasses.asdict(config.model.encoder), **model, **pixels}
     name = f"{workdir} (step {run.step:,}, {'momentum average' if weights == 'ema' else 'online'})"
     return WeightSource(
-        name, {path: run.shapes[full] for path, full in paths.items()}, read, settings, {}, []
+        name,
+        {path: run.shapes[full] for path, full in paths.items()},
+        read,
+        settings,
+        {},
+        [],
+        class_names(workdir),
     )
+
+
+def class_names(workdir: str) -> tuple[str, ...] | None:
+    """The names of the categories that a run of a dense task predicts; None if it has no file of
+    them."""
+    file = pathlib.Path(workdir) / CLASSES
+    return tuple(map(str, run_files.read_run_json(file)["classes"])) if file.is_file() else None
 
 
 def _is_finite(array: Any) -> bool:
