@@ -4,6 +4,7 @@ dense run, to go on from it."""
 import ml_collections
 
 from m3i_jax.evaluation.load import build_encoder, settings_of_weights
+from m3i_jax.interop import dense_weights, tensor_files
 from m3i_jax.models import backbones, presets
 from m3i_jax.training import checkpoint_dir
 
@@ -92,19 +93,24 @@ def build_dense_encoder(
 
 
 def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: str) -> bool:
-    """Start from pyramid and head, too, if `from_` is a run of the same task: one that was trained
-    on other data before, such as Objects365 before COCO. Their sizes and the maps are then those of
-    the run. Layers of categories restart if the names of the categories differ, with a line in the
-    log; running statistics of batch norms start anew.
+    """Start from pyramid and head, too, if `from_` has those of the same task: a run that was
+    trained on other data before, such as Objects365 before COCO, or a file of detectron2 with a
+    Mask R-CNN. Their sizes and the maps are then those of the source. Layers of categories restart
+    if the names of the categories differ, with a line in the log; running statistics of batch norms
+    start anew.
 
     Args:
       config: changed in place, after all other settings of a recipe.
       from_, flag: as of `build_dense_encoder`.
 
     Returns:
-      whether it is such a run.
+      whether it has them.
     """
-    if not from_ or not checkpoint_dir.is_run(from_):
+    if not from_:
+        return False
+    if not checkpoint_dir.is_run(from_) and not (
+        config.task == "detect" and dense_weights.has_mask_rcnn(tensor_files.read_tensors(from_))
+    ):
         return False
     source = settings_of_weights(from_, flag)
     if source.task != config.task:
