@@ -138,10 +138,10 @@ def load(
 
     Args:
       path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE,
-        SiameseIM, Google ViT or InternImage, or a Mask R-CNN of detectron2's ViTDet. An InternImage must have the sizes of a preset. With
-        the fusion of M3I (H, G) its dense features are fused; without (T to XL) they are the map of
-        the last stage. Its images have the size given by a preprocessor_config.json next to it, or
-        224 pixels.
+        SiameseIM, Google ViT or InternImage, or a Mask R-CNN of detectron2's ViTDet. An InternImage
+        must have the sizes of a preset. With the fusion of M3I (H, G) its dense features are fused;
+        without (T to XL) they are the map of the last stage. Its images have the size given by a
+        preprocessor_config.json next to it, or 224 pixels.
       weights: online, or ema: the momentum average.
       pool: attention, mean (of the patch tokens), cls, or tokens (all of them); auto: attention if
         the run trained it, else mean.

@@ -1,5 +1,5 @@
-"""Files of detectron2 with a whole Mask R-CNN, as `m3i_jax.load`, recipes and --mode=eval read them:
-the small system of tests/data/dense, whose values that project made."""
+"""Files of detectron2 with a whole Mask R-CNN, as `m3i_jax.load` and recipes read them: the small
+system of tests/data/dense, whose values that project made."""
 
 import dataclasses
 import pathlib
