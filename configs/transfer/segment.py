@@ -18,7 +18,11 @@ there on, and a cosine schedule.
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_encoder import build_dense_encoder, map_blocks
+from m3i_jax.evaluation.dense_encoder import (
+    build_dense_encoder,
+    continue_dense_run,
+    map_blocks,
+)
 
 SMALL = 512  # pixels below which the head is small
 
@@ -110,4 +114,5 @@ def get_config(
     config.optim.clip = 1.0
     config.optim.layer_decay = 0.8 if from_ and config.model.encoder.depth >= 12 else 1.0
     config.evaluate.batch_size = batch_size
+    continue_dense_run(config, from_=from_, flag="configs/transfer/segment.py:from")
     return config
