@@ -138,9 +138,9 @@ build() {
         "$python" -m venv --clear "$venv" || fail "$failed"
     fi
     rm -f "$venv/.m3i_stamp"
-    echo "installing m3i_jax${extra:+ with [$extra]} into $venv"
+    echo "installing m3i_jax with [${extra:-train}] into $venv"
     "$venv/bin/python" -m pip install --quiet --progress-bar off --disable-pip-version-check \
-        --no-input -e "$ROOT${extra:+[$extra]}" -c "$ROOT/requirements.txt" ||
+        --no-input -e "$ROOT[${extra:-train}]" -c "$ROOT/requirements.txt" ||
         fail "the installation failed; see pip's message above"
     echo "$stamp" >"$venv/.m3i_stamp"
 }
