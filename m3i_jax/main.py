@@ -1,7 +1,7 @@
 """The command line.
 
     python -m m3i_jax.main --config FILE[:name=value,...] --workdir DIR [--config.a.b=v] [--mode=M]
-    python -m m3i_jax.main init DIR [--config configs/NAME.py]
+    python -m m3i_jax.main init DIR [--config configs/NAME.py] [--launch]
 
 `python -m m3i_jax` and the console command `m3i-jax` are the same.
 
@@ -57,9 +57,10 @@ def parser() -> Parser:
         prog="python -m m3i_jax.main",
         description="M3I Pre-training in JAX.",
         epilog=(
-            f"modes:\n{modes}\n\ninit DIR [--config configs/NAME.py]: copy a recipe that ships to"
-            f" DIR, to edit it (default: {configuration.DEFAULT_RECIPE})\n\nevery key of the"
-            f" configuration, with its default:\n{configuration.help_table()}"
+            f"modes:\n{modes}\n\ninit DIR [--config configs/NAME.py] [--launch]: copy a recipe that"
+            f" ships to DIR, to edit it (default: {configuration.DEFAULT_RECIPE}), and the launch"
+            " scripts\n\nevery key of the configuration, with its default:\n"
+            f"{configuration.help_table()}"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -156,7 +157,14 @@ def _init(arguments: Sequence[str]) -> int:
         metavar="configs/NAME.py",
         help=f"one of {', '.join(configuration.shipped_recipes())} (default: %(default)s)",
     )
+    parser.add_argument(
+        "--launch",
+        action="store_true",
+        help="copy the scripts for clusters and clouds as well, to DIR/launch",
+    )
     flags = parser.parse_args(arguments)
+    if flags.launch:
+        print(f"copied the launch scripts to {configuration.copy_launchers(flags.directory)}")
     command = configuration.copy_recipe(flags.directory, flags.config)
     print(f"copied {flags.config}; edit the copy, then run it:\n  {command}")
     return 0

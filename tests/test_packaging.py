@@ -196,7 +196,7 @@ def test_every_extra_is_the_whole_program(setup_arguments: dict[str, Any]) -> No
 
 def test_the_scripts_install_the_whole_program() -> None:
     text = (ROOT / "launch" / "environment.sh").read_text()
-    assert '-e "$ROOT[${extra:-train}]" -c "$ROOT/requirements.txt"' in text
+    assert 'requirement=(-e "${ROOT}[${extra:-train}]" -c "$ROOT/requirements.txt")' in text
 
 
 def test_public_names_have_types() -> None:

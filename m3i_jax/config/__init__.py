@@ -19,6 +19,7 @@ from m3i_jax import schema, validation
 from m3i_jax.config.files import load_config, reject_config_in_data
 from m3i_jax.config.recipes import (
     DEFAULT_RECIPE,
+    copy_launchers,
     copy_recipe,
     describe_config_file,
     find_config_file,
@@ -46,6 +47,7 @@ __all__ = [
     "config_difference",
     "config_from_text",
     "config_to_text",
+    "copy_launchers",
     "copy_recipe",
     "default_config",
     "describe_config_file",

@@ -17,6 +17,8 @@ SHIPPED = next(
     _PACKAGE / "configs",
 )
 DEFAULT_RECIPE = "configs/folder.py"
+# Scripts of launch/ that need the tests of a checkout.
+_DEVELOPMENT = ("bench.sh", "faults.sh", "soak.sh", "test.sh")
 
 
 def shipped_recipes() -> list[str]:
@@ -115,3 +117,17 @@ def copy_recipe(directory: str, name: str = DEFAULT_RECIPE) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     return _example(source.read_text(), name, str(target))
+
+
+def copy_launchers(directory: str) -> pathlib.Path:
+    """Copy the launch scripts into DIRECTORY/launch; they install this version of the package.
+
+    Raises:
+      UserError: the directory has a launch folder.
+    """
+    target = pathlib.Path(directory) / "launch"
+    if target.exists():
+        raise UserError(f"init {directory}: {target} exists; choose another directory, or move it")
+    shutil.copytree(SHIPPED.parent / "launch", target, ignore=shutil.ignore_patterns(*_DEVELOPMENT))
+    (target / "VERSION").write_text(f"{__version__}\n")
+    return target
