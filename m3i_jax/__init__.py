@@ -115,6 +115,7 @@ __all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import sta
 
 def __getattr__(name: str) -> Any:
     if name == "load":
+        importlib.import_module("m3i_jax.installation").require_program("m3i_jax.load")
         return importlib.import_module("m3i_jax.evaluation.load").load
     if name in _MAPS:
         return getattr(importlib.import_module(f"m3i_jax.models.dense.{_MAPS[name]}"), name)
