@@ -40,8 +40,8 @@ def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
 def tick_label(value: float, step: float = 0.0) -> str:
     """A number in few characters, but distinct from one that differs by `step`.
 
-    >>> [tick_label(v) for v in (0.0, 0.25, 12000.0, 2.5e6, 3e-5, -1.5)]
-    ['0', '0.25', '12k', '2.5M', '3e-05', '-1.5']
+    >>> [tick_label(v) for v in (0.0, 0.25, 1000.0, 12000.0, 2.5e6, 3e-5, -1.5)]
+    ['0', '0.25', '1000', '12k', '2.5M', '3e-5', '-1.5']
     >>> tick_label(4.594, 0.002)
     '4.594'
     """
@@ -53,7 +53,9 @@ def tick_label(value: float, step: float = 0.0) -> str:
         if step and value
         else 0
     )
-    return f"{value:.{max(3, digits)}g}"
+    # four digits at least from 1,000 on, which would be 1e+03; 3e-05 is written 3e-5
+    text = f"{value:.{max(4 if abs(value) >= 1e3 else 3, digits)}g}"
+    return text.replace("e-0", "e-")
 
 
 def thin_points(
