@@ -14,7 +14,7 @@ from tests import references
 ROOT = references.ROOT
 KINDS = "eval|loss|info|balance|collapse|perf|skipped|data"
 # What is logged without a folder in its name, and the folders themselves.
-NAME = re.compile(rf"(?:{KINDS})(?:/[\w{{}}.]+)+|grad_norm")
+NAME = re.compile(rf"(?:{KINDS})(?:/[\w*.]+)+|grad_norm")
 
 
 def written(source: str) -> set[str]:

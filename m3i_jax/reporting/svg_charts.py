@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from m3i_jax.reporting.html_page import escape_html
 
-WIDTH, HEIGHT = 420, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 8, 24
+WIDTH, HEIGHT = 420, 200
+# room for a label such as -0.00025, and for half of the last one below the axis
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 18, 10, 28
 _MOST = 400  # points of a curve; more are averaged in groups
 _WIDE = 300.0  # ratio of largest to smallest value above which an axis is logarithmic
 
@@ -111,12 +112,12 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
     step = levels[1] - levels[0] if len(levels) > 1 else 0.0
     parts = [
         f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y_of(v):.1f}"'
-        f' y2="{y_of(v):.1f}"/><text x="{_LEFT - 6}" y="{y_of(v) + 3.5:.1f}"'
+        f' y2="{y_of(v):.1f}"/><text x="{_LEFT - 6}" y="{y_of(v) + 4.5:.1f}"'
         f' text-anchor="end">{tick_label(v, 0 if logarithmic else step)}</text>'
         for v in levels
     ]
     parts += [
-        f'<text x="{min(x_of(step), WIDTH - 16):.1f}" y="{HEIGHT - 7}"'
+        f'<text x="{min(x_of(step), WIDTH - 22):.1f}" y="{HEIGHT - 7}"'
         f' text-anchor="middle">{tick_label(step)}</text>'
         for step in axis_ticks(0, last)
     ]
@@ -160,7 +161,7 @@ def _powers(low: float, high: float) -> list[float]:
 STYLE = """
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem 2rem; }
 .chart svg { display: block; width: 100%; height: auto; }
-.chart text { fill: var(--muted); font-size: 10.5px; }
+.chart text { fill: var(--muted); font-size: 13.5px; }
 .chart .grid { stroke: var(--rule); stroke-width: 1; }
 .chart path { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .chart small { font-weight: 400; color: var(--muted); } .chart figcaption { color: var(--muted); }
