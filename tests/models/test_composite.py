@@ -17,7 +17,9 @@ from m3i_jax.models.layers import gelu
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 VIT = schema.Model(
-    encoder=schema.Encoder(patch_size=4, width=8, depth=3, heads=2, positions="learned"),
+    encoder=schema.Encoder(
+        patch_size=4, width=8, depth=3, heads=2, positions="learned", freeze_patch_embed=False
+    ),
     dtype="float32",
 )
 VIT_MAPS = schema.Maps(window=2, global_blocks=(2,), relative="decomposed", blocks=(1, 2))
