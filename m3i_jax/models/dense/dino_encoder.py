@@ -118,7 +118,7 @@ def init_encoder(
     return params
 
 
-def encode(
+def encode_levels(
     settings: schema.Detect,
     params: Params,
     maps: Mapping[int, jax.Array],
@@ -135,7 +135,7 @@ def encode(
     ...     strides=(8, 16), width=8, dino=schema.Dino(heads=2, hidden=16, encoder_depth=1)
     ... )
     >>> params = init_encoder(settings, {8: 12}, 5, jax.random.key(0))
-    >>> out = encode(settings, params, {8: jnp.zeros((1, 4, 6, 12))}, jnp.array([[20, 48]]))
+    >>> out = encode_levels(settings, params, {8: jnp.zeros((1, 4, 6, 12))}, jnp.array([[20, 48]]))
     >>> out[0].shape, out[1], out[2].tolist()
     ((1, 30, 8), ((4, 6), (2, 3)), [[[3, 6], [2, 3]]])
     """
@@ -204,7 +204,7 @@ def select_tokens(
 
     Args:
       params: as of `init_encoder`.
-      memory_BxNxD, shapes, valid_BxLx2: of `encode`.
+      memory_BxNxD, shapes, valid_BxLx2: of `encode_levels`.
 
     Raises:
       UserError: there are fewer tokens than queries.
