@@ -18,7 +18,11 @@ above, a cosine schedule, and images scaled by 0.5 to 1.5.
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_encoder import build_dense_encoder, global_blocks
+from m3i_jax.evaluation.dense_encoder import (
+    build_dense_encoder,
+    continue_dense_run,
+    global_blocks,
+)
 
 SMALL = 512  # pixels below which strides, anchors and heads are small
 
@@ -135,4 +139,5 @@ def get_config(
     config.optim.clip = 1.0
     config.optim.layer_decay = 0.8 if from_ and config.model.encoder.depth >= 12 else 1.0
     config.evaluate.batch_size = batch_size
+    continue_dense_run(config, from_=from_, flag="configs/transfer/detect.py:from")
     return config

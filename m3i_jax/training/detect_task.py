@@ -29,6 +29,7 @@ class DetectTask(DenseTask):
     images, or objects of the whole batch."""
 
     traits = schema.TASKS["detect"]
+    category_parameters = ("^head/box/(classes|deltas)/", "^head/mask/masks/")
 
     @property
     def head(self) -> DetectionHead:

@@ -24,10 +24,11 @@ Mask = Callable[[Any], Any]  # params -> tree of booleans
 Links = tuple[optax.GradientTransformation, ...]
 NamedLink = tuple[str, optax.GradientTransformation]
 
-# Never decayed, whatever their rank: tokens, position tables, norms, biases, LayerScale and the
-# logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's fine-tuning do not).
+# Never decayed, whatever their rank: tokens, queries, tables of positions and levels, norms,
+# biases, LayerScale and the logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's fine-tuning do
+# not; Mask2Former decays no query).
 _NO_DECAY = re.compile(
-    r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_token|prototypes|positions|logit_scale)$|(^|/)\w*_bias$"
+    r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_token|prototypes|positions|queries|levels|logit_scale)$|(^|/)\w*_bias$"
 )
 # ViTDet: its own channel norms of pyramid and heads are decayed, those of the blocks are not.
 _ENCODER_NORMS = re.compile(r"^encoder/(.*/)?\w*norm\w*/|^encoder/positions$")

@@ -6,34 +6,52 @@ B images, N tokens: the cells of all maps, one map after the other, each row by 
 channels of a head, Q queries, L maps (levels), P points.
 """
 
-import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax.models.dcnv3_dense import widen
+from m3i_jax import parallel
+from m3i_jax.models import dcnv3_tpu
+from m3i_jax.models.dcnv3 import METHODS
+from m3i_jax.models.dcnv3_dense import Samples, widen
+from m3i_jax.models.sampled_sums import SampledSum, sampled_sum
 
 Shapes = tuple[tuple[int, int], ...]
 
+_SMALL = 2**18  # entries of the matrix of one head of one image
+_BAND_QUERIES = 512  # queries of a band: in an encoder, neighbours
 
-def _read(map_BxSxHxC: jax.Array, at_BxQxHxPx2: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """One map at places in 0..1, [B, Q, H, P, C]."""
-    height, width = shape
-    y, x = (at_BxQxHxPx2[..., i] * n - 0.5 for i, n in ((1, height), (0, width)))
-    b, _, heads, c = map_BxSxHxC.shape
-    top, left = jnp.clip(jnp.floor(y), -2, height), jnp.clip(jnp.floor(x), -2, width)
-    total = 0.0
-    for down, over in itertools.product((0, 1), repeat=2):
-        row, column = top + down, left + over
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        weight = jnp.where(inside, (1 - jnp.abs(y - row)) * (1 - jnp.abs(x - column)), 0)
-        index = jnp.clip(row, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
-        index_BxNxH = index.astype(jnp.int32).swapaxes(2, 3).reshape(b, -1, heads)
-        cells = jnp.take_along_axis(map_BxSxHxC, index_BxNxH[..., None], 1)
-        cells = cells.reshape(b, y.shape[1], -1, heads, c).swapaxes(2, 3)
-        total += weight[..., None] * cells.astype(weight.dtype)
-    return total
+
+class _Located(NamedTuple):
+    """Where deformable attention samples a map of this size."""
+
+    size: tuple[int, int]
+
+    def channels_last(self, at_BxQxHxPx2: jax.Array, weights_BxQxHxP: jax.Array) -> Samples:
+        """Coordinates in cells and weights, [B, Q, H, P]."""
+        y, x = (at_BxQxHxPx2[..., i] * n - 0.5 for i, n in ((1, self.size[0]), (0, self.size[1])))
+        return Samples(y, x, weights_BxQxHxP)
+
+    def cells_last(self, at_BxQxHxPx2: jax.Array, weights_BxQxHxP: jax.Array) -> Samples:
+        """The same, [B, H, P, Q]."""
+        moved = jnp.transpose(at_BxQxHxPx2, (0, 4, 2, 3, 1))
+        y, x = (moved[:, i] * n - 0.5 for i, n in ((1, self.size[0]), (0, self.size[1])))
+        return Samples(y, x, jnp.moveaxis(weights_BxQxHxP, 1, 3))
+
+
+def _methods(
+    value_BxSxHxC: jax.Array, size: tuple[int, int], queries: int, points: int
+) -> tuple[tuple[str, str], ...]:
+    """The form for each platform. On a CPU it is the loop, on a TPU the kernel where its VMEM holds
+    the map; else products with the whole matrix where that is small, on a TPU also bands of it, on
+    a GPU gathers."""
+    b, cells, heads, c = value_BxSxHxC.shape
+    use_kernel = parallel.kernels(b) and dcnv3_tpu.fits(size, heads, c, points, value_BxSxHxC.dtype)
+    small = queries * cells <= _SMALL
+    tpu = "kernel" if use_kernel else "dense" if small else "band"
+    return ("cpu", "fused"), ("tpu", tpu), ("default", "dense" if small else "gather")
 
 
 def deformable_attention(
@@ -41,6 +59,8 @@ def deformable_attention(
     shapes: Shapes,
     locations_BxQxHxLxPx2: jax.Array,
     weights_BxQxHxLxP: jax.Array,
+    *,
+    method: str = "auto",
 ) -> jax.Array:
     """What every query reads, [B, Q, H C] in the type of the values, the channels of a head side by
     side: the sum over levels and points of weight times the map's value at the location.
@@ -55,9 +75,11 @@ def deformable_attention(
       shapes: (height, width) of every map; static.
       locations_BxQxHxLxPx2: (x, y) of every point.
       weights_BxQxHxLxP: of every point, after the softmax over levels and points.
+      method: as of `dcnv3.dcnv3`, which samples in the same forms; the numbers are equal to
+        rounding.
 
     Raises:
-      ValueError: shapes that do not fit each other.
+      ValueError: shapes that do not fit each other, or an unknown method.
 
     >>> value = jnp.array([0.0, 1.0, 2.0, 3.0, 10.0]).reshape(1, 5, 1, 1)  # 2 x 2 cells and one
     >>> middle = jnp.full((1, 1, 1, 2, 1, 2), 0.5)
@@ -68,6 +90,8 @@ def deformable_attention(
     b, tokens, heads, c = value_BxNxHxC.shape
     sizes = [height * width for height, width in shapes]
     expected = (b, locations_BxQxHxLxPx2.shape[1], heads, len(shapes))
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     if sum(sizes) != tokens:
         raise ValueError(
             f"the maps {list(shapes)} have {sum(sizes)} cells and the values {tokens} tokens"
@@ -81,12 +105,23 @@ def deformable_attention(
                 f"{name} have shape {array.shape}; for {len(shapes)} maps and values of"
                 f" {value_BxNxHxC.shape} it must be {(*expected, 'points', 2)[:rank]}"
             )
-    wide = widen(value_BxNxHxC.dtype)
+    wide, points = widen(value_BxNxHxC.dtype), weights_BxQxHxLxP.shape[4]
     locations, weights = locations_BxQxHxLxPx2.astype(wide), weights_BxQxHxLxP.astype(wide)
-    total = jnp.zeros((), wide)
-    for level, (shape, map_BxSxHxC) in enumerate(
+    total: Any = 0.0
+    for level, (size, map_BxSxHxC) in enumerate(
         zip(shapes, jnp.split(value_BxNxHxC, np.cumsum(sizes)[:-1].tolist(), 1), strict=True)
     ):
-        read = _read(map_BxSxHxC, locations[:, :, :, level], shape)
-        total += (weights[:, :, :, level, :, None] * read).sum(3)
-    return total.reshape(b, -1, heads * c).astype(value_BxNxHxC.dtype)
+        methods = (
+            _methods(map_BxSxHxC, size, expected[1], points)
+            if method == "auto"
+            else (("default", method),)
+        )
+        call = SampledSum(methods, size, 2 * -(-expected[1] // _BAND_QUERIES), _Located(size))
+        read = sampled_sum(
+            call,
+            map_BxSxHxC.reshape(b, -1, heads * c),
+            locations[:, :, :, level],
+            weights[:, :, :, level],
+        )
+        total += read.astype(wide)
+    return total.astype(value_BxNxHxC.dtype)
