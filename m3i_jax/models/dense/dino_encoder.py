@@ -25,11 +25,11 @@ from m3i_jax.models.dense.deformable_layers import (
     valid_tokens,
 )
 from m3i_jax.models.dense.dino_decoder import box_delta, init_query_heads, linear_shapes
+from m3i_jax.models.dense.group_norm import group_norm
 from m3i_jax.models.initializers import InitSpec, fill
 from m3i_jax.models.intern_image_layer import convolve, dense_layer
 from m3i_jax.models.layers import Params
 
-GROUPS = 32  # of the group norm; fewer where they do not divide the width
 TEMPERATURE = 20.0  # of the positions of tokens
 SIDE = 0.05  # of a proposal of the finest level, as a share of the image
 _EDGE = 0.01  # distance from 0 and 1 that the numbers of a proposal must have
@@ -51,22 +51,6 @@ def levels_read(settings: schema.Detect) -> tuple[int, ...]:
     (8, 16, 32)
     """
     return settings.strides[:-1] or settings.strides
-
-
-def group_norm(params: Params, x_BxHxWxD: jax.Array) -> jax.Array:
-    """Normalises each of 32 groups of neighbouring channels over all cells of an image, in float32,
-    then scales and shifts every channel.
-
-    >>> params = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
-    >>> group_norm(params, jnp.array([[[[1.0, 3.0]], [[3.0, 1.0]]]])).round(2).ravel().tolist()
-    [-1.0, 1.0, 1.0, -1.0]
-    """
-    b, h, w, d = x_BxHxWxD.shape
-    x = x_BxHxWxD.astype(jnp.float32).reshape(b, h * w, math.gcd(GROUPS, d), -1)
-    x -= x.mean((1, 3), keepdims=True)
-    x *= jax.lax.rsqrt(jnp.square(x).mean((1, 3), keepdims=True) + 1e-5)
-    y = x.reshape(b, h, w, d) * params["scale"] + params["bias"]
-    return y.astype(x_BxHxWxD.dtype)
 
 
 def init_encoder(
