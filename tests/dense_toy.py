@@ -54,6 +54,7 @@ DINO = DETECT | {
     "dense.detect.dino.depth": 2,
     "dense.detect.dino.hidden": 16,
     "dense.detect.dino.denoising": 6,
+    "dense.detect.dino.projection_bias": False,  # at this width the group norm takes it away
 }
 SEGMENT = {
     "dense.maps.relative": "table",

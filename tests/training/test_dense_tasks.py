@@ -263,7 +263,7 @@ def test_dino_reads_the_maps_of_a_convolutional_encoder_as_they_are() -> None:
     settings = dense_settings("dino", **{**toy.INTERN, "dense__maps__relative": "none"})
     task = make_task(settings)
     params = jax.eval_shape(task.init, jax.random.key(0))
-    stride, channels = task.sources[1]
+    stride, channels = task.sources[2]
     projections = params["head"]["encoder"]["projections"]
     assert stride == 8 and params["pyramid"] == {}
     assert projections["stride_8"]["conv"]["kernel"].shape == (channels, 8)
