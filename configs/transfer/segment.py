@@ -1,5 +1,5 @@
-"""Semantic segmentation on images of one's own: UperNet or a linear head with the trainer of
-pre-training.
+"""Semantic segmentation on images of one's own: UperNet, Mask2Former or a linear head with the
+trainer of pre-training.
 
     python -m m3i_jax.main --config configs/transfer/segment.py --workdir runs/segment_scenes
     python -m m3i_jax.main --config configs/transfer/segment.py:path=DIR,from=RUN \\
@@ -23,6 +23,13 @@ from m3i_jax.evaluation.dense_encoder import build_dense_encoder, map_blocks
 SMALL = 512  # pixels below which the head is small
 
 
+def head_width(head: str, size: int) -> int:
+    """Channels of a head for crops of that size: Mask2Former's group norms need 64 or more."""
+    if head == "mask2former":
+        return 64 if size < SMALL else 256
+    return 32 if size < SMALL else 512
+
+
 def get_config(
     path: str = "",
     annotations: str = "",
@@ -43,7 +50,7 @@ def get_config(
       from_: working directory of the run that trained the encoder, or a weights file; empty: train
         from scratch.
       model: preset, used without `from`; empty: vit_tiny for scenes, vit_s16 otherwise.
-      head: upernet or linear.
+      head: upernet, mask2former or linear.
       image_size: side of a crop; 0: 96 for scenes, 512 otherwise.
       epochs: passes over the images; 0: 40.
       steps: optimizer steps instead of epochs; 0: from epochs.
@@ -87,12 +94,24 @@ def get_config(
     config.dense.segment.update(
         {
             "head": head,
-            "width": 32 if size < SMALL else 512,
+            "width": head_width(head, size),
             "aux_width": 0 if size < SMALL else 256,
             "divide_by": "labelled",
             "dropout": 0.0 if size < SMALL else 0.1,
         }
     )
+    if size < SMALL:
+        config.dense.segment.mask2former.update(
+            {
+                "queries": 20,
+                "heads": 4,
+                "encoder_depth": 2,
+                "encoder_hidden": 128,
+                "depth": 3,
+                "hidden": 128,
+                "points": 1024,
+            }
+        )
 
     # Optimization.
     config.train.batch_size = batch_size

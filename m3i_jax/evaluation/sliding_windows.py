@@ -17,6 +17,7 @@ from PIL import Image
 
 from m3i_jax import parallel, schema
 from m3i_jax.data import geometry
+from m3i_jax.models.dense.segmentation_heads import segmentation_head
 
 _CHUNK = 8  # images whose windows are listed, and counted on all hosts, at a time
 _STRIP = 1 << 24  # numbers of a strip of rows of the final resize
@@ -46,6 +47,8 @@ class SlidingSettings:
       classes: K.
       scales: of the images; the probabilities of all are averaged.
       flip: average with the mirrored images.
+      softmax: whether the model's outputs are logits, whose softmax is averaged over views; else
+        they are scores that are averaged as they are.
     """
 
     window: int
@@ -54,6 +57,7 @@ class SlidingSettings:
     classes: int
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+    softmax: bool = True
 
     @property
     def averages(self) -> bool:
@@ -75,6 +79,7 @@ def sliding_settings(config: schema.Config, *, classes: int, batch: int) -> Slid
         classes=classes,
         scales=tuple(segment.test_scales),
         flip=segment.test_flip,
+        softmax=not segmentation_head(segment).averaged,
     )
 
 
@@ -165,6 +170,7 @@ class _Canvas:
         size_of: Callable[[Size, float], Size],
     ) -> None:
         self.key, self.image, self._averages = key, image_HxWx3, settings.averages
+        self._softmax = settings.softmax
         height, width = image_HxWx3.shape[:2]
         self.size = (height, width)
         self._total: np.ndarray | None = None
@@ -184,8 +190,10 @@ class _Canvas:
             self._total = np.zeros((*self.size, classes), np.float32)
         for rows, strip in resized_strips(logits, self.size):
             if self._total is not None:
-                strip = np.exp(strip - strip.max(-1, keepdims=True))
-                self._total[rows] += strip / strip.sum(-1, keepdims=True)
+                if self._softmax:
+                    strip = np.exp(strip - strip.max(-1, keepdims=True))
+                    strip = strip / strip.sum(-1, keepdims=True)
+                self._total[rows] += strip
                 strip = self._total[rows]
             if last:
                 out[rows] = strip.argmax(-1)
@@ -242,7 +250,8 @@ def class_maps(
     """The class map of each image at its original size, in their order.
 
     Logits of overlapping windows are averaged, resized to the original size, and the largest is
-    taken; with several scales or mirrored images, the mean of the resized logits' softmax.
+    taken; with several scales or mirrored images, the mean of the resized logits' softmax, or of
+    scores as they are.
 
     Several hosts pass their own images, which may differ in number and size: all call the model
     equally often, so it may be a collective; a host that has no more windows passes zeros.
