@@ -4,6 +4,7 @@ UperNet on ADE20k; recipes in configs/transfer set what differs."""
 
 import dataclasses
 
+from m3i_jax.schema.dino import Dino
 from m3i_jax.schema.limits import (
     DEPTH,
     EVERY,
@@ -185,6 +186,12 @@ class Segment:
         "share of the channels that are dropped before the classifier",
         NumberLimit(0, 1, natural=True, below=True),
     )
+    classifier_std: float = option(
+        0.01,
+        "standard deviation of the classifiers' first values (mmsegmentation: 0.01, with which a"
+        " head of tens of channels hardly moves for the first hundred steps)",
+        STD,
+    )
     divide_by: str = option(
         "all",
         "divisor of the pixel loss: all pixels, ignored ones included (mmsegmentation), or the"
@@ -213,11 +220,19 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Detect:
-    """Detection and instance segmentation by Mask R-CNN on a feature pyramid."""
+    """Detection, and with mask_rcnn instance segmentation, on a feature pyramid."""
 
+    head: str = option(
+        "mask_rcnn",
+        "mask_rcnn: proposals from anchors, boxes and masks (ViTDet); dino: boxes from queries, by"
+        " deformable attention",
+        "mask_rcnn",
+        "dino",
+    )
     strides: tuple[int, ...] = option(
         (4, 8, 16, 32, 64),
-        "strides of the pyramid in pixels; each is twice the one before",
+        "strides of the pyramid in pixels; each is twice the one before (dino with four levels: 8"
+        " to 64)",
         NumberLimit(1, 4096, count=LEVELS),
     )
     anchor_sizes: tuple[int, ...] = option(
@@ -252,31 +267,34 @@ class Detect:
     roi_foreground: float = option(0.25, "largest share of foreground among them", SHARE)
     box_convs: int = option(4, "3 x 3 convolutions of the box head", NumberLimit(0, 1024))
     box_hidden: int = option(1024, "width of the box head's hidden layer", WIDTH)
-    masks: bool = option(True, "predict masks")
+    masks: bool = option(True, "predict masks; dino does not")
     mask_convs: int = option(4, "3 x 3 convolutions of the mask head", NumberLimit(0, 1024))
     loss: str = option(
         "softmax",
-        "classification; softmax over categories and background (COCO), or the federated sigmoid"
-        " loss (LVIS)",
+        "classification; softmax over categories and background (COCO; dino: sigmoid focal loss),"
+        " or a sigmoid loss of some categories per image, federated (LVIS)",
         "softmax",
         "federated",
     )
     federated_classes: int = option(
         50, "federated loss: categories kept per image, background included [P: LVIS]", EVERY
     )
-    score_threshold: float = option(0.05, "lowest score of a detection (LVIS: 0.02)", SHARE)
+    score_threshold: float = option(
+        0.05, "lowest score of a detection (LVIS: 0.02; dino: 0)", SHARE
+    )
     nms: float = option(
         0.5, "IoU above which a lower detection of the same category is dropped", SHARE
     )
     candidates: int = option(
         2048, "scored boxes per image that enter suppression (LVIS: 4096); cuts are counted", EVERY
     )
-    detections: int = option(100, "detections per image (LVIS: 300)", EVERY)
+    detections: int = option(100, "detections per image (LVIS and dino: 300)", EVERY)
     canonical: tuple[int, ...] = option(
         (224, 16),
         "(side, stride) in pixels: a box of this side is read at this stride",
         NumberLimit(1, 2**16, count=ListLimit(fewest=2, most=2)),
     )
+    dino: Dino = section(Dino)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

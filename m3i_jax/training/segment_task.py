@@ -27,6 +27,7 @@ class SegmentTask(DenseTask):
     """A category for every pixel."""
 
     traits = schema.TASKS["segment"]
+    category_parameters = ("^head/(aux_)?classifier/",)
 
     @property
     def head(self) -> segmentation_heads.SegmentationHead:
