@@ -96,15 +96,11 @@ def get_config(
 
     # Head. Its classifier starts with outputs of about 1 / 3 of its inputs, as PyTorch's layers do:
     # with the published N(0, 0.01^2) the narrow head of a short run hardly moves at first.
-    width = 32 if size < SMALL else 512
+    width = head_width(head, size)
     config.dense.segment.update(
         {
             "head": head,
-<<<<<<< HEAD
-            "width": head_width(head, size),
-=======
             "width": width,
->>>>>>> main
             "aux_width": 0 if size < SMALL else 256,
             "divide_by": "labelled",
             "classifier_std": (3 * width) ** -0.5,
