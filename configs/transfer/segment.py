@@ -126,6 +126,8 @@ def get_config(
     config.train.steps = steps
     config.train.eval_every = 0
     config.optim.lr = 3e-3 if config.model.encoder.width < 384 else 1e-4
+    if head == "mask2former":  # its transformers are post-norm
+        config.optim.lr = min(config.optim.lr, 1e-3)
     config.optim.warmup_epochs = 0.05 * config.train.epochs
     config.optim.warmup_steps = steps // 20 if steps else -1
     config.optim.weight_decay = 0.05
