@@ -217,6 +217,12 @@ class Segment:
         "stride in pixels of the sliding window of evaluation; 0: half of data.image_size",
         NumberLimit(0, 2**16),
     )
+    test_whole: int = option(
+        0,
+        "evaluate whole images, resized to sides that are multiples of this many pixels; 0: in"
+        " sliding windows",
+        NumberLimit(0, 2**16),
+    )
     test_scales: tuple[float, ...] = option(
         (1.0,),
         "scale factors of the images at evaluation, whose predictions are averaged",
