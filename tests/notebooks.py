@@ -9,7 +9,6 @@ expression is shown as PNG if it has one, otherwise as text. Nothing else of IPy
 
 import argparse
 import ast
-import base64
 import json
 import os
 import pathlib
@@ -126,9 +125,7 @@ def main() -> int:
         notebook = json.loads(path.read_text())
         with tempfile.TemporaryDirectory() as folder:
             results = execute(notebook, pathlib.Path(folder))
-        for count, (cell, result) in enumerate(
-            zip(code_cells(notebook), results, strict=True), 1
-        ):
+        for count, (cell, result) in enumerate(zip(code_cells(notebook), results, strict=True), 1):
             cell["outputs"], cell["execution_count"] = result, count
         if flags.write:
             path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
 """The references of all settings and all metrics, written from the code.
 
-    python -m tests.references            # fails if a page is not what the code says
-    python -m tests.references --write    # writes configs/SETTINGS.md and m3i_jax/METRICS.md
+python -m tests.references            # fails if a page is not what the code says
+python -m tests.references --write    # writes configs/SETTINGS.md and m3i_jax/METRICS.md
 """
 
 import argparse

@@ -61,12 +61,10 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText(
                 "eval/box/*",
                 "share",
-                "COCO's or LVIS's average precision of boxes: AP, AP50, AP75, by size, by frequency",
+                "average precision of boxes by the rules of COCO or LVIS, also by size or frequency",
                 "above its value at step 0",
             ),
-            MetricText(
-                "eval/mask/*", "share", "the same for masks", "above its value at step 0"
-            ),
+            MetricText("eval/mask/*", "share", "the same for masks", "above its value at step 0"),
             _accuracy("segmentation/*", "mIoU, mAcc and aAcc over all held-out images"),
         ),
     ),
@@ -130,7 +128,7 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText("collapse/target_std", "", "deviation of the targets over tokens", "not 0"),
             MetricText("collapse/spread", "share", "energy of the targets that varies", "not 0"),
             MetricText(
-                "collapse/uniformity*", "", "log mean exp(-2 distance^2) of pooled features", "not 0"
+                "collapse/uniformity*", "", "log mean exp(-2 distance^2) of pooled targets", "not 0"
             ),
             MetricText("collapse/alignment*", "", "squared distance of two views of an image"),
             MetricText("collapse/alarm", "", "1: collapsed", "0", note=True),
@@ -159,9 +157,7 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
                 note=True,
             ),
             MetricText("perf/mfu", "share", "counted FLOPs of the model over the peak"),
-            MetricText(
-                "perf/goodput", "share", "share of the wall time spent in steps", note=True
-            ),
+            MetricText("perf/goodput", "share", "share of the wall time spent in steps", note=True),
             MetricText("perf/wall_seconds", "s", "wall time of all starts"),
             MetricText("perf/restarts", "", "starts after the first"),
             MetricText(
