@@ -61,7 +61,7 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText(
                 "eval/box/*",
                 "share",
-                "average precision of boxes by the rules of COCO or LVIS, also by size or frequency",
+                "average precision of boxes by the rules of COCO or LVIS; also by size, frequency",
                 "above its value at step 0",
             ),
             MetricText("eval/mask/*", "share", "the same for masks", "above its value at step 0"),
