@@ -108,6 +108,7 @@ __all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import sta
 
 def __getattr__(name: str) -> Any:
     if name == "load":
+        importlib.import_module("m3i_jax.installation").require_program("m3i_jax.load")
         return importlib.import_module("m3i_jax.evaluation.load").load
     if name in _MAP_SAMPLING:
         return getattr(importlib.import_module("m3i_jax.models.dense.map_sampling"), name)

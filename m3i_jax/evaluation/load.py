@@ -114,9 +114,8 @@ class LoadedEncoder:
     def shape(self) -> tuple[int, ...]:
         """Shape of the features of one image: (1, D), or (1, T, D). Traces the encoder."""
         size = self.config.data.image_size
-        return jax.eval_shape(
-            self.function, self.params, jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-        ).shape
+        images = np.zeros((1, size, size, 3), np.uint8)
+        return tuple(jax.eval_shape(self.function, self.params, images).shape)
 
 
 def _check_view(size: int, image: np.ndarray) -> np.ndarray:
