@@ -12,6 +12,7 @@ For other projects, the pure functions of the objective, which need jax, numpy, 
     from m3i_jax import sigmoid_focal, dice, miou               # their losses and scores
 
     from m3i_jax import roi_align, paste_masks                  # maps read at boxes; need flax
+    from m3i_jax import deformable_attention                    # and at places of every query
 
 and, of the whole package, an encoder as a function of images:
 
@@ -101,7 +102,13 @@ _RENAMED = {
 }
 
 # of models/, which need flax
-_MAP_SAMPLING = ("roi_align", "multilevel_roi_align", "paste_masks", "mask_targets")
+_MAPS = {
+    "roi_align": "map_sampling",
+    "multilevel_roi_align": "map_sampling",
+    "paste_masks": "map_sampling",
+    "mask_targets": "map_sampling",
+    "deformable_attention": "deformable_attention",
+}
 
 __all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import stays light
 
@@ -110,8 +117,8 @@ def __getattr__(name: str) -> Any:
     if name == "load":
         importlib.import_module("m3i_jax.installation").require_program("m3i_jax.load")
         return importlib.import_module("m3i_jax.evaluation.load").load
-    if name in _MAP_SAMPLING:
-        return getattr(importlib.import_module("m3i_jax.models.dense.map_sampling"), name)
+    if name in _MAPS:
+        return getattr(importlib.import_module(f"m3i_jax.models.dense.{_MAPS[name]}"), name)
     if name in _RENAMED:
         current = _RENAMED[name]
         warnings.warn(
@@ -128,4 +135,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, *_MAP_SAMPLING, "load"])
+    return sorted([*globals(), *__all__, *_MAPS, "load"])

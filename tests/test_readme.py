@@ -44,6 +44,7 @@ from collections.abc import Iterator
 import pytest
 
 from m3i_jax import config as configuration
+from tests import xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 # The READMEs of the project, the root's first: folders that users do not get are not searched.
@@ -217,9 +218,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def execute(command: list[str], home: pathlib.Path, status: int) -> str:
     # One device, as most users have; optimization off, since compilation takes most of the time.
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    }
+    environment = os.environ | {"XLA_FLAGS": xla_flags.FASTEST}
     environment |= {
         "M3I_VENV": sys.prefix,
         "M3I_INSTALL": "0",

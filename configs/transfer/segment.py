@@ -18,7 +18,11 @@ there on, and a cosine schedule.
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_encoder import build_dense_encoder, map_blocks
+from m3i_jax.evaluation.dense_encoder import (
+    build_dense_encoder,
+    continue_dense_run,
+    map_blocks,
+)
 
 SMALL = 512  # pixels below which the head is small
 
@@ -83,13 +87,16 @@ def get_config(
         }
     )
 
-    # Head.
+    # Head. Its classifier starts with outputs of about 1 / 3 of its inputs, as PyTorch's layers do:
+    # with the published N(0, 0.01^2) the narrow head of a short run hardly moves at first.
+    width = 32 if size < SMALL else 512
     config.dense.segment.update(
         {
             "head": head,
-            "width": 32 if size < SMALL else 512,
+            "width": width,
             "aux_width": 0 if size < SMALL else 256,
             "divide_by": "labelled",
+            "classifier_std": (3 * width) ** -0.5,
             "dropout": 0.0 if size < SMALL else 0.1,
         }
     )
@@ -107,4 +114,5 @@ def get_config(
     config.optim.clip = 1.0
     config.optim.layer_decay = 0.8 if from_ and config.model.encoder.depth >= 12 else 1.0
     config.evaluate.batch_size = batch_size
+    continue_dense_run(config, from_=from_, flag="configs/transfer/segment.py:from")
     return config

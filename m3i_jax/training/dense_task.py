@@ -33,6 +33,7 @@ from m3i_jax.training.task import Batch, StepGradients, Task
 SAMPLING, DROPOUT = 0x73616D70, 0x64726F63
 Values = dict[str, jax.Array]
 Maps = dict[int, jax.Array]
+Divisor = jax.Array | dict[str, jax.Array]
 
 
 class RunningState(NamedTuple):
@@ -104,8 +105,9 @@ class DenseTask(Task):
         """{array of a batch: (shape, dtype)} beside image, size and position."""
 
     @abc.abstractmethod
-    def divisor(self, batch: Batch) -> jax.Array:
-        """What the sums of the losses of a batch are divided by."""
+    def divisor(self, batch: Batch) -> Divisor:
+        """What the sums of the losses of a batch are divided by: one number, or one for each loss
+        by its name. It depends on annotations alone."""
 
     @abc.abstractmethod
     def loss_sums(
@@ -201,20 +203,21 @@ class DenseTask(Task):
         if count == 1:
             grads, sums, statistics = part_gradients(statistics, batch)
         else:
-            parts = split_microbatches(batch, count, images)
+            rows = split_microbatches(batch, count, images)
 
             def add(carry: Any, part: Batch) -> tuple[Any, None]:
                 total, statistics = carry
                 grads, sums, statistics = part_gradients(statistics, part)
                 return (jax.tree.map(jnp.add, total, (grads, sums)), statistics), None
 
-            shapes = jax.eval_shape(part_gradients, statistics, jax.tree.map(lambda x: x[0], parts))
+            shapes = jax.eval_shape(part_gradients, statistics, jax.tree.map(lambda x: x[0], rows))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
-            ((grads, sums), statistics), _ = jax.lax.scan(add, (zeros, statistics), parts)
+            ((grads, sums), statistics), _ = jax.lax.scan(add, (zeros, statistics), rows)
         values, counts = sums
-        metrics = {f"loss/{name}": value / divisor for name, value in values.items()}
+        parts = divide(values, divisor)
+        metrics = {f"loss/{name}": value for name, value in parts.items()}
         metrics |= {name: value / images for name, value in counts.items()}
-        loss = sum((value / divisor for value in values.values()), jnp.zeros(()))
+        loss = sum(parts.values(), jnp.zeros(()))
         return StepGradients(grads, loss, metrics, {"running_statistics": statistics})
 
     def pullbacks(self, state: State, batch: Batch) -> tuple[Any, list[Any]]:
@@ -226,11 +229,11 @@ class DenseTask(Task):
         return self.predict(state.params, state.opt["running"].statistics, batch)
 
     def _loss(
-        self, params: Any, divisor: jax.Array, *, statistics: Any, batch: Batch
+        self, params: Any, divisor: Divisor, *, statistics: Any, batch: Batch
     ) -> tuple[jax.Array, Any]:
         maps, of_pyramid = self.maps(params, statistics, batch, train=True)
         values, counts, of_head = self.loss_sums(params, statistics, maps, batch)
-        total = sum((value for value in values.values()), jnp.zeros(())) / divisor
+        total = sum(divide(values, divisor).values(), jnp.zeros(()))
         new = jax.lax.stop_gradient({"pyramid": of_pyramid, "head": of_head})
         return total, (values, counts, new)
 
@@ -292,6 +295,17 @@ def one_stride(sources: tuple[tuple[int, int], ...]) -> bool:
     (True, False)
     """
     return len({stride for stride, _ in sources}) == 1
+
+
+def divide(values: Values, divisor: Divisor) -> Values:
+    """Sums of losses by their divisors.
+
+    >>> divide({"a": jnp.array(6.0)}, {"a": jnp.array(2.0)})["a"].item()
+    3.0
+    """
+    if isinstance(divisor, dict):
+        return {name: value / divisor[name] for name, value in values.items()}
+    return {name: value / divisor for name, value in values.items()}
 
 
 def sum_images(values: Mapping[str, tuple[jax.Array, jax.Array]]) -> Values:
