@@ -9,7 +9,6 @@ expression is shown as PNG if it has one, otherwise as text. Nothing else of IPy
 
 import argparse
 import ast
-import base64
 import json
 import os
 import pathlib

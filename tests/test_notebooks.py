@@ -53,11 +53,8 @@ def test_all_cells_run(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
 
 
 def test_a_cell_becomes_a_script(tmp_path: pathlib.Path) -> None:
-    cells = [
-        ["!echo a \\\n", "    b\n", "x = 3\n", "x + 1"],
-        ["print(5)"],
-        ["if x:\n", "    !echo c"],
-    ]
+    shell = ["!echo a \\\n", "    b\n", "x = 3\n", "x + 1"]
+    cells = [shell, ["print(5)"], ["if x:\n", "    !echo c"]]
     notebook = {"cells": [{"cell_type": "code", "source": source} for source in cells]}
     first, second, third = notebooks.execute(notebook, tmp_path)
     assert [o["output_type"] for o in first] == ["stream", "execute_result"]

@@ -61,7 +61,7 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText(
                 "eval/box/*",
                 "share",
-                "COCO's or LVIS's average precision of boxes: AP, AP50, AP75, by size, by frequency",
+                "average precision of boxes by the rules of COCO or LVIS; also by size, frequency",
                 "above its value at step 0",
             ),
             MetricText("eval/mask/*", "share", "the same for masks", "above its value at step 0"),
@@ -128,10 +128,7 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText("collapse/target_std", "", "deviation of the targets over tokens", "not 0"),
             MetricText("collapse/spread", "share", "energy of the targets that varies", "not 0"),
             MetricText(
-                "collapse/uniformity*",
-                "",
-                "log mean exp(-2 distance^2) of pooled features",
-                "not 0",
+                "collapse/uniformity*", "", "log mean exp(-2 distance^2) of pooled targets", "not 0"
             ),
             MetricText("collapse/alignment*", "", "squared distance of two views of an image"),
             MetricText("collapse/alarm", "", "1: collapsed", "0", note=True),
