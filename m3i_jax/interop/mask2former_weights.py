@@ -1,8 +1,8 @@
 """Weights of Mask2Former under the names of Hugging Face's Transformers as our tree of a head.
 
 Weights are a flat table {name: array} in PyTorch's layouts, of a
-`Mask2FormerForUniversalSegmentation` with mask features and queries of one width. The names of the encoder,
-`model.pixel_level_module.encoder.`, are not read here.
+`Mask2FormerForUniversalSegmentation` with mask features and queries of one width. The names of the
+encoder, `model.pixel_level_module.encoder.`, are not read here.
 """
 
 import re

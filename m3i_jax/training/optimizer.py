@@ -25,8 +25,8 @@ Links = tuple[optax.GradientTransformation, ...]
 NamedLink = tuple[str, optax.GradientTransformation]
 
 # Never decayed, whatever their rank: tokens, queries, tables of positions and levels, norms,
-# biases, LayerScale and the logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's fine-tuning do
-# not; Mask2Former decays no query).
+# biases, LayerScale and the logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's
+# fine-tuning do not; Mask2Former decays no query).
 _NO_DECAY = re.compile(
     r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_token|prototypes|positions|queries|levels|logit_scale)$|(^|/)\w*_bias$"
 )
