@@ -28,7 +28,7 @@ class SegmentTask(DenseTask):
     """A category for every pixel."""
 
     traits = schema.TASKS["segment"]
-    category_parameters = ("^head/(aux_)?classifier/",)
+    category_parameters = ("^head/(aux_)?classifier/", "^head/decoder/classes/")
 
     @property
     def head(self) -> segmentation_heads.SegmentationHead:
