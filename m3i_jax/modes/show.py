@@ -15,7 +15,7 @@ from m3i_jax.data.sources.base import DataSource
 from m3i_jax.models import m3i
 from m3i_jax.modes import monitoring, setup
 from m3i_jax.modes.task_views import task_views
-from m3i_jax.profiling import hardware, this_machine
+from m3i_jax.profiling import flops, hardware, this_machine
 from m3i_jax.reporting import text_table
 from m3i_jax.training import scaling, trainer
 from m3i_jax.training.plan import build_plan
@@ -28,7 +28,8 @@ ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}
 def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
     """The configuration completed without opening the data, and the assumptions made. The names of
     a folder's files are read, if it lies on this machine: they give all numbers."""
-    d, assumed = config.data, []
+    d = config.data
+    assumed: list[str] = []
     if opened := _listed_folder(d):
         train, _ = opened
         classes = len(train.classes) if d.classes < 0 else d.classes
@@ -82,11 +83,11 @@ def _days(days: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{math.ceil(60 * hours)} minutes"
 
 
-def machine_line(flops: float, state: float, mfu: float, dtype: str) -> str:
+def machine_line(total: float, state: float, mfu: float, dtype: str) -> str:
     """What a run means for the devices of this machine.
 
     Args:
-      flops: of the whole run.
+      total: FLOPs of the whole run.
       state: bytes of parameters, moments and target.
       mfu: share of the peak that is assumed.
       dtype: of the products.
@@ -98,7 +99,7 @@ def machine_line(flops: float, state: float, mfu: float, dtype: str) -> str:
     memory = "" if math.isinf(machine.memory) else f", {text_table.format_bytes(machine.memory)}"
     return (
         f"this machine: {machine.devices}{memory} free a device, {speed} ({source}):"
-        f" {_days(flops / (machine.flops * mfu) / 86_400)} at {mfu:.0%} of that{fits}"
+        f" {_days(total / (machine.flops * mfu) / 86_400)} at {mfu:.0%} of that{fits}"
     )
 
 
@@ -169,7 +170,7 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
             "matrix FLOPs a step",
             f"{total / 1e12:,.3f} TFLOP, {total / images / 1e9:,.2f} GFLOP {views.unit}",
         ),
-        ("matrix FLOPs of the run", f"{total * length.steps / 1e18:,.3f} exaFLOP"),
+        ("matrix FLOPs of the run", flops.format_flops(total * length.steps)),
         (
             "state",
             text_table.format_bytes(state) + " (parameters, moments, EMA target), before sharding",
