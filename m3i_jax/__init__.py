@@ -12,6 +12,7 @@ For other projects, the pure functions of the objective, which need jax, numpy, 
     from m3i_jax import sigmoid_focal, dice, miou               # their losses and scores
 
     from m3i_jax import roi_align, paste_masks                  # maps read at boxes; need flax
+    from m3i_jax import deformable_attention                    # and at places of every query
     from m3i_jax import ViT, InternImage, DCNv3, dcnv3          # networks as plain functions and as
                                                                 # modules of flax Linen and NNX
 
@@ -108,10 +109,11 @@ _MODELS = {
         name: ("dense.map_sampling", name)
         for name in ("roi_align", "multilevel_roi_align", "paste_masks", "mask_targets")
     },
+    "deformable_attention": ("dense.deformable_attention", "deformable_attention"),
     "dcnv3": ("dcnv3", "dcnv3"),
-    "ViT": ("networks", "ViTNetwork"),
-    "InternImage": ("networks", "InternImageNetwork"),
-    "DCNv3": ("networks", "DCNv3Layer"),
+    "ViT": ("networks", "ViT"),
+    "InternImage": ("networks", "InternImage"),
+    "DCNv3": ("networks", "DCNv3"),
 }
 
 __all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import stays light
@@ -119,6 +121,7 @@ __all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import sta
 
 def __getattr__(name: str) -> Any:
     if name == "load":
+        importlib.import_module("m3i_jax.installation").require_program("m3i_jax.load")
         return importlib.import_module("m3i_jax.evaluation.load").load
     if name in _MODELS:
         module, defined = _MODELS[name]

@@ -11,6 +11,8 @@ import random
 
 import pytest
 
+from tests import xla_flags
+
 # import torch or OpenCV, which only benchmarks and scripts need
 collect_ignore = [
     "bench/dense_heads_torch.py",
@@ -19,15 +21,15 @@ collect_ignore = [
     "bench/intern_image_torch.py",
     "bench/m3i_torch.py",
     "bench/upernet_torch.py",
+    "data/make_mask2former.py",
+    "data/make_dino.py",
     "data/make_opencv_values.py",
     "data/make_vitdet.py",
 ]
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# The numbers do not depend on how hard LLVM tries, the time of the suite does: compiling is most of
-# it.
-for flag in ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"):
+for flag in xla_flags.FASTEST.split():
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " " + flag).strip()
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

@@ -35,13 +35,14 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "library_errors": {"errors"},
     "interrupts": set(),
+    "installation": set(),
     "privacy": set(),
     "progress": set(),
     "run_files": {"errors"},
     "schema": {"errors"},
     "objective": set(),
     # the last two for `load` and `roi_align` and the like, when they are asked for
-    "__init__": {"objective", "version", "evaluation", "models"},
+    "__init__": {"objective", "version", "evaluation", "models", "installation"},
     "published_settings": BASE | {"config"},
     "validation": BASE | {"objective"},
     "config": BASE | {"objective", "validation"},
@@ -58,7 +59,9 @@ ROOMS: dict[str, set[str]] = {
     | {"training", "interop"},
     "modes": BELOW_TRAINING | {"training", "evaluation", "validation", "interrupts"},
     "main": BELOW_TRAINING
-    | {"training", "evaluation", "validation", "modes", "library_errors", "interrupts"},
+    | {"training", "evaluation", "validation", "modes", "library_errors", "interrupts"}
+    | {"installation"},
+    "__main__": {"main", "interrupts", "installation"},
 }
 # The pure room: what another project gets with it.
 PURE = {"jax", "jaxlib", "numpy", "optax", "chex"}

@@ -15,6 +15,7 @@ import time
 import pytest
 
 from m3i_jax import main as command
+from tests import xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
@@ -47,8 +48,7 @@ QUICK = ["--config", "configs/quickstart.py", *TINY]
 
 def environment() -> dict[str, str]:
     """One device, and the fastest compilation."""
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return {**os.environ, "XLA_FLAGS": fast, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "XLA_FLAGS": xla_flags.FASTEST, "PYTHONPATH": str(ROOT)}
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

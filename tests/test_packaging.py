@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import m3i_jax
+from m3i_jax import installation
 
 ROOT = pathlib.Path(__file__).parent.parent
 PYTHONS = ("3.11", "3.13")
@@ -99,7 +100,7 @@ def test_version_is_stated_once() -> None:
 def test_metadata(setup_arguments: dict[str, Any]) -> None:
     assert setup_arguments["name"] == "m3i-jax"
     assert setup_arguments["python_requires"] == ">=3.11"
-    assert {"cuda", "tpu", "test", "tensorboard", "wandb", "tfds", "gcs", "fast"} <= set(
+    assert {"train", "cuda", "tpu", "test", "tensorboard", "wandb", "tfds", "gcs", "fast"} <= set(
         setup_arguments["extras_require"]
     )
     licence = (ROOT / "LICENSE").read_text()
@@ -165,9 +166,10 @@ def third_party(top_only: bool) -> set[str]:
 
 @pytest.mark.smoke
 def test_imports_are_declared(setup_arguments: dict[str, Any]) -> None:
-    core = set(needed(setup_arguments["install_requires"], "3.13"))
+    light = set(needed(setup_arguments["install_requires"], "3.13"))
+    core = light | set(needed(setup_arguments["extras_require"]["train"], "3.13"))
     assert third_party(top_only=True) <= core, (
-        "imported at the top of a module, but not in install_requires"
+        "imported at the top of a module, but in neither install_requires nor the extra train"
     )
     extras = {
         name
@@ -177,6 +179,42 @@ def test_imports_are_declared(setup_arguments: dict[str, Any]) -> None:
     assert third_party(top_only=False) <= core | extras, (
         "imported somewhere, but in no extra of setup.py"
     )
+
+
+def test_every_extra_is_the_whole_program(setup_arguments: dict[str, Any]) -> None:
+    """`pip install 'm3i-jax[tpu]'` trains. What is missing without an extra is named by a
+    message, which knows all of it."""
+    extras = setup_arguments["extras_require"]
+    train = set(extras["train"])
+    assert train and all(train <= set(lines) for lines in extras.values())
+    assert set(needed(extras["train"], "3.13")) == {
+        canonicalize_name(package) for package in installation.PROGRAM.values()
+    }
+    light = needed(setup_arguments["install_requires"], "3.13")
+    assert set(light) == {"jax", "numpy", "flax", "optax", "chex"}
+
+
+def test_the_scripts_install_the_whole_program() -> None:
+    text = (ROOT / "launch" / "environment.sh").read_text()
+    assert 'requirement=(-e "${ROOT}[${extra:-train}]" -c "$ROOT/requirements.txt")' in text
+
+
+def test_public_names_have_types() -> None:
+    """Every name that `m3i_jax` imports on first use is in the stub, as a re-export."""
+    tree = ast.parse((ROOT / "m3i_jax" / "__init__.pyi").read_text())
+    typed = {
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    lazy = {name for name in dir(m3i_jax) if not name.startswith("_")}
+    here = {name for name in vars(m3i_jax) if not name.startswith("_") and name not in typed}
+    assert typed == (lazy - here) | {"__version__"}
+    for name in sorted(typed):
+        assert getattr(m3i_jax, name) is not None
+    assert (ROOT / "m3i_jax" / "py.typed").exists()
 
 
 class Complains:

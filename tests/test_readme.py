@@ -44,6 +44,7 @@ from collections.abc import Iterator
 import pytest
 
 from m3i_jax import config as configuration
+from tests import xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 # The READMEs of the project, the root's first: folders that users do not get are not searched.
@@ -57,6 +58,7 @@ READMES = [
 ]
 NAMES = {path: path.relative_to(ROOT).as_posix() for path in READMES}
 COLUMNS = 100
+LINES = 150  # of the root's README; everything else is in the README of its folder
 RUN, QUIET = {"bash", "python"}, {"text", "json", "bibtex", "yaml", "toml"}
 SECONDS = 300
 LEFT_OUT = [
@@ -216,9 +218,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def execute(command: list[str], home: pathlib.Path, status: int) -> str:
     # One device, as most users have; optimization off, since compilation takes most of the time.
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    }
+    environment = os.environ | {"XLA_FLAGS": xla_flags.FASTEST}
     environment |= {
         "M3I_VENV": sys.prefix,
         "M3I_INSTALL": "0",
@@ -314,6 +314,10 @@ def test_lines_fit(path: pathlib.Path) -> None:
     """At most COLUMNS columns, except in tables, which Markdown cannot wrap."""
     lines = enumerate(path.read_text().splitlines(), 1)
     assert not [n for n, line in lines if len(line) > COLUMNS and not line.startswith("|")]
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(READMES[0].read_text().splitlines()) <= LINES
 
 
 CASES = [

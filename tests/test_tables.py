@@ -15,6 +15,7 @@ from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.data.sources import base, registry
 from m3i_jax.data.sources.shapes import ShapesSource
+from tests import xla_flags
 from tests.bench import table_data, table_results, table_sets, tables
 
 SMALL = {
@@ -129,9 +130,7 @@ def test_short_run_is_reported_and_not_repeated(
 ) -> None:
     # This process creates its eight devices now; the processes that it starts have one.
     jax.devices()
-    monkeypatch.setenv(
-        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
+    monkeypatch.setenv("XLA_FLAGS", xla_flags.FASTEST)
     arguments = [
         "--data",
         str(images),

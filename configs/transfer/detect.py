@@ -1,5 +1,5 @@
-"""Detection and instance segmentation on images of one's own: ViTDet's Mask R-CNN with the trainer
-of pre-training.
+"""Detection and instance segmentation on images of one's own: ViTDet's Mask R-CNN, or with
+head=dino boxes by DINO, with the trainer of pre-training.
 
     python -m m3i_jax.main --config configs/transfer/detect.py --workdir runs/detect_scenes
     python -m m3i_jax.main --workdir runs/mine \\
@@ -18,7 +18,11 @@ above, a cosine schedule, and images scaled by 0.5 to 1.5.
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_encoder import build_dense_encoder, global_blocks
+from m3i_jax.evaluation.dense_encoder import (
+    build_dense_encoder,
+    continue_dense_run,
+    global_blocks,
+)
 
 SMALL = 512  # pixels below which strides, anchors and heads are small
 
@@ -33,6 +37,7 @@ def get_config(
     steps: int = 0,
     batch_size: int = 16,
     masks: bool = True,
+    head: str = "mask_rcnn",
 ) -> ConfigDict:
     """Settings of a detection run.
 
@@ -46,7 +51,8 @@ def get_config(
       epochs: passes over the images; 0: 36.
       steps: optimizer steps instead of epochs; 0: from epochs.
       batch_size: images per step.
-      masks: predict masks; the annotations must have them.
+      masks: predict masks; the annotations must have them. DINO predicts none.
+      head: mask_rcnn or dino.
     """
     config = default_config()
     config.task = "detect"
@@ -81,8 +87,25 @@ def get_config(
     config.dense.geometry.max_objects = 20 if scenes else 100
 
     # Heads.
-    config.dense.detect.masks = masks
-    if size < SMALL:
+    config.dense.detect.masks = masks and head != "dino"
+    config.dense.detect.head = head
+    if head == "dino":
+        config.dense.detect.update(
+            {"strides": (8, 16, 32, 64), "score_threshold": 0.0, "detections": 300}
+        )
+    if size < SMALL and head == "dino":
+        config.dense.detect.update({"strides": (8, 16, 32), "width": 64, "detections": 100})
+        config.dense.detect.dino.update(
+            {
+                "queries": 60,
+                "heads": 4,
+                "encoder_depth": 2,
+                "depth": 3,
+                "hidden": 128,
+                "denoising": 20,
+            }
+        )
+    elif size < SMALL:
         scale = size / 96
         config.dense.geometry.mask_size = 56
         config.dense.detect.update(
@@ -116,4 +139,5 @@ def get_config(
     config.optim.clip = 1.0
     config.optim.layer_decay = 0.8 if from_ and config.model.encoder.depth >= 12 else 1.0
     config.evaluate.batch_size = batch_size
+    continue_dense_run(config, from_=from_, flag="configs/transfer/detect.py:from")
     return config

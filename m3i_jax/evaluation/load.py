@@ -151,9 +151,8 @@ class LoadedEncoder:
     def shape(self) -> tuple[int, ...]:
         """Shape of the features of one image: (1, D), or (1, T, D). Traces the encoder."""
         size = self.config.data.image_size
-        return jax.eval_shape(
-            self.function, self.params, jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-        ).shape
+        images = np.zeros((1, size, size, 3), np.uint8)
+        return tuple(jax.eval_shape(self.function, self.params, images).shape)
 
 
 def _check_view(size: int, image: np.ndarray) -> np.ndarray:
@@ -175,15 +174,16 @@ def load(
     dtype: str = "",
 ) -> Any:
     """The encoder of a run or of a file of weights, a `LoadedEncoder`; of a run of detection or
-    segmentation its whole model, a `load_dense.LoadedDense`.
+    segmentation its whole model, a `load_dense.LoadedDense`, and of a file of detectron2's ViTDet
+    as well.
 
     Args:
       path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE,
-        SiameseIM, Google ViT or InternImage; or hf://OWNER/NAME[@REVISION], such a directory on the
-        Hugging Face Hub. An InternImage must have the sizes of a preset. With
-        the fusion of M3I (H, G) its dense features are fused; without (T to XL) they are the map of
-        the last stage. Its images have the size given by a preprocessor_config.json next to it, or
-        224 pixels.
+        SiameseIM, Google ViT or InternImage, or a Mask R-CNN of detectron2's ViTDet; or
+        hf://OWNER/NAME[@REVISION], such a directory on the Hugging Face Hub. An InternImage must
+        have the sizes of a preset. With the fusion of M3I (H, G) its dense features are fused;
+        without (T to XL) they are the map of the last stage. Its images have the size given by a
+        preprocessor_config.json next to it, or 224 pixels.
       weights: online, or ema: the momentum average.
       pool: attention, mean (of the patch tokens), cls, or tokens (all of them); auto: attention if
         the run trained it, else mean.
@@ -205,15 +205,16 @@ def load(
     if given != path:
         source.name = source.name.replace(path, str(given))
     run = checkpoint_dir.is_run(path)
-    config = configuration.resolve(
-        configuration.load_from_workdir(path, "load")
-        if run
-        else _described(source, path, heads, "load")
-    )
+    if run:
+        settings = configuration.load_from_workdir(path, "load")
+    else:
+        settings = _described(source, path, heads, "load")
+        settings.data.image_size = source.settings.get("detector_size", settings.data.image_size)
+    config = configuration.resolve(settings)
     if dtype:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    if run and not config.traits.views:
-        return load_dense.load_dense(path, config, weights=weights)
+    if not config.traits.views:
+        return load_dense.load_dense(path, config, source)
     trained = (
         run
         and bool(plan.build_plan(config).where("category", "text"))
@@ -274,17 +275,23 @@ def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
     return _described(weight_source.open_weights(path, key=flag), path, 0, flag)
 
 
-def build_encoder(config: ml_collections.ConfigDict, path: str, flag: str) -> None:
+def build_encoder(
+    config: ml_collections.ConfigDict, path: str, flag: str
+) -> ml_collections.ConfigDict:
     """Set up a run that starts from other weights: their model and preprocessing, and `init_from`.
 
     Args:
       config: settings of the run, changed in place.
       path, flag: see `settings_of_weights`, which raises.
+
+    Returns:
+      the settings of the weights.
     """
     source = settings_of_weights(path, flag)
     config.model.update(source.model)
     _copy_preprocessing(config, source)
     config.init_from, config.init.only = path, ("^encoder/",)
+    return source
 
 
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
@@ -363,6 +370,12 @@ def _described(
     config.model.update({"dtype": "float32", "pool": {"heads": 1}})
     config.data.image_size = stored["image_size"]
     config.data.augment.update({name: stored[name] for name in ("mean", "std") if name in stored})
+    if "detect" in stored:
+        config.task = "detect"
+        config.dense.detect.update(stored["detect"])
+        config.dense.maps.update(stored.get("maps", {}))
+        config.dense.maps.image_size = stored["image_size"]
+        config.data.classes = stored["classes"]
     config.evaluate.crop = stored.get("crop", config.evaluate.crop)
     config.data.background = stored.get("background", config.data.background)
     return config

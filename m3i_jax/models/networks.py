@@ -238,3 +238,7 @@ def network_of(model: schema.Model, image_size: int) -> Network | None:
         config = intern_image_backbone.intern_image_config(model)
         return InternImageNetwork(config=config, dtype=model.dtype, scan=model.scan)
     return None
+
+
+# the names of `import m3i_jax`; those of the classes differ from the settings of `schema`
+ViT, InternImage, DCNv3 = ViTNetwork, InternImageNetwork, DCNv3Layer

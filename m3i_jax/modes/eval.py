@@ -85,7 +85,7 @@ def run(
     distributed.assert_same_on_all_hosts("data", {"data": job.identity, "checkpoint": str(step)})
     of_run = source is not None and source[0].parent.resolve() == job.workdir.resolve()
     weights = f"step {step:,}" if of_run else checkpoint
-    if not source:
+    if not source and job.config.traits.views:
         encoder = backbones.get_backbone(job.config.model).describe(job.config.model)
         log(
             f"{checkpoint} contains only an encoder ({encoder}, {job.config.data.image_size}"
@@ -284,9 +284,13 @@ def _one_step(config: schema.Config) -> schema.Config:
 
 def evaluate_weights(config: schema.Config, path: str) -> schema.Config:
     """The configuration that evaluates a file of weights, read as `init_from` reads it: the mean
-    features of the online encoder, since such files have no heads."""
+    features of the online encoder, since such files have no heads of pre-training; of a dense task,
+    the whole model, of which nothing may be missing."""
     settings = dataclasses.replace(config.evaluate, features="mean", encoder="online")
     init = dataclasses.replace(config.init, only=("^encoder/",))
+    if not config.traits.views:
+        settings = config.evaluate
+        init = dataclasses.replace(config.init, only=(), strict=True)
     return dataclasses.replace(config, init_from=path, init=init, evaluate=settings)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax.reporting import figures, html_page, svg_charts
+from m3i_jax.reporting.metric_text import is_score, metric_note
 from m3i_jax.reporting.run_log import RunLog, read_png
 from m3i_jax.reporting.svg_charts import SvgCurve
 
@@ -72,17 +73,6 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "Steps that are not finite stay at 0; bad records are few.",
     ),
 )
-NOTES = {
-    "loss": "of the step: loss/ssp + lambda * loss/sp; moves with lambda, at first objective.gamma",
-    "loss/equal_weights": "loss/ssp + loss/sp: does not move with lambda",
-    "loss/ssp": "squared error on normalised features",
-    "balance/lambda": "weight of categories and captions; objective.gamma on the first line",
-    "perf/input_wait": "share of training in which the loop waited for images",
-    "perf/goodput": "share of the wall time spent in steps",
-    "perf/seconds/lost": "steps after the checkpoint that a restart repeated",
-    "collapse/effective_rank": "effective dimensions of the targets",
-    "collapse/alarm": "1: collapsed",
-}
 
 
 def run_page_html(
@@ -154,7 +144,6 @@ STYLE = """
 pre { font-size: .78rem; line-height: 1.35; overflow-x: auto; white-space: pre-wrap; }
 summary { cursor: pointer; color: var(--muted); }
 .panel img { width: 100%; min-width: 46rem; height: auto; object-fit: contain; border-radius: 6px; }
-.wide { overflow-x: auto; }
 .panel { margin: 0 0 1.2rem; overflow-x: auto; }
 """
 
@@ -195,10 +184,12 @@ def _names(runs: Sequence[RunLog], prefixes: tuple[str, ...], shown: set[str]) -
     """Metrics with one of the prefixes that are not always 0, in the order of the log."""
     names = dict.fromkeys(name for run in runs for name in run.names if name not in shown)
     exact = {"loss", "lr", "ema", "grad_norm"}
+    scores = prefixes == ("eval/",)
     chosen = [
         n
         for n in names
-        if any(
+        if (is_score(n) or not scores)
+        and any(
             n == p or (n.startswith(p) and (p not in exact or n.startswith(p + "/")))
             for p in prefixes
         )
@@ -211,7 +202,7 @@ def _chart(name: str, runs: Sequence[RunLog], last: float) -> str:
         SvgCurve(run.name, *run.curve(name), tone=f"c{i % TONES}") for i, run in enumerate(runs)
     ]
     return svg_charts.svg_chart(
-        name.removeprefix("eval/"), lines, last=last, note=NOTES.get(name, "")
+        name.removeprefix("eval/"), lines, last=last, note=metric_note(name)
     )
 
 
@@ -231,7 +222,7 @@ def _comparison(runs: Sequence[RunLog]) -> str:
     metrics = [
         n
         for n in dict.fromkeys(name for run in runs for name in run.names)
-        if n.startswith("eval/") or n == "loss"
+        if (n.startswith("eval/") and is_score(n)) or n == "loss"
     ]
     metrics = [n for n in metrics if not n.endswith(("r5", "r10", "top5"))]
     values = [[run.last(name) for name in metrics] for run in runs]
@@ -285,7 +276,7 @@ def _evaluation(run: RunLog) -> str:
     ]
     table = html_page.html_table(("metric", *columns), rows, numeric=1)
     about = "".join(f"<p class=muted>{html_page.escape_html(line)}</p>" for line in abouts)
-    return f'<h2>Evaluation by --mode=eval</h2>{about}<div class="wide">{table}</div>'
+    return f"<h2>Evaluation by --mode=eval</h2>{about}{table}"
 
 
 def _metrics_of(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -35,6 +35,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tests import xla_flags
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TINY = [
     *("data.size=120", "data.image_size=32", "train.batch_size=8", "optim.warmup_steps=2"),
@@ -52,9 +54,8 @@ LEFT_MB = 1.5e-3  # accepted growth a save
 
 
 def environment(cache: pathlib.Path) -> dict[str, str]:
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     more = {
-        "XLA_FLAGS": fast,
+        "XLA_FLAGS": xla_flags.FASTEST,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from tests import xla_flags
 from tests.faults import soak
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -105,7 +106,8 @@ def start(script: pathlib.Path, *arguments: str, processes: int = 2) -> list[sub
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    fast = {"XLA_FLAGS": xla_flags.FASTEST}
+    environment = {**os.environ, **fast, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     return [
         subprocess.Popen(
             [sys.executable, str(script), str(i), at, str(processes), *arguments],

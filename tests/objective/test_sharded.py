@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 
+from tests import xla_flags
+
 
 def test_eight_devices_agree_with_one():
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{xla_flags.FASTEST} --xla_force_host_platform_device_count=8",
     }
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     run = subprocess.run(

@@ -18,7 +18,7 @@ from m3i_jax import main
 from m3i_jax.interop import tensor_files
 from m3i_jax.parallel import barriers, distributed
 from m3i_jax.parallel.distributed import ProcessInfo
-from tests import saved, toy
+from tests import saved, toy, xla_flags
 from tests.interop.published_vit import ENCODERS, weights
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -45,8 +45,12 @@ def port() -> int:
 
 
 def environment() -> dict[str, str]:
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return {**os.environ, "XLA_FLAGS": fast, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return {
+        **os.environ,
+        "XLA_FLAGS": xla_flags.FASTEST,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def two(*command: str, processes: int = 2) -> list[subprocess.Popen[str]]:
