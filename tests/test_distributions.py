@@ -34,7 +34,7 @@ PROJECT = [
 # Scripts that need the tests, which a wheel does not have.
 DEVELOPMENT = {"bench.sh", "faults.sh", "soak.sh", "test.sh"}
 BUILD = "import sys; from setuptools import build_meta as b; b.{}(sys.argv[1])"
-SECONDS = 600
+SECONDS = 1800
 
 
 def execute(*command: str, cwd: pathlib.Path, status: int = 0, **environment: str) -> str:
