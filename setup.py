@@ -12,7 +12,6 @@ import shutil
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
-from setuptools.command.sdist import sdist
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(
@@ -34,9 +33,6 @@ BESIDE = (
     "CHANGELOG.md",
     "CITATION.cff",
     "requirements.txt",
-    "m3i_jax/METRICS.md",
-    "m3i_jax/README.md",
-    "m3i_jax/objective/README.md",
 )
 
 CORE = [
@@ -142,15 +138,9 @@ class BuildPackage(build_py):
         return [*super().get_outputs(include_bytecode), *self.copied()]
 
     def get_source_files(self) -> list[str]:
-        return [*super().get_source_files(), *files_below(*INSIDE)]
-
-
-class SourceDistribution(sdist):
-    """Adds the files BESIDE the package, so that the tests run in an unpacked sdist."""
-
-    def add_defaults(self) -> None:
-        super().add_defaults()
-        self.filelist.extend(files_below(*BESIDE))
+        """What an sdist has, so that the tests run in an unpacked one."""
+        guides = [path.relative_to(ROOT).as_posix() for path in (ROOT / "m3i_jax").rglob("*.md")]
+        return [*super().get_source_files(), *files_below(*INSIDE, *BESIDE), *sorted(guides)]
 
 
 setup(
@@ -167,7 +157,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["m3i_jax", "m3i_jax.*"]),
     package_data={"m3i_jax": ["py.typed", "*.pyi"]},
-    cmdclass={"build_py": BuildPackage, "sdist": SourceDistribution},
+    cmdclass={"build_py": BuildPackage},
     entry_points={"console_scripts": ["m3i-jax = m3i_jax.__main__:run_command"]},
     install_requires=CORE,
     extras_require=EXTRAS,

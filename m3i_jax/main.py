@@ -232,8 +232,9 @@ def _run(arguments: Sequence[str], began: float) -> int:
             " remove it"
         )
     if flags.config:
+        file = configuration.find_config_file(flags.config)
+        found, file = configuration.describe_config_file(file), file.absolute()
         config = configuration.load_config(flags.config, overrides)
-        file = configuration.find_config_file(flags.config.partition(":")[0])
     else:
         config = configuration.load_from_workdir(flags.workdir, "--workdir")
     configuration.apply_overrides(config, overrides)
@@ -242,7 +243,7 @@ def _run(arguments: Sequence[str], began: float) -> int:
     if flags.config:
         configuration.reject_config_in_data(str(file), settings.data)
         if flags.process_id in ("", "0"):
-            print(configuration.describe_config_file(flags.config.partition(":")[0]), flush=True)
+            print(found, flush=True)
     options = {name: getattr(flags, name) for name in mode.flags} | (
         {"began": began} if mode.timed else {}
     )

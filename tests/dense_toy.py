@@ -54,6 +54,7 @@ DINO = DETECT | {
     "dense.detect.dino.depth": 2,
     "dense.detect.dino.hidden": 16,
     "dense.detect.dino.denoising": 6,
+    "dense.detect.dino.projection_bias": False,  # at this width the group norm takes it away
 }
 SEGMENT = {
     "dense.maps.relative": "table",
@@ -66,6 +67,19 @@ SEGMENT = {
     "dense.segment.pool_scales": (1, 2),
     "dense.segment.dropout": 0.3,
     "dense.segment.divide_by": "labelled",
+    "dense.segment.mask2former.queries": 5,
+    "dense.segment.mask2former.heads": 2,
+    "dense.segment.mask2former.encoder_depth": 1,
+    "dense.segment.mask2former.encoder_hidden": 8,
+    "dense.segment.mask2former.depth": 2,
+    "dense.segment.mask2former.hidden": 8,
+    "dense.segment.mask2former.points": 24,
+}
+# changes of a toy of segmentation for the head; the last two of three strides attend
+MASK2FORMER = {
+    "dense__segment__head": "mask2former",
+    "dense__segment__strides": "(4,8,16)",
+    "dense__maps__blocks": "()",
 }
 TASKS = {"detect": DETECT, "dino": DINO, "segment": SEGMENT}
 

@@ -30,7 +30,10 @@ COCO = DetectionData(
     schedules={
         "mask_rcnn": Schedule(
             steps=184_375, epochs=100, batch=64, milestones=(163_889, 177_546), lr=1e-4
-        )  # [R]
+        ),  # [R]
+        "dino": Schedule(
+            steps=90_000, epochs=12, batch=16, milestones=(82_500,), lr=1e-4
+        ),  # [R]: detrex
     },
 )
 
@@ -51,9 +54,9 @@ def get_config(
       from_: working directory of the run that trained the encoder, or a weights file; empty: train
         from scratch.
       model: preset, used without `from`.
-      head: mask_rcnn.
-      epochs: 0: as published, 100 [P]; 25 in the paper's ablations.
-      batch_size: images per step; 0: as published, 64.
+      head: mask_rcnn, or dino, which predicts boxes without masks.
+      epochs: 0: as published, 100 [P]; 25 in the paper's ablations; dino 12.
+      batch_size: images per step; 0: as published, 64; dino 16.
       image_size: side of the square that images are fitted into.
     """
     return build_detection(

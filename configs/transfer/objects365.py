@@ -41,7 +41,10 @@ OBJECTS365 = DetectionData(
             batch=BATCH,
             milestones=(round(8 / 9 * STEPS), round(26 / 27 * STEPS)),
             lr=1e-4,
-        )
+        ),
+        "dino": Schedule(
+            steps=STEPS, epochs=EPOCHS, batch=BATCH, milestones=(round(11 / 12 * STEPS),), lr=2e-4
+        ),  # [C]
     },
     settings={"detect.masks": False},
 )
@@ -63,7 +66,7 @@ def get_config(
       from_: working directory of the run that trained the encoder, or a weights file; empty: train
         from scratch.
       model: preset, used without `from`.
-      head: mask_rcnn.
+      head: mask_rcnn or dino.
       epochs: 0: 26 [P].
       batch_size: images per step; 0: 64.
       image_size: side of the square that images are fitted into.

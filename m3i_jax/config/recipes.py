@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 
+from m3i_jax.config.values import MAX_VALUE_LENGTH
 from m3i_jax.errors import UserError, shorten
 from m3i_jax.version import __version__
 
@@ -16,6 +17,7 @@ SHIPPED = next(
     (path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()),
     _PACKAGE / "configs",
 )
+_NOT_A_FILE = "must name a local Python file, such as configs/quickstart.py"
 DEFAULT_RECIPE = "configs/folder.py"
 # Scripts of launch/ that need the tests of a checkout.
 _DEVELOPMENT = ("bench.sh", "faults.sh", "soak.sh", "test.sh")
@@ -39,18 +41,23 @@ def _closest_first(name: str) -> tuple[list[str], bool]:
     return sorted(stems, key=lambda recipe: order.get(stems[recipe], len(order))), bool(close)
 
 
-def find_config_file(file: str) -> pathlib.Path:
-    """The file that `--config FILE` means: the local one if it exists, else the recipe of that name
-    that ships.
+def find_config_file(spec: str) -> pathlib.Path:
+    """The file that `--config FILE[:name=value,...]` means: the local one if it exists, else the
+    recipe of that name that ships.
 
     Raises:
-      UserError: there is neither; the message says where it was looked for, and lists what ships,
-        names close to FILE first.
+      UserError: FILE is no Python file, or there is neither; the message says where it was looked
+        for, and lists what ships, names close to FILE first.
 
-    >>> find_config_file("configs/folder.py").name
+    >>> find_config_file("configs/folder.py:path=images").name
     'folder.py'
     """
+    file = spec.partition(":")[0]
     path = pathlib.Path(file)
+    if len(spec) > MAX_VALUE_LENGTH or "\0" in spec:
+        raise UserError(f"--config {shorten(spec)}: {_NOT_A_FILE}")
+    if path.suffix != ".py":  # includes URLs, of which `file` is the part before the first colon
+        raise UserError(f"--config {spec}: {_NOT_A_FILE}")
     if path.is_file():
         return path
     if path.as_posix() in shipped_recipes():
@@ -67,17 +74,16 @@ def find_config_file(file: str) -> pathlib.Path:
     )
 
 
-def describe_config_file(file: str) -> str:
-    """A line for the log: which file `--config FILE` is, and whether it ships.
+def describe_config_file(path: pathlib.Path) -> str:
+    """A line for the log: which file `find_config_file` found, and whether it ships.
 
-    >>> describe_config_file("configs/folder.py")
+    >>> describe_config_file(find_config_file("configs/folder.py"))
     'configuration: ...configs/folder.py, which ships with m3i_jax ...'
     """
-    path = find_config_file(file)
     ships = f"which ships with m3i_jax {__version__}"
     if path.resolve().is_relative_to(SHIPPED):
         return f"configuration: {path}, {ships}"
-    if pathlib.Path(file).as_posix() in shipped_recipes():
+    if path.as_posix() in shipped_recipes():
         return f"configuration: {path} of this directory, not the file of that name {ships}"
     return f"configuration: {path}"
 

@@ -21,6 +21,7 @@ HEAD_SETTINGS = {
         "box_convs",
         "box_hidden",
         "mask_convs",
+        "dino",
     ),
     "segment": ("head", "strides", "width", "pool_scales", "aux_width"),
 }
@@ -93,9 +94,9 @@ def build_dense_encoder(
 
 
 def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: str) -> bool:
-    """Start from pyramid and head, too, if `from_` has those of the same task: a run that was
-    trained on other data before, such as Objects365 before COCO, or a file of detectron2 with a
-    Mask R-CNN. Their sizes and the maps are then those of the source. Layers of categories restart
+    """Start from pyramid and head, too, if `from_` has those of the same task and kind of head: a run
+    that was trained on other data before, such as Objects365 before COCO, or a file of detectron2
+    with a Mask R-CNN. Their sizes and the maps are then those of the source. Layers of categories restart
     if the names of the categories differ, with a line in the log; running statistics of batch norms
     start anew.
 
@@ -114,6 +115,8 @@ def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: s
         return False
     source = settings_of_weights(from_, flag)
     if source.task != config.task:
+        return False
+    if source.dense[config.task].head != config.dense[config.task].head:
         return False
     config.dense.maps.update(source.dense.maps)
     config.dense.maps.image_size = source.dense.maps.image_size or source.data.image_size

@@ -64,9 +64,8 @@ class DetectionData:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
-    """ViTDet's Mask R-CNN as in detectron2's project of that name, for a ViT-B. A ViT-L there takes
-    layer decay 0.8 and drop path 0.4."""
+def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
+    """Maps of a ViT, augmentation and schedule as in detectron2's project ViTDet, for a ViT-B."""
     if vit:
         config.dense.maps.update(
             {
@@ -86,14 +85,50 @@ def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bo
     config.optim.warmup_steps = min(250, config.train.steps)  # [R]
     config.optim.warmup_start = 0.001  # [R]
     config.optim.b2 = 0.999  # [R]
+
+
+def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
+    """ViTDet's Mask R-CNN as in detectron2's project of that name, for a ViT-B. A ViT-L there takes
+    layer decay 0.8 and drop path 0.4."""
+    _vitdet(config, schedule, vit=vit)
     config.optim.weight_decay = 0.1  # [R]
     config.optim.decayed = "but_norms"  # [R]
     config.optim.layer_decay = 0.7  # [R]
     config.optim.clip = 0.0  # [R]
 
 
+def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
+    """DINO with four levels, and boxes without masks: on a ViT as in detrex (IDEA), on an
+    InternImage as in its own repository. The images are those of ViTDet [C], squares of one size;
+    the references resize them to many."""
+    _vitdet(config, schedule, vit=vit)
+    config.dense.detect.update(
+        {
+            "head": "dino",
+            "masks": False,
+            "strides": (8, 16, 32, 64),  # [R]; the last is made by the head
+            "score_threshold": 0.0,  # [R]
+            "detections": 300,  # [R]
+        }
+    )
+    config.dense.detect.dino.remat = True
+    config.optim.weight_decay = 1e-4  # [R]
+    config.optim.clip = 0.1  # [R]
+    if vit:
+        config.optim.encoder_lr = 0.1  # [R]
+        config.optim.layer_decay = 1.0  # [R]
+        config.optim.decayed = "but_norms"
+        return
+    config.dense.detect.dino.update(
+        {"shared_heads": False, "projection_bias": False, "box_noise": 1.0}  # [R]
+    )
+    config.optim.layer_decay = 0.9  # [R], InternImage-T and L; H: 0.94
+    config.optim.decayed = "ranks"  # [R]
+    config.optim.warmup_steps = min(500, config.train.steps)  # [R]
+
+
 # Other detectors are added here, and a Schedule of theirs to the recipes of the data sets.
-HEADS: dict[str, Callable[..., None]] = {"mask_rcnn": _mask_rcnn}
+HEADS: dict[str, Callable[..., None]] = {"mask_rcnn": _mask_rcnn, "dino": _dino}
 
 
 def build_detection(
@@ -145,7 +180,7 @@ def build_detection(
     config.train.eval_every = data.eval_every
     config.evaluate.batch_size = batch_size
     config.evaluate.query_limit = data.eval_images
-    HEADS[head](config, schedule, vit=vit)
     config.dense.update_from_flattened_dict(data.settings)
+    HEADS[head](config, schedule, vit=vit)
     continue_dense_run(config, from_=from_, flag=flag)
     return config

@@ -321,6 +321,7 @@ def feature_maps(
     remat: str = "none",
     keep_gathered: bool = False,
     method: str = "auto",
+    before: Callable[[int, jax.Array], jax.Array] | None = None,
 ) -> list[jax.Array]:
     """The maps at the ends of the four stages, [B, H, W, C 2^i], each half as large as the one
     before.
@@ -341,6 +342,7 @@ def feature_maps(
       keep_gathered: on a mesh with an fsdp axis, whether the backward pass keeps the gathered
         weights or gathers them again.
       method: form of DCNv3, as of `dcnv3.dcnv3`.
+      before: a function of the number of a stage and its input; the stage reads what it returns.
 
     Raises:
       ValueError: sizes that do not fit.
@@ -371,6 +373,7 @@ def feature_maps(
     maps, start = [], 0
     for stage, depth in enumerate(model.depths):
         part = params[f"stage{stage}"]
+        x = before(stage, x) if before else x
         keep = None if keep_BxLx2 is None else keep_BxLx2[:, start : start + depth]
         every = model.extra_norm if _extra_norms(model, stage) else 0
         settings: dict[str, Any] = {

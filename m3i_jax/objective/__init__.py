@@ -20,6 +20,8 @@ dense tasks as pure functions of arrays, for this project and for others.
 - `boxes`: overlaps, the codec of box regression, anchors, non-maximum suppression
 - `assignment`: labels of anchors by IoU, random samples of fixed size, optimal assignment
 - `box_matching`: predicted boxes and objects as sets (DETR): cost, matching, losses
+- `mask_matching`: predicted masks and true ones as sets (Mask2Former): cost, matching, losses at
+  points
 - `dense_losses`: losses of segmentation and detection
 - `segmentation_scores`: confusion matrix and mean IoU
 
@@ -49,6 +51,7 @@ __all__ = [
     "boxes",
     "assignment",
     "box_matching",
+    "mask_matching",
     "dense_losses",
     "segmentation_scores",
 ]

@@ -26,7 +26,7 @@ LEVELS = ListLimit(fewest=1, most=8, rising=True, unique=True)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Maps:
-    """The maps of the encoder. They apply to the ViT only."""
+    """The maps of the encoder. All but the last two apply to the ViT only."""
 
     window: int = option(
         0,
@@ -60,6 +60,15 @@ class Maps:
         "side in pixels of the pre-training images, to which the position table belongs; 0: that of"
         " `data.image_size`",
         NumberLimit(0, 2**16),
+    )
+    composite: int = option(
+        1,
+        "copies of the encoder; 2: CBNet: maps of the first feed the stages of the second, whose"
+        " maps heads read",
+        NumberLimit(1, 2),
+    )
+    composite_weight: float = option(
+        0.5, "weight of the losses on the maps of the first of two copies; 0: none", WEIGHT
     )
 
 
@@ -206,6 +215,12 @@ class Segment:
     test_stride: int = option(
         0,
         "stride in pixels of the sliding window of evaluation; 0: half of data.image_size",
+        NumberLimit(0, 2**16),
+    )
+    test_whole: int = option(
+        0,
+        "evaluate whole images, resized to sides that are multiples of this many pixels; 0: in"
+        " sliding windows",
         NumberLimit(0, 2**16),
     )
     test_scales: tuple[float, ...] = option(

@@ -22,7 +22,7 @@ import optax
 from m3i_jax import schema
 from m3i_jax.augment import dense_photometric
 from m3i_jax.errors import UserError
-from m3i_jax.models import backbones
+from m3i_jax.models import composite
 from m3i_jax.models.dense import pyramid
 from m3i_jax.training import optimizer, views
 from m3i_jax.training.microbatches import split_microbatches
@@ -31,6 +31,7 @@ from m3i_jax.training.task import Batch, StepGradients, Task
 
 # purposes of random keys, distinct from all others that are keyed by the stream position
 SAMPLING, DROPOUT = 0x73616D70, 0x64726F63
+_FIRST_COPY = np.uint32(1 << 31)  # of a position's upper word: random numbers of its own
 Values = dict[str, jax.Array]
 Maps = dict[int, jax.Array]
 Divisor = jax.Array | dict[str, jax.Array]
@@ -123,7 +124,7 @@ class DenseTask(Task):
     @functools.cached_property
     def sources(self) -> tuple[tuple[int, int], ...]:
         """(stride, channels) of the maps of the encoder."""
-        backbone, side = backbones.get_backbone(self.config.model), self.config.data.image_size
+        backbone, side = composite.of_run(self.config), self.config.data.image_size
         if backbone.stages is None or backbone.map_strides is None:
             raise UserError(
                 f"config.model.backbone: {self.config.model.backbone!r} has no maps, which"
@@ -132,7 +133,7 @@ class DenseTask(Task):
         strides = backbone.map_strides(self.config.model, self.config.dense.maps)
         shape = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
         maps = jax.eval_shape(
-            lambda images: self._stages(self._init_encoder(jax.random.key(0)), images), shape
+            lambda images: self._stages(self._init_encoder(jax.random.key(0)), images)[-1], shape
         )
         return tuple(zip(strides, (x.shape[-1] for x in maps), strict=True))
 
@@ -231,11 +232,26 @@ class DenseTask(Task):
     def _loss(
         self, params: Any, divisor: Divisor, *, statistics: Any, batch: Batch
     ) -> tuple[jax.Array, Any]:
-        maps, of_pyramid = self.maps(params, statistics, batch, train=True)
-        values, counts, of_head = self.loss_sums(params, statistics, maps, batch)
+        *others, last = self.encoder_maps(params, batch, train=True)
+        values: Values = {}
+        weight = self.config.dense.maps.composite_weight
+        for maps in others if weight else ():
+            # the loss on the maps of the first of two copies, as a batch of its own
+            upper, lower = batch["position"][:, 0] ^ _FIRST_COPY, batch["position"][:, 1]
+            own = batch | {"position": jnp.stack([upper, lower], 1)}
+            more, _, statistics = self._head_sums(params, statistics, maps, own)
+            values = {name: weight * value for name, value in more.items()}
+        more, counts, new = self._head_sums(params, statistics, last, batch)
+        values = {name: value + values.get(name, 0) for name, value in more.items()}
         total = sum(divide(values, divisor).values(), jnp.zeros(()))
-        new = jax.lax.stop_gradient({"pyramid": of_pyramid, "head": of_head})
-        return total, (values, counts, new)
+        return total, (values, counts, jax.lax.stop_gradient(new))
+
+    def _head_sums(
+        self, params: Any, statistics: Any, maps: tuple[jax.Array, ...], batch: Batch
+    ) -> tuple[Values, Values, Any]:
+        read, of_pyramid = self._pyramid_maps(params, statistics, maps, train=True)
+        values, counts, of_head = self.loss_sums(params, statistics, read, batch)
+        return values, counts, {"pyramid": of_pyramid, "head": of_head}
 
     def images(self, batch: Batch, *, train: bool) -> jax.Array:
         """Normalised images of a batch, float32; in training, after changes of colour."""
@@ -248,23 +264,41 @@ class DenseTask(Task):
 
     def maps(self, params: Any, statistics: Any, batch: Batch, *, train: bool) -> tuple[Maps, Any]:
         """(maps that the head reads, new statistics of the pyramid)."""
+        last = self.encoder_maps(params, batch, train=train)[-1]
+        return self._pyramid_maps(params, statistics, last, train=train)
+
+    def encoder_maps(
+        self, params: Any, batch: Batch, *, train: bool
+    ) -> tuple[tuple[jax.Array, ...], ...]:
+        """The maps of the encoder; of two composed copies in training, those of each, the maps that
+        predictions read last."""
         config, encoder = self.config, params["encoder"]
         if config.model.encoder.freeze:
             encoder = jax.lax.stop_gradient(encoder)
-        keep = views.drop_path_factors(config, batch["position"], 0) if train else None
-        maps = self._stages(encoder, self.images(batch, train=train), keep)
+        keep = None
+        if train and config.model.encoder.drop_path:
+            draws = [
+                views.drop_path_factors(config, batch["position"], copy)
+                for copy in range(config.dense.maps.composite)
+            ]
+            keep = jnp.concatenate(draws, 1)
+        return self._stages(encoder, self.images(batch, train=train), keep)
+
+    def _pyramid_maps(
+        self, params: Any, statistics: Any, maps: tuple[jax.Array, ...], *, train: bool
+    ) -> tuple[Maps, Any]:
         return pyramid.apply(
             self.pyramid(),
             params["pyramid"],
             statistics["pyramid"],
             maps,
             train=train,
-            momentum=config.dense.segment.norm_momentum,
+            momentum=self.config.dense.segment.norm_momentum,
         )
 
     def _init_encoder(self, rng: jax.Array) -> Any:
         model, config = self.config.model, self.config
-        backbone = backbones.get_backbone(model)
+        backbone = composite.of_run(config)
         params = backbone.init(model, rng, mask_token=False, grid=self._position_grid())
         return backbone.init_maps(model, config.dense.maps, params, size=config.data.image_size)
 
@@ -275,17 +309,17 @@ class DenseTask(Task):
 
     def _stages(
         self, encoder: Any, images: jax.Array, keep: jax.Array | None = None
-    ) -> tuple[jax.Array, ...]:
-        backbone = backbones.get_backbone(self.config.model)
+    ) -> tuple[tuple[jax.Array, ...], ...]:
+        backbone = composite.of_run(self.config)
+        settings: dict[str, Any] = {
+            "maps": self.config.dense.maps,
+            "size": self.config.data.image_size,
+            "keep_BxLx2": keep,
+        }
+        if backbone.copies is not None:
+            return backbone.copies(self.config.model, encoder, images, **settings)
         assert backbone.stages is not None
-        return backbone.stages(
-            self.config.model,
-            encoder,
-            images,
-            maps=self.config.dense.maps,
-            size=self.config.data.image_size,
-            keep_BxLx2=keep,
-        )
+        return (backbone.stages(self.config.model, encoder, images, **settings),)
 
 
 def one_stride(sources: tuple[tuple[int, int], ...]) -> bool:

@@ -10,7 +10,7 @@ from m3i_jax import schema
 from m3i_jax.data import annotated_batches, pipeline
 from m3i_jax.data.sources import base
 from m3i_jax.models.dense import pyramid
-from m3i_jax.models.dense.detection_heads import DetectionHead, detection_head
+from m3i_jax.models.dense.detection_heads import CATEGORY_PARAMETERS, DetectionHead, detection_head
 from m3i_jax.training.dense_task import (
     SAMPLING,
     DenseTask,
@@ -29,7 +29,7 @@ class DetectTask(DenseTask):
     images, or objects of the whole batch."""
 
     traits = schema.TASKS["detect"]
-    category_parameters = ("^head/box/(classes|deltas)/", "^head/mask/masks/")
+    category_parameters = CATEGORY_PARAMETERS
 
     @property
     def head(self) -> DetectionHead:

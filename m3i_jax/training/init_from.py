@@ -21,12 +21,12 @@ import numpy as np
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop import position_tables, vit_weights
-from m3i_jax.models import backbones, relative_bias
+from m3i_jax.models import backbones, composite, relative_bias
 from m3i_jax.models.vit import fixed_positions
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training.weight_source import WeightSource, open_weights, put_array
 
-_RELATIVE = "encoder/relative/"
+_RELATIVE = ("encoder/relative/", f"encoder/{composite.SECOND}relative/")
 TABLE, MASK_TOKEN = "encoder/positions", "encoder/mask_token"
 # tolerance for equal tables: float32 frequencies make errors of the size of the rounded index
 _ATOL = 1e-3
@@ -77,6 +77,7 @@ def initialize_from(
         path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
     }
     source = open_weights(config.init_from, weights=config.init.weights)
+    source = _for_both_copies(source, target)
     selected = {path for path in target if _matches(config.init.only, path)}
     restarted: list[str] = []
     if of_categories and source.classes and classes and source.classes != classes:
@@ -104,6 +105,26 @@ def initialize_from(
     return jax.tree.unflatten(
         structure, [loaded.get(path, leaf).astype(leaf.dtype) for path, leaf in target.items()]
     )
+
+
+def _for_both_copies(source: WeightSource, target: Mapping[str, Any]) -> WeightSource:
+    """A source of one encoder for a run with two composed copies, for both."""
+    second = f"encoder/{composite.SECOND}"
+    if any(path.startswith(second) for path in source.shapes):
+        return source
+    origin = {path: path.replace(second, "encoder/") for path in target if path.startswith(second)}
+    origin = {path: of for path, of in origin.items() if of in source.shapes}
+
+    def read(layout: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = source.read({origin.get(path, path): at for path, at in layout.items()})
+        # arrays of their own: a step may not donate one twice
+        return {
+            path: jnp.copy(arrays[origin[path]]) if path in origin else arrays[path]
+            for path in layout
+        }
+
+    shapes = {**source.shapes, **{path: source.shapes[of] for path, of in origin.items()}}
+    return dataclasses.replace(source, shapes=shapes, read=read) if origin else source
 
 
 def _matches(patterns: Iterable[str], path: str) -> bool:
@@ -305,8 +326,7 @@ def _added_parameters(config: schema.Config) -> tuple[str, ...]:
 
 def _map_parameters(config: schema.Config) -> tuple[str, ...]:
     """Prefixes of parameters that maps add to an encoder."""
-    backbone = backbones.get_backbone(config.model)
-    return tuple(f"encoder/{prefix}" for prefix in backbone.map_parameters)
+    return tuple(f"encoder/{prefix}" for prefix in composite.of_run(config).map_parameters)
 
 
 def _how_to_fit(source: WeightSource) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from m3i_jax import schema
-from m3i_jax.models import backbones, m3i
+from m3i_jax.models import composite, m3i
 from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
@@ -230,7 +230,7 @@ def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> 
     o, in_encoder = config.optim, path.removeprefix("encoder/")
     factor: Any = 1.0
     if in_encoder != path:
-        backbone = backbones.get_backbone(config.model)
+        backbone = composite.of_run(config)
         factor = o.encoder_lr * o.layer_decay ** backbone.layers_above(config.model, in_encoder)
         own = (getattr(o, key) for part, key in backbone.lr_settings if part in in_encoder)
         factor = factor * next(own, 1.0)

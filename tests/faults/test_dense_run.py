@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -101,11 +102,19 @@ def test_a_disk_that_stays_full_ends_the_run_and_a_restart_goes_on(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(Checkpoints, "BACK_OFF", 0.0)
     with contextlib.ExitStack() as full, monkeypatch.context() as patch:
-        _at_step(patch, {4: lambda: full.enter_context(no_file_above(LIMIT))})
+        steps = tmp_path / "checkpoints"
+
+        def fill() -> None:
+            deadline = time.monotonic() + 60
+            while checkpoint_dir.complete_steps(steps) != [3] and time.monotonic() < deadline:
+                time.sleep(0.01)  # the save of step 3 goes on beside step 4
+            full.enter_context(no_file_above(LIMIT))
+
+        _at_step(patch, {4: fill})
         assert command.main(arguments(tmp_path)) == loop.FAILED
     out = capsys.readouterr().out
     assert "save 3 of 3 in a row failed" in out and "free space" in out
-    assert checkpoint_dir.complete_steps(tmp_path / "checkpoints") == [3]
+    assert checkpoint_dir.complete_steps(steps) == [3]
     assert command.main(arguments(tmp_path)) == loop.DONE
     assert "resuming at step 3" in capsys.readouterr().out
     assert same(tmp_path, unbroken)

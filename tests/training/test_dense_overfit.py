@@ -64,10 +64,13 @@ def test_detection_learns_eight_scenes(scenes: pathlib.Path, tmp_path: pathlib.P
 
 
 @pytest.mark.slow
-def test_segmentation_learns_eight_scenes(scenes: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("head", ["upernet", "mask2former"])
+def test_segmentation_learns_eight_scenes(
+    head: str, scenes: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     recipe = (
         f"configs/transfer/segment.py:path={scenes},model=vit_tiny,image_size={SIDE},batch_size=8,"
-        "steps=400"
+        f"steps=400,head={head}"
     )
     found = scores(tmp_path, recipe, {"data.split": "train", "data.holdout_split": "again"})
     assert found["eval/segmentation/mIoU"] > 0.9, found

@@ -1,4 +1,4 @@
-"""A detection run that is preempted, killed, and continued with other threads and workers: the same
+"""A dense run that is preempted, killed, and continued with other threads and workers: the same
 metrics and the same bits as of one that was left alone."""
 
 import json
@@ -13,16 +13,27 @@ import pytest
 
 from m3i_jax import main as command
 from m3i_jax.training import file_checksums, loop, trainer
-from tests.dense_toy import DETECT, DINO, SHARED
+from tests.dense_toy import DETECT, DINO, MASK2FORMER, SEGMENT, SHARED
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
-HEADS = {"mask_rcnn": DETECT, "dino": DINO}
+HEADS = {
+    "mask_rcnn": DETECT,
+    "dino": DINO,
+    "mask2former": SEGMENT | {k.replace("__", "."): v for k, v in MASK2FORMER.items()},
+}
 LOSSES = {
     "mask_rcnn": ("rpn_cls", "rpn_loc", "cls", "box_reg", "mask"),
     "dino": tuple(f"{of}{kind}" for of in ("", "aux_", "enc_", "dn_") for kind in ("cls", "l1")),
+    "mask2former": tuple(
+        f"{of}{kind}" for of in ("", "auxiliary_") for kind in ("class", "mask", "dice")
+    ),
 }
-PARTS = {"mask_rcnn": "params/head/mask/", "dino": "params/head/decoder/layers/reading/"}
+PARTS = {
+    "mask_rcnn": "params/head/mask/",
+    "dino": "params/head/decoder/layers/reading/",
+    "mask2former": "params/head/decoder/queries",
+}
 VALUES = SHARED | {
     "data.size": 40,
     "data.holdout": 0.0,
@@ -52,6 +63,8 @@ def arguments(run: pathlib.Path, head: str, **changes: object) -> list[str]:
     values.pop("data.classes")
     texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in values.items()]
     recipe = f"configs/transfer/detect.py:head={head},masks={str(head == 'mask_rcnn').lower()}"
+    if head == "mask2former":
+        recipe = f"configs/transfer/segment.py:head={head}"
     return ["--config", recipe, "--workdir", str(run), *texts]
 
 
@@ -93,14 +106,14 @@ def test_a_detection_run_logs_its_losses(head: str, unbroken: pathlib.Path) -> N
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     names = {f"loss/{name}" for name in LOSSES[head]}
     assert names | {"lr", "samples_seen"} <= set(rows[-1])
-    assert any(name.startswith("detect/") for name in rows[-1])
+    assert any(name.startswith(("detect/", "segment/")) for name in rows[-1])
     assert rows[-1]["samples_seen"] == 8 * STEPS and rows[0]["loss"] != rows[-1]["loss"]
     paths = saved_arrays(unbroken)
     assert any(path.startswith(PARTS[head]) for path in paths), list(paths)[:5]
 
 
 @pytest.mark.row("A2", "A10")
-def test_a_preempted_detection_run_goes_on_with_other_workers(
+def test_a_preempted_dense_run_goes_on_with_other_workers(
     head: str, unbroken: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -121,7 +134,7 @@ def test_a_preempted_detection_run_goes_on_with_other_workers(
 
 @pytest.mark.slow
 @pytest.mark.row("A1")
-def test_a_killed_detection_run_goes_on_from_its_last_save(
+def test_a_killed_dense_run_goes_on_from_its_last_save(
     head: str, unbroken: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process, with as many devices, is killed after the save of step 3."""

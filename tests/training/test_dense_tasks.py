@@ -17,19 +17,18 @@ from m3i_jax.training.dense_task import RunningState
 from m3i_jax.training.microbatches import split_microbatches
 from m3i_jax.training.task import StepGradients, make_task
 from tests import toy
-from tests.dense_toy import dense_batch, dense_settings, make_trainer
+from tests.dense_toy import MASK2FORMER, dense_batch, dense_settings, make_trainer
 
 UPERNET = {"dense__segment__head": "upernet", "dense__segment__divide_by": "all"}
-EXACT = [("detect", {}), ("dino", {}), ("segment", {})]  # in any parts
+EXACT = [("detect", {}), ("dino", {}), ("segment", {}), ("segment", MASK2FORMER)]  # in any parts
 HEADS = [*EXACT, ("segment", UPERNET)]
-IDS = ["mask_rcnn", "dino", "linear", "upernet"]
+IDS = ["mask_rcnn", "dino", "linear", "mask2former", "upernet"]
 
 
 @functools.cache
-def started(task: str, head: str = "linear") -> Any:
+def started(task: str, changes: tuple) -> Any:
     """(parameters, optimizer state) at the start, with a head that moves what is below it."""
-    changes = {"dense__segment__head": head} if task == "segment" else {}
-    state = make_trainer(dense_settings(task, **changes)).init()
+    state = make_trainer(dense_settings(task, **dict(changes))).init()
     r = np.random.default_rng(1)
     noise = lambda leaf: leaf + 0.05 * r.normal(size=leaf.shape).astype(np.float32)
     return jax.tree.map(noise, jax.device_get(state.params)), jax.device_get(state.opt)
@@ -45,8 +44,7 @@ def compiled(task: str, batch_size: int, microbatches: int, changes: tuple) -> A
 
 def gradients(task: str, changes: dict, *, microbatches: int = 1) -> StepGradients:
     config, run = compiled(task, 8, microbatches, tuple(changes.items()))
-    head = changes.get("dense__segment__head", "linear")
-    return run(*started(task, head), dense_batch(config, 3))
+    return run(*started(task, tuple(changes.items())), dense_batch(config, 3))
 
 
 def difference(a: Any, b: Any) -> float:
@@ -59,12 +57,12 @@ def difference(a: Any, b: Any) -> float:
     )
 
 
-@pytest.mark.parametrize(("task", "changes"), EXACT, ids=IDS[:3])
+@pytest.mark.parametrize(("task", "changes"), EXACT, ids=IDS[:4])
 @pytest.mark.row("D6")
 def test_microbatches_of_dense_tasks_are_the_whole_batch(task: str, changes: dict) -> None:
-    """Where no statistics are of a batch: losses are sums over images, objects or pixels, and
-    sampling, noise and stochastic depth go by the position of an image. Row 1 has no object and no
-    labelled pixel."""
+    """Where no statistics are of a batch: losses are sums over images, objects, masks or pixels,
+    divided by numbers of the whole batch, and sampling, noise and stochastic depth go by the
+    position of an image. Row 1 has no object and no labelled pixel."""
     whole = gradients(task, changes)
     parts = gradients(task, changes, microbatches=4)
     assert whole.metrics.keys() == parts.metrics.keys()
@@ -87,7 +85,7 @@ def test_microbatches_of_a_batch_norm_are_batches_of_their_own() -> None:
     statistics move four times; and not the step of the whole batch."""
     got = gradients("segment", UPERNET, microbatches=4)
     config, run = compiled("segment", 2, 1, tuple(UPERNET.items()))
-    params, opt = started("segment", "upernet")
+    params, opt = started("segment", tuple(UPERNET.items()))
     parts = split_microbatches(dense_batch(dense_settings("segment"), 3), 4, 8)
     made = []
     for i in range(4):
@@ -110,8 +108,7 @@ def test_gradients_are_those_of_the_printed_loss(task: str, changes: dict) -> No
     direction, the loss changes by what the gradient says. (DINO leaves parts of it out, between its
     layers; see tests/models/dense/test_dino.py.)"""
     config, run = compiled(task, 8, 1, tuple(changes.items()))
-    head = changes.get("dense__segment__head", "linear")
-    (params, opt), batch = started(task, head), dense_batch(config, 3)
+    (params, opt), batch = started(task, tuple(changes.items())), dense_batch(config, 3)
     got = run(params, opt, batch)
     losses = [value for name, value in got.metrics.items() if name.startswith("loss/")]
     np.testing.assert_allclose(got.loss, sum(losses), rtol=1e-6)
@@ -159,13 +156,13 @@ def test_eight_devices_are_one_device_for_dense_tasks(
             np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
     assert all(np.isfinite(list(metrics.values())).all() for metrics in one)
     assert not any(metrics["skipped/not_finite"] for metrics in one) and int(last.step) == 50
-    if "dense__segment__head" in changes:
+    if changes is UPERNET:
         means = jax.tree.leaves(last.opt["running"].statistics)
         assert all(np.isfinite(mean).all() and mean.any() for mean in means)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "changes"), [*HEADS[:2], HEADS[3]], ids=[*IDS[:2], IDS[3]])
+@pytest.mark.parametrize(("task", "changes"), [*HEADS[:2], *HEADS[3:]], ids=[*IDS[:2], *IDS[3:]])
 def test_sharded_parameters_are_one_device_for_dense_tasks(
     task: str, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +260,7 @@ def test_dino_reads_the_maps_of_a_convolutional_encoder_as_they_are() -> None:
     settings = dense_settings("dino", **{**toy.INTERN, "dense__maps__relative": "none"})
     task = make_task(settings)
     params = jax.eval_shape(task.init, jax.random.key(0))
-    stride, channels = task.sources[1]
+    stride, channels = task.sources[2]
     projections = params["head"]["encoder"]["projections"]
     assert stride == 8 and params["pyramid"] == {}
     assert projections["stride_8"]["conv"]["kernel"].shape == (channels, 8)

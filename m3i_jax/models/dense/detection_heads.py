@@ -30,6 +30,8 @@ class DetectionHead:
       detect: (settings, parameters, {stride: map}, sizes) to boxes, scores, classes, valid and cut
         as of `mask_rcnn.detect`, and masks if it predicts them.
       has_masks: whether it can predict masks.
+      category_parameters: patterns of the paths of parameters that belong to single categories, as
+        of `Task.category_parameters`.
       raw_strides: settings to the strides of an encoder's own maps that it reads as they are;
         None: it reads a feature pyramid of `settings.width` channels at `settings.strides`. An
         encoder whose maps all have one stride always gets a pyramid.
@@ -40,6 +42,7 @@ class DetectionHead:
     divisor: Callable[[jax.Array], jax.Array]
     detect: Callable[[schema.Detect, Params, Maps, jax.Array], dict[str, jax.Array]]
     has_masks: bool
+    category_parameters: tuple[str, ...]
     raw_strides: Callable[[schema.Detect], tuple[int, ...]] | None = None
 
 
@@ -50,6 +53,7 @@ _HEADS = {
         divisor=lambda classes_BxM: jnp.float32(len(classes_BxM)),
         detect=mask_rcnn.detect,
         has_masks=True,
+        category_parameters=("^head/box/(classes|deltas)/", "^head/mask/masks/"),
     ),
     "dino": DetectionHead(
         init=dino.init,
@@ -57,9 +61,13 @@ _HEADS = {
         divisor=dino.object_divisor,
         detect=dino.detect,
         has_masks=False,
+        category_parameters=("^head/labels$", "^head/.*heads/(layers/)?classes/"),
         raw_strides=dino_encoder.levels_read,
     ),
 }
+
+
+CATEGORY_PARAMETERS = tuple(p for head in _HEADS.values() for p in head.category_parameters)
 
 
 def detection_head(settings: schema.Detect) -> DetectionHead:

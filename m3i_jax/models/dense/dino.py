@@ -191,8 +191,9 @@ def losses_from_noise(
     size_Bx1x4 = jnp.tile(size_Bx2[:, None, ::-1], 2).astype(jnp.float32)
     targets_BxMx4 = center_boxes(boxes_BxMx4 / size_Bx1x4)
 
-    memory, shapes, valid_BxLx2 = dino_encoder.encode(settings, params["encoder"], maps, size_Bx2)
-    found = dino_encoder.select_tokens(settings, params["encoder"], memory, shapes, valid_BxLx2)
+    encoder = params["encoder"]
+    memory, shapes, valid_BxLx2 = dino_encoder.encode_levels(settings, encoder, maps, size_Bx2)
+    found = dino_encoder.select_tokens(settings, encoder, memory, shapes, valid_BxLx2)
     content_BxTxD, start_BxTx4 = _matched_queries(params, found)
     visible_BxTxT, noised = None, None
     if dino.denoising:
@@ -360,8 +361,9 @@ def detect(
     >>> {name: array.shape for name, array in jax.eval_shape(call, params).items()}
     {'boxes': (2, 7, 4), 'classes': (2, 7), 'cut': (2,), 'scores': (2, 7), 'valid': (2, 7)}
     """
-    memory, shapes, valid_BxLx2 = dino_encoder.encode(settings, params["encoder"], maps, size_Bx2)
-    found = dino_encoder.select_tokens(settings, params["encoder"], memory, shapes, valid_BxLx2)
+    encoder = params["encoder"]
+    memory, shapes, valid_BxLx2 = dino_encoder.encode_levels(settings, encoder, maps, size_Bx2)
+    found = dino_encoder.select_tokens(settings, encoder, memory, shapes, valid_BxLx2)
     content_BxQxD, start_BxQx4 = _matched_queries(params, found)
     logits, boxes = dino_decoder.decode(
         settings, params["decoder"], content_BxQxD, start_BxQx4, memory, shapes, valid_BxLx2

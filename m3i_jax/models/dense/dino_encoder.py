@@ -25,11 +25,11 @@ from m3i_jax.models.dense.deformable_layers import (
     valid_tokens,
 )
 from m3i_jax.models.dense.dino_decoder import box_delta, init_query_heads, linear_shapes
+from m3i_jax.models.dense.group_norm import group_norm
 from m3i_jax.models.initializers import InitSpec, fill
 from m3i_jax.models.intern_image_layer import convolve, dense_layer
 from m3i_jax.models.layers import Params
 
-GROUPS = 32  # of the group norm; fewer where they do not divide the width
 TEMPERATURE = 20.0  # of the positions of tokens
 SIDE = 0.05  # of a proposal of the finest level, as a share of the image
 _EDGE = 0.01  # distance from 0 and 1 that the numbers of a proposal must have
@@ -51,22 +51,6 @@ def levels_read(settings: schema.Detect) -> tuple[int, ...]:
     (8, 16, 32)
     """
     return settings.strides[:-1] or settings.strides
-
-
-def group_norm(params: Params, x_BxHxWxD: jax.Array) -> jax.Array:
-    """Normalises each of 32 groups of neighbouring channels over all cells of an image, in float32,
-    then scales and shifts every channel.
-
-    >>> params = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
-    >>> group_norm(params, jnp.array([[[[1.0, 3.0]], [[3.0, 1.0]]]])).round(2).ravel().tolist()
-    [-1.0, 1.0, 1.0, -1.0]
-    """
-    b, h, w, d = x_BxHxWxD.shape
-    x = x_BxHxWxD.astype(jnp.float32).reshape(b, h * w, math.gcd(GROUPS, d), -1)
-    x -= x.mean((1, 3), keepdims=True)
-    x *= jax.lax.rsqrt(jnp.square(x).mean((1, 3), keepdims=True) + 1e-5)
-    y = x.reshape(b, h, w, d) * params["scale"] + params["bias"]
-    return y.astype(x_BxHxWxD.dtype)
 
 
 def init_encoder(
@@ -118,7 +102,7 @@ def init_encoder(
     return params
 
 
-def encode(
+def encode_levels(
     settings: schema.Detect,
     params: Params,
     maps: Mapping[int, jax.Array],
@@ -135,7 +119,7 @@ def encode(
     ...     strides=(8, 16), width=8, dino=schema.Dino(heads=2, hidden=16, encoder_depth=1)
     ... )
     >>> params = init_encoder(settings, {8: 12}, 5, jax.random.key(0))
-    >>> out = encode(settings, params, {8: jnp.zeros((1, 4, 6, 12))}, jnp.array([[20, 48]]))
+    >>> out = encode_levels(settings, params, {8: jnp.zeros((1, 4, 6, 12))}, jnp.array([[20, 48]]))
     >>> out[0].shape, out[1], out[2].tolist()
     ((1, 30, 8), ((4, 6), (2, 3)), [[[3, 6], [2, 3]]])
     """
@@ -204,7 +188,7 @@ def select_tokens(
 
     Args:
       params: as of `init_encoder`.
-      memory_BxNxD, shapes, valid_BxLx2: of `encode`.
+      memory_BxNxD, shapes, valid_BxLx2: of `encode_levels`.
 
     Raises:
       UserError: there are fewer tokens than queries.

@@ -51,7 +51,7 @@ def mask_divisors(
     return own_kinds | {f"auxiliary_{kind}": value for kind, value in own_kinds.items()}
 
 
-def mask_loss(
+def mask2former_loss(
     settings: schema.Segment,
     params: Params,
     statistics: Params,
@@ -88,7 +88,7 @@ def mask_loss(
     return values, infos, statistics
 
 
-def mask_logits(
+def mask2former_logits(
     settings: schema.Segment,
     params: Params,
     statistics: Params,

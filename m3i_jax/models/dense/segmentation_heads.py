@@ -58,9 +58,9 @@ _HEADS = {
     ),
     "mask2former": SegmentationHead(
         init=mask2former.init,
-        loss=mask2former_task.mask_loss,
+        loss=mask2former_task.mask2former_loss,
         divisors=mask2former_task.mask_divisors,
-        logits=mask2former_task.mask_logits,
+        logits=mask2former_task.mask2former_logits,
         plain_pyramid="simple",
         averaged=True,
     ),

@@ -141,7 +141,7 @@ def predicted() -> Any:
     objects, which matched queries do not see."""
 
     def run(tree: Any, maps: Any, size: Any) -> Any:
-        memory, shapes, valid = dino_encoder.encode(SETTINGS, tree["encoder"], maps, size)
+        memory, shapes, valid = dino_encoder.encode_levels(SETTINGS, tree["encoder"], maps, size)
         found = dino_encoder.select_tokens(SETTINGS, tree["encoder"], memory, shapes, valid)
         content, start = dino._matched_queries(tree, found)
         decoded = dino_decoder.decode(
