@@ -55,6 +55,7 @@ TRAIN = [
     "Pillow>=12.0",
     "tensorstore>=0.1.80",
     "tokenizers>=0.22",
+    "tqdm>=4.66",
     "xxhash>=3.5",
 ]
 
@@ -75,6 +76,7 @@ EXTRAS = {
     "export": ["flatbuffers>=24.3"],  # --mode=export --format=stablehlo
     "fast": ["cykooz-resizer>=4.0.1", "simplejpeg>=1.9"],
     "gcs": ["fsspec>=2025.1", "gcsfs>=2025.1"],
+    "hub": ["huggingface_hub>=1.0"],  # m3i_jax.load("hf://OWNER/NAME")
     "huggingface": ["datasets>=4.0"],
     "maps": ["scikit-learn>=1.7"],
     "tensorboard": ["tensorboardX>=2.6.4"],
@@ -97,7 +99,12 @@ EXTRAS = {
 EXTRAS["bench"] += EXTRAS["fast"]  # used by the benchmark of the input pipeline
 # These are small; without them, their tests would always be skipped.
 EXTRAS["test"] += (
-    EXTRAS["dense"] + EXTRAS["export"] + EXTRAS["fast"] + EXTRAS["huggingface"] + EXTRAS["tfds"]
+    EXTRAS["dense"]
+    + EXTRAS["export"]
+    + EXTRAS["fast"]
+    + EXTRAS["hub"]
+    + EXTRAS["huggingface"]
+    + EXTRAS["tfds"]
 )
 # Every extra is one of the program, so none leaves it incomplete.
 EXTRAS = {"train": TRAIN} | {name: TRAIN + lines for name, lines in EXTRAS.items()}

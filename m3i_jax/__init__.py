@@ -13,10 +13,12 @@ For other projects, the pure functions of the objective, which need jax, numpy, 
 
     from m3i_jax import roi_align, paste_masks                  # maps read at boxes; need flax
     from m3i_jax import deformable_attention                    # and at places of every query
+    from m3i_jax import ViT, InternImage, DCNv3, dcnv3          # networks as plain functions and as
+                                                                # modules of flax Linen and NNX
 
 and, of the whole package, an encoder as a function of images:
 
-    m3i_jax.load("runs/first").features(images)
+    m3i_jax.load("runs/first").features(images)  # or "hf://OWNER/NAME", or a file of weights
 
 Everything is imported on first use.
 """
@@ -101,13 +103,17 @@ _RENAMED = {
     "METHODS": "PUBLISHED",
 }
 
-# of models/, which need flax
-_MAPS = {
-    "roi_align": "map_sampling",
-    "multilevel_roi_align": "map_sampling",
-    "paste_masks": "map_sampling",
-    "mask_targets": "map_sampling",
-    "deformable_attention": "deformable_attention",
+# {public name: (module of m3i_jax.models, its name there)}; they need flax
+_MODELS = {
+    **{
+        name: ("dense.map_sampling", name)
+        for name in ("roi_align", "multilevel_roi_align", "paste_masks", "mask_targets")
+    },
+    "deformable_attention": ("dense.deformable_attention", "deformable_attention"),
+    "dcnv3": ("dcnv3", "dcnv3"),
+    "ViT": ("networks", "ViT"),
+    "InternImage": ("networks", "InternImage"),
+    "DCNv3": ("networks", "DCNv3"),
 }
 
 __all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import stays light
@@ -117,8 +123,9 @@ def __getattr__(name: str) -> Any:
     if name == "load":
         importlib.import_module("m3i_jax.installation").require_program("m3i_jax.load")
         return importlib.import_module("m3i_jax.evaluation.load").load
-    if name in _MAPS:
-        return getattr(importlib.import_module(f"m3i_jax.models.dense.{_MAPS[name]}"), name)
+    if name in _MODELS:
+        module, defined = _MODELS[name]
+        return getattr(importlib.import_module(f"m3i_jax.models.{module}"), defined)
     if name in _RENAMED:
         current = _RENAMED[name]
         warnings.warn(
@@ -135,4 +142,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, *_MAPS, "load"])
+    return sorted([*globals(), *__all__, *_MODELS, "load"])

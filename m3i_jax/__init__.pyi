@@ -3,6 +3,12 @@
 compares this list with `dir(m3i_jax)`."""
 
 from m3i_jax.evaluation.load import load as load
+from m3i_jax.models.dcnv3 import dcnv3 as dcnv3
+from m3i_jax.models.networks import (
+    DCNv3 as DCNv3,
+    InternImage as InternImage,
+    ViT as ViT,
+)
 from m3i_jax.models.dense.deformable_attention import (
     deformable_attention as deformable_attention,
 )

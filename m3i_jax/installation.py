@@ -16,6 +16,7 @@ PROGRAM = {
     "PIL": "Pillow",
     "tensorstore": "tensorstore",
     "tokenizers": "tokenizers",
+    "tqdm": "tqdm",
     "xxhash": "xxhash",
 }
 

@@ -112,6 +112,18 @@ def parser() -> Parser:
         help="eval: another run, one of its checkpoints, or a file that init_from accepts",
     )
     parser.add_argument(
+        "--data",
+        default="",
+        metavar="SOURCE",
+        help="eval: other data: a directory, a pattern of tar files, an entry of the mixture by"
+        " name, KIND:PATH, or shapes",
+    )
+    parser.add_argument(
+        "--untrained",
+        action="store_true",
+        help="eval: also evaluate the initial weights of the same network",
+    )
+    parser.add_argument(
         "--topology",
         default="",
         metavar="NAME",
@@ -237,6 +249,9 @@ def _run(arguments: Sequence[str], began: float) -> int:
         config = configuration.load_config(flags.config, overrides)
     else:
         config = configuration.load_from_workdir(flags.workdir, "--workdir")
+    if flags.data and "data" in mode.flags:
+        eval_data = importlib.import_module("m3i_jax.modes.eval_data")
+        eval_data.use_data(config, flags.data, overrides)
     configuration.apply_overrides(config, overrides)
     settings = configuration.resolve(config)
     mode.refuse(flags.mode, overrides, settings, flags.workdir or "")

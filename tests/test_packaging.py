@@ -2,12 +2,14 @@
 network."""
 
 import ast
+import fnmatch
 import gc
 import importlib.util
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 import traceback
 from collections.abc import Iterator
 from types import ModuleType
@@ -200,7 +202,8 @@ def test_the_scripts_install_the_whole_program() -> None:
 
 
 def test_public_names_have_types() -> None:
-    """Every name that `m3i_jax` imports on first use is in the stub, as a re-export."""
+    """Every name that `m3i_jax` imports on first use is in the stub, as a re-export (import x as x)
+    or by an assignment, for a name that differs from that in its module."""
     tree = ast.parse((ROOT / "m3i_jax" / "__init__.pyi").read_text())
     typed = {
         alias.name
@@ -209,12 +212,33 @@ def test_public_names_have_types() -> None:
         for alias in node.names
         if alias.asname == alias.name
     }
+    typed |= {ast.unparse(n.targets[0]) for n in tree.body if isinstance(n, ast.Assign)}
     lazy = {name for name in dir(m3i_jax) if not name.startswith("_")}
     here = {name for name in vars(m3i_jax) if not name.startswith("_") and name not in typed}
     assert typed == (lazy - here) | {"__version__"}
     for name in sorted(typed):
         assert getattr(m3i_jax, name) is not None
     assert (ROOT / "m3i_jax" / "py.typed").exists()
+
+
+def test_public_modules_are_checked_strictly() -> None:
+    """mypy, which launch/test.sh runs, has the flags of --strict for every module of the stub."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    strict = {
+        pattern
+        for override in project["tool"]["mypy"]["overrides"]
+        if override.get("disallow_untyped_defs") and override.get("disallow_any_generics")
+        for pattern in override["module"]
+    }
+    tree = ast.parse((ROOT / "m3i_jax" / "__init__.pyi").read_text())
+    modules = {
+        f"{node.module}.x" if node.module == "m3i_jax.objective" else node.module or ""
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+    } - {"m3i_jax.version"}
+    assert "m3i_jax.objective.losses" in modules and "m3i_jax" in strict
+    missing = [m for m in modules if not any(fnmatch.fnmatch(m, pattern) for pattern in strict)]
+    assert not missing, f"not strict in pyproject.toml: {missing}"
 
 
 class Complains:

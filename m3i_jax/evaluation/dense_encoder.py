@@ -23,7 +23,7 @@ HEAD_SETTINGS = {
         "mask_convs",
         "dino",
     ),
-    "segment": ("head", "strides", "width", "pool_scales", "aux_width"),
+    "segment": ("head", "strides", "width", "pool_scales", "aux_width", "mask2former"),
 }
 
 

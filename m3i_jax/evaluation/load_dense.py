@@ -47,7 +47,7 @@ class DetectedObjects:
     masks: np.ndarray | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class LoadedDense:
     """A detector or segmenter with its weights.
 
@@ -64,6 +64,13 @@ class LoadedDense:
     names: tuple[str, ...]
     name: str
     batch: int = 1
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return (
+            f"LoadedDense({self.name}: {self.config.task}, {len(self.names)} classes, {count:,}"
+            f" parameters, {self.config.data.image_size} pixels)"
+        )
 
     @property
     def task(self) -> DenseTask:

@@ -347,7 +347,6 @@ def class_maps(
                 view.add(logits_BxSxSxK[row], at)
                 if not view.left:
                     view.owner.pixels = view.owner.finish_view(view)
-            while order and order[0].pixels is not None:
-                done = order.popleft()
-                yield done.key, done.pixels
+            while order and (pixels := order[0].pixels) is not None:
+                yield order.popleft().key, pixels
             del logits_BxSxSxK

@@ -1,8 +1,9 @@
-"""Weights of Mask2Former under the names of Hugging Face's Transformers as our tree of a head.
+"""Weights of Mask2Former under the names of Hugging Face's Transformers, or under those of
+mmsegmentation as in InternImage's published segmenters, as our tree of a head.
 
 Weights are a flat table {name: array} in PyTorch's layouts, of a
 `Mask2FormerForUniversalSegmentation` with mask features and queries of one width. The names of the
-encoder, `model.pixel_level_module.encoder.`, are not read here.
+encoder, `model.pixel_level_module.encoder.` and `backbone.`, are not read here.
 """
 
 import re
@@ -16,9 +17,63 @@ from m3i_jax.interop import tensor_files
 
 _PIXELS = r"model\.pixel_level_module\.decoder\."
 _QUERIES = r"model\.transformer_module\."
-_SKIPPED = re.compile(r"model\.pixel_level_module\.encoder\.|criterion\.")
+_SKIPPED = re.compile(r"model\.pixel_level_module\.encoder\.|criterion\.|backbone\.")
 _LEAVES = {"weight": "kernel", "bias": "bias"}
 _NORM_LEAVES = {"weight": "scale", "bias": "bias"}
+
+
+# Beginnings of mmsegmentation's names and those of Transformers, where N is a number
+_DECODER, _TRANSFORMER = "model.pixel_level_module.decoder.", "model.transformer_module."
+_MMSEG: tuple[tuple[str, str], ...] = tuple(
+    (re.escape(f"decode_head.{theirs}").replace("N", r"(\d+)"), ours.replace("N", r"\1"))
+    for theirs, ours in (
+        ("pixel_decoder.input_convs.N.conv", f"{_DECODER}input_projections.N.0"),
+        ("pixel_decoder.input_convs.N.gn", f"{_DECODER}input_projections.N.1"),
+        ("pixel_decoder.encoder.layers.N.attentions.0", f"{_DECODER}encoder.layers.N.self_attn"),
+        ("pixel_decoder.encoder.layers.N.ffns.0.layers.0.0", f"{_DECODER}encoder.layers.N.fc1"),
+        ("pixel_decoder.encoder.layers.N.ffns.0.layers.1", f"{_DECODER}encoder.layers.N.fc2"),
+        (
+            "pixel_decoder.encoder.layers.N.norms.0",
+            f"{_DECODER}encoder.layers.N.self_attn_layer_norm",
+        ),
+        ("pixel_decoder.encoder.layers.N.norms.1", f"{_DECODER}encoder.layers.N.final_layer_norm"),
+        ("pixel_decoder.level_encoding.weight", f"{_DECODER}level_embed"),
+        ("pixel_decoder.lateral_convs.0.conv", f"{_DECODER}adapter_1.0"),
+        ("pixel_decoder.lateral_convs.0.gn", f"{_DECODER}adapter_1.1"),
+        ("pixel_decoder.output_convs.0.conv", f"{_DECODER}layer_1.0"),
+        ("pixel_decoder.output_convs.0.gn", f"{_DECODER}layer_1.1"),
+        ("pixel_decoder.mask_feature", f"{_DECODER}mask_projection"),
+        *(
+            (f"transformer_decoder.layers.N.{theirs}", f"{_TRANSFORMER}decoder.layers.N.{ours}")
+            for theirs, ours in (
+                ("attentions.0.attn", "cross_attn"),
+                ("attentions.1.attn", "self_attn"),
+                ("ffns.0.layers.0.0", "fc1"),
+                ("ffns.0.layers.1", "fc2"),
+                ("norms.0", "cross_attn_layer_norm"),
+                ("norms.1", "self_attn_layer_norm"),
+                ("norms.2", "final_layer_norm"),
+            )
+        ),
+        ("transformer_decoder.post_norm", f"{_TRANSFORMER}decoder.layernorm"),
+        ("query_embed", f"{_TRANSFORMER}queries_embedder"),
+        ("query_feat", f"{_TRANSFORMER}queries_features"),
+        ("level_embed", f"{_TRANSFORMER}level_embed"),
+        ("cls_embed", "class_predictor"),
+        *(
+            (f"mask_embed.{2 * i}", f"{_TRANSFORMER}decoder.mask_predictor.mask_embedder.{i}.0")
+            for i in range(3)
+        ),
+    )
+)
+
+
+def _of_transformers(name: str) -> str:
+    """A name of mmsegmentation as that of Transformers; others stay."""
+    for theirs, ours in _MMSEG:
+        if match := re.match(rf"{theirs}(?=\.|$)", name):
+            return match.expand(ours) + name[match.end() :]
+    return name
 
 
 def _same(a: np.ndarray) -> np.ndarray:
@@ -111,7 +166,7 @@ def _split_projections(state: Mapping[str, Any]) -> dict[str, Any]:
     """The joint projections of PyTorch's attention under the names of single ones."""
     table: dict[str, Any] = {}
     for name, array in state.items():
-        match = re.fullmatch(r"(.*\.cross_attn)\.in_proj_(weight|bias)", name)
+        match = re.fullmatch(r"(.*\.(?:cross|self)_attn)\.in_proj_(weight|bias)", name)
         if match is None:
             table[name] = array
             continue
@@ -124,10 +179,11 @@ def _split_projections(state: Mapping[str, Any]) -> dict[str, Any]:
 def load_mask2former(
     state: Mapping[str, Any], strides: Sequence[int] = (4, 8, 16, 32)
 ) -> dict[str, Any]:
-    """The head of a table of Transformers, {"pixel", "decoder"}, as `mask2former.init` makes it.
+    """The head of a table of Transformers or mmsegmentation, {"pixel", "decoder"}, as
+    `mask2former.init` makes it.
 
     Args:
-      state: {name: array}.
+      state: {name: array}, or the content of a file, with this table under `state_dict`.
       strides: of the maps that the head reads; masks are made at the first.
 
     Raises:
@@ -138,6 +194,9 @@ def load_mask2former(
     >>> load_mask2former({name: np.zeros((151, 256))})["decoder"]["classes"]["kernel"].shape
     (256, 151)
     """
+    if isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    state = {_of_transformers(name): array for name, array in state.items()}
     tree: dict[str, Any] = {}
     unknown: list[str] = []
     for name, array in _split_projections(state).items():
@@ -157,7 +216,8 @@ def load_mask2former(
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UserError(
             f"these are not weights of Mask2Former: unknown names {', '.join(unknown[:3])}{more};"
-            " give a table of Transformers' Mask2FormerForUniversalSegmentation"
+            " give a table of Transformers' Mask2FormerForUniversalSegmentation or of an"
+            " mmsegmentation segmenter with this head"
         )
     layers = tree.get("pixel", {}).get("encoder")
     if layers:

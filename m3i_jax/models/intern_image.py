@@ -257,6 +257,17 @@ def init(model: InternImageConfig, rng: jax.Array, *, mask_token: bool = False) 
     return params
 
 
+def init_dcn(layer: Layer, rng: jax.Array) -> Params:
+    """Parameters of the DCNv3 of one layer, as `init` draws them.
+
+    >>> layer = Layer(8, 2, "pre", 0.0, 1.0, 3, False, 32)
+    >>> float(init_dcn(layer, jax.random.key(0))["offsets"]["kernel"].max())  # a box filter
+    0.0
+    """
+    rule = functools.partial(_init_spec, InternImageConfig(kernel=layer.kernel))
+    return initializers.fill(rng, layer.shapes()["dcn"], rule)
+
+
 def pixel_shuffle(x_BxHxWx4D: jax.Array) -> jax.Array:
     """[B, H, W, 4 D] -> [B, 2 H, 2 W, D]: channel 4 d + 2 a + b of a cell is channel d of its
     sub-cell (a, b).

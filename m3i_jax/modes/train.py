@@ -210,6 +210,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     with (
         contextlib.closing(writer),
         monitoring.count_compilations(clock),
+        parallel.announced_compilations(log),
         monitoring.monitored(config, workdir, clock, log) as tracer,
     ):
         if newest is not None:

@@ -40,6 +40,10 @@ class MatchWeights(NamedTuple):
 DEFAULT_WEIGHTS = MatchWeights()
 
 
+def _product(a_PxM: jax.Array, b_PxQ: jax.Array) -> jax.Array:
+    return jnp.einsum("pm,pq->mq", a_PxM, b_PxQ, precision=EXACT)
+
+
 def mask_costs(
     class_logits_QxK1: ArrayLike,
     mask_logits_PxQ: ArrayLike,
@@ -70,12 +74,11 @@ def mask_costs(
     assert_shape(classes_M, t_PxM.shape[1:], custom_message="one category per mask")
     probability_QxK1 = jax.nn.softmax(logits_QxK1)
     category_MxQ = probability_QxK1.T[jnp.clip(classes_M, 0, logits_QxK1.shape[1] - 2)]
-    product = lambda a_PxM, b_PxQ: jnp.einsum("pm,pq->mq", a_PxM, b_PxQ, precision=EXACT)
     # binary cross-entropy is softplus(x) - t x
-    entropy_MxQ = (jax.nn.softplus(x_PxQ).sum(0) - product(t_PxM, x_PxQ)) / len(x_PxQ)
+    entropy_MxQ = (jax.nn.softplus(x_PxQ).sum(0) - _product(t_PxM, x_PxQ)) / len(x_PxQ)
     p_PxQ = jax.nn.sigmoid(x_PxQ)
     sizes_MxQ = t_PxM.sum(0)[:, None] + p_PxQ.sum(0)
-    dice_MxQ = 1 - (2 * product(t_PxM, p_PxQ) + 1) / (sizes_MxQ + 1)
+    dice_MxQ = 1 - (2 * _product(t_PxM, p_PxQ) + 1) / (sizes_MxQ + 1)
     return weights.mask * entropy_MxQ + weights.dice * dice_MxQ - weights.category * category_MxQ
 
 

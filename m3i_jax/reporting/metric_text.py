@@ -78,6 +78,13 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
                 "falls; it jumps on the second line, when lambda takes its first value",
             ),
             MetricText(
+                "loss/equal_weights",
+                "",
+                "ssp + sp, the loss at lambda 1, which the console shows",
+                "falls; it does not move with lambda",
+                note=True,
+            ),
+            MetricText(
                 "loss/ssp",
                 "",
                 "squared error on normalised features; all self-supervised terms",

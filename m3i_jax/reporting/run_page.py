@@ -114,8 +114,8 @@ def run_page_html(
             )
         if title == IMAGES_AFTER:
             body += [_panels(run) for run in runs if run.panels] + list(figure_sections)
-            if first.evaluation:
-                body.append(_evaluation(first.evaluation))
+            if first.evaluation or first.others:
+                body.append(_evaluation(first))
     if others := [name for name in _names(runs, ("",), shown) if name != "samples_seen"]:
         body.append(
             '<h2>Other metrics</h2><div class="charts">'
@@ -252,13 +252,41 @@ def _panels(run: RunLog) -> str:
     )
 
 
-def _evaluation(saved: Mapping[str, Any]) -> str:
-    """The results of --mode=eval as a table."""
-    results = {
-        name: value for one in saved.get("results", {}).values() for name, value in one.items()
-    }
+def _evaluation(run: RunLog) -> str:
+    """The results of --mode=eval as a table: columns for the data of the run and for each of the
+    others, with untrained weights and chance beside them where these are known."""
+    sets = {"data of the run": run.evaluation} if run.evaluation else {}
+    sets |= run.others
+    columns: dict[str, dict[str, float]] = {}
+    abouts = []
+    for data, saved in sets.items():
+        abouts.append(f"{data}: {_about_evaluation(saved)}")
+        columns[data] = _metrics_of(saved.get("results", {}))
+        if untrained := _metrics_of(saved.get("untrained", {})):
+            columns[f"{data}, untrained"] = untrained
+        if chance := saved.get("chance", {}):
+            columns[f"{data}, chance"] = chance
+    names = dict.fromkeys(name for values in columns.values() for name in values)
+    rows = [
+        [
+            name.removeprefix("eval/"),
+            *(f"{part[name]:.4f}" if name in part else "" for part in columns.values()),
+        ]
+        for name in names
+    ]
+    table = html_page.html_table(("metric", *columns), rows, numeric=1)
+    about = "".join(f"<p class=muted>{html_page.escape_html(line)}</p>" for line in abouts)
+    return f"<h2>Evaluation by --mode=eval</h2>{about}{table}"
+
+
+def _metrics_of(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {name: value for one in results.values() for name, value in one.items()}
+
+
+def _about_evaluation(saved: Mapping[str, Any]) -> str:
+    """Weights and data of results, in words."""
     about = (
-        f"of {saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters; accuracies are"
+        f"{saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters; accuracies are"
         " fractions"
     )
     for name, part in saved.get("data", {}).items():
@@ -266,12 +294,7 @@ def _evaluation(saved: Mapping[str, Any]) -> str:
             f"; {name}: {part.get('pictures', 0):,} images of {part.get('name', '')}, fingerprint"
             f" {part.get('fingerprint', '')}"
         )
-    rows = [(name.removeprefix("eval/"), f"{value:.4f}") for name, value in results.items()]
-    table = html_page.html_table(("metric", "value"), rows, numeric=1)
-    return (
-        "<h2>Evaluation by --mode=eval</h2><p"
-        f" class=muted>{html_page.escape_html(about)}</p>{table}"
-    )
+    return about
 
 
 def _lines(lines: Sequence[str]) -> str:

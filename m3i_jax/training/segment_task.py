@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.data import annotated_batches, pipeline, rendered_maps
 from m3i_jax.data.sources import base
+from m3i_jax.errors import UserError
 from m3i_jax.models.dense import pyramid, segmentation_heads
 from m3i_jax.training.dense_task import (
     DROPOUT,
@@ -27,7 +28,7 @@ class SegmentTask(DenseTask):
     """A category for every pixel."""
 
     traits = schema.TASKS["segment"]
-    category_parameters = ("^head/(aux_)?classifier/",)
+    category_parameters = ("^head/(aux_)?classifier/", "^head/decoder/classes/")
 
     @property
     def head(self) -> segmentation_heads.SegmentationHead:
@@ -46,9 +47,14 @@ class SegmentTask(DenseTask):
         )
 
     def init_head(self, rng: jax.Array) -> tuple[Any, Any]:
-        return self.head.init(
-            self.config.dense.segment, self.pyramid().channels, self.config.data.classes, rng
-        )
+        settings, channels = self.config.dense.segment, self.pyramid().channels
+        try:
+            return self.head.init(settings, channels, self.config.data.classes, rng)
+        except ValueError as error:
+            raise UserError(
+                f"config.dense.segment: the head {settings.head} cannot be made: {error}; change"
+                " these settings"
+            ) from None
 
     def annotation_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         b, s = self.config.train.batch_size, self.config.data.image_size
@@ -56,7 +62,7 @@ class SegmentTask(DenseTask):
 
     def divisor(self, batch: Batch) -> Divisor:
         settings, classes = self.config.dense.segment, self.config.data.classes
-        return self.head.divisors(settings, batch["map"].astype(jnp.int32), classes)
+        return self.head.divisor(settings, batch["map"].astype(jnp.int32), classes)
 
     def loss_sums(
         self, params: Any, statistics: Any, maps: Maps, batch: Batch

@@ -96,6 +96,7 @@ class Trainer:
         self._step = parallel.Program(
             functools.partial(step.train_step, self.task, self.tx),
             name="train_step",
+            announced="the train step",
             in_shardings=(self.shardings, parallel.data_sharding(mesh)),
             out_shardings=(self.shardings, replicated),
             donate_argnums=0,

@@ -267,3 +267,18 @@ def test_dino_reads_the_maps_of_a_convolutional_encoder_as_they_are() -> None:
     assert projections["stride_16"]["conv"]["kernel"].shape == (3, 3, channels, 8)
     out = jax.eval_shape(task.predict, params, task.init_statistics(), task.batch_shapes())
     assert out["boxes"].shape == (8, 5, 4) and "masks" not in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dense__segment__width": 12, "dense__segment__mask2former__heads": 5}, "5 heads do not"),
+        ({"dense__segment__width": 10}, "10, no multiple of 4"),
+        ({"dense__segment__strides": "(8,)"}, "two or more maps"),
+    ],
+)
+def test_a_mask2former_that_cannot_be_made_is_refused(changes: dict, words: str) -> None:
+    task = make_task(dense_settings("segment", **(MASK2FORMER | changes)))
+    with pytest.raises(UserError, match=words) as error:
+        jax.eval_shape(task.init, jax.random.key(0))
+    assert "\n" not in str(error.value)

@@ -34,7 +34,8 @@ def init(
       rng: key.
 
     Raises:
-      ValueError: fewer than two strides, or attention heads that do not divide the width.
+      ValueError: fewer than two strides, a width that is no multiple of 4 (sine positions) or that
+        the attention heads do not divide.
 
     >>> settings, channels = schema.Segment(width=256), {4: 192, 8: 384, 16: 768, 32: 1536}
     >>> call = lambda key: init(settings, channels, 150, key)[0]
@@ -46,6 +47,8 @@ def init(
         raise ValueError(
             f"mask2former reads two or more maps, and the strides are {settings.strides}"
         )
+    if settings.width % 4:
+        raise ValueError(f"the width of mask2former is {settings.width}, no multiple of 4")
     of_pixels, of_queries = jax.random.split(rng)
     shapes = masked_decoder_shapes(settings, classes)
     return {

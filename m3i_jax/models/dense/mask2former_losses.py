@@ -195,9 +195,11 @@ def mask2former_losses(
             random = draw_points(settings, random, slots)
         return set_losses(settings, classes_QxK1, masks_hxwxQ, labels_HxW, classes_M, random)
 
-    def one_set(_: None, of_set: tuple[QueryPredictions, jax.Array | MaskPoints]) -> tuple:
+    def one_set(
+        _: None, of_set: tuple[QueryPredictions, jax.Array | MaskPoints]
+    ) -> tuple[None, tuple[jax.Array, jax.Array]]:
         (classes_BxQxK1, masks_BxhxwxQ), random = of_set
-        if points is None:
+        if not isinstance(random, MaskPoints):  # the number of the set
             random = jax.vmap(jax.random.fold_in, (0, None))(keys_B, random)
         arrays = (classes_BxQxK1, masks_BxhxwxQ, labels_BxHxW, classes_BxM, random)
         run = jax.vmap(one_image)

@@ -10,6 +10,7 @@ B images, Q queries, D width, L maps, T cells of a map, h w size of the mask fea
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -205,7 +206,7 @@ def decode_queries(
     ]
     positions_QxD = params["positions"].astype(dtype)
     x_BxQxD = jnp.broadcast_to(params["queries"].astype(dtype), (batch, *params["queries"].shape))
-    layer = functools.partial(_layer, own.heads)
+    layer: Callable[..., jax.Array] = functools.partial(_layer, own.heads)
     if own.remat:
         layer = jax.checkpoint(layer)
     made = [_predict(params, x_BxQxD, features_BxhxwxD)]

@@ -19,21 +19,16 @@ UNLABELLED = 255
 Values = dict[str, jax.Array]
 
 
-def pixel_divisors(
-    settings: schema.Segment, labels_BxHxW: jax.Array, classes: int
-) -> dict[str, jax.Array]:
-    """What the sums of the losses are divided by: all pixels or the labelled ones, by
-    `divide_by`.
+def pixel_divisor(settings: schema.Segment, labels_BxHxW: jax.Array, classes: int) -> jax.Array:
+    """What the sums of both losses are divided by: all pixels or the labelled ones, by `divide_by`.
 
     >>> labels = jnp.array([[[0, 255]]])
-    >>> float(pixel_divisors(schema.Segment(divide_by="labelled"), labels, 3)["pixels"])
+    >>> float(pixel_divisor(schema.Segment(divide_by="labelled"), labels, 3))
     1.0
     """
     if settings.divide_by == "all":
-        count = jnp.float32(labels_BxHxW.size)
-    else:
-        count = jnp.maximum((labels_BxHxW != UNLABELLED).sum().astype(jnp.float32), 1)
-    return {"pixels": count, "auxiliary": count}
+        return jnp.float32(labels_BxHxW.size)
+    return jnp.maximum((labels_BxHxW != UNLABELLED).sum().astype(jnp.float32), 1)
 
 
 def pixel_accuracy(scores_BxHxWxK: jax.Array, labels_BxHxW: jax.Array) -> jax.Array:

@@ -23,8 +23,9 @@ class SegmentationHead:
       loss: (settings, params, statistics, maps {stride: [B, h, w, C]}, labels int32 [B, H, W], a
         random key per image) -> (losses with their weights, each a sum; other values, each a sum
         over images; new statistics). Keys belong to the loss alone.
-      divisors: (settings, labels, classes) -> what each loss is divided by, of the whole batch.
-        It depends on the labels alone, so that the parts of a batch add up to the whole.
+      divisor: (settings, labels, classes) -> what the losses are divided by, of the whole batch: a
+        number, or one for each by its name. It depends on the labels alone, so that the parts of a
+        batch add up to the whole.
       logits: (settings, params, statistics, maps, size) -> [B, H, W, K], whose greatest entry is
         the category.
       plain_pyramid: the pyramid that makes maps for it from those of a plain ViT.
@@ -35,7 +36,7 @@ class SegmentationHead:
 
     init: Callable[..., tuple[Params, Params]]
     loss: Callable[..., tuple[dict[str, jax.Array], dict[str, jax.Array], Params]]
-    divisors: Callable[..., dict[str, jax.Array]]
+    divisor: Callable[..., jax.Array | dict[str, jax.Array]]
     logits: Callable[..., jax.Array]
     plain_pyramid: str = "rescale"
     coarsest: bool = False
@@ -46,20 +47,20 @@ _HEADS = {
     "upernet": SegmentationHead(
         init=upernet.init,
         loss=pixel_heads.upernet_loss,
-        divisors=pixel_heads.pixel_divisors,
+        divisor=pixel_heads.pixel_divisor,
         logits=pixel_heads.upernet_logits,
     ),
     "linear": SegmentationHead(
         init=linear_head.init,
         loss=pixel_heads.linear_loss,
-        divisors=pixel_heads.pixel_divisors,
+        divisor=pixel_heads.pixel_divisor,
         logits=pixel_heads.linear_logits,
         coarsest=True,
     ),
     "mask2former": SegmentationHead(
         init=mask2former.init,
         loss=mask2former_task.mask2former_loss,
-        divisors=mask2former_task.mask_divisors,
+        divisor=mask2former_task.mask_divisors,
         logits=mask2former_task.mask2former_logits,
         plain_pyramid="simple",
         averaged=True,

@@ -3,6 +3,7 @@ losses and gradients; and its points and class maps against plain renderings."""
 
 import functools
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -197,6 +198,61 @@ def test_logits_that_are_not_finite_are_taken_last() -> None:
     x[:, 0] = np.nan
     query = match_masks(np.zeros((3, 4)), x, np.ones((6, 2)), np.array([1, 2]))
     assert sorted(query.tolist()) == [1, 2]
+
+
+def in_mmseg() -> dict[str, np.ndarray]:
+    """The stored weights as InternImage's segmenters have them."""
+    pixels, queries = "model.pixel_level_module.decoder.", "model.transformer_module."
+    own, there = "decode_head.pixel_decoder.", "decode_head.transformer_decoder."
+    rules = (
+        (pixels + r"input_projections\.(\d)\.0", own + r"input_convs.\1.conv"),
+        (pixels + r"input_projections\.(\d)\.1", own + r"input_convs.\1.gn"),
+        (pixels + r"(.*)\.self_attn\.", own + r"\1.attentions.0."),
+        (pixels + r"(.*)\.fc1", own + r"\1.ffns.0.layers.0.0"),
+        (pixels + r"(.*)\.fc2", own + r"\1.ffns.0.layers.1"),
+        (pixels + r"(.*)\.self_attn_layer_norm", own + r"\1.norms.0"),
+        (pixels + r"(.*)\.final_layer_norm", own + r"\1.norms.1"),
+        (pixels + "level_embed", own + "level_encoding.weight"),
+        (pixels + r"adapter_1\.0", own + "lateral_convs.0.conv"),
+        (pixels + r"adapter_1\.1", own + "lateral_convs.0.gn"),
+        (pixels + r"layer_1\.0", own + "output_convs.0.conv"),
+        (pixels + r"layer_1\.1", own + "output_convs.0.gn"),
+        (pixels + "mask_projection", own + "mask_feature"),
+        (queries + r"decoder\.(layers\.\d)\.cross_attn\.", there + r"\1.attentions.0.attn."),
+        (queries + r"decoder\.(layers\.\d)\.self_attn\.", there + r"\1.attentions.1.attn."),
+        (queries + r"decoder\.(layers\.\d)\.fc1", there + r"\1.ffns.0.layers.0.0"),
+        (queries + r"decoder\.(layers\.\d)\.fc2", there + r"\1.ffns.0.layers.1"),
+        (queries + r"decoder\.(layers\.\d)\.cross_attn_layer_norm", there + r"\1.norms.0"),
+        (queries + r"decoder\.(layers\.\d)\.self_attn_layer_norm", there + r"\1.norms.1"),
+        (queries + r"decoder\.(layers\.\d)\.final_layer_norm", there + r"\1.norms.2"),
+        (queries + r"decoder\.layernorm", there + "post_norm"),
+        (queries + "queries_embedder", "decode_head.query_embed"),
+        (queries + "queries_features", "decode_head.query_feat"),
+        (queries + "level_embed", "decode_head.level_embed"),
+        (queries + r"decoder\.mask_predictor\.mask_embedder\.0\.0", "decode_head.mask_embed.0"),
+        (queries + r"decoder\.mask_predictor\.mask_embedder\.1\.0", "decode_head.mask_embed.2"),
+        (queries + r"decoder\.mask_predictor\.mask_embedder\.2\.0", "decode_head.mask_embed.4"),
+        ("class_predictor", "decode_head.cls_embed"),
+    )
+    out, joint = {}, {}
+    for name, array in table("state/").items():
+        for a, b in rules:
+            if re.match(rf"{a}(?=\.|$|(?<=\.))", name):
+                name = re.sub(rf"^{a}", b, name)
+                break
+        if match := re.fullmatch(r"(.*\.attn)\.([qkv])_proj\.(weight|bias)", name):
+            joint.setdefault(f"{match[1]}.in_proj_{match[3]}", {})[match[2]] = array
+        else:
+            out[name] = array
+    return out | {name: np.concatenate([p[x] for x in "qkv"]) for name, p in joint.items()}
+
+
+def test_weights_of_mmsegmentation_are_the_same_tree() -> None:
+    given = in_mmseg()
+    assert all(name.startswith("decode_head.") for name in given)
+    assert "decode_head.transformer_decoder.layers.3.attentions.1.attn.in_proj_weight" in given
+    got = load_mask2former({"state_dict": given | {"backbone.a": np.zeros(2)}})
+    jax.tree.map(np.testing.assert_array_equal, got, load_mask2former(table("state/")))
 
 
 def test_weights_of_another_model_are_refused() -> None:
