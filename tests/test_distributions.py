@@ -34,7 +34,7 @@ PROJECT = [
 # Scripts that need the tests, which a wheel does not have.
 DEVELOPMENT = {"bench.sh", "faults.sh", "soak.sh", "test.sh"}
 BUILD = "import sys; from setuptools import build_meta as b; b.{}(sys.argv[1])"
-SECONDS = 600
+SECONDS = 1800
 
 
 def execute(*command: str, cwd: pathlib.Path, status: int = 0, **environment: str) -> str:
@@ -202,6 +202,12 @@ from m3i_jax import roi_align
 total, count = gaussian(np.ones((4, 8), np.float32), np.zeros((4, 8), np.float32))
 assert float(total) > 0, total
 assert np.asarray(roi_align(np.ones((4, 4, 1)), np.array([[0.0, 0, 4, 4]]), 2, 1)).shape
+for network in (
+    m3i_jax.ViT.preset("vit_s16", image_size=32),
+    m3i_jax.InternImage.preset("internimage_pico"),
+):
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    assert jax.eval_shape(network, params, jax.numpy.zeros((1, 32, 32, 3))).shape[0] == 1
 try:
     m3i_jax.load("runs/first")
 except ImportError as error:

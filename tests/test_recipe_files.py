@@ -32,10 +32,10 @@ def show(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 def test_a_recipe_that_ships_is_found_from_everywhere(
     elsewhere: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, err = show(capsys, "--config", "configs/quickstart.py:steps=7")
+    code, out, err = show(capsys, "--config", "configs/quickstart.py:steps=777")
     assert code == 0, err
     assert out.startswith(f"configuration: {ROOT / 'configs/quickstart.py'}, which ships with")
-    assert "\ntrain.steps = 7\n" in out
+    assert "\ntrain.steps = 777\n" in out
     assert configuration.load_config("configs/transfer/probe.py:path=a").data.path == "a"
 
 

@@ -33,6 +33,7 @@ from m3i_jax.evaluation.dense_encoder import (
 )
 
 STEPS, BATCH = 160_000, 16  # [R]
+IMAGES = 20_210  # of training, for modes that do not open the data
 WARMUP = 1499  # steps [R]
 IMAGE_SIZE = 512  # [R]
 
@@ -86,7 +87,7 @@ def get_config(
     # Data.
     config.data.source = "maps"
     config.data.path = path
-    config.data.classes = 150
+    config.data.classes, config.data.size = 150, IMAGES
     config.data.split = "training"
     config.data.holdout_split = "validation"
     config.data.threads = 8

@@ -20,6 +20,7 @@ from m3i_jax.evaluation.detection_recipe import DetectionData, Schedule, build_d
 COCO = DetectionData(
     recipe="configs/transfer/coco.py",
     classes=80,
+    images=117_266,  # that show an object which is no crowd
     annotations=(
         "annotations/instances_train2017.json",
         "annotations/instances_val2017.json",

@@ -11,8 +11,8 @@ COCO's form, with or without masks (masks=false); a fifth of the images is held 
 weights file that `init_from` reads.
 
 configs/transfer/coco.py and lvis.py have the published settings. Here, for data sets of thousands
-of images, rate and length are a choice of this project: AdamW with 3e-3 below 384 channels and 1e-4
-above, a cosine schedule, and images scaled by 0.5 to 1.5.
+of images, rate and length are a choice of this project: AdamW with 3e-3 (DINO: 1e-3) below 384
+channels and 1e-4 above, a cosine schedule, and images scaled by 0.5 to 1.5.
 """
 
 from ml_collections import ConfigDict
@@ -94,10 +94,14 @@ def get_config(
             {"strides": (8, 16, 32, 64), "score_threshold": 0.0, "detections": 300}
         )
     if size < SMALL and head == "dino":
+        # every token of maps of strides 8, 16 and 32 is a query, up to 100
+        sides = [-(-size // stride) for stride in (8, 16, 32)]
+        queries = min(100, sum(side**2 for side in sides))
+        config.dense.geometry.max_objects = min(config.dense.geometry.max_objects, queries)
         config.dense.detect.update({"strides": (8, 16, 32), "width": 64, "detections": 100})
         config.dense.detect.dino.update(
             {
-                "queries": 60,
+                "queries": queries,
                 "heads": 4,
                 "encoder_depth": 2,
                 "depth": 3,
@@ -131,7 +135,8 @@ def get_config(
     config.train.epochs = epochs or (2.0 if scenes else 36.0)
     config.train.steps = steps
     config.train.eval_every = 0
-    config.optim.lr = 3e-3 if config.model.encoder.width < 384 else 1e-4
+    rate = 1e-3 if head == "dino" else 3e-3
+    config.optim.lr = rate if config.model.encoder.width < 384 else 1e-4
     config.optim.warmup_epochs = 0.05 * config.train.epochs
     config.optim.warmup_steps = steps // 20 if steps else -1
     config.optim.weight_decay = 0.05

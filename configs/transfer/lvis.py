@@ -19,6 +19,7 @@ from m3i_jax.evaluation.detection_recipe import DetectionData, Schedule, build_d
 LVIS = DetectionData(
     recipe="configs/transfer/lvis.py",
     classes=1203,
+    images=100_170,
     annotations=("annotations/lvis_v1_train.json", "annotations/lvis_v1_val.json"),
     max_objects=300,
     eval_every=20_000,

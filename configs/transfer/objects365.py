@@ -27,6 +27,7 @@ STEPS = IMAGES * EPOCHS // BATCH
 OBJECTS365 = DetectionData(
     recipe="configs/transfer/objects365.py",
     classes=365,
+    images=IMAGES,
     annotations=(
         "annotations/zhiyuan_objv2_train.json",
         "annotations/zhiyuan_objv2_val.json",

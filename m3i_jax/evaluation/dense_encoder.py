@@ -94,11 +94,11 @@ def build_dense_encoder(
 
 
 def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: str) -> bool:
-    """Start from pyramid and head, too, if `from_` has those of the same task and kind of head: a run
-    that was trained on other data before, such as Objects365 before COCO, or a file of detectron2
-    with a Mask R-CNN. Their sizes and the maps are then those of the source. Layers of categories restart
-    if the names of the categories differ, with a line in the log; running statistics of batch norms
-    start anew.
+    """Start from pyramid and head, too, if `from_` has those of the same task and kind of head: a
+    run that was trained on other data before, such as Objects365 before COCO, or a file of
+    detectron2 with a Mask R-CNN. Their sizes and the maps are then those of the source. Layers of
+    categories restart if the names of the categories differ, with a line in the log; running
+    statistics of batch norms start anew.
 
     Args:
       config: changed in place, after all other settings of a recipe.

@@ -46,6 +46,7 @@ class DetectionData:
     Attributes:
       recipe: path of the recipe, for messages.
       classes: number of categories.
+      images: of training, for modes that do not open the data.
       annotations: files for training and evaluation, below the directory of the images.
       max_objects: objects per image of a batch.
       eval_every: steps between evaluations.
@@ -56,6 +57,7 @@ class DetectionData:
 
     recipe: str
     classes: int
+    images: int
     annotations: tuple[str, str]
     max_objects: int
     eval_every: int
@@ -77,7 +79,9 @@ def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool)
         config.model.encoder.final_norm = False  # [R]
         config.model.encoder.drop_path = 0.1  # [R]
         config.model.encoder.drop_path_rule = "linear"
-    config.model.remat = "full"  # 12 maps of 4,096 tokens and their attention do not fit otherwise
+    # A ViT-B with all its values fits the published batch on slices of 64 v5e or v6e, 16 v5p or 8
+    # H100; remat=names halves the memory of a step and moves more of it (tests/bench/README.md).
+    config.model.remat = "none" if vit else "full"
     config.dense.geometry.update({"rule": "jitter", "scale": (0.1, 2.0), "flip_p": 0.5})  # [R]
     config.optim.lr = schedule.lr * config.train.batch_size / schedule.batch  # [R]; linear [C]
     config.optim.schedule = "steps"
@@ -168,7 +172,7 @@ def build_detection(
 
     config.data.source = "coco"
     config.data.path = path
-    config.data.classes = data.classes
+    config.data.classes, config.data.size = data.classes, data.images
     config.data.annotations, config.data.holdout_annotations = data.annotations
     config.data.threads = 8
     config.dense.geometry.max_objects = data.max_objects

@@ -27,14 +27,14 @@ from m3i_jax.data import tokenizer
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import feature_extraction, load, load_dense, registry
+from m3i_jax.evaluation import feature_extraction, load, registry
 from m3i_jax.evaluation.feature_extraction import EvalContext
 from m3i_jax.models import backbones
 from m3i_jax.modes import eval_data, evaluators, figure_evaluators, output, report
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.eval_results import RESULT, Results, earlier_results, result_dir
 from m3i_jax.parallel import distributed
-from m3i_jax.training import checkpoint_dir, loop
+from m3i_jax.training import checkpoint_dir, loop, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.task import task_kind
 
@@ -259,9 +259,9 @@ def _refuse_other_names(job: jobs.Setup, run: pathlib.Path) -> None:
     Raises:
       UserError: names a class that differs.
     """
-    if job.config.traits.views or not (run / load_dense.CLASSES).is_file():
+    learnt = None if job.config.traits.views else weight_source.class_names(str(run))
+    if learnt is None:
         return
-    learnt = load_dense.class_names(str(run), job.config)
     here = tuple(task_kind(job.config.task).class_names(job.train))
     if learnt != here:
         wrong = [name for name in here if name not in learnt] or list(here)

@@ -51,16 +51,23 @@ def scores(run: pathlib.Path, recipe: str, values: dict[str, object]) -> dict[st
 
 
 @pytest.mark.slow
-def test_detection_learns_eight_scenes(scenes: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("head", ["mask_rcnn", "dino"])
+def test_detection_learns_eight_scenes(
+    head: str, scenes: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     pytest.importorskip("pycocotools")
     notes = scenes / "annotations"
     recipe = (
         f"configs/transfer/detect.py:annotations={notes / 'instances_train.json'},"
         f"images={scenes / 'images' / 'train'},model=vit_tiny,image_size={SIDE},batch_size=8,"
-        "steps=400"
+        f"steps=400,head={head}"
     )
     found = scores(tmp_path, recipe, {"data.holdout_annotations": notes / "instances_again.json"})
-    assert found["eval/box/AP50"] > 0.9 and found["eval/mask/AP50"] > 0.9, found
+    assert found["eval/box/AP50"] > 0.9, found
+    if head == "mask_rcnn":
+        assert found["eval/mask/AP50"] > 0.9, found
+    else:
+        assert not any(name.startswith("eval/mask/") for name in found)
 
 
 @pytest.mark.slow
