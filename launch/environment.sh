@@ -95,17 +95,26 @@ PYTHON
 }
 
 # prepare DIR EXTRA: creates in DIR a virtual environment with the project (editable) and that
-# extra, at the versions of requirements.txt. Of hosts that share DIR, the first does it and the
+# extra, at the versions of requirements.txt; beside a copy of launch/ that `m3i-jax init` made,
+# with the released version that made it. Of hosts that share DIR, the first does it and the
 # others wait.
 prepare() {
-    local venv="${1%/}" extra="$2" python stamp lock
+    local venv="${1%/}" extra="$2" python stamp lock requirement
     if [[ "${M3I_INSTALL:-1}" == 0 ]]; then
         [[ -x "$venv/bin/python" ]] ||
             fail "M3I_INSTALL=0, but $venv is no environment: set M3I_VENV, or unset M3I_INSTALL"
         return
     fi
     python="$(find_python)"
-    stamp="$(cat "$ROOT/setup.py" "$ROOT/requirements.txt" "$ROOT/m3i_jax/version.py" | cksum)"
+    if [[ -f "$ROOT/setup.py" ]]; then
+        stamp="$(cat "$ROOT/setup.py" "$ROOT/requirements.txt" "$ROOT/m3i_jax/version.py" | cksum)"
+        requirement=(-e "${ROOT}[${extra:-train}]" -c "$ROOT/requirements.txt")
+    else
+        [[ -f "$ROOT/launch/VERSION" ]] ||
+            fail "there is no project in $ROOT: copy these scripts by m3i-jax init DIR --launch"
+        stamp="$(cat "$ROOT/launch/VERSION")"
+        requirement=("m3i-jax[${extra:-train}]==$stamp")
+    fi
     stamp="$("$python" -V) extra=$extra root=$ROOT $stamp"
     if prepared; then return; fi
     mkdir -p "$(dirname "$venv")"
@@ -138,9 +147,9 @@ build() {
         "$python" -m venv --clear "$venv" || fail "$failed"
     fi
     rm -f "$venv/.m3i_stamp"
-    echo "installing m3i_jax${extra:+ with [$extra]} into $venv"
+    echo "installing m3i_jax with [${extra:-train}] into $venv"
     "$venv/bin/python" -m pip install --quiet --progress-bar off --disable-pip-version-check \
-        --no-input -e "$ROOT${extra:+[$extra]}" -c "$ROOT/requirements.txt" ||
+        --no-input "${requirement[@]}" ||
         fail "the installation failed; see pip's message above"
     echo "$stamp" >"$venv/.m3i_stamp"
 }

@@ -12,10 +12,13 @@ For other projects, the pure functions of the objective, which need jax, numpy, 
     from m3i_jax import sigmoid_focal, dice, miou               # their losses and scores
 
     from m3i_jax import roi_align, paste_masks                  # maps read at boxes; need flax
+    from m3i_jax import deformable_attention                    # and at places of every query
+    from m3i_jax import ViT, InternImage, DCNv3, dcnv3          # networks as plain functions and as
+                                                                # modules of flax Linen and NNX
 
 and, of the whole package, an encoder as a function of images:
 
-    m3i_jax.load("runs/first").features(images)
+    m3i_jax.load("runs/first").features(images)  # or "hf://OWNER/NAME", or a file of weights
 
 Everything is imported on first use.
 """
@@ -100,17 +103,29 @@ _RENAMED = {
     "METHODS": "PUBLISHED",
 }
 
-# of models/, which need flax
-_MAP_SAMPLING = ("roi_align", "multilevel_roi_align", "paste_masks", "mask_targets")
+# {public name: (module of m3i_jax.models, its name there)}; they need flax
+_MODELS = {
+    **{
+        name: ("dense.map_sampling", name)
+        for name in ("roi_align", "multilevel_roi_align", "paste_masks", "mask_targets")
+    },
+    "deformable_attention": ("dense.deformable_attention", "deformable_attention"),
+    "dcnv3": ("dcnv3", "dcnv3"),
+    "ViT": ("networks", "ViT"),
+    "InternImage": ("networks", "InternImage"),
+    "DCNv3": ("networks", "DCNv3"),
+}
 
 __all__ = ["__version__", *_PUBLIC, *_HOME]  # without `load`: a star import stays light
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
+        importlib.import_module("m3i_jax.installation").require_program("m3i_jax.load")
         return importlib.import_module("m3i_jax.evaluation.load").load
-    if name in _MAP_SAMPLING:
-        return getattr(importlib.import_module("m3i_jax.models.dense.map_sampling"), name)
+    if name in _MODELS:
+        module, defined = _MODELS[name]
+        return getattr(importlib.import_module(f"m3i_jax.models.{module}"), defined)
     if name in _RENAMED:
         current = _RENAMED[name]
         warnings.warn(
@@ -127,4 +142,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, *_MAP_SAMPLING, "load"])
+    return sorted([*globals(), *__all__, *_MODELS, "load"])

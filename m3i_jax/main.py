@@ -1,15 +1,19 @@
 """The command line.
 
     python -m m3i_jax.main --config FILE[:name=value,...] --workdir DIR [--config.a.b=v] [--mode=M]
+    python -m m3i_jax.main init DIR [--config configs/NAME.py] [--launch]
+
+`python -m m3i_jax` and the console command `m3i-jax` are the same.
 
 Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted and saved, 130 interrupted, 1 any other
 error. Only the module of the requested mode is imported.
 """
 
-from m3i_jax import interrupts
+from m3i_jax import installation, interrupts
 
 if __name__ == "__main__":  # before the other imports
     interrupts.install_handler()
+    installation.exit_without_program()
 
 import argparse
 import contextlib
@@ -53,8 +57,10 @@ def parser() -> Parser:
         prog="python -m m3i_jax.main",
         description="M3I Pre-training in JAX.",
         epilog=(
-            f"modes:\n{modes}\n\nevery key of the configuration, with its"
-            f" default:\n{configuration.help_table()}"
+            f"modes:\n{modes}\n\ninit DIR [--config configs/NAME.py] [--launch]: copy a recipe that"
+            f" ships to DIR, to edit it (default: {configuration.DEFAULT_RECIPE}), and the launch"
+            " scripts\n\nevery key of the configuration, with its default:\n"
+            f"{configuration.help_table()}"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -62,7 +68,8 @@ def parser() -> Parser:
     parser.add_argument(
         "--config",
         metavar="FILE[:name=value,...]",
-        help="configuration file and its arguments, such as configs/folder.py:path=DIR",
+        help="configuration file and its arguments, such as configs/folder.py:path=DIR;"
+        " configs/NAME.py that is not here is the one that ships",
     )
     parser.add_argument(
         "--config.KEY=VALUE",
@@ -105,6 +112,18 @@ def parser() -> Parser:
         help="eval: another run, one of its checkpoints, or a file that init_from accepts",
     )
     parser.add_argument(
+        "--data",
+        default="",
+        metavar="SOURCE",
+        help="eval: other data: a directory, a pattern of tar files, an entry of the mixture by"
+        " name, KIND:PATH, or shapes",
+    )
+    parser.add_argument(
+        "--untrained",
+        action="store_true",
+        help="eval: also evaluate the initial weights of the same network",
+    )
+    parser.add_argument(
         "--topology",
         default="",
         metavar="NAME",
@@ -139,6 +158,30 @@ def parser() -> Parser:
     return parser
 
 
+def _init(arguments: Sequence[str]) -> int:
+    """`init DIR`: copy a recipe and print the command that runs the copy."""
+    parser = Parser(prog="m3i-jax init", allow_abbrev=False)
+    parser.description = "Copy a recipe that ships with m3i_jax to a directory, to edit it."
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument(
+        "--config",
+        default=configuration.DEFAULT_RECIPE,
+        metavar="configs/NAME.py",
+        help=f"one of {', '.join(configuration.shipped_recipes())} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--launch",
+        action="store_true",
+        help="copy the scripts for clusters and clouds as well, to DIR/launch",
+    )
+    flags = parser.parse_args(arguments)
+    if flags.launch:
+        print(f"copied the launch scripts to {configuration.copy_launchers(flags.directory)}")
+    command = configuration.copy_recipe(flags.directory, flags.config)
+    print(f"copied {flags.config}; edit the copy, then run it:\n  {command}")
+    return 0
+
+
 def _process_start() -> float:
     """Start of this process on the clock of `time.monotonic()`; now, if the system does not
     know."""
@@ -154,6 +197,8 @@ def _process_start() -> float:
 
 
 def _run(arguments: Sequence[str], began: float) -> int:
+    if arguments[:1] == ["init"]:
+        return _init(arguments[1:])
     overrides = [a[len("--config.") :] for a in arguments if a.startswith("--config.")]
     flags, unknown = parser().parse_known_args(
         [a for a in arguments if not a.startswith("--config.")]
@@ -199,14 +244,21 @@ def _run(arguments: Sequence[str], began: float) -> int:
             " remove it"
         )
     if flags.config:
+        file = configuration.find_config_file(flags.config)
+        found, file = configuration.describe_config_file(file), file.absolute()
         config = configuration.load_config(flags.config, overrides)
     else:
         config = configuration.load_from_workdir(flags.workdir, "--workdir")
+    if flags.data and "data" in mode.flags:
+        eval_data = importlib.import_module("m3i_jax.modes.eval_data")
+        eval_data.use_data(config, flags.data, overrides)
     configuration.apply_overrides(config, overrides)
     settings = configuration.resolve(config)
     mode.refuse(flags.mode, overrides, settings, flags.workdir or "")
     if flags.config:
-        configuration.reject_config_in_data(flags.config.partition(":")[0], settings.data)
+        configuration.reject_config_in_data(str(file), settings.data)
+        if flags.process_id in ("", "0"):
+            print(found, flush=True)
     options = {name: getattr(flags, name) for name in mode.flags} | (
         {"began": began} if mode.timed else {}
     )

@@ -85,7 +85,7 @@ FILES = (
     RunFile("tokenizer.json", (*_OPEN, "data"), (*_OPEN, "data"), "position"),
     RunFile("metrics.jsonl", _RUNS, ("train", "compare", "report"), "beginning"),
     RunFile("eval.json", ("eval",), ("eval", "report"), "note"),
-    RunFile("eval-*/eval.json", ("eval",), ("eval",), "note"),
+    RunFile("eval-*/eval.json", ("eval",), (*_RUNS, "eval", "report"), "note"),
     RunFile("eval-*/pictures/*", ("eval",), (), "not read"),
     RunFile("result.json", ("compare",), ("compare",), "note"),
     RunFile("digests/*", (*_OPEN, "data"), (*_OPEN, "report", "export"), "itself"),

@@ -1,4 +1,4 @@
 """The one place that states the version: setup.py reads it without importing the package,
 `--version` prints it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

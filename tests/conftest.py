@@ -21,6 +21,8 @@ collect_ignore = [
     "bench/intern_image_torch.py",
     "bench/m3i_torch.py",
     "bench/upernet_torch.py",
+    "data/make_mask2former.py",
+    "data/make_dino.py",
     "data/make_opencv_values.py",
     "data/make_vitdet.py",
 ]

@@ -42,6 +42,20 @@ DETECT = {
     "dense.detect.candidates": 24,
     "dense.detect.detections": 5,
 }
+DINO = DETECT | {
+    "dense.detect.head": "dino",
+    "dense.detect.masks": False,
+    "dense.detect.strides": (8, 16),
+    "dense.detect.score_threshold": 0.0,
+    "dense.detect.dino.queries": 8,
+    "dense.detect.dino.heads": 2,
+    "dense.detect.dino.sampled": 2,
+    "dense.detect.dino.encoder_depth": 1,
+    "dense.detect.dino.depth": 2,
+    "dense.detect.dino.hidden": 16,
+    "dense.detect.dino.denoising": 6,
+    "dense.detect.dino.projection_bias": False,  # at this width the group norm takes it away
+}
 SEGMENT = {
     "dense.maps.relative": "table",
     "dense.maps.blocks": (0, 1),
@@ -53,19 +67,33 @@ SEGMENT = {
     "dense.segment.pool_scales": (1, 2),
     "dense.segment.dropout": 0.3,
     "dense.segment.divide_by": "labelled",
+    "dense.segment.mask2former.queries": 5,
+    "dense.segment.mask2former.heads": 2,
+    "dense.segment.mask2former.encoder_depth": 1,
+    "dense.segment.mask2former.encoder_hidden": 8,
+    "dense.segment.mask2former.depth": 2,
+    "dense.segment.mask2former.hidden": 8,
+    "dense.segment.mask2former.points": 24,
 }
-TASKS = {"detect": DETECT, "segment": SEGMENT}
+# changes of a toy of segmentation for the head; the last two of three strides attend
+MASK2FORMER = {
+    "dense__segment__head": "mask2former",
+    "dense__segment__strides": "(4,8,16)",
+    "dense__maps__blocks": "()",
+}
+TASKS = {"detect": DETECT, "dino": DINO, "segment": SEGMENT}
 
 
 def dense_settings(task: str, **changes: object) -> schema.Config:
-    """A complete configuration of a task; `changes` are dotted keys with __ for the dot."""
+    """A complete configuration of a task, or of detection by DINO; `changes` are dotted keys with
+    __ for the dot."""
     values = SHARED | TASKS[task]
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     texts = {
         key.replace(".", "__"): str(value).lower() if isinstance(value, bool) else str(value)
         for key, value in values.items()
     }
-    return toy.settings(task=task, **texts)
+    return toy.settings(task="detect" if task == "dino" else task, **texts)
 
 
 def dense_batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -92,12 +120,14 @@ def dense_batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:
     count = r.integers(1, g.max_objects + 1, b)
     count[1] = 0
     there = np.arange(g.max_objects) < count[:, None]
-    masks = r.random((b, g.max_objects, g.mask_size, g.mask_size)) < 0.7
-    return batch | {
+    batch |= {
         "boxes": (boxes * np.tile(size[:, None, ::-1], 2) * there[..., None]).astype(np.float32),
         "classes": np.where(there, classes, -1).astype(np.int32),
-        "masks": (masks & there[..., None, None]).astype(np.uint8),
     }
+    if not config.dense.detect.masks:
+        return batch
+    masks = r.random((b, g.max_objects, g.mask_size, g.mask_size)) < 0.7
+    return batch | {"masks": (masks & there[..., None, None]).astype(np.uint8)}
 
 
 def make_trainer(config: schema.Config, devices: int = 1) -> trainer.Trainer:

@@ -210,6 +210,31 @@ esac""")  # fmt: skip
     ] == [1, 1, 2]
 
 
+def test_a_copy_of_the_scripts_installs_the_version_that_made_it(
+    stage: Stage, tmp_path: pathlib.Path
+) -> None:
+    """`m3i-jax init DIR --launch` writes DIR/launch/VERSION; without it there is no project."""
+    stage.stand_in("python", """case "$*" in
+-V) echo Python 3.99 ;;
+"-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+esac""")  # fmt: skip
+    shutil.copytree(LAUNCH, tmp_path / "mine/launch")
+    settings = {"M3I_PYTHON": str(stage.place / "python"), "M3I_EXTRA": ""}
+    script = str(tmp_path / "mine/launch/host.sh")
+    status, _, err = stage.run(script, *RUN, **settings)
+    assert (
+        status == 2
+        and "m3i-jax init DIR --launch" in err
+        and not any("pip" in call for call in stage.calls)
+    )
+    (tmp_path / "mine/launch/VERSION").write_text("1.2.3\n")
+    assert stage.run(script, *RUN, **settings)[0] == 0
+    (install,) = [call for call in stage.calls if "-m pip" in call]
+    assert install.endswith(" m3i-jax[train]==1.2.3")
+    assert stage.run(script, *RUN, **settings | {"M3I_EXTRA": "cuda"})[0] == 0
+    assert [call for call in stage.calls if "-m pip" in call][1].endswith("m3i-jax[cuda]==1.2.3")
+
+
 def test_slurm_queues_a_preempted_job_again(stage: Stage) -> None:
     job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
     stage.stand_in("srun", "exit 42")

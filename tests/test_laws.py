@@ -17,7 +17,7 @@ LONGEST = 500
 
 # A room (a folder of the package, or a module beside them) may import itself and these. Lower rooms
 # never know higher ones.
-BASE = {"schema", "errors", "version", "privacy", "run_files"}
+BASE = {"schema", "errors", "version", "privacy", "progress", "run_files"}
 BELOW_TRAINING = BASE | {
     "config",
     "published_settings",
@@ -35,12 +35,14 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "library_errors": {"errors"},
     "interrupts": set(),
+    "installation": set(),
     "privacy": set(),
+    "progress": set(),
     "run_files": {"errors"},
     "schema": {"errors"},
     "objective": set(),
     # the last two for `load` and `roi_align` and the like, when they are asked for
-    "__init__": {"objective", "version", "evaluation", "models"},
+    "__init__": {"objective", "version", "evaluation", "models", "installation"},
     "published_settings": BASE | {"config"},
     "validation": BASE | {"objective"},
     "config": BASE | {"objective", "validation"},
@@ -57,7 +59,9 @@ ROOMS: dict[str, set[str]] = {
     | {"training", "interop"},
     "modes": BELOW_TRAINING | {"training", "evaluation", "validation", "interrupts"},
     "main": BELOW_TRAINING
-    | {"training", "evaluation", "validation", "modes", "library_errors", "interrupts"},
+    | {"training", "evaluation", "validation", "modes", "library_errors", "interrupts"}
+    | {"installation"},
+    "__main__": {"main", "interrupts", "installation"},
 }
 # The pure room: what another project gets with it.
 PURE = {"jax", "jaxlib", "numpy", "optax", "chex"}
@@ -84,6 +88,8 @@ LAZY = {
     "cykooz_resizer",
     "timm",
     "transformers",
+    "huggingface_hub",
+    "tqdm",
 }
 # Not even inside a function, except where their files are read and compared.
 NEVER = {"tensorflow": "no room", "torch": "interop", "torchvision": "no room"}

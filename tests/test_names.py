@@ -18,6 +18,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PROTOCOLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "init": ("init(model, rng, ...) -> parameters of one network", ("models/",)),
     "apply": ("apply(model, params, inputs, ...) -> outputs of one network", ("models/",)),
+    "losses": ("losses(settings, params, maps, ...) of one detection head", ("models/dense/",)),
+    "detect": ("detect(settings, params, maps, sizes) of one detection head", ("models/dense/",)),
     "fits": ("whether the arrays of a Pallas kernel fit the fast memory", ("models/",)),
     "forward": ("one implementation of an operator, without gradient", ("models/",)),
     "backward": ("the gradients of that implementation", ("models/",)),

@@ -2,12 +2,14 @@
 network."""
 
 import ast
+import fnmatch
 import gc
 import importlib.util
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 import traceback
 from collections.abc import Iterator
 from types import ModuleType
@@ -20,6 +22,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import m3i_jax
+from m3i_jax import installation
 
 ROOT = pathlib.Path(__file__).parent.parent
 PYTHONS = ("3.11", "3.13")
@@ -99,7 +102,7 @@ def test_version_is_stated_once() -> None:
 def test_metadata(setup_arguments: dict[str, Any]) -> None:
     assert setup_arguments["name"] == "m3i-jax"
     assert setup_arguments["python_requires"] == ">=3.11"
-    assert {"cuda", "tpu", "test", "tensorboard", "wandb", "tfds", "gcs", "fast"} <= set(
+    assert {"train", "cuda", "tpu", "test", "tensorboard", "wandb", "tfds", "gcs", "fast"} <= set(
         setup_arguments["extras_require"]
     )
     licence = (ROOT / "LICENSE").read_text()
@@ -133,7 +136,9 @@ def test_tested_set_satisfies_the_requirements(
 def test_one_jax_for_every_python(setup_arguments: dict[str, Any], python: str) -> None:
     for group in ("cuda", "cuda13", "tpu"):
         applying = [
-            line for line in setup_arguments["extras_require"][group] if needed([line], python)
+            line
+            for line in setup_arguments["extras_require"][group]
+            if "jax" in needed([line], python)
         ]
         assert len(applying) == 1
     old = needed(setup_arguments["install_requires"], python)["jax"].specifier.contains("0.10.2")
@@ -165,9 +170,10 @@ def third_party(top_only: bool) -> set[str]:
 
 @pytest.mark.smoke
 def test_imports_are_declared(setup_arguments: dict[str, Any]) -> None:
-    core = set(needed(setup_arguments["install_requires"], "3.13"))
+    light = set(needed(setup_arguments["install_requires"], "3.13"))
+    core = light | set(needed(setup_arguments["extras_require"]["train"], "3.13"))
     assert third_party(top_only=True) <= core, (
-        "imported at the top of a module, but not in install_requires"
+        "imported at the top of a module, but in neither install_requires nor the extra train"
     )
     extras = {
         name
@@ -177,6 +183,64 @@ def test_imports_are_declared(setup_arguments: dict[str, Any]) -> None:
     assert third_party(top_only=False) <= core | extras, (
         "imported somewhere, but in no extra of setup.py"
     )
+
+
+def test_every_extra_is_the_whole_program(setup_arguments: dict[str, Any]) -> None:
+    """`pip install 'm3i-jax[tpu]'` trains. What is missing without an extra is named by a
+    message, which knows all of it."""
+    extras = setup_arguments["extras_require"]
+    train = set(extras["train"])
+    assert train and all(train <= set(lines) for lines in extras.values())
+    assert set(needed(extras["train"], "3.13")) == {
+        canonicalize_name(package) for package in installation.PROGRAM.values()
+    }
+    light = needed(setup_arguments["install_requires"], "3.13")
+    assert set(light) == {"jax", "numpy", "flax", "optax", "chex"}
+
+
+def test_the_scripts_install_the_whole_program() -> None:
+    text = (ROOT / "launch" / "environment.sh").read_text()
+    assert 'requirement=(-e "${ROOT}[${extra:-train}]" -c "$ROOT/requirements.txt")' in text
+
+
+def test_public_names_have_types() -> None:
+    """Every name that `m3i_jax` imports on first use is in the stub, as a re-export (import x as x)
+    or by an assignment, for a name that differs from that in its module."""
+    tree = ast.parse((ROOT / "m3i_jax" / "__init__.pyi").read_text())
+    typed = {
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    typed |= {ast.unparse(n.targets[0]) for n in tree.body if isinstance(n, ast.Assign)}
+    lazy = {name for name in dir(m3i_jax) if not name.startswith("_")}
+    here = {name for name in vars(m3i_jax) if not name.startswith("_") and name not in typed}
+    assert typed == (lazy - here) | {"__version__"}
+    for name in sorted(typed):
+        assert getattr(m3i_jax, name) is not None
+    assert (ROOT / "m3i_jax" / "py.typed").exists()
+
+
+def test_public_modules_are_checked_strictly() -> None:
+    """mypy, which launch/test.sh runs, has the flags of --strict for every module of the stub."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    strict = {
+        pattern
+        for override in project["tool"]["mypy"]["overrides"]
+        if override.get("disallow_untyped_defs") and override.get("disallow_any_generics")
+        for pattern in override["module"]
+    }
+    tree = ast.parse((ROOT / "m3i_jax" / "__init__.pyi").read_text())
+    modules = {
+        f"{node.module}.x" if node.module == "m3i_jax.objective" else node.module or ""
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+    } - {"m3i_jax.version"}
+    assert "m3i_jax.objective.losses" in modules and "m3i_jax" in strict
+    missing = [m for m in modules if not any(fnmatch.fnmatch(m, pattern) for pattern in strict)]
+    assert not missing, f"not strict in pyproject.toml: {missing}"
 
 
 class Complains:

@@ -58,6 +58,7 @@ READMES = [
 ]
 NAMES = {path: path.relative_to(ROOT).as_posix() for path in READMES}
 COLUMNS = 100
+LINES = 150  # of the root's README; everything else is in the README of its folder
 RUN, QUIET = {"bash", "python"}, {"text", "json", "bibtex", "yaml", "toml"}
 SECONDS = 300
 LEFT_OUT = [
@@ -313,6 +314,10 @@ def test_lines_fit(path: pathlib.Path) -> None:
     """At most COLUMNS columns, except in tables, which Markdown cannot wrap."""
     lines = enumerate(path.read_text().splitlines(), 1)
     assert not [n for n, line in lines if len(line) > COLUMNS and not line.startswith("|")]
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(READMES[0].read_text().splitlines()) <= LINES
 
 
 CASES = [

@@ -1,7 +1,9 @@
 """The recipes of Tables 8 and 9: values, settings adopted from a run, and refusals."""
 
 import pathlib
+import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,7 +11,9 @@ from m3i_jax import config as configuration
 from m3i_jax.errors import UserError
 from m3i_jax.interop import tensor_files
 from m3i_jax.modes import setup as jobs
+from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import optimizer, scaling
+from m3i_jax.training.task import make_task
 from tests import toy
 from tests.interop.published_vit import ENCODERS, weights
 
@@ -163,3 +167,37 @@ def test_intern_image_has_the_paper_s_30_epochs(tmp_path: pathlib.Path) -> None:
 def test_impossible_values(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         toy.settings(**change)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "strides", "head"),
+    [
+        ("coco.py:head=dino", {8: 256, 16: 256, 32: 256, 64: 256}, 18_579_880),
+        ("lvis.py:head=dino", {8: 256, 16: 256, 32: 256, 64: 256}, 19_444_590),
+        (
+            "objects365.py:head=dino,model=internimage_t",
+            {8: 128, 16: 256, 32: 512},
+            20_552_983,
+        ),
+    ],
+)
+def test_dino_on_published_data(recipe: str, strides: dict, head: int) -> None:
+    """On a ViT the maps come from a pyramid, on an InternImage from its stages; boxes only; layers
+    of categories are named."""
+    cfg = load(recipe)
+    task = make_task(cfg)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    assert task.pyramid().channels == strides and "masks" not in task.annotation_shapes()
+    assert sum(leaf.size for leaf in jax.tree.leaves(params["head"])) == head
+    assert (cfg.dense.detect.detections, cfg.dense.detect.score_threshold) == (300, 0.0)
+    assert (cfg.dense.detect.loss == "federated") == recipe.startswith("lvis")
+    of_categories = {
+        path
+        for key, _ in jax.tree_util.tree_leaves_with_path(params)
+        if any(re.search(p, path := path_text(key)) for p in task.category_parameters)
+    }
+    parts = {"decoder/heads", "encoder/proposals/heads", "labels"}
+    found = {
+        p.removeprefix("head/").split("/classes")[0].removesuffix("/layers") for p in of_categories
+    }
+    assert found == parts

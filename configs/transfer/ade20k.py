@@ -8,6 +8,16 @@ the working directory of a run or a weights file that `init_from` reads; without
 ViT or InternImage preset. The published settings are those of mmsegmentation's MAE UperNet, whose
 recipe is the usual one of this table; [R] marks them.
 
+From a run of segmentation, as in the paper's Table 2 from COCO-Stuff, pyramid and head are taken,
+too, and only the classifiers restart. COCO-Stuff with maps in ADE20k's form (0 = unlabelled) is
+trained by the same recipe:
+
+    python -m m3i_jax.main --config configs/transfer/ade20k.py:path=STUFF,from=RUN \\
+      --workdir runs/stuff --config.data.classes=171 --config.data.split=train2017 \\
+      --config.data.holdout_split=val2017
+    python -m m3i_jax.main --config configs/transfer/ade20k.py:path=DIR,from=runs/stuff \\
+      --workdir runs/ade
+
 Colours are changed on the device; images are resized on the host by Pillow or as in OpenCV, see
 data/geometry.py. --mode=show prints cost and days; nothing of this was trained at its full size by
 this project.
@@ -16,9 +26,14 @@ this project.
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_encoder import build_dense_encoder, map_blocks
+from m3i_jax.evaluation.dense_encoder import (
+    build_dense_encoder,
+    continue_dense_run,
+    map_blocks,
+)
 
 STEPS, BATCH = 160_000, 16  # [R]
+IMAGES = 20_210  # of training, for modes that do not open the data
 WARMUP = 1499  # steps [R]
 IMAGE_SIZE = 512  # [R]
 
@@ -72,7 +87,7 @@ def get_config(
     # Data.
     config.data.source = "maps"
     config.data.path = path
-    config.data.classes = 150
+    config.data.classes, config.data.size = 150, IMAGES
     config.data.split = "training"
     config.data.holdout_split = "validation"
     config.data.threads = 8
@@ -109,4 +124,5 @@ def get_config(
     config.optim.layer_decay = 0.65  # [R]
     config.optim.clip = 0.0  # [R]
     config.evaluate.batch_size = batch_size
+    continue_dense_run(config, from_=from_, flag="configs/transfer/ade20k.py:from")
     return config

@@ -1,5 +1,5 @@
-"""Detection and instance segmentation on images of one's own: ViTDet's Mask R-CNN with the trainer
-of pre-training.
+"""Detection and instance segmentation on images of one's own: ViTDet's Mask R-CNN, or with
+head=dino boxes by DINO, with the trainer of pre-training.
 
     python -m m3i_jax.main --config configs/transfer/detect.py --workdir runs/detect_scenes
     python -m m3i_jax.main --workdir runs/mine \\
@@ -11,14 +11,18 @@ COCO's form, with or without masks (masks=false); a fifth of the images is held 
 weights file that `init_from` reads.
 
 configs/transfer/coco.py and lvis.py have the published settings. Here, for data sets of thousands
-of images, rate and length are a choice of this project: AdamW with 3e-3 below 384 channels and 1e-4
-above, a cosine schedule, and images scaled by 0.5 to 1.5.
+of images, rate and length are a choice of this project: AdamW with 3e-3 (DINO: 1e-3) below 384
+channels and 1e-4 above, a cosine schedule, and images scaled by 0.5 to 1.5.
 """
 
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_encoder import build_dense_encoder, global_blocks
+from m3i_jax.evaluation.dense_encoder import (
+    build_dense_encoder,
+    continue_dense_run,
+    global_blocks,
+)
 
 SMALL = 512  # pixels below which strides, anchors and heads are small
 
@@ -33,6 +37,7 @@ def get_config(
     steps: int = 0,
     batch_size: int = 16,
     masks: bool = True,
+    head: str = "mask_rcnn",
 ) -> ConfigDict:
     """Settings of a detection run.
 
@@ -46,7 +51,8 @@ def get_config(
       epochs: passes over the images; 0: 36.
       steps: optimizer steps instead of epochs; 0: from epochs.
       batch_size: images per step.
-      masks: predict masks; the annotations must have them.
+      masks: predict masks; the annotations must have them. DINO predicts none.
+      head: mask_rcnn or dino.
     """
     config = default_config()
     config.task = "detect"
@@ -81,8 +87,29 @@ def get_config(
     config.dense.geometry.max_objects = 20 if scenes else 100
 
     # Heads.
-    config.dense.detect.masks = masks
-    if size < SMALL:
+    config.dense.detect.masks = masks and head != "dino"
+    config.dense.detect.head = head
+    if head == "dino":
+        config.dense.detect.update(
+            {"strides": (8, 16, 32, 64), "score_threshold": 0.0, "detections": 300}
+        )
+    if size < SMALL and head == "dino":
+        # every token of maps of strides 8, 16 and 32 is a query, up to 100
+        sides = [-(-size // stride) for stride in (8, 16, 32)]
+        queries = min(100, sum(side**2 for side in sides))
+        config.dense.geometry.max_objects = min(config.dense.geometry.max_objects, queries)
+        config.dense.detect.update({"strides": (8, 16, 32), "width": 64, "detections": 100})
+        config.dense.detect.dino.update(
+            {
+                "queries": queries,
+                "heads": 4,
+                "encoder_depth": 2,
+                "depth": 3,
+                "hidden": 128,
+                "denoising": 20,
+            }
+        )
+    elif size < SMALL:
         scale = size / 96
         config.dense.geometry.mask_size = 56
         config.dense.detect.update(
@@ -108,7 +135,8 @@ def get_config(
     config.train.epochs = epochs or (2.0 if scenes else 36.0)
     config.train.steps = steps
     config.train.eval_every = 0
-    config.optim.lr = 3e-3 if config.model.encoder.width < 384 else 1e-4
+    rate = 1e-3 if head == "dino" else 3e-3
+    config.optim.lr = rate if config.model.encoder.width < 384 else 1e-4
     config.optim.warmup_epochs = 0.05 * config.train.epochs
     config.optim.warmup_steps = steps // 20 if steps else -1
     config.optim.weight_decay = 0.05
@@ -116,4 +144,5 @@ def get_config(
     config.optim.clip = 1.0
     config.optim.layer_decay = 0.8 if from_ and config.model.encoder.depth >= 12 else 1.0
     config.evaluate.batch_size = batch_size
+    continue_dense_run(config, from_=from_, flag="configs/transfer/detect.py:from")
     return config

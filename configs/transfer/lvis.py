@@ -5,30 +5,51 @@ federated loss and repeated images of rare categories.
       --workdir runs/lvis
 
 DIR holds COCO's train2017/ and val2017/, and lvis_v1_{train,val}.json in annotations/. `from` is
-the working directory of a run or a weights file that `init_from` reads. The published settings are
-those of detectron2's ViTDet project; [R] marks them. Images are repeated by a closed form of the
-position: an epoch has as many images as the repeat factors sum to, each image floor or ceil of its
-factor times, where detectron2 draws the fraction anew every epoch.
+the working directory of a run or a weights file that `init_from` reads; of a run of detection, see
+configs/transfer/coco.py. The published settings are those of detectron2's ViTDet project; [R] marks
+them. Images are repeated by a closed form of the position: an epoch has as many images as the
+repeat factors sum to, each image floor or ceil of its factor times, where detectron2 draws the
+fraction anew every epoch.
 """
 
 from ml_collections import ConfigDict
 
-from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_encoder import WINDOW, build_dense_encoder, global_blocks
+from m3i_jax.evaluation.detection_recipe import DetectionData, Schedule, build_detection
 
-STEPS, EPOCHS, BATCH = 156_250, 100, 64  # [R]
-WARMUP = 250  # steps [R]
-MILESTONES = (138_889 / STEPS, 150_463 / STEPS)  # [R]
-IMAGE_SIZE = 1024  # [R]
+LVIS = DetectionData(
+    recipe="configs/transfer/lvis.py",
+    classes=1203,
+    images=100_170,
+    annotations=("annotations/lvis_v1_train.json", "annotations/lvis_v1_val.json"),
+    max_objects=300,
+    eval_every=20_000,
+    eval_images=20_000,
+    schedules={
+        "mask_rcnn": Schedule(
+            steps=156_250, epochs=100, batch=64, milestones=(138_889, 150_463), lr=2e-4
+        ),  # [R]
+        # [C]: as on COCO; there is no public run of DINO on a ViT
+        "dino": Schedule(steps=75_000, epochs=12, batch=16, milestones=(68_750,), lr=1e-4),
+    },
+    settings={
+        "geometry.repeat": 0.001,  # [R]
+        "detect.loss": "federated",  # [R]
+        "detect.federated_classes": 50,  # [R]; background counts as one of them
+        "detect.score_threshold": 0.02,  # [R]
+        "detect.detections": 300,  # [R]
+        "detect.candidates": 4096,
+    },
+)
 
 
 def get_config(
     path: str = "",
     from_: str = "",
     model: str = "vit_b16",
-    epochs: float = EPOCHS,
-    batch_size: int = BATCH,
-    image_size: int = IMAGE_SIZE,
+    head: str = "mask_rcnn",
+    epochs: float = 0.0,
+    batch_size: int = 0,
+    image_size: int = 1024,
 ) -> ConfigDict:
     """Settings of a run on LVIS.
 
@@ -37,71 +58,18 @@ def get_config(
       from_: working directory of the run that trained the encoder, or a weights file; empty: train
         from scratch.
       model: preset, used without `from`.
-      epochs: 100 [P]; 25 in the paper's ablations.
-      batch_size: images per step.
+      head: mask_rcnn, or dino, which predicts boxes without masks.
+      epochs: 0: as published, 100 [P]; 25 in the paper's ablations; dino 12.
+      batch_size: images per step; 0: as published, 64; dino 16.
       image_size: side of the square that images are fitted into.
     """
-    config = default_config()
-    config.task = "detect"
-    is_vit = build_dense_encoder(
-        config,
+    return build_detection(
+        LVIS,
+        path=path,
         from_=from_,
         model=model,
+        head=head,
+        epochs=epochs,
+        batch_size=batch_size,
         image_size=image_size,
-        flag="configs/transfer/lvis.py:from",
     )
-    if is_vit:
-        config.dense.maps.update(
-            {
-                "window": WINDOW,  # [R]
-                "global_blocks": global_blocks(config.model.encoder.depth),  # [R]
-                "relative": "decomposed",  # [R]
-            }
-        )
-        config.model.encoder.final_norm = False  # [R]
-        config.model.encoder.drop_path = 0.1  # [R]
-        config.model.encoder.drop_path_rule = "linear"
-    config.model.remat = "full"  # 12 maps of 4,096 tokens and their attention do not fit otherwise
-
-    # Data.
-    config.data.source = "coco"
-    config.data.path = path
-    config.data.classes = 1203
-    config.data.annotations = "annotations/lvis_v1_train.json"
-    config.data.holdout_annotations = "annotations/lvis_v1_val.json"
-    config.data.threads = 8
-    config.dense.geometry.update(
-        {"rule": "jitter", "scale": (0.1, 2.0), "flip_p": 0.5}  # [R]
-    )
-    config.dense.geometry.max_objects = 300
-    config.dense.geometry.repeat = 0.001  # [R]
-
-    # Heads.
-    config.dense.detect.update(
-        {
-            "loss": "federated",  # [R]
-            "federated_classes": 50,  # [R]; background counts as one of them
-            "score_threshold": 0.02,  # [R]
-            "detections": 300,  # [R]
-            "candidates": 4096,
-        }
-    )
-
-    # Optimization.
-    config.train.batch_size = batch_size
-    config.train.epochs = epochs
-    config.train.steps = round(STEPS * epochs / EPOCHS * BATCH / batch_size)
-    config.train.eval_every = 20_000
-    config.optim.lr = 2e-4 * batch_size / BATCH  # [R]; linear in the batch [C]
-    config.optim.schedule = "steps"
-    config.optim.milestones = MILESTONES
-    config.optim.warmup_steps = min(WARMUP, config.train.steps)
-    config.optim.warmup_start = 0.001  # [R]
-    config.optim.b2 = 0.999  # [R]
-    config.optim.weight_decay = 0.1  # [R]
-    config.optim.decayed = "but_norms"  # [R]
-    config.optim.layer_decay = 0.7  # [R]
-    config.optim.clip = 0.0  # [R]
-    config.evaluate.batch_size = batch_size
-    config.evaluate.query_limit = 20_000
-    return config

@@ -1,5 +1,5 @@
-"""Semantic segmentation on images of one's own: UperNet or a linear head with the trainer of
-pre-training.
+"""Semantic segmentation on images of one's own: UperNet, Mask2Former or a linear head with the
+trainer of pre-training.
 
     python -m m3i_jax.main --config configs/transfer/segment.py --workdir runs/segment_scenes
     python -m m3i_jax.main --config configs/transfer/segment.py:path=DIR,from=RUN \\
@@ -18,9 +18,20 @@ there on, and a cosine schedule.
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_encoder import build_dense_encoder, map_blocks
+from m3i_jax.evaluation.dense_encoder import (
+    build_dense_encoder,
+    continue_dense_run,
+    map_blocks,
+)
 
 SMALL = 512  # pixels below which the head is small
+
+
+def head_width(head: str, size: int) -> int:
+    """Channels of a head for crops of that size: Mask2Former's group norms need 64 or more."""
+    if head == "mask2former":
+        return 64 if size < SMALL else 256
+    return 32 if size < SMALL else 512
 
 
 def get_config(
@@ -43,7 +54,7 @@ def get_config(
       from_: working directory of the run that trained the encoder, or a weights file; empty: train
         from scratch.
       model: preset, used without `from`; empty: vit_tiny for scenes, vit_s16 otherwise.
-      head: upernet or linear.
+      head: upernet, mask2former or linear.
       image_size: side of a crop; 0: 96 for scenes, 512 otherwise.
       epochs: passes over the images; 0: 40.
       steps: optimizer steps instead of epochs; 0: from epochs.
@@ -83,16 +94,31 @@ def get_config(
         }
     )
 
-    # Head.
+    # Head. Its classifier starts with outputs of about 1 / 3 of its inputs, as PyTorch's layers do:
+    # with the published N(0, 0.01^2) the narrow head of a short run hardly moves at first.
+    width = head_width(head, size)
     config.dense.segment.update(
         {
             "head": head,
-            "width": 32 if size < SMALL else 512,
+            "width": width,
             "aux_width": 0 if size < SMALL else 256,
             "divide_by": "labelled",
+            "classifier_std": (3 * width) ** -0.5,
             "dropout": 0.0 if size < SMALL else 0.1,
         }
     )
+    if size < SMALL:
+        config.dense.segment.mask2former.update(
+            {
+                "queries": 20,
+                "heads": 4,
+                "encoder_depth": 2,
+                "encoder_hidden": 128,
+                "depth": 3,
+                "hidden": 128,
+                "points": 1024,
+            }
+        )
 
     # Optimization.
     config.train.batch_size = batch_size
@@ -100,6 +126,8 @@ def get_config(
     config.train.steps = steps
     config.train.eval_every = 0
     config.optim.lr = 3e-3 if config.model.encoder.width < 384 else 1e-4
+    if head == "mask2former":  # its transformers are post-norm
+        config.optim.lr = min(config.optim.lr, 1e-3)
     config.optim.warmup_epochs = 0.05 * config.train.epochs
     config.optim.warmup_steps = steps // 20 if steps else -1
     config.optim.weight_decay = 0.05
@@ -107,4 +135,5 @@ def get_config(
     config.optim.clip = 1.0
     config.optim.layer_decay = 0.8 if from_ and config.model.encoder.depth >= 12 else 1.0
     config.evaluate.batch_size = batch_size
+    continue_dense_run(config, from_=from_, flag="configs/transfer/segment.py:from")
     return config

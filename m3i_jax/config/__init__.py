@@ -17,6 +17,14 @@ import ml_collections
 
 from m3i_jax import schema, validation
 from m3i_jax.config.files import load_config, reject_config_in_data
+from m3i_jax.config.recipes import (
+    DEFAULT_RECIPE,
+    copy_launchers,
+    copy_recipe,
+    describe_config_file,
+    find_config_file,
+    shipped_recipes,
+)
 from m3i_jax.config.text import (
     config_difference,
     config_from_text,
@@ -34,11 +42,16 @@ from m3i_jax.config.values import (
 from m3i_jax.errors import UserError, shorten
 
 __all__ = [
+    "DEFAULT_RECIPE",
     "apply_overrides",
     "config_difference",
     "config_from_text",
     "config_to_text",
+    "copy_launchers",
+    "copy_recipe",
     "default_config",
+    "describe_config_file",
+    "find_config_file",
     "help_table",
     "load_config",
     "load_from_workdir",
@@ -47,6 +60,7 @@ __all__ = [
     "resolve",
     "scale_for_custom_data",
     "setting_table",
+    "shipped_recipes",
     "unknown_key_error",
 ]
 
@@ -107,7 +121,7 @@ def resolve(config: ml_collections.ConfigDict) -> schema.Config:
     >>> resolve(default_config()).tokens
     196
     """
-    settings = _build(schema.Config, config, "", setting_table())
+    settings: schema.Config = _build(schema.Config, config, "", setting_table())
     validation.validate_settings(settings)
     return settings
 

@@ -1,4 +1,5 @@
-"""Configuration files: `--config FILE.py[:name=value,...]` runs `get_config` of a local file.
+"""Configuration files: `--config FILE.py[:name=value,...]` runs `get_config` of a local file, or of
+a recipe that ships.
 
 A configuration file is code and data must never be run: a file that lies in a data directory is
 refused before it runs, and again when the settings are known.
@@ -17,12 +18,11 @@ from typing import Any
 
 import ml_collections
 
-from m3i_jax.config.values import MAX_VALUE_LENGTH, parse_value, setting_table
+from m3i_jax.config.recipes import SHIPPED, find_config_file
+from m3i_jax.config.values import parse_value, setting_table
 from m3i_jax.errors import UserError, one_line, shorten
 
-SHIPPED = pathlib.Path(__file__).resolve().parents[2] / "configs"
 _DATA_KEYS = ("data.path", "data.directory", "data.mixture", "data.split", "data.holdout_split")
-_NOT_A_FILE = "must name a local Python file, such as configs/quickstart.py"
 _CHANGED_DEFAULT = "m3i_jax.config.default_config() with changes"
 
 
@@ -30,7 +30,8 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ml_collections.Conf
     """The ConfigDict that `get_config` of a configuration file returns.
 
     Args:
-      spec: `FILE[:name=value,...]`; the arguments have the types of `get_config`'s defaults.
+      spec: `FILE[:name=value,...]`; `find_config_file` finds FILE, and the arguments have the
+        types of `get_config`'s defaults.
       overrides: `key=value` of the command line. They are not applied, but a file that lies in
         the data that they name is not run.
 
@@ -39,17 +40,8 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ml_collections.Conf
         wrong type, or an error within the file.
     """
     file, _, text = spec.partition(":")
-    path = pathlib.Path(file)
-    if len(spec) > MAX_VALUE_LENGTH or "\0" in spec:
-        raise UserError(f"--config {shorten(spec)}: {_NOT_A_FILE}")
-    if path.suffix != ".py":  # includes URLs, of which `file` is the part before the first colon
-        raise UserError(f"--config {spec}: {_NOT_A_FILE}")
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"--config {file}: there is no such file{hint}")
-    _refuse_before_running(file, text, overrides)
+    path = find_config_file(spec).absolute()  # a configuration may change the working directory
+    _refuse_before_running(str(path), text, overrides)
     module_spec = importlib.util.spec_from_file_location(f"m3i_jax_config_{path.stem}", path)
     assert module_spec and module_spec.loader
     module = importlib.util.module_from_spec(module_spec)
@@ -66,11 +58,11 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ml_collections.Conf
         raise
     except SystemExit as error:
         raise UserError(
-            f"--config {_describe_error(file, error)}; a configuration must return its settings and"
-            " not exit"
+            f"--config {_describe_error(file, path, error)}; a configuration must return its"
+            " settings and not exit"
         ) from error
     except BaseException as error:  # any error of a user's file is the user's to read on one line
-        raise UserError(f"--config {_describe_error(file, error)}") from error
+        raise UserError(f"--config {_describe_error(file, path, error)}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f"--config {file}: get_config returned {type(config).__name__}; it must return"
@@ -79,9 +71,9 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ml_collections.Conf
     return config
 
 
-def _describe_error(file: str, error: BaseException) -> str:
+def _describe_error(file: str, path: pathlib.Path, error: BaseException) -> str:
     """File, line and reason of an error that a configuration file raised."""
-    frames, path = traceback.extract_tb(error.__traceback__), pathlib.Path(file).resolve()
+    frames, path = traceback.extract_tb(error.__traceback__), path.resolve()
     lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename).resolve() == path]
     where = f"{file}, line {lines[-1]}" if lines else file
     # str() of a KeyError puts its text in quotes.

@@ -23,7 +23,7 @@ from m3i_jax.data.geometry import (
 )
 from m3i_jax.data.record_batches import Batch, RecordBatchBuilder
 from m3i_jax.data.repeated_source import repeat_rare
-from m3i_jax.data.sources import base
+from m3i_jax.data.sources import base, mixture
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.sources.objects import Objects
 from m3i_jax.data.sources.segmentations import Polygons
@@ -337,8 +337,8 @@ def iterate_detect_batches(
 
 def drop_without_objects(source: DataSource) -> DataSource:
     """Returns the records of a source that show an object which is no crowd, as detection trains on
-    them; the source itself if all do, or if it has no table of its objects. The description counts
-    what is left out.
+    them; the source itself if all do, or if it has no table of its objects. Of a mixture, those of
+    each source. The description counts what is left out.
 
     Raises:
         UserError: none is left.
@@ -351,6 +351,8 @@ def drop_without_objects(source: DataSource) -> DataSource:
     table = base.object_table(source)
     if table is None:
         return source
+    if isinstance(source, mixture.Mixture):
+        return source.of_parts(drop_without_objects)
     counts = table.objects_per_record(len(source))
     if counts.all():
         return source

@@ -292,6 +292,19 @@ def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
+def convert_to_rgb(image: Image.Image, *, background: int = 255) -> Image.Image:
+    """Converts an image of Pillow as `open_image` and `DecodedImage.rgb` do, EXIF rotation
+    included, without their limits on its size.
+
+    Raises:
+        BadRecord: the file behind it cannot be decoded.
+
+    >>> convert_to_rgb(Image.new("LA", (3, 2), (0, 0))).getpixel((0, 0))
+    (255, 255, 255)
+    """
+    return DecodedImage(image, _exif_transpose(image), *image.size[::-1]).rgb(background=background)
+
+
 def _rgb(image: Image.Image, background: int) -> Image.Image:
     """Converts an image of any mode of Pillow to RGB."""
     image.load()

@@ -19,10 +19,10 @@ RecordOrBad = base.Record | decode.BadRecord
 
 class EvaluationBatches(Iterator[Batch]):
     """Iterator over centre crops; see `evaluation_batches`. `skipped`: reason -> bad records of
-    this host so far."""
+    this host so far. `total`: records on all hosts, bad ones included."""
 
-    def __init__(self, batches: Iterator[Batch], skipped: dict[str, int]) -> None:
-        self._batches, self.skipped = batches, skipped
+    def __init__(self, batches: Iterator[Batch], skipped: dict[str, int], total: int) -> None:
+        self._batches, self.skipped, self.total = batches, skipped, total
 
     def __next__(self) -> Batch:
         return next(self._batches)
@@ -81,7 +81,7 @@ def evaluation_batches(
     ]
     read = functools.partial(decode.read_records, source, missing=missing)
     batches = _batches(read, shares, preprocessing, rows, max(1, threads), skipped)
-    return EvaluationBatches(batches, skipped)
+    return EvaluationBatches(batches, skipped, len(all_indices))
 
 
 def _batches(

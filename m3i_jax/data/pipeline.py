@@ -76,15 +76,42 @@ def stream_fingerprint(config: schema.Config, source: DataSource) -> str:
     >>> len({stream_fingerprint(schema.Config(seed=seed), Five()) for seed in (1, 2)})
     2
     """
+    return _digest(config, source, _resizer(config))
+
+
+def earlier_fingerprints(config: schema.Config, source: DataSource) -> tuple[str, ...]:
+    """Returns what earlier versions saved as the fingerprint of this very stream: that of a dense
+    task named the resizer of views, which such a task does not use.
+
+    >>> class Five:
+    ...     def __len__(self): return 5
+    ...     def fingerprint(self): return "0123456789abcdef"
+    >>> config = schema.Config(task="detect")
+    >>> stream_fingerprint(config, Five()) in earlier_fingerprints(config, Five())
+    False
+    >>> earlier_fingerprints(schema.Config(), Five())
+    ()
+    """
+    if config.traits.views:
+        return ()
+    return (_digest(config, source, _EARLIER_RESIZER),)
+
+
+# the only one beside Pillow's while dense tasks named it
+_EARLIER_RESIZER = ["resizer fast 4"]
+
+
+def _digest(config: schema.Config, source: DataSource, resizer: list[str]) -> str:
     return base.stable_digest(
-        STREAM, config.seed, len(source), source.fingerprint(), *_resizer(config), *_repeat(config)
+        STREAM, config.seed, len(source), source.fingerprint(), *resizer, *_repeat(config)
     )
 
 
 def _resizer(config: schema.Config) -> list[str]:
-    """Names the resizer that makes the pixels; empty for Pillow's, which is the default."""
+    """Names the resizer that makes the pixels of views; empty for Pillow's, which is the default,
+    and for tasks that have no views: dense tasks resize by `geometry` alone."""
     name = crops.choose_resizer(config.data.resizer)
-    return [] if name == "pillow" else [f"resizer {name}"]
+    return [] if name == "pillow" or not config.traits.views else [f"resizer {name}"]
 
 
 def _repeat(config: schema.Config) -> list[str]:

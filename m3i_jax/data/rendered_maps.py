@@ -48,6 +48,8 @@ class RenderedMaps(base.SubsetSource):
     def __init__(self, source: DataSource) -> None:
         super().__init__(source, np.arange(len(source)), "objects as maps", "rendered maps")
         self.map_classes = (BACKGROUND, *source.classes)
+        if hasattr(source, "locate"):  # a mixture: its shares of the stream
+            self.locate = source.locate
 
     def __getitem__(self, index: int) -> Record:
         return _with_map(super().__getitem__(index))

@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from m3i_jax import run_files, schema
+from m3i_jax import progress, run_files, schema
 from m3i_jax.data.decode import clean_caption, sample_captions
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
@@ -189,7 +189,7 @@ def train_tokenizer(
         min_frequency=2,
         special_tokens=list(_TRAINED),
         initial_alphabet=alphabet,
-        show_progress=False,
+        show_progress=progress.shows_progress(),
     )
     core.train_from_iterator((text for text in sorted(texts) for _ in range(texts[text])), trainer)
     return Tokenizer(core, length)
@@ -346,7 +346,11 @@ def open_tokenizer(data: schema.Data, source: base.DataSource, saved: str = "") 
         tokenizer = clip_tokenizer(data.vocabulary, data.caption_length)
     else:
         tokenizer = train_tokenizer(
-            sample_captions(source, missing=data.missing), data.vocabulary_size, data.caption_length
+            progress.track_progress(
+                sample_captions(source, missing=data.missing), "reading captions", unit="captions"
+            ),
+            data.vocabulary_size,
+            data.caption_length,
         )
     if saved:
         tokenizer.save(saved)

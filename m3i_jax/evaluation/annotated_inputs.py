@@ -31,7 +31,10 @@ class Predictor:
             return task.predict(params, params["running"], batch)
 
         self._predict = parallel.Program(
-            predict, name="predict", out_shardings=parallel.data_sharding(inputs.mesh)
+            predict,
+            name="predict",
+            announced="the predictions of the evaluation",
+            out_shardings=parallel.data_sharding(inputs.mesh),
         )
 
     def __call__(

@@ -1,11 +1,30 @@
-"""The encoder of a dense run, for its recipe: model, weights and maps."""
+"""The encoder of a dense run, for its recipe: model, weights and maps; and the heads of another
+dense run, to go on from it."""
 
 import ml_collections
 
-from m3i_jax.evaluation.load import build_encoder
+from m3i_jax.evaluation.load import build_encoder, settings_of_weights
+from m3i_jax.interop import dense_weights, tensor_files
 from m3i_jax.models import backbones, presets
+from m3i_jax.training import checkpoint_dir
 
 WINDOW = 14  # side of ViTDet's windows in patches
+# settings that the shapes of pyramid and head, and what they mean, depend on
+HEAD_SETTINGS = {
+    "detect": (
+        "strides",
+        "anchor_sizes",
+        "anchor_ratios",
+        "canonical",
+        "width",
+        "rpn_convs",
+        "box_convs",
+        "box_hidden",
+        "mask_convs",
+        "dino",
+    ),
+    "segment": ("head", "strides", "width", "pool_scales", "aux_width", "mask2former"),
+}
 
 
 def global_blocks(depth: int) -> tuple[int, ...]:
@@ -54,13 +73,16 @@ def build_dense_encoder(
     Returns:
       whether the encoder is a plain ViT, of which a recipe sets `dense.maps`.
     """
+    pretrained = image_size
     if from_:
-        build_encoder(config, from_, flag)
+        source = build_encoder(config, from_, flag)
+        # of a dense run, the images to which its position table belongs
+        pretrained = source.dense.maps.image_size or source.data.image_size
     else:
         config.model.update(presets.preset(model))
     vit = config.model.backbone == "vit"
     if vit:
-        config.dense.maps.image_size = config.data.image_size if from_ else image_size
+        config.dense.maps.image_size = pretrained
         config.model.encoder.position_grid = 0
         config.model.scan = config.model.encoder.depth >= 12  # else compile time grows with depth
     config.model.encoder.freeze_patch_embed = False
@@ -69,3 +91,36 @@ def build_dense_encoder(
     config.train.panel_every = 1000
     config.evaluate.knn = False
     return vit and backbones.get_backbone(config.model).stages is not None
+
+
+def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: str) -> bool:
+    """Start from pyramid and head, too, if `from_` has those of the same task and kind of head: a
+    run that was trained on other data before, such as Objects365 before COCO, or a file of
+    detectron2 with a Mask R-CNN. Their sizes and the maps are then those of the source. Layers of
+    categories restart if the names of the categories differ, with a line in the log; running
+    statistics of batch norms start anew.
+
+    Args:
+      config: changed in place, after all other settings of a recipe.
+      from_, flag: as of `build_dense_encoder`.
+
+    Returns:
+      whether it has them.
+    """
+    if not from_:
+        return False
+    if not checkpoint_dir.is_run(from_) and not (
+        config.task == "detect" and dense_weights.has_mask_rcnn(tensor_files.read_tensors(from_))
+    ):
+        return False
+    source = settings_of_weights(from_, flag)
+    if source.task != config.task:
+        return False
+    if source.dense[config.task].head != config.dense[config.task].head:
+        return False
+    config.dense.maps.update(source.dense.maps)
+    config.dense.maps.image_size = source.dense.maps.image_size or source.data.image_size
+    ours, theirs = config.dense[config.task], source.dense[config.task]
+    ours.update({name: theirs[name] for name in HEAD_SETTINGS[config.task]})
+    config.init.only = ("^encoder/", "^pyramid/", "^head/")
+    return True

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import parallel, schema
+from m3i_jax import parallel, progress, schema
 from m3i_jax.models import m3i, pooling
 from m3i_jax.training import views
 
@@ -81,6 +81,7 @@ class Extractor:
         self._features = parallel.Program(
             functools.partial(extract_features, config, "attention" if attention else "mean"),
             name="features",
+            announced="the features of the evaluation",
             out_shardings=parallel.replicated(mesh),
         )
 
@@ -126,7 +127,13 @@ def extract_set(
         }
 
     pending: Any = None
-    for batch in batches:
+    bar = progress.track_progress(
+        batches,
+        "evaluation",
+        getattr(batches, "total", None),
+        size=lambda batch: len(batch["valid"]) * parallel.host_names(),
+    )
+    for batch in bar:
         poll()
         pixels = parallel.to_global(mesh, {"views": batch["views"]})["views"]
         out = function(params, pixels)

@@ -2,13 +2,16 @@
 
 import m3i_jax
 model = m3i_jax.load("runs/first")  # or a file of timm, Hugging Face, MAE, SiameseIM, Google,
-                                    # InternImage
-vectors = model.features(images)    # uint8 or float [B, H, W, 3], any size -> float32 [B, D]
+                                    # InternImage; or hf://OWNER/NAME
+vectors = model.features(images)    # arrays, Pillow images, paths or a directory -> float32 [B, D]
 """
 
+import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,12 +20,12 @@ import ml_collections
 import numpy as np
 
 from m3i_jax import config as configuration
-from m3i_jax import schema
-from m3i_jax.data import preprocessing
+from m3i_jax import progress, schema
+from m3i_jax.data import image_inputs, preprocessing
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import feature_extraction, load_dense
-from m3i_jax.models import backbones
+from m3i_jax.evaluation import feature_extraction, hub, load_dense
+from m3i_jax.models import backbones, networks
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint_dir, checkpoint_reader, plan, weight_source
 
@@ -30,7 +33,7 @@ POOLS = ("auto", "attention", "mean", "cls", "tokens")
 _ROWS = 64  # images a device step
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class LoadedEncoder:
     """An encoder with its weights.
 
@@ -54,22 +57,51 @@ class LoadedEncoder:
         )
 
     @property
+    def network(self) -> networks.Network:
+        """The encoder as a function of (params["encoder"], normalised images), and as a module of
+        flax; see `models.networks`.
+
+        Raises:
+          UserError: the backbone is neither a ViT nor an InternImage.
+        """
+        network = networks.network_of(self.config.model, self.config.data.image_size)
+        if network is None:
+            raise UserError(
+                f"load: {self.name}: the backbone {self.config.model.backbone!r} is none of this"
+                " package; use `function`"
+            )
+        return network
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """The preprocessing of the run's evaluations, or that described by a file."""
         return Preprocessing.of(self.config)
 
+    def __repr__(self) -> str:
+        backbone = backbones.get_backbone(self.config.model)
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return (
+            f"LoadedEncoder({self.name}: {self.config.model.backbone},"
+            f" {backbone.describe(self.config.model)}, {count:,} parameters,"
+            f" {self.config.data.image_size} pixels, pool={self.pool})"
+        )
+
     def features(self, images: Any, *, ready: bool = False) -> np.ndarray:
         """Features of images, float32, not normalised: [B, D], or [B, T, D] for pool="tokens".
+        Shows a progress bar where stderr is a terminal.
 
         Args:
-          images: RGB, uint8 or floats in 0..1, [B, H, W, 3] or [H, W, 3]; or a list of images of
-            any sizes. Each is resized and cropped by `preprocessing`, as in an evaluation of the
-            run.
+          images: one image or several: a path, a Pillow image, or an array [H, W] or [H, W, C] of 1
+            to 4 channels (gray, gray and alpha, RGB, RGBA): uint8, uint16, bool, or floats in 0..1;
+            an array of them, [B, H, W] or [B, H, W, C]; a list or another iterable of images of any
+            sizes; or a directory, whose images are read in the order of their relative paths. Each
+            is made RGB, resized and cropped by `preprocessing`, as in an evaluation of the run.
           ready: the images have the model's size and are not resized or cropped.
 
         Raises:
-          ValueError: arrays of another shape or type, floats outside 0..1, or views of another
-            size; features that are not finite.
+          ValueError: arrays of another shape or type, floats outside 0..1, files that are no
+            images, or views of another size; features that are not finite.
+          UserError: a directory without images.
 
         >>> from m3i_jax.models import vit
         >>> encoder = schema.Encoder(patch_size=8, width=8, depth=1, heads=2)
@@ -77,28 +109,26 @@ class LoadedEncoder:
         >>> config = schema.Config(model=model, data=schema.Data(image_size=32))
         >>> params = {"encoder": vit.init(model, jax.random.key(0))}
         >>> loaded = LoadedEncoder(config, params, "mean", "")
-        >>> loaded.features([np.zeros((40, 60, 3), np.uint8), np.ones((32, 32, 3))]).shape
+        >>> loaded.features([np.zeros((40, 60), np.uint8), np.ones((32, 32, 3))]).shape
         (2, 8)
         """
-        if isinstance(images, Sequence) or np.ndim(images) == 4:
-            image_list = list(images)
-        else:
-            image_list = [images]
-        preprocess = (
-            functools.partial(_check_view, self.config.data.image_size)
-            if ready
-            else self.preprocessing.view
-        )
+        each, total = image_inputs.iterate_images(images)
         size = self.config.data.image_size
         out = []
-        for start in range(0, len(image_list), _ROWS):
-            views = [preprocess(np.asarray(image)) for image in image_list[start : start + _ROWS]]
-            dtype = np.uint8 if all(v.dtype == np.uint8 for v in views) else np.float32
-            rows = 1 << (len(views) - 1).bit_length()  # powers of two: few compilations
-            batch = np.zeros((rows, size, size, 3), dtype)
-            for row, v in enumerate(views):
-                batch[row] = v / np.float32(255) if v.dtype != dtype else v
-            out.append(np.asarray(self.function(self.params, batch))[: len(views)])
+        with (
+            concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+            progress.progress_bar("features", total) as advance,
+        ):
+            view = functools.partial(self._view, ready)
+            while chunk := list(itertools.islice(each, _ROWS)):
+                views = list(pool.map(view, chunk))
+                dtype = np.uint8 if all(v.dtype == np.uint8 for v in views) else np.float32
+                rows = 1 << (len(views) - 1).bit_length()  # powers of two: few compilations
+                batch = np.zeros((rows, size, size, 3), dtype)
+                for row, v in enumerate(views):
+                    batch[row] = v / np.float32(255) if v.dtype != dtype else v
+                out.append(np.asarray(self.function(self.params, batch))[: len(views)])
+                advance(len(views))
         if not out:
             return np.zeros((0, *self.shape[1:]), np.float32)
         features = np.concatenate(out)
@@ -110,13 +140,19 @@ class LoadedEncoder:
             )
         return features
 
+    def _view(self, ready: bool, image: Any) -> np.ndarray:
+        """The view [S, S, 3] of an image."""
+        pixels = image_inputs.rgb_pixels(image, background=self.preprocessing.background)
+        if ready:
+            return _check_view(self.config.data.image_size, pixels)
+        return self.preprocessing.view(pixels)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the features of one image: (1, D), or (1, T, D). Traces the encoder."""
         size = self.config.data.image_size
-        return jax.eval_shape(
-            self.function, self.params, jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-        ).shape
+        images = np.zeros((1, size, size, 3), np.uint8)
+        return tuple(jax.eval_shape(self.function, self.params, images).shape)
 
 
 def _check_view(size: int, image: np.ndarray) -> np.ndarray:
@@ -130,17 +166,24 @@ def _check_view(size: int, image: np.ndarray) -> np.ndarray:
 
 
 def load(
-    path: str, *, weights: str = "online", pool: str = "auto", heads: int = 0, dtype: str = ""
+    path: str | os.PathLike[str],
+    *,
+    weights: str = "online",
+    pool: str = "auto",
+    heads: int = 0,
+    dtype: str = "",
 ) -> Any:
     """The encoder of a run or of a file of weights, a `LoadedEncoder`; of a run of detection or
-    segmentation its whole model, a `load_dense.LoadedDense`.
+    segmentation its whole model, a `load_dense.LoadedDense`, and of a file of detectron2's ViTDet
+    as well.
 
     Args:
       path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE,
-        SiameseIM, Google ViT or InternImage. An InternImage must have the sizes of a preset. With
-        the fusion of M3I (H, G) its dense features are fused; without (T to XL) they are the map of
-        the last stage. Its images have the size given by a preprocessor_config.json next to it, or
-        224 pixels.
+        SiameseIM, Google ViT or InternImage, or a Mask R-CNN of detectron2's ViTDet; or
+        hf://OWNER/NAME[@REVISION], such a directory on the Hugging Face Hub. An InternImage must
+        have the sizes of a preset. With the fusion of M3I (H, G) its dense features are fused;
+        without (T to XL) they are the map of the last stage. Its images have the size given by a
+        preprocessor_config.json next to it, or 224 pixels.
       weights: online, or ema: the momentum average.
       pool: attention, mean (of the patch tokens), cls, or tokens (all of them); auto: attention if
         the run trained it, else mean.
@@ -155,17 +198,23 @@ def load(
     """
     if pool not in POOLS:
         raise UserError(f"load: pool={pool!r} is none of {', '.join(POOLS)}; give one of these")
+    given, path = path, os.fspath(path)
+    if path.startswith(hub.PREFIX):
+        path = hub.fetch_weights(path)
     source = weight_source.open_weights(path, weights=weights, key="load")
+    if given != path:
+        source.name = source.name.replace(path, str(given))
     run = checkpoint_dir.is_run(path)
-    config = configuration.resolve(
-        configuration.load_from_workdir(path, "load")
-        if run
-        else _described(source, path, heads, "load")
-    )
+    if run:
+        settings = configuration.load_from_workdir(path, "load")
+    else:
+        settings = _described(source, path, heads, "load")
+        settings.data.image_size = source.settings.get("detector_size", settings.data.image_size)
+    config = configuration.resolve(settings)
     if dtype:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    if run and not config.traits.views:
-        return load_dense.load_dense(path, config, weights=weights)
+    if not config.traits.views:
+        return load_dense.load_dense(path, config, source)
     trained = (
         run
         and bool(plan.build_plan(config).where("category", "text"))
@@ -226,17 +275,23 @@ def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
     return _described(weight_source.open_weights(path, key=flag), path, 0, flag)
 
 
-def build_encoder(config: ml_collections.ConfigDict, path: str, flag: str) -> None:
+def build_encoder(
+    config: ml_collections.ConfigDict, path: str, flag: str
+) -> ml_collections.ConfigDict:
     """Set up a run that starts from other weights: their model and preprocessing, and `init_from`.
 
     Args:
       config: settings of the run, changed in place.
       path, flag: see `settings_of_weights`, which raises.
+
+    Returns:
+      the settings of the weights.
     """
     source = settings_of_weights(path, flag)
     config.model.update(source.model)
     _copy_preprocessing(config, source)
     config.init_from, config.init.only = path, ("^encoder/",)
+    return source
 
 
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
@@ -315,6 +370,12 @@ def _described(
     config.model.update({"dtype": "float32", "pool": {"heads": 1}})
     config.data.image_size = stored["image_size"]
     config.data.augment.update({name: stored[name] for name in ("mean", "std") if name in stored})
+    if "detect" in stored:
+        config.task = "detect"
+        config.dense.detect.update(stored["detect"])
+        config.dense.maps.update(stored.get("maps", {}))
+        config.dense.maps.image_size = stored["image_size"]
+        config.data.classes = stored["classes"]
     config.evaluate.crop = stored.get("crop", config.evaluate.crop)
     config.data.background = stored.get("background", config.data.background)
     return config

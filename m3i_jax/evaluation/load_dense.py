@@ -8,7 +8,6 @@ size, as in the evaluations of the run.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,17 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import run_files, schema
+from m3i_jax import schema
 from m3i_jax.data import annotated_eval
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import detection_results, sliding_windows
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_reader, weight_source
+from m3i_jax.training import checkpoint_dir, checkpoint_reader, weight_source
 from m3i_jax.training.dense_task import DenseTask
 from m3i_jax.training.task import make_task
 
-CLASSES = "classes.json"
 _STATISTICS = "opt/running/statistics/"
 
 
@@ -49,7 +47,7 @@ class DetectedObjects:
     masks: np.ndarray | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class LoadedDense:
     """A detector or segmenter with its weights.
 
@@ -66,6 +64,13 @@ class LoadedDense:
     names: tuple[str, ...]
     name: str
     batch: int = 1
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return (
+            f"LoadedDense({self.name}: {self.config.task}, {len(self.names)} classes, {count:,}"
+            f" parameters, {self.config.data.image_size} pixels)"
+        )
 
     @property
     def task(self) -> DenseTask:
@@ -178,9 +183,9 @@ def as_images(images: Any) -> list[np.ndarray]:
     return out
 
 
-def load_dense(path: str, config: schema.Config, *, weights: str) -> LoadedDense:
-    """The model of a run of detection or segmentation; see `load.load`."""
-    source = weight_source.open_weights(path, weights=weights, key="load")
+def load_dense(path: str, config: schema.Config, source: weight_source.WeightSource) -> LoadedDense:
+    """The model of a run of detection or segmentation, or of a file with a detector; see
+    `load.load`."""
     task = make_task(config)
     assert isinstance(task, DenseTask)
     shapes = {
@@ -189,7 +194,13 @@ def load_dense(path: str, config: schema.Config, *, weights: str) -> LoadedDense
             jax.eval_shape(task.init, jax.random.key(0))
         )
     }
-    wrong = [name for name, shape in shapes.items() if source.shapes.get(name) != shape]
+    run = checkpoint_dir.is_run(path)
+    table = "encoder/positions"  # a file may have a row for cls, which is not used
+    wrong = [
+        name
+        for name, shape in shapes.items()
+        if source.shapes.get(name) != shape and (run or name != table or name not in source.shapes)
+    ]
     if wrong:
         raise UserError(
             f"load: {path}: its arrays are not those of its settings ({wrong[0]} is"
@@ -197,18 +208,14 @@ def load_dense(path: str, config: schema.Config, *, weights: str) -> LoadedDense
         )
     params: dict[str, Any] = {"running": {"pyramid": {}, "head": {}}, "pyramid": {}, "head": {}}
     for name, array in source.read(dict.fromkeys(shapes)).items():
+        if name == table and array.shape != shapes[name]:
+            array = array[:, -shapes[name][1] :]
         checkpoint_reader.set_leaf(params, name, jnp.asarray(array))
-    run = checkpoint_reader.RunWeights(path, "load")
-    statistics = [name for name in run.shapes if name.startswith(_STATISTICS)]
-    for name, array in run.read(dict.fromkeys(statistics)).items() if statistics else ():
-        part = "running/" + name.removeprefix(_STATISTICS)
-        checkpoint_reader.set_leaf(params, part, jnp.asarray(array))
-    return LoadedDense(config, params, class_names(path, config), source.name)
-
-
-def class_names(workdir: str, config: schema.Config) -> tuple[str, ...]:
-    """The names of the classes of a run; their numbers if the run has no file of names."""
-    file = pathlib.Path(workdir) / CLASSES
-    if file.is_file():
-        return tuple(map(str, run_files.read_run_json(file)["classes"]))
-    return tuple(map(str, range(config.data.classes)))
+    if run:
+        weights = checkpoint_reader.RunWeights(path, "load")
+        statistics = [name for name in weights.shapes if name.startswith(_STATISTICS)]
+        for name, array in weights.read(dict.fromkeys(statistics)).items() if statistics else ():
+            part = "running/" + name.removeprefix(_STATISTICS)
+            checkpoint_reader.set_leaf(params, part, jnp.asarray(array))
+    names = source.classes or tuple(map(str, range(config.data.classes)))
+    return LoadedDense(config, params, names, source.name)

@@ -5,18 +5,24 @@ The windows of all images form one stream, which is cut into batches of a fixed 
 is compiled once. Logits are summed on the host, in one array per image that is being worked on:
 4 * height * width * classes bytes, 0.6 GB for 2048 x 512 and 150 classes. The final resize runs in
 strips of rows. With several scales or a mirrored image, the sum of the probabilities has the size
-of the original image."""
+of the original image.
 
+With `dense.segment.test_whole`, a window is a whole image, whose sides are resized to multiples of
+that many pixels, and the model is compiled for every size that occurs."""
+
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
 from m3i_jax import parallel, schema
 from m3i_jax.data import geometry
+from m3i_jax.models.dense.segmentation_heads import segmentation_head
 
 _CHUNK = 8  # images whose windows are listed, and counted on all hosts, at a time
 _STRIP = 1 << 24  # numbers of a strip of rows of the final resize
@@ -42,10 +48,13 @@ class SlidingSettings:
     Attributes:
       window: side of the model's input in pixels.
       stride: pixels between windows.
+      whole: whether a window is a whole image instead.
       batch: windows of this host in a call of the model.
       classes: K.
       scales: of the images; the probabilities of all are averaged.
       flip: average with the mirrored images.
+      softmax: whether the model's outputs are logits, whose softmax is averaged over views; else
+        they are scores that are averaged as they are.
     """
 
     window: int
@@ -54,6 +63,8 @@ class SlidingSettings:
     classes: int
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+    softmax: bool = True
+    whole: bool = False
 
     @property
     def averages(self) -> bool:
@@ -71,10 +82,13 @@ def sliding_settings(config: schema.Config, *, classes: int, batch: int) -> Slid
     return SlidingSettings(
         window=side,
         stride=segment.test_stride or max(1, side // 2),
-        batch=batch,
+        # a batch of whole images has one size, so it seldom fills up: a row for every device
+        batch=min(batch, jax.local_device_count()) if segment.test_whole else batch,
         classes=classes,
+        whole=segment.test_whole > 0,
         scales=tuple(segment.test_scales),
         flip=segment.test_flip,
+        softmax=not segmentation_head(segment).averaged,
     )
 
 
@@ -83,7 +97,8 @@ def resize_rule(
 ) -> tuple[Callable[[Size, float], Size], Callable[[np.ndarray, Size], np.ndarray]]:
     """(size_of, resize) of `class_maps` as the run's training resizes images, without the random
     factor: to dense.geometry.long and short for the rule "range", to a long side of data.image_size
-    for the rule "jitter"; each times the scale and rounded down.
+    for the rule "jitter"; each times the scale and rounded down. With `dense.segment.test_whole`,
+    the sides are then rounded up to its multiples.
 
     >>> size_of, resize = resize_rule(schema.Config())
     >>> size_of((480, 640), 1.0), resize(np.zeros((480, 640, 3), np.uint8), (168, 224)).shape
@@ -92,9 +107,11 @@ def resize_rule(
     rule = config.dense.geometry
     smooth = rule.rule == "jitter"
     long, short = (config.data.image_size,) * 2 if smooth else (rule.long, rule.short)
+    multiple = max(1, config.dense.segment.test_whole)
 
     def size_of(size: Size, scale: float) -> Size:
-        return geometry.range_sides(*size, int(long * scale), int(short * scale))
+        height, width = geometry.range_sides(*size, int(long * scale), int(short * scale))
+        return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
     def resize(image_HxWx3: np.ndarray, size: Size) -> np.ndarray:
         source = (image_HxWx3.shape[0], image_HxWx3.shape[1])
@@ -111,12 +128,18 @@ class _View:
     logits."""
 
     def __init__(self, owner: "_Canvas", size: Size, flip: bool, settings: SlidingSettings) -> None:
-        self.owner, self.size, self.flip, self._side = owner, size, flip, settings.window
-        starts = [window_starts(n, settings.window, settings.stride) for n in size]
+        self.owner, self.size, self.flip = owner, size, flip
+        self.window = size if settings.whole else (settings.window, settings.window)
+        starts = [
+            window_starts(n, side, settings.stride)
+            for n, side in zip(size, self.window, strict=True)
+        ]
         self.windows = [(top, left) for top in starts[0] for left in starts[1]]
         self.left = len(self.windows)
         self._classes = settings.classes
-        self._counts = [_cover(n, at, self._side) for n, at in zip(size, starts, strict=True)]
+        self._counts = [
+            _cover(n, at, side) for n, at, side in zip(size, starts, self.window, strict=True)
+        ]
         self._image: np.ndarray | None = None
         self._sum: np.ndarray | None = None
 
@@ -125,12 +148,12 @@ class _View:
         if self._image is None:
             image = resize(self.owner.image, self.size)
             self._image = image[:, ::-1] if self.flip else image
-        return self._image[at[0] : at[0] + self._side, at[1] : at[1] + self._side]
+        return self._image[self._rows(at)]
 
     def add(self, logits_SxSxK: np.ndarray, at: Size) -> None:
         if self._sum is None:
             self._sum = np.zeros((*self.size, self._classes), np.float32)
-        part = self._sum[at[0] : at[0] + self._side, at[1] : at[1] + self._side]
+        part = self._sum[self._rows(at)]
         part += logits_SxSxK[: part.shape[0], : part.shape[1]]
         self.left -= 1
 
@@ -141,6 +164,9 @@ class _View:
         mean = self._sum
         mean /= (rows[:, None] * columns)[..., None]
         return mean[:, ::-1] if self.flip else mean
+
+    def _rows(self, at: Size) -> tuple[slice, slice]:
+        return slice(at[0], at[0] + self.window[0]), slice(at[1], at[1] + self.window[1])
 
     def free(self) -> None:
         self._image = self._sum = None
@@ -165,9 +191,11 @@ class _Canvas:
         size_of: Callable[[Size, float], Size],
     ) -> None:
         self.key, self.image, self._averages = key, image_HxWx3, settings.averages
+        self._softmax = settings.softmax
         height, width = image_HxWx3.shape[:2]
         self.size = (height, width)
         self._total: np.ndarray | None = None
+        self.pixels: np.ndarray | None = None  # the class map
         flips = (False, True) if settings.flip else (False,)
         self.views = [
             _View(self, size_of(self.size, scale), flip, settings)
@@ -184,8 +212,10 @@ class _Canvas:
             self._total = np.zeros((*self.size, classes), np.float32)
         for rows, strip in resized_strips(logits, self.size):
             if self._total is not None:
-                strip = np.exp(strip - strip.max(-1, keepdims=True))
-                self._total[rows] += strip / strip.sum(-1, keepdims=True)
+                if self._softmax:
+                    strip = np.exp(strip - strip.max(-1, keepdims=True))
+                    strip = strip / strip.sum(-1, keepdims=True)
+                self._total[rows] += strip
                 strip = self._total[rows]
             if last:
                 out[rows] = strip.argmax(-1)
@@ -230,6 +260,14 @@ def _most_of_hosts(count: int) -> int:
     return max(map(int, parallel.exchange_values("windows", str(count))))
 
 
+def _sizes_of_hosts(sizes: set[Size]) -> list[Size]:
+    """All sizes of windows of all hosts, in one order."""
+    text = ";".join(f"{h},{w}" for h, w in sorted(sizes))
+    given = parallel.exchange_values("sizes", text)
+    found = {part for one in given for part in one.strip().split(";") if part}
+    return sorted((int(h), int(w)) for h, w in (part.split(",") for part in found))
+
+
 def class_maps(
     predict: Predict,
     images: Iterable[tuple[Any, np.ndarray]],
@@ -242,7 +280,8 @@ def class_maps(
     """The class map of each image at its original size, in their order.
 
     Logits of overlapping windows are averaged, resized to the original size, and the largest is
-    taken; with several scales or mirrored images, the mean of the resized logits' softmax.
+    taken; with several scales or mirrored images, the mean of the resized logits' softmax, or of
+    scores as they are.
 
     Several hosts pass their own images, which may differ in number and size: all call the model
     equally often, so it may be a collective; a host that has no more windows passes zeros.
@@ -271,7 +310,7 @@ def class_maps(
     >>> [(key, pixels[0].tolist()) for key, pixels in found]
     [('a', [0, 0, 0, 1, 1, 1])]
     """
-    side, batch = settings.window, settings.batch
+    batch = settings.batch
     stream = iter(images)
     while True:
         chunk = [
@@ -279,15 +318,25 @@ def class_maps(
             for key, image in itertools.islice(stream, _CHUNK)
         ]
         windows = [(view, at) for canvas in chunk for view in canvas.views for at in view.windows]
-        calls = _most_of_hosts(-(-len(windows) // batch))
-        if not calls:
+        sizes = [(settings.window, settings.window)]
+        if settings.whole:
+            sizes = _sizes_of_hosts({view.window for view, _ in windows})
+        # taken from the end, so that finished images are freed
+        groups = {size: [row for row in windows[::-1] if row[0].window == size] for size in sizes}
+        rounds = [
+            size
+            for size, group in groups.items()
+            for _ in range(_most_of_hosts(-(-len(group) // batch)))
+        ]
+        if not rounds:
             return
-        del chunk
-        windows.reverse()  # taken from the end, so that finished images are freed
-        for _ in range(calls):
+        order = collections.deque(chunk)
+        del chunk, windows
+        for size in rounds:
             poll()
-            taken = [windows.pop() for _ in range(min(batch, len(windows)))]
-            pixels_BxSxSx3 = np.zeros((batch, side, side, 3), np.uint8)
+            group = groups[size]
+            taken = [group.pop() for _ in range(min(batch, len(group)))]
+            pixels_BxSxSx3 = np.zeros((batch, *size, 3), np.uint8)
             size_Bx2 = np.zeros((batch, 2), np.int32)
             for row, (view, at) in enumerate(taken):
                 part = view.cut(resize, at)
@@ -297,7 +346,7 @@ def class_maps(
             for row, (view, at) in enumerate(taken):
                 view.add(logits_BxSxSxK[row], at)
                 if not view.left:
-                    pixels = view.owner.finish_view(view)
-                    if pixels is not None:
-                        yield view.owner.key, pixels
+                    view.owner.pixels = view.owner.finish_view(view)
+            while order and (pixels := order[0].pixels) is not None:
+                yield order.popleft().key, pixels
             del logits_BxSxSxK

@@ -1,8 +1,9 @@
 """Conversion between weights of ViTDet's Mask R-CNN (detectron2) and our trees of pyramid and head.
 
 Weights are a flat table {name: array} in PyTorch's layouts. The names of the encoder,
-`backbone.net.`, are not read here. detectron2 publishes pickles, which this project does not open:
-save the table of one as .npz or .safetensors first.
+`backbone.net.`, are not read here. detectron2 publishes pickles of numpy arrays, which neither this
+project nor PyTorch's safe loader opens: save the table of one, its entry "model", as .npz or
+.safetensors first.
 
 C channels, T side of the pooled maps, K categories."""
 
@@ -20,6 +21,10 @@ _Change = Callable[[np.ndarray], np.ndarray]
 _ENCODER = "backbone.net."
 _PIXELS = ("pixel_mean", "pixel_std")  # buffers of some versions
 _SIDE = 7  # of the maps that the box head flattens
+_OBJECTNESS = "proposal_generator.rpn_head.objectness_logits.weight"
+_SCORES = "roi_heads.box_predictor.cls_score.weight"
+_FLATTENED = "roi_heads.box_head.fc1.weight"
+LVIS_CLASSES = 1203
 
 
 class _Rule(NamedTuple):
@@ -164,6 +169,55 @@ def load_mask_rcnn(state: Mapping[str, Any]) -> Tree:
             f" {', '.join(unknown[:3])}{more}; give a file of that project"
         )
     return tree
+
+
+def has_mask_rcnn(names: Mapping[str, Any]) -> bool:
+    """Whether a table of detectron2 has a whole Faster or Mask R-CNN, and not an encoder alone, or
+    a cascade of heads.
+
+    >>> has_mask_rcnn({"backbone.net.blocks.0.attn.rel_pos_h": 0})
+    False
+    """
+    return _SCORES in names and _OBJECTNESS in names and _FLATTENED in names
+
+
+def mask_rcnn_settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Settings that the names and shapes of a table of `has_mask_rcnn` imply, with the values of
+    detectron2's ViTDet project where they imply none: anchors, canonical box and thresholds.
+
+    Args:
+      shapes: {name: shape}.
+
+    Returns:
+      "detect", fields of `schema.Detect`, and "classes", the number of categories. With the 1,203
+      categories of LVIS, loss and thresholds are those of LVIS.
+    """
+
+    def convs(template: str) -> int:
+        return sum(bool(_number(template).match(name)) for name in shapes)
+
+    levels = sorted(int(level) for level, _, _ in _levels(shapes))
+    strides = tuple(2**level for level in (*levels, levels[-1] + 1))  # the last is a pooled one
+    classes = shapes[_SCORES][0] - 1
+    detect: dict[str, Any] = {
+        "strides": strides,
+        "anchor_sizes": tuple(8 * stride for stride in strides),
+        "width": shapes[_OBJECTNESS][1],
+        "rpn_convs": convs("proposal_generator.rpn_head.conv.conv{i}.weight") or 1,
+        "box_convs": convs("roi_heads.box_head.conv{i}.weight"),
+        "box_hidden": shapes[_FLATTENED][0],
+        "masks": "roi_heads.mask_head.predictor.weight" in shapes,
+    }
+    if detect["masks"]:
+        detect["mask_convs"] = convs("roi_heads.mask_head.mask_fcn{i}.weight")
+    if classes == LVIS_CLASSES:
+        detect |= {
+            "loss": "federated",
+            "score_threshold": 0.02,
+            "detections": 300,
+            "candidates": 4096,
+        }
+    return {"detect": detect, "classes": classes}
 
 
 def store_mask_rcnn(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:

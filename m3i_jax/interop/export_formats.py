@@ -133,6 +133,7 @@ def hugging_face_config(
         "patch_size": encoder["patch_size"],
         "num_channels": 3,
         "torch_dtype": "float32",
+        "m3i_jax": {"final_norm": encoder["final_norm"]},
     }
     config |= (
         {"attention_dropout": 0.0}

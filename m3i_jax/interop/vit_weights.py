@@ -137,6 +137,10 @@ def load_vit(
         )
     flat = _stack_layers(gathered, entries)
     notes = _fold_layer_scale(flat) + _add_cls_row(flat)
+    if _part(config or {}, "m3i_jax").get("final_norm") is False:
+        # the format has a norm after the last block, and our export of an encoder without one says
+        # that it is not part of it
+        flat = {k: v for k, v in flat.items() if not k.startswith("encoder/norm/")}
     # CLIP, and CLIP models of timm, have no bias
     if "encoder/patch_embed/kernel" in flat and "encoder/patch_embed/bias" not in flat:
         flat["encoder/patch_embed/bias"] = np.zeros(

@@ -41,11 +41,15 @@ class Backbone:
       layers_above(model, path): layers above a parameter, for layer-wise learning rates: a number,
         or one per layer of a stacked parameter.
       describe(model): a few words for reports.
-      stages(model, params, images_BxHxWx3, *, maps, size, keep_BxLx2): maps for dense tasks, a
-        tuple of [B, H / stride, W / stride, C], of normalised images of any height and width that
-        the largest stride divides. `maps`: a `schema.Maps`. `size`: side in pixels of the images
-        of the run, to which the positions of the encoder belong (or to `maps.image_size`); they
-        are resized to the map. None: the backbone has no maps.
+      stages(model, params, images_BxHxWx3, *, maps, size, keep_BxLx2, before): maps for dense
+        tasks, a tuple of [B, H / stride, W / stride, C], of normalised images of any height and
+        width that the largest stride divides. `maps`: a `schema.Maps`. `size`: side in pixels of
+        the images of the run, to which the positions of the encoder belong (or to
+        `maps.image_size`); they are resized to the map. `before`: `before(stage, x_BxhxwxC)` is
+        called with the input of each stage, and the stage reads what it returns; None: itself.
+        A backbone whose stages lack it cannot be composed. None: the backbone has no maps.
+      copies: the same, for the maps of both copies of a composed backbone, of which those of
+        `stages` are the last. None: it is not composed.
       map_strides(model, maps): the stride of each map in pixels.
       init_maps(model, maps, params, *, size): the parameters that `stages` reads with these
         settings, made of those of `init`: with what only maps have, without what they do not read.
@@ -78,6 +82,7 @@ class Backbone:
       init_settings: keys of its sections that only matter for first values.
       added_parameters: prefixes of paths that pre-training adds to a published encoder.
       map_parameters: prefixes of paths that `init_maps` adds.
+      stem_parameters: names at the root of the parameters of what makes the first stage's input.
       without_added(model): how to configure the encoder without them, for an error message.
       fixed_arrays(model, grid): {path: array} that it computes and other projects store.
       card(model): rows (name, value) of the model card.
@@ -89,6 +94,7 @@ class Backbone:
     layers_above: Callable[[schema.Model, str], int | np.ndarray]
     describe: Callable[[schema.Model], str]
     stages: Callable[..., tuple[jax.Array, ...]] | None = None
+    copies: Callable[..., tuple[tuple[jax.Array, ...], ...]] | None = None
     map_strides: Callable[[schema.Model, schema.Maps], tuple[int, ...]] | None = None
     init_maps: Callable[..., Params] = lambda model, maps, params, *, size: params
     attention: Callable[..., jax.Array] | None = None
@@ -113,6 +119,7 @@ class Backbone:
     init_settings: tuple[str, ...] = ()
     added_parameters: tuple[str, ...] = ("mask_token",)
     map_parameters: tuple[str, ...] = ()
+    stem_parameters: tuple[str, ...] = ()
     without_added: Callable[[schema.Model], str] = lambda _: "use weights that have it"
     fixed_arrays: Callable[[schema.Model, int], Mapping[str, np.ndarray]] = lambda *_: {}
     card: Callable[[schema.Model], Any] = _nothing

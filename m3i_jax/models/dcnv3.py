@@ -16,8 +16,6 @@ weights are float32 for every precision of the input. The caller applies the sof
 B batch, H W input size, I J output size, C channels, G groups, D = C / G, P points, O = I J.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import parallel
-from m3i_jax.models import dcnv3_cpu, dcnv3_dense, dcnv3_tpu
+from m3i_jax.models import dcnv3_tpu
 from m3i_jax.models.dcnv3_dense import Samples, widen
+from m3i_jax.models.sampled_sums import SampledSum, gathered_sum, sampled_sum
 
 METHODS = ("auto", "dense", "band", "kernel", "fused", "gather")
-_BAND = 2  # rows of a band and of its windows; more rows: fewer turns, more products with zeros
 
 
 def points(kernel: int, dilation: int = 1, *, remove_center: bool = False) -> np.ndarray:
@@ -83,191 +81,49 @@ def choose(height: int, width: int, platform: str = "default") -> str:
     return "dense" if height * width <= 200 else "band"
 
 
-class _Call(NamedTuple):
-    """Static arguments of a call.
+class _Displaced(NamedTuple):
+    """Where DCNv3 samples: the undisplaced points of every output, and their displacements.
 
     Attributes:
-      methods: (platform, method) pairs.
-      size, out: rows and columns of input and output.
+      out: rows and columns of the output.
       step: stride, and coordinate of the first output.
       scale: `offset_scale`.
       grid: undisplaced points [P, 2].
     """
 
-    methods: tuple[tuple[str, str], ...]
-    size: tuple[int, int]
     out: tuple[int, int]
     step: tuple[int, int]
     scale: float
     grid: tuple[tuple[int, int], ...]
 
-
-def _rest_positions(call: _Call, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of every undisplaced point of every output, [O, P]."""
-    (stride, shift), grid = call.step, np.asarray(call.grid)
-    rows, columns = (
-        stride * index + shift
-        for index in np.divmod(np.arange(call.out[0] * call.out[1]), call.out[1])
-    )
-    down, over = (call.scale * grid[:, i] for i in (1, 0))
-    return (rows[:, None] + down).astype(dtype), (columns[:, None] + over).astype(dtype)
-
-
-def _samples_channels_last(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
-    """Coordinates and weights [B, O, G, P] from [B, O, G, P, 2] and [B, O, G, P]."""
-    dtype = widen(offset.dtype)
-    rest_y, rest_x = (rest[:, None] for rest in _rest_positions(call, dtype))
-    y, x = offset[..., 1].astype(dtype), offset[..., 0].astype(dtype)
-    return Samples(call.scale * y + rest_y, call.scale * x + rest_x, mask.astype(dtype))
-
-
-def _samples(call: _Call, offset: jax.Array, mask: jax.Array) -> Samples:
-    """Coordinates and weights [B, G, P, O]: output cells last, where they fill vector registers."""
-    dtype = widen(offset.dtype)
-    b, o, g, p, _ = offset.shape
-    rest_y, rest_x = (rest.T for rest in _rest_positions(call, dtype))
-    moved = jnp.transpose(offset, (0, 2, 4, 3, 1)).astype(dtype)
-    weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o).astype(dtype)
-    return Samples(
-        call.scale * moved[:, :, 1] + rest_y, call.scale * moved[:, :, 0] + rest_x, weight
-    )
-
-
-def _cells_last(x_BxOxC: jax.Array, groups: int) -> jax.Array:
-    b, o, c = x_BxOxC.shape
-    return jnp.moveaxis(x_BxOxC, 1, 2).reshape(b, groups, c // groups, o)
-
-
-def _channels_last(x_BxGxDxO: jax.Array) -> jax.Array:
-    b, g, d, o = x_BxGxDxO.shape
-    return jnp.moveaxis(x_BxGxDxO.reshape(b, g * d, o), 2, 1)
-
-
-def _by_platform(form: Callable[..., Any], call: _Call, *arrays: jax.Array) -> Any:
-    forms = {platform: functools.partial(form, call, method) for platform, method in call.methods}
-    return (
-        jax.lax.platform_dependent(*arrays, **forms)
-        if len(set(call.methods)) > 1
-        else forms["default"](*arrays)
-    )
-
-
-def _value(
-    call: _Call, method: str, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array
-) -> jax.Array:
-    if method == "fused":
-        return dcnv3_cpu.forward(x_BxQxC, _samples_channels_last(call, offset, mask), call.size)
-    if method == "kernel":
-        run = functools.partial(
-            dcnv3_tpu.forward, size=call.size, interpret=parallel.platform() != "tpu"
+    def _rest_positions(self, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Row and column of every undisplaced point of every output, [O, P]."""
+        (stride, shift), grid = self.step, np.asarray(self.grid)
+        rows, columns = (
+            stride * index + shift
+            for index in np.divmod(np.arange(self.out[0] * self.out[1]), self.out[1])
         )
-        return parallel.per_device(run, x_BxQxC, _samples(call, offset, mask))
-    # Without the barrier the compiler would transpose the coordinates again for every entry of the
-    # matrix.
-    at, rows = (
-        jax.lax.optimization_barrier(_samples(call, offset, mask)),
-        (_BAND if method == "band" else 0),
-    )
-    return _channels_last(
-        dcnv3_dense.forward(_cells_last(x_BxQxC, at.y.shape[1]), at, call.size, rows, call.out[0])
-    )
+        down, over = (self.scale * grid[:, i] for i in (1, 0))
+        return (rows[:, None] + down).astype(dtype), (columns[:, None] + over).astype(dtype)
 
+    def channels_last(self, offset: jax.Array, mask: jax.Array) -> Samples:
+        """Coordinates and weights [B, O, G, P] from [B, O, G, P, 2] and [B, O, G, P]."""
+        dtype = widen(offset.dtype)
+        rest_y, rest_x = (rest[:, None] for rest in self._rest_positions(dtype))
+        y, x = offset[..., 1].astype(dtype), offset[..., 0].astype(dtype)
+        return Samples(self.scale * y + rest_y, self.scale * x + rest_x, mask.astype(dtype))
 
-def _gradients(
-    call: _Call,
-    method: str,
-    x_BxQxC: jax.Array,
-    offset: jax.Array,
-    mask: jax.Array,
-    grad_BxOxC: jax.Array,
-) -> tuple:
-    at, pull = jax.vjp(
-        functools.partial(_samples_channels_last if method == "fused" else _samples, call),
-        offset,
-        mask,
-    )
-    if method == "fused":
-        run = functools.partial(dcnv3_cpu.backward, size=call.size)
-        # It merges images, groups and rows of cells into one axis, which the partitioner cannot
-        # split.
-        per_device = parallel.is_single_device(x_BxQxC.shape[0])
-        dx, dat = (
-            parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
-            if per_device
-            else run(x_BxQxC, at, grad_BxOxC)
+    def cells_last(self, offset: jax.Array, mask: jax.Array) -> Samples:
+        """Coordinates and weights [B, G, P, O]: output cells last, where they fill vector
+        registers."""
+        dtype = widen(offset.dtype)
+        b, o, g, p, _ = offset.shape
+        rest_y, rest_x = (rest.T for rest in self._rest_positions(dtype))
+        moved = jnp.transpose(offset, (0, 2, 4, 3, 1)).astype(dtype)
+        weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o).astype(dtype)
+        return Samples(
+            self.scale * moved[:, :, 1] + rest_y, self.scale * moved[:, :, 0] + rest_x, weight
         )
-        return (dx, *pull(dat))
-    groups, rows = at.y.shape[1], _BAND if method == "band" else 0
-    if method == "kernel":
-        run = functools.partial(
-            dcnv3_tpu.backward, size=call.size, interpret=parallel.platform() != "tpu"
-        )
-        dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
-        return (dx, *pull(dat))
-    at = jax.lax.optimization_barrier(at)
-    dv, dat = dcnv3_dense.backward(
-        _cells_last(x_BxQxC, groups),
-        at,
-        _cells_last(grad_BxOxC, groups),
-        call.size,
-        rows,
-        call.out[0],
-    )
-    return (_channels_last(dv), *pull(jax.lax.optimization_barrier(dat)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _operator(call: _Call, x_BxQxC: jax.Array, offset: jax.Array, mask: jax.Array) -> jax.Array:
-    return _by_platform(_value, call, x_BxQxC, offset, mask)
-
-
-_operator.defvjp(
-    lambda call, *arrays: (_operator(call, *arrays), arrays),
-    lambda call, residuals, grad: _by_platform(_gradients, call, *residuals, grad),
-)
-
-
-@jax.custom_vjp
-def _inside(t: jax.Array) -> jax.Array:
-    """Identity; a coordinate of -1 or less, which reads only the padding, gets no gradient."""
-    return t
-
-
-_inside.defvjp(lambda t: (t, t), lambda t, g: (jnp.where(t > -1, g, 0),))
-
-
-def _gather(x_BxQxC: jax.Array, at: Samples, size: tuple[int, int]) -> jax.Array:
-    height, width = size
-    # the points of an output side by side, as they are summed
-    at = Samples(*(jnp.swapaxes(a, 2, 3) for a in at))
-    b, g, o, p = at.y.shape
-    d = x_BxQxC.shape[2] // g
-    # One ring of zeros before and two behind: every coordinate in [-1, size] has its four cells;
-    # everything beyond is zero.
-    y, x = jnp.clip(_inside(at.y), -1, height), jnp.clip(_inside(at.x), -1, width)
-    row, column = jnp.floor(y), jnp.floor(x)
-    below, right = y - row, x - column
-    v = jnp.pad(x_BxQxC.reshape(b, height, width, g, d), ((0, 0), (1, 2), (1, 2), (0, 0), (0, 0)))
-    packed = jnp.concatenate([v[:, :-1, :-1], v[:, :-1, 1:], v[:, 1:, :-1], v[:, 1:, 1:]], -1)
-    packed_BxGxQx4D = packed.reshape(b, -1, g, 4 * d).swapaxes(1, 2)
-    index = ((row + 1) * (width + 2) + column + 1).astype(jnp.int32).reshape(b, g, o * p, 1)
-    cells = jnp.take_along_axis(packed_BxGxQx4D, index, 2, mode="clip").reshape(b, g, o, p, 4, d)
-    weight = (
-        jnp.stack(
-            [(1 - below) * (1 - right), (1 - below) * right, below * (1 - right), below * right], -1
-        )
-        * at.m[..., None]
-    )
-    weight = weight.astype(x_BxQxC.dtype)
-    precision = None if cells.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    out = jnp.einsum(
-        "bgopk,bgopkd->bogd",
-        weight,
-        cells,
-        precision=precision,
-        preferred_element_type=widen(cells.dtype),
-    )
-    return out.reshape(b, o, g * d).astype(x_BxQxC.dtype)
 
 
 def dcnv3(
@@ -345,9 +201,7 @@ def dcnv3(
         name: choose(height, width, p) if method == "auto" else method
         for name, p in platforms.items()
     }
-    call = _Call(
-        methods=tuple(methods.items()),
-        size=(height, width),
+    places = _Displaced(
         out=out,
         step=(stride, dilation * (kernel - 1) // 2 - pad),
         scale=offset_scale,
@@ -355,9 +209,12 @@ def dcnv3(
     )
     x_BxQxC = x_BxHxWxC.reshape(b, -1, c)
     if method == "gather":
-        y_BxOxC = _gather(
-            x_BxQxC, jax.lax.optimization_barrier(_samples(call, offset, mask)), (height, width)
+        y_BxOxC = gathered_sum(
+            x_BxQxC,
+            jax.lax.optimization_barrier(places.cells_last(offset, mask)),
+            (height, width),
         )
     else:
-        y_BxOxC = _operator(call, x_BxQxC, offset, mask)
+        call = SampledSum(tuple(methods.items()), (height, width), out[0], places)
+        y_BxOxC = sampled_sum(call, x_BxQxC, offset, mask)
     return y_BxOxC.reshape(b, *out, c)

@@ -257,6 +257,17 @@ def init(model: InternImageConfig, rng: jax.Array, *, mask_token: bool = False) 
     return params
 
 
+def init_dcn(layer: Layer, rng: jax.Array) -> Params:
+    """Parameters of the DCNv3 of one layer, as `init` draws them.
+
+    >>> layer = Layer(8, 2, "pre", 0.0, 1.0, 3, False, 32)
+    >>> float(init_dcn(layer, jax.random.key(0))["offsets"]["kernel"].max())  # a box filter
+    0.0
+    """
+    rule = functools.partial(_init_spec, InternImageConfig(kernel=layer.kernel))
+    return initializers.fill(rng, layer.shapes()["dcn"], rule)
+
+
 def pixel_shuffle(x_BxHxWx4D: jax.Array) -> jax.Array:
     """[B, H, W, 4 D] -> [B, 2 H, 2 W, D]: channel 4 d + 2 a + b of a cell is channel d of its
     sub-cell (a, b).
@@ -321,6 +332,7 @@ def feature_maps(
     remat: str = "none",
     keep_gathered: bool = False,
     method: str = "auto",
+    before: Callable[[int, jax.Array], jax.Array] | None = None,
 ) -> list[jax.Array]:
     """The maps at the ends of the four stages, [B, H, W, C 2^i], each half as large as the one
     before.
@@ -341,6 +353,7 @@ def feature_maps(
       keep_gathered: on a mesh with an fsdp axis, whether the backward pass keeps the gathered
         weights or gathers them again.
       method: form of DCNv3, as of `dcnv3.dcnv3`.
+      before: a function of the number of a stage and its input; the stage reads what it returns.
 
     Raises:
       ValueError: sizes that do not fit.
@@ -371,6 +384,7 @@ def feature_maps(
     maps, start = [], 0
     for stage, depth in enumerate(model.depths):
         part = params[f"stage{stage}"]
+        x = before(stage, x) if before else x
         keep = None if keep_BxLx2 is None else keep_BxLx2[:, start : start + depth]
         every = model.extra_norm if _extra_norms(model, stage) else 0
         settings: dict[str, Any] = {

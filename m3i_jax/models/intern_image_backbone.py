@@ -5,7 +5,7 @@ B images, N patches, P = 3 p p numbers of a patch, K cells read, D width, L laye
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -95,6 +95,7 @@ def _stages(
     maps: schema.Maps = _NO_MAPS,
     size: int,
     keep_BxLx2: jax.Array | None = None,
+    before: Callable[[int, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:
     """The maps at the ends of the four stages, at strides 4 to 32 of the published sizes."""
     del maps, size  # there are no positions, and nothing to choose
@@ -105,6 +106,7 @@ def _stages(
             images_BxHxWx3,
             keep_BxLx2=keep_BxLx2,
             dtype=model.dtype,
+            before=before,
             **scan_blocks.block_kwargs(model),
         )
     )
@@ -194,7 +196,7 @@ def _validate_encoder(e: schema.Encoder) -> None:
 def _validate_maps(maps: schema.Maps) -> None:
     for field in dataclasses.fields(schema.Maps):
         value, default = getattr(maps, field.name), getattr(_NO_MAPS, field.name)
-        if value != default:
+        if value != default and not field.name.startswith("composite"):
             raise UserError(
                 f"config.dense.maps.{field.name}: {value!r} is of the ViT and does nothing"
                 f" {_WHERE}, whose maps are those of its four stages; leave it at {default}"
@@ -320,5 +322,6 @@ INTERN_IMAGE = Backbone(
     shape_settings=("patch_size", "width"),
     init_settings=("layer_scale", "mlp_std"),
     added_parameters=("mask_token", "fusion/"),
+    stem_parameters=("stem", "mask_token"),
     without_added=_without_fusion,
 )

@@ -122,6 +122,7 @@ VIT = Backbone(
     ),
     silent_settings=("heads", "activation", "norm_eps"),
     map_parameters=("relative/", "blocks/gamma1", "blocks/gamma2"),
+    stem_parameters=("patch_embed", "positions", "cls_token", "embedding_norm"),
     fixed_arrays=_fixed_arrays,
     card=_card,
 )

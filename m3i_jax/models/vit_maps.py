@@ -13,7 +13,9 @@ B images, p pixels a patch, H W size of an image, h w of a map, S cells a side o
 L blocks."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +107,7 @@ def stages(
     maps: schema.Maps = _NO_MAPS,
     size: int,
     keep_BxLx2: jax.Array | None = None,
+    before: Callable[[int, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:
     """The maps of the blocks `maps.blocks`, or that of the last one, [B, H / p, W / p, D] in
     `model.dtype`. The final norm, if the encoder has one, is applied to the last block's.
@@ -118,6 +121,8 @@ def stages(
         `maps.image_size` (or `model.encoder.position_grid`) says otherwise; of another grid they
         are resized, bicubic.
       keep_BxLx2: stochastic depth as factors 0 or 1 / (1 - p) of attention and MLP; None: off.
+      before: a function of the number of a map and [B, h, w, D], the input of the first block that
+        only this map and later ones are made of; the block reads what it returns.
 
     Raises:
       ValueError: sides that are not multiples of the patch.
@@ -136,20 +141,56 @@ def stages(
     patches_BxNxP = vit.patchify(images_BxHxWx3, e.patch_size)
     table_NxD = position_table(model, params, (maps.image_size or size) // e.patch_size, grid)
     reads = dataclasses.replace(model, encoder=dataclasses.replace(e, cls_token=cls))
-    outputs = run_map_blocks(
-        MapBlock(block=vit.encoder_modules(model)[1], grid=grid, cls=cls),
-        params["blocks"],
-        params.get("relative", {}),
-        vit.embed_patches(reads, params, patches_BxNxP, table_NxD),
-        windows=window_sides(model, maps),
-        ends=maps.blocks or (e.depth - 1,),
-        keep_BxLx2=keep_BxLx2,
-        **block_kwargs(model),
-    )
+    x_BxTxD = vit.embed_patches(reads, params, patches_BxNxP, table_NxD)
+    one = MapBlock(block=vit.encoder_modules(model)[1], grid=grid, cls=cls)
+    ends = maps.blocks or (e.depth - 1,)
+    run = functools.partial(_run_blocks, model, one, params, windows=window_sides(model, maps))
+    if before is None:
+        outputs = run(x_BxTxD, 0, ends, keep_BxLx2=keep_BxLx2)
+    else:
+        outputs, first = (), 0
+        for number, end in enumerate(ends):
+            changed = before(number, x_BxTxD[:, int(cls) :].reshape(-1, *grid, e.width))
+            changed = changed.reshape(len(x_BxTxD), -1, e.width)
+            x_BxTxD = jnp.concatenate([x_BxTxD[:, : int(cls)], changed], 1)
+            (x_BxTxD,) = run(x_BxTxD, first, (end,), keep_BxLx2=keep_BxLx2)
+            outputs, first = (*outputs, x_BxTxD), end + 1
     if e.final_norm and (maps.blocks or (e.depth - 1,))[-1] == e.depth - 1:
         last_BxTxD = LayerNorm(e.norm_eps).apply({"params": params["norm"]}, outputs[-1])
         outputs = (*outputs[:-1], last_BxTxD)
     return tuple(x[:, int(cls) :].reshape(x.shape[0], *grid, e.width) for x in outputs)
+
+
+def _run_blocks(
+    model: schema.Model,
+    one: MapBlock,
+    params: Params,
+    x_BxTxD: jax.Array,
+    first: int,
+    ends: tuple[int, ...],
+    *,
+    windows: Sequence[int],
+    keep_BxLx2: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """The outputs of the blocks `ends`, of those from `first` on."""
+    some, relative = slice(first, ends[-1] + 1), params.get("relative", {})
+    blocks = params["blocks"]
+    if some != slice(0, model.encoder.depth):
+        blocks = jax.tree.map(lambda leaf: leaf[some], blocks)
+    return run_map_blocks(
+        one,
+        blocks,
+        {
+            f"block{i - first}": relative[f"block{i}"]
+            for i in range(some.start, some.stop)
+            if f"block{i}" in relative
+        },
+        x_BxTxD,
+        windows=windows[some],
+        ends=[end - first for end in ends],
+        keep_BxLx2=None if keep_BxLx2 is None else keep_BxLx2[:, some],
+        **block_kwargs(model),
+    )
 
 
 def position_table(

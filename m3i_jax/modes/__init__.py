@@ -59,8 +59,8 @@ MODES = {
         compiles=True,
     ),
     "show": Mode(
-        "print the resolved settings, parameters, FLOPs a step and memory of the state; reads no"
-        " data"
+        "print the resolved settings, parameters, FLOPs a step, memory of the state and days, here"
+        " and on accelerators; reads no images"
     ),
     "preview": Mode("write a contact sheet of what the model will see to WORKDIR/preview.png"),
     "compare": Mode(
@@ -77,9 +77,9 @@ MODES = {
         reads=("report.beside", "report.private"),
     ),
     "eval": Mode(
-        "evaluate the newest checkpoint of the run in the working directory: a table and"
-        " WORKDIR/eval.json; needs no --config",
-        flags=("checkpoint",),
+        "evaluate the newest checkpoint of the run in the working directory, on its data or others"
+        " (--data): a table and WORKDIR/eval.json; needs no --config",
+        flags=("checkpoint", "data", "untrained"),
         of_run=True,
         together=True,
         compiles=True,

@@ -3,11 +3,15 @@ settings enable on the newest checkpoint, or on another one; prints a table and 
 WORKDIR/eval.json, which also describes the data and the preprocessing.
 
 The file is rewritten after every evaluator. The same command continues with the evaluators that are
-missing in it; another checkpoint of the run or other settings start a new file. An evaluation of
-other data or other weights goes to WORKDIR/eval-<digits>, figures included: eval.json and
-report.html stay those of the run."""
+missing in it; another checkpoint of the run or other settings start a new file.
+
+--data SOURCE evaluates on other data (`eval_data`), in WORKDIR/eval-<name of the data>. Other data
+or weights by other means go to WORKDIR/eval-<digits>. Figures are there too: eval.json and figures
+of the working directory stay those of the run, whose report.html shows all of them. --untrained
+also evaluates the initial weights of the same network."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -23,17 +27,17 @@ from m3i_jax.data import tokenizer
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import feature_extraction, load
+from m3i_jax.evaluation import feature_extraction, load, registry
+from m3i_jax.evaluation.feature_extraction import EvalContext
 from m3i_jax.models import backbones
-from m3i_jax.modes import evaluators, figure_evaluators, output, report
+from m3i_jax.modes import eval_data, evaluators, figure_evaluators, output, report
 from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.eval_results import RESULT, Results, earlier_results, result_dir
 from m3i_jax.parallel import distributed
-from m3i_jax.reporting import text_table
-from m3i_jax.reporting.atomic_write import write_text_atomic
-from m3i_jax.training import checkpoint_dir, loop
+from m3i_jax.training import checkpoint_dir, loop, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
+from m3i_jax.training.task import task_kind
 
-RESULT = "eval.json"
 HELD = "held out"  # prefix of the lines of data.txt about held-out data
 SAME = (
     "evaluate.",
@@ -44,7 +48,16 @@ SAME = (
 )  # prefixes of the settings that a result depends on
 
 
-def run(config: schema.Config, *, workdir: str, checkpoint: str = "") -> int:
+def run(
+    config: schema.Config,
+    *,
+    workdir: str,
+    checkpoint: str = "",
+    data: str = "",
+    untrained: bool = False,
+) -> int:
+    if untrained:
+        jobs.require_views(config, "eval --untrained", "its weights alone predict nothing")
     source = merge_results(
         checkpoint or workdir, "--checkpoint" if checkpoint else "--workdir", needed=not checkpoint
     )
@@ -72,7 +85,7 @@ def run(config: schema.Config, *, workdir: str, checkpoint: str = "") -> int:
     distributed.assert_same_on_all_hosts("data", {"data": job.identity, "checkpoint": str(step)})
     of_run = source is not None and source[0].parent.resolve() == job.workdir.resolve()
     weights = f"step {step:,}" if of_run else checkpoint
-    if not source:
+    if not source and job.config.traits.views:
         encoder = backbones.get_backbone(job.config.model).describe(job.config.model)
         log(
             f"{checkpoint} contains only an encoder ({encoder}, {job.config.data.image_size}"
@@ -89,10 +102,14 @@ def run(config: schema.Config, *, workdir: str, checkpoint: str = "") -> int:
     trained_on = source[0].parent if source else job.workdir
     if other := other_data(job, trained_on):
         log(f"the data are not those of the run in {trained_on}: {'; '.join(other)}")
-        job = _with_other_classes(job, log)
+        job = _with_other_classes(job, log, named=bool(data))
+        _refuse_other_names(job, trained_on)
     about = described(job, str(source[0] / str(step)) if source else checkpoint, step)
-    if not of_run or other:
-        job = dataclasses.replace(job, workdir=_result_dir(job, about, began))
+    run_dir = job.workdir
+    if not of_run or other or data:
+        name = eval_data.data_name(eval_data.entry_of(config.data)) if data else ""
+        directory = result_dir(run_dir, about, began=began, name=name, of_run=of_run)
+        job = dataclasses.replace(job, workdir=directory)
     figures = figure_evaluators.FigureWriter(
         job, lambda: f"{step:08d}", lambda: f"{weights}, {job.config.evaluate.encoder} parameters"
     )
@@ -111,14 +128,27 @@ def run(config: schema.Config, *, workdir: str, checkpoint: str = "") -> int:
         checkpoints.close()
     else:
         state = trainer.init()
+    make_context = functools.partial(_context, job, image_sets)
     return evaluate(
         job,
         about,
         metrics,
-        feature_extraction.EvalContext(
-            image_sets, feature_extraction.encoder_params(job.config, state), lambda: None
-        ),
+        make_context(state),
+        (lambda: make_context(_initial_state(job))) if untrained else None,
+        run=run_dir,
     )
+
+
+def _context(job: jobs.Setup, image_sets: Any, state: Any) -> EvalContext:
+    return EvalContext(
+        image_sets, feature_extraction.encoder_params(job.config, state), lambda: None
+    )
+
+
+def _initial_state(job: jobs.Setup) -> Any:
+    """The state of the run before its first step, without the weights that it started from."""
+    config = dataclasses.replace(_one_step(job.config), init_from="")
+    return dataclasses.replace(job, config=config).make_trainer().init()
 
 
 def _ignore(line: str) -> None:
@@ -191,34 +221,21 @@ def _differ(one: str | None, other: str | None) -> bool:
     return numbers[0] != numbers[1]
 
 
-def _result_dir(job: jobs.Setup, about: dict[str, Any], began: bool) -> pathlib.Path:
-    """The directory for results that are not those of the run in the working directory: the working
-    directory itself if it has neither a run nor results of something else."""
-    if (
-        not began
-        and earlier_results(
-            job.workdir / RESULT, {name: about[name] for name in ("checkpoint", "data")}
-        )
-        is not None
-    ):
-        return job.workdir
-    data = json.dumps([about["data"], about["checkpoint"]], sort_keys=True)
-    directory = job.workdir / f"eval-{base.stable_digest(data)[:8]}"
-    if not jax.process_index():
-        directory.mkdir(mode=0o700, exist_ok=True)
-    return directory
-
-
 def _with_captions(config: schema.Config, captions: str) -> schema.Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, captions=captions))
 
 
-def _with_other_classes(job: jobs.Setup, log: Callable[[str], None]) -> jobs.Setup:
+def _with_other_classes(
+    job: jobs.Setup, log: Callable[[str], None], *, named: bool = False
+) -> jobs.Setup:
     """The job with the categories of these data. Without the evaluation of the category head if the
-    head of the run has another number of them."""
+    head of the run has another number of them. A run that ignored labels measures those of data
+    that are `named` by --data."""
     classes, known = tuple(job.train.classes), job.config.data.classes
-    if not known:
+    if not job.config.traits.views:
         return job
+    if not known:
+        return dataclasses.replace(job, classes=classes) if named else job
     config = job.config
     if config.evaluate.direct and len(classes) != known:
         log(
@@ -236,6 +253,25 @@ def _with_other_classes(job: jobs.Setup, log: Callable[[str], None]) -> jobs.Set
     return dataclasses.replace(job, config=config, classes=classes)
 
 
+def _refuse_other_names(job: jobs.Setup, run: pathlib.Path) -> None:
+    """Refuse data of other classes than a run of a dense task has learnt: its head predicts those.
+
+    Raises:
+      UserError: names a class that differs.
+    """
+    learnt = None if job.config.traits.views else weight_source.class_names(str(run))
+    if learnt is None:
+        return
+    here = tuple(task_kind(job.config.task).class_names(job.train))
+    if learnt != here:
+        wrong = [name for name in here if name not in learnt] or list(here)
+        raise UserError(
+            f"data.source={job.config.data.source!r}: has {len(here)} classes, such as"
+            f" {wrong[0]!r}, and the run in {run} learnt {len(learnt)} others; give data with the"
+            f" same classes, in this order: {', '.join(learnt[:5])}"
+        )
+
+
 def _one_step(config: schema.Config) -> schema.Config:
     """The settings for a single step: nothing is trained, and the data may have fewer images than a
     batch."""
@@ -248,9 +284,13 @@ def _one_step(config: schema.Config) -> schema.Config:
 
 def evaluate_weights(config: schema.Config, path: str) -> schema.Config:
     """The configuration that evaluates a file of weights, read as `init_from` reads it: the mean
-    features of the online encoder, since such files have no heads."""
+    features of the online encoder, since such files have no heads of pre-training; of a dense task,
+    the whole model, of which nothing may be missing."""
     settings = dataclasses.replace(config.evaluate, features="mean", encoder="online")
     init = dataclasses.replace(config.init, only=("^encoder/",))
+    if not config.traits.views:
+        settings = config.evaluate
+        init = dataclasses.replace(config.init, only=(), strict=True)
     return dataclasses.replace(config, init_from=path, init=init, evaluate=settings)
 
 
@@ -258,70 +298,69 @@ def evaluate(
     job: jobs.Setup,
     about: dict[str, Any],
     metrics: dict[str, feature_extraction.Metric],
-    context: feature_extraction.EvalContext,
+    trained: EvalContext,
+    untrained: Callable[[], EvalContext] | None = None,
+    *,
+    run: pathlib.Path | None = None,
 ) -> int:
     """Run the evaluators that are not in the file yet, and print all results; returns 0, or 42 if
-    preempted."""
+    preempted.
+
+    Args:
+      job: with the directory of the file.
+      about: header of the file; see `described`.
+      metrics: {evaluator: its metric}.
+      trained: the weights.
+      untrained: makes the context of the initial weights; None: they are not evaluated.
+      run: directory whose report shows the results too; None: that of the file.
+    """
     main, path = not jax.process_index(), job.workdir / RESULT
-    known = (earlier_results(path, about) or {}).get("results", {}) if main else {}
-    known = known if isinstance(known, dict) else {}
+    saved = (earlier_results(path, about) or {}) if main else {}
+    parts = {part: saved.get(part) for part in ("results", "untrained")}
+    parts = {part: known if isinstance(known, dict) else {} for part, known in parts.items()}
     # all hosts skip the same evaluators
-    known = json.loads(parallel.exchange_values("evaluated", json.dumps(known))[0])
-    results = {name: known[name] for name in metrics if name in known}
+    parts = json.loads(parallel.exchange_values("evaluated", json.dumps(parts))[0])
+    results = Results(about, len(job.classes))
+    figures = {each.name for each in registry.evaluators() if each.last_only}
+    passes = [(results.values, parts["results"], metrics, "", lambda: trained)]
+    if untrained:
+        measured = {name: metric for name, metric in metrics.items() if name not in figures}
+        passes.append((results.untrained, parts["untrained"], measured, "untrained ", untrained))
+    results.untrained |= parts["untrained"]
     with loop.Preemption() as notice:
-        context.poll = notice.poll
         try:
-            for name, metric in metrics.items():
-                if name not in results:
+            for values, known, enabled, prefix, make in passes:
+                values |= {name: known[name] for name in enabled if name in known}
+                missing = {name: metric for name, metric in enabled.items() if name not in values}
+                context = make() if missing else trained
+                context.poll = notice.poll
+                for name, metric in missing.items():
                     began = time.monotonic()
-                    results[name] = dict(metric(context))
+                    values[name] = dict(metric(context))
+                    results.skipped = results.skipped | dict(context.skipped)
                     if main:
                         # progress: an evaluation of many images takes long
-                        print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
-                        content = {**about, "results": results, "skipped": dict(context.skipped)}
-                        write_text_atomic(path, json.dumps(content, indent=1) + "\n", noted=True)
+                        print(f"{prefix}{name}: {time.monotonic() - began:.1f} s", flush=True)
+                        results.write(path)
         except loop.Preempted:
             if main:
                 print(
-                    f"preempted: {len(results)} of {len(metrics)} evaluators are in {path}; run the"
-                    " same command again to continue",
+                    f"preempted: {len(results.values)} of {len(metrics)} evaluators are in {path};"
+                    " run the same command again to continue",
                     flush=True,
                 )
             return loop.PREEMPTED
     if main:
-        rows = [
-            (name, f"{value:.4f}") for values in results.values() for name, value in values.items()
-        ]
-        data = "; ".join(
-            f"{name} {part['pictures']:,} of {part['name']}, {part['fingerprint']}"
-            for name, part in about["data"].items()
-        )
-        print(
-            f"\nstep {about['step']:,} of {about['checkpoint']}, {about['encoder']} parameters;"
-            f" accuracies are fractions\n{data}\n"
-        )
-        print(text_table.text_table(rows, ("what", "value")))
-        unreadable = {reason: count for reason, count in context.skipped.items() if count}
-        if (job.workdir / "metrics.jsonl").is_file():
-            print(f"\n{report.write_report(job.config, job.workdir)}, with these figures")
+        print(f"\n{results.text()}")
+        unreadable = {reason: count for reason, count in results.skipped.items() if count}
+        page = run or job.workdir
+        if (page / "metrics.jsonl").is_file():
+            print(f"\n{report.write_report(job.config, page)}, with these figures")
         print(
             f"\n{path}" + (f"; images that could not be read: {unreadable}" if unreadable else ""),
             flush=True,
         )
     return loop.DONE
-
-
-def earlier_results(path: pathlib.Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The content of a result file whose header equals `about`; {} without a readable file, None if
-    the header differs."""
-    if not path.is_file():
-        return {}
-    try:
-        saved = run_files.read_run_json(path)
-    except (OSError, UserError) as error:
-        print(f"warning: {error}: all evaluators run again", flush=True)
-        return {}
-    return saved if all(saved.get(key) == value for key, value in about.items()) else None
 
 
 def merge_results(where: str, flag: str, *, needed: bool = True) -> tuple[pathlib.Path, int] | None:

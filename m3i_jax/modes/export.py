@@ -4,7 +4,8 @@ WORKDIR/export/NAME, with a model card.
 timm: model.safetensors and config.json, for timm.create_model(...).load_state_dict. Not for an
   InternImage, which timm does not have.
 hf: model.safetensors, config.json and preprocessor_config.json, for
-  transformers.ViTModel.from_pretrained. For an InternImage the first and the last, with the names
+  transformers.ViTModel.from_pretrained, whose final LayerNorm `m3i_jax.load` leaves out if the
+  encoder has none. For an InternImage the first and the last, with the names
   of its authors' Hugging Face repositories.
 npz: vit.npz with the names of Google's vision_transformer, or intern_image.npz with the names of
   InternImage's PyTorch files.
@@ -13,12 +14,16 @@ stablehlo: features.stablehlo, images [b, S, S, 3] uint8 -> features [b, D] for 
 orbax: parameters, the parameter tree of this package, by Orbax.
 
 Each directory also has preprocessing.json, the preprocessing of the run's evaluations; the files
-for timm and Hugging Face describe the same preprocessing."""
+for timm and Hugging Face describe the same preprocessing. README.md is the model card, without
+paths of this machine, so that the directory can be pushed to a hub as it is:
+
+    huggingface_hub.upload_folder(repo_id="OWNER/NAME", folder_path="RUN/export/hf")"""
 
 import dataclasses
 import importlib.util
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import config as configuration
-from m3i_jax import schema
+from m3i_jax import progress, schema
 from m3i_jax.augment import photometric
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load
@@ -70,28 +75,44 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
         "exports are written to WORKDIR/export; copy config.txt and checkpoints to another"
         " directory and export from there",
     )
+    with progress.progress_bar(f"exporting {format}", total=3, unit="parts") as advance:
+        lines = _export(config, workdir, directory, format, write[format], advance)
+    for line in lines:
+        print(line)
+    return 0
+
+
+def _export(
+    config: schema.Config,
+    workdir: str,
+    directory: pathlib.Path,
+    format: str,
+    write: Callable[..., list[str]],
+    advance: Callable[[int], None],
+) -> list[str]:
+    """Write the directory of a format; returns the lines about it."""
     model = load.load(
         workdir,
         weights=config.evaluate.encoder,
         dtype="" if format in ("stablehlo", "orbax") else "float32",
     )
+    advance(1)
     model = dataclasses.replace(
         model,
         config=dataclasses.replace(model.config, evaluate=config.evaluate, report=config.report),
     )
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    lines = write[format](directory, model, workdir)
+    lines = write(directory, model, workdir)
+    advance(1)
     export_formats.description(directory, model.preprocessing.described())
     lines.append(_preprocessing_line(model))
     write_text_atomic(
-        directory / "model_card.md",
+        directory / model_card.FILE,
         model_card.model_card_text(model, pathlib.Path(workdir), format),
     )
-    print(f"{model.name} -> {directory}")
-    for line in lines:
-        print(line)
-    return 0
+    advance(1)
+    return [f"{model.name} -> {directory}", *lines]
 
 
 def _preprocessing_line(model: load.LoadedEncoder) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from m3i_jax import parallel, privacy, schema
+from m3i_jax import parallel, privacy, progress, schema
 from m3i_jax.data import eval_batches, splits
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.data.sources import base
@@ -154,7 +154,13 @@ def _part(
     features: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     index: list[np.ndarray] = []
-    for batch in batches:
+    bar = progress.track_progress(
+        batches,
+        f"features from image {start:,} on",
+        len(indices),
+        size=lambda batch: int(batch["valid"].sum()),
+    )
+    for batch in bar:
         valid = batch["valid"]
         features.append(
             np.asarray(model.function(model.params, jax.device_put(batch["views"], layout)))[valid]

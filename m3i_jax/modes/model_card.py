@@ -1,8 +1,11 @@
-"""The model card of exported weights: model, data, metrics and settings, from the files of the
-run."""
+"""The model card of exported weights, README.md beside them: model, use, data, metrics and
+settings, from the files of the run. It names no directory of this machine, and begins with the
+metadata that the Hugging Face Hub reads."""
 
 import json
 import pathlib
+import re
+from collections.abc import Iterable
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
@@ -10,10 +13,16 @@ from m3i_jax.evaluation.load import LoadedEncoder
 from m3i_jax.models import backbones
 from m3i_jax.version import __version__
 
+FILE = "README.md"
+# an absolute path, or one from the home directory, and not the rest of a URL
+_PATH = re.compile(r"(?<![\w:/.~\-^])(?:~|\.{1,2})?/(?:[^\s'\",;|/]+/)*([^\s'\",;|/]+)/?")
+_READ_BACK = ("timm", "hf")  # formats that `m3i_jax.load` reads
+_LIBRARY = {"timm": "timm", "hf": "transformers"}
+
 
 def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) -> str:
-    """Markdown: encoder, preprocessing, data with fingerprint, metrics, licence, and every setting
-    that is not at its default."""
+    """Markdown: metadata, encoder, preprocessing, use, data with fingerprint, metrics, licence, and
+    every setting that is not at its default."""
     c = model.config
     e, a = c.model.encoder, c.data.augment
     licence = c.report.licence or (
@@ -54,12 +63,14 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
         ("licence", licence),
     ]
     lines = [
+        *_metadata(c, format),
         "# Model card",
         "",
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),
         "",
+        *_use(format),
         "## Data",
         "",
     ]
@@ -74,7 +85,71 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
         "",
         "```text",
     ]
-    return "\n".join([*lines, *_changed(c), "```", ""])
+    return without_directories("\n".join([*lines, *_changed(c), "```", ""]), configured_paths(c))
+
+
+def without_directories(text: str, paths: Iterable[str] = ()) -> str:
+    """The text with the last part of each path of this machine in place of the path.
+
+    Args:
+      text: to change.
+      paths: relative paths, which the text alone does not tell from other words with a slash.
+
+    >>> without_directories("folder '/data/me/photos', gs://bucket/x, 4/3, x / 255, ^encoder/")
+    "folder 'photos', gs://bucket/x, 4/3, x / 255, ^encoder/"
+    >>> without_directories("data.path = 'mine/photos'", ["mine/photos"])
+    "data.path = 'photos'"
+    """
+    for path in sorted(paths, key=len, reverse=True):
+        text = text.replace(path, pathlib.PurePosixPath(path).name)
+    return _PATH.sub(lambda match: match[1], text)
+
+
+def configured_paths(c: schema.Config) -> set[str]:
+    """The paths of this machine that the settings name."""
+    given = [c.data.path, c.data.directory, c.data.class_names, c.data.vocabulary, c.init_from]
+    given += [c.objective.target_checkpoint, *c.report.beside]
+    given += [entry.partition(":")[2].rpartition("=")[0] for entry in c.data.mixture]
+    return {path for path in given if "/" in path and "://" not in path}
+
+
+def _metadata(c: schema.Config, format: str) -> list[str]:
+    """The YAML that the Hub reads."""
+    name = c.report.licence
+    known = re.fullmatch(r"[A-Za-z0-9.-]+", name)
+    licence = [f"license: {name.lower()}"] if known else []
+    if name and not known:
+        licence = ["license: other", f"license_name: {json.dumps(name)}"]
+    return [
+        "---",
+        f"library_name: {_LIBRARY.get(format, 'jax')}",
+        *licence,
+        "pipeline_tag: image-feature-extraction",
+        "tags:",
+        "- m3i",
+        "- jax",
+        "---",
+        "",
+    ]
+
+
+def _use(format: str) -> list[str]:
+    """How to compute features, if this package reads directories of the format."""
+    if format not in _READ_BACK:
+        return []
+    return [
+        "## Use",
+        "",
+        "With m3i_jax (`pip install 'm3i-jax[hub]'`):",
+        "",
+        "```python",
+        "import m3i_jax",
+        "",
+        'encoder = m3i_jax.load("hf://OWNER/NAME")  # or the path of this directory',
+        'vectors = encoder.features("DIRECTORY_OF_IMAGES")',
+        "```",
+        "",
+    ]
 
 
 def _data(c: schema.Config, workdir: pathlib.Path) -> list[str]:

@@ -39,7 +39,7 @@ def make_clock(
     trainer: Trainer, log: Callable[[str], None], **options: Any
 ) -> goodput.GoodputClock:
     """The clock of a run on the devices of its mesh. Logs the peak that MFU refers to, or why MFU
-    is not reported."""
+    is not reported; nothing on a CPU, for which no peak is listed."""
     config, devices = trainer.config, list(trainer.mesh.devices.flat)
     kind = devices[0].device_kind
     peak = hardware.find_chip(kind, len(devices))
@@ -51,10 +51,11 @@ def make_clock(
         images=config.train.batch_size, chips=peak.chips if peak else len(devices), **options
     )
     if peak is None:
-        log(
-            f"no perf/mfu: the peak of {kind!r} is unknown; set config.report.peak_tflops to that"
-            " of one chip"
-        )
+        if devices[0].platform != "cpu":
+            log(
+                f"no perf/mfu: the peak of {kind!r} is unknown; set config.report.peak_tflops to"
+                " that of one chip"
+            )
     else:
         clock.flops, clock.peak = model_flops(trainer), peak.flops * peak.chips
         log(

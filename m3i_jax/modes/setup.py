@@ -68,6 +68,11 @@ class Setup:
         return pipeline.stream_fingerprint(self.config, self.train)
 
     @property
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """What earlier versions saved for the same stream."""
+        return pipeline.earlier_fingerprints(self.config, self.train)
+
+    @property
     def identity(self) -> str:
         """The lines that the fingerprint is computed from, and those of the held-out data."""
         held = enumerate(base.source_identity(self.held_out), 1)

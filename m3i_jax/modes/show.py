@@ -1,26 +1,43 @@
-"""--mode=show: print what a configuration means, within seconds and without data: settings, plan of
-a step, parameters, FLOPs, memory, days on common accelerators."""
+"""--mode=show: print what a configuration means, within seconds and without reading images:
+settings, plan of a step, parameters, FLOPs, memory, days on this machine and on common
+accelerators."""
 
+import functools
 import math
+import os
 
 import jax
 
 from m3i_jax import config as configuration
 from m3i_jax import parallel, schema, validation
+from m3i_jax.data import pipeline, splits
+from m3i_jax.data.sources.base import DataSource
 from m3i_jax.models import m3i
 from m3i_jax.modes import monitoring, setup
 from m3i_jax.modes.task_views import task_views
-from m3i_jax.profiling import hardware
+from m3i_jax.profiling import flops, hardware, this_machine
 from m3i_jax.reporting import text_table
 from m3i_jax.training import scaling, trainer
+from m3i_jax.training.plan import build_plan
+from m3i_jax.training.task import task_kind
 
 # of ImageNet-1k and CLIP, in place of values that only the data determine
 ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}
 
 
 def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
-    """The configuration completed without opening the data, and the assumptions step_trainer."""
-    d, assumed = config.data, []
+    """The configuration completed without opening the data, and the assumptions made. The names of
+    a folder's files are read, if it lies on this machine: they give all numbers."""
+    d = config.data
+    assumed: list[str] = []
+    if opened := _listed_folder(d):
+        train, _ = opened
+        classes = len(train.classes) if d.classes < 0 else d.classes
+        captions, size = pipeline.uses_captions(d, train), d.size or len(train)
+        done = setup.complete_config(config, classes=classes, captions=captions, size=size)
+        if captions and d.captions == "auto" and not _reads_captions(done):
+            done = setup.complete_config(config, classes=classes, captions=False, size=size)
+        return done, assumed
     classes = d.classes
     if classes < 0:
         classes = 8 if d.source == "shapes" else ASSUMED["classes"]
@@ -35,6 +52,55 @@ def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
     if d.source == "shapes":
         size = round(size * (1 - d.holdout))
     return setup.complete_config(config, classes=classes, captions=captions, size=size), assumed
+
+
+@functools.lru_cache(maxsize=1)
+def _listed_folder(data: schema.Data) -> tuple[DataSource, DataSource] | None:
+    """(training part, held-out part) of a folder on this machine; None for other sources, which
+    cannot be counted without reading them. Only names of files are read."""
+    folder = data.source == "folder" and os.path.isdir(os.path.expanduser(data.path))
+    return splits.open_splits(data) if folder else None
+
+
+def _reads_captions(config: schema.Config) -> bool:
+    """Whether a term of the objective reads captions."""
+    kind = task_kind(config.task)
+    return any(
+        build_plan(setup.with_objective(config, forms)).where("text")
+        for forms in kind.objectives(config)
+    )
+
+
+def _days(days: float) -> str:
+    """A length of time in days, hours or minutes.
+
+    >>> _days(12.34), _days(0.1), _days(0.002)
+    ('12.3 days', '2.4 hours', '3 minutes')
+    """
+    if days >= 1:
+        return f"{days:,.1f} days"
+    hours = 24 * days
+    return f"{hours:.1f} hours" if hours >= 1 else f"{math.ceil(60 * hours)} minutes"
+
+
+def machine_line(total: float, state: float, mfu: float, dtype: str) -> str:
+    """What a run means for the devices of this machine.
+
+    Args:
+      total: FLOPs of the whole run.
+      state: bytes of parameters, moments and target.
+      mfu: share of the peak that is assumed.
+      dtype: of the products.
+    """
+    machine = this_machine.describe_machine(dtype)
+    speed = f"{machine.flops / 1e12:,.3g} TFLOP/s"
+    source = f"measured for products of {dtype} matrices" if machine.measured else "its peak"
+    fits = "" if state < machine.memory else "; the state does not fit its memory"
+    memory = "" if math.isinf(machine.memory) else f", {text_table.format_bytes(machine.memory)}"
+    return (
+        f"this machine: {machine.devices}{memory} free a device, {speed} ({source}):"
+        f" {_days(total / (machine.flops * mfu) / 86_400)} at {mfu:.0%} of that{fits}"
+    )
 
 
 def vocabulary_size(config: schema.Config) -> int:
@@ -66,6 +132,7 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
     batch = trainer.abstract_batch(done)
     length, images = step_trainer.length, done.train.batch_size
     leaves = jax.tree.leaves(step_trainer.template)
+    state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     print(configuration.config_to_text(done))
     overview = parameter_overview.get_parameter_overview(
         step_trainer.template.params, include_stats=False
@@ -103,13 +170,10 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
             "matrix FLOPs a step",
             f"{total / 1e12:,.3f} TFLOP, {total / images / 1e9:,.2f} GFLOP {views.unit}",
         ),
-        ("matrix FLOPs of the run", f"{total * length.steps / 1e18:,.3f} exaFLOP"),
+        ("matrix FLOPs of the run", flops.format_flops(total * length.steps)),
         (
             "state",
-            text_table.format_bytes(
-                sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-            )
-            + " (parameters, moments, EMA target), before sharding",
+            text_table.format_bytes(state) + " (parameters, moments, EMA target), before sharding",
         ),
         (
             "batch",
@@ -134,10 +198,16 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         " --mode=compile computes memory and time of a step"
     )
     print(text_table.text_table(hardware.slice_rows(total * length.steps, mfu), hardware.HEADERS))
+    print(machine_line(total * length.steps, state, mfu, done.model.dtype))
     for line in scaling.scaling_warnings(done, steps=length.steps, warmup=length.warmup):
         print(line)
     if left := scaling.open_settings(config):
         print(f"derived from batch size and length (training/scaling.py): {', '.join(left)}")
+    if opened := _listed_folder(config.data):
+        train, held_out = opened
+        print(f"counted by the names of files: {train.description()}; {len(held_out):,} held out")
     if assumed:
-        print(f"assumed, since this mode reads no data: {', '.join(assumed)}")
+        path = config.data.path if config.data.source == "folder" else ""
+        why = f"{path!r} is not on this machine" if path else "this mode reads no data"
+        print(f"assumed, since {why}: {', '.join(assumed)}")
     return 0

@@ -11,7 +11,6 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, run_files, schema
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import load_dense
 from m3i_jax.models import m3i
 from m3i_jax.modes import evaluators, monitoring, report
 from m3i_jax.modes import setup as jobs
@@ -19,7 +18,7 @@ from m3i_jax.modes.task_views import task_views
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import run_log, writers
 from m3i_jax.reporting.atomic_write import write_text_atomic
-from m3i_jax.training import checkpoint_dir, debug_dump, goodput, loop, scaling
+from m3i_jax.training import checkpoint_dir, debug_dump, goodput, loop, scaling, weight_source
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, SavesFailed
 from m3i_jax.training.task import task_kind
 from m3i_jax.training.trainer import Trainer
@@ -56,7 +55,7 @@ def check_same_run(job: jobs.Setup, position: dict[str, Any] | None, allow_chang
         write_text_atomic(job.workdir / "data.txt", privacy.redact(job.identity), noted=True)
         if not job.config.traits.views:  # predictions of the run have their names
             names = json.dumps({"classes": job.classes}, indent=1) + "\n"
-            write_text_atomic(job.workdir / load_dense.CLASSES, names, noted=True)
+            write_text_atomic(job.workdir / weight_source.CLASSES, names, noted=True)
 
 
 def _changes(job: jobs.Setup, position: dict[str, Any]) -> list[str]:
@@ -77,7 +76,7 @@ def _changes(job: jobs.Setup, position: dict[str, Any]) -> list[str]:
         writers.log_line(
             f"warning: {saved} is missing: the settings cannot be compared with those of the run"
         )
-    if position["fingerprint"] != job.fingerprint:
+    if position["fingerprint"] not in (job.fingerprint, *job.earlier_fingerprints):
         lines = _difference(data, privacy.redact(job.identity))
         out += [f"data, {line}" for line in lines] or [
             f"data: {position['fingerprint']} -> {job.fingerprint}"
@@ -211,6 +210,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     with (
         contextlib.closing(writer),
         monitoring.count_compilations(clock),
+        parallel.announced_compilations(log),
         monitoring.monitored(config, workdir, clock, log) as tracer,
     ):
         if newest is not None:
@@ -218,7 +218,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
                 state = checkpoints.restore(newest, trainer.template, trainer.shardings)
             log(f"resuming at step {newest:,}, {samples:,} samples seen")
         else:
-            state = trainer.init(log)
+            state = trainer.init(log, classes=job.classes)
         data = job.batches(samples)
         data.go_on(position.get("counts", {}) if position else {})
         outside = loop.Callbacks(

@@ -159,6 +159,27 @@ def decode_boxes(
     return jnp.concatenate([center_Nx2 - 0.5 * size_Nx2, center_Nx2 + 0.5 * size_Nx2], -1)
 
 
+def center_boxes(boxes_Nx4: ArrayLike) -> jax.Array:
+    """Boxes as centre and sides, (x, y, width, height), the form in which DETR predicts them.
+
+    >>> center_boxes([[0, 0, 4, 2]]).tolist()
+    [[2.0, 1.0, 4.0, 2.0]]
+    """
+    size_Nx2, center_Nx2 = _size_center(_boxes(boxes_Nx4, "boxes"))
+    return jnp.concatenate([center_Nx2, size_Nx2], -1)
+
+
+def corner_boxes(centers_Nx4: ArrayLike) -> jax.Array:
+    """The inverse of `center_boxes`.
+
+    >>> corner_boxes([[2, 1, 4, 2]]).tolist()
+    [[0.0, 0.0, 4.0, 2.0]]
+    """
+    boxes_Nx4 = _boxes(centers_Nx4, "boxes")
+    center_Nx2, half_Nx2 = boxes_Nx4[..., :2], 0.5 * boxes_Nx4[..., 2:]
+    return jnp.concatenate([center_Nx2 - half_Nx2, center_Nx2 + half_Nx2], -1)
+
+
 def clip_boxes(boxes_Nx4: ArrayLike, size_2: ArrayLike) -> jax.Array:
     """Boxes cut to an image. A box outside becomes one of no area on the border.
 

@@ -13,6 +13,7 @@ No function here has a gradient.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from m3i_jax.objective.numerics import (
@@ -49,7 +50,7 @@ def target_std(target_TxD: ArrayLike, where_T: ArrayLike | None = None) -> jax.A
     x_TxD = jax.lax.stop_gradient(float32(target_TxD))
     x_TxD, _, weight_T = zero_masked_rows(x_TxD, x_TxD, where_T)
     rows = tuple(range(x_TxD.ndim - 1))
-    share_Tx1 = (weight_T / jnp.maximum(weight_T.sum(), jnp.finfo(jnp.float32).tiny))[..., None]
+    share_Tx1 = (weight_T / jnp.maximum(weight_T.sum(), np.finfo(np.float32).tiny))[..., None]
     mean_D = (share_Tx1 * x_TxD).sum(rows)
     return jnp.sqrt((share_Tx1 * jnp.square(x_TxD - mean_D)).sum(rows)).mean()
 

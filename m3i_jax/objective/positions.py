@@ -96,7 +96,7 @@ def resized(table_NxW: np.ndarray, grid: int | tuple[int, int]) -> np.ndarray:
         return table_NxW
     square = table_NxW.astype(np.float64).reshape(old, old, -1)
     weights = bicubic_weights(old, rows), bicubic_weights(old, columns)
-    out = np.einsum("ya,xb,abw->yxw", *weights, square, optimize=True)
+    out: np.ndarray = np.einsum("ya,xb,abw->yxw", *weights, square, optimize=True)
     return out.reshape(rows * columns, -1).astype(np.float32)
 
 

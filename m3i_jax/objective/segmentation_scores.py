@@ -77,7 +77,8 @@ def miou(matrix: ArrayLike) -> dict[str, Any]:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
+    undefined = np.full(part.shape, np.nan)
+    return np.asarray(np.divide(part, whole, out=undefined, where=whole > 0))
 
 
 def _mean(values: np.ndarray) -> float:

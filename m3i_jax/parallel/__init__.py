@@ -33,7 +33,7 @@ from m3i_jax.parallel.mesh import (
     split_rows,
     to_global,
 )
-from m3i_jax.parallel.programs import Program, machine_key
+from m3i_jax.parallel.programs import Program, announced_compilations, machine_key
 from m3i_jax.parallel.sharding import RULES, tree_shardings
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "host_label",
     "data_sharding",
     "allgather_rows",
+    "announced_compilations",
     "exchange_values",
     "gather_bytes",
     "host0_first",

@@ -22,11 +22,12 @@ Hosts that share a compilation cache must also use the same keys, or one host lo
 another compiles for minutes. On GPUs JAX makes the key of a program the same on all hosts. On CPUs
 the key contains the ids of the host's own devices, and `share_cache_keys` removes them."""
 
+import contextlib
 import functools
 import hashlib
 import pathlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -35,6 +36,26 @@ from jax._src import cache_key as _cache_key  # the key of a compiled program ha
 from m3i_jax.parallel import barriers
 
 LIMIT = 7200.0  # seconds to wait for the slowest host; as the watchdog's for a first step
+
+
+_log: Callable[[str], None] | None = None  # of `announced_compilations`
+
+
+@contextlib.contextmanager
+def announced_compilations(log: Callable[[str], None]) -> Iterator[None]:
+    """Log a line before the first call of each `announced` program within the block, which compiles
+    it: on a small machine that takes most of the first minute.
+
+    >>> with announced_compilations(print):
+    ...     _ = Program(lambda x: 2 * x, announced="a product")(3)
+    compiling a product ...
+    """
+    global _log
+    before, _log = _log, log
+    try:
+        yield
+    finally:
+        _log = before
 
 
 class Program:
@@ -46,6 +67,7 @@ class Program:
     Args:
       function: to be jitted.
       name: of the program in messages; that of the function by default.
+      announced: what it computes, for `announced_compilations`; "": its compilation is not logged.
       limit: seconds to wait for the slowest host.
       options: as of `jax.jit`.
 
@@ -58,13 +80,23 @@ class Program:
     """
 
     def __init__(
-        self, function: Callable[..., Any], *, name: str = "", limit: float = LIMIT, **options: Any
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str = "",
+        announced: str = "",
+        limit: float = LIMIT,
+        **options: Any,
     ) -> None:
         self._jitted, self._limit = jax.jit(function, **options), limit
         self._name = name or getattr(function, "__name__", "program")
         self._ready: set[Any] = set()
+        self._announced = announced
 
     def __call__(self, *arguments: Any) -> Any:
+        if self._announced and _log:
+            _log(f"compiling {self._announced} ...")
+            self._announced = ""
         if barriers.host_names() > 1:
             if (signature := _signature(arguments)) not in self._ready:
                 self._jitted.lower(*arguments).compile()  # the call below finds it compiled

@@ -71,7 +71,9 @@ _DEVICES = {"tpu7x": 2}  # JAX devices a chip, where they are not the same
 SLICES = (
     ("v4-32", "v4", 16),
     ("v5e-16", "v5e", 16),
+    ("v5e-64", "v5e", 64),
     ("v5e-256", "v5e", 256),
+    ("v5p-32", "v5p", 16),
     ("v5p-128", "v5p", 64),
     ("v6e-64", "v6e", 64),
     ("v6e-256", "v6e", 256),

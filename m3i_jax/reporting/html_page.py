@@ -36,12 +36,13 @@ dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .
 dt { color: var(--muted); } dd { margin: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
   gap: 1.75rem 2.5rem; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem;
-  font-variant-numeric: tabular-nums; }
+  font-variant-numeric: tabular-nums; overflow-wrap: break-word; }
 th { text-align: left; font-weight: 600; color: var(--muted); border-bottom: 1px solid var(--rule);
   padding: .25rem .5rem .25rem 0; }
 td { padding: .2rem .5rem .2rem 0; vertical-align: top; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; } td.number { white-space: nowrap; }
 .bars td { border: 0; padding-block: .12rem; } .bars td:first-child { width: 8.5rem; }
 .bars .number { width: 4rem; color: var(--muted); }
 .bar { height: .95rem; background: var(--bar); border-radius: 0 3px 3px 0; min-width: 1px;
@@ -153,7 +154,8 @@ def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: i
             + "</tr>"
         )
 
-    return "<table>" + line(headers, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+    lines = line(headers, "th") + "".join(line(row, "td") for row in rows)
+    return f'<div class="scroll"><table>{lines}</table></div>'
 
 
 def embed_image(content: bytes, alt: str, kind: str = "png") -> str:

@@ -18,6 +18,7 @@ from m3i_jax.reporting import atomic_write
 
 TILE = 112  # approximate side of a tile, pixels
 SMALL = 128  # images up to this side are never reduced
+COARSE = 8  # maps of fewer cells a side are interpolated: squares would hide what they show
 GAP, MARGIN = 8, 24
 Color = tuple[int, int, int]
 PAPER, FRAME, RULE = (252, 252, 250), (214, 214, 209), (228, 228, 224)
@@ -98,10 +99,21 @@ def upsample_cells(cells_Nx: np.ndarray, side: int) -> np.ndarray:
 
 
 def color_tile(rgb_Nx3: np.ndarray, side: int) -> Image.Image:
-    """A map of cell colours, 0..1, as a tile."""
-    return Image.fromarray(
-        upsample_cells((np.clip(rgb_Nx3, 0, 1) * 255).round().astype(np.uint8), side)
-    )
+    """A map of cell colours, 0..1, as a tile: a square a cell, or, of fewer than COARSE x COARSE
+    cells, interpolated between their centres, so that it can be compared with the image.
+
+    >>> color_tile(np.eye(3)[[0, 0, 2, 2]], 8).getpixel((0, 4))
+    (96, 0, 159)
+    """
+    return _map_tile((np.clip(rgb_Nx3, 0, 1) * 255).round().astype(np.uint8), side)
+
+
+def _map_tile(colour_Nx3: np.ndarray, side: int) -> Image.Image:
+    grid = square_side(len(colour_Nx3))
+    if grid >= COARSE:
+        return Image.fromarray(upsample_cells(colour_Nx3, side))
+    cells = Image.fromarray(np.ascontiguousarray(colour_Nx3.reshape(grid, grid, 3)))
+    return cells.resize((side, side), Image.Resampling.BILINEAR)
 
 
 def mask_tile(
@@ -145,11 +157,10 @@ def _heat(share_N: np.ndarray) -> np.ndarray:
 
 
 def weight_tile(weight_N: np.ndarray, side: int) -> Image.Image:
-    """A map of weights as a tile; the largest has the darkest colour, 0 the lightest."""
+    """A map of weights as a tile like those of `color_tile`; the largest has the darkest colour, 0
+    the lightest."""
     largest = np.nanmax(weight_N) if np.isfinite(weight_N).any() else 0
-    return Image.fromarray(
-        upsample_cells(_heat(weight_N / largest if largest > 0 else np.zeros_like(weight_N)), side)
-    )
+    return _map_tile(_heat(weight_N / largest if largest > 0 else np.zeros_like(weight_N)), side)
 
 
 def ink_color(text: str) -> str:

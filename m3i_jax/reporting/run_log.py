@@ -30,6 +30,7 @@ class RunLog:
       config, data: text of config.txt and data.txt, "" if absent.
       panels: (step, file), by step.
       evaluation: eval.json, or {}.
+      others: {name of the data: results of evaluations on them}, of the directories eval-<name>.
     """
 
     name: str
@@ -38,6 +39,7 @@ class RunLog:
     data: str
     panels: list[tuple[int, pathlib.Path]]
     evaluation: LogLine
+    others: dict[str, LogLine] = dataclasses.field(default_factory=dict)
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric.
@@ -116,6 +118,11 @@ def load_run_log(workdir: str | pathlib.Path, key: str = "--workdir") -> RunLog:
         data=_text(directory / "data.txt"),
         panels=[(int(match[1]), file) for match, file in files if match],
         evaluation=_evaluation(directory / "eval.json"),
+        others={
+            file.parent.name.removeprefix("eval-"): saved
+            for file in sorted(directory.glob("eval-*/eval.json"))
+            if (saved := _evaluation(file))
+        },
     )
 
 
@@ -188,8 +195,10 @@ def _evaluation(path: pathlib.Path) -> LogLine:
     """eval.json, if it has the structure that --mode=eval gives it."""
     default: LogLine = {}
     saved = _read_or_default(path, lambda path: run_files.read_run_json(path), default)
-    results = saved.get("results", {})
-    each = list(results.values()) if isinstance(results, dict) else [None]
+    parts = [saved.get("results", {}), saved.get("untrained", {}), {"": saved.get("chance", {})}]
+    each: list[Any] = []
+    for part in parts:
+        each += list(part.values()) if isinstance(part, dict) else [None]
     if all(
         isinstance(one, dict) and all(isinstance(value, int | float) for value in one.values())
         for one in each

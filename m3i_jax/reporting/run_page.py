@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax.reporting import figures, html_page, svg_charts
+from m3i_jax.reporting.metric_text import is_score, metric_note
 from m3i_jax.reporting.run_log import RunLog, read_png
 from m3i_jax.reporting.svg_charts import SvgCurve
 
@@ -72,15 +73,6 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "Steps that are not finite stay at 0; bad records are few.",
     ),
 )
-NOTES = {
-    "loss/ssp": "squared error on normalised features",
-    "balance/lambda": "weight of categories and captions; objective.gamma on the first line",
-    "perf/input_wait": "share of training in which the loop waited for images",
-    "perf/goodput": "share of the wall time spent in steps",
-    "perf/seconds/lost": "steps after the checkpoint that a restart repeated",
-    "collapse/effective_rank": "effective dimensions of the targets",
-    "collapse/alarm": "1: collapsed",
-}
 
 
 def run_page_html(
@@ -122,8 +114,8 @@ def run_page_html(
             )
         if title == IMAGES_AFTER:
             body += [_panels(run) for run in runs if run.panels] + list(figure_sections)
-            if first.evaluation:
-                body.append(_evaluation(first.evaluation))
+            if first.evaluation or first.others:
+                body.append(_evaluation(first))
     if others := [name for name in _names(runs, ("",), shown) if name != "samples_seen"]:
         body.append(
             '<h2>Other metrics</h2><div class="charts">'
@@ -192,10 +184,12 @@ def _names(runs: Sequence[RunLog], prefixes: tuple[str, ...], shown: set[str]) -
     """Metrics with one of the prefixes that are not always 0, in the order of the log."""
     names = dict.fromkeys(name for run in runs for name in run.names if name not in shown)
     exact = {"loss", "lr", "ema", "grad_norm"}
+    scores = prefixes == ("eval/",)
     chosen = [
         n
         for n in names
-        if any(
+        if (is_score(n) or not scores)
+        and any(
             n == p or (n.startswith(p) and (p not in exact or n.startswith(p + "/")))
             for p in prefixes
         )
@@ -208,7 +202,7 @@ def _chart(name: str, runs: Sequence[RunLog], last: float) -> str:
         SvgCurve(run.name, *run.curve(name), tone=f"c{i % TONES}") for i, run in enumerate(runs)
     ]
     return svg_charts.svg_chart(
-        name.removeprefix("eval/"), lines, last=last, note=NOTES.get(name, "")
+        name.removeprefix("eval/"), lines, last=last, note=metric_note(name)
     )
 
 
@@ -228,7 +222,7 @@ def _comparison(runs: Sequence[RunLog]) -> str:
     metrics = [
         n
         for n in dict.fromkeys(name for run in runs for name in run.names)
-        if n.startswith("eval/") or n == "loss"
+        if (n.startswith("eval/") and is_score(n)) or n == "loss"
     ]
     metrics = [n for n in metrics if not n.endswith(("r5", "r10", "top5"))]
     values = [[run.last(name) for name in metrics] for run in runs]
@@ -258,13 +252,41 @@ def _panels(run: RunLog) -> str:
     )
 
 
-def _evaluation(saved: Mapping[str, Any]) -> str:
-    """The results of --mode=eval as a table."""
-    results = {
-        name: value for one in saved.get("results", {}).values() for name, value in one.items()
-    }
+def _evaluation(run: RunLog) -> str:
+    """The results of --mode=eval as a table: columns for the data of the run and for each of the
+    others, with untrained weights and chance beside them where these are known."""
+    sets = {"data of the run": run.evaluation} if run.evaluation else {}
+    sets |= run.others
+    columns: dict[str, dict[str, float]] = {}
+    abouts = []
+    for data, saved in sets.items():
+        abouts.append(f"{data}: {_about_evaluation(saved)}")
+        columns[data] = _metrics_of(saved.get("results", {}))
+        if untrained := _metrics_of(saved.get("untrained", {})):
+            columns[f"{data}, untrained"] = untrained
+        if chance := saved.get("chance", {}):
+            columns[f"{data}, chance"] = chance
+    names = dict.fromkeys(name for values in columns.values() for name in values)
+    rows = [
+        [
+            name.removeprefix("eval/"),
+            *(f"{part[name]:.4f}" if name in part else "" for part in columns.values()),
+        ]
+        for name in names
+    ]
+    table = html_page.html_table(("metric", *columns), rows, numeric=1)
+    about = "".join(f"<p class=muted>{html_page.escape_html(line)}</p>" for line in abouts)
+    return f"<h2>Evaluation by --mode=eval</h2>{about}{table}"
+
+
+def _metrics_of(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {name: value for one in results.values() for name, value in one.items()}
+
+
+def _about_evaluation(saved: Mapping[str, Any]) -> str:
+    """Weights and data of results, in words."""
     about = (
-        f"of {saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters; accuracies are"
+        f"{saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters; accuracies are"
         " fractions"
     )
     for name, part in saved.get("data", {}).items():
@@ -272,12 +294,7 @@ def _evaluation(saved: Mapping[str, Any]) -> str:
             f"; {name}: {part.get('pictures', 0):,} images of {part.get('name', '')}, fingerprint"
             f" {part.get('fingerprint', '')}"
         )
-    rows = [(name.removeprefix("eval/"), f"{value:.4f}") for name, value in results.items()]
-    table = html_page.html_table(("metric", "value"), rows, numeric=1)
-    return (
-        "<h2>Evaluation by --mode=eval</h2><p"
-        f" class=muted>{html_page.escape_html(about)}</p>{table}"
-    )
+    return about
 
 
 def _lines(lines: Sequence[str]) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from m3i_jax.reporting.html_page import escape_html
 
-WIDTH, HEIGHT = 420, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 8, 24
+WIDTH, HEIGHT = 420, 200
+# margins: least room for labels at the left, room for half of the last one below the axis
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 18, 10, 28
+_LETTER = 8  # width of a digit, with room to spare
 _MOST = 400  # points of a curve; more are averaged in groups
 _WIDE = 300.0  # ratio of largest to smallest value above which an axis is logarithmic
 
@@ -40,8 +42,8 @@ def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
 def tick_label(value: float, step: float = 0.0) -> str:
     """A number in few characters, but distinct from one that differs by `step`.
 
-    >>> [tick_label(v) for v in (0.0, 0.25, 12000.0, 2.5e6, 3e-5, -1.5)]
-    ['0', '0.25', '12k', '2.5M', '3e-05', '-1.5']
+    >>> [tick_label(v) for v in (0.0, 0.25, 1000.0, 12000.0, 2.5e6, 3e-5, -1.5)]
+    ['0', '0.25', '1000', '12k', '2.5M', '3e-5', '-1.5']
     >>> tick_label(4.594, 0.002)
     '4.594'
     """
@@ -53,7 +55,12 @@ def tick_label(value: float, step: float = 0.0) -> str:
         if step and value
         else 0
     )
-    return f"{value:.{max(3, digits)}g}"
+    # four digits at least from 1,000 on, which would be 1e+03; small numbers as 2.5e-4
+    digits = max(4 if abs(value) >= 1e3 else 3, digits)
+    if not 0 < abs(value) < 1e-3:
+        return f"{value:.{digits}g}"
+    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def thin_points(
@@ -102,19 +109,22 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
         )
         return _TOP + (1 - share) * (HEIGHT - _TOP - _BOTTOM)
 
-    def x_of(step: float) -> float:
-        return _LEFT + step / max(last, 1) * (WIDTH - _LEFT - _RIGHT)
-
     levels = _powers(low, high) if logarithmic else axis_ticks(low, high)
     step = levels[1] - levels[0] if len(levels) > 1 else 0.0
+    labels = [tick_label(v, 0 if logarithmic else step) for v in levels]
+    left = max(_LEFT, _LETTER * max(map(len, labels), default=0) + 8)
+
+    def x_of(step: float) -> float:
+        return left + step / max(last, 1) * (WIDTH - left - _RIGHT)
+
     parts = [
-        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y_of(v):.1f}"'
-        f' y2="{y_of(v):.1f}"/><text x="{_LEFT - 6}" y="{y_of(v) + 3.5:.1f}"'
-        f' text-anchor="end">{tick_label(v, 0 if logarithmic else step)}</text>'
-        for v in levels
+        f'<line class="grid" x1="{left}" x2="{WIDTH - _RIGHT}" y1="{y_of(v):.1f}"'
+        f' y2="{y_of(v):.1f}"/><text x="{left - 6}" y="{y_of(v) + 4.5:.1f}"'
+        f' text-anchor="end">{label}</text>'
+        for v, label in zip(levels, labels, strict=True)
     ]
     parts += [
-        f'<text x="{min(x_of(step), WIDTH - 16):.1f}" y="{HEIGHT - 7}"'
+        f'<text x="{min(x_of(step), WIDTH - 22):.1f}" y="{HEIGHT - 7}"'
         f' text-anchor="middle">{tick_label(step)}</text>'
         for step in axis_ticks(0, last)
     ]
@@ -156,9 +166,9 @@ def _powers(low: float, high: float) -> list[float]:
 
 
 STYLE = """
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem 2rem; }
+.charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem 2rem; }
 .chart svg { display: block; width: 100%; height: auto; }
-.chart text { fill: var(--muted); font-size: 10.5px; }
+.chart text { fill: var(--muted); font-size: 13.5px; }
 .chart .grid { stroke: var(--rule); stroke-width: 1; }
 .chart path { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .chart small { font-weight: 400; color: var(--muted); } .chart figcaption { color: var(--muted); }

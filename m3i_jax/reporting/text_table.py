@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def text_table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> str:
-    """A table with aligned columns; columns of numbers are aligned right.
+    """A table with aligned columns; columns of numbers and empty cells are aligned right.
 
     >>> print(text_table([("encoder", "1,024"), ("text", "7")], ("part", "parameters")))
     part     parameters
@@ -15,7 +15,10 @@ def text_table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> str:
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(headers), *cells]) for i in range(len(headers))]
     numeric = [
-        all(row[i].replace(",", "").replace(".", "").lstrip("-").isdigit() for row in cells)
+        all(
+            not row[i] or row[i].replace(",", "").replace(".", "").lstrip("-").isdigit()
+            for row in cells
+        )
         for i in range(len(headers))
     ]
 

@@ -124,8 +124,10 @@ class Console:
             )
         if "loss" not in values:
             return
+        # the weighted loss jumps when lambda takes its first value; it is in metrics.jsonl
+        loss = "loss/equal_weights" if "loss/equal_weights" in values else "loss"
         shown = [
-            ("loss", "loss", ".4f"),
+            ("loss" if loss == "loss" else "loss at lambda 1:", loss, ".4f"),
             ("ssp", "loss/ssp", ".4f"),
             ("sp", "loss/sp", ".4f"),
             ("lambda", "balance/lambda", ".3g"),

@@ -9,7 +9,8 @@ leaves open.
 import dataclasses
 
 from m3i_jax.schema.data import SOURCES, Augment, Data, RandAugment
-from m3i_jax.schema.dense import DensePrediction, Detect, Geometry, Maps, Segment
+from m3i_jax.schema.dense import DensePrediction, Detect, Geometry, Maps, Mask2Former, Segment
+from m3i_jax.schema.dino import Dino
 from m3i_jax.schema.evaluation import Compare, Evaluate, Report
 from m3i_jax.schema.limits import PATH, NumberLimit, option, section
 from m3i_jax.schema.model import Decoder, Encoder, Head, InternImage, Model, Pool, Text
@@ -28,6 +29,7 @@ __all__ = [
     "Decoder",
     "DensePrediction",
     "Detect",
+    "Dino",
     "Encoder",
     "Evaluate",
     "Geometry",
@@ -35,6 +37,7 @@ __all__ = [
     "Init",
     "InternImage",
     "Maps",
+    "Mask2Former",
     "Model",
     "Objective",
     "Optim",

@@ -4,9 +4,11 @@ UperNet on ADE20k; recipes in configs/transfer set what differs."""
 
 import dataclasses
 
+from m3i_jax.schema.dino import Dino
 from m3i_jax.schema.limits import (
     DEPTH,
     EVERY,
+    HEADS,
     SHARE,
     STD,
     WEIGHT,
@@ -24,7 +26,7 @@ LEVELS = ListLimit(fewest=1, most=8, rising=True, unique=True)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Maps:
-    """The maps of the encoder. They apply to the ViT only."""
+    """The maps of the encoder. All but the last two apply to the ViT only."""
 
     window: int = option(
         0,
@@ -58,6 +60,15 @@ class Maps:
         "side in pixels of the pre-training images, to which the position table belongs; 0: that of"
         " `data.image_size`",
         NumberLimit(0, 2**16),
+    )
+    composite: int = option(
+        1,
+        "copies of the encoder; 2: CBNet: maps of the first feed the stages of the second, whose"
+        " maps heads read",
+        NumberLimit(1, 2),
+    )
+    composite_weight: float = option(
+        0.5, "weight of the losses on the maps of the first of two copies; 0: none", WEIGHT
     )
 
 
@@ -111,18 +122,62 @@ class Geometry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask2Former:
+    """The head mask2former; its width is `dense.segment.width`. The defaults are those of its
+    authors for ADE20k at a width of 256; InternImage-H has a width of 1024, 32 attention heads,
+    hidden layers of 4096 and 200 queries."""
+
+    queries: int = option(100, "masks that are predicted per image", EVERY)
+    heads: int = option(8, "attention heads of both transformers; they divide the width", HEADS)
+    sampled: int = option(
+        4, "places per level that an attention head of the pixel decoder reads", EVERY
+    )
+    encoder_depth: int = option(6, "layers of the pixel decoder", NumberLimit(0, 1024))
+    encoder_hidden: int = option(1024, "width of the hidden layer of the pixel decoder's", WIDTH)
+    depth: int = option(9, "layers of the masked decoder", DEPTH)
+    hidden: int = option(2048, "width of the hidden layer of the masked decoder's", WIDTH)
+    max_classes: int = option(
+        64,
+        "categories per image that have a mask in the loss; the smallest of more are cut and"
+        " counted",
+        EVERY,
+    )
+    points: int = option(
+        12_544, "points per mask in the matching and in the losses of masks", EVERY
+    )
+    oversample: float = option(
+        3.0, "candidates per point, of which the least certain are taken", NumberLimit(1, 100)
+    )
+    uncertain: float = option(
+        0.75, "share of the points that are the least certain candidates; the others are new", SHARE
+    )
+    class_weight: float = option(2.0, "weight of the classification loss and cost", WEIGHT)
+    mask_weight: float = option(5.0, "weight of the masks' cross-entropy and its cost", WEIGHT)
+    dice_weight: float = option(5.0, "weight of the dice loss and its cost", WEIGHT)
+    none_weight: float = option(
+        0.1, "weight of queries without a mask in the classification loss", SHARE
+    )
+    remat: bool = option(
+        False, "compute the layers of both transformers again in the backward pass"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Segment:
     """Semantic segmentation."""
 
     head: str = option(
         "upernet",
-        "upernet: pyramid pooling and FPN; linear: one linear layer on the last map",
+        "upernet: pyramid pooling and FPN; linear: one linear layer on the last map; mask2former:"
+        " masks and their categories from learned queries",
         "upernet",
         "linear",
+        "mask2former",
     )
     strides: tuple[int, ...] = option(
         (4, 8, 16, 32),
-        "strides of the maps that the head reads, in pixels; the coarsest is pooled",
+        "strides of the maps that the head reads, in pixels; upernet pools the coarsest, and"
+        " mask2former makes its masks at the finest",
         NumberLimit(1, 4096, count=LEVELS),
     )
     width: int = option(768, "channels of the head (mmsegmentation's default: 512)", WIDTH)
@@ -140,6 +195,12 @@ class Segment:
         "share of the channels that are dropped before the classifier",
         NumberLimit(0, 1, natural=True, below=True),
     )
+    classifier_std: float = option(
+        0.01,
+        "standard deviation of the classifiers' first values (mmsegmentation: 0.01, with which a"
+        " head of tens of channels hardly moves for the first hundred steps)",
+        STD,
+    )
     divide_by: str = option(
         "all",
         "divisor of the pixel loss: all pixels, ignored ones included (mmsegmentation), or the"
@@ -150,9 +211,16 @@ class Segment:
     norm_momentum: float = option(
         0.1, "share of the new statistics in batch norm's running ones", SHARE
     )
+    mask2former: Mask2Former = section(Mask2Former)
     test_stride: int = option(
         0,
         "stride in pixels of the sliding window of evaluation; 0: half of data.image_size",
+        NumberLimit(0, 2**16),
+    )
+    test_whole: int = option(
+        0,
+        "evaluate whole images, resized to sides that are multiples of this many pixels; 0: in"
+        " sliding windows",
         NumberLimit(0, 2**16),
     )
     test_scales: tuple[float, ...] = option(
@@ -167,11 +235,19 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Detect:
-    """Detection and instance segmentation by Mask R-CNN on a feature pyramid."""
+    """Detection, and with mask_rcnn instance segmentation, on a feature pyramid."""
 
+    head: str = option(
+        "mask_rcnn",
+        "mask_rcnn: proposals from anchors, boxes and masks (ViTDet); dino: boxes from queries, by"
+        " deformable attention",
+        "mask_rcnn",
+        "dino",
+    )
     strides: tuple[int, ...] = option(
         (4, 8, 16, 32, 64),
-        "strides of the pyramid in pixels; each is twice the one before",
+        "strides of the pyramid in pixels; each is twice the one before (dino with four levels: 8"
+        " to 64)",
         NumberLimit(1, 4096, count=LEVELS),
     )
     anchor_sizes: tuple[int, ...] = option(
@@ -206,31 +282,34 @@ class Detect:
     roi_foreground: float = option(0.25, "largest share of foreground among them", SHARE)
     box_convs: int = option(4, "3 x 3 convolutions of the box head", NumberLimit(0, 1024))
     box_hidden: int = option(1024, "width of the box head's hidden layer", WIDTH)
-    masks: bool = option(True, "predict masks")
+    masks: bool = option(True, "predict masks; dino does not")
     mask_convs: int = option(4, "3 x 3 convolutions of the mask head", NumberLimit(0, 1024))
     loss: str = option(
         "softmax",
-        "classification; softmax over categories and background (COCO), or the federated sigmoid"
-        " loss (LVIS)",
+        "classification; softmax over categories and background (COCO; dino: sigmoid focal loss),"
+        " or a sigmoid loss of some categories per image, federated (LVIS)",
         "softmax",
         "federated",
     )
     federated_classes: int = option(
         50, "federated loss: categories kept per image, background included [P: LVIS]", EVERY
     )
-    score_threshold: float = option(0.05, "lowest score of a detection (LVIS: 0.02)", SHARE)
+    score_threshold: float = option(
+        0.05, "lowest score of a detection (LVIS: 0.02; dino: 0)", SHARE
+    )
     nms: float = option(
         0.5, "IoU above which a lower detection of the same category is dropped", SHARE
     )
     candidates: int = option(
         2048, "scored boxes per image that enter suppression (LVIS: 4096); cuts are counted", EVERY
     )
-    detections: int = option(100, "detections per image (LVIS: 300)", EVERY)
+    detections: int = option(100, "detections per image (LVIS and dino: 300)", EVERY)
     canonical: tuple[int, ...] = option(
         (224, 16),
         "(side, stride) in pixels: a box of this side is read at this stride",
         NumberLimit(1, 2**16, count=ListLimit(fewest=2, most=2)),
     )
+    dino: Dino = section(Dino)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,12 @@ class Optim:
     offset_lr: float = option(
         0.1, "learning rate multiplier of DCNv3's offsets (InternImage)", SHARE
     )
+    head_offset_lr: float = option(
+        1.0,
+        "learning rate multiplier of the sampling offsets of deformable attention in heads of dense"
+        " tasks (InternImage-H: 0.001)",
+        SHARE,
+    )
     center_lr: float = option(
         1.0,
         "learning rate multiplier of DCNv3's centre scale (InternImage fine-tunes with 0.1)",

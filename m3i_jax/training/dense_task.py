@@ -22,7 +22,7 @@ import optax
 from m3i_jax import schema
 from m3i_jax.augment import dense_photometric
 from m3i_jax.errors import UserError
-from m3i_jax.models import backbones
+from m3i_jax.models import composite
 from m3i_jax.models.dense import pyramid
 from m3i_jax.training import optimizer, views
 from m3i_jax.training.microbatches import split_microbatches
@@ -31,8 +31,10 @@ from m3i_jax.training.task import Batch, StepGradients, Task
 
 # purposes of random keys, distinct from all others that are keyed by the stream position
 SAMPLING, DROPOUT = 0x73616D70, 0x64726F63
+_FIRST_COPY = np.uint32(1 << 31)  # of a position's upper word: random numbers of its own
 Values = dict[str, jax.Array]
 Maps = dict[int, jax.Array]
+Divisor = jax.Array | dict[str, jax.Array]
 
 
 class RunningState(NamedTuple):
@@ -104,8 +106,9 @@ class DenseTask(Task):
         """{array of a batch: (shape, dtype)} beside image, size and position."""
 
     @abc.abstractmethod
-    def divisor(self, batch: Batch) -> jax.Array:
-        """What the sums of the losses of a batch are divided by."""
+    def divisor(self, batch: Batch) -> Divisor:
+        """What the sums of the losses of a batch are divided by: one number, or one for each loss
+        by its name. It depends on annotations alone."""
 
     @abc.abstractmethod
     def loss_sums(
@@ -121,7 +124,7 @@ class DenseTask(Task):
     @functools.cached_property
     def sources(self) -> tuple[tuple[int, int], ...]:
         """(stride, channels) of the maps of the encoder."""
-        backbone, side = backbones.get_backbone(self.config.model), self.config.data.image_size
+        backbone, side = composite.of_run(self.config), self.config.data.image_size
         if backbone.stages is None or backbone.map_strides is None:
             raise UserError(
                 f"config.model.backbone: {self.config.model.backbone!r} has no maps, which"
@@ -130,7 +133,7 @@ class DenseTask(Task):
         strides = backbone.map_strides(self.config.model, self.config.dense.maps)
         shape = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
         maps = jax.eval_shape(
-            lambda images: self._stages(self._init_encoder(jax.random.key(0)), images), shape
+            lambda images: self._stages(self._init_encoder(jax.random.key(0)), images)[-1], shape
         )
         return tuple(zip(strides, (x.shape[-1] for x in maps), strict=True))
 
@@ -201,20 +204,21 @@ class DenseTask(Task):
         if count == 1:
             grads, sums, statistics = part_gradients(statistics, batch)
         else:
-            parts = split_microbatches(batch, count, images)
+            rows = split_microbatches(batch, count, images)
 
             def add(carry: Any, part: Batch) -> tuple[Any, None]:
                 total, statistics = carry
                 grads, sums, statistics = part_gradients(statistics, part)
                 return (jax.tree.map(jnp.add, total, (grads, sums)), statistics), None
 
-            shapes = jax.eval_shape(part_gradients, statistics, jax.tree.map(lambda x: x[0], parts))
+            shapes = jax.eval_shape(part_gradients, statistics, jax.tree.map(lambda x: x[0], rows))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
-            ((grads, sums), statistics), _ = jax.lax.scan(add, (zeros, statistics), parts)
+            ((grads, sums), statistics), _ = jax.lax.scan(add, (zeros, statistics), rows)
         values, counts = sums
-        metrics = {f"loss/{name}": value / divisor for name, value in values.items()}
+        parts = divide(values, divisor)
+        metrics = {f"loss/{name}": value for name, value in parts.items()}
         metrics |= {name: value / images for name, value in counts.items()}
-        loss = sum((value / divisor for value in values.values()), jnp.zeros(()))
+        loss = sum(parts.values(), jnp.zeros(()))
         return StepGradients(grads, loss, metrics, {"running_statistics": statistics})
 
     def pullbacks(self, state: State, batch: Batch) -> tuple[Any, list[Any]]:
@@ -226,13 +230,28 @@ class DenseTask(Task):
         return self.predict(state.params, state.opt["running"].statistics, batch)
 
     def _loss(
-        self, params: Any, divisor: jax.Array, *, statistics: Any, batch: Batch
+        self, params: Any, divisor: Divisor, *, statistics: Any, batch: Batch
     ) -> tuple[jax.Array, Any]:
-        maps, of_pyramid = self.maps(params, statistics, batch, train=True)
-        values, counts, of_head = self.loss_sums(params, statistics, maps, batch)
-        total = sum((value for value in values.values()), jnp.zeros(())) / divisor
-        new = jax.lax.stop_gradient({"pyramid": of_pyramid, "head": of_head})
-        return total, (values, counts, new)
+        *others, last = self.encoder_maps(params, batch, train=True)
+        values: Values = {}
+        weight = self.config.dense.maps.composite_weight
+        for maps in others if weight else ():
+            # the loss on the maps of the first of two copies, as a batch of its own
+            upper, lower = batch["position"][:, 0] ^ _FIRST_COPY, batch["position"][:, 1]
+            own = batch | {"position": jnp.stack([upper, lower], 1)}
+            more, _, statistics = self._head_sums(params, statistics, maps, own)
+            values = {name: weight * value for name, value in more.items()}
+        more, counts, new = self._head_sums(params, statistics, last, batch)
+        values = {name: value + values.get(name, 0) for name, value in more.items()}
+        total = sum(divide(values, divisor).values(), jnp.zeros(()))
+        return total, (values, counts, jax.lax.stop_gradient(new))
+
+    def _head_sums(
+        self, params: Any, statistics: Any, maps: tuple[jax.Array, ...], batch: Batch
+    ) -> tuple[Values, Values, Any]:
+        read, of_pyramid = self._pyramid_maps(params, statistics, maps, train=True)
+        values, counts, of_head = self.loss_sums(params, statistics, read, batch)
+        return values, counts, {"pyramid": of_pyramid, "head": of_head}
 
     def images(self, batch: Batch, *, train: bool) -> jax.Array:
         """Normalised images of a batch, float32; in training, after changes of colour."""
@@ -245,23 +264,41 @@ class DenseTask(Task):
 
     def maps(self, params: Any, statistics: Any, batch: Batch, *, train: bool) -> tuple[Maps, Any]:
         """(maps that the head reads, new statistics of the pyramid)."""
+        last = self.encoder_maps(params, batch, train=train)[-1]
+        return self._pyramid_maps(params, statistics, last, train=train)
+
+    def encoder_maps(
+        self, params: Any, batch: Batch, *, train: bool
+    ) -> tuple[tuple[jax.Array, ...], ...]:
+        """The maps of the encoder; of two composed copies in training, those of each, the maps that
+        predictions read last."""
         config, encoder = self.config, params["encoder"]
         if config.model.encoder.freeze:
             encoder = jax.lax.stop_gradient(encoder)
-        keep = views.drop_path_factors(config, batch["position"], 0) if train else None
-        maps = self._stages(encoder, self.images(batch, train=train), keep)
+        keep = None
+        if train and config.model.encoder.drop_path:
+            draws = [
+                views.drop_path_factors(config, batch["position"], copy)
+                for copy in range(config.dense.maps.composite)
+            ]
+            keep = jnp.concatenate(draws, 1)
+        return self._stages(encoder, self.images(batch, train=train), keep)
+
+    def _pyramid_maps(
+        self, params: Any, statistics: Any, maps: tuple[jax.Array, ...], *, train: bool
+    ) -> tuple[Maps, Any]:
         return pyramid.apply(
             self.pyramid(),
             params["pyramid"],
             statistics["pyramid"],
             maps,
             train=train,
-            momentum=config.dense.segment.norm_momentum,
+            momentum=self.config.dense.segment.norm_momentum,
         )
 
     def _init_encoder(self, rng: jax.Array) -> Any:
         model, config = self.config.model, self.config
-        backbone = backbones.get_backbone(model)
+        backbone = composite.of_run(config)
         params = backbone.init(model, rng, mask_token=False, grid=self._position_grid())
         return backbone.init_maps(model, config.dense.maps, params, size=config.data.image_size)
 
@@ -272,17 +309,17 @@ class DenseTask(Task):
 
     def _stages(
         self, encoder: Any, images: jax.Array, keep: jax.Array | None = None
-    ) -> tuple[jax.Array, ...]:
-        backbone = backbones.get_backbone(self.config.model)
+    ) -> tuple[tuple[jax.Array, ...], ...]:
+        backbone = composite.of_run(self.config)
+        settings: dict[str, Any] = {
+            "maps": self.config.dense.maps,
+            "size": self.config.data.image_size,
+            "keep_BxLx2": keep,
+        }
+        if backbone.copies is not None:
+            return backbone.copies(self.config.model, encoder, images, **settings)
         assert backbone.stages is not None
-        return backbone.stages(
-            self.config.model,
-            encoder,
-            images,
-            maps=self.config.dense.maps,
-            size=self.config.data.image_size,
-            keep_BxLx2=keep,
-        )
+        return (backbone.stages(self.config.model, encoder, images, **settings),)
 
 
 def one_stride(sources: tuple[tuple[int, int], ...]) -> bool:
@@ -292,6 +329,17 @@ def one_stride(sources: tuple[tuple[int, int], ...]) -> bool:
     (True, False)
     """
     return len({stride for stride, _ in sources}) == 1
+
+
+def divide(values: Values, divisor: Divisor) -> Values:
+    """Sums of losses by their divisors.
+
+    >>> divide({"a": jnp.array(6.0)}, {"a": jnp.array(2.0)})["a"].item()
+    3.0
+    """
+    if isinstance(divisor, dict):
+        return {name: value / divisor[name] for name, value in values.items()}
+    return {name: value / divisor for name, value in values.items()}
 
 
 def sum_images(values: Mapping[str, tuple[jax.Array, jax.Array]]) -> Values:

@@ -1,16 +1,16 @@
-"""Detection and instance segmentation as a task: ViTDet's Mask R-CNN on the maps of any encoder."""
+"""Detection and instance segmentation as a task: Mask R-CNN or DINO on the maps of any encoder."""
 
 import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.data import annotated_batches, pipeline
 from m3i_jax.data.sources import base
-from m3i_jax.models.dense import mask_rcnn, pyramid
+from m3i_jax.models.dense import pyramid
+from m3i_jax.models.dense.detection_heads import CATEGORY_PARAMETERS, DetectionHead, detection_head
 from m3i_jax.training.dense_task import (
     SAMPLING,
     DenseTask,
@@ -25,12 +25,26 @@ from m3i_jax.training.task import Batch, register_task
 
 @dataclasses.dataclass(frozen=True)
 class DetectTask(DenseTask):
-    """Boxes, categories and masks of objects. Losses are means over images of per-image losses."""
+    """Boxes, categories and masks of objects. What the losses are divided by is the head's:
+    images, or objects of the whole batch."""
 
     traits = schema.TASKS["detect"]
+    category_parameters = CATEGORY_PARAMETERS
+
+    @property
+    def head(self) -> DetectionHead:
+        """The head of this run.
+
+        Raises:
+          UserError: it cannot predict what the settings ask for.
+        """
+        return detection_head(self.config.dense.detect)
 
     def pyramid_config(self, sources: tuple[tuple[int, int], ...]) -> pyramid.PyramidConfig:
-        settings = self.config.dense.detect
+        settings, raw_strides = self.config.dense.detect, self.head.raw_strides
+        if raw_strides is not None and not one_stride(sources):
+            strides = raw_strides(settings)
+            return pyramid.PyramidConfig(kind="none", strides=strides, sources=sources)
         return pyramid.PyramidConfig(
             kind="simple" if one_stride(sources) else "lateral",
             strides=settings.strides,
@@ -41,7 +55,7 @@ class DetectTask(DenseTask):
     def init_head(self, rng: jax.Array) -> tuple[Any, Any]:
         config = self.config
         channels = self.pyramid().channels
-        return mask_rcnn.init(config.dense.detect, channels, config.data.classes, rng), {}
+        return self.head.init(config.dense.detect, channels, config.data.classes, rng), {}
 
     def annotation_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         b, g = self.config.train.batch_size, self.config.dense.geometry
@@ -54,12 +68,12 @@ class DetectTask(DenseTask):
         return shapes
 
     def divisor(self, batch: Batch) -> jax.Array:
-        return jnp.float32(batch["position"].shape[0])
+        return self.head.divisor(batch["classes"])
 
     def loss_sums(
         self, params: Any, statistics: Any, maps: Maps, batch: Batch
     ) -> tuple[Values, Values, Any]:
-        values, counts = mask_rcnn.losses(
+        values, counts = self.head.losses(
             self.config.dense.detect,
             params["head"],
             maps,
@@ -75,7 +89,7 @@ class DetectTask(DenseTask):
 
     def predict(self, params: Any, statistics: Any, batch: Batch) -> dict[str, jax.Array]:
         maps, _ = self.maps(params, statistics, batch, train=False)
-        return mask_rcnn.detect(self.config.dense.detect, params["head"], maps, batch["size"])
+        return self.head.detect(self.config.dense.detect, params["head"], maps, batch["size"])
 
     def batches(self, source: Any, tokenizer: Any, **options: Any) -> pipeline.Batches:
         options.pop("views", None)

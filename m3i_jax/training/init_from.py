@@ -4,7 +4,8 @@ The log lists which arrays matched, which are missing and which differ in shape 
 encoder that fits in part, a position table of another kind and a source without any match are
 refused. An encoder may lack what pre-training adds to it, the mask token, and the fusion of an
 InternImage unless it is frozen; and what maps add to it. Tables of relative positions are resized;
-those that a run does not have are refused, since the features would be others."""
+those that a run does not have are refused, since the features would be others. The layers of a head
+that are of categories restart where the source has other categories."""
 
 import contextlib
 import dataclasses
@@ -20,12 +21,12 @@ import numpy as np
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop import position_tables, vit_weights
-from m3i_jax.models import backbones, relative_bias
+from m3i_jax.models import backbones, composite, relative_bias
 from m3i_jax.models.vit import fixed_positions
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training.weight_source import WeightSource, open_weights, put_array
 
-_RELATIVE = "encoder/relative/"
+_RELATIVE = ("encoder/relative/", f"encoder/{composite.SECOND}relative/")
 TABLE, MASK_TOKEN = "encoder/positions", "encoder/mask_token"
 # tolerance for equal tables: float32 frequencies make errors of the size of the rounded index
 _ATOL = 1e-3
@@ -36,17 +37,25 @@ class Match:
     """How the arrays of a run match those of a source, by path.
 
     Attributes: selected: arrays that `config.init.only` selects. same: of equal shape. differ: of
-      another shape. missing: absent from the source.
+      another shape. missing: absent from the source. restarted: not selected since they are of
+      other categories than the source's.
     """
 
     selected: set[str]
     same: set[str]
     differ: list[str]
     missing: list[str]
+    restarted: list[str] = dataclasses.field(default_factory=list)
 
 
 def initialize_from(
-    config: schema.Config, params: Any, shardings: Any, log: Callable[[str], None] = print
+    config: schema.Config,
+    params: Any,
+    shardings: Any,
+    log: Callable[[str], None] = print,
+    *,
+    classes: tuple[str, ...] = (),
+    of_categories: tuple[str, ...] = (),
 ) -> Any:
     """Initial parameters, replaced by the arrays of `config.init_from` that `config.init` selects.
 
@@ -55,6 +64,9 @@ def initialize_from(
       params: its initial parameters.
       shardings: of the same structure.
       log: gets the log lines, one a call.
+      classes: names of the categories of this run, () if they are not known.
+      of_categories: patterns of the paths that have a row, column or bias of each category. If the
+        source's categories are others, by name, number or order, these keep their initial values.
 
     Raises: UserError: nothing matches; the encoder fits in part; it is frozen and its fusion would
       be random; its position table is of another kind; with init.strict, an array is missing.
@@ -65,7 +77,12 @@ def initialize_from(
         path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
     }
     source = open_weights(config.init_from, weights=config.init.weights)
+    source = _for_both_copies(source, target)
     selected = {path for path in target if _matches(config.init.only, path)}
+    restarted: list[str] = []
+    if of_categories and source.classes and classes and source.classes != classes:
+        restarted = sorted(path for path in selected if _matches(of_categories, path))
+        selected -= set(restarted)
     table = (
         _position_table(config, source, _own_grid(config, target))
         if _matches(config.init.only, TABLE)
@@ -76,7 +93,7 @@ def initialize_from(
     same |= loaded.keys()
     differ = sorted(p for p in selected - same if p != TABLE and p in source.shapes)
     missing = sorted(p for p in selected - same - set(differ) if p != TABLE or table.value is None)
-    match = Match(selected, same, differ, missing)
+    match = Match(selected, same, differ, missing, restarted)
     _check_match(config, source, target, match)
     loaded |= source.read({path: layout[path] for path in sorted(same - loaded.keys())})
     if TABLE in selected and table.value is not None:
@@ -88,6 +105,26 @@ def initialize_from(
     return jax.tree.unflatten(
         structure, [loaded.get(path, leaf).astype(leaf.dtype) for path, leaf in target.items()]
     )
+
+
+def _for_both_copies(source: WeightSource, target: Mapping[str, Any]) -> WeightSource:
+    """A source of one encoder for a run with two composed copies, for both."""
+    second = f"encoder/{composite.SECOND}"
+    if any(path.startswith(second) for path in source.shapes):
+        return source
+    origin = {path: path.replace(second, "encoder/") for path in target if path.startswith(second)}
+    origin = {path: of for path, of in origin.items() if of in source.shapes}
+
+    def read(layout: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = source.read({origin.get(path, path): at for path, at in layout.items()})
+        # arrays of their own: a step may not donate one twice
+        return {
+            path: jnp.copy(arrays[origin[path]]) if path in origin else arrays[path]
+            for path in layout
+        }
+
+    shapes = {**source.shapes, **{path: source.shapes[of] for path, of in origin.items()}}
+    return dataclasses.replace(source, shapes=shapes, read=read) if origin else source
 
 
 def _matches(patterns: Iterable[str], path: str) -> bool:
@@ -289,8 +326,7 @@ def _added_parameters(config: schema.Config) -> tuple[str, ...]:
 
 def _map_parameters(config: schema.Config) -> tuple[str, ...]:
     """Prefixes of parameters that maps add to an encoder."""
-    backbone = backbones.get_backbone(config.model)
-    return tuple(f"encoder/{prefix}" for prefix in backbone.map_parameters)
+    return tuple(f"encoder/{prefix}" for prefix in composite.of_run(config).map_parameters)
 
 
 def _how_to_fit(source: WeightSource) -> str:
@@ -367,6 +403,11 @@ def _log_lines(
         lines.append(
             f"  not in published encoders: {', '.join(_grouped(random, target))}; the encoder's"
             " features are random until they are trained"
+        )
+    if match.restarted and source.classes:
+        lines.append(
+            f"  heads restart at random for other categories ({len(source.classes)} in the source):"
+            f" {', '.join(_grouped(match.restarted, target))}"
         )
     if match.differ:
         shapes = ", ".join(

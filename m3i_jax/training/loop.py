@@ -155,6 +155,21 @@ COLLAPSED = (
 )
 
 
+def equal_weights(values: Mapping[str, float]) -> dict[str, float]:
+    """loss/equal_weights, the sum of the losses of both groups with weight 1, where the loss of a
+    step weighs the second by lambda. `loss` moves with lambda, and falls by a factor when lambda
+    takes its first value after `objective.gamma`; this does not.
+
+    >>> equal_weights({"loss": 9.5, "loss/ssp": 2.0, "loss/sp": 2.5, "balance/lambda": 3.0})
+    {'loss/equal_weights': 4.5}
+    >>> equal_weights({"loss": 2.0, "loss/ssp": 2.0, "balance/lambda": 3.0})
+    {}
+    """
+    if not {"loss/ssp", "loss/sp", "balance/lambda"} <= values.keys():
+        return {}
+    return {"loss/equal_weights": values["loss/ssp"] + values["loss/sp"]}
+
+
 class _MetricsLog:
     """Fetches and writes metrics one step late, so that the device never waits for it."""
 
@@ -203,7 +218,7 @@ class _MetricsLog:
             or self.bad
             or collapsed
         ):
-            values |= {**consumed, **trainer.scheduled(step)}
+            values |= {**consumed, **trainer.scheduled(step), **equal_weights(values)}
             if monitors:
                 values["collapse/alarm"] = float(self.collapse.alarm)
             if moment is not None:

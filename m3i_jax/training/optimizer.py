@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from m3i_jax import schema
-from m3i_jax.models import backbones, m3i
+from m3i_jax.models import composite, m3i
 from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
@@ -24,14 +24,16 @@ Mask = Callable[[Any], Any]  # params -> tree of booleans
 Links = tuple[optax.GradientTransformation, ...]
 NamedLink = tuple[str, optax.GradientTransformation]
 
-# Never decayed, whatever their rank: tokens, position tables, norms, biases, LayerScale and the
-# logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's fine-tuning do not).
+# Never decayed, whatever their rank: tokens, queries, tables of positions and levels, norms,
+# biases, LayerScale and the logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's
+# fine-tuning do not; Mask2Former decays no query).
 _NO_DECAY = re.compile(
-    r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_token|prototypes|positions|logit_scale)$|(^|/)\w*_bias$"
+    r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_token|prototypes|positions|queries|levels|logit_scale)$|(^|/)\w*_bias$"
 )
 # ViTDet: its own channel norms of pyramid and heads are decayed, those of the blocks are not.
 _ENCODER_NORMS = re.compile(r"^encoder/(.*/)?\w*norm\w*/|^encoder/positions$")
 _STACKED = re.compile(r"(^|/)(blocks|layers)/|^decoder/projector/")
+_HEAD_OFFSETS = re.compile(r"^head/(.*/)?offsets/")
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
 SPIKE_WINDOW = 128  # steps
 MIN_SPREAD = 1e-3  # of the median: a smaller deviation is rounding, not a spike
@@ -199,7 +201,8 @@ def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> 
     The product of those that apply:
     - in the encoder, `optim.encoder_lr`, and `optim.layer_decay` to the power of the layers above;
     - for a DCNv3's offsets or centre scale, whose products sample the map and start at zero,
-      `optim.offset_lr` or `optim.center_lr` (InternImage, and SiameseIM's code);
+      `optim.offset_lr` or `optim.center_lr` (InternImage, and SiameseIM's code); for the offsets of
+      deformable attention in the head of a dense task, `optim.head_offset_lr`;
     - for a matrix of n inputs, `optim.fan_in_lr` / n if that is less than 1: Adam moves every entry
       by about the learning rate, whatever n, and so an output by up to n of those (Yang et al.
       2022, "Tensor Programs V", Table 3).
@@ -215,6 +218,9 @@ def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> 
     [0.0625, 0.125, 0.25]
     >>> lr_factor(config, "encoder/cls_token"), lr_factor(config, "pool/out/kernel")
     (0.03125, 1.0)
+    >>> config = schema.Config(optim=schema.Optim(head_offset_lr=0.1))
+    >>> lr_factor(config, "head/encoder/layers/attention/offsets/kernel")
+    0.1
     >>> config = schema.Config(optim=schema.Optim(fan_in_lr=64))
     >>> lr_factor(config, "pool/out/kernel", (128, 96))
     0.5
@@ -224,10 +230,12 @@ def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> 
     o, in_encoder = config.optim, path.removeprefix("encoder/")
     factor: Any = 1.0
     if in_encoder != path:
-        backbone = backbones.get_backbone(config.model)
+        backbone = composite.of_run(config)
         factor = o.encoder_lr * o.layer_decay ** backbone.layers_above(config.model, in_encoder)
         own = (getattr(o, key) for part, key in backbone.lr_settings if part in in_encoder)
         factor = factor * next(own, 1.0)
+    elif _HEAD_OFFSETS.search(path):
+        factor = o.head_offset_lr
     fan_in = _fan_in(path, shape) if o.fan_in_lr else 0
     return factor * (o.fan_in_lr / fan_in if fan_in > o.fan_in_lr else 1.0)
 

@@ -1,4 +1,4 @@
-"""Semantic segmentation as a task: UperNet or a linear head on the maps of any encoder."""
+"""Semantic segmentation as a task: a head of `segmentation_heads` on the maps of any encoder."""
 
 import dataclasses
 from typing import Any
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.data import annotated_batches, pipeline, rendered_maps
 from m3i_jax.data.sources import base
+from m3i_jax.errors import UserError
 from m3i_jax.models.dense import pyramid, segmentation_heads
-from m3i_jax.models.dense.map_sampling import resize_bilinear
-from m3i_jax.objective.dense_losses import pixel_cross_entropy
 from m3i_jax.training.dense_task import (
     DROPOUT,
     DenseTask,
+    Divisor,
     Maps,
     Values,
     image_keys,
@@ -22,64 +22,68 @@ from m3i_jax.training.dense_task import (
 )
 from m3i_jax.training.task import Batch, register_task
 
-UNLABELLED = 255
-
 
 @dataclasses.dataclass(frozen=True)
 class SegmentTask(DenseTask):
     """A category for every pixel."""
 
     traits = schema.TASKS["segment"]
+    category_parameters = ("^head/(aux_)?classifier/", "^head/decoder/classes/")
+
+    @property
+    def head(self) -> segmentation_heads.SegmentationHead:
+        """The head of this run."""
+        return segmentation_heads.segmentation_head(self.config.dense.segment)
 
     def pyramid_config(self, sources: tuple[tuple[int, int], ...]) -> pyramid.PyramidConfig:
         settings = self.config.dense.segment
-        if settings.head == "linear":
-            # of several maps, the last
+        if self.head.coarsest:  # of several maps, the last
             return pyramid.PyramidConfig(kind="none", strides=(sources[-1][0],), sources=sources)
-        kind = "rescale" if one_stride(sources) else "none"
-        return pyramid.PyramidConfig(kind=kind, strides=settings.strides, sources=sources)
+        return pyramid.PyramidConfig(
+            kind=self.head.plain_pyramid if one_stride(sources) else "none",
+            strides=settings.strides,
+            sources=sources,
+            width=settings.width,
+        )
 
     def init_head(self, rng: jax.Array) -> tuple[Any, Any]:
-        return segmentation_heads.init(
-            self.config.dense.segment, self.pyramid().channels, self.config.data.classes, rng
-        )
+        settings, channels = self.config.dense.segment, self.pyramid().channels
+        try:
+            return self.head.init(settings, channels, self.config.data.classes, rng)
+        except ValueError as error:
+            raise UserError(
+                f"config.dense.segment: the head {settings.head} cannot be made: {error}; change"
+                " these settings"
+            ) from None
 
     def annotation_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         b, s = self.config.train.batch_size, self.config.data.image_size
         return {"map": ((b, s, s), "uint8")}
 
-    def divisor(self, batch: Batch) -> jax.Array:
-        if self.config.dense.segment.divide_by == "all":
-            return jnp.float32(batch["map"].size)
-        return jnp.maximum((batch["map"] != UNLABELLED).sum().astype(jnp.float32), 1)
+    def divisor(self, batch: Batch) -> Divisor:
+        settings, classes = self.config.dense.segment, self.config.data.classes
+        return self.head.divisor(settings, batch["map"].astype(jnp.int32), classes)
 
     def loss_sums(
         self, params: Any, statistics: Any, maps: Maps, batch: Batch
     ) -> tuple[Values, Values, Any]:
-        settings, labels = self.config.dense.segment, batch["map"].astype(jnp.int32)
-        width, uniform = segmentation_heads.dropout_width_of(settings), None
-        if settings.dropout and width:
-            keys = image_keys(self.config, batch["position"], DROPOUT)
-            uniform = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(keys)
-        logits, aux, new = segmentation_heads.apply(
-            settings, params["head"], statistics["head"], maps, train=True, uniform_BxC=uniform
+        values, infos, new = self.head.loss(
+            self.config.dense.segment,
+            params["head"],
+            statistics["head"],
+            maps,
+            batch["map"].astype(jnp.int32),
+            image_keys(self.config, batch["position"], DROPOUT),
         )
-        full = resize_bilinear(logits, labels.shape[1:])
-        values = {"pixels": pixel_cross_entropy(full, labels)[0]}
-        if aux is not None:
-            at_full = resize_bilinear(aux, labels.shape[1:])
-            values["auxiliary"] = settings.aux_weight * pixel_cross_entropy(at_full, labels)[0]
-        labelled = labels != UNLABELLED
-        right = (full.argmax(-1) == labels) & labelled
-        share = right.sum((1, 2)) / jnp.maximum(labelled.sum((1, 2)), 1)
-        return values, {"segment/pixel_accuracy": share.sum()}, new
+        return values, {f"segment/{name}": total for name, total in infos.items()}, new
 
     def predict(self, params: Any, statistics: Any, batch: Batch) -> dict[str, jax.Array]:
         maps, _ = self.maps(params, statistics, batch, train=False)
-        logits, _, _ = segmentation_heads.apply(
-            self.config.dense.segment, params["head"], statistics["head"], maps, train=False
+        size = (batch["image"].shape[1], batch["image"].shape[2])
+        logits = self.head.logits(
+            self.config.dense.segment, params["head"], statistics["head"], maps, size
         )
-        return {"logits": resize_bilinear(logits, batch["image"].shape[1:3])}
+        return {"logits": logits}
 
     def batches(self, source: Any, tokenizer: Any, **options: Any) -> pipeline.Batches:
         options.pop("views", None)

@@ -55,12 +55,15 @@ class Task(abc.ABC):
       category_counts: training images that show each category, for losses that need them; () if
         the task reads none or no data are open.
       traits: of the kind; see `schema.TaskTraits`.
+      category_parameters: patterns of the paths of parameters that belong to single categories;
+        they restart where `init_from` has other categories.
     """
 
     config: schema.Config
     vocabulary: int = 0
     category_counts: tuple[int, ...] = ()
     traits: ClassVar[schema.TaskTraits] = schema.TaskTraits()
+    category_parameters: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def init(self, rng: jax.Array) -> Any:

@@ -96,6 +96,7 @@ class Trainer:
         self._step = parallel.Program(
             functools.partial(step.train_step, self.task, self.tx),
             name="train_step",
+            announced="the train step",
             in_shardings=(self.shardings, parallel.data_sharding(mesh)),
             out_shardings=(self.shardings, replicated),
             donate_argnums=0,
@@ -145,15 +146,22 @@ class Trainer:
             " what fits"
         )
 
-    def init(self, log: Callable[[str], None] = print) -> State:
+    def init(self, log: Callable[[str], None] = print, classes: tuple[str, ...] = ()) -> State:
         """The state at step 0, created with its shardings, so that no device holds more than its
         share. It includes what `init_from` names, also in the EMA target; `log` gets the report of
-        it."""
+        it. `classes`: names of the categories, by which heads of other categories restart."""
         if self.config.init_from:
             params = parallel.Program(
                 self._params, name="init", out_shardings=self.shardings.params
             )()
-            params = init_from.initialize_from(self.config, params, self.shardings.params, log)
+            params = init_from.initialize_from(
+                self.config,
+                params,
+                self.shardings.params,
+                log,
+                classes=classes,
+                of_categories=self.task.category_parameters,
+            )
             state = parallel.Program(
                 lambda params: create(params, self.tx),
                 name="init",

@@ -11,10 +11,14 @@ import jax
 import numpy as np
 
 from m3i_jax import config as configuration
+from m3i_jax import run_files
 from m3i_jax.errors import UserError
-from m3i_jax.interop import tensor_files, vit_weights
+from m3i_jax.interop import dense_weights, tensor_files, vit_weights
 from m3i_jax.models import backbones
+from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint_dir, checkpoint_reader
+
+CLASSES = "classes.json"  # names of the categories of a run of a dense task
 
 
 @dataclasses.dataclass
@@ -28,9 +32,11 @@ class WeightSource:
       read: {path: sharding or None} -> {path: array}; None: as numpy.
       settings: of `model.encoder` and the pixels (mean, std, image_size), as far as the source has
         them; of an InternImage also `backbone`, `scan` and `intern_image` of `model`, and of a file
-        its `preset`.
+        its `preset`; of a file with a detector `detect` and `maps` of `dense`, `classes`, and
+        `detector_size`, the side of its images.
       unused: {name: count} of arrays that have no such path.
       notes: what was changed while reading.
+      classes: names of the categories that its heads predict, of a run of a dense task; else None.
     """
 
     name: str
@@ -39,6 +45,7 @@ class WeightSource:
     settings: dict[str, Any]
     unused: dict[str, int]
     notes: list[str]
+    classes: tuple[str, ...] | None = None
 
 
 def open_weights(
@@ -64,11 +71,12 @@ def open_weights(
     if checkpoint_dir.is_run(location):
         return _open_run(location, weights, key)
     try:
+        table = tensor_files.read_tensors(location)
         published = vit_weights.load_vit(
-            tensor_files.read_tensors(location),
-            momentum=weights == "ema",
-            config=vit_weights.read_sidecar_configs(location),
+            table, momentum=weights == "ema", config=vit_weights.read_sidecar_configs(location)
         )
+        if published.layout == "detectron2" and dense_weights.has_mask_rcnn(table.shapes):
+            _add_detector(published, table)
     except UserError as error:
         raise UserError(
             f"{key}: {error}" if location in str(error) else f"{key}: {location}: {error}"
@@ -108,6 +116,32 @@ def open_weights(
     )
 
 
+def _add_detector(published: vit_weights.PublishedWeights, table: tensor_files.TensorFile) -> None:
+    """Adds pyramid and head of a Mask R-CNN, its settings, and those of its maps."""
+    heads = dense_weights.load_mask_rcnn(table)
+    for key, leaf in jax.tree_util.tree_leaves_with_path(heads):
+        published.arrays[path_text(key)] = leaf
+    for name in ("feature pyramid", "heads", "pixel statistics"):
+        published.unused.pop(name, None)
+    published.settings |= dense_weights.mask_rcnn_settings(table.shapes)
+    sides = {
+        int(path.split("/")[2].removeprefix("block")): (array.shape[0] + 1) // 2
+        for path, array in published.arrays.items()
+        if path.startswith("encoder/relative/") and path.endswith("/rows")
+    }
+    if sides:
+        window, whole = min(sides.values()), max(sides.values())
+        published.settings["maps"] = {
+            "relative": "decomposed",
+            "window": window if window < whole else 0,
+            "global_blocks": tuple(b for b, side in sorted(sides.items()) if side == whole)
+            if window < whole
+            else (),
+        }
+        # the map of a global block is the whole input
+        published.settings["detector_size"] = whole * published.settings["patch_size"]
+
+
 def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
     run = checkpoint_reader.RunWeights(workdir, key)
     paths = {
@@ -137,7 +171,8 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
     pixels = {
         "mean": config.data.augment.mean,
         "std": config.data.augment.std,
-        "image_size": config.data.image_size,
+        # of a dense task, that of the pre-training to which its positions belong
+        "image_size": config.dense.maps.image_size or config.data.image_size,
     }
     model = {
         "backbone": config.model.backbone,
@@ -149,8 +184,21 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
     settings = {**dataclasses.asdict(config.model.encoder), **model, **pixels}
     name = f"{workdir} (step {run.step:,}, {'momentum average' if weights == 'ema' else 'online'})"
     return WeightSource(
-        name, {path: run.shapes[full] for path, full in paths.items()}, read, settings, {}, []
+        name,
+        {path: run.shapes[full] for path, full in paths.items()},
+        read,
+        settings,
+        {},
+        [],
+        class_names(workdir),
     )
+
+
+def class_names(workdir: str) -> tuple[str, ...] | None:
+    """The names of the categories that a run of a dense task predicts; None if it has no file of
+    them."""
+    file = pathlib.Path(workdir) / CLASSES
+    return tuple(map(str, run_files.read_run_json(file)["classes"])) if file.is_file() else None
 
 
 def _is_finite(array: Any) -> bool:

@@ -179,7 +179,7 @@ def loss_of(shape: dict[str, Any], params: Any, statistics: Any, batch: Any) -> 
     import jax.numpy as jnp
 
     from m3i_jax.models import vit_maps
-    from m3i_jax.models.dense import map_sampling, mask_rcnn, pyramid, segmentation_heads
+    from m3i_jax.models.dense import map_sampling, mask_rcnn, pyramid, upernet
     from m3i_jax.objective import dense_losses
 
     side, head = shape["size"], shape["head"]
@@ -201,7 +201,7 @@ def loss_of(shape: dict[str, Any], params: Any, statistics: Any, batch: Any) -> 
         given = (batch[name] for name in ("size", "boxes", "classes", "masks"))
         losses, _ = mask_rcnn.losses_from_draws(head, params["head"], maps, *given, draws)
         return sum(total / count for total, count in losses.values()), statistics
-    logits, aux, new = segmentation_heads.apply(
+    logits, aux, new = upernet.apply(
         head,
         params["head"],
         statistics["head"],

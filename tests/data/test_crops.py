@@ -159,6 +159,17 @@ def test_the_resizer_is_part_of_the_identity_of_the_stream(monkeypatch):
         )
     assert len({mark for mark, _ in identities.values()}) == 3
     assert "resizer fast 4" in identities["fast 4"][1] and "resizer" not in identities["pillow"][1]
+    assert pipeline.earlier_fingerprints(config, Five()) == ()
+
+    # no view is cut of annotated images; runs that were saved with its name go on
+    dense = schema.Config(task="detect", data=config.data)
+    marks, texts = set(), set()
+    for name in ("pillow", "fast 4"):
+        monkeypatch.setattr(crops, "choose_resizer", lambda setting, name=name: name)
+        marks.add(pipeline.stream_fingerprint(dense, Five()))
+        texts.add(pipeline.stream_identity(dense, Five()))
+    assert marks == {identities["pillow"][0]} and texts == {identities["pillow"][1]}
+    assert pipeline.earlier_fingerprints(dense, Five()) == (identities["fast 4"][0],)
 
 
 def test_a_missing_resizer_is_named(monkeypatch):

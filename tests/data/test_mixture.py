@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import pipeline, sampler
+from m3i_jax.data import annotated_batches, pipeline, rendered_maps, sampler
 from m3i_jax.data.sources import base, mixture
+from m3i_jax.data.sources.scenes import ScenesSource
 from m3i_jax.errors import UserError
 
 F = fractions.Fraction
@@ -240,3 +241,49 @@ def test_identity_shows_the_difference():
     assert len(lines) == 1 and lines[0][0].startswith(
         "source 2 = 1 of every 2 samples from b, 5 images, "
     )
+
+
+def scenes(*weights, shared=True):
+    """Scenes of two seeds, some of them without an object."""
+    sources = [ScenesSource(60, side=48, seed=seed) for seed in range(2)]
+    return mixture.Mixture(sources, weights, shared=shared)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_objects_of_a_mixture_have_its_classes(shared):
+    mixed = scenes(None, None, shared=shared)
+    table = mixed.object_table()
+    for record in (0, 59, 60, 119):
+        objects, rows = mixed[record].objects, table.records == record
+        assert table.classes[rows].tolist() == objects.classes.tolist()
+        assert table.crowd[rows].tolist() == objects.crowd.tolist()
+    assert (np.diff(table.records) >= 0).all() and table.classes.max() < len(mixed.classes)
+    assert table.classes.max() > 7 or shared
+
+
+def test_images_without_an_object_are_left_out_source_by_source():
+    """The weights and the closed form of the stream stay."""
+    mixed = scenes(F(3), F(1))
+    kept = annotated_batches.drop_without_objects(mixed)
+    counts = [source.object_table().objects_per_record(60) for source in mixed.sources]
+    assert kept.sizes == [int((count > 0).sum()) for count in counts] and kept.shares == (3, 1)
+    assert len(kept) < len(mixed) and "that show no object" in kept.description()
+    assert kept.object_table().objects_per_record(len(kept)).all()
+    first = kept.locate(0, np.arange(400)) < kept.sizes[0]
+    assert first.sum() == 300
+
+
+def test_a_mixture_without_objects_has_no_table_of_them():
+    plain = type("Plain", (), {"name": "plain", "captions": False, "classes": ("a",)})()
+    plain.__class__.__len__ = lambda self: 4
+    mixed = mixture.Mixture([ScenesSource(8, side=48), plain], [None, None])
+    assert mixed.object_table() is None
+
+
+def test_rendered_maps_of_a_mixture_keep_its_shares():
+    mixed = scenes(F(3), F(1))
+    maps = rendered_maps.with_maps(mixed)
+    assert maps.map_classes == ("background", *mixed.classes)
+    assert maps[0].map.max() <= len(mixed.classes)
+    positions = np.arange(40)
+    assert maps.locate(0, positions).tolist() == mixed.locate(0, positions).tolist()

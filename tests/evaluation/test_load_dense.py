@@ -1,6 +1,9 @@
 """`m3i_jax.load` of runs of detection and segmentation: predictions in pixels of images of any
 size, equal to those that the evaluations of the run are computed from."""
 
+import dataclasses
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from m3i_jax.data.sources.scenes import ScenesSource
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import detection_results
 from m3i_jax.evaluation.load_dense import LoadedDense, as_images
+from m3i_jax.modes import export_dense
 from m3i_jax.training.task import make_task
 from tests import dense_toy
 
@@ -20,15 +24,17 @@ IMAGES.append(np.tile(IMAGES[0], (2, 1, 1)))  # higher than wide
 
 def loaded(task: str) -> LoadedDense:
     """A model with initial parameters, without a run."""
-    config = dense_toy.dense_settings(task)
+    changes = dense_toy.MASK2FORMER if task == "mask2former" else {}
+    config = dense_toy.dense_settings("segment" if changes else task, **changes)
     made = make_task(config)
     params = made.init(jax.random.key(0)) | {"running": made.init_statistics()}
     names = tuple(f"class {k}" for k in range(config.data.classes))
     return LoadedDense(config, params, names, "a toy")
 
 
-def test_detections_are_those_of_an_evaluation() -> None:
-    model = loaded("detect")
+@pytest.mark.parametrize("task", ["detect", "dino"])
+def test_detections_are_those_of_an_evaluation(task: str) -> None:
+    model = loaded(task)
     side = model.config.data.image_size
     for image, found in zip(IMAGES, model.detect(IMAGES), strict=True):
         fitted = annotated_eval.fit_image(Record("", image), side)
@@ -39,17 +45,39 @@ def test_detections_are_those_of_an_evaluation() -> None:
         )
         np.testing.assert_array_equal(found.boxes, wanted.boxes)
         np.testing.assert_array_equal(found.classes, wanted.classes)
-        assert found.masks is not None and found.masks.shape[1:] == image.shape[:2]
+        if task == "dino":
+            assert found.masks is None and len(found.boxes) == 5
+        else:
+            assert found.masks is not None and found.masks.shape[1:] == image.shape[:2]
         assert len(found.names) == len(found.boxes)
         assert (found.boxes[:, 2:] <= [image.shape[1], image.shape[0]]).all()
 
 
-def test_maps_have_the_size_of_their_images() -> None:
-    model = loaded("segment")
+@pytest.mark.parametrize("task", ["segment", "mask2former"])
+def test_maps_have_the_size_of_their_images(task: str) -> None:
+    model = loaded(task)
     maps = model.segment(IMAGES)
     assert [each.shape for each in maps] == [image.shape[:2] for image in IMAGES]
     assert max(int(each.max()) for each in maps) < len(model.names)
     np.testing.assert_array_equal(model.segment(IMAGES[1])[0], maps[1])
+
+
+def test_the_program_of_mask2former_is_the_model(tmp_path: pathlib.Path) -> None:
+    """As StableHLO for all platforms; written and read again."""
+    lines = export_dense._to_stablehlo(tmp_path, loaded("mask2former"))
+    assert (tmp_path / "model.stablehlo").stat().st_size > 1000
+    assert "logits [1, 32, 32, 3], for cpu, cuda, tpu" in lines[0]
+    assert float(lines[-1].split(": ")[1]) < 1e-5
+
+
+def test_whole_images_have_maps_of_their_size() -> None:
+    """Windows of the images' own sizes, multiples of 16 pixels."""
+    model = loaded("mask2former")
+    segment = dataclasses.replace(model.config.dense.segment, test_whole=16)
+    dense = dataclasses.replace(model.config.dense, segment=segment)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, dense=dense))
+    image = np.tile(IMAGES[0], (1, 2, 1))
+    assert [each.shape for each in model.segment([image])] == [image.shape[:2]]
 
 
 def test_the_other_prediction_and_features_are_refused() -> None:

@@ -143,6 +143,64 @@ def test_windows_are_those_of_a_plain_loop(
         np.testing.assert_array_equal(pixels[clear], scores.argmax(-1)[clear])
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_whole_images_are_one_window_of_their_own_size(
+    flip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sides are multiples of 8; one shape for every size; two images of one size are one call; the
+    order of the images stays; scores are averaged as they are."""
+    monkeypatch.setattr(sliding_windows, "_CHUNK", 4)
+    config = schema.Config(
+        dense=schema.DensePrediction(
+            geometry=schema.Geometry(rule="range", long=40, short=16),
+            segment=schema.Segment(
+                head="mask2former", test_whole=8, test_scales=(1.0, 0.5), test_flip=flip
+            ),
+        )
+    )
+    settings = sliding_windows.sliding_settings(config, classes=CLASSES, batch=2)
+    assert settings.whole and not settings.softmax
+    size_of, resize_image = sliding_windows.resize_rule(config)
+    weight, calls = np.random.default_rng(0).normal(size=(3, CLASSES)), []
+
+    def model(images: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        calls.append(images.shape)
+        for image, size in zip(images, sizes, strict=True):
+            assert tuple(size) in (image.shape[:2], (0, 0))
+        return (images / 100.0 - 1.3) @ weight + np.linspace(0, 1, images.shape[2])[:, None]
+
+    images = scenes(((20, 31), (18, 18), (40, 9), (20, 31), (11, 60)))
+    found = list(
+        sliding_windows.class_maps(model, images, settings, size_of=size_of, resize=resize_image)
+    )
+    assert [key for key, _ in found] == [key for key, _ in images]
+    assert all(h % 8 == 0 and w % 8 == 0 for _, h, w, _ in calls)
+    sizes = {size_of(image.shape[:2], s) for _, image in images for s in (1.0, 0.5)}
+    assert {shape[1:3] for shape in calls} == sizes and len(sizes) > 4
+    for (_, pixels), (_, image) in zip(found, images, strict=True):
+        total = np.zeros((*image.shape[:2], CLASSES))
+        for scale in (1.0, 0.5):
+            for mirrored in (False, True)[: 1 + flip]:
+                view = resize_image(image, size_of(image.shape[:2], scale))
+                view = view[:, ::-1] if mirrored else view
+                scores = model(view[None], np.array([view.shape[:2]]))[0]
+                scores = scores[:, ::-1] if mirrored else scores
+                total += bilinear(scores, image.shape[:2])
+        best = np.sort(total, -1)
+        clear = best[..., -1] - best[..., -2] > 1e-4
+        assert clear.mean() > 0.98 and len(np.unique(pixels)) > 1
+        np.testing.assert_array_equal(pixels[clear], total.argmax(-1)[clear])
+
+
+def test_hosts_share_the_sizes_of_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host runs the sizes of all hosts, in one order, with zeros where it has no image."""
+    given = [" ", "16,32;8,8", "16,32;24,8"]
+    monkeypatch.setattr(sliding_windows.parallel, "exchange_values", lambda name, text: given)
+    assert sliding_windows._sizes_of_hosts({(8, 8)}) == [(8, 8), (16, 32), (24, 8)]
+    given[:] = [" "]
+    assert sliding_windows._sizes_of_hosts(set()) == []
+
+
 def test_window_starts_of_the_specification() -> None:
     for length in range(1, 1500, 7):
         starts = sliding_windows.window_starts(length, 512, 256)

@@ -150,6 +150,7 @@ def job(workdir: pathlib.Path, fingerprint: str = "f", **changes: Any) -> Any:
         config=config,
         text=configuration.config_to_text(config),
         fingerprint=fingerprint,
+        earlier_fingerprints=(),
         identity=identity,
     )
 

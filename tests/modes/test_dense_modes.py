@@ -96,9 +96,13 @@ def test_exports_have_the_whole_model(
 
 
 def test_other_maps_are_evaluated_beside_the_run(
-    run: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    run: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The written scenes, read by the source of ADE20k's layout."""
+    """The written scenes, read by the source of ADE20k's layout, by settings or by --data. Data of
+    other classes and without maps are refused."""
     monkeypatch.chdir(ROOT)
     scene_files.write_scenes(str(tmp_path / "scenes"), images=6, held_out=4, side=40)
     changes = [
@@ -113,6 +117,24 @@ def test_other_maps_are_evaluated_beside_the_run(
     values = json.loads(result.read_text())["results"]["segmentation"]
     assert set(values) == {f"eval/segmentation/{name}" for name in ("mIoU", "mAcc", "aAcc")}
     assert not (run / "eval.json").exists()
+    by_flag = ["--mode=eval", "--workdir", str(run), "--data"]
+    assert command.main([*by_flag, str(tmp_path / "scenes")]) == 0
+    assert (
+        json.loads((run / "eval-scenes" / "eval.json").read_text())["results"]["segmentation"]
+        == values
+    )
+    capsys.readouterr()
+    names = tmp_path / "scenes" / "classes.txt"
+    names.write_text("\n".join([*names.read_text().split("\n")[:-2], "unicorn", ""]))
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "1.png")
+    for more, words in (
+        ([str(tmp_path / "scenes")], "classes, such as"),
+        ([f"folder:{tmp_path}"], "has neither class maps nor objects"),
+        (["scenes:30", "--untrained"], "has no --mode=eval --untrained"),
+    ):
+        assert command.main([*by_flag, *more]) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize(

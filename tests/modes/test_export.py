@@ -202,7 +202,7 @@ def test_the_model_card(run) -> None:
             json.dumps(about | {"results": {"linear": {"eval/linear/top1": share}}})
         )
         text = (
-            exported(run[0], "npz", "--config.report.licence=CC-BY-4.0") / "model_card.md"
+            exported(run[0], "npz", "--config.report.licence=CC-BY-4.0") / "README.md"
         ).read_text()
         assert ("| eval/linear/top1, ema (--mode=eval) | 0.625 | 4 |" in text) == (
             share == 0.625

@@ -185,4 +185,4 @@ def test_an_export_with_another_crop_describes_it(run) -> None:
     assert json.loads((workdir / "export/hf/preprocessor_config.json").read_text())["size"] == {
         "shortest_edge": 64
     }
-    assert "short side resized to 64" in (workdir / "export/hf/model_card.md").read_text()
+    assert "short side resized to 64" in (workdir / "export/hf/README.md").read_text()

@@ -131,6 +131,19 @@ def test_similarity_is_the_mean_cosine_over_positions():
     np.testing.assert_allclose(panels.similarity_map(p, t), cosine.mean(1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("grid", [4, 8])
+def test_a_map_has_the_colours_of_its_cells(grid):
+    """Few cells are interpolated between their centres, many are squares; equal cells are flat."""
+    rgb = np.random.default_rng(0).random((grid * grid, 3))
+    tile, cell = np.asarray(image_grid.color_tile(rgb, 16 * grid), float), 16
+    ends = tile[cell // 2 - 1 :: cell, cell // 2 - 1 :: cell]  # the last pixel before the centres
+    nearly = 0.5 if grid == 8 else 255 / cell + 1
+    np.testing.assert_allclose(ends, 255 * rgb.reshape(grid, grid, 3), atol=nearly)
+    jump = np.abs(np.diff(tile, axis=0)).max()
+    assert jump > 100 if grid == 8 else jump <= 255 / cell + 1
+    assert len(np.unique(image_grid.color_tile(np.full((16, 3), 0.3), 64))) == 1
+
+
 def test_every_tile_is_where_it_belongs(tmp_path):
     made = example()
     panels.write_panel(tmp_path / "p.png", **made)
@@ -151,8 +164,8 @@ def test_every_tile_is_where_it_belongs(tmp_path):
             for rgb in panels.feature_rgb(
                 [features[f"{term}/target"], features[f"{term}/prediction"]]
             ):
-                tile = (rgb[row] * 255).round().astype(np.uint8).reshape(4, 4, 3)
-                xs += [x for x, top in find(image, enlarged(tile, side)) if top == y]
+                tile = np.asarray(image_grid.color_tile(rgb[row], side))
+                xs += [x for x, top in find(image, tile) if top == y]
         # i, j, mixed, then view, target, predicted of i and of j
         assert len(xs) == 9 and xs == sorted(xs) and y > before
         before = y

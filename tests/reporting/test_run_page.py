@@ -129,7 +129,11 @@ def test_curves_show_the_values() -> None:
     labels = [float(v) for v in re.findall(r'text-anchor="end">([^<]*)<', series)]
     scale = np.polyfit(labels, grid, 1)
     np.testing.assert_allclose(points[:, 1], np.polyval(scale, [0, 5, 10]), atol=0.1)
-    np.testing.assert_allclose(np.diff(points[:, 0]), [(svg_charts.WIDTH - 64) / 2] * 2, atol=0.1)
+    np.testing.assert_allclose(np.diff(points[:, 0]), [(svg_charts.WIDTH - 82) / 2] * 2, atol=0.1)
+    small = [svg_charts.SvgCurve("a", [0, 1], [-2.5e-4, -2.6e-4])]
+    chart = svg_charts.svg_chart("t", small, last=1)
+    ends = re.findall(r'<text x="(\d+)"[^>]*text-anchor="end">([^<]*)<', chart)
+    assert len(ends) > 2 and all(int(x) >= 8 * len(text) for x, text in ends)
     assert "logarithmic" in svg_charts.svg_chart(
         "t", [svg_charts.SvgCurve("a", [0, 1], [1e-6, 1.0])], last=1
     )

@@ -62,12 +62,15 @@ def test_a_json_line_and_a_console_line_a_step(tmp_path, capsys):
     ):
         assert words in shown
     assert shown.count("\n") == 1
+    writer.write(100, VALUES | {"loss": 4.0, "balance/lambda": 6.5, "loss/equal_weights": 1.25})
+    shown = capsys.readouterr().out
+    assert "loss at lambda 1: 1.2500  ssp 0.7500" in shown and "lambda 6.5" in shown
     writer.write(100, {"eval/knn/top1": 0.75})
     assert "evaluation  knn/top1 0.7500" in capsys.readouterr().out
     writer.write(101, {"perf/goodput": 0.5})
     assert capsys.readouterr().out == ""  # neither losses nor an evaluation: nothing for a person
     writer.close()
-    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [100, 100, 101]
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [100, 100, 100, 101]
 
 
 def test_numbers_of_every_library_are_valid_json(tmp_path):

@@ -1,4 +1,4 @@
-"""A detection run that is preempted, killed, and continued with other threads and workers: the same
+"""A dense run that is preempted, killed, and continued with other threads and workers: the same
 metrics and the same bits as of one that was left alone."""
 
 import json
@@ -13,11 +13,28 @@ import pytest
 
 from m3i_jax import main as command
 from m3i_jax.training import file_checksums, loop, trainer
-from tests.dense_toy import DETECT, SHARED
+from tests.dense_toy import DETECT, DINO, MASK2FORMER, SEGMENT, SHARED
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
-VALUES = (SHARED | DETECT) | {
+HEADS = {
+    "mask_rcnn": DETECT,
+    "dino": DINO,
+    "mask2former": SEGMENT | {k.replace("__", "."): v for k, v in MASK2FORMER.items()},
+}
+LOSSES = {
+    "mask_rcnn": ("rpn_cls", "rpn_loc", "cls", "box_reg", "mask"),
+    "dino": tuple(f"{of}{kind}" for of in ("", "aux_", "enc_", "dn_") for kind in ("cls", "l1")),
+    "mask2former": tuple(
+        f"{of}{kind}" for of in ("", "auxiliary_") for kind in ("class", "mask", "dice")
+    ),
+}
+PARTS = {
+    "mask_rcnn": "params/head/mask/",
+    "dino": "params/head/decoder/layers/reading/",
+    "mask2former": "params/head/decoder/queries",
+}
+VALUES = SHARED | {
     "data.size": 40,
     "data.holdout": 0.0,
     "data.image_size": 32,
@@ -39,11 +56,16 @@ VALUES = (SHARED | DETECT) | {
 }
 
 
-def arguments(run: pathlib.Path, **changes: object) -> list[str]:
-    values = VALUES | {key.replace("__", "."): value for key, value in changes.items()}
+def arguments(run: pathlib.Path, head: str, **changes: object) -> list[str]:
+    values = (
+        VALUES | HEADS[head] | {key.replace("__", "."): value for key, value in changes.items()}
+    )
     values.pop("data.classes")
     texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in values.items()]
-    return ["--config", "configs/transfer/detect.py", "--workdir", str(run), *texts]
+    recipe = f"configs/transfer/detect.py:head={head},masks={str(head == 'mask_rcnn').lower()}"
+    if head == "mask2former":
+        recipe = f"configs/transfer/segment.py:head={head}"
+    return ["--config", recipe, "--workdir", str(run), *texts]
 
 
 def logged(run: pathlib.Path) -> list[dict]:
@@ -65,28 +87,34 @@ def same(run: pathlib.Path, other: pathlib.Path) -> bool:
     return saved_arrays(run) == saved_arrays(other)
 
 
+@pytest.fixture(scope="module", params=list(HEADS))
+def head(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def unbroken(head: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     run = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        assert command.main(arguments(run, data__threads=1)) == loop.DONE
+        assert command.main(arguments(run, head, data__threads=1)) == loop.DONE
     return run
 
 
-def test_a_detection_run_logs_its_losses(unbroken: pathlib.Path) -> None:
+def test_a_detection_run_logs_its_losses(head: str, unbroken: pathlib.Path) -> None:
     rows = logged(unbroken)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    names = {f"loss/{name}" for name in ("rpn_cls", "rpn_loc", "cls", "box_reg", "mask")}
-    assert names | {"lr", "samples_seen", "detect/foreground_regions"} <= set(rows[-1])
+    names = {f"loss/{name}" for name in LOSSES[head]}
+    assert names | {"lr", "samples_seen"} <= set(rows[-1])
+    assert any(name.startswith(("detect/", "segment/")) for name in rows[-1])
     assert rows[-1]["samples_seen"] == 8 * STEPS and rows[0]["loss"] != rows[-1]["loss"]
     paths = saved_arrays(unbroken)
-    assert any(path.startswith("params/head/mask/") for path in paths), list(paths)[:5]
+    assert any(path.startswith(PARTS[head]) for path in paths), list(paths)[:5]
 
 
 @pytest.mark.row("A2", "A10")
-def test_a_preempted_detection_run_goes_on_with_other_workers(
-    unbroken: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_a_preempted_dense_run_goes_on_with_other_workers(
+    head: str, unbroken: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     calls, whole = [], trainer.Trainer.step
@@ -98,20 +126,20 @@ def test_a_preempted_detection_run_goes_on_with_other_workers(
         return whole(self, state, batch)
 
     monkeypatch.setattr(trainer.Trainer, "step", counted)
-    assert command.main(arguments(tmp_path, data__threads=1)) == loop.PREEMPTED
+    assert command.main(arguments(tmp_path, head, data__threads=1)) == loop.PREEMPTED
     assert len(calls) == 2 and [row["step"] for row in logged(tmp_path)] == [1, 2]
-    assert command.main(arguments(tmp_path, data__threads=3, data__workers=2)) == loop.DONE
+    assert command.main(arguments(tmp_path, head, data__threads=3, data__workers=2)) == loop.DONE
     assert len(calls) == STEPS and same(tmp_path, unbroken)
 
 
 @pytest.mark.slow
 @pytest.mark.row("A1")
-def test_a_killed_detection_run_goes_on_from_its_last_save(
-    unbroken: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_dense_run_goes_on_from_its_last_save(
+    head: str, unbroken: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process, with as many devices, is killed after the save of step 3."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "m3i_jax.main", *arguments(tmp_path)],
+        [sys.executable, "-m", "m3i_jax.main", *arguments(tmp_path, head)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
@@ -126,5 +154,5 @@ def test_a_killed_detection_run_goes_on_from_its_last_save(
         process.kill()
         process.wait(timeout=60)
     monkeypatch.chdir(ROOT)
-    assert command.main(arguments(tmp_path)) == loop.DONE
+    assert command.main(arguments(tmp_path, head)) == loop.DONE
     assert same(tmp_path, unbroken)

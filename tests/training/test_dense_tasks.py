@@ -13,21 +13,22 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.training import step
+from m3i_jax.training.dense_task import RunningState
 from m3i_jax.training.microbatches import split_microbatches
 from m3i_jax.training.task import StepGradients, make_task
 from tests import toy
-from tests.dense_toy import dense_batch, dense_settings, make_trainer
+from tests.dense_toy import MASK2FORMER, dense_batch, dense_settings, make_trainer
 
 UPERNET = {"dense__segment__head": "upernet", "dense__segment__divide_by": "all"}
-HEADS = [("detect", {}), ("segment", {}), ("segment", UPERNET)]
-IDS = ["detect", "linear", "upernet"]
+EXACT = [("detect", {}), ("dino", {}), ("segment", {}), ("segment", MASK2FORMER)]  # in any parts
+HEADS = [*EXACT, ("segment", UPERNET)]
+IDS = ["mask_rcnn", "dino", "linear", "mask2former", "upernet"]
 
 
 @functools.cache
-def started(task: str, head: str = "linear") -> Any:
+def started(task: str, changes: tuple) -> Any:
     """(parameters, optimizer state) at the start, with a head that moves what is below it."""
-    changes = {"dense__segment__head": head} if task == "segment" else {}
-    state = make_trainer(dense_settings(task, **changes)).init()
+    state = make_trainer(dense_settings(task, **dict(changes))).init()
     r = np.random.default_rng(1)
     noise = lambda leaf: leaf + 0.05 * r.normal(size=leaf.shape).astype(np.float32)
     return jax.tree.map(noise, jax.device_get(state.params)), jax.device_get(state.opt)
@@ -43,8 +44,7 @@ def compiled(task: str, batch_size: int, microbatches: int, changes: tuple) -> A
 
 def gradients(task: str, changes: dict, *, microbatches: int = 1) -> StepGradients:
     config, run = compiled(task, 8, microbatches, tuple(changes.items()))
-    head = changes.get("dense__segment__head", "linear")
-    return run(*started(task, head), dense_batch(config, 3))
+    return run(*started(task, tuple(changes.items())), dense_batch(config, 3))
 
 
 def difference(a: Any, b: Any) -> float:
@@ -57,11 +57,12 @@ def difference(a: Any, b: Any) -> float:
     )
 
 
-@pytest.mark.parametrize(("task", "changes"), HEADS[:2], ids=IDS[:2])
+@pytest.mark.parametrize(("task", "changes"), EXACT, ids=IDS[:4])
 @pytest.mark.row("D6")
 def test_microbatches_of_dense_tasks_are_the_whole_batch(task: str, changes: dict) -> None:
-    """Where no statistics are of a batch: losses are sums over images or pixels, and sampling and
-    stochastic depth go by the position of an image. Row 1 has no object and no labelled pixel."""
+    """Where no statistics are of a batch: losses are sums over images, objects, masks or pixels,
+    divided by numbers of the whole batch, and sampling, noise and stochastic depth go by the
+    position of an image. Row 1 has no object and no labelled pixel."""
     whole = gradients(task, changes)
     parts = gradients(task, changes, microbatches=4)
     assert whole.metrics.keys() == parts.metrics.keys()
@@ -71,6 +72,12 @@ def test_microbatches_of_dense_tasks_are_the_whole_batch(task: str, changes: dic
     assert difference(parts.grads, whole.grads) < 2e-5
     if task == "detect":
         assert min(float(whole.metrics[f"detect/foreground_{of}"]) for of in ("anchors", "regions"))
+    if task == "dino":
+        config, _ = compiled(task, 8, 1, tuple(changes.items()))
+        there = (dense_batch(config, 3)["classes"] >= 0).sum(1)
+        np.testing.assert_allclose(float(whole.metrics["detect/objects"]), there.mean(), rtol=1e-6)
+        groups = np.maximum(6 // np.maximum(there, 1), 1)
+        np.testing.assert_allclose(whole.metrics["detect/denoising_groups"], groups.mean())
 
 
 def test_microbatches_of_a_batch_norm_are_batches_of_their_own() -> None:
@@ -78,7 +85,7 @@ def test_microbatches_of_a_batch_norm_are_batches_of_their_own() -> None:
     statistics move four times; and not the step of the whole batch."""
     got = gradients("segment", UPERNET, microbatches=4)
     config, run = compiled("segment", 2, 1, tuple(UPERNET.items()))
-    params, opt = started("segment", "upernet")
+    params, opt = started("segment", tuple(UPERNET.items()))
     parts = split_microbatches(dense_batch(dense_settings("segment"), 3), 4, 8)
     made = []
     for i in range(4):
@@ -93,13 +100,15 @@ def test_microbatches_of_a_batch_norm_are_batches_of_their_own() -> None:
     assert difference(got.grads, whole.grads) > 0.01
 
 
-@pytest.mark.parametrize(("task", "changes"), HEADS, ids=IDS)
+@pytest.mark.parametrize(
+    ("task", "changes"), [head for head in HEADS if head[0] != "dino"], ids=[*IDS[:1], *IDS[2:]]
+)
 def test_gradients_are_those_of_the_printed_loss(task: str, changes: dict) -> None:
     """The loss is the sum of the printed losses, and the gradient is its derivative: along a random
-    direction, the loss changes by what the gradient says."""
+    direction, the loss changes by what the gradient says. (DINO leaves parts of it out, between its
+    layers; see tests/models/dense/test_dino.py.)"""
     config, run = compiled(task, 8, 1, tuple(changes.items()))
-    head = changes.get("dense__segment__head", "linear")
-    (params, opt), batch = started(task, head), dense_batch(config, 3)
+    (params, opt), batch = started(task, tuple(changes.items())), dense_batch(config, 3)
     got = run(params, opt, batch)
     losses = [value for name, value in got.metrics.items() if name.startswith("loss/")]
     np.testing.assert_allclose(got.loss, sum(losses), rtol=1e-6)
@@ -147,13 +156,13 @@ def test_eight_devices_are_one_device_for_dense_tasks(
             np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
     assert all(np.isfinite(list(metrics.values())).all() for metrics in one)
     assert not any(metrics["skipped/not_finite"] for metrics in one) and int(last.step) == 50
-    if "dense__segment__head" in changes:
+    if changes is UPERNET:
         means = jax.tree.leaves(last.opt["running"].statistics)
         assert all(np.isfinite(mean).all() and mean.any() for mean in means)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "changes"), [HEADS[0], HEADS[2]], ids=["detect", "upernet"])
+@pytest.mark.parametrize(("task", "changes"), [*HEADS[:2], *HEADS[3:]], ids=[*IDS[:2], *IDS[3:]])
 def test_sharded_parameters_are_one_device_for_dense_tasks(
     task: str, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +191,7 @@ def test_a_frozen_encoder_stays_and_is_not_decayed() -> None:
     assert not any(jax.tree.leaves(moved["encoder"])) and any(jax.tree.leaves(moved["head"]))
 
 
-@pytest.mark.parametrize("task", ["detect", "segment"])
+@pytest.mark.parametrize("task", ["detect", "dino", "segment"])
 def test_the_shapes_of_a_dense_batch_are_those_that_are_announced(task: str) -> None:
     config = dense_settings(task)
     batch = dense_batch(config)
@@ -212,6 +221,7 @@ def test_the_linear_head_reads_the_last_of_several_maps() -> None:
     ("task", "changes", "words"),
     [
         ("detect", {"dense__detect__strides": "(3,6,12)"}, "config.dense.detect.strides"),
+        ("dino", {"dense__detect__strides": "(3,6,12)"}, "config.dense.detect.strides"),
         (
             "segment",
             UPERNET | {"dense__segment__strides": "(8,12)"},
@@ -224,4 +234,51 @@ def test_strides_that_the_encoder_cannot_give_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=words) as error:
         make_task(dense_settings(task, **changes)).pyramid()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dense__detect__masks": True}, "config.dense.detect.masks: the head dino predicts boxes"),
+        ({"dense__detect__dino__queries": 21}, "dino.queries: 21 queries .* at most 20"),
+        ({"dense__geometry__max_objects": 9}, "8 queries cannot be matched with 9 objects"),
+        ({"dense__detect__dino__heads": 3}, "config.dense.detect.width: 8 must be a multiple"),
+    ],
+)
+def test_settings_that_dino_cannot_have_are_refused(changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        config = dense_settings("dino", **changes)
+        task = make_task(config)
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        opt = {"running": RunningState({"pyramid": {}, "head": {}})}
+        jax.eval_shape(task.gradients, params, opt, task.batch_shapes())
+    assert "\n" not in str(error.value)
+
+
+def test_dino_reads_the_maps_of_a_convolutional_encoder_as_they_are() -> None:
+    settings = dense_settings("dino", **{**toy.INTERN, "dense__maps__relative": "none"})
+    task = make_task(settings)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    stride, channels = task.sources[2]
+    projections = params["head"]["encoder"]["projections"]
+    assert stride == 8 and params["pyramid"] == {}
+    assert projections["stride_8"]["conv"]["kernel"].shape == (channels, 8)
+    assert projections["stride_16"]["conv"]["kernel"].shape == (3, 3, channels, 8)
+    out = jax.eval_shape(task.predict, params, task.init_statistics(), task.batch_shapes())
+    assert out["boxes"].shape == (8, 5, 4) and "masks" not in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dense__segment__width": 12, "dense__segment__mask2former__heads": 5}, "5 heads do not"),
+        ({"dense__segment__width": 10}, "10, no multiple of 4"),
+        ({"dense__segment__strides": "(8,)"}, "two or more maps"),
+    ],
+)
+def test_a_mask2former_that_cannot_be_made_is_refused(changes: dict, words: str) -> None:
+    task = make_task(dense_settings("segment", **(MASK2FORMER | changes)))
+    with pytest.raises(UserError, match=words) as error:
+        jax.eval_shape(task.init, jax.random.key(0))
     assert "\n" not in str(error.value)

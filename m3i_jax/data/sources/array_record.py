@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from m3i_jax import privacy
+from m3i_jax import privacy, progress
 from m3i_jax.data.sources import base, tf_example
 from m3i_jax.data.sources.base import HandleCache, Record
 from m3i_jax.data.sources.registry import SourceKind, register_source
@@ -329,7 +329,10 @@ class ArrayRecordSource:
         columns: dict[str, np.ndarray] = {
             name: np.zeros(sum(self._counts), kind) for name, kind in _COLUMNS.items()
         }
-        for shard, count in enumerate(self._counts):
+        shards = progress.track_progress(
+            self._counts, "indexing", sum(self._counts), "records", size=lambda count: count
+        )
+        for shard, count in enumerate(shards):
             _log.info("indexing %s: %d of %d", self.files[shard], shard + 1, len(self.files))
             for first in range(0, count, _BLOCK):
                 rows = range(first, min(first + _BLOCK, count))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from m3i_jax import schema
+from m3i_jax import progress, schema
 from m3i_jax.data import decode
 from m3i_jax.data.sources import base, class_names
 from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT, Record
@@ -66,7 +66,8 @@ class FolderSource:
         self.ignored: collections.Counter[str] = collections.Counter()
         others: collections.Counter[str] = collections.Counter()
         images, texts = [], set()
-        for name, size in files(self.path, self.ignored):
+        listed = files(self.path, self.ignored)
+        for name, size in progress.track_progress(listed, f"listing {path}", unit="files"):
             stem, extension = os.path.splitext(name)
             if extension.lower() in EXTENSIONS:
                 images.append((name, size))

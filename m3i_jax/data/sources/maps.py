@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 
-from m3i_jax import schema
+from m3i_jax import progress, schema
 from m3i_jax.data import decode_map
 from m3i_jax.data.decode import BadRecord
 from m3i_jax.data.sources import base, folder
@@ -91,7 +91,8 @@ class MapsSource:
         if kept is None:
             _log.info("reading %d maps for the number of their classes", len(files))
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                highest = max(pool.map(_highest, (os.path.join(top, name) for name, _ in files)))
+                found = pool.map(_highest, (os.path.join(top, name) for name, _ in files))
+                highest = max(progress.track_progress(found, "reading maps", len(files), "maps"))
             kept = {"highest": np.array(highest)}
             if path:
                 base.save_arrays(path, **kept)

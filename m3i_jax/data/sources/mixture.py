@@ -7,7 +7,7 @@ a position of the stream are a closed form of it (`sampler.sample_mixture_index`
 import dataclasses
 import fractions
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -280,6 +280,24 @@ class Mixture:
         source = self.sources[number]
         return base.source_caption(source, local_index) if source.captions else None
 
+    def object_table(self) -> ObjectTable | None:
+        """Returns the objects of all sources, with the classes of the mixture; None unless every
+        source annotates objects."""
+        tables = [base.object_table(source) for source in self.sources]
+        known = [
+            table.relabel(names)
+            for table, names in zip(tables, self._tables, strict=True)
+            if table is not None
+        ]
+        if len(known) < len(tables):
+            return None
+        starts = (self._ends - self.sizes).tolist()
+        return ObjectTable(
+            np.concatenate([t.records + start for t, start in zip(known, starts, strict=True)]),
+            np.concatenate([t.classes for t in known]),
+            np.concatenate([t.crowd for t in known]),
+        )
+
     def locate(self, seed: int, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
         """Returns the record at each position of the stream, int64 [R]; see
         `sampler.sample_mixture_index`.
@@ -300,7 +318,12 @@ class Mixture:
 
     def part(self, holdout: float, part: str) -> "Mixture":
         """Returns the mixture of one part of each source; see `base.split_by_hash`."""
-        parts = [base.split_by_hash(source, holdout, part) for source in self.sources]
+        return self.of_parts(lambda source: base.split_by_hash(source, holdout, part))
+
+    def of_parts(self, part: Callable[[DataSource], DataSource]) -> "Mixture":
+        """Returns the mixture of a part of each source, with the same weights; shares by size are
+        those of the parts."""
+        parts = [part(source) for source in self.sources]
         return Mixture(parts, self.weights, shared=self.shared)
 
     def fingerprint(self) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from m3i_jax import progress
 from m3i_jax.data import decode
 from m3i_jax.data.sources import base, remote, tar_headers
 from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT, Record
@@ -305,7 +306,8 @@ class _Columns:
 
 def _build(files: list[str]) -> dict[str, np.ndarray]:
     columns, ignored = _Columns(), collections.Counter[str]()
-    for number, file in enumerate(files):
+    opened = progress.track_progress(files, "indexing tar files", len(files), "files")
+    for number, file in enumerate(opened):
         columns.add(number, _scan(file, ignored))
         if len(files) > 20 and number % (len(files) // 10) == 0:
             _log.info("indexing tar files: %d of %d", number + 1, len(files))

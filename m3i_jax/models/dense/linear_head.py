@@ -17,7 +17,7 @@ from m3i_jax.models.layers import Params
 def init(
     settings: schema.Segment, channels: Mapping[int, int], classes: int, rng: jax.Array
 ) -> tuple[Params, Params]:
-    """Parameters, N(0, 0.01^2) with bias 0; there are no statistics. Arguments as of
+    """Parameters, N(0, classifier_std^2) with bias 0; there are no statistics. Arguments as of
     `upernet.init`.
 
     >>> params, statistics = init(schema.Segment(), {16: 8}, 5, jax.random.key(0))
@@ -25,7 +25,8 @@ def init(
     ((8, 5), {})
     """
     shapes = {"classifier": {"kernel": (channels[max(channels)], classes), "bias": (classes,)}}
-    return fill(rng, shapes, lambda path, _: ("normal", 0.01 * path.endswith("kernel"))), {}
+    std = settings.classifier_std
+    return fill(rng, shapes, lambda path, _: ("normal", std * path.endswith("kernel"))), {}
 
 
 def apply(

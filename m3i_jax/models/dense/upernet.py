@@ -59,12 +59,12 @@ def _aux_stride(settings: schema.Segment) -> int:
     return settings.strides[max(len(settings.strides) - 2, 0)]
 
 
-def _first_values(path: str, shape: tuple[int, ...]) -> InitSpec:
+def _first_values(classifier_std: float, path: str, shape: tuple[int, ...]) -> InitSpec:
     layer, last = path.split("/")[-2:]
     if last in ("scale", "bias"):
         return "constant", float(last == "scale")
     if layer.endswith("classifier"):
-        return "normal", 0.01
+        return "normal", classifier_std
     return "normal", math.sqrt(2 / math.prod((*shape[:-2], shape[-1])))
 
 
@@ -73,10 +73,10 @@ def init(
 ) -> tuple[Params, Params]:
     """Parameters, and the running statistics of the batch norms.
 
-    Convolutions are N(0, 2 / fan out), classifiers N(0, 0.01^2), biases 0.
+    Convolutions are N(0, 2 / fan out), classifiers N(0, classifier_std^2), biases 0.
 
     Args:
-      settings: `strides`, `width`, `pool_scales` and `aux_width` are read.
+      settings: `strides`, `width`, `pool_scales`, `aux_width` and `classifier_std` are read.
       channels: {stride: channels} of the maps.
       classes: categories.
       rng: key.
@@ -93,7 +93,8 @@ def init(
     statistics = {
         name: initial_statistics(part["scale"][0]) for name, part in tree.items() if "scale" in part
     }
-    return fill(rng, tree, _first_values), statistics
+    rule = functools.partial(_first_values, settings.classifier_std)
+    return fill(rng, tree, rule), statistics
 
 
 def drop_channels(x_BxHxWxC: jax.Array, uniform_BxC: jax.Array, rate: float) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.models.dense import pyramid, segmentation_heads, upernet
+from m3i_jax.models.dense import linear_head, pyramid, segmentation_heads, upernet
 from m3i_jax.models.dense.map_sampling import resize_bilinear
 from m3i_jax.models.dense.pyramid import PyramidConfig
 from m3i_jax.models.dense.resized_conv import convolve_resized
@@ -222,7 +222,7 @@ def test_the_linear_head_reads_the_coarsest_map():
         s: np.random.default_rng(s).normal(size=(2, 3, 2, c)).astype("f")
         for s, c in channels.items()
     }
-    logits, aux, new = segmentation_heads.apply(settings, params, statistics, maps, train=True)
+    logits, aux, new = linear_head.apply(settings, params, statistics, maps, train=True)
     wanted = maps[16] @ np.asarray(params["classifier"]["kernel"])
     np.testing.assert_allclose(logits, wanted, atol=1e-6)
     assert logits.dtype == jnp.float32 and aux is None and new == {}

@@ -1,0 +1,88 @@
+"""The heads of detection by the name in the settings, each as a value: what the task asks of a
+head, whichever it is."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+from m3i_jax.models.dense import dino, dino_encoder, mask_rcnn
+from m3i_jax.models.layers import Params
+
+Values = dict[str, tuple[jax.Array, jax.Array]]
+Maps = Mapping[int, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectionHead:
+    """One kind of detection head. `settings` is `dense.detect`; B images, M objects.
+
+    Attributes:
+      init: (settings, {stride: channels}, classes, key) to parameters.
+      losses: (settings, parameters, {stride: map}, sizes, boxes, classes, masks or None, a key per
+        image, frequency_K=images that have each category or None) to (losses, other numbers), each
+        {name: (sum, images)}; the arguments are those of `mask_rcnn.losses`.
+      divisor: classes int32 [B, M] of a whole batch, -1 where there is no object, to the number
+        that the sums of the losses are divided by.
+      detect: (settings, parameters, {stride: map}, sizes) to boxes, scores, classes, valid and cut
+        as of `mask_rcnn.detect`, and masks if it predicts them.
+      has_masks: whether it can predict masks.
+      category_parameters: patterns of the paths of parameters that belong to single categories, as
+        of `Task.category_parameters`.
+      raw_strides: settings to the strides of an encoder's own maps that it reads as they are;
+        None: it reads a feature pyramid of `settings.width` channels at `settings.strides`. An
+        encoder whose maps all have one stride always gets a pyramid.
+    """
+
+    init: Callable[[schema.Detect, Mapping[int, int], int, jax.Array], Params]
+    losses: Callable[..., tuple[Values, Values]]
+    divisor: Callable[[jax.Array], jax.Array]
+    detect: Callable[[schema.Detect, Params, Maps, jax.Array], dict[str, jax.Array]]
+    has_masks: bool
+    category_parameters: tuple[str, ...]
+    raw_strides: Callable[[schema.Detect], tuple[int, ...]] | None = None
+
+
+_HEADS = {
+    "mask_rcnn": DetectionHead(
+        init=mask_rcnn.init,
+        losses=mask_rcnn.losses,
+        divisor=lambda classes_BxM: jnp.float32(len(classes_BxM)),
+        detect=mask_rcnn.detect,
+        has_masks=True,
+        category_parameters=("^head/box/(classes|deltas)/", "^head/mask/masks/"),
+    ),
+    "dino": DetectionHead(
+        init=dino.init,
+        losses=dino.losses,
+        divisor=dino.object_divisor,
+        detect=dino.detect,
+        has_masks=False,
+        category_parameters=("^head/labels$", "^head/.*heads/(layers/)?classes/"),
+        raw_strides=dino_encoder.levels_read,
+    ),
+}
+
+
+CATEGORY_PARAMETERS = tuple(p for head in _HEADS.values() for p in head.category_parameters)
+
+
+def detection_head(settings: schema.Detect) -> DetectionHead:
+    """The head that the settings name.
+
+    Raises:
+      UserError: masks are asked of a head that has none.
+
+    >>> detection_head(schema.Detect(head="dino", masks=False)).has_masks
+    False
+    """
+    head = _HEADS[settings.head]
+    if settings.masks and not head.has_masks:
+        raise UserError(
+            f"config.dense.detect.masks: the head {settings.head} predicts boxes without masks; set"
+            " dense.detect.masks=false"
+        )
+    return head

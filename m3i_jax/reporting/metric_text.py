@@ -1,0 +1,246 @@
+"""What every metric of a log means: the text of METRICS.md and of the notes below the charts.
+
+Lines are in the order of METRICS.md. A test compares them with the names that the code writes."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricText:
+    """The meaning of one metric, or of several that differ in a name.
+
+    Attributes:
+      name: the metric; `*` stands for any name.
+      unit: of its value; "" if it has none.
+      text: what it is.
+      healthy: how a healthy run looks; "" if there is nothing to watch.
+      score: whether an evaluation is better the larger it is.
+      note: shown below its chart.
+    """
+
+    name: str
+    unit: str
+    text: str
+    healthy: str = ""
+    score: bool = True
+    note: bool = False
+
+
+def _accuracy(name: str, text: str) -> MetricText:
+    return MetricText(f"eval/{name}", "share", text, "above its value at step 0")
+
+
+# (title, metrics)
+METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
+    (
+        "Evaluation",
+        (
+            _accuracy("knn/*", "top1, top5: held-out images whose k nearest training images agree"),
+            _accuracy("direct/*", "top1, top5: accuracy of the run's own category head"),
+            _accuracy("linear/top*", "accuracy of logistic regression on frozen features"),
+            MetricText(
+                "eval/linear/log10_l2",
+                "",
+                "strength of the penalty that logistic regression chose, its decimal logarithm; not"
+                " a score",
+                score=False,
+                note=True,
+            ),
+            _accuracy("probe/*", "top1, top5: the paper's linear probe, by SGD"),
+            _accuracy("attentive/*", "top1, top5: a probe with attention pooling"),
+            _accuracy("few_shot/*", "accuracy with 1, 5 or 10 labelled images per category"),
+            _accuracy(
+                "zero_shot/*", "top1, top5 of classification by captions, for each set of templates"
+            ),
+            _accuracy(
+                "retrieval/*", "r1, r5, r10: own caption or image among the first 1, 5 or 10 found"
+            ),
+            _accuracy("embedding/same_class", "images whose nearest neighbour is of their class"),
+            MetricText(
+                "eval/box/*",
+                "share",
+                "average precision of boxes by the rules of COCO or LVIS; also by size, frequency",
+                "above its value at step 0",
+            ),
+            MetricText("eval/mask/*", "share", "the same for masks", "above its value at step 0"),
+            _accuracy("segmentation/*", "mIoU, mAcc and aAcc over all held-out images"),
+        ),
+    ),
+    (
+        "Losses",
+        (
+            MetricText(
+                "loss",
+                "",
+                "what is minimised: ssp + lambda * sp, or the sum of the losses of a dense task",
+                "falls; it jumps on the second line, when lambda takes its first value",
+            ),
+            MetricText(
+                "loss/equal_weights",
+                "",
+                "ssp + sp, the loss at lambda 1, which the console shows",
+                "falls; it does not move with lambda",
+                note=True,
+            ),
+            MetricText(
+                "loss/ssp",
+                "",
+                "squared error on normalised features; all self-supervised terms",
+                "falls quickly, then slowly, and rises a little when the target moves",
+                note=True,
+            ),
+            MetricText("loss/sp", "nats", "categories and captions, weighted by their numbers"),
+            MetricText("loss/category", "nats", "cross-entropy of categories", "moves last"),
+            MetricText("loss/text", "nats", "contrastive loss of images and captions"),
+            MetricText("loss/*", "", "one term of the objective, or one loss of a dense task"),
+        ),
+    ),
+    (
+        "Bits",
+        (
+            MetricText(
+                "info/*",
+                "bits",
+                "information that a prediction carries about its target",
+                "above 0; below, it is worse than knowing nothing",
+            ),
+        ),
+    ),
+    (
+        "Weight of the losses",
+        (
+            MetricText(
+                "balance/lambda",
+                "",
+                "weight of categories and captions; objective.gamma on the first line",
+                "falls once both gradient norms are known, then drifts",
+                note=True,
+            ),
+            MetricText("balance/ssp_norm", "", "gradient norm of the self-supervised terms"),
+            MetricText("balance/sp_norm", "", "gradient norm of categories and captions"),
+        ),
+    ),
+    (
+        "Collapse",
+        (
+            MetricText(
+                "collapse/effective_rank",
+                "",
+                "effective dimensions of the targets",
+                "well above 1",
+                note=True,
+            ),
+            MetricText("collapse/target_std", "", "deviation of the targets over tokens", "not 0"),
+            MetricText("collapse/spread", "share", "energy of the targets that varies", "not 0"),
+            MetricText(
+                "collapse/uniformity*", "", "log mean exp(-2 distance^2) of pooled targets", "not 0"
+            ),
+            MetricText("collapse/alignment*", "", "squared distance of two views of an image"),
+            MetricText("collapse/alarm", "", "1: collapsed", "0", note=True),
+        ),
+    ),
+    (
+        "Optimizer",
+        (
+            MetricText("lr", "", "learning rate"),
+            MetricText("ema", "", "momentum of the EMA target encoder"),
+            MetricText("grad_norm", "", "global norm before clipping", "settles after the warm-up"),
+            MetricText("samples_seen", "images", "position in the stream"),
+        ),
+    ),
+    (
+        "Throughput",
+        (
+            MetricText("perf/images_per_sec", "images/s", "of all devices", "level"),
+            MetricText("perf/images_per_sec_per_chip", "images/s", "of one device", "level"),
+            MetricText("perf/step_seconds", "s", "a step, waiting included", "level"),
+            MetricText(
+                "perf/input_wait",
+                "share",
+                "share of training in which the loop waited for images",
+                "below a few per cent; otherwise raise data.threads or data.workers",
+                note=True,
+            ),
+            MetricText("perf/mfu", "share", "counted FLOPs of the model over the peak"),
+            MetricText("perf/goodput", "share", "share of the wall time spent in steps", note=True),
+            MetricText("perf/wall_seconds", "s", "wall time of all starts"),
+            MetricText("perf/restarts", "", "starts after the first"),
+            MetricText(
+                "perf/seconds/lost",
+                "s",
+                "steps after the checkpoint that a restart repeated",
+                note=True,
+            ),
+            MetricText(
+                "perf/seconds/*",
+                "s",
+                "start, restore, compile, data, step, evaluate, save, panel, trace, stop; they add"
+                " up to the wall time",
+            ),
+        ),
+    ),
+    (
+        "Skipped",
+        (
+            MetricText(
+                "skipped/not_finite", "steps", "skipped steps", "0; three in a row end the run"
+            ),
+            MetricText("skipped/spikes", "steps", "skipped by optim.skip_spikes", "few"),
+            MetricText(
+                "data/skipped/evaluation/*", "images", "left out of an evaluation, by reason", "few"
+            ),
+            MetricText("data/skipped/*", "images", "replaced while training, by reason", "few"),
+            MetricText("data/*", "", "what was cut or left out of annotations, by reason"),
+        ),
+    ),
+)
+
+
+def metric_text(name: str) -> MetricText | None:
+    """The text of a metric; None if there is none, as for one of another package.
+
+    >>> metric_text("eval/knn/top1").unit, metric_text("loss/ssp").note, metric_text("mine/x")
+    ('share', True, None)
+    """
+    texts = [text for _, part in METRICS for text in part]
+    return next((text for text in texts if fnmatch.fnmatchcase(name, text.name)), None)
+
+
+def metric_note(name: str) -> str:
+    """The note below the chart of a metric; "" if it has none.
+
+    >>> metric_note("collapse/alarm"), metric_note("lr")
+    ('1: collapsed', '')
+    """
+    text = metric_text(name)
+    return text.text if text and text.note else ""
+
+
+def is_score(name: str) -> bool:
+    """Whether a metric of an evaluation is better the larger it is.
+
+    >>> is_score("eval/linear/top1"), is_score("eval/linear/log10_l2")
+    (True, False)
+    """
+    text = metric_text(name)
+    return text is None or text.score
+
+
+def metrics_markdown(sections: Sequence[tuple[str, Sequence[MetricText]]] = METRICS) -> str:
+    """All metrics as a page of Markdown, one table a section.
+
+    >>> metrics_markdown([("A", [MetricText("a", "s", "time", "low")])]).splitlines()[-1]
+    '| `a` | s | time | low |'
+    """
+    parts = [
+        "# Metrics\n\nWhat a run writes to `metrics.jsonl`, one line a logged step. `*` stands for"
+        " a name. This page\nis written by `python -m tests.references --write` from"
+        " `m3i_jax/reporting/metric_text.py`."
+    ]
+    for title, texts in sections:
+        rows = [f"| `{t.name}` | {t.unit} | {t.text} | {t.healthy} |" for t in texts]
+        head = ["| metric | unit | meaning | a healthy run |", "|---|---|---|---|"]
+        parts.append("\n".join([f"## {title}\n", *head, *rows]))
+    return "\n\n".join(parts) + "\n"

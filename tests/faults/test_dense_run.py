@@ -1,0 +1,182 @@
+"""Rows of the fault matrix for a run of detection: a full disk, and a resume on other devices,
+shardings and hosts. Killed and preempted runs are in tests/training/test_dense_resume.py."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from m3i_jax import main as command
+from m3i_jax.training import checkpoint_dir, loop, trainer
+from m3i_jax.training.checkpoint import Checkpoints
+from tests.faults.test_saves import no_file_above
+from tests.training.test_dense_resume import (
+    ROOT,
+    STEPS,
+    arguments,
+    logged,
+    same,
+    saved_arrays,
+    unbroken,  # noqa: F401
+)
+
+LIMIT = 40_000  # bytes: above the log of a run, below the arrays of a checkpoint
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run on eight devices that was preempted at its second step."""
+    run = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        _at_step(patch, {2: lambda: signal.raise_signal(signal.SIGTERM)})
+        assert command.main(arguments(run)) == loop.PREEMPTED
+    return run
+
+
+def _at_step(patch: pytest.MonkeyPatch, events: dict) -> list[int]:
+    """Calls a function before a step; returns the list of the steps taken."""
+    calls, whole = [], trainer.Trainer.step
+
+    def counted(self, state, batch):
+        calls.append(len(calls) + 1)
+        events.get(calls[-1], lambda: None)()
+        return whole(self, state, batch)
+
+    patch.setattr(trainer.Trainer, "step", counted)
+    return calls
+
+
+def _close(run: pathlib.Path, other: pathlib.Path) -> None:
+    """The same steps, batches and learning rates, and losses up to rounding."""
+    mine, theirs = logged(run), logged(other)
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
+    for row, wanted in zip(mine, theirs, strict=True):
+        for name in ("samples_seen", "lr"):
+            assert row[name] == wanted[name]
+        for name in (name for name in wanted if name.startswith("loss")):
+            np.testing.assert_allclose(row[name], wanted[name], rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.fast
+@pytest.mark.row("B1", "B2")
+def test_a_disk_that_is_full_for_a_while_costs_no_bit(
+    unbroken: pathlib.Path,  # noqa: F811
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The save of step 3 fails; it is logged, training goes on, and a later save succeeds."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Checkpoints, "BACK_OFF", 0.0)
+    full = contextlib.ExitStack()
+    _at_step(
+        monkeypatch, {3: lambda: full.enter_context(no_file_above(LIMIT)), 6: lambda: full.close()}
+    )
+    with full:
+        assert command.main(arguments(tmp_path)) == loop.DONE
+    out = capsys.readouterr().out
+    assert "of 3 in a row failed" in out and "Traceback" not in out
+    assert STEPS in checkpoint_dir.complete_steps(tmp_path / "checkpoints")
+    left = [path.name for path in (tmp_path / "checkpoints").iterdir() if not path.name.isdigit()]
+    assert not [name for name in left if "tmp" in name], left
+    assert same(tmp_path, unbroken)
+
+
+@pytest.mark.fast
+@pytest.mark.row("B1")
+def test_a_disk_that_stays_full_ends_the_run_and_a_restart_goes_on(
+    unbroken: pathlib.Path,  # noqa: F811
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Checkpoints, "BACK_OFF", 0.0)
+    with contextlib.ExitStack() as full, monkeypatch.context() as patch:
+        steps = tmp_path / "checkpoints"
+
+        def fill() -> None:
+            deadline = time.monotonic() + 60
+            while checkpoint_dir.complete_steps(steps) != [3] and time.monotonic() < deadline:
+                time.sleep(0.01)  # the save of step 3 goes on beside step 4
+            full.enter_context(no_file_above(LIMIT))
+
+        _at_step(patch, {4: fill})
+        assert command.main(arguments(tmp_path)) == loop.FAILED
+    out = capsys.readouterr().out
+    assert "save 3 of 3 in a row failed" in out and "free space" in out
+    assert checkpoint_dir.complete_steps(steps) == [3]
+    assert command.main(arguments(tmp_path)) == loop.DONE
+    assert "resuming at step 3" in capsys.readouterr().out
+    assert same(tmp_path, unbroken)
+
+
+@pytest.mark.fast
+@pytest.mark.row("A9")
+def test_a_run_goes_on_with_a_sharded_state(
+    unbroken: pathlib.Path,  # noqa: F811
+    stopped: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    assert command.main(arguments(run, parallel__mesh="(2,4,1)")) == loop.DONE
+    _close(run, unbroken)
+    assert saved_arrays(run).keys() == saved_arrays(unbroken).keys()
+
+
+def _processes(run: pathlib.Path, hosts: int, devices: int) -> list[subprocess.Popen[str]]:
+    """The command on hosts of so many devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    more = [["--coordinator", at, "--processes", str(hosts), "--process-id", str(i)]
+            for i in range(hosts)] if hosts > 1 else [[]]  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "m3i_jax.main", *arguments(run), *words],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for words in more
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.row("A9", "A10")
+@pytest.mark.parametrize(("hosts", "devices"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_elsewhere(
+    hosts: int,
+    devices: int,
+    unbroken: pathlib.Path,  # noqa: F811
+    stopped: pathlib.Path,
+    tmp_path: pathlib.Path,
+) -> None:
+    """Begun on eight devices of one host."""
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    processes = _processes(run, hosts, devices)
+    try:
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * hosts, outputs[0][-3000:]
+    assert "resuming at step 2" in outputs[0]
+    _close(run, unbroken)

@@ -1,0 +1,106 @@
+"""ViT, InternImage and the DCNv3 layer as plain functions and as modules of flax: the same numbers
+as within the package, gradients through both kinds of module, and names that can be found."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import m3i_jax
+from m3i_jax.evaluation import load
+from m3i_jax.models import networks
+from tests import saved, toy
+
+SMALL = {
+    "ViT": m3i_jax.ViT(width=8, depth=2, heads=2, patch_size=8, image_size=16),
+    "InternImage": m3i_jax.InternImage(
+        config=networks.InternImageConfig(
+            width=4, depths=(1, 1, 1, 1), groups=(1, 1, 2, 2), kernel=3, fused=8, extra_norm=0,
+            norm="post", stem_strides=(2, 1),
+        )
+    ),
+    "DCNv3": m3i_jax.DCNv3(width=4, groups=2, center_scale=True),
+}  # fmt: skip
+
+
+def inputs(kind: str) -> jax.Array:
+    shape = (2, 5, 6, 4) if kind == "DCNv3" else (2, 16, 16, 3)
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def test_names_are_found() -> None:
+    assert {"ViT", "InternImage", "DCNv3", "dcnv3", "load"} <= set(dir(m3i_jax))
+    assert m3i_jax.ViT.preset("vit_b16").depth == 12
+    assert m3i_jax.InternImage.preset("internimage_t", fused=0).config.fused == 0
+
+
+@pytest.mark.parametrize("backbone", ["vit", "intern_image"])
+def test_a_loaded_encoder_is_such_a_function(backbone: str, tmp_path) -> None:
+    """Of normalised images, with the parameters of the run: the tokens that `features` gives."""
+    sizes = toy.INTERN if backbone == "intern_image" else {}
+    saved.run(tmp_path, toy.settings(**sizes, objective__forms="mim"))
+    model = load.load(str(tmp_path), pool="tokens")
+    images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    augment = model.config.data.augment
+    normal = (images / 255 - np.array(augment.mean)) / np.array(augment.std)
+    tokens = jax.jit(model.network)(model.params["encoder"], jnp.asarray(normal, jnp.float32))
+    np.testing.assert_allclose(tokens, model.features(images, ready=True), rtol=1e-4, atol=1e-4)
+    of_run = model.params["encoder"]
+    shapes = jax.eval_shape(model.network.init, jax.random.key(0))
+    expected = {k: v for k, v in of_run.items() if k != "mask_token"}
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, expected)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_modules_compute_the_same(kind: str) -> None:
+    """Output and gradient of the modules of Linen and NNX equal those of the plain function."""
+    network, x = SMALL[kind], inputs(kind)
+    module = network.linen()
+    variables = jax.jit(module.init)(jax.random.key(3), x)
+    params = variables["params"]["network"]
+
+    @jax.jit
+    def plain(params, x):
+        return jax.value_and_grad(lambda p: (network(p, x) ** 2).sum())(params)
+
+    @jax.jit
+    def linen(variables, x):
+        return jax.value_and_grad(lambda v: (module.apply(v, x) ** 2).sum())(variables)
+
+    value, grads = plain(params, x)
+    assert value > 0 and any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+    of_linen, linen_grads = linen(variables, x)
+    np.testing.assert_allclose(of_linen, value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        linen_grads["params"]["network"],
+        grads,
+    )
+    model = network.nnx(nnx.Rngs(0))
+    model.parameters = nnx.data(jax.tree.map(nnx.Param, params))
+
+    @nnx.jit
+    def of_nnx(model, x):
+        return nnx.value_and_grad(lambda m: (m(x) ** 2).sum())(model)
+
+    nnx_value, state = of_nnx(model, x)
+    np.testing.assert_allclose(nnx_value, value, rtol=1e-5)
+    theirs = jax.tree.leaves(nnx.to_pure_dict(state)["parameters"])
+    for a, b in zip(theirs, jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_optimizer_of_nnx_trains_the_layer() -> None:
+    layer, x = SMALL["DCNv3"].nnx(nnx.Rngs(1)), inputs("DCNv3")
+    optimizer = nnx.Optimizer(layer, optax.sgd(0.05), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(layer, optimizer, x):
+        value, grads = nnx.value_and_grad(lambda m: ((m(x) - x) ** 2).mean())(layer)
+        optimizer.update(layer, grads)
+        return value
+
+    values = [float(step(layer, optimizer, x)) for _ in range(4)]
+    assert values[-1] < values[0]

@@ -1,0 +1,158 @@
+"""`--mode=eval --data SOURCE --untrained`: which source is meant, where its results go, what the
+table and the report show."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from m3i_jax import config as configuration
+from m3i_jax import main as command
+from m3i_jax.data.sources.mixture import MixtureEntry
+from m3i_jax.errors import UserError
+from m3i_jax.modes import eval_data, report
+from m3i_jax.modes.eval_results import Results, result_dir
+from tests import broken
+from tests.modes.test_eval import enable, run
+
+__all__ = ["run"]
+
+
+def write_folder(directory: pathlib.Path, *, classes: int = 2, images: int = 24) -> pathlib.Path:
+    """A folder whose classes are told apart by brightness."""
+    for i in range(images):
+        place = directory / f"class {i % classes}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = (broken.smooth(40, 40 + i) // classes + 255 // classes * (i % classes)).astype(
+            np.uint8
+        )
+        (place / f"{i}.png").write_bytes(broken.encode(pixels, "PNG"))
+    return directory
+
+
+def test_a_folder_by_one_flag(
+    run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The results of the run stay; those of the folder go to a file named after it, with chance and
+    the untrained encoder, and the report shows both."""
+    folder = write_folder(tmp_path / "sketch")
+    own = ["--mode=eval", "--workdir", str(run), *enable("knn")]
+    assert command.main(own) == 0
+    before = (run / "eval.json").read_bytes()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    other = [*own, "--data", str(folder), "--untrained"]
+    capsys.readouterr()
+    assert command.main(other) == 0
+    out = capsys.readouterr().out
+    assert (run / "eval.json").read_bytes() == before
+    saved = json.loads((run / "eval-sketch" / "eval.json").read_text())
+    assert saved["chance"]["eval/knn/top1"] == 0.5 and saved["classes"] == 2
+    counts = [part["pictures"] for part in saved["data"].values()]
+    assert sum(counts) == 24 and min(counts) > 0
+    # the checkpoint of this fixture has the initial weights of the run
+    assert saved["untrained"]["knn"] == saved["results"]["knn"] != {}
+    (header,) = [line for line in out.splitlines() if line.startswith("what")]
+    assert header.split() == ["what", "value", "untrained", "chance"]
+    assert f"index {counts[0]} of folder" in out and "2 categories" in out
+    page = (run / "report.html").read_text()
+    assert "sketch, untrained" in page and "sketch, chance" in page and "data of the run" in page
+    assert command.main(other) == 0
+    assert "knn:" not in capsys.readouterr().out  # neither is measured again
+    (run / "metrics.jsonl").unlink()
+
+
+def test_other_data_of_the_same_name_go_to_another_directory(tmp_path: pathlib.Path) -> None:
+    about = {"data": {"queries": "a"}, "checkpoint": "run/checkpoints/2", "step": 2}
+    place = lambda about, name="sketch", of_run=True: result_dir(
+        tmp_path, about, began=True, name=name, of_run=of_run
+    )
+    first = place(about)
+    assert first == tmp_path / "eval-sketch"
+    Results(about, 2, {"knn": {"eval/knn/top1": 0.5}}).write(first / "eval.json")
+    assert place(about | {"checkpoint": "run/checkpoints/4", "step": 4}) == first  # a later step
+    others = [
+        place(about | {"data": {"queries": "b"}}),
+        place(about | {"checkpoint": "elsewhere/checkpoints/2"}, of_run=False),
+    ]
+    assert len({first, *others}) == 3
+    assert all(other.name.startswith("eval-sketch-") for other in others)
+    assert place(about, name="").name not in {first.name, "eval-"}
+
+
+def test_which_source_a_text_names(tmp_path: pathlib.Path) -> None:
+    find, entries = eval_data.find_source, ("folder:/data/photo=3", "tars:/x/cc/*.tar=7")
+    assert find("photo", entries) == MixtureEntry("folder", "/data/photo")
+    assert find("cc", entries) == find("tars:/x/cc/*.tar", entries)
+    assert find("folder:/data/photo@a|b").held_out == "b"
+    assert find("shapes") == MixtureEntry("shapes", "")
+    (tmp_path / "a.tar").touch()
+    assert find(str(tmp_path)).kind == "tars"
+    (tmp_path / "x-00000.array_record").touch()
+    assert find(str(tmp_path)).kind == "array_record"
+    (tmp_path / "state.json").touch()
+    assert find(str(tmp_path)).kind == "hugging_face"
+    assert find(str(tmp_path), task="detect").kind == "coco"
+    for text, entries, words in (
+        ("nowhere", ("folder:/data/photo",), r"names no data; .*mixture \(photo\)"),
+        ("photo", ("folder:/a/photo", "folder:/b/photo"), r"2 entries .*folder:/a/photo"),
+        ("folder:", (), "names no data"),
+        ("folder:/a=-1", (), "^--data: .*must be positive"),
+    ):
+        with pytest.raises(UserError, match=words):
+            find(text, entries)
+
+
+def test_the_settings_of_the_source_are_replaced() -> None:
+    """Those of the images stay, so that they are cut and normalised as the encoder knows them."""
+    config = configuration.default_config()
+    config.data.update(
+        {"source": "mixture", "mixture": ("folder:/a=3",), "class_names": "names.txt", "holdout": 0}
+    )
+    config.data.image_size = 64
+    eval_data.use_data(config, "tfds:food101@train|validation")
+    data = config.data
+    assert (data.source, data.path, data.split, data.holdout_split) == (
+        "tfds", "food101", "train", "validation",
+    )  # fmt: skip
+    assert data.mixture == () and not data.class_names and data.image_size == 64
+    assert data.holdout == 0.1
+    eval_data.use_data(config, "coco:/c@train.json|val.json")
+    assert (data.annotations, data.holdout_annotations) == ("train.json", "val.json")
+    assert not data.split and not data.holdout_split
+    with pytest.raises(UserError, match="config.data.path: --data=shapes names the source"):
+        eval_data.use_data(config, "shapes", ["data.path=/b"])
+
+
+def test_refusals_are_one_line(run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["--mode=eval", "--workdir", str(run), "--data", "no such data"], "names no data"),
+        (["--mode=report", "--workdir", str(run), "--data", "shapes"], "does not belong to"),
+        (["--mode=report", "--workdir", str(run), "--untrained"], "does not belong to"),
+    ):
+        assert command.main(arguments) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+
+
+def test_a_run_that_ignored_labels_measures_those_of_other_data(
+    run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "labelled")
+    arguments = ["--mode=eval", "--workdir", str(run), *enable("knn"), "--config.data.classes=0"]
+    arguments += ["--config.objective.forms=mim", "--data", str(folder)]
+    weights = ["--checkpoint", str(run / "checkpoints" / "2")]
+    code = command.main([*arguments, *weights])
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    assert "eval/knn/top1" in out.out and "0.5000" in out.out
+
+
+def test_the_report_leaves_out_damaged_results(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    for name, content in (("good", {"results": {"knn": {"eval/knn/top1": 0.25}}}), ("bad", [])):
+        (tmp_path / f"eval-{name}").mkdir()
+        (tmp_path / f"eval-{name}" / "eval.json").write_text(json.dumps(content))
+    config = configuration.resolve(configuration.default_config())
+    page = report.write_report(config, tmp_path).read_text()
+    assert "0.2500" in page and ">good<" in page and ">bad<" not in page

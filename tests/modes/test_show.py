@@ -1,0 +1,63 @@
+"""--mode=show: the numbers of a folder in place of ImageNet's, and this machine."""
+
+import pathlib
+import re
+
+import pytest
+
+from m3i_jax import main as command
+from m3i_jax.modes import show
+from m3i_jax.profiling import this_machine
+from tests import toy
+
+
+def show_folder(path: pathlib.Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    sizes = [
+        "--config.model.encoder.width=16", "--config.model.encoder.depth=1",
+        "--config.model.encoder.heads=2", "--config.model.decoder.depth=1",
+        "--config.data.image_size=32", "--config.model.encoder.patch_size=8",
+    ]  # fmt: skip
+    spec = f"configs/folder.py:path={path},model=vit_tiny,batch_size=8,epochs=3"
+    assert command.main(["--mode=show", "--config", spec, *sizes, *more]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_numbers_of_a_folder(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only names of files are read: these are no images."""
+    for split, count in (("train", 30), ("val", 6)):
+        for i in range(count):
+            place = tmp_path / split / f"class {i % 3}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{i}.jpg").write_bytes(b"x")
+            (place / f"{i}.txt").write_bytes(b"a caption")
+    out = show_folder(tmp_path, capsys)
+    assert "data.classes = 3" in out and "data.size = 30" in out
+    assert "data.captions = 'yes'" in out  # the default objective reads them
+    assert "9 of 8 images (3 an epoch" in out and "train/ is trained on, val/ is held out" in out
+    assert "6 held out" in out and "assumed" not in out and "1,281,167" not in out
+    assert "data.captions = 'no'" in show_folder(tmp_path, capsys, "--config.objective.forms=mim")
+    absent = show_folder(tmp_path / "absent", capsys)
+    assert "absent' is not on this machine: 1000 categories" in absent
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = this_machine.Machine("2 x cpu", 8 * 2**30, 1e12, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(this_machine, "describe_machine", lambda dtype: machine)
+        day = 86_400 * 1e12
+        line = show.machine_line(2 * day, 2**30, 0.5, "bfloat16")
+        assert line == (
+            "this machine: 2 x cpu, 8.00 GiB free a device, 1 TFLOP/s (measured for products of"
+            " bfloat16 matrices): 4.0 days at 50% of that"
+        )
+        assert "does not fit" in show.machine_line(day, 2**34, 0.5, "float32")
+    real = this_machine.describe_machine("float32")
+    assert real.measured and 1e8 < real.flops < 1e15 and real.memory > 0
+    assert re.fullmatch(r"\d+ x cpu", real.devices)
+
+
+def test_other_sources_are_assumed() -> None:
+    config = toy.settings(data__source="tars", data__path="/x/*.tar", data__classes=-1)
+    assert show.assume_data(config)[1] == ["1000 categories"]
