@@ -105,7 +105,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     garbage, and searches less often: together a sixth of the time of a compilation."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.hookimpl(trylast=True)
