@@ -31,18 +31,21 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Files that take the most processor time, begun first: a file is the work of one process, and one
 # of these at the end would be waited for by all others.
 LONGEST = (
-    "training/test_golden",
     "training/test_step",
     "test_readme",
     "faults/test_numerics",
+    "training/test_golden",
+    "training/test_dense_tasks",
     "modes/test_eval",
+    "parallel/test_fsdp",
     "modes/test_export",
     "evaluation/test_load",
     "faults/test_fuzz",
     "modes/test_dense_modes",
+    "modes/test_init_from",
     "modes/test_compile",
-    "evaluation/test_registry",
     "faults/test_hosts",
+    "evaluation/test_registry",
 )
 
 for flag in xla_flags.FASTEST.split():
@@ -105,7 +108,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     garbage, and searches less often: together a sixth of the time of a compilation."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.hookimpl(trylast=True)

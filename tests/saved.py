@@ -24,7 +24,7 @@ def random(config: schema.Config, seed: int = 0) -> Any:
         config, key, terms, classes=config.data.classes, vocabulary=toy.VOCABULARY
     )
     r = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(0.3 * r.normal(size=leaf.shape), leaf.dtype)
+    draw = lambda leaf: jnp.asarray((0.3 * r.normal(size=leaf.shape)).astype(leaf.dtype))
     return jax.tree.map(draw, jax.eval_shape(make, jax.random.key(0)))
 
 

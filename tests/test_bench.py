@@ -173,3 +173,14 @@ def test_peer_of_dense_heads_computes_the_same_losses(name: str, tmp_path: pathl
 
     ours = dense_heads_peer.ours(tmp_path, name)
     np.testing.assert_allclose(ours(), dense_heads_peer.theirs(tmp_path, name)(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sampling_64", "encoder_64"])
+def test_peer_of_deformable_attention_computes_the_same_losses(
+    name: str, tmp_path: pathlib.Path
+) -> None:
+    pytest.importorskip("transformers", reason="the extra bench")
+    from tests.bench import deformable_peer
+
+    ours = deformable_peer.ours(tmp_path, name)()
+    assert ours == pytest.approx(deformable_peer.theirs(tmp_path, name)(), rel=1e-5)

@@ -11,7 +11,7 @@ COCO's form, with or without masks (masks=false); a fifth of the images is held 
 weights file that `init_from` reads.
 
 configs/transfer/coco.py and lvis.py have the published settings. Here, for data sets of thousands
-of images, rate and length are a choice of this project: AdamW with 3e-3 (DINO: 1e-3) below 384
+of images, rate and length are a choice of this project: AdamW with 2e-3 (DINO: 1e-3) below 384
 channels and 1e-4 above, a cosine schedule, and images scaled by 0.5 to 1.5.
 """
 
@@ -135,7 +135,7 @@ def get_config(
     config.train.epochs = epochs or (2.0 if scenes else 36.0)
     config.train.steps = steps
     config.train.eval_every = 0
-    rate = 1e-3 if head == "dino" else 3e-3
+    rate = 1e-3 if head == "dino" else 2e-3
     config.optim.lr = rate if config.model.encoder.width < 384 else 1e-4
     config.optim.warmup_epochs = 0.05 * config.train.epochs
     config.optim.warmup_steps = steps // 20 if steps else -1

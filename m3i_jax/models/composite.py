@@ -190,8 +190,8 @@ def _run(
         more = fed[stage]
         for name, link in own["links"].get(f"stage{stage}", {}).items():
             deeper = dense_layer(link, fed[int(name.removeprefix("from"))])
-            more = more + nearest(deeper, more.shape[1:3])
-        more = nearest(more, x_BxHxWxC.shape[1:3])
+            more = more + nearest(deeper, (more.shape[1], more.shape[2]))
+        more = nearest(more, (x_BxHxWxC.shape[1], x_BxHxWxC.shape[2]))
         return x_BxHxWxC + own["gamma"][f"stage{stage}"].astype(more.dtype) * more
 
     tree = {**second, **stem}

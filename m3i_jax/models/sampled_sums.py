@@ -26,10 +26,10 @@ _BAND = 2  # rows of a band and of its windows; more rows: fewer turns, more pro
 class Places(Protocol):
     """Makes places and weights of arrays. A hashable value, as it is a static argument."""
 
-    def channels_last(self, *arrays: jax.Array) -> Samples:
+    def channels_last(self, *args: Any, **kwargs: Any) -> Samples:
         """Coordinates in pixels and weights, [B, O, G, P]."""
 
-    def cells_last(self, *arrays: jax.Array) -> Samples:
+    def cells_last(self, *args: Any, **kwargs: Any) -> Samples:
         """The same, [B, G, P, O]."""
 
 

@@ -313,7 +313,7 @@ def write_detection_sheet(
                 " · ".join(filter(None, [words[row] if words else "", count])),
             )
         )
-    titles = ["ground truth", f"detections of score {score:g} or more, or the best 3"]
+    titles = ["ground truth", f"scores from {score:g}, or the best 3"]
     _write(path, blocks, titles, room, [])
 
 

@@ -281,7 +281,7 @@ class DenseTask(Task):
                 views.drop_path_factors(config, batch["position"], copy)
                 for copy in range(config.dense.maps.composite)
             ]
-            keep = jnp.concatenate(draws, 1)
+            keep = jnp.concatenate([factors for factors in draws if factors is not None], 1)
         return self._stages(encoder, self.images(batch, train=train), keep)
 
     def _pyramid_maps(

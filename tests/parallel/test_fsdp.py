@@ -227,17 +227,23 @@ def test_by_hand_is_nothing_where_nothing_is_split() -> None:
     assert "shard_map" not in program((1, 8, 1), jnp.ones((16, 64)), small)  # whole on every device
 
 
-def convolved(shape: tuple[int, int, int], **settings):
-    """(compiled value and gradients of a small InternImage on a mesh, their arguments laid out)."""
-    mesh = parallel.make_mesh(shape, jax.devices()[: np.prod(shape)])
+@functools.cache
+def small_intern_image():
+    """(settings of a small InternImage, its parameters)"""
     model = dataclasses.replace(
         intern_image.PRESETS["internimage_pico"], depths=(1, 1, 4, 1), extra_norm=2, fused=32
     )
     tree = jax.jit(lambda key: intern_image.init(model, key))(jax.random.key(0))
-    offset = tree["stage2"]["layers"]["dcn"]["offsets"]["kernel"]
-    tree["stage2"]["layers"]["dcn"]["offsets"]["kernel"] = offset + np.random.default_rng(0).normal(
-        size=offset.shape, scale=0.1
-    )
+    offsets = tree["stage2"]["layers"]["dcn"]["offsets"]
+    noise = np.random.default_rng(0).normal(size=offsets["kernel"].shape, scale=0.1)
+    offsets["kernel"] = offsets["kernel"] + noise
+    return model, tree
+
+
+def convolved(shape: tuple[int, int, int], **settings):
+    """(compiled value and gradients of a small InternImage on a mesh, their arguments laid out)."""
+    mesh = parallel.make_mesh(shape, jax.devices()[: np.prod(shape)])
+    model, tree = small_intern_image()
     images = np.random.default_rng(1).normal(size=(24, 32, 32, 3)).astype(np.float32)
 
     def loss(tree, x):

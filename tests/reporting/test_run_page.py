@@ -113,6 +113,14 @@ def test_runs_of_one_name_get_different_labels(
     )
 
 
+def test_only_scores_are_among_what_should_rise(tmp_path: pathlib.Path) -> None:
+    values = {"eval/linear/top1": 0.5, "eval/linear/log10_l2": -3.0, "loss": 1.0}
+    run = log(tmp_path / "run", [{"step": step, **values} for step in (1, 2)])
+    page = report.write_report(schema.Config(), run).read_text()
+    rising, others = (page.index(f">{title}</h2>") for title in ("Evaluation", "Other metrics"))
+    assert rising < page.index("<h3>linear/top1") < others < page.index("<h3>linear/log10_l2")
+
+
 def test_curves_show_the_values() -> None:
     """Coordinates agree with the axes: a line from the lowest to the highest value spans the
     ticks."""

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from m3i_jax import config as configuration
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import init_from, optimizer
 from m3i_jax.training.task import make_task
@@ -100,3 +101,12 @@ def test_a_layer_has_the_learning_rate_of_its_depth_in_both_copies():
 def test_other_numbers_of_copies_are_refused(copies):
     with pytest.raises(Exception, match="composite"):
         settings(dense__maps__composite=copies)
+
+
+def test_internimage_h_composed_with_dino_has_the_parameters_of_the_paper():
+    config = configuration.load_config("configs/transfer/coco.py:head=dino,model=internimage_h")
+    config.dense.maps.composite = 2
+    task = make_task(configuration.resolve(config))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert round(count / 1e9, 2) == 2.18

@@ -245,7 +245,7 @@ def deformable_encoder(
     """
     reference = encoder_references(shapes, valid_BxLx2)
     inside = None if valid_BxLx2 is None else valid_tokens(shapes, valid_BxLx2)
-    step = functools.partial(deformable_encoder_layer, shapes=shapes, heads=heads)
+    step: Any = functools.partial(deformable_encoder_layer, shapes=shapes, heads=heads)
     if remat:
         step = jax.checkpoint(step)
 
