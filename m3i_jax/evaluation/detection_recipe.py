@@ -79,8 +79,8 @@ def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool)
         config.model.encoder.final_norm = False  # [R]
         config.model.encoder.drop_path = 0.1  # [R]
         config.model.encoder.drop_path_rule = "linear"
-    # A ViT-B with all its values fits the published batch on slices of 64 v5e or v6e, 16 v5p or 8
-    # H100; remat=names halves the memory of a step and moves more of it (tests/bench/README.md).
+    # Compiled for a v5e chip, a ViT-B at 1,024 pixels keeps all values of up to two images;
+    # remat=names halves the memory of a step and moves more of it (tests/bench/README.md).
     config.model.remat = "none" if vit else "full"
     config.dense.geometry.update({"rule": "jitter", "scale": (0.1, 2.0), "flip_p": 0.5})  # [R]
     config.optim.lr = schedule.lr * config.train.batch_size / schedule.batch  # [R]; linear [C]
