@@ -38,6 +38,7 @@ LONGEST = (
     "training/test_dense_tasks",
     "modes/test_eval",
     "parallel/test_fsdp",
+    "models/dense/test_dino",
     "modes/test_export",
     "evaluation/test_load",
     "faults/test_fuzz",

@@ -59,7 +59,7 @@ def compose(backbone: Backbone, maps: schema.Maps, *, size: int) -> Backbone:
     >>> vit = backbones.get_backbone(model)
     >>> two = compose(vit, schema.Maps(), size=32)
     >>> two.layers_above(model, "second/blocks/norm1/scale")[:3].tolist(), two.describe(model)
-    ([11, 10, 9], 'two composed copies of 12 blocks of 768')
+    ([12, 11, 10], 'two composed copies of 12 blocks of 768')
     """
     if backbone.stages is None:
         raise ValueError("a backbone without stages cannot be composed")

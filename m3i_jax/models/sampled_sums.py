@@ -94,16 +94,17 @@ def _value(call: SampledSum, method: str, x_BxQxC: jax.Array, *arrays: jax.Array
     y_BxGxDxO = dcnv3_dense.forward(
         _cells_last(x_BxQxC, groups), _padded(call, method, at), call.size, rows, call.out_rows
     )
-    return _channels_last(y_BxGxDxO)[:, :o]
+    y_BxOxC = _channels_last(y_BxGxDxO)
+    return y_BxOxC if y_BxOxC.shape[1] == o else y_BxOxC[:, :o]
 
 
 def _gradients(
     call: SampledSum,
     method: str,
     x_BxQxC: jax.Array,
-    *more: jax.Array,
+    *rest: jax.Array,
 ) -> tuple:
-    *arrays, grad_BxOxC = more
+    *arrays, grad_BxOxC = rest
     at, pull = jax.vjp(
         call.places.channels_last if method == "fused" else call.places.cells_last, *arrays
     )
@@ -129,14 +130,14 @@ def _gradients(
     if method == "gather":
         dx, dat = jax.vjp(lambda x, at: gathered_sum(x, at, call.size), x_BxQxC, at)[1](grad_BxOxC)
         return (dx, *pull(jax.lax.optimization_barrier(dat)))
-    o, at = at.y.shape[3], _padded(call, method, at)
-    grad_BxGxDxO = jnp.pad(
-        _cells_last(grad_BxOxC, groups), ((0, 0), (0, 0), (0, 0), (0, at.y.shape[3] - o))
-    )
+    o, at, grad_BxGxDxO = at.y.shape[3], _padded(call, method, at), _cells_last(grad_BxOxC, groups)
+    if more := at.y.shape[3] - o:
+        grad_BxGxDxO = jnp.pad(grad_BxGxDxO, ((0, 0), (0, 0), (0, 0), (0, more)))
     dv, dat = dcnv3_dense.backward(
         _cells_last(x_BxQxC, groups), at, grad_BxGxDxO, call.size, rows, call.out_rows
     )
-    dat = Samples(*(a[..., :o] for a in dat))
+    if more:
+        dat = Samples(*(a[..., :o] for a in dat))
     return (_channels_last(dv), *pull(jax.lax.optimization_barrier(dat)))
 
 

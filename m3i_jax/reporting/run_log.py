@@ -119,9 +119,9 @@ def load_run_log(workdir: str | pathlib.Path, key: str = "--workdir") -> RunLog:
         panels=[(int(match[1]), file) for match, file in files if match],
         evaluation=_evaluation(directory / "eval.json"),
         others={
-            file.parent.name.removeprefix("eval-"): saved
-            for file in sorted(directory.glob("eval-*/eval.json"))
-            if (saved := _evaluation(file))
+            place.name.removeprefix("eval-"): saved
+            for place in sorted(directory.glob("eval-*"))
+            if (saved := _evaluation(place / "eval.json"))  # warns of one that was deleted
         },
     )
 

@@ -148,11 +148,19 @@ def test_a_run_that_ignored_labels_measures_those_of_other_data(
     assert "eval/knn/top1" in out.out and "0.5000" in out.out
 
 
-def test_the_report_leaves_out_damaged_results(tmp_path: pathlib.Path) -> None:
+def test_the_report_leaves_out_damaged_results(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     for name, content in (("good", {"results": {"knn": {"eval/knn/top1": 0.25}}}), ("bad", [])):
         (tmp_path / f"eval-{name}").mkdir()
         (tmp_path / f"eval-{name}" / "eval.json").write_text(json.dumps(content))
     config = configuration.resolve(configuration.default_config())
+    Results({}, 0, {"knn": {"eval/knn/top1": 0.75}}).write(tmp_path / "eval-good" / "gone.json")
+    digests = tmp_path / "eval-gone" / "digests"
+    digests.parent.mkdir()
+    (tmp_path / "eval-good" / "digests").rename(digests)
+    (digests / "gone.json").rename(digests / "eval.json")
     page = report.write_report(config, tmp_path).read_text()
+    assert "eval-gone/eval.json is missing" in caplog.text and "eval-bad" in caplog.text
     assert "0.2500" in page and ">good<" in page and ">bad<" not in page
