@@ -49,12 +49,14 @@ def gradients(task: str, changes: dict, *, microbatches: int = 1) -> StepGradien
 
 def difference(a: Any, b: Any) -> float:
     """Largest difference of two trees, each leaf relative to its largest entry; leaves of pure
-    rounding noise against a floor."""
+    rounding noise, such as the bias of keys, against a floor."""
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(b))
-    return max(
-        float(jnp.abs(x - y).max() / (jnp.abs(y).max() + 1e-4 * scale))
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
+    found = []
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        largest = float(jnp.abs(y).max())
+        floor = 1e-4 * scale if largest > 1e-5 * scale else scale
+        found.append(float(jnp.abs(x - y).max()) / (largest + floor))
+    return max(found)
 
 
 @pytest.mark.parametrize(("task", "changes"), EXACT, ids=IDS[:4])
@@ -106,7 +108,8 @@ def test_microbatches_of_a_batch_norm_are_batches_of_their_own() -> None:
 def test_gradients_are_those_of_the_printed_loss(task: str, changes: dict) -> None:
     """The loss is the sum of the printed losses, and the gradient is its derivative: along a random
     direction, the loss changes by what the gradient says. (DINO leaves parts of it out, between its
-    layers; see tests/models/dense/test_dino.py.)"""
+    layers; see tests/models/dense/test_dino.py. The loss of Mask2Former jumps where another
+    point is among the uncertain ones, so the step is shorter.)"""
     config, run = compiled(task, 8, 1, tuple(changes.items()))
     (params, opt), batch = started(task, tuple(changes.items())), dense_batch(config, 3)
     got = run(params, opt, batch)
@@ -122,7 +125,7 @@ def test_gradients_are_those_of_the_printed_loss(task: str, changes: dict) -> No
         float((g * w).sum())
         for g, w in zip(jax.tree.leaves(got.grads), jax.tree.leaves(way), strict=True)
     )
-    length = 3e-3 / size
+    length = (1e-4 if changes is MASK2FORMER else 3e-3) / size
     ends = [
         run(jax.tree.map(lambda p, w: p + sign * length * w, params, way), opt, batch).loss
         for sign in (1, -1)
