@@ -63,7 +63,7 @@ def settings(batch: int, toy: bool, changes: list[str]) -> Any:
 def _plain(text: str) -> str:
     """A value of `config_to_text` in the syntax of the command line."""
     value = ast.literal_eval(text)
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) or "()" if isinstance(value, tuple) else str(value)
 
 
 def timed(step: Callable[[], Any], finish: Callable[[Any], Any], steps: int) -> float:
