@@ -1,4 +1,5 @@
-"""ADE20k segmentation as in the paper's Table 12: UperNet on the maps of four blocks.
+"""ADE20k segmentation as in the paper's Table 12: UperNet on the maps of four blocks; or with
+head=mask2former as in Table 2.
 
     python -m m3i_jax.main --config configs/transfer/ade20k.py:path=DIR,from=RUN \\
       --workdir runs/ade
@@ -6,7 +7,8 @@
 DIR is ADEChallengeData2016: images/{training,validation}/ and annotations/ alike. `from` is
 the working directory of a run or a weights file that `init_from` reads; without it, `model` is any
 ViT or InternImage preset. The published settings are those of mmsegmentation's MAE UperNet, whose
-recipe is the usual one of this table; [R] marks them.
+recipe is the usual one of this table, and with head=mask2former those of InternImage-H; [R] marks
+them. That head on InternImage-H is trained with image_size=896,steps=80000.
 
 From a run of segmentation, as in the paper's Table 2 from COCO-Stuff, pyramid and head are taken,
 too, and only the classifiers restart. COCO-Stuff with maps in ADE20k's form (0 = unlabelled) is
@@ -37,6 +39,25 @@ IMAGES = 20_210  # of training, for modes that do not open the data
 WARMUP = 1499  # steps [R]
 IMAGE_SIZE = 512  # [R]
 
+SIDES = (768, 832, 896, 960, 1024)  # of Mask2Former's evaluation at several scales, over 896 [R]
+
+
+def _mask2former(config: ConfigDict, *, is_vit: bool, multi_scale: bool) -> None:
+    """Mask2Former; on an InternImage of 320 channels or more, that of InternImage-H."""
+    segment, optim = config.dense.segment, config.optim
+    segment.width = 256  # [R]
+    segment.test_whole = 32  # [R]
+    if multi_scale:
+        segment.test_scales = tuple(side / 896 for side in SIDES)
+    optim.clip = 0.1  # [R]
+    if not is_vit and config.model.encoder.width >= 320:
+        segment.width = 1024  # [R]
+        segment.mask2former.update(
+            {"queries": 200, "heads": 32, "encoder_hidden": 4096, "hidden": 4096}  # [R]
+        )
+        optim.lr *= 0.1  # [R]
+        optim.layer_decay = 0.95  # [R]
+
 
 def get_config(
     path: str = "",
@@ -55,7 +76,7 @@ def get_config(
       from_: working directory of the run that trained the encoder, or a weights file; empty: train
         from scratch.
       model: preset, used without `from`.
-      head: upernet, or linear for a quick answer.
+      head: upernet, mask2former, or linear for a quick answer.
       steps: optimizer steps; 31,578 and 126,313 are 25 and 100 epochs.
       batch_size: images per step.
       image_size: side of a crop.
@@ -124,5 +145,7 @@ def get_config(
     config.optim.layer_decay = 0.65  # [R]
     config.optim.clip = 0.0  # [R]
     config.evaluate.batch_size = batch_size
+    if head == "mask2former":
+        _mask2former(config, is_vit=is_vit, multi_scale=multi_scale)
     continue_dense_run(config, from_=from_, flag="configs/transfer/ade20k.py:from")
     return config

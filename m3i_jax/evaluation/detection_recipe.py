@@ -124,7 +124,12 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
         config.optim.decayed = "but_norms"
         return
     config.dense.detect.dino.update(
-        {"shared_heads": False, "projection_bias": False, "box_noise": 1.0}  # [R]
+        {
+            "shared_heads": False,
+            "projection_bias": False,
+            "box_noise": 1.0,
+            "denoising": 1000,
+        }  # [R]
     )
     config.optim.layer_decay = 0.9  # [R], InternImage-T and L; H: 0.94
     config.optim.decayed = "ranks"  # [R]
