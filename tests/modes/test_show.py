@@ -13,8 +13,8 @@ from tests import toy
 
 def show_folder(path: pathlib.Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
     sizes = [
-        "--config.model.encoder.width=16", "--config.model.encoder.depth=1",
-        "--config.model.encoder.heads=2", "--config.model.decoder.depth=1",
+        "--config.model.encoder.width=24", "--config.model.encoder.depth=1",
+        "--config.model.encoder.heads=3", "--config.model.decoder.depth=1",
         "--config.data.image_size=32", "--config.model.encoder.patch_size=8",
     ]  # fmt: skip
     spec = f"configs/folder.py:path={path},model=vit_tiny,batch_size=8,epochs=3"
