@@ -386,7 +386,8 @@ def test_stopped_is_one_line_and_exit_1(monkeypatch, capsys, tmp_path: pathlib.P
         == 1
     )
     out, err = capsys.readouterr()
-    assert err == "m3i_jax: stopped: worker 1 of 2 made no batch\n" and not out
+    assert err == "m3i_jax: stopped: worker 1 of 2 made no batch\n"
+    assert out.startswith("configuration: ") and out.count("\n") == 1
 
 
 @pytest.mark.fast

@@ -28,7 +28,14 @@ from tests.training.test_dense_resume import (
     unbroken,  # noqa: F401
 )
 
+HEAD = "mask_rcnn"
 LIMIT = 40_000  # bytes: above the log of a run, below the arrays of a checkpoint
+
+
+@pytest.fixture(scope="module")
+def head() -> str:
+    """The head of the run that `unbroken` makes."""
+    return HEAD
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         _at_step(patch, {2: lambda: signal.raise_signal(signal.SIGTERM)})
-        assert command.main(arguments(run)) == loop.PREEMPTED
+        assert command.main(arguments(run, HEAD)) == loop.PREEMPTED
     return run
 
 
@@ -82,7 +89,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_bit(
         monkeypatch, {3: lambda: full.enter_context(no_file_above(LIMIT)), 6: lambda: full.close()}
     )
     with full:
-        assert command.main(arguments(tmp_path)) == loop.DONE
+        assert command.main(arguments(tmp_path, HEAD)) == loop.DONE
     out = capsys.readouterr().out
     assert "of 3 in a row failed" in out and "Traceback" not in out
     assert STEPS in checkpoint_dir.complete_steps(tmp_path / "checkpoints")
@@ -111,11 +118,11 @@ def test_a_disk_that_stays_full_ends_the_run_and_a_restart_goes_on(
             full.enter_context(no_file_above(LIMIT))
 
         _at_step(patch, {4: fill})
-        assert command.main(arguments(tmp_path)) == loop.FAILED
+        assert command.main(arguments(tmp_path, HEAD)) == loop.FAILED
     out = capsys.readouterr().out
     assert "save 3 of 3 in a row failed" in out and "free space" in out
     assert checkpoint_dir.complete_steps(steps) == [3]
-    assert command.main(arguments(tmp_path)) == loop.DONE
+    assert command.main(arguments(tmp_path, HEAD)) == loop.DONE
     assert "resuming at step 3" in capsys.readouterr().out
     assert same(tmp_path, unbroken)
 
@@ -131,7 +138,7 @@ def test_a_run_goes_on_with_a_sharded_state(
     monkeypatch.chdir(ROOT)
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
-    assert command.main(arguments(run, parallel__mesh="(2,4,1)")) == loop.DONE
+    assert command.main(arguments(run, HEAD, parallel__mesh="(2,4,1)")) == loop.DONE
     _close(run, unbroken)
     assert saved_arrays(run).keys() == saved_arrays(unbroken).keys()
 
@@ -146,7 +153,7 @@ def _processes(run: pathlib.Path, hosts: int, devices: int) -> list[subprocess.P
             for i in range(hosts)] if hosts > 1 else [[]]  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "m3i_jax.main", *arguments(run), *words],
+            [sys.executable, "-m", "m3i_jax.main", *arguments(run, HEAD), *words],
             cwd=ROOT,
             env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
             text=True,

@@ -119,7 +119,7 @@ def test_a_detector_goes_on_to_other_categories(
     """Two commands: scenes in memory, and then three categories of scenes in a file."""
     monkeypatch.chdir(ROOT)
     first, second, scenes = (tmp_path / name for name in ("first", "second", "scenes"))
-    assert command.main(arguments(first, train__steps=2)) == loop.DONE
+    assert command.main(arguments(first, "mask_rcnn", train__steps=2)) == loop.DONE
     scene_files.write_scenes(str(scenes), images=24, held_out=6, side=40)
     file = next((scenes / "annotations").glob("*train*.json"))
     content = json.loads(file.read_text())
@@ -129,7 +129,7 @@ def test_a_detector_goes_on_to_other_categories(
     own = tmp_path / "three.json"
     own.write_text(json.dumps(content))
     recipe = f"configs/transfer/detect.py:annotations={own},images={scenes},from={first}"
-    line = arguments(second, train__steps=2, data__size=0, data__holdout=0.3)
+    line = arguments(second, "mask_rcnn", train__steps=2, data__size=0, data__holdout=0.3)
     line[line.index("--config") + 1] = recipe
     # what the run before has is not given again
     line = [text for text in line if ".model." not in text and ".maps." not in text]
