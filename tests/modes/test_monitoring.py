@@ -4,9 +4,11 @@ import json
 import os
 import pathlib
 import signal
+import types
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from m3i_jax import parallel
@@ -38,9 +40,18 @@ def test_model_flops_are_those_of_the_plain_step() -> None:
 def test_mfu_needs_a_known_peak() -> None:
     lines: list[str] = []
     clock = monitoring.make_clock(made(), lines.append)
-    assert clock.peak == 0 and len(lines) == 1 and "report.peak_tflops" in lines[0]
+    assert clock.peak == 0 and not lines  # a CPU
     known = monitoring.make_clock(made(report__peak_tflops=2.0), lines.append)
-    assert known.peak == 2e12 and known.flops == monitoring.model_flops(made()) and len(lines) == 2
+    assert known.peak == 2e12 and known.flops == monitoring.model_flops(made()) and len(lines) == 1
+
+
+def test_an_unknown_chip_needs_a_peak() -> None:
+    lines: list[str] = []
+    chip = types.SimpleNamespace(device_kind="new chip", platform="tpu")
+    mesh = types.SimpleNamespace(devices=np.array([chip], object))
+    trained = types.SimpleNamespace(config=toy.settings(), mesh=mesh)
+    assert monitoring.make_clock(trained, lines.append).peak == 0
+    assert len(lines) == 1 and "'new chip'" in lines[0] and "report.peak_tflops" in lines[0]
 
 
 def test_seconds_are_read_from_the_last_line_with_them(tmp_path: pathlib.Path) -> None:
