@@ -39,14 +39,10 @@ SMALL = {
 EVERY = tuple(each.name for each in registry.evaluators() if "pretrain" in each.tasks)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The directory of a run with two checkpoints of its initial parameters."""
-    place = tmp_path_factory.mktemp("run")
-    job = jobs.open_setup(
-        toy.settings(**SMALL), str(place), trains=[("supervised", "weakly_supervised")]
-    )
-    trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary)
+def write_run(place: pathlib.Path, forms: tuple[str, ...], **changes: object) -> None:
+    """A run with two checkpoints of its initial parameters, written to a directory."""
+    job = jobs.open_setup(toy.settings(**SMALL | changes), str(place), trains=[forms])
+    trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
     train.check_same_run(job, None, False)
     checkpoints = Checkpoints(place / "checkpoints", 2)
     state = trainer.init()
@@ -58,6 +54,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         )
     checkpoints.wait()
     checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The directory of a run on categories and captions."""
+    place = tmp_path_factory.mktemp("run")
+    write_run(place, ("supervised", "weakly_supervised"))
     return place
 
 

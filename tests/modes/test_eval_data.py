@@ -14,7 +14,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.modes import eval_data, report
 from m3i_jax.modes.eval_results import Results, result_dir
 from tests import broken
-from tests.modes.test_eval import enable, run
+from tests.modes.test_eval import enable, run, write_run
 
 __all__ = ["run"]
 
@@ -136,13 +136,12 @@ def test_refusals_are_one_line(run: pathlib.Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_run_that_ignored_labels_measures_those_of_other_data(
-    run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_folder(tmp_path / "labelled")
-    arguments = ["--mode=eval", "--workdir", str(run), *enable("knn"), "--config.data.classes=0"]
-    arguments += ["--config.objective.forms=mim", "--data", str(folder)]
-    weights = ["--checkpoint", str(run / "checkpoints" / "2")]
-    code = command.main([*arguments, *weights])
+    folder, place = write_folder(tmp_path / "labelled"), tmp_path / "run"
+    write_run(place, ("mim",), objective__forms="mim", data__classes=0)
+    arguments = ["--mode=eval", "--workdir", str(place), *enable("knn"), "--data", str(folder)]
+    code = command.main(arguments)
     out = capsys.readouterr()
     assert code == 0, out.err
     assert "eval/knn/top1" in out.out and "0.5000" in out.out
