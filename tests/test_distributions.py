@@ -7,7 +7,6 @@ that `pip install m3i-jax` would bring.
 
 import ast
 import importlib.metadata
-import importlib.util
 import os
 import pathlib
 import re
@@ -190,7 +189,9 @@ def environment(
 
 
 def pip_here() -> bool:
-    return importlib.util.find_spec("pip") is not None
+    # without looking for the module: setuptools then hands out the standard library's distutils
+    # for the rest of the process, and cannot be imported itself
+    return any(importlib.metadata.distributions(name="pip"))
 
 
 LIGHT = """
