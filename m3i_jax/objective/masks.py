@@ -153,7 +153,8 @@ def _shuffled(
     size = taken.shape[1]
     words = random_words(seed, purpose, first, rows, size)[which]
     keys = words & ~(_CELL | _U64(1 << 63)) | np.arange(size).astype(_U64)
-    return (np.sort(keys | taken[which].astype(_U64) << _U64(63), axis=1) & _CELL).astype(np.int64)
+    ordered = np.sort(keys | taken[which].astype(_U64) << _U64(63), axis=1)
+    return np.asarray(ordered & _CELL, np.int64)
 
 
 def uniform(seed: int, first: int, rows: int, *, grid: int, hidden: int) -> np.ndarray:
