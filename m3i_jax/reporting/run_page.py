@@ -201,8 +201,13 @@ def _chart(name: str, runs: Sequence[RunLog], last: float) -> str:
     lines = [
         SvgCurve(run.name, *run.curve(name), tone=f"c{i % TONES}") for i, run in enumerate(runs)
     ]
+    # shares begin at almost 0 and are read against 1
     return svg_charts.svg_chart(
-        name.removeprefix("eval/"), lines, last=last, note=metric_note(name)
+        name.removeprefix("eval/"),
+        lines,
+        last=last,
+        note=metric_note(name),
+        linear=name.startswith("eval/"),
     )
 
 

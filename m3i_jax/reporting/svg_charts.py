@@ -79,7 +79,9 @@ def thin_points(
     ]
 
 
-def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str = "") -> str:
+def svg_chart(
+    title: str, curves: Sequence[SvgCurve], *, last: float, note: str = "", linear: bool = False
+) -> str:
     """A figure with one chart.
 
     Args:
@@ -87,6 +89,7 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
       curves: drawn over steps; a curve of one point is a dot.
       last: right end of the x axis, in steps.
       note: below the chart.
+      linear: the vertical axis is linear however far apart the values are.
 
     >>> svg_chart("loss", [SvgCurve("a", [0, 10], [2.0, 1.0])], last=10).count("<path")
     1
@@ -96,7 +99,7 @@ def svg_chart(title: str, curves: Sequence[SvgCurve], *, last: float, note: str 
     if not values:
         return ""
     low, high = min(values), max(values)
-    logarithmic = low > 0 and high / low > _WIDE
+    logarithmic = not linear and low > 0 and high / low > _WIDE
     if not logarithmic:
         margin = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
         low, high = low - margin * (low != 0 or high <= 0), high + margin

@@ -142,9 +142,9 @@ def test_curves_show_the_values() -> None:
     chart = svg_charts.svg_chart("t", small, last=1)
     ends = re.findall(r'<text x="(\d+)"[^>]*text-anchor="end">([^<]*)<', chart)
     assert len(ends) > 2 and all(int(x) >= 8 * len(text) for x, text in ends)
-    assert "logarithmic" in svg_charts.svg_chart(
-        "t", [svg_charts.SvgCurve("a", [0, 1], [1e-6, 1.0])], last=1
-    )
+    wide = [svg_charts.SvgCurve("a", [0, 1], [1e-6, 1.0])]
+    assert "logarithmic" in svg_charts.svg_chart("t", wide, last=1)
+    assert "logarithmic" not in svg_charts.svg_chart("t", wide, last=1, linear=True)
     assert (
         svg_charts.svg_chart("t", [svg_charts.SvgCurve("a", [0, 1], [float("nan")] * 2)], last=1)
         == ""
