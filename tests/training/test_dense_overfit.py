@@ -60,7 +60,7 @@ def test_detection_learns_eight_scenes(
     recipe = (
         f"configs/transfer/detect.py:annotations={notes / 'instances_train.json'},"
         f"images={scenes / 'images' / 'train'},model=vit_tiny,image_size={SIDE},batch_size=8,"
-        f"steps=400,head={head}"
+        f"steps=700,head={head}"
     )
     found = scores(tmp_path, recipe, {"data.holdout_annotations": notes / "instances_again.json"})
     assert found["eval/box/AP50"] > 0.9, found
