@@ -94,8 +94,8 @@ def get_config(
         }
     )
 
-    # Head. Its classifier starts with outputs of about 1 / 3 of its inputs, as PyTorch's layers do:
-    # with the published N(0, 0.01^2) the narrow head of a short run hardly moves at first.
+    # Head. Its classifier starts with a variance of 1 / (3 fan-in), as PyTorch's layers do: with
+    # the published N(0, 0.01^2) the narrow head of a short run hardly moves at first.
     width = head_width(head, size)
     config.dense.segment.update(
         {
