@@ -84,10 +84,18 @@ def test_a_disk_that_is_full_for_a_while_costs_no_bit(
     """The save of step 3 fails; it is logged, training goes on, and a later save succeeds."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(Checkpoints, "BACK_OFF", 0.0)
-    full = contextlib.ExitStack()
-    _at_step(
-        monkeypatch, {3: lambda: full.enter_context(no_file_above(LIMIT)), 6: lambda: full.close()}
-    )
+    full, saves, start = contextlib.ExitStack(), [], Checkpoints._start
+
+    def watched(self, *arguments):
+        start(self, *arguments)
+        saves.append(self._saving[-1])
+
+    def free() -> None:
+        assert saves[0].exception(timeout=60)  # the save of step 3 goes on beside step 4
+        full.close()
+
+    monkeypatch.setattr(Checkpoints, "_start", watched)
+    _at_step(monkeypatch, {3: lambda: full.enter_context(no_file_above(LIMIT)), 4: free})
     with full:
         assert command.main(arguments(tmp_path, HEAD)) == loop.DONE
     out = capsys.readouterr().out
