@@ -121,6 +121,26 @@ def step(c: schema.Config) -> float:
     return 2.0 * (3 * (total - first) + 2 * first + 3 * sets * head)
 
 
+def reading(c: schema.Config) -> float:
+    """The part of `step` that is no product: reading maps at places, depth-wise convolutions."""
+    m = c.model.intern_image
+    total = 0.0
+    for stage, depth in enumerate(m.depths):
+        stride = m.stem_strides[0] * m.stem_strides[1] * 2**stage
+        total += depth * cells(c, stride) * (9 * 4 + m.kernel**2) * m.width * 2**stage
+    total *= c.dense.maps.composite
+    if c.task == "detect":
+        s, own, sets = c.dense.detect, c.dense.detect.dino, c.dense.maps.composite
+        slots = denoising.denoising_slots(own.denoising, c.dense.geometry.max_objects)
+        tokens = sum(cells(c, stride) for stride in s.strides)
+        tokens = own.encoder_depth * tokens + own.depth * (slots + own.queries)
+        return 6.0 * (total + sets * tokens * 4 * len(s.strides) * own.sampled * s.width)
+    masks = c.dense.segment
+    tokens = masks.mask2former.encoder_depth * sum(cells(c, n) for n in masks.strides[1:])
+    levels = len(masks.strides) - 1
+    return 6.0 * (total + tokens * 4 * levels * masks.mask2former.sampled * masks.width)
+
+
 def settings(name: str) -> schema.Config:
     """One of RUNS, two images a step."""
     from m3i_jax.modes import show
