@@ -16,7 +16,10 @@ from m3i_jax import schema
 from m3i_jax.data.sources import base, registry
 from m3i_jax.data.sources.shapes import ShapesSource
 from tests import xla_flags
-from tests.bench import table_data, table_results, table_sets, tables
+from tests.bench.tables import __main__ as tables
+from tests.bench.tables import data as table_data
+from tests.bench.tables import results as table_results
+from tests.bench.tables import sets as table_sets
 
 SMALL = {
     "model.encoder.width": "32",

@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Mapping
 
 from m3i_jax.reporting import compare_table as report
-from tests.bench import table_data
+from tests.bench.tables import data as table_data
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+ROOT = pathlib.Path(__file__).parents[3]
 METHODS = {
     "M3I": "m3i",
     "M3I without mix": "m3i_unmixed",

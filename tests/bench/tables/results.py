@@ -10,7 +10,7 @@ from typing import Any
 
 from m3i_jax.reporting import compare_table as report
 from m3i_jax.reporting.atomic_write import write_text_atomic
-from tests.bench.table_sets import RUN_COLUMNS, SINGLE, Set
+from tests.bench.tables.sets import RUN_COLUMNS, SINGLE, Set
 
 
 def best_single_methods(

@@ -36,8 +36,8 @@ from typing import Any
 
 from m3i_jax.errors import UserError
 from m3i_jax.reporting.atomic_write import write_text_atomic
-from tests.bench.table_results import best_single_methods, machine, run_metrics, write_tables
-from tests.bench.table_sets import (
+from tests.bench.tables.results import best_single_methods, machine, run_metrics, write_tables
+from tests.bench.tables.sets import (
     METHODS,
     ROOT,
     STEPS_OF_FINETUNING,
