@@ -20,6 +20,7 @@ from m3i_jax.errors import UserError
 from tests import xla_flags
 from tests.bench.tables import __main__ as tables
 from tests.bench.tables import data as table_data
+from tests.bench.tables import page as table_page
 from tests.bench.tables import results as table_results
 from tests.bench.tables import rows as table_rows
 from tests.bench.tables import runs as table_runs
@@ -123,6 +124,20 @@ def test_table_has_mean_deviation_and_missing_methods(
 def result(protocol: str, image_set: str, form: str, seed: int = 0, **values: float) -> dict:
     named = {key.replace("__", "/"): value for key, value in values.items()}
     return {"protocol": protocol, "set": image_set, "form": form, "seed": seed, "values": named}
+
+
+def test_the_page_has_every_figure_and_escapes_names(sets: dict[str, table_sets.Set]) -> None:
+    results = [
+        result("epochs", "emoji", "M3I", seed, eval__knn__top1=value, steps=3.0)
+        for seed, value in enumerate((0.2, 0.4, 0.3))
+    ]
+    results.append(result("flops", "emoji", "<b>", eval__knn__top1=0.5, steps=3.0))
+    page = table_page.tables_page(sets, results, table_results.TITLES)
+    assert page.count("class=seed") == 3 and "30.0 ± 10.0" in page and "50.0" in page
+    assert "emoji, equal images" in page and "emoji, equal FLOPs" in page
+    assert "&lt;b&gt;" in page and "<td><b>" not in page
+    # the mean of .3 on a scale that ends at the mean plus one deviation, .4
+    assert '<div class=bar style="width:75.00%">' in page
 
 
 def test_a_seed_of_every_row_comes_before_the_next_seed(

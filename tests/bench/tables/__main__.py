@@ -13,7 +13,9 @@ the keys is held out by a hash.
 Every run is an ordinary command line (configs/toy.py for each stage, --mode=eval,
 configs/transfer/finetune.py) in OUT/runs/PROTOCOL/SET/ROW-SEED, one process at a time; a run with a
 result, in its directory or in --results, is not repeated, and an interrupted one is continued.
-OUT/tables.md and the file of results are rewritten after every run. The sets (`sets.py`):
+OUT/tables.md, OUT/report.html and the file of results are rewritten after every run.
+
+The sets (`sets.py`):
 
     search        rate and decay of every method, the same trials for all, on a part of the emoji
                   on which the other tables train; no table holds out any of them
@@ -38,8 +40,10 @@ import time
 from collections.abc import Sequence
 
 from m3i_jax.errors import UserError
+from m3i_jax.reporting.atomic_write import write_text_atomic
 from tests.bench.tables.data import FASHION
-from tests.bench.tables.results import read_results, write_tables
+from tests.bench.tables.page import tables_page
+from tests.bench.tables.results import TITLES, read_results, write_tables
 from tests.bench.tables.runs import PROTOCOLS, result_key, run_once, run_queue
 from tests.bench.tables.sets import STEPS_OF_FINETUNING, image_sets, named
 
@@ -94,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     while True:
         results = read_results(kept, out, sets)
         text = write_tables(out, kept, sets, results)
+        write_text_atomic(out / "report.html", tables_page(sets, results, TITLES))
         finished = {result_key(result) for result in results}
         remaining = [
             run
