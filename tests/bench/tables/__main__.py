@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="8x8,emoji-4x4,ablations,forms,scaling",
         help="comma-separated; 8x8 and styles are several",
     )
-    flags.add_argument("--methods", default="", help="comma-separated rows; default: all")
+    flags.add_argument("--methods", default="", help="rows, separated by semicolons; default: all")
     flags.add_argument("--seeds", type=int, default=3)
     flags.add_argument("--steps", type=int, default=0, help="steps of M3I; 0: those of each set")
     flags.add_argument("--finetune-steps", type=int, default=STEPS_OF_FINETUNING)
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for n, s in sets.items()
     }
     private = {str(data): "DIR", str(out): "OUT"} | ({str(clipart): "CLIPART"} if clipart else {})
-    wanted = [title for title in args.methods.split(",") if title]
+    wanted = [title for title in args.methods.split(";") if title]
     failed: set[tuple[str, str, str, int]] = set()
     while True:
         results = read_results(kept, out, sets)
