@@ -136,8 +136,31 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
     config.optim.warmup_steps = min(500, config.train.steps)  # [R]
 
 
+def _mask2former(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
+    """Mask2Former for instances as its authors train it on COCO with a ResNet-50."""
+    _vitdet(config, schedule, vit=vit)
+    config.dense.detect.update(
+        {
+            "head": "mask2former",
+            "strides": (4, 8, 16, 32),  # [R]
+            "score_threshold": 0.0,  # [R]
+        }
+    )
+    config.dense.detect.mask2former.remat = True
+    config.optim.weight_decay = 0.05  # [R]
+    config.optim.clip = 0.01  # [R]
+    config.optim.warmup_steps = min(10, config.train.steps)  # [R]
+    config.optim.decayed = "but_norms"  # [R]
+    config.optim.encoder_lr = 0.1  # [R]
+    config.optim.layer_decay = 1.0  # [R]
+
+
 # Other detectors are added here, and a Schedule of theirs to the recipes of the data sets.
-HEADS: dict[str, Callable[..., None]] = {"mask_rcnn": _mask_rcnn, "dino": _dino}
+HEADS: dict[str, Callable[..., None]] = {
+    "mask_rcnn": _mask_rcnn,
+    "dino": _dino,
+    "mask2former": _mask2former,
+}
 
 
 def build_detection(

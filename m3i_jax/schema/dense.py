@@ -123,7 +123,8 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask2Former:
-    """The head mask2former; its width is `dense.segment.width`. The defaults are those of its
+    """The head mask2former of segmentation and of detection; its width is `dense.segment.width` or
+    `dense.detect.width`. The defaults are those of its
     authors for ADE20k at a width of 256; InternImage-H has a width of 1024, 32 attention heads,
     hidden layers of 4096 and 200 queries."""
 
@@ -138,8 +139,8 @@ class Mask2Former:
     hidden: int = option(2048, "width of the hidden layer of the masked decoder's", WIDTH)
     max_classes: int = option(
         64,
-        "categories per image that have a mask in the loss; the smallest of more are cut and"
-        " counted",
+        "segmentation: categories per image that have a mask in the loss; the smallest of more are"
+        " cut and counted",
         EVERY,
     )
     points: int = option(
@@ -235,19 +236,20 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Detect:
-    """Detection, and with mask_rcnn instance segmentation, on a feature pyramid."""
+    """Detection, and with mask_rcnn and mask2former instance segmentation, on a pyramid of maps."""
 
     head: str = option(
         "mask_rcnn",
         "mask_rcnn: proposals from anchors, boxes and masks (ViTDet); dino: boxes from queries, by"
-        " deformable attention",
+        " deformable attention; mask2former: masks from queries, and the boxes around them",
         "mask_rcnn",
         "dino",
+        "mask2former",
     )
     strides: tuple[int, ...] = option(
         (4, 8, 16, 32, 64),
         "strides of the pyramid in pixels; each is twice the one before (dino with four levels: 8"
-        " to 64)",
+        " to 64; mask2former: 4 to 32)",
         NumberLimit(1, 4096, count=LEVELS),
     )
     anchor_sizes: tuple[int, ...] = option(
@@ -282,7 +284,7 @@ class Detect:
     roi_foreground: float = option(0.25, "largest share of foreground among them", SHARE)
     box_convs: int = option(4, "3 x 3 convolutions of the box head", NumberLimit(0, 1024))
     box_hidden: int = option(1024, "width of the box head's hidden layer", WIDTH)
-    masks: bool = option(True, "predict masks; dino does not")
+    masks: bool = option(True, "predict masks; dino does not, mask2former always does")
     mask_convs: int = option(4, "3 x 3 convolutions of the mask head", NumberLimit(0, 1024))
     loss: str = option(
         "softmax",
@@ -310,6 +312,7 @@ class Detect:
         NumberLimit(1, 2**16, count=ListLimit(fewest=2, most=2)),
     )
     dino: Dino = section(Dino)
+    mask2former: Mask2Former = section(Mask2Former)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Detection and instance segmentation as a task: Mask R-CNN or DINO on the maps of any encoder."""
+"""Detection and instance segmentation as a task: Mask R-CNN, DINO or Mask2Former on the maps of any encoder."""
 
 import dataclasses
 from typing import Any
@@ -14,6 +14,7 @@ from m3i_jax.models.dense.detection_heads import CATEGORY_PARAMETERS, DetectionH
 from m3i_jax.training.dense_task import (
     SAMPLING,
     DenseTask,
+    Divisor,
     Maps,
     Values,
     image_keys,
@@ -67,8 +68,8 @@ class DetectTask(DenseTask):
             shapes["masks"] = ((b, g.max_objects, g.mask_size, g.mask_size), "uint8")
         return shapes
 
-    def divisor(self, batch: Batch) -> jax.Array:
-        return self.head.divisor(batch["classes"])
+    def divisor(self, batch: Batch) -> Divisor:
+        return self.head.divisor(self.config.dense.detect, batch["classes"])
 
     def loss_sums(
         self, params: Any, statistics: Any, maps: Maps, batch: Batch
