@@ -140,7 +140,8 @@ def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: s
     if source.dense[config.task].head != config.dense[config.task].head:
         return False
     config.dense.maps.update(source.dense.maps)
-    config.dense.maps.image_size = source.dense.maps.image_size or source.data.image_size
+    if config.model.backbone == "vit":
+        config.dense.maps.image_size = source.dense.maps.image_size or source.data.image_size
     ours, theirs = config.dense[config.task], source.dense[config.task]
     for name in HEAD_SETTINGS[config.task]:
         section, _, field = name.rpartition(".")

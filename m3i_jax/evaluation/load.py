@@ -381,9 +381,12 @@ def _described(
         config.task = task
         config.dense[task].update(stored[task])
         config.dense.maps.update(stored.get("maps", {}))
-        config.dense.maps.image_size = stored["image_size"]
+        if config.model.backbone == "vit":
+            config.dense.maps.image_size = stored["image_size"]
         config.data.classes = stored["classes"]
         side = stored.get("dense_size", stored["image_size"])
+        if task == "detect" and "dense_size" in stored:
+            config.dense.geometry.test_short = stored.get("dense_short", 0)
         if task == "segment":  # as published, for the sizes of evaluation
             config.dense.geometry.update({"rule": "range", "long": 4 * side, "short": side})
     config.evaluate.crop = stored.get("crop", config.evaluate.crop)

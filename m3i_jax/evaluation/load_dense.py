@@ -105,7 +105,10 @@ class LoadedDense:
         out = []
         for image in as_images(images):
             fitted = annotated_eval.fit_image(
-                base.Record("", image), self.config.data.image_size, background=0
+                base.Record("", image),
+                self.config.data.image_size,
+                background=0,
+                short=self.config.dense.geometry.test_short,
             )
             outputs = self.function(self.params, fitted.image[None], np.array([fitted.size]))
             row = {name: np.asarray(value)[0] for name, value in outputs.items()}

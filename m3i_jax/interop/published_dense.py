@@ -78,7 +78,7 @@ def load_published_dense(table: Mapping[str, Any]) -> PublishedWeights | None:
     Returns:
       `arrays` below `encoder/`, `head/` and `running/`; `settings`, those of the images and
       "detect" or "segment", fields of these sections of `dense`, "maps", "classes", and
-      "dense_size", the side of the images of the published evaluation.
+      "dense_size" and for detectors "dense_short", sides of the images of the published evaluation.
 
     Raises:
       UserError: weights of Deformable DETR, whose queries are made in another way; names that the
@@ -128,18 +128,21 @@ def load_published_dense(table: Mapping[str, Any]) -> PublishedWeights | None:
         name = theirs[0] if theirs else "none"
         unused[f"of an encoder that this package does not have, such as {name}"] = len(theirs)
     else:
-        settings["dense_size"] = _published_size(arrays, settings)
+        settings |= _published_sizes(arrays, settings)
     name = f"InternImage with {head}" if prefix and head else head or "InternImage"
     return PublishedWeights(name, arrays, settings, unused, [], [])
 
 
-def _published_size(arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> int:
-    """The side of the images of the published evaluations: of detectors the longest, rounded to a
-    multiple of 32; of segmenters the shorter."""
+def _published_sizes(
+    arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+) -> dict[str, int]:
+    """The sizes of the images of the published evaluations: of detectors the long side, rounded to
+    a multiple of 32, and the short one; of segmenters the short one."""
     width = arrays["encoder/stem/conv2/bias"].shape[0]
     if "detect" in settings:
-        return 2016 if width >= 320 else 1344
-    return 896 if width >= 320 else 640 if width >= 160 else 512
+        long, short = (2016, 1000) if width >= 320 else (1344, 800)
+        return {"dense_size": long, "dense_short": short}
+    return {"dense_size": 896 if width >= 320 else 640 if width >= 160 else 512}
 
 
 def _encoder(table: Mapping[str, Any], prefix: str) -> dict[str, np.ndarray]:

@@ -80,9 +80,22 @@ class Geometry:
         "jitter",
         "jitter: scale by a uniform factor so that the image fits data.image_size times it"
         " (large-scale jitter, ViTDet); range: by `long` and `short` times the factor"
-        " (mmsegmentation)",
+        " (mmsegmentation); buckets: to fit the canvas of the batch (DINO)",
         "jitter",
         "range",
+        "buckets",
+    )
+    buckets: tuple[int, ...] = option(
+        (),
+        "rule buckets, detection: height, width, height, width, ... of canvases in pixels, one of"
+        " which every batch has at random; a step is compiled for each",
+        NumberLimit(32, 2**16, count=ListLimit(fewest=0, most=32, open=True)),
+    )
+    test_short: int = option(
+        0,
+        "detection: limit of the short side of an image at evaluation, in pixels, beside that of the"
+        " long one by data.image_size (DINO: 800); 0: none",
+        NumberLimit(0, 2**16),
     )
     scale: tuple[float, ...] = option(
         (0.1, 2.0),
