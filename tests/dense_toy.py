@@ -97,8 +97,8 @@ DETECTORS = ("dino", "instances")  # are runs of detection
 
 
 def dense_settings(task: str, **changes: object) -> schema.Config:
-    """A complete configuration of a task, or of detection by DINO or Mask2Former; `changes` are dotted keys with
-    __ for the dot."""
+    """A complete configuration of a task, or of detection by DINO or Mask2Former; `changes` are
+    dotted keys with __ for the dot."""
     values = SHARED | TASKS[task]
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     texts = {

@@ -12,8 +12,8 @@ COCO's form, with or without masks (masks=false); a fifth of the images is held 
 weights file that `init_from` reads.
 
 configs/transfer/coco.py and lvis.py have the published settings. Here, for data sets of thousands
-of images, rate and length are a choice of this project: AdamW with 2e-3 (other heads: 1e-3) below 384
-channels and 1e-4 above, a cosine schedule, and images scaled by 0.5 to 1.5.
+of images, rate and length are a choice of this project: AdamW with 2e-3 (other heads: 1e-3)
+below 384 channels and 1e-4 above, a cosine schedule, and images scaled by 0.5 to 1.5.
 """
 
 from ml_collections import ConfigDict

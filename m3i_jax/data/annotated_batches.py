@@ -130,9 +130,9 @@ class DetectBatchBuilder(RecordBatchBuilder):
 
     Arrays, with B = rows, S = data.image_size, M = geometry.max_objects, m = geometry.mask_size:
     image and size as in `SegmentBatchBuilder`, but with rule "buckets" uint8 [B, H, W, 3] of one of
-    the canvases, which the position of the batch decides on; boxes float32 [B, M, 4], x0 y0 x1 y1 in continuous
-    pixels, tight around what is visible of a mask; classes int32 [B, M], -1 pads; and with `masks`,
-    masks uint8 [B, M, m, m], 0 or 1, in the frame of the box.
+    the canvases, which the position of the batch decides on; boxes float32 [B, M, 4], x0 y0 x1 y1
+    in continuous pixels, tight around what is visible of a mask; classes int32 [B, M], -1 pads; and
+    with `masks`, masks uint8 [B, M, m, m], 0 or 1, in the frame of the box.
 
     Crowds are left out, as are objects that the crop does not show; each is counted. An image that
     then has none stays: it is background."""

@@ -6,8 +6,8 @@ draw it: `jitter` as in ViTDet (large-scale jitter), `range` as in mmsegmentatio
 DINO, where the size of a batch is drawn instead. Each is a pure function of WIDTH uniform numbers.
 
 The rules resize differently, as their references do: Pillow's bilinear filter, which is wider when
-it reduces, for `jitter` and `buckets`; OpenCV's, which always reads four pixels, for `range`. Maps take the
-nearest pixel."""
+it reduces, for `jitter` and `buckets`; OpenCV's, which always reads four pixels, for `range`. Maps
+take the nearest pixel."""
 
 import dataclasses
 import math

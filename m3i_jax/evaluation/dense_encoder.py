@@ -116,9 +116,9 @@ def build_dense_encoder(
 def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: str) -> bool:
     """Start from pyramid and head, too, if `from_` has those of the same task and kind of head: a
     run that was trained on other data before, such as Objects365 before COCO, or a file of
-    detectron2 with a Mask R-CNN, or one of InternImage with DINO, UperNet or Mask2Former. Their sizes and the maps are then those of the source. Layers of
-    categories restart if the names of the categories differ, with a line in the log; running
-    statistics of batch norms start anew.
+    detectron2 with a Mask R-CNN, or one of InternImage with DINO, UperNet or Mask2Former. Their
+    sizes and the maps are then those of the source. Layers of categories restart if the names of
+    the categories differ, with a line in the log; running statistics of batch norms start anew.
 
     Args:
       config: changed in place, after all other settings of a recipe.
@@ -131,7 +131,9 @@ def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: s
         return False
     if not checkpoint_dir.is_run(from_):
         table = tensor_files.read_tensors(from_)
-        found = "detect" if dense_weights.has_mask_rcnn(table) else published_dense.dense_task(table)
+        found = (
+            "detect" if dense_weights.has_mask_rcnn(table) else published_dense.dense_task(table)
+        )
         if found != config.task:
             return False
     source = settings_of_weights(from_, flag)

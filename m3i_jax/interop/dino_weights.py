@@ -1,6 +1,6 @@
-"""Weights of the head DINO under the names of its authors' code, IDEA-Research/DINO, and under those
-of mmdetection, as in InternImage's published detectors. Both keep linear layers as [out, in] and
-convolutions as [out, in, height, width]."""
+"""Weights of the head DINO under the names of its authors' code, IDEA-Research/DINO, and under
+those of mmdetection, as in InternImage's published detectors. Both keep linear layers as [out, in]
+and convolutions as [out, in, height, width]."""
 
 import re
 from collections.abc import Mapping
@@ -221,9 +221,7 @@ def load_mmdet_dino(state: Mapping[str, Any], *, finest: int = 8) -> Tree:
     Traceback (most recent call last):
     UserError: these are not weights of DINO's head
     """
-    table = _Table(
-        {re.sub(r"^neck\.0\.", "neck.", name): x for name, x in state.items()}, _MMDET
-    )
+    table = _Table({re.sub(r"^neck\.0\.", "neck.", name): x for name, x in state.items()}, _MMDET)
     convs = [
         f"neck.{part}.{i}"
         for part in ("convs", "extra_convs")

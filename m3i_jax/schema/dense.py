@@ -93,8 +93,8 @@ class Geometry:
     )
     test_short: int = option(
         0,
-        "detection: limit of the short side of an image at evaluation, in pixels, beside that of the"
-        " long one by data.image_size (DINO: 800); 0: none",
+        "detection: limit of the short side of an image at evaluation, in pixels, beside that of"
+        " the long one by data.image_size (DINO: 800); 0: none",
         NumberLimit(0, 2**16),
     )
     scale: tuple[float, ...] = option(

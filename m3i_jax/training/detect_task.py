@@ -1,4 +1,5 @@
-"""Detection and instance segmentation as a task: Mask R-CNN, DINO or Mask2Former on the maps of any encoder."""
+"""Detection and instance segmentation as a task: Mask R-CNN, DINO or Mask2Former on the maps of any
+encoder."""
 
 import dataclasses
 from typing import Any

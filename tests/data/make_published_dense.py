@@ -26,6 +26,8 @@ from tests.data import published_dense as case
 
 ROOT = pathlib.Path(__file__).parent
 CHANNELS = [case.NANO.width * 2**i for i in range(4)]
+PIXELS, QUERIES = "decode_head.pixel_decoder.", "decode_head.transformer_decoder."
+BOXES = "bbox_head.transformer."
 RULES = {
     "dino": (
         (r"input_proj\.([012])\.0\.", r"neck.convs.\1.conv."),
@@ -36,21 +38,21 @@ RULES = {
         (r"(transformer\.decoder\.)?bbox_embed\.(\d)\.layers\.", r"bbox_head.reg_branches.\2.L"),
         (r"transformer\.enc_out_class_embed\.", f"bbox_head.cls_branches.{case.DEPTH}."),
         (r"transformer\.enc_out_bbox_embed\.layers\.", f"bbox_head.reg_branches.{case.DEPTH}.L"),
-        (r"transformer\.level_embed", "bbox_head.transformer.level_embeds"),
-        (r"transformer\.tgt_embed", "bbox_head.transformer.query_embed"),
-        (r"transformer\.decoder\.ref_point_head\.layers\.", "bbox_head.transformer.decoder.ref_point_head.L"),
-        (r"transformer\.(encoder\.layers\.\d)\.self_attn", r"bbox_head.transformer.\1.attentions.0"),
-        (r"transformer\.(encoder\.layers\.\d)\.norm1", r"bbox_head.transformer.\1.norms.0"),
-        (r"transformer\.(encoder\.layers\.\d)\.norm2", r"bbox_head.transformer.\1.norms.1"),
-        (r"transformer\.(decoder\.layers\.\d)\.self_attn", r"bbox_head.transformer.\1.attentions.0.attn"),
-        (r"transformer\.(decoder\.layers\.\d)\.cross_attn", r"bbox_head.transformer.\1.attentions.1"),
-        (r"transformer\.(decoder\.layers\.\d)\.norm2", r"bbox_head.transformer.\1.norms.0"),
-        (r"transformer\.(decoder\.layers\.\d)\.norm1", r"bbox_head.transformer.\1.norms.1"),
-        (r"transformer\.(decoder\.layers\.\d)\.norm3", r"bbox_head.transformer.\1.norms.2"),
-        (r"transformer\.(.*)\.linear1", r"bbox_head.transformer.\1.ffns.0.layers.0.0"),
-        (r"transformer\.(.*)\.linear2", r"bbox_head.transformer.\1.ffns.0.layers.1"),
+        (r"transformer\.level_embed", BOXES + r"level_embeds"),
+        (r"transformer\.tgt_embed", BOXES + r"query_embed"),
+        (r"transformer\.decoder\.ref_point_head\.layers\.", BOXES + r"decoder.ref_point_head.L"),
+        (r"transformer\.(encoder\.layers\.\d)\.self_attn", BOXES + r"\1.attentions.0"),
+        (r"transformer\.(encoder\.layers\.\d)\.norm1", BOXES + r"\1.norms.0"),
+        (r"transformer\.(encoder\.layers\.\d)\.norm2", BOXES + r"\1.norms.1"),
+        (r"transformer\.(decoder\.layers\.\d)\.self_attn", BOXES + r"\1.attentions.0.attn"),
+        (r"transformer\.(decoder\.layers\.\d)\.cross_attn", BOXES + r"\1.attentions.1"),
+        (r"transformer\.(decoder\.layers\.\d)\.norm2", BOXES + r"\1.norms.0"),
+        (r"transformer\.(decoder\.layers\.\d)\.norm1", BOXES + r"\1.norms.1"),
+        (r"transformer\.(decoder\.layers\.\d)\.norm3", BOXES + r"\1.norms.2"),
+        (r"transformer\.(.*)\.linear1", BOXES + r"\1.ffns.0.layers.0.0"),
+        (r"transformer\.(.*)\.linear2", BOXES + r"\1.ffns.0.layers.1"),
         (r"label_enc", "bbox_head.label_embedding"),
-        (r"transformer\.", "bbox_head.transformer."),
+        (r"transformer\.", BOXES),
     ),
     "upernet": (
         (r"(.*)\.batch_norm\.", r"decode_head.\1.bn."),
@@ -58,27 +60,27 @@ RULES = {
         (r"", "decode_head."),
     ),
     "mask2former": (
-        (r"P\.input_projections\.(\d)\.0", r"decode_head.pixel_decoder.input_convs.\1.conv"),
-        (r"P\.input_projections\.(\d)\.1", r"decode_head.pixel_decoder.input_convs.\1.gn"),
-        (r"P\.(.*)\.self_attn\.", r"decode_head.pixel_decoder.\1.attentions.0."),
-        (r"P\.(.*)\.fc1", r"decode_head.pixel_decoder.\1.ffns.0.layers.0.0"),
-        (r"P\.(.*)\.fc2", r"decode_head.pixel_decoder.\1.ffns.0.layers.1"),
-        (r"P\.(.*)\.self_attn_layer_norm", r"decode_head.pixel_decoder.\1.norms.0"),
-        (r"P\.(.*)\.final_layer_norm", r"decode_head.pixel_decoder.\1.norms.1"),
-        (r"P\.level_embed", "decode_head.pixel_decoder.level_encoding.weight"),
-        (r"P\.adapter_1\.0", "decode_head.pixel_decoder.lateral_convs.0.conv"),
-        (r"P\.adapter_1\.1", "decode_head.pixel_decoder.lateral_convs.0.gn"),
-        (r"P\.layer_1\.0", "decode_head.pixel_decoder.output_convs.0.conv"),
-        (r"P\.layer_1\.1", "decode_head.pixel_decoder.output_convs.0.gn"),
-        (r"P\.mask_projection", "decode_head.pixel_decoder.mask_feature"),
-        (r"Q\.decoder\.(layers\.\d)\.cross_attn\.", r"decode_head.transformer_decoder.\1.attentions.0.attn."),
-        (r"Q\.decoder\.(layers\.\d)\.self_attn\.", r"decode_head.transformer_decoder.\1.attentions.1.attn."),
-        (r"Q\.decoder\.(layers\.\d)\.fc1", r"decode_head.transformer_decoder.\1.ffns.0.layers.0.0"),
-        (r"Q\.decoder\.(layers\.\d)\.fc2", r"decode_head.transformer_decoder.\1.ffns.0.layers.1"),
-        (r"Q\.decoder\.(layers\.\d)\.cross_attn_layer_norm", r"decode_head.transformer_decoder.\1.norms.0"),
-        (r"Q\.decoder\.(layers\.\d)\.self_attn_layer_norm", r"decode_head.transformer_decoder.\1.norms.1"),
-        (r"Q\.decoder\.(layers\.\d)\.final_layer_norm", r"decode_head.transformer_decoder.\1.norms.2"),
-        (r"Q\.decoder\.layernorm", "decode_head.transformer_decoder.post_norm"),
+        (r"P\.input_projections\.(\d)\.0", PIXELS + r"input_convs.\1.conv"),
+        (r"P\.input_projections\.(\d)\.1", PIXELS + r"input_convs.\1.gn"),
+        (r"P\.(.*)\.self_attn\.", PIXELS + r"\1.attentions.0."),
+        (r"P\.(.*)\.fc1", PIXELS + r"\1.ffns.0.layers.0.0"),
+        (r"P\.(.*)\.fc2", PIXELS + r"\1.ffns.0.layers.1"),
+        (r"P\.(.*)\.self_attn_layer_norm", PIXELS + r"\1.norms.0"),
+        (r"P\.(.*)\.final_layer_norm", PIXELS + r"\1.norms.1"),
+        (r"P\.level_embed", PIXELS + r"level_encoding.weight"),
+        (r"P\.adapter_1\.0", PIXELS + r"lateral_convs.0.conv"),
+        (r"P\.adapter_1\.1", PIXELS + r"lateral_convs.0.gn"),
+        (r"P\.layer_1\.0", PIXELS + r"output_convs.0.conv"),
+        (r"P\.layer_1\.1", PIXELS + r"output_convs.0.gn"),
+        (r"P\.mask_projection", PIXELS + r"mask_feature"),
+        (r"Q\.decoder\.(layers\.\d)\.cross_attn\.", QUERIES + r"\1.attentions.0.attn."),
+        (r"Q\.decoder\.(layers\.\d)\.self_attn\.", QUERIES + r"\1.attentions.1.attn."),
+        (r"Q\.decoder\.(layers\.\d)\.fc1", QUERIES + r"\1.ffns.0.layers.0.0"),
+        (r"Q\.decoder\.(layers\.\d)\.fc2", QUERIES + r"\1.ffns.0.layers.1"),
+        (r"Q\.decoder\.(layers\.\d)\.cross_attn_layer_norm", QUERIES + r"\1.norms.0"),
+        (r"Q\.decoder\.(layers\.\d)\.self_attn_layer_norm", QUERIES + r"\1.norms.1"),
+        (r"Q\.decoder\.(layers\.\d)\.final_layer_norm", QUERIES + r"\1.norms.2"),
+        (r"Q\.decoder\.layernorm", QUERIES + r"post_norm"),
         (r"Q\.queries_embedder", "decode_head.query_embed"),
         (r"Q\.queries_features", "decode_head.query_feat"),
         (r"Q\.level_embed", "decode_head.level_embed"),
@@ -198,7 +200,9 @@ def upernet(maps, shapes):
     shapes |= fill(head, "upernet")
     aux = modeling_upernet.UperNetFCNHead(config, CHANNELS).double()
     more = {f"auxiliary_head.{k}": tuple(v.shape) for k, v in aux.state_dict().items()}
-    more = {k.replace("batch_norm", "bn").replace("classifier", "conv_seg"): v for k, v in more.items()}  # noqa: E501
+    more = {
+        k.replace("batch_norm", "bn").replace("classifier", "conv_seg"): v for k, v in more.items()
+    }  # noqa: E501
     shapes |= {k: v for k, v in more.items() if not k.endswith("tracked")}
     with torch.no_grad():
         logits = head(maps)

@@ -1,6 +1,6 @@
-"""Images of several static sizes for DINO: the canvas of a batch is a function of seed and position,
-one step is compiled for each canvas, and a run on them with two composed encoders goes on exactly
-where it stopped, is evaluated and loaded."""
+"""Images of several static sizes for DINO: the canvas of a batch is a function of seed and
+position, one step is compiled for each canvas, and a run on them with two composed encoders goes on
+exactly where it stopped, is evaluated and loaded."""
 
 import dataclasses
 import json
@@ -76,7 +76,9 @@ def test_images_fill_their_canvas_and_boxes_follow() -> None:
     flips = schema.Geometry(flip_p=1.0)
     placed = geometry.bucket_placement([0.5] * geometry.WIDTH, 30, 60, flips, (800, 1344))
     assert (placed.rows, placed.columns, placed.flip) == (672, 1344, True)
-    np.testing.assert_allclose(placed.move_boxes(np.array([[0, 0, 15, 30]])), [[1008, 0, 1344, 672]])
+    np.testing.assert_allclose(
+        placed.move_boxes(np.array([[0, 0, 15, 30]])), [[1008, 0, 1344, 672]]
+    )
 
 
 def test_evaluation_limits_the_short_side() -> None:

@@ -23,7 +23,10 @@ from m3i_jax.models.layers import Params
 
 
 def init(
-    settings: schema.Segment | schema.Detect, channels: Mapping[int, int], classes: int, rng: jax.Array
+    settings: schema.Segment | schema.Detect,
+    channels: Mapping[int, int],
+    classes: int,
+    rng: jax.Array,
 ) -> tuple[Params, Params]:
     """Parameters {"pixel", "decoder"}; there are no statistics.
 

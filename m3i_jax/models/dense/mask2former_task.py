@@ -85,8 +85,8 @@ def mask2former_loss(
     labels_BxHxW: jax.Array,
     keys_B: jax.Array,
 ) -> tuple[Values, Values, Params]:
-    """The losses of `weighted_losses`, on class maps. Beside them, per image: accuracy of pixels at the stride of the
-    masks, true masks, and categories that have none because they are too many."""
+    """The losses of `weighted_losses`, on class maps. Beside them, per image: accuracy of pixels at
+    the stride of the masks, true masks, and categories that have none because they are too many."""
     own = settings.mask2former
     made = mask2former.apply(settings, params, maps)
     truth = class_masks(settings, labels_BxHxW, made.classes_SxBxQxK1.shape[-1] - 1)

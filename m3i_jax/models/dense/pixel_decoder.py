@@ -40,7 +40,9 @@ class DecodedPixels(NamedTuple):
     features: jax.Array
 
 
-def _shapes(settings: schema.Segment | schema.Detect, channels: Mapping[int, int]) -> dict[str, Any]:
+def _shapes(
+    settings: schema.Segment | schema.Detect, channels: Mapping[int, int]
+) -> dict[str, Any]:
     d, (finest, *attending) = settings.width, settings.strides
     norm = {"scale": (d,), "bias": (d,)}
     tree: dict[str, Any] = {"levels": (len(attending), d)}

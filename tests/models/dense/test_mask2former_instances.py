@@ -136,9 +136,7 @@ def test_instances_are_those_of_the_formula() -> None:
 
 def test_instances_are_those_of_transformers() -> None:
     torch = pytest.importorskip("torch")
-    processors = pytest.importorskip(
-        "transformers.models.mask2former.image_processing_mask2former"
-    )
+    processors = pytest.importorskip("transformers.models.mask2former.image_processing_mask2former")
     outputs_of = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
     r = np.random.default_rng(3)
     logits, masks = r.normal(size=(6, 5)).astype("f4"), r.normal(size=(96, 96, 6)).astype("f4")
