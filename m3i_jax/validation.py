@@ -92,6 +92,15 @@ def validate_settings(c: schema.Config) -> None:
         image,
         f"must be a multiple of model.encoder.patch_size, {patch}",
     )
+    for group in c.small_views:
+        _require(
+            group.size % patch == 0,
+            "data.small_views",
+            str(group),
+            f"is smaller than a patch of {patch} pixels; use at least {patch}"
+            if group.size < patch
+            else f"must have a size that is a multiple of model.encoder.patch_size, {patch}",
+        )
     if c.traits.pairs:
         _validate_masks(c)
     mesh = c.parallel.mesh

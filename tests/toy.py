@@ -75,4 +75,11 @@ def batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:
         out["tokens"] = r.integers(3, VOCABULARY, (b, CAPTION)).astype(np.int32)
         out["length"] = r.integers(3, CAPTION + 1, b).astype(np.int32)
         out["length"][[2, 4]] = 0
+    if small := len(config.small_views):
+        for group in set(config.small_views):
+            count = sum(other.size == group.size for other in config.small_views)
+            shape = (b, count, group.size, group.size, 3)
+            out[f"views_{group.size}"] = r.integers(0, 256, shape).astype(np.uint8)
+        out["box"] = np.concatenate([out["box"], np.ones((b, small, 4), np.float32)], 1)
+        out["flip"] = np.concatenate([out["flip"], r.random((b, small)) < 0.5], 1)
     return out

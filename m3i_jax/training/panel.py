@@ -25,7 +25,12 @@ def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array
         "input": views.encoder_input(config, first, inputs[first], patches),
         "input_view": views.image_rows(config, first, "own", patches[first.view]),
     }
-    indices = tuple(i for i in plan.dense if plan.terms[i].target.encoder != "online")
+    indices = tuple(
+        i
+        for i in plan.dense
+        if plan.terms[i].target.encoder != "online"
+        and not targets.has_prototypes(plan.target_key(plan.terms[i]))
+    )
     z = views.encode_passes(config, inputs, patches, state.params["encoder"])
     predicted = predictions.predict_images(plan, state.params, z, inputs, indices)
     for i, prediction in predicted.items():

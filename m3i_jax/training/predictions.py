@@ -13,8 +13,8 @@ from m3i_jax.models import decoder, heads, m3i, pooling, text
 from m3i_jax.objective import mixing, positions
 from m3i_jax.objective.terms import DecoderHead, LinearHead, Pass, PooledHead, ProjectionHead, Term
 from m3i_jax.training.plan import Plan
-from m3i_jax.training.targets import pool_tokens, stack_rows, unstack_rows
-from m3i_jax.training.views import Batch, Inputs, PassInputs
+from m3i_jax.training.targets import pool_tokens
+from m3i_jax.training.views import Batch, Inputs, PassInputs, stack_rows, unstack_rows
 
 Arrays = dict[int, jax.Array]  # {term index: array}
 Features = dict[Pass, jax.Array]
@@ -22,7 +22,7 @@ Features = dict[Pass, jax.Array]
 
 def predicts_hidden_only(term: Term) -> bool:
     """Whether a term predicts only the cells that its input hides."""
-    return isinstance(term.head, DecoderHead) and term.head.queries == "hidden"
+    return isinstance(term.head, DecoderHead | ProjectionHead) and term.head.queries == "hidden"
 
 
 def visible_tokens(
@@ -37,7 +37,7 @@ def visible_tokens(
         return mixing.gather(z_RxTxD, cells), cells, cls
     if term.reads.masked and not term.reads.mask_tokens:
         return z_RxTxD, read.own, cls
-    return z_RxTxD, jnp.broadcast_to(jnp.arange(plan.config.tokens), z_RxTxD.shape[:2]), cls
+    return z_RxTxD, jnp.broadcast_to(jnp.arange(z_RxTxD.shape[1]), z_RxTxD.shape[:2]), cls
 
 
 def group_by_shape(keys: dict[Any, tuple[Any, ...]]) -> list[list[Any]]:
@@ -116,11 +116,41 @@ def predict_images(
         if isinstance(term.head, LinearHead):
             tree = params["heads"][f"linear_{term.target.of}"]
             out[i] = heads.apply_linear(model, tree, visible_tokens(plan, term, z, inputs)[0])
-        elif isinstance(term.head, ProjectionHead):
-            tokens, _, cls = visible_tokens(plan, term, z, inputs)
-            tree = params["heads"].get(term.head.name, {})
-            pooled = pool_tokens(term.head, tokens, cls)
-            out[i] = heads.apply_predictor(model, tree, term.head, pooled)
+    return out | _project(plan, params, z, inputs, indices)
+
+
+def _project(
+    plan: Plan, params: Any, z: Features, inputs: Inputs, indices: tuple[int, ...]
+) -> Arrays:
+    """Predictions of the terms with a projection. Terms that project the same features share a
+    call; so do, in a space with prototypes, which has no batch norm, inputs of equal shape."""
+    users: dict[Any, list[int]] = {}
+    for i in indices:
+        term = plan.terms[i]
+        if isinstance(term.head, ProjectionHead):
+            users.setdefault((term.reads, term.image, term.head), []).append(i)
+    pooled = {}
+    for key, terms in users.items():
+        term = plan.terms[terms[0]]
+        assert isinstance(term.head, ProjectionHead)
+        tokens, _, cls = visible_tokens(plan, term, z, inputs)
+        if predicts_hidden_only(term):
+            tokens = mixing.gather(tokens, inputs[term.reads].hidden_cells(term.image))
+        pooled[key] = pool_tokens(term.head, tokens, cls)
+    calls: dict[Any, list[Any]] = {}
+    for key in users:
+        head = key[2]
+        calls.setdefault((head, pooled[key].shape) if head.prototypes else key, []).append(key)
+    out: Arrays = {}
+    for keys in calls.values():
+        head = keys[0][2]
+        tree = params["heads"].get(head.name, {})
+        x = pooled[keys[0]] if len(keys) == 1 else stack_rows([pooled[key] for key in keys])
+        y = heads.apply_predictor(plan.config.model, tree, head, x)
+        for key, rows in zip(
+            keys, [y] if len(keys) == 1 else unstack_rows(y, len(keys)), strict=True
+        ):
+            out |= dict.fromkeys(users[key], rows)
     return out
 
 

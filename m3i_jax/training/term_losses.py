@@ -14,7 +14,8 @@ from m3i_jax.models import m3i
 from m3i_jax.objective import collapse, mixing
 from m3i_jax.objective.numerics import l2_normalize
 from m3i_jax.objective.posteriors import LossInputs, LossSum
-from m3i_jax.objective.terms import IMAGE_TARGETS, Pass, ProjectionHead, Term
+from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
+from m3i_jax.objective.terms import IMAGE_TARGETS, DecoderHead, Pass, ProjectionHead, Term
 from m3i_jax.training import predictions, targets, views
 from m3i_jax.training.plan import Plan, TargetKey
 from m3i_jax.training.predictions import Arrays, Features, predicts_hidden_only
@@ -112,7 +113,7 @@ def _image_loss(
         features = image_rows(bundle.rows[TargetKey(term.target, None)])
         raw = mixing.gather(raw, _cosines(tokens, features).argmax(-1))
     target = targets.normalize_target(term, raw)
-    if predicts_hidden_only(term):
+    if predicts_hidden_only(term) and isinstance(term.head, DecoderHead):
         target = mixing.gather(target, read.hidden_cells(term.image))
     contrastive = term.posterior.batch_keys and key in bundle.batch
     settings, prototypes = plan.config.objective, None
@@ -127,7 +128,7 @@ def _image_loss(
         parameters=prototypes,
     )
     cost = term.posterior.cost(prediction, target, position_weight(term, read), given)
-    if term.target.of != "pooled":
+    if term.target.of != "pooled" or isinstance(term.posterior, PrototypeSoftmax):
         return cost
     both = jax.lax.stop_gradient((prediction, target))
     monitors = {"alignment": collapse.alignment(*both), "uniformity": collapse.uniformity(both[1])}
