@@ -5,6 +5,7 @@ import dataclasses
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError, shorten
+from m3i_jax.objective import registry, terms
 from m3i_jax.schema.limits import check_limits
 
 
@@ -175,11 +176,21 @@ def _validate_compare(c: schema.Config) -> None:
 
 
 def validate_devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
-    """Check that the batch can be split over a mesh of this (replica, fsdp, tensor) shape.
+    """Check that the batch, and prototypes that are a target's, can be split over a mesh of this
+    (replica, fsdp, tensor) shape.
 
     Raises:
       UserError: it cannot.
     """
+    rows = [registry.forms().get(terms.LETTERS.get(name, name), ()) for name in c.objective.forms]
+    if any(getattr(t.head, "prototypes", "") for row in rows for t in row):
+        _require(
+            c.model.head.prototypes >= shape[1],
+            "model.head.prototypes",
+            c.model.head.prototypes,
+            f"is fewer than the {shape[1]} devices of the axis fsdp, which share them; use at least"
+            f" {shape[1]}",
+        )
     unit, why = _batch_unit(c, shape)
     below = c.train.batch_size // unit * unit
     _require(

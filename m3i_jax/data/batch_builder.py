@@ -64,8 +64,8 @@ class BatchBuilder(RecordBatchBuilder):
         return u
 
     def small_uniforms(self, position: int) -> list[list[float]]:
-        """Returns the random numbers of the small views at a position, [view][WIDTH], from a stream of
-        their own, so that they change nothing of the two large ones."""
+        """Returns the random numbers of the small views at a position, [view][WIDTH], from a stream
+        of their own, so that they change nothing of the two large ones."""
         u = np.empty((len(self.small_views), crops.WIDTH))
         for v in range(len(u)):  # a number of views more or less changes no other view
             u[v] = rng.uniforms(self.seed, rng.SMALL_CROP, position, 1, crops.WIDTH, part=v)

@@ -1,6 +1,6 @@
 """The optimizer of a run as one named chain: balance -> clip -> adamw (or lars) -> bounds -> target
--> frozen -> prototypes -> spikes. Each link owns its statistics, so that the optimizer state has readable keys
-and holds everything that must survive a restart."""
+-> frozen -> prototypes -> spikes. Each link owns its statistics, so that the optimizer state has
+readable keys and holds everything that must survive a restart."""
 
 import functools
 import math

@@ -223,6 +223,11 @@ def _validate(plan: Plan) -> None:
             "config.objective.target_checkpoint: is empty, and the objective has a frozen target;"
             " give the workdir of a run"
         )
+    if config.model.head.prototypes < 2 and prototype_posterior.prototype_terms(terms):
+        raise UserError(
+            f"config.model.head.prototypes: {config.model.head.prototypes} leaves nothing to predict:"
+            " every assignment is the same; use at least 2"
+        )
     if config.model.decoder.positions == "absolute" and any(
         isinstance(t.head, objective_terms.DecoderHead) and t.reads.view != t.target.view
         for t in terms
