@@ -274,7 +274,8 @@ def iterate_batches(
             `config.small_views`; only where `views` has one of them.
         box: float32 [B, 2, 4], top, left, height, width in pixels of the un-mirrored image. With m
             small views, [B, 2 + m, 4].
-        flip: bool [B, 2], whether the view is to be mirrored; [B, 2 + m] likewise.
+        flip: bool [B, 2], whether the view is to be mirrored; [B, 2 + m] with
+            them.
         label: int32 [B], -1 if unknown.
         position: uint32 [B, 2], high and low word of the stream position.
         mask: bool [B, N], True = own image; `config.hidden` False per row, constant in a mask cell.

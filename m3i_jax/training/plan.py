@@ -225,8 +225,8 @@ def _validate(plan: Plan) -> None:
         )
     if config.model.head.prototypes < 2 and prototype_posterior.prototype_terms(terms):
         raise UserError(
-            f"config.model.head.prototypes: {config.model.head.prototypes} leaves nothing to predict:"
-            " every assignment is the same; use at least 2"
+            f"config.model.head.prototypes: {config.model.head.prototypes} leaves nothing to"
+            " predict: every assignment is the same; use at least 2"
         )
     if config.model.decoder.positions == "absolute" and any(
         isinstance(t.head, objective_terms.DecoderHead) and t.reads.view != t.target.view

@@ -8,7 +8,15 @@ from typing import Any
 import jax
 
 from m3i_jax.models import backbones, m3i, text
-from m3i_jax.objective.terms import IMAGE_TARGETS, DecoderHead, Pass, PooledHead, Term
+from m3i_jax.objective.available_terms import SMALL
+from m3i_jax.objective.terms import (
+    IMAGE_TARGETS,
+    DecoderHead,
+    Pass,
+    PooledHead,
+    ProjectionHead,
+    Term,
+)
 from m3i_jax.training import predictions, views
 from m3i_jax.training.plan import Plan, target_pass
 
@@ -109,18 +117,14 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
         batch,
     )
     encode_passes = functools.partial(views.encode_passes, config)
-    for read in plan.passes:
-        users = [i for i, t in enumerate(plan.terms) if read in t.passes]
-        one = {read: inputs[read]}
-        add(
-            "encoder",
-            describe_pass(read, drops),
-            users,
-            encode_passes,
-            one,
-            patches,
-            params["encoder"],
-        )
+    for reads in encoder_calls(plan):
+        users = [i for i, t in enumerate(plan.terms) if set(reads) & set(t.passes)]
+        together = {read: inputs[read] for read in reads}
+        shown = describe_pass(reads[0], drops)
+        if reads[0].view >= SMALL:
+            size = config.view_size(reads[0].view)
+            shown = f"{len(reads)} small views of {size} pixels"
+        add("encoder", shown, users, encode_passes, together, patches, params["encoder"])
     for target in plan.target_passes:
         users = [
             i
@@ -143,11 +147,17 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
         if len(group) > 1:
             reads = f"{len(group)} x {reads}"
         add("decoder", reads, group, predict(group), params, z, inputs)
+    calls: dict[Any, list[int]] = {}
     for i in plan.where(*IMAGE_TARGETS):
         term = plan.terms[i]
         if not isinstance(term.head, DecoderHead):
-            reads = describe_pass(term.reads, drops)
-            add(describe_head(term), reads, (i,), predict((i,)), params, z, inputs)
+            is_shared = isinstance(term.head, ProjectionHead) and bool(term.head.prototypes)
+            key = (term.reads, term.image, term.head) if is_shared else i
+            calls.setdefault(key, []).append(i)
+    for group in calls.values():
+        term = plan.terms[group[0]]
+        reads_of = describe_pass(term.reads, drops)
+        add(describe_head(term), reads_of, group, predict(group[:1]), params, z, inputs)
     if pooled := [i for i, t in enumerate(plan.terms) if isinstance(t.head, PooledHead)]:
         pool = functools.partial(predictions.pool_images, plan)
         add("pool", "own tokens of each image", pooled, pool, params, z, inputs)
@@ -156,6 +166,15 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
         tokens = batch["tokens"], batch["length"]
         add("text tower", "captions", captions, encode, params["text"], *tokens)
     return rows
+
+
+def encoder_calls(plan: Plan) -> list[list[Pass]]:
+    """The passes of each call of the online encoder: small views of one size share one."""
+    calls: dict[Any, list[Pass]] = {}
+    for read in plan.passes:
+        size = plan.config.view_size(read.view) if read.view >= SMALL else read
+        calls.setdefault(size, []).append(read)
+    return list(calls.values())
 
 
 def decoder_groups(plan: Plan, params: Any, z: Any, inputs: Any) -> list[list[int]]:
