@@ -5,7 +5,7 @@ import dataclasses
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError, shorten
-from m3i_jax.objective import registry, terms
+from m3i_jax.objective import block_masks, registry, terms
 from m3i_jax.schema.limits import check_limits
 
 
@@ -143,6 +143,17 @@ def _validate_masks(c: schema.Config) -> None:
         f"must be a multiple of model.encoder.patch_size, {patch}, that divides data.image_size,"
         f" {image}; 0 means one patch",
     )
+    if c.data.mask == "multi_block":
+        one = block_masks.block_cells(c.grid, c.data.mask_block_share)
+        _require(
+            c.data.mask_blocks * one <= c.hidden and c.cell == 1,
+            "data.mask_ratio",
+            c.data.mask_ratio,
+            f"hides {c.hidden} of {c.tokens} cells, and {c.data.mask_blocks} target blocks of"
+            f" {one} need {c.data.mask_blocks * one}; raise it, or lower data.mask_block_share"
+            if c.cell == 1
+            else "is of single patches with data.mask=multi_block; leave data.mask_cell at 0",
+        )
     _require(
         0 < c.hidden < c.tokens,
         "data.mask_ratio",

@@ -4,7 +4,7 @@ import numpy as np
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
-from m3i_jax.objective import masks
+from m3i_jax.objective import block_masks, masks
 
 COLORLESS = {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
 CLASSES, VOCABULARY, CAPTION = 5, 300, 8
@@ -71,6 +71,16 @@ def batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:
         "position": np.stack([np.zeros(b), np.arange(b) + seed * b], -1).astype(np.uint32),
     }
     out["label"][[1, 4]] = -1
+    if config.data.mask == "multi_block":
+        out["mask"], out["blocks"] = block_masks.multi_block(
+            seed,
+            0,
+            b,
+            grid=config.grid,
+            hidden=config.hidden,
+            blocks=config.data.mask_blocks,
+            share=config.data.mask_block_share,
+        )
     if config.data.captions == "yes":
         out["tokens"] = r.integers(3, VOCABULARY, (b, CAPTION)).astype(np.int32)
         out["length"] = r.integers(3, CAPTION + 1, b).astype(np.int32)

@@ -13,7 +13,7 @@ from m3i_jax.data import crops, decode, rand_augment
 from m3i_jax.data.record_batches import Batch, RecordBatchBuilder
 from m3i_jax.data.sources import base
 from m3i_jax.data.tokenizer import Tokenizer
-from m3i_jax.objective import masks, rng
+from m3i_jax.objective import block_masks, masks, rng
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,19 @@ class BatchBuilder(RecordBatchBuilder):
             "box": np.empty((self.rows, 2 + len(self.small_views), 4), np.float32),
             "flip": np.empty((self.rows, 2 + len(self.small_views)), bool),
             "label": np.empty(self.rows, np.int32),
-            "mask": self._mask(first),
         }
+        if self.data.mask == "multi_block":
+            batch["mask"], batch["blocks"] = block_masks.multi_block(
+                self.seed,
+                first,
+                self.rows,
+                grid=self.grid,
+                hidden=self.hidden,
+                blocks=self.data.mask_blocks,
+                share=self.data.mask_block_share,
+            )
+        else:
+            batch["mask"] = self._mask(first)
         if self.tokenizer:
             batch["tokens"] = np.zeros((self.rows, self.tokenizer.length), np.int32)
             batch["length"] = np.zeros(self.rows, np.int32)

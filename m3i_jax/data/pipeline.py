@@ -279,6 +279,7 @@ def iterate_batches(
         label: int32 [B], -1 if unknown.
         position: uint32 [B, 2], high and low word of the stream position.
         mask: bool [B, N], True = own image; `config.hidden` False per row, constant in a mask cell.
+        blocks: only with data.mask=multi_block, int32 [B, M, K], the cells of the target blocks.
         tokens, length: only with a tokenizer, int32 [B, L] and int32 [B]; length 0 without caption.
 
     Raises:

@@ -269,6 +269,21 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " and 30 %), a patch centre over visible tokens too, the rest as in dino"
         ),
     ),
+    "ijepa": PublishedMethod(
+        terms=(
+            token_term(MASKED, 0, posterior=SmoothL1(beta=1.0), head=DecoderHead(queries="blocks")),
+        ),
+        kept=(
+            "four target blocks of 17.5 % of the view, each predicted by itself by 12 blocks of 384"
+            " from a context that shows none of them, features of the EMA encoder after its final"
+            " norm and another without scale, smooth L1 with beta 1, no colour change and no flip"
+        ),
+        left_out=(
+            "block sizes and the cut of the context drawn once for a batch (here of each image,"
+            " with fixed counts, cut at either end), places that never reach the last row and"
+            " column, the linear EMA schedule, the rising weight decay, the predictor's last norm"
+        ),
+    ),
     "siamese_im": PublishedMethod(
         terms=FORMS["sim"],
         kept=(

@@ -25,7 +25,8 @@ RAND_AUGMENT = 12
 SCENE = 13
 GEOMETRY = 14
 SMALL_CROP = 15
-SPARE = range(16, 256)
+BLOCKS = 16
+SPARE = range(17, 256)
 """Purposes that this project does not use: for projects that import `uniforms`."""
 
 _U64 = np.uint64

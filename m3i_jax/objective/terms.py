@@ -130,8 +130,8 @@ class MlpShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderHead:
-    """Dense prediction by the decoder, with one query per target position, or only per hidden cell
-    of the input (MAE)."""
+    """Dense prediction by the decoder, with one query per target position, only per hidden cell of
+    the input (MAE), or per cell of each target block by itself (blocks; I-JEPA)."""
 
     queries: str = "all"
 

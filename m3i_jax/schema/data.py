@@ -225,7 +225,20 @@ class Data:
         0.5, "share of the mask cells that show the partner image [P]", SHARE
     )
     mask: str = option(
-        "blockwise", "distribution of the masks [P: blockwise]", "blockwise", "uniform"
+        "blockwise",
+        "distribution of the masks [P: blockwise]; multi_block: visible cells and target blocks of"
+        " I-JEPA",
+        "blockwise",
+        "uniform",
+        "multi_block",
+    )
+    mask_blocks: int = option(
+        4, "multi_block: target blocks of an image (I-JEPA: 4)", NumberLimit(1, 16)
+    )
+    mask_block_share: float = option(
+        0.175,
+        "multi_block: area of a target block as a share of the view (I-JEPA: 0.15 to 0.2)",
+        NumberLimit(0, 1, natural=True, above=True, below=True),
     )
     mask_cell: int = option(
         0,

@@ -42,8 +42,8 @@ def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array
         )
         raw = raw.astype(jnp.float32)
         target = targets.normalize_target(term, raw)
-        if predictions.predicts_hidden_only(term):  # visible cells show their target
-            cells = inputs[term.reads].hidden_cells(term.image)
+        cells = predictions.query_cells(term, inputs[term.reads])
+        if cells is not None:  # the others show their target
             rows = jnp.arange(cells.shape[0])[:, None]
             prediction = target.at[rows, cells].set(prediction.astype(target.dtype))
         out[f"{term.name}/view"] = view

@@ -217,6 +217,13 @@ def _validate(plan: Plan) -> None:
             f" their own, and {', '.join(config.objective.forms)} predicts them from its hidden or"
             " mixed input by itself; use shared, or a set such as objective.forms=sim,supervised"
         )
+    if config.data.mask != "multi_block" and any(
+        isinstance(t.head, DecoderHead) and t.head.queries == "blocks" for t in terms
+    ):
+        raise UserError(
+            f"config.data.mask: {config.data.mask!r} has no target blocks, and"
+            f" {', '.join(config.objective.forms)} predicts them; use multi_block"
+        )
     frozen = any(t.target.encoder == "frozen" for t in terms)
     if frozen and not config.objective.target_checkpoint:
         raise UserError(

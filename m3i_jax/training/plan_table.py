@@ -63,7 +63,11 @@ def describe_target(term: Term) -> str:
     what = {"pixels": "pixels", "tokens": "dense features", "pooled": "global feature"}[t.of]
     averaged = f", mean of {t.blocks} blocks" if t.blocks > 1 else ""
     return f"{whose}{what} of view {t.view}{averaged}" + (
-        ", hidden cells" if term.hidden or predictions.predicts_hidden_only(term) else ""
+        ", hidden cells"
+        if term.hidden or predictions.predicts_hidden_only(term)
+        else ", each target block by itself"
+        if predictions.predicts_blocks(term)
+        else ""
     )
 
 

@@ -25,6 +25,22 @@ def predicts_hidden_only(term: Term) -> bool:
     return isinstance(term.head, DecoderHead | ProjectionHead) and term.head.queries == "hidden"
 
 
+def predicts_blocks(term: Term) -> bool:
+    """Whether a term predicts each target block of a multi-block mask by itself."""
+    return isinstance(term.head, DecoderHead) and term.head.queries == "blocks"
+
+
+def query_cells(term: Term, inputs: PassInputs) -> jax.Array | None:
+    """The cells [R, H] that a term predicts, those of target blocks one after the other; None: all
+    cells."""
+    if predicts_hidden_only(term):
+        return inputs.hidden_cells(term.image)
+    if predicts_blocks(term):
+        assert inputs.blocks is not None
+        return inputs.blocks.reshape(inputs.blocks.shape[0], -1)
+    return None
+
+
 def visible_tokens(
     plan: Plan, term: Term, z: Features, inputs: Inputs
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -49,7 +65,7 @@ def group_by_shape(keys: dict[Any, tuple[Any, ...]]) -> list[list[Any]]:
 
 
 def _queries(plan: Plan, params: Any, term: Term, inputs: PassInputs) -> jax.Array:
-    """Decoder queries [R, N, W] of a term, or [R, H, W] of hidden cells."""
+    """Decoder queries [R, N, W] of a term, or [R, H, W] of the cells that it predicts."""
     config, width = plan.config, plan.config.model.decoder.width
     x, y, rows = term.reads.view, term.target.view, inputs.rows[term.image]
     if x == y:  # the same for every image: one row of N queries instead of R
@@ -63,9 +79,8 @@ def _queries(plan: Plan, params: Any, term: Term, inputs: PassInputs) -> jax.Arr
             box[:, x], flip[:, x], box[:, y], flip[:, y], grid=config.grid, width=width
         )
         queries = decoder.decoder_queries(config.model, params["decoder"], raw)
-    if predicts_hidden_only(term):
-        return mixing.gather(queries, inputs.hidden_cells(term.image))
-    return queries
+    cells = query_cells(term, inputs)
+    return queries if cells is None else mixing.gather(queries, cells)
 
 
 def decoder_inputs(
@@ -78,7 +93,13 @@ def decoder_inputs(
         if isinstance(term.head, DecoderHead):
             tokens, cells, cls = visible_tokens(plan, term, z, inputs)
             queries = _queries(plan, params, term, inputs[term.reads])
-            out[i] = (tokens, cells, queries, cls if plan.reads_cls(term) else None)
+            cls = cls if plan.reads_cls(term) else None
+            if predicts_blocks(term):  # a row for each block, which sees no other
+                count = plan.config.data.mask_blocks
+                queries = queries.reshape(-1, queries.shape[1] // count, queries.shape[2])
+                tokens, cells = (jnp.repeat(x, count, 0) for x in (tokens, cells))
+                cls = None if cls is None else jnp.repeat(cls, count, 0)
+            out[i] = (tokens, cells, queries, cls)
     return out
 
 
@@ -101,6 +122,9 @@ def _decode(plan: Plan, params: Any, arguments: dict[int, tuple[Any, ...]]) -> A
         else:
             for i, rows in zip(group, unstack_rows(decoded, len(group)), strict=True):
                 out[i] = decoder.prediction_head(model, tree, rows, plan.terms[i].target.of)
+    for i, x in out.items():
+        if predicts_blocks(plan.terms[i]):  # the blocks of an image side by side again
+            out[i] = x.reshape(-1, plan.config.data.mask_blocks * x.shape[1], x.shape[2])
     return out
 
 

@@ -36,6 +36,7 @@ class PassInputs(NamedTuple):
     blend   mixup and CutMix draws; None unless the pass is blended
     rows    {"own" or "partner": {name: [R, ...]}}, the `ROW_ARRAYS` of either image, and `row`, its
             number in the global batch
+    blocks  int32 [R, M, K], the cells of the target blocks; None without multi-block masks
     """
 
     mask: jax.Array
@@ -44,6 +45,7 @@ class PassInputs(NamedTuple):
     keep: jax.Array | None
     blend: mixup.MixupDraws | None
     rows: dict[str, dict[str, jax.Array]]
+    blocks: jax.Array | None = None
 
     def cells(self, image: str) -> jax.Array:
         """The cells [R, ...] that show an image of a mixed or masked pass."""
@@ -78,6 +80,7 @@ def pass_inputs(config: schema.Config, passes: Iterable[Pass], batch: Batch) -> 
                 image: {name: image_rows(config, read, image, x) for name, x in arrays.items()}
                 for image in images
             },
+            blocks=batch.get("blocks") if read.masked else None,
         )
     return out
 

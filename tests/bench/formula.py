@@ -7,6 +7,7 @@ gradient twice.
 """
 
 from m3i_jax import schema
+from m3i_jax.objective import block_masks
 from m3i_jax.objective.terms import (
     DecoderHead,
     LinearHead,
@@ -103,14 +104,22 @@ def _own(c: schema.Config, term: Term) -> int:
 
 
 def _decoder(plan: Plan, term: Term) -> int:
-    c, e, d = plan.config, plan.config.model.encoder, plan.config.model.decoder
-    patch = 3 * e.patch_size**2
+    c = plan.config
     own = _own(c, term) + plan.reads_cls(term)
     n = (
         c.hidden
         if isinstance(term.head, DecoderHead) and term.head.queries == "hidden"
         else c.tokens
     )
+    copies = 1
+    if isinstance(term.head, DecoderHead) and term.head.queries == "blocks":
+        copies, n = c.data.mask_blocks, block_masks.block_cells(c.grid, c.data.mask_block_share)
+    return copies * _decoder_of(plan, term, own, n)
+
+
+def _decoder_of(plan: Plan, term: Term, own: int, n: int) -> int:
+    c, e, d = plan.config, plan.config.model.encoder, plan.config.model.decoder
+    patch = 3 * e.patch_size**2
     total, tokens = 3 * own * e.width * d.width, own + n
     total += 3 * (d.depth - 1 + d.projector_depth * 0) * block(
         tokens, d.width

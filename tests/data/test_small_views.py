@@ -2,7 +2,6 @@
 moves."""
 
 import numpy as np
-import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import batch_builder, pipeline
