@@ -7,7 +7,7 @@ import numpy as np
 from m3i_jax.objective import rng
 
 MOST_BLOCKS = 16
-_WIDTH = 3 * (MOST_BLOCKS + 1) + 1  # uniform numbers of a sample: shape and place of each block
+_WIDTH = 4 * (MOST_BLOCKS + 1)  # uniform numbers of a sample: shape, place and end of each block
 
 
 def block_cells(grid: int, share: float) -> int:
@@ -32,7 +32,7 @@ def multi_block(
     """Masks that show part of one large block, and target blocks that it does not show (I-JEPA).
 
     A target block has `block_cells` cells: a rectangle of aspect ratio 3/4 to 3/2 at a uniform
-    place, cut to the count from its last row. The context is a square of 85 to 100 % of the grid at
+    place, cut to the count in its last or first row. The context is a square of 85 to 100 % of the grid at
     a uniform place, without the cells of any target block; it is cut to `grid^2 - hidden` cells
     from its first or its last row, as a coin says. Where it has fewer, other cells that no target
     block has complete it. So all shapes are static, and each row depends on its position alone; in
@@ -72,7 +72,7 @@ def multi_block(
             f" least {blocks * count}, and one cell must be visible"
         )
     u = rng.uniforms(seed, rng.BLOCKS, first, rows, _WIDTH)
-    of_blocks = u[:, : 3 * blocks].reshape(rows, blocks, 3)
+    of_blocks = u[:, : 4 * blocks].reshape(rows, blocks, 4)
     tall = np.sqrt(count * (0.75 + 0.75 * of_blocks[..., 0]))
     height = np.rint(tall).astype(np.int64).clip(-(-count // grid), min(grid, count))
     width = -(-count // height)
@@ -81,8 +81,10 @@ def multi_block(
     inside = np.arange(count)
     row, column = inside // width[..., None], inside % width[..., None]
     cells = (top[..., None] + row) * grid + left[..., None] + column
+    turned = grid * grid - 1 - cells[..., ::-1]  # by 180 degrees, so that no corner is left out
+    cells = np.where(of_blocks[..., 3:] < 0.5, cells, turned)
 
-    of_context = u[:, 3 * MOST_BLOCKS :]
+    of_context = u[:, 4 * MOST_BLOCKS :]
     side = np.rint(grid * np.sqrt(0.85 + 0.15 * of_context[:, 0])).astype(np.int64)
     top, left = ((of_context[:, k] * (grid - side + 1)).astype(np.int64) for k in (1, 2))
     y, x = (axis.ravel() for axis in np.indices((grid, grid)))
