@@ -32,11 +32,12 @@ def multi_block(
     """Masks that show part of one large block, and target blocks that it does not show (I-JEPA).
 
     A target block has `block_cells` cells: a rectangle of aspect ratio 3/4 to 3/2 at a uniform
-    place, cut to the count in its last or first row. The context is a square of 85 to 100 % of the grid at
-    a uniform place, without the cells of any target block; it is cut to `grid^2 - hidden` cells
-    from its first or its last row, as a coin says. Where it has fewer, other cells that no target
-    block has complete it. So all shapes are static, and each row depends on its position alone; in
-    the public code, sizes are drawn once for a batch and the smallest context cuts all others.
+    place, cut to the count in its last or first row. The context is a square of 85 to 100 % of the
+    grid at a uniform place, without the cells of any target block; it is cut to `grid^2 - hidden`
+    cells from its first or its last row, as a coin says. Where it has fewer, other cells that no
+    target block has complete it. So all shapes are static, and each row depends on its position
+    alone; in the public code, sizes are drawn once for a batch and the smallest context cuts all
+    others.
 
     Args:
       seed: of the run, 0 <= seed < 2^64.
