@@ -35,10 +35,10 @@ class BatchBuilder(RecordBatchBuilder):
 
     def large(self) -> dict[str, tuple[int, ...]]:
         size = self.data.image_size
-        counts = collections.Counter(group.size for group in self.small_views)
-        return {"views": (self.rows, 2, size, size, 3)} | {
-            f"views_{small}": (self.rows, count, small, small, 3) for small, count in counts.items()
-        }
+        shapes: dict[str, tuple[int, ...]] = {"views": (self.rows, 2, size, size, 3)}
+        for small, count in collections.Counter(group.size for group in self.small_views).items():
+            shapes[f"views_{small}"] = (self.rows, count, small, small, 3)
+        return shapes
 
     def arrays(self, first: int) -> Batch:
         batch = {

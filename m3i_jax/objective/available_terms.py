@@ -45,7 +45,7 @@ def with_small_views(terms: Terms, count: int) -> Terms:
     >>> [(t.reads.view, round(t.weight, 3)) for t in with_small_views(row, 3)]
     [(0, 0.5), (2, 0.5), (3, 0.5), (4, 0.5)]
     """
-    weights: collections.Counter[str] = collections.Counter()
+    weights: collections.defaultdict[str, float] = collections.defaultdict(float)
     copies: collections.Counter[str] = collections.Counter()
     out: list[Term] = []
     spread = {t.name for t in terms if t.reads.view >= SMALL}

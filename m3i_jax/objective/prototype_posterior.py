@@ -2,6 +2,7 @@
 the choice of the constraint on its targets."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def with_constraint(
       constraint: centering or sinkhorn; method keeps the terms' own.
       target_temperature: at the start and after the rise; () keeps the terms' own.
     """
-    changes: dict[str, object] = {} if constraint == "method" else {"constraint": constraint}
+    changes: dict[str, Any] = {} if constraint == "method" else {"constraint": constraint}
     if target_temperature:
         changes["target_temperature"] = tuple(target_temperature)
     return tuple(

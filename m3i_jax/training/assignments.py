@@ -63,17 +63,15 @@ def assign_targets(
       that of the mean assignment, at most log2 K, and the mean of those of the assignments; their
       difference is the information that an image has about its assignment.
     """
-    posteriors = {
-        space_name(term.head, term.target.of): term.posterior
-        for term in prototype_terms(plan.terms).values()
-    }
+    posteriors = {name: term.posterior for name, term in prototype_terms(plan.terms).items()}
     spaces: dict[str, list[TargetKey]] = {}
     for key in plan.target_keys:
         if has_prototypes(key):
             spaces.setdefault(space_name(key.space, key.target.of), []).append(key)
     if not spaces:
         return features, {}
-    out, means, metrics = dict(features), {}, {}
+    out, metrics = dict(features), dict[str, Any]()
+    means: dict[str, jax.Array] = {}
     for name, keys in spaces.items():
         posterior = posteriors[name]
         assert isinstance(posterior, PrototypeSoftmax)

@@ -121,13 +121,13 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
         batch,
     )
     encode_passes = functools.partial(views.encode_passes, config)
-    for reads in encoder_calls(plan):
-        users = [i for i, t in enumerate(plan.terms) if set(reads) & set(t.passes)]
-        together = {read: inputs[read] for read in reads}
-        shown = describe_pass(reads[0], drops)
-        if reads[0].view >= SMALL:
-            size = config.view_size(reads[0].view)
-            shown = f"{len(reads)} small views of {size} pixels"
+    for passes in encoder_calls(plan):
+        users = [i for i, t in enumerate(plan.terms) if set(passes) & set(t.passes)]
+        together = {read: inputs[read] for read in passes}
+        shown = describe_pass(passes[0], drops)
+        if passes[0].view >= SMALL:
+            size = config.view_size(passes[0].view)
+            shown = f"{len(passes)} small views of {size} pixels"
         add("encoder", shown, users, encode_passes, together, patches, params["encoder"])
     for target in plan.target_passes:
         users = [

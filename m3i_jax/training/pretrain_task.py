@@ -67,7 +67,7 @@ class Pretrain(Task):
         grads, metrics, norms = pretrain_gradients.objective_gradients(
             self.plan, params, teachers, batch, weight, opt.get("prototypes")
         )
-        means = metrics.pop(assignments.MEAN_LOGITS, {})
+        means: Any = metrics.pop(assignments.MEAN_LOGITS, {})
         zero = jnp.zeros(())
         loss = metrics.get("loss/ssp", zero) + weight * metrics.get("loss/sp", zero)
         metrics |= {

@@ -157,10 +157,8 @@ def _small_augment(config: schema.Config, view: int) -> schema.Augment:
     """Photometric settings in which the entries of a small view are at its index: the third ones,
     or those of the target view if there are two."""
     a = config.data.augment
-    pairs = {"blur_p": a.blur_p, "solarize_p": a.solarize_p}
-    return dataclasses.replace(
-        a, **{key: (*p[:2], *[p[-1]] * (view - 1)) for key, p in pairs.items()}
-    )
+    blur_p, solarize_p = ((*p[:2], *[p[-1]] * (view - 1)) for p in (a.blur_p, a.solarize_p))
+    return dataclasses.replace(a, blur_p=blur_p, solarize_p=solarize_p)
 
 
 def plain_patches(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array:
