@@ -62,6 +62,7 @@ def get_config(
     epochs: float = 0.0,
     batch_size: int = 0,
     image_size: int = 1024,
+    multi_scale: bool = False,
 ) -> ConfigDict:
     """Settings of a run on Objects365.
 
@@ -74,6 +75,7 @@ def get_config(
       epochs: 0: 26 [P].
       batch_size: images per step; 0: 64.
       image_size: side of the square that images are fitted into.
+      multi_scale: train on images of several static sizes, as DINO is; with an InternImage.
     """
     return build_detection(
         OBJECTS365,
@@ -84,4 +86,5 @@ def get_config(
         epochs=epochs,
         batch_size=batch_size,
         image_size=image_size,
+        multi_scale=multi_scale,
     )

@@ -33,7 +33,7 @@ from m3i_jax.models.intern_image_layer import dense_layer
 from m3i_jax.models.layers import Params
 
 SECOND = "second/"
-_OWN = ("second", "links", "gamma")
+OWN_PARTS = ("second", "links", "gamma")  # of the parameters
 StageMaps = tuple[jax.Array, ...]
 
 
@@ -118,7 +118,7 @@ def compose(backbone: Backbone, maps: schema.Maps, *, size: int) -> Backbone:
 
 def _parts(params: Params) -> tuple[Params, Params, dict[str, Any]]:
     """Parameters of the first copy, of the second, and what the composition has."""
-    first = {name: leaf for name, leaf in params.items() if name not in _OWN}
+    first = {name: leaf for name, leaf in params.items() if name not in OWN_PARTS}
     return first, params["second"], {name: params[name] for name in ("links", "gamma")}
 
 

@@ -64,7 +64,7 @@ def test_settings_follow_from_names_and_shapes(file: str) -> None:
         "global_blocks": vitdet.MAPS.global_blocks,
     }
     image = vitdet.arrays("vitdet")["image"]
-    assert settings["detector_size"] == image.shape[1]
+    assert settings["dense_size"] == image.shape[1]
     assert settings["image_size"] == vitdet.MAPS.image_size
     lvis = {name: array.shape for name, array in vitdet.state("state/").items()}
     lvis["roi_heads.box_predictor.cls_score.weight"] = (1204, 32)
