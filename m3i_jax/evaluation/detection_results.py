@@ -272,7 +272,8 @@ def original_detections(
 
     Args:
       outputs: of one image: boxes [D, 4], scores [D], classes [D]; may have valid [D] (rows that
-        count) and masks [D, m, m] (probabilities in the frame of the box).
+        count) and masks [D, m, m] (probabilities in the frame of the box), or mask_logits [D, h, w]
+        of the padded input and mask_stride, from which boxes are then made, too.
       content: (height, width) of the resized image without its padding.
       size: (height, width) of the original image.
 
@@ -290,7 +291,8 @@ def original_detections(
         keep &= np.asarray(outputs["valid"], bool)
     masks = None
     if "mask_logits" in outputs:
-        boxes, keep, masks = _masks_of_logits(outputs, keep, content, size)
+        inner = (int(content[0]), int(content[1]))
+        boxes, keep, masks = _masks_of_logits(outputs, keep, inner, size)
     elif "masks" in outputs:
         masks = [
             mask_to_rle(paste_mask(outputs["masks"][row], boxes[row], size))
