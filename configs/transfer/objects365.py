@@ -22,7 +22,10 @@ from ml_collections import ConfigDict
 
 from m3i_jax.evaluation.detection_recipe import DetectionData, Schedule, build_detection
 
-IMAGES, EPOCHS, BATCH = 1_742_289, 26, 64  # of the training set; [P]; [C]
+# Images of the training set, as Ultralytics' Objects365.yaml of YOLOv5 and YOLOv8 counts them
+# (1,742,289) and https://huggingface.co/datasets/jxu124/objects365 counts the entries of the
+# annotations (1,742,292). Only the length of the schedule depends on it, by two millionths.
+IMAGES, EPOCHS, BATCH = 1_742_289, 26, 64  # see above; [P]; [C]
 STEPS = IMAGES * EPOCHS // BATCH
 OBJECTS365 = DetectionData(
     recipe="configs/transfer/objects365.py",

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
+from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.models.backbone import Backbone
 from m3i_jax.models.initializers import InitSpec, fill
@@ -39,12 +40,22 @@ StageMaps = tuple[jax.Array, ...]
 def of_run(config: schema.Config) -> Backbone:
     """The backbone of a dense run: composed if `dense.maps.composite` says so.
 
+    Raises:
+      UserError: the composition is to be frozen.
+
     >>> of_run(schema.Config()) is backbones.get_backbone(schema.Model())
     True
     """
     backbone = backbones.get_backbone(config.model)
     if config.dense.maps.composite == 1:
         return backbone
+    if config.model.encoder.freeze:
+        raise UserError(
+            f"config.model.encoder.freeze=true: with config.dense.maps.composite="
+            f"{config.dense.maps.composite} the weights that join the two copies would stay at"
+            " their first values, with which the second copy is the first; use"
+            " config.dense.maps.composite=1, or config.optim.layer_decay to train the copies slowly"
+        )
     return compose(backbone, config.dense.maps, size=config.data.image_size)
 
 

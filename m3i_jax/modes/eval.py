@@ -160,10 +160,11 @@ def _ignore(line: str) -> None:
 def described(job: jobs.Setup, checkpoint: str, step: int) -> dict[str, Any]:
     """The header of the results: weights, data, preprocessing, and a digest of all settings that
     they depend on."""
+    same = SAME if job.config.traits.views else (*SAME, "dense.")
     settings = [
         line
         for line in configuration.config_to_text(job.config).splitlines()
-        if line.startswith(SAME)
+        if line.startswith(same)
     ]
     data = {
         name: {"name": part.name, "pictures": len(part), "fingerprint": part.fingerprint()}

@@ -25,7 +25,9 @@ RAND_AUGMENT = 12
 SCENE = 13
 GEOMETRY = 14
 BUCKET = 15
-SPARE = range(16, 256)
+SMALL_CROP = 16
+BLOCKS = 17
+SPARE = range(18, 256)
 """Purposes that this project does not use: for projects that import `uniforms`."""
 
 _U64 = np.uint64
