@@ -184,8 +184,9 @@ def test_a_run_of_two_composed_encoders_on_canvases(
 
     assert command.main(["--mode=eval", "--workdir", str(run)]) == 0
     results = json.loads((run / "eval.json").read_text())["results"]
-    assert "detection" in results and "eval/box/ap" in results["detection"]
+    assert "detection" in results and "eval/box/AP" in results["detection"]
     model = m3i_jax.load(str(run))
     assert model.config.dense.maps.composite == 2
-    found = model.detect(np.asarray(SOURCE[0].image))[0]
-    assert len(found.boxes) == len(found.names) and (found.boxes <= 40).all()
+    image = np.asarray(SOURCE[0].image)
+    found = model.detect(image)[0]
+    assert len(found.boxes) == len(found.names) and (found.boxes <= max(image.shape)).all()
