@@ -17,7 +17,7 @@ from m3i_jax.data.sources import segmentations
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.sources.objects import Objects, empty_objects
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation.mask_logits import resized_mask, tight_box
+from m3i_jax.evaluation.mask_logits import resized_mask
 
 Rle = dict[str, Any]  # {"size": [height, width], "counts": text}, COCO's compressed form
 
@@ -317,7 +317,7 @@ def _masks_of_logits(
     stride = int(outputs["mask_stride"])
     for row in np.flatnonzero(keep):
         mask = resized_mask(outputs["mask_logits"][row], stride, content=content, size=size)
-        boxes[row] = tight_box(mask)
+        boxes[row] = segmentations.tight_box(mask)
         keep[row] = mask.any()
         if keep[row]:
             masks.append(mask_to_rle(mask))
