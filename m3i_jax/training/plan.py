@@ -1,4 +1,5 @@
-"""The plan of a step: the terms of an objective (objective/terms.py) and the calls that they share.
+"""The plan of a step: the terms of an objective (objective/terms.py, objective/entropy_terms.py)
+and the calls that they share.
 Every encoder pass, target pass and target is listed once. `build_plan` also refuses terms and
 settings that contradict each other."""
 
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.objective import registry
+from m3i_jax.objective import entropy_terms, registry
 from m3i_jax.objective import terms as objective_terms
+from m3i_jax.objective.entropy_terms import EntropyTerm, EntropyTerms
 from m3i_jax.objective.terms import (
     DENSE_TARGETS,
     IMAGE_TARGETS,
@@ -48,6 +50,15 @@ class Plan:
 
     config: schema.Config
     terms: Terms
+    entropy_terms: EntropyTerms = ()
+
+    def numbered_entropies(self, group: str | None = None) -> dict[int, EntropyTerm]:
+        """{number: entropy term} of a group or of any; numbers go on after those of `terms`."""
+        return {
+            i: t
+            for i, t in enumerate(self.entropy_terms, len(self.terms))
+            if group in (None, t.group)
+        }
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -126,7 +137,7 @@ def target_pass(target: Target) -> TargetPass:
     return TargetPass(target.encoder, target.view, target.blocks)
 
 
-def terms_named(name: str, key: str = "config.objective.forms") -> objective_terms.Terms:
+def terms_named(name: str, key: str = "config.objective.forms") -> entropy_terms.AnyTerms:
     """The terms of one row: a form, its letter in the paper's Table 3, or a published method.
 
     Args:
@@ -145,8 +156,9 @@ def terms_named(name: str, key: str = "config.objective.forms") -> objective_ter
         raise UserError(f"{key}: {error}") from None
 
 
-def _terms_of(o: schema.Objective) -> Terms:
-    """The terms of an objective, before those without data are dropped."""
+def _terms_of(o: schema.Objective) -> tuple[Terms, EntropyTerms]:
+    """The prediction and the entropy terms of an objective, before those without data are
+    dropped."""
     if not o.forms:
         raise UserError("config.objective.forms: is empty; name at least one form, such as m3i")
     names = [objective_terms.LETTERS.get(name, name) for name in o.forms]
@@ -157,14 +169,32 @@ def _terms_of(o: schema.Objective) -> Terms:
             f"config.objective.forms: {twice[0]} and {twice[-1]} are the same objective; name it"
             " once"
         )
-    rows = objective_terms.uniquify({name: terms_named(name) for name in names})
-    return objective_terms.with_options(
+    named = {name: terms_named(name) for name in names}
+    predictions = {
+        name: found for name in names if (found := entropy_terms.predictions_of(named[name]))
+    }
+    rows = objective_terms.uniquify(predictions)
+    try:
+        entropies = entropy_terms.join_entropies(named, dict(zip(predictions, rows, strict=True)))
+    except ValueError as error:
+        raise UserError(f"config.objective.forms: {error}") from None
+    # an annotation term that `uniquify` renamed stays in its group
+    second_group = o.second_group + tuple(
+        new.name
+        for before, after in zip(predictions.values(), rows, strict=True)
+        for old, new in zip(before, after, strict=True)
+        if old.name in o.second_group and old.target.of not in IMAGE_TARGETS
+    )
+    terms = objective_terms.with_options(
         objective_terms.merge(*rows, annotation_input=o.annotation_input),
         intra_positions=o.intra_positions,
         soft_label=o.soft_label,
         symmetric=o.symmetric,
         target_encoder=o.target_encoder,
-        second_group=o.second_group,
+        second_group=second_group,
+    )
+    return terms, entropy_terms.entropies_with_options(
+        entropies, symmetric=o.symmetric, second_group=second_group
     )
 
 
@@ -175,7 +205,7 @@ def build_plan(config: schema.Config) -> Plan:
       UserError: unknown forms, forms without data, or settings that contradict the terms.
     """
     backbones.validate_backbone(config)
-    o, terms = config.objective, _terms_of(config.objective)
+    o, (terms, entropies) = config.objective, _terms_of(config.objective)
     try:
         terms = objective_terms.drop_unavailable(
             terms, categories=config.data.classes > 0, captions=config.data.captions == "yes"
@@ -185,7 +215,7 @@ def build_plan(config: schema.Config) -> Plan:
             f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a"
             " source with categories or captions"
         ) from None
-    plan = Plan(config, terms)
+    plan = Plan(config, terms, entropies)
     _validate(plan)
     return plan
 
@@ -202,6 +232,13 @@ def _validate(plan: Plan) -> None:
             f" their own, and {', '.join(config.objective.forms)} predicts them from its hidden or"
             " mixed input by itself; use shared, or a set such as objective.forms=sim,supervised"
         )
+    for entropy_term in plan.entropy_terms:
+        if entropy_term.reads not in plan.passes:
+            raise UserError(
+                f"config.objective.forms: {', '.join(config.objective.forms)}: the entropy term"
+                f" {entropy_term.name} reads a pass that no prediction reads; let it read one of"
+                " theirs"
+            )
     frozen = any(t.target.encoder == "frozen" for t in terms)
     if frozen and not config.objective.target_checkpoint:
         raise UserError(
@@ -227,7 +264,7 @@ def _validate(plan: Plan) -> None:
                 "objective.forms",
                 any(
                     isinstance(t.head, objective_terms.ProjectionHead) and t.head.pool == "cls"
-                    for t in terms
+                    for t in (*terms, *plan.entropy_terms)
                 ),
             ),
         ):
@@ -288,7 +325,9 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     """
     o, default_config = config.objective, schema.Config()
     objectives = list(trains)
-    terms = [t for forms in objectives for t in _terms_of(dataclasses.replace(o, forms=forms))]
+    found = [_terms_of(dataclasses.replace(o, forms=forms)) for forms in objectives]
+    terms = [t for each, _ in found for t in each]
+    entropies = [t for _, each in found for t in each]
     names = ", ".join("+".join(forms) for forms in objectives)
     mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
     a, b = config.data.augment, default_config.data.augment
@@ -316,7 +355,9 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
                 f"config.{key}: {value!r} does nothing: there is {reason} in {names}; leave it at"
                 f" {default!r} or choose another form"
             )
-    known = sorted({t.name for each in (*registry.forms().values(), terms) for t in each})
+    known = sorted(
+        {t.name for each in (*registry.forms().values(), terms, entropies) for t in each}
+    )
     for name in o.second_group if o.second_group != default_config.objective.second_group else ():
         if name not in known:
             raise UserError(
