@@ -146,6 +146,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.lr": 8e-3,
         "train.epochs": 800.0,
     },
+    "dinov2": {
+        "data.crop_scale": (0.32, 1.0),
+        "data.small_views": ("8 x 96 at 0.05-0.32",),
+        "data.mask_ratio": 0.3,
+        "model.encoder.drop_path": 0.3,
+        "model.encoder.drop_path_rule": "uniform",
+        "model.encoder.final_norm": True,
+        **_DINO,
+        "optim.lr": 8e-3,
+        "optim.layer_decay": 0.9,
+        "train.epochs": 100.0,
+    },
     "ijepa": {
         "data.mask": "multi_block",
         "data.mask_ratio": 0.75,
@@ -213,6 +225,49 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.freeze_patch_embed": False,
         "optim.weight_decay": 0.05,
         "train.epochs": 400.0,
+    },
+    "vicreg": {
+        "model.encoder.freeze_patch_embed": False,
+        "model.head.hidden": 8192,
+        "model.head.width": 8192,
+        "train.epochs": 1000.0,
+    },
+    # the minimal example: 2e-3 at 256 images
+    "lejepa": {
+        "data.crop_scale": (0.3, 1.0),
+        "model.encoder.freeze_patch_embed": False,
+        "model.encoder.drop_path": 0.0,
+        "model.head.hidden": 2048,
+        "model.head.width": 16,
+        "optim.lr": 3.2e-2,
+        "optim.weight_decay": 0.05,
+        "optim.clip": 0.0,
+        "train.epochs": 800.0,
+        **_EVEN,
+    },
+    # DINO's recipe: 5e-4 for every 256 images
+    "simdino": {
+        "data.crop_scale": (0.4, 1.0),
+        "model.encoder.freeze_patch_embed": False,
+        "model.head.hidden": 2048,
+        "model.head.width": 256,
+        "optim.lr": 8e-3,
+        "optim.weight_decay": 0.04,
+        "optim.clip": 3.0,
+        "optim.ema": 0.9,
+        "train.epochs": 100.0,
+    },
+    # at 32,768 images; WebLI has 10 B, of which warm-up reads 20,000 steps
+    "siglip": {
+        "data.crop_scale": (0.5, 1.0),
+        "data.flip_p": 0.0,
+        "model.encoder.drop_path": 0.0,
+        "model.encoder.freeze_patch_embed": False,
+        "model.text.pool": "last",
+        "optim.warmup_epochs": 0.0655,
+        "optim.weight_decay": 1e-4,
+        "train.epochs": 4.0,
+        **_PLAIN,
     },
 }
 

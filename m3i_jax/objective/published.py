@@ -8,6 +8,16 @@ combines both.
 
 import dataclasses
 
+from m3i_jax.objective.entropy_terms import (
+    AnyTerms,
+    CodingRate,
+    EntropyEstimator,
+    EntropyTerm,
+    Koleo,
+    Sigreg,
+    VarianceCovariance,
+)
+from m3i_jax.objective.pair_posteriors import SquaredError, TextSigmoid
 from m3i_jax.objective.posteriors import (
     BarlowTwins,
     Boltzmann,
@@ -31,6 +41,7 @@ from m3i_jax.objective.terms import (
     Terms,
     pixel_term,
     pooled_term,
+    text_term,
     token_term,
 )
 
@@ -43,7 +54,7 @@ class PublishedMethod:
     """terms: the objective. kept, left_out: parts of the publication, settings included, as
     prose."""
 
-    terms: Terms
+    terms: AnyTerms
     kept: str
     left_out: str
 
@@ -87,6 +98,25 @@ def ibot_term(head: ProjectionHead, posterior: PrototypeSoftmax) -> Term:
     tokens = dataclasses.replace(head, pool="none", queries="hidden")
     return token_term(
         MASK_TOKENS, 0, name="dense", posterior=posterior, head=tokens, hidden=True, weight=0.5
+    )
+
+
+_MLP3 = ProjectionHead(projector=MlpShape(layers=3))
+_SIM = ProjectionHead(pool="cls", projector=MlpShape(layers=3, norm="none"))
+
+
+def _online(scale: float) -> Terms:
+    """Squared error of two views in one projection, with gradient through both."""
+    posterior = SquaredError(scale=scale)
+    return (pooled_term(FULL, 1, encoder="online", posterior=posterior, head=_MLP3),)
+
+
+def _of_both_views(
+    name: str, estimator: EntropyEstimator, head: ProjectionHead, weight: float
+) -> tuple[EntropyTerm, ...]:
+    return tuple(
+        EntropyTerm(name=name, estimator=estimator, reads=read, head=head, weight=weight)
+        for read in (FULL, OTHER)
     )
 
 
@@ -240,6 +270,7 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " schedule over 1.25 runs"
         ),
     ),
+    # DINO (arXiv 2104.14294, section 3; facebookresearch/dino, main_dino.py)
     "dino": PublishedMethod(
         terms=dino_terms(FULL, _DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
         kept=(
@@ -253,6 +284,7 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " decay of prototypes, clipping of each tensor by itself, learned positions"
         ),
     ),
+    # iBOT (arXiv 2111.07832, section 3; bytedance/ibot, main_ibot.py)
     "ibot": PublishedMethod(
         terms=(
             *dino_terms(MASK_TOKENS, _DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
@@ -269,6 +301,31 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " and 30 %), a patch centre over visible tokens too, the rest as in dino"
         ),
     ),
+    # DINOv2 (arXiv 2304.07193, section 4 and table 16; dinov2/train/ssl_meta_arch.py)
+    "dinov2": PublishedMethod(
+        terms=(
+            *dino_terms(MASK_TOKENS, _DINOV2, PrototypeSoftmax()),
+            ibot_term(_DINOV2, PrototypeSoftmax()),
+            *(
+                EntropyTerm(name="koleo", estimator=Koleo(group=32), reads=read, weight=0.1)
+                for read in (MASK_TOKENS, OTHER)
+            ),
+        ),
+        kept=(
+            "DINO's and iBOT's losses with weight 1, KoLeo of cls before the head with weight 0.1"
+            " summed over both large views, neighbours among 32 images, one head of 65,536"
+            " prototypes of trained lengths for both, centring, target temperature 0.04 to 0.07 in"
+            " 0.3 of the run; objective.prototype_targets=sinkhorn for the constraint of its large"
+            " models"
+        ),
+        left_out=(
+            "a random choice of the masked views and of the share of hidden cells (the first view"
+            " and 30 %), separate heads and SwiGLU of its large models, LayerScale, stochastic"
+            " depth by a subset of the batch, a fifth of the rate for the patch embedding, clipping of"
+            " each part by itself, the rate by the root of the batch size, the rest as in dino"
+        ),
+    ),
+    # I-JEPA (arXiv 2301.08243, section 3; facebookresearch/ijepa, src/masks/multiblock.py)
     "ijepa": PublishedMethod(
         terms=(
             token_term(MASKED, 0, posterior=SmoothL1(beta=1.0), head=DecoderHead(queries="blocks")),
@@ -321,6 +378,69 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " another architecture"
         ),
     ),
+    # VICReg (arXiv 2105.04906, section 4.1; facebookresearch/vicreg, main_vicreg.py)
+    "vicreg": PublishedMethod(
+        terms=(
+            *_online(25.0),
+            *_of_both_views("variance_covariance", VarianceCovariance(), _MLP3, 0.5),
+        ),
+        kept=(
+            "one encoder with gradient through both views, projector of three layers of 8,192, 25"
+            " times squared error, 25 times variance (mean of both views), covariance (sum of"
+            " both), moments over the batch"
+        ),
+        left_out="LARS; moments across microbatches",
+    ),
+    # LeJEPA (arXiv 2511.08544, section 5; its minimal example for the constants)
+    "lejepa": PublishedMethod(
+        terms=(*_online(0.98 / 4), *_of_both_views("sigreg", Sigreg(slices=256), _MLP3, 0.01)),
+        kept=(
+            "no teacher and no stopped gradient, 0.98 times the mean squared distance of the views"
+            " from their mean, 0.02 times the mean over views of SIGReg with 256 directions and 17"
+            " knots up to 3, projector of three layers with batch norm"
+        ),
+        left_out=(
+            "six small views; the paper's constants (0.05, 1,024 directions, knots up to 5), which"
+            " differ from those of its example"
+        ),
+    ),
+    # SimDINO (arXiv 2502.10385, section 4; RobinWu218/SimDINO, simdino/main_dino.py)
+    "simdino": PublishedMethod(
+        terms=(
+            *(
+                pooled_term(a, b, posterior=Cosine(scale=0.5), head=_SIM)
+                for a, b in ((FULL, 1), (OTHER, 0))
+            ),
+            *_of_both_views("coding_rate", CodingRate(eps=0.5, scaled=True), _SIM, 1.0),
+        ),
+        kept=(
+            "cls token, head of three layers to 256 without prototypes, cosine to the EMA target"
+            " of the other view, coding rate of the online views times (D + m) / (D m) with eps"
+            " 0.5; no temperature, centre or Sinkhorn"
+        ),
+        left_out=(
+            "ten small views, GELU in the head, the rising weight decay, the coding rate of one"
+            " device (here of the batch; CodingRate.group sets another number of rows) and of the"
+            " mean with the target's features (here of the online ones)"
+        ),
+    ),
+    # SigLIP (arXiv 2303.15343, sections 3 and 4; google-research/big_vision, siglip.py)
+    "siglip": PublishedMethod(
+        terms=(dataclasses.replace(text_term(FULL), posterior=TextSigmoid()),),
+        kept=(
+            "sigmoid loss over all pairs of the global batch by a ring, scale and bias trained from"
+            " 10 and -10 without limits, attention pooling of the image, last text token"
+        ),
+        left_out=(
+            "Adafactor, text without a mask of its padding, an image feature that is the pooled"
+            " token itself (here through a linear map)"
+        ),
+    ),
+}
+# Entropy terms that any objective can be joined with: byol+koleo.
+ENTROPIES: dict[str, AnyTerms] = {
+    # DINOv2 (arXiv 2304.07193, section 4): of cls before the head, weight 0.1
+    "koleo": (EntropyTerm(name="koleo", estimator=Koleo(), weight=0.1),),
 }
 
 # Rows of Table 1 that this project does not implement, and why.

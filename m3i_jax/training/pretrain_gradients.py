@@ -53,17 +53,17 @@ def _cached_text_gradients(
     _, (images, captions) = jax.lax.scan(embed, None, microbatches)
     count, pairs = microbatches[0]["mask"].shape[0], batch["mask"].shape[0] // 2
 
-    def costs(u: Arrays, v: Arrays, s: Arrays) -> tuple[jax.Array, TermLosses]:
-        out = {i: term_losses.text_losses(plan, {i: u[i]}, v[i], s[i], batch, inputs)[i] for i in u}
+    def costs(u: Arrays, v: Arrays, s: dict[int, Any]) -> tuple[jax.Array, TermLosses]:
+        out = {i: term_losses.text_losses(plan, {i: u[i]}, v[i], s, batch, inputs)[i] for i in u}
         return sum((cost.sum for cost in out.values()), jnp.zeros(())), out
 
     u, v = merge_microbatches((images, captions), count, pairs)
     (_, value), (du, dv, ds) = jax.value_and_grad(costs, (0, 1, 2), has_aux=True)(
-        u, dict.fromkeys(u, v), dict.fromkeys(u, params["logit_scale"])
+        u, dict.fromkeys(u, v), {i: term_losses.text_scalars(plan.terms[i], params) for i in u}
     )
     du, dv = split_microbatches((du, dv), count, pairs)
-    log_scale = jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds)
-    return value, CachedTextGradients(images=du, captions=dv, log_scale=log_scale)
+    scalars = jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds)
+    return value, CachedTextGradients(images=du, captions=dv, scalars=scalars)
 
 
 def _encode(plan: Plan, params: Any, inputs: Inputs, patches: Patches) -> tuple[Any, Any]:
