@@ -321,8 +321,9 @@ PUBLISHED: dict[str, PublishedMethod] = {
         left_out=(
             "a random choice of the masked views and of the share of hidden cells (the first view"
             " and 30 %), separate heads and SwiGLU of its large models, LayerScale, stochastic"
-            " depth by a subset of the batch, a fifth of the rate for the patch embedding, clipping of"
-            " each part by itself, the rate by the root of the batch size, the rest as in dino"
+            " depth by a subset of the batch, a fifth of the rate for the patch embedding,"
+            " clipping of each part by itself, the rate by the root of the batch size, the rest as"
+            " in dino"
         ),
     ),
     # I-JEPA (arXiv 2301.08243, section 3; facebookresearch/ijepa, src/masks/multiblock.py)
