@@ -51,7 +51,7 @@ def koleo(
       features_TxD: features of any length; they are scaled to length 1.
       where_T: weight of a row, bool or float >= 0; one of weight 0 is no neighbour, either. None
         counts every row once.
-      group: neighbouring rows that see each other; 0: all.
+      group: neighbouring rows that see each other; 0, or more than there are: all.
       eps: added to every coordinate of a difference and to the distance, so that equal rows have a
         large and finite cost.
 
@@ -411,7 +411,7 @@ def _rows(features_TxD: ArrayLike, where_T: ArrayLike | None) -> tuple[jax.Array
 
 def _groups(x_TxD: jax.Array, weight_T: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
     rows = x_TxD.shape[0]
-    size = group or rows
+    size = min(group or rows, rows)
     if rows % size:
         raise ValueError(f"{rows} rows do not divide into groups of {size}")
     return x_TxD.reshape(-1, size, x_TxD.shape[1]), weight_T.reshape(-1, size)

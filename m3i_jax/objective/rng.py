@@ -24,7 +24,9 @@ DROP_PATH = 11
 RAND_AUGMENT = 12
 SCENE = 13
 GEOMETRY = 14
-SPARE = range(15, 256)
+SMALL_CROP = 15
+BLOCKS = 16
+SPARE = range(17, 256)
 """Purposes that this project does not use: for projects that import `uniforms`."""
 
 _U64 = np.uint64

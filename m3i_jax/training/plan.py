@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.objective import entropy_terms, registry
+from m3i_jax.objective import available_terms, entropy_terms, prototype_posterior, registry
 from m3i_jax.objective import terms as objective_terms
 from m3i_jax.objective.entropy_terms import EntropyTerm, EntropyTerms
 from m3i_jax.objective.terms import (
@@ -80,6 +80,12 @@ class Plan:
         """Indices of the views of an image that any pass or target reads."""
         targets = {t.target.view for t in self.terms if t.target.view is not None}
         return tuple(sorted({p.view for p in self.passes} | targets))
+
+    @property
+    def projects_hidden(self) -> bool:
+        """Whether a term projects hidden tokens alone."""
+        heads = (t.head for t in self.terms)
+        return any(isinstance(h, ProjectionHead) and h.queries == "hidden" for h in heads)
 
     @property
     def exact(self) -> bool:
@@ -156,7 +162,7 @@ def terms_named(name: str, key: str = "config.objective.forms") -> entropy_terms
         raise UserError(f"{key}: {error}") from None
 
 
-def _terms_of(o: schema.Objective) -> tuple[Terms, EntropyTerms]:
+def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerms]:
     """The prediction and the entropy terms of an objective, before those without data are
     dropped."""
     if not o.forms:
@@ -185,8 +191,17 @@ def _terms_of(o: schema.Objective) -> tuple[Terms, EntropyTerms]:
         for old, new in zip(before, after, strict=True)
         if old.name in o.second_group and old.target.of not in IMAGE_TARGETS
     )
+    terms = objective_terms.merge(*rows, annotation_input=o.annotation_input)
+    terms = prototype_posterior.with_constraint(
+        terms, constraint=o.prototype_targets, target_temperature=o.target_temperature
+    )
+    try:
+        prototype_posterior.prototype_terms(terms)
+        terms = available_terms.with_small_views(terms, small_views)
+    except ValueError as error:
+        raise UserError(f"config.objective.forms: {', '.join(o.forms)}: {error}") from None
     terms = objective_terms.with_options(
-        objective_terms.merge(*rows, annotation_input=o.annotation_input),
+        terms,
         intra_positions=o.intra_positions,
         soft_label=o.soft_label,
         symmetric=o.symmetric,
@@ -205,9 +220,9 @@ def build_plan(config: schema.Config) -> Plan:
       UserError: unknown forms, forms without data, or settings that contradict the terms.
     """
     backbones.validate_backbone(config)
-    o, (terms, entropies) = config.objective, _terms_of(config.objective)
+    o, (terms, entropies) = config.objective, _terms_of(config.objective, len(config.small_views))
     try:
-        terms = objective_terms.drop_unavailable(
+        terms = available_terms.drop_unavailable(
             terms, categories=config.data.classes > 0, captions=config.data.captions == "yes"
         )
     except ValueError as error:
@@ -232,7 +247,23 @@ def _validate(plan: Plan) -> None:
             f" their own, and {', '.join(config.objective.forms)} predicts them from its hidden or"
             " mixed input by itself; use shared, or a set such as objective.forms=sim,supervised"
         )
+    if config.data.mask != "multi_block" and any(
+        isinstance(t.head, DecoderHead) and t.head.queries == "blocks" for t in terms
+    ):
+        raise UserError(
+            f"config.data.mask: {config.data.mask!r} has no target blocks, and"
+            f" {', '.join(config.objective.forms)} predicts them; use multi_block"
+        )
+    rows = config.train.batch_size // config.train.microbatches
     for entropy_term in plan.entropy_terms:
+        group = getattr(entropy_term.estimator, "group", 0)
+        if group and rows > group and rows % group:
+            raise UserError(
+                f"config.train.batch_size: {config.train.batch_size} in {config.train.microbatches}"
+                f" microbatches is not a multiple of {group} images, among which the entropy term"
+                f" {entropy_term.name} searches neighbours; use a multiple of"
+                f" {group * config.train.microbatches}"
+            )
         if entropy_term.reads not in plan.passes:
             raise UserError(
                 f"config.objective.forms: {', '.join(config.objective.forms)}: the entropy term"
@@ -244,6 +275,11 @@ def _validate(plan: Plan) -> None:
         raise UserError(
             "config.objective.target_checkpoint: is empty, and the objective has a frozen target;"
             " give the workdir of a run"
+        )
+    if config.model.head.prototypes < 2 and prototype_posterior.prototype_terms(terms):
+        raise UserError(
+            f"config.model.head.prototypes: {config.model.head.prototypes} leaves nothing to"
+            " predict: every assignment is the same; use at least 2"
         )
     if config.model.decoder.positions == "absolute" and any(
         isinstance(t.head, objective_terms.DecoderHead) and t.reads.view != t.target.view
@@ -325,13 +361,31 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     """
     o, default_config = config.objective, schema.Config()
     objectives = list(trains)
-    found = [_terms_of(dataclasses.replace(o, forms=forms)) for forms in objectives]
+    count = len(config.small_views)
+    found = [_terms_of(dataclasses.replace(o, forms=forms), count) for forms in objectives]
     terms = [t for each, _ in found for t in each]
     entropies = [t for _, each in found for t in each]
     names = ", ".join("+".join(forms) for forms in objectives)
     mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
     a, b = config.data.augment, default_config.data.augment
+    by_prototypes = bool(prototype_posterior.prototype_terms(tuple(terms)))
+    no_prototypes = "no assignment to prototypes (as in dino)"
     for key, value, default, is_read, reason in (
+        (
+            "data.small_views",
+            config.data.small_views,
+            (),
+            any(t.reads.view >= available_terms.SMALL for t in terms),
+            "no small view",
+        ),
+        (
+            "objective.prototype_targets",
+            o.prototype_targets,
+            default_config.objective.prototype_targets,
+            by_prototypes,
+            no_prototypes,
+        ),
+        ("objective.target_temperature", o.target_temperature, (), by_prototypes, no_prototypes),
         (
             "objective.target_checkpoint",
             o.target_checkpoint,
