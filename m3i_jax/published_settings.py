@@ -248,12 +248,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # DINO's recipe: 5e-4 for every 256 images
     "simdino": {
         "data.crop_scale": (0.4, 1.0),
-        "model.encoder.freeze_patch_embed": False,
-        "model.head.hidden": 2048,
-        "model.head.width": 256,
+        "data.small_views": ("10 x 96 at 0.05-0.4",),
+        "model.encoder.drop_path": 0.1,
+        "model.encoder.final_norm": True,
+        **{key: value for key, value in _DINO.items() if key != "model.head.prototypes"},
         "optim.lr": 8e-3,
-        "optim.weight_decay": 0.04,
-        "optim.clip": 3.0,
         "optim.ema": 0.9,
         "train.epochs": 100.0,
     },

@@ -281,7 +281,8 @@ def join_entropies(rows: Mapping[str, AnyTerms], renamed: Mapping[str, Terms]) -
                 if space not in spaces:
                     raise ValueError(
                         f"entropy term {t.name} reads the space {t.head.name!r}, which no"
-                        f" prediction of {row} has; use the head of one of its terms without predictor"
+                        f" prediction of {row} has; use the head of one of its terms without the"
+                        " predictor"
                     )
                 t = dataclasses.replace(t, head=dataclasses.replace(t.head, name=spaces[space]))
             if kinds.setdefault(t.name, same) != same:

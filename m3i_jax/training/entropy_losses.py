@@ -87,6 +87,13 @@ class OnlineProjections:
         return self._known[key]
 
 
+def project_online(
+    plan: Plan, term: EntropyTerm, params: Any, z: Features, inputs: Inputs, predicted: Arrays
+) -> jax.Array:
+    """The features of one entropy term."""
+    return OnlineProjections(plan, params, z, inputs, predicted)(term)
+
+
 def _key(read: Pass, image: str, head: ProjectionHead) -> Any:
     space = dataclasses.replace(head, predictor=None, match="position")
     if space.projector is None:  # features of the encoder, whatever the name

@@ -270,6 +270,13 @@ def _validate(plan: Plan) -> None:
                 f" {entropy_term.name} reads a pass that no prediction reads; let it read one of"
                 " theirs"
             )
+        group = getattr(entropy_term.estimator, "group", 0)
+        if group and (config.train.batch_size // config.train.microbatches) % group:
+            raise UserError(
+                f"config.train.batch_size: {config.train.batch_size} in {config.train.microbatches}"
+                f" microbatches does not divide into the groups of {group} rows of the entropy term"
+                f" {entropy_term.name}; use a multiple"
+            )
     frozen = any(t.target.encoder == "frozen" for t in terms)
     if frozen and not config.objective.target_checkpoint:
         raise UserError(
