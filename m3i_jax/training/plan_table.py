@@ -9,7 +9,7 @@ import jax
 
 from m3i_jax.models import backbones, m3i, text
 from m3i_jax.objective.available_terms import SMALL
-from m3i_jax.objective.entropy_terms import EntropyTerm, Koleo
+from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
     IMAGE_TARGETS,
     DecoderHead,
@@ -80,6 +80,7 @@ def describe_posterior(term: Term) -> str:
 def describe_space(term: EntropyTerm) -> str:
     """The features that an entropy term reads.
 
+    >>> from m3i_jax.objective.entropy_terms import Koleo
     >>> describe_space(EntropyTerm(name="koleo", estimator=Koleo()))
     'cls'
     """

@@ -142,8 +142,8 @@ def test_a_ring_over_devices_is_one_device():
                 * int(np.prod([int(n) for n in size.split(",")]))
                 for kind, size in shapes
             )
-        # the captions, their numbers, weights and groups and the gradient in every step of the ring,
-        # and the gradient once more on its way home
+        # the captions, their numbers, weights and groups and the gradient in every step of the
+        # ring, and the gradient once more on its way home
         captions = rows_of_one * width * 4
         assert sent.get(devices, 0) in (0, 3 * captions + rows_of_one * (4 + 1 + 4)), sent
         largest = max(

@@ -24,13 +24,11 @@ OTHER = Pass(view=1)
 HEAD = {"model__head__hidden": 20, "model__head__width": 6}
 
 
-def projected(got, read, part="params", tree=None):
+def projected(got, read):
     """Float64 projections of a pass, from its features."""
-    term = got.plan.entropy_terms[0]
-    tree = tree or got.params
-    z = got.z[read] if read in got.z else read
-    x = z[:, 0] if term.head.pool == "cls" else np.asarray(z[:, 1:], np.float32).mean(1)
-    y = heads.apply_projector(got.plan.config.model, tree["heads"]["global"], term.head, x)
+    head, z = got.plan.entropy_terms[0].head, got.z[read]
+    x = z[:, 0] if head.pool == "cls" else np.asarray(z[:, 1:], np.float32).mean(1)
+    y = heads.apply_projector(got.plan.config.model, got.params["heads"]["global"], head, x)
     return np.asarray(y, np.float64)
 
 
