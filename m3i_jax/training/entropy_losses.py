@@ -87,11 +87,10 @@ class OnlineProjections:
         return self._known[key]
 
 
-def project_online(
-    plan: Plan, term: EntropyTerm, params: Any, z: Features, inputs: Inputs, predicted: Arrays
-) -> jax.Array:
-    """The features of one entropy term."""
-    return OnlineProjections(plan, params, z, inputs, predicted)(term)
+def entropy_features(plan: Plan, params: Any, z: Features, inputs: Inputs) -> Arrays:
+    """{entropy term: its features, float32}, without those of other predictions."""
+    project = OnlineProjections(plan, params, z, inputs, {})
+    return {i: project(t).astype(jnp.float32) for i, t in plan.numbered_entropies().items()}
 
 
 def _key(read: Pass, image: str, head: ProjectionHead) -> Any:

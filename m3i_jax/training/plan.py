@@ -271,11 +271,13 @@ def _validate(plan: Plan) -> None:
                 " theirs"
             )
         group = getattr(entropy_term.estimator, "group", 0)
-        if group and (config.train.batch_size // config.train.microbatches) % group:
+        rows = config.train.batch_size
+        if config.objective.entropy_rows == "microbatch":
+            rows //= config.train.microbatches
+        if 0 < group < rows and rows % group:
             raise UserError(
-                f"config.train.batch_size: {config.train.batch_size} in {config.train.microbatches}"
-                f" microbatches does not divide into the groups of {group} rows of the entropy term"
-                f" {entropy_term.name}; use a multiple"
+                f"config.train.batch_size: {rows} rows do not divide into the groups of {group} of"
+                f" the entropy term {entropy_term.name}; use a multiple"
             )
     frozen = any(t.target.encoder == "frozen" for t in terms)
     if frozen and not config.objective.target_checkpoint:

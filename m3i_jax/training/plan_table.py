@@ -190,12 +190,13 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
         pool = functools.partial(predictions.pool_images, plan)
         add("pool", "own tokens of each image", pooled, pool, params, z, inputs)
     heads = {name: part for name, part in params.items() if name != "encoder"}
-    for i, entropy_term in plan.numbered_entropies().items():
-        project = functools.partial(entropy_losses.project_online, plan, entropy_term, predicted={})
-        features = jax.eval_shape(project, heads, z, inputs)
+    entropies = plan.numbered_entropies()
+    read_features = functools.partial(entropy_losses.entropy_features, plan)
+    features = jax.eval_shape(read_features, heads, z, inputs) if entropies else {}
+    for i, entropy_term in entropies.items():
         cost = functools.partial(entropy_losses.entropy_cost, plan, entropy_term)
         reads = f"{describe_space(entropy_term)} of {describe_pass(entropy_term.reads, drops)}"
-        add("entropy", reads, (i,), cost, features, batch)
+        add("entropy", reads, (i,), cost, features[i], batch)
     if captions := plan.where("text"):
         encode = functools.partial(text.apply, config.model)
         tokens = batch["tokens"], batch["length"]
