@@ -9,7 +9,7 @@ a batch do not add up to the whole. On global arrays under `jit` they see the gl
 full gradient, whatever the sharding; public implementations differ in what a device sees, and each
 docstring says how. Rows of weight 0 are ignored in values and gradients, even if NaN.
 
-T rows (images or tokens), D width, S slices. [m] marks what `m` rows, a group, see of each other.
+T rows (images or tokens), D width, S directions, G groups of M rows that see each other.
 """
 
 import math

@@ -312,7 +312,8 @@ def entropies_with_options(
         return tuple(out)
     weights: dict[EntropyTerm, float] = {}
     for t in out:
-        other = dataclasses.replace(t.reads, view=1 - t.reads.view)
+        view = 1 - t.reads.view if t.reads.view < 2 else t.reads.view
+        other = dataclasses.replace(t.reads, view=view)
         for each in (t, dataclasses.replace(t, reads=other)):
             key = dataclasses.replace(each, weight=1.0)
             weights[key] = weights.get(key, 0.0) + each.weight

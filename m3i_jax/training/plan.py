@@ -254,16 +254,7 @@ def _validate(plan: Plan) -> None:
             f"config.data.mask: {config.data.mask!r} has no target blocks, and"
             f" {', '.join(config.objective.forms)} predicts them; use multi_block"
         )
-    rows = config.train.batch_size // config.train.microbatches
     for entropy_term in plan.entropy_terms:
-        group = getattr(entropy_term.estimator, "group", 0)
-        if group and rows > group and rows % group:
-            raise UserError(
-                f"config.train.batch_size: {config.train.batch_size} in {config.train.microbatches}"
-                f" microbatches is not a multiple of {group} images, among which the entropy term"
-                f" {entropy_term.name} searches neighbours; use a multiple of"
-                f" {group * config.train.microbatches}"
-            )
         if entropy_term.reads not in plan.passes:
             raise UserError(
                 f"config.objective.forms: {', '.join(config.objective.forms)}: the entropy term"
