@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from m3i_jax.objective.numerics import (
@@ -173,7 +174,7 @@ def variance_covariance_sums(
     variance_D, squared, count = _moments(features_TxD, where_T)
     hinge = jax.nn.relu(1 - jnp.sqrt(variance_D + eps)).mean()
     value = variance * hinge + covariance * squared / variance_D.shape[0]
-    smallest = jnp.finfo(jnp.float32).tiny
+    smallest = np.finfo(np.float32).tiny
     nats = jnp.log(jnp.maximum(variance_D, smallest)).sum() / 2 - squared / 4
     return value * count, count, jax.lax.stop_gradient(nats)
 
@@ -253,7 +254,7 @@ def sigreg(
     weights_K = jnp.where((t_K == 0) | (jnp.arange(knots) == knots - 1), step, 2 * step)
 
     # one knot in memory at a time, in the backward pass, too
-    @jax.checkpoint  # type: ignore[untyped-decorator]
+    @jax.checkpoint
     def distance(x_TxS: jax.Array, t: jax.Array) -> jax.Array:
         real_S = (share_Tx1 * jnp.cos(t * x_TxS)).sum(0) - jnp.exp(-jnp.square(t) / 2)
         imaginary_S = (share_Tx1 * jnp.sin(t * x_TxS)).sum(0)

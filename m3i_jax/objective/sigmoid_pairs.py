@@ -28,6 +28,9 @@ from m3i_jax.objective.numerics import (
     zero_masked_rows,
 )
 
+_lax: Any = jax.lax  # its collectives have no types
+_spec: Any = PartitionSpec
+
 
 def text_sigmoid(
     image_BxE: ArrayLike,
@@ -155,7 +158,7 @@ def _forward(
     axes, chunk = settings
     run = functools.partial(_ring, axes, chunk)
     if axes:
-        split, whole = PartitionSpec(axes), PartitionSpec()
+        split, whole = _spec(axes), _spec()
         run = jax.shard_map(
             run,
             in_specs=(split, split, whole, split, split),
@@ -207,7 +210,7 @@ def _ring(
     running, dv_RxE = compare(start, v_RxE, pairs, jnp.zeros_like(v_RxE))
     if devices > 1:
         following = [(i, (i + 1) % devices) for i in range(devices)]
-        pass_on = functools.partial(jax.tree.map, lambda x: jax.lax.ppermute(x, axes, following))
+        pass_on = functools.partial(jax.tree.map, lambda x: _lax.ppermute(x, axes, following))
 
         def visit(_: jax.Array, carry: Any) -> Any:
             running, (v_RxE, of_v), dv_RxE = carry
@@ -222,7 +225,7 @@ def _ring(
     loss, nll = weighted_sum(running.loss_R, weight_R), weighted_sum(nll_R, weight_R)
     of_scalars = running.of_scalars
     if axes:
-        loss, nll, of_scalars = jax.lax.psum((loss, nll, of_scalars), axes)
+        loss, nll, of_scalars = _lax.psum((loss, nll, of_scalars), axes)
     return loss, nll, (running.du_RxE, dv_RxE, of_scalars)
 
 

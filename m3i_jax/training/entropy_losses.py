@@ -15,7 +15,7 @@ from m3i_jax.objective.terms import Pass, ProjectionHead, Term
 from m3i_jax.training import predictions
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.predictions import Arrays, Features
-from m3i_jax.training.targets import pool_tokens
+from m3i_jax.training.targets import pool_tokens, project_target
 from m3i_jax.training.views import Batch, Inputs
 
 ENTROPY = 0x656E7472  # keeps the keys of estimators apart from other draws
@@ -67,11 +67,12 @@ class OnlineProjections:
     def of_target(self, term: Term) -> jax.Array:
         """[B, D] or [B, N, D]: the target of a term with a gradient, in its projection space."""
         assert isinstance(term.head, ProjectionHead) and term.target.view is not None
-        head = dataclasses.replace(term.head, predictor=None)
-        name = EntropyTerm(
-            name=term.name, estimator=None, reads=Pass(view=term.target.view), head=head
-        )
-        return self(name)
+        read = Pass(view=term.target.view)
+        key = _key(read, "own", term.head)
+        if key not in self._known:
+            space = self._plan.target_key(term).space
+            self._known[key] = project_target(self._plan, self._params, space, self._z[read])
+        return self._known[key]
 
     def __call__(self, term: EntropyTerm) -> jax.Array:
         """[R, D], or [R, K, D] of every token."""

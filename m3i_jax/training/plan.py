@@ -299,8 +299,8 @@ def _validate(plan: Plan) -> None:
             (
                 "objective.forms",
                 any(
-                    isinstance(t.head, objective_terms.ProjectionHead) and t.head.pool == "cls"
-                    for t in (*terms, *plan.entropy_terms)
+                    isinstance(head, objective_terms.ProjectionHead) and head.pool == "cls"
+                    for head in (*(t.head for t in terms), *(t.head for t in plan.entropy_terms))
                 ),
             ),
         ):

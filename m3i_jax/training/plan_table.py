@@ -97,7 +97,7 @@ def describe_head(term: Term) -> str:
 def term_rows(plan: Plan) -> list[PlanRow]:
     """One row a term."""
     drops = backbones.get_backbone(plan.config.model).can_drop_tokens
-    return [
+    rows: list[PlanRow] = [
         (
             f"loss/{t.name}",
             describe_pass(t.reads, drops),
@@ -108,7 +108,8 @@ def term_rows(plan: Plan) -> list[PlanRow]:
             t.group,
         )
         for t in plan.terms
-    ] + [
+    ]
+    rows += [
         (
             f"loss/{e.name}",
             describe_pass(e.reads, drops),
@@ -120,6 +121,7 @@ def term_rows(plan: Plan) -> list[PlanRow]:
         )
         for e in plan.entropy_terms
     ]
+    return rows
 
 
 def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow]:
@@ -128,7 +130,7 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
     config, images = plan.config, jax.tree.leaves(batch)[0].shape[0]
     drops = backbones.get_backbone(config.model).can_drop_tokens
     rows: list[PlanRow] = []
-    terms = (*plan.terms, *plan.entropy_terms)
+    terms: list[Term | EntropyTerm] = [*plan.terms, *plan.entropy_terms]
 
     def add(
         call: str, reads: str, indices: Iterable[int], function: Callable[..., Any], *arguments: Any

@@ -73,7 +73,7 @@ def _cached_entropy_gradients(
     features of each."""
 
     def read(_: None, part: tuple[Batch, Inputs, Patches]) -> tuple[None, Arrays]:
-        _, part_inputs, patches = part
+        part_inputs, patches = part[1:]
         z = views.encode_passes(plan.config, part_inputs, patches, params["encoder"])
         return None, entropy_losses.entropy_features(plan, params, z, part_inputs)
 

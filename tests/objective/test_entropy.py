@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy.special import ive
 
 from m3i_jax.objective import entropy, entropy_terms
@@ -89,6 +90,26 @@ def test_groups_are_the_mean_of_their_rows_alone(name):
     assert count == 8 and abs(float(mean(function(x)) - total / count)) > 0.05
     with pytest.raises(ValueError, match="8 rows do not divide into groups of 3"):
         function(x, group=3)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_eight_devices_are_one(name):
+    """Rows that are split over devices have the statistics of the global batch, and its gradient;
+    groups of the rows of one device move nothing."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    x, where = normal(16, 4, seed=7), (np.arange(16) % 5 != 2).astype(np.float32)
+    split = [jax.device_put(a, rows) for a in (x, where)]
+    assert len(split[0].sharding.device_set) == 8
+    one, eight = GRADIENTS[name](x, where), GRADIENTS[name](*split)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), eight, one)
+    if name not in ("koleo", "coding_rate"):
+        return
+    function = getattr(entropy, name)
+    grouped = jax.jit(jax.grad(lambda x: function(x, group=2)[0]))
+    text = grouped.lower(split[0]).compile().as_text()
+    moved = [w for w in ("all-reduce", "all-gather", "all-to-all", "permute") if w in text]
+    assert not moved
 
 
 def test_wrong_shapes_are_named():
