@@ -199,6 +199,7 @@ def test_division_of_the_batch_and_a_restart_change_nothing(
         "objective__prototype_targets": constraint,
         "objective__target_temperature": "0.04,0.07",
         "model__encoder__drop_path": 0.1,
+        "optim__freeze_prototypes": 0.1,  # 2 of 20 steps
         "train__batch_size": 16,
         **HEAD,
         "model__head__prototypes": 16,
@@ -216,6 +217,14 @@ def test_division_of_the_batch_and_a_restart_change_nothing(
         assert float(np.abs(center).max()) > 0
     saver = Checkpoints(tmp_path / "checkpoints", 1)
     half, _ = trained(plan, (1, 1, 1), 2)
+    (first, _), head = trained(plan, (1, 1, 1), 0), "global"
+    for part in first.params["heads"][head]:
+        tree = [x.params["heads"][head][part] for x in (first, half, alone)]
+        start, held, moved = (
+            np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in tree
+        )
+        assert (start == held).all() == part.startswith("prototype"), part
+        assert (held != moved).any(), part
     saver.save(2, half, {"samples_seen": 32})
     saver.wait()
     saver.close()
@@ -267,6 +276,7 @@ def test_what_no_objective_reads_is_refused() -> None:
         ({"data__small_views": "2 x 16 at 0.1-0.3"}, "data.small_views.*no small view"),
         ({"objective__prototype_targets": "sinkhorn"}, "prototype_targets.*no assignment"),
         ({"objective__target_temperature": "0.1,0.1"}, "target_temperature.*no assignment"),
+        ({"optim__freeze_prototypes": 0.1}, "freeze_prototypes.*no assignment"),
     ):
         with pytest.raises(UserError, match=words):
             plans.reject_unused_settings(toy.settings(**changes), [("byol",)])
