@@ -45,7 +45,6 @@ _PUBLIC = {
     "entropy": (
         "SIGREG_FLOOR",
         "coding_rate",
-        "gaussian_log_det",
         "koleo",
         "moment_energy",
         "nearest_entropy",
@@ -53,6 +52,7 @@ _PUBLIC = {
         "sphere_log_area",
         "uniformity",
         "variance_covariance",
+        "variance_covariance_sums",
     ),
     "entropy_terms": ("EntropyTerm",),
     "pair_posteriors": (),

@@ -92,7 +92,6 @@ from m3i_jax.objective.ema import (
 from m3i_jax.objective.entropy import (
     SIGREG_FLOOR as SIGREG_FLOOR,
     coding_rate as coding_rate,
-    gaussian_log_det as gaussian_log_det,
     koleo as koleo,
     moment_energy as moment_energy,
     nearest_entropy as nearest_entropy,
@@ -100,6 +99,7 @@ from m3i_jax.objective.entropy import (
     sphere_log_area as sphere_log_area,
     uniformity as uniformity,
     variance_covariance as variance_covariance,
+    variance_covariance_sums as variance_covariance_sums,
 )
 from m3i_jax.objective.entropy_terms import (
     EntropyTerm as EntropyTerm,

@@ -9,7 +9,7 @@ a batch do not add up to the whole. On global arrays under `jit` they see the gl
 full gradient, whatever the sharding; public implementations differ in what a device sees, and each
 docstring says how. Rows of weight 0 are ignored in values and gradients, even if NaN.
 
-T rows (images or tokens), D width, S slices. [m] marks what `m` rows, a group, see of each other.
+T rows (images or tokens), D width, S directions, G groups of M rows that see each other.
 """
 
 import math
@@ -148,23 +148,34 @@ def variance_covariance(
     >>> print(f"{total / count:.4f}")
     0.9900
     """
-    variance_D, squared, count = _moments(features_TxD, where_T)
-    hinge = jax.nn.relu(1 - jnp.sqrt(variance_D + eps)).mean()
-    return (variance * hinge + covariance * squared / variance_D.shape[0]) * count, count
+    return variance_covariance_sums(
+        features_TxD, where_T, variance=variance, covariance=covariance, eps=eps
+    )[:2]
 
 
-def gaussian_log_det(features_TxD: ArrayLike, where_T: ArrayLike | None = None) -> jax.Array:
-    """Half the log determinant of the covariance to second order at C = 1, in nats: the entropy of
-    a Gaussian above that of a standard normal. No gradient.
+def variance_covariance_sums(
+    features_TxD: ArrayLike,
+    where_T: ArrayLike | None = None,
+    *,
+    variance: float = 25.0,
+    covariance: float = 2.0,
+    eps: float = 1e-4,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`variance_covariance` and, from the same moments, half the log determinant of the covariance
+    to second order at C = 1: the entropy of a Gaussian above that of a standard normal, in nats,
+    without gradient.
 
     >>> import jax.numpy as jnp
     >>> z = jnp.sqrt(0.75) * jnp.array([[1., 1.], [1., -1.], [-1., 1.], [-1., -1.]])
-    >>> print(abs(gaussian_log_det(z).round(4)))
+    >>> print(abs(variance_covariance_sums(z)[2].round(4)))
     0.0
     """
-    variance_D, squared, _ = jax.lax.stop_gradient(_moments(features_TxD, where_T))
+    variance_D, squared, count = _moments(features_TxD, where_T)
+    hinge = jax.nn.relu(1 - jnp.sqrt(variance_D + eps)).mean()
+    value = variance * hinge + covariance * squared / variance_D.shape[0]
     smallest = jnp.finfo(jnp.float32).tiny
-    return jnp.log(jnp.maximum(variance_D, smallest)).sum() / 2 - squared / 4
+    nats = jnp.log(jnp.maximum(variance_D, smallest)).sum() / 2 - squared / 4
+    return value * count, count, jax.lax.stop_gradient(nats)
 
 
 def _moments(
@@ -324,7 +335,7 @@ def coding_rate(
       where_T: weight of a row, bool or float >= 0, in the moment and in m; None counts every row
         once.
       eps: distortion > 0; SimDINO uses 0.5, and 0.05 with DINOv2's recipe.
-      group: neighbouring rows that form one moment; 0: all.
+      group: neighbouring rows that form one moment; 0, or more than there are: all.
       scaled: multiply R by (D + m) / (D m), SimDINO's weight of its expansion.
 
     Returns:

@@ -82,7 +82,7 @@ class Koleo(Estimator):
     def cost(self, features: jax.Array, where: jax.Array, key: Any) -> LossSum:
         total, count = entropy.koleo(features, where, group=self.group)
         rows, width = features.shape
-        others = count * (self.group or rows) / rows
+        others = count * min(self.group or rows, rows) / rows
         nats = entropy.nearest_entropy(total / jnp.maximum(count, 1), others, width)
         return entropy_sum((total, count), nats - entropy.sphere_log_area(width))
 
@@ -100,10 +100,10 @@ class VarianceCovariance(Estimator):
     reference: ClassVar[str] = "of a Gaussian, above a standard normal, to second order"
 
     def cost(self, features: jax.Array, where: jax.Array, key: Any) -> LossSum:
-        loss = entropy.variance_covariance(
+        total, count, nats = entropy.variance_covariance_sums(
             features, where, variance=self.variance, covariance=self.covariance
         )
-        return entropy_sum(loss, entropy.gaussian_log_det(features, where))
+        return entropy_sum((total, count), nats)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ class CodingRate(Estimator):
         options: dict[str, Any] = {"eps": self.eps, "group": self.group}
         total, count = entropy.coding_rate(features, where, scaled=self.scaled, **options)
         rows, width = features.shape
-        counted = count * (self.group or rows) / rows
+        counted = count * min(self.group or rows, rows) / rows
         scale = (width + counted) / (width * jnp.maximum(counted, 1)) if self.scaled else 1.0
         return entropy_sum((total, count), -total / jnp.maximum(count, 1) / scale)
 
@@ -280,8 +280,9 @@ def join_entropies(rows: Mapping[str, AnyTerms], renamed: Mapping[str, Terms]) -
                 space = dataclasses.replace(t.head, match="position")
                 if space not in spaces:
                     raise ValueError(
-                        f"entropy term {t.name} reads the space {t.head.name!r}, which no prediction"
-                        f" of {row} has; use the head of one of its terms without predictor"
+                        f"entropy term {t.name} reads the space {t.head.name!r}, which no"
+                        f" prediction of {row} has; use the head of one of its terms without the"
+                        " predictor"
                     )
                 t = dataclasses.replace(t, head=dataclasses.replace(t.head, name=spaces[space]))
             if kinds.setdefault(t.name, same) != same:
@@ -311,7 +312,8 @@ def entropies_with_options(
         return tuple(out)
     weights: dict[EntropyTerm, float] = {}
     for t in out:
-        other = dataclasses.replace(t.reads, view=1 - t.reads.view)
+        view = 1 - t.reads.view if t.reads.view < 2 else t.reads.view
+        other = dataclasses.replace(t.reads, view=view)
         for each in (t, dataclasses.replace(t, reads=other)):
             key = dataclasses.replace(each, weight=1.0)
             weights[key] = weights.get(key, 0.0) + each.weight

@@ -24,6 +24,7 @@ from m3i_jax.objective.posteriors import (
     Cosine,
     DenseCL,
     NTXent,
+    Posterior,
     Prototypes,
     SmoothL1,
 )
@@ -81,9 +82,9 @@ _DINOV2 = dataclasses.replace(_DINO, prototypes="scaled")
 
 
 def dino_terms(
-    read: Pass, head: ProjectionHead, posterior: PrototypeSoftmax, weight: float = 1.0
+    read: Pass, head: ProjectionHead, posterior: Posterior, weight: float = 1.0
 ) -> tuple[Term, ...]:
-    """Each large view predicts the other's assignment from cls, and each small view both, all pairs
+    """Each large view predicts the other's target from cls, and each small view both, all pairs
     with equal weights. `read` is the pass of the first large view."""
     pairs = ((read, 1), (OTHER, 0), (SMALL, 0), (SMALL, 1))
     return tuple(
@@ -102,7 +103,9 @@ def ibot_term(head: ProjectionHead, posterior: PrototypeSoftmax) -> Term:
 
 
 _MLP3 = ProjectionHead(projector=MlpShape(layers=3))
-_SIM = ProjectionHead(pool="cls", projector=MlpShape(layers=3, norm="none"))
+_SIM = ProjectionHead(
+    pool="cls", projector=MlpShape(layers=3, norm="none", activation="gelu", std=0.02)
+)
 
 
 def _online(scale: float) -> Terms:
@@ -408,19 +411,16 @@ PUBLISHED: dict[str, PublishedMethod] = {
     # SimDINO (arXiv 2502.10385, section 4; RobinWu218/SimDINO, simdino/main_dino.py)
     "simdino": PublishedMethod(
         terms=(
-            *(
-                pooled_term(a, b, posterior=Cosine(scale=0.5), head=_SIM)
-                for a, b in ((FULL, 1), (OTHER, 0))
-            ),
-            *_of_both_views("coding_rate", CodingRate(eps=0.5, scaled=True), _SIM, 1.0),
+            *dino_terms(FULL, _SIM, Cosine(scale=0.5)),
+            *_of_both_views("coding_rate", CodingRate(eps=0.5, scaled=True), _SIM, 0.5),
         ),
         kept=(
-            "cls token, head of three layers to 256 without prototypes, cosine to the EMA target"
-            " of the other view, coding rate of the online views times (D + m) / (D m) with eps"
-            " 0.5; no temperature, centre or Sinkhorn"
+            "DINO's views and pairs, head of three layers to 256 without prototypes, cosine to the"
+            " EMA target of another view, coding rate of the online large views times (D + m) / (D"
+            " m) with eps 0.5; no temperature, centre or Sinkhorn"
         ),
         left_out=(
-            "ten small views, GELU in the head, the rising weight decay, the coding rate of one"
+            "the rising weight decay, the coding rate of one"
             " device (here of the batch; CodingRate.group sets another number of rows) and of the"
             " mean with the target's features (here of the online ones)"
         ),

@@ -2,8 +2,8 @@
 both receive gradients.
 
 M3I's is `losses.gaussian`. All return `(sum, count)`, two float32 scalars; all but `squared_error`
-treat the target as a constant. Rows of weight 0 are ignored, even if NaN. `[B, N, D]` with weights `[B, N]` gives the
-same numbers as `[B * N, D]` with weights `[B * N]`.
+treat the target as a constant. Rows of weight 0 are ignored, even if NaN. `[B, N, D]` with weights
+`[B, N]` gives the same numbers as `[B * N, D]` with weights `[B * N]`.
 """
 
 import jax

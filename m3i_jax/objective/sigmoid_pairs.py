@@ -151,7 +151,7 @@ def _forward(
     weight_B: jax.Array,
     pairs: Captions,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """((loss, softmax cost), (gradients of the loss by u, v and the scalars, weights and pairs))."""
+    """((loss, softmax cost), (gradients of the loss by u, v and scalars, weights, pairs))."""
     axes, chunk = settings
     run = functools.partial(_ring, axes, chunk)
     if axes:

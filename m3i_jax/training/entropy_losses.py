@@ -87,6 +87,12 @@ class OnlineProjections:
         return self._known[key]
 
 
+def entropy_features(plan: Plan, params: Any, z: Features, inputs: Inputs) -> Arrays:
+    """{entropy term: its features, float32}, without those of other predictions."""
+    project = OnlineProjections(plan, params, z, inputs, {})
+    return {i: project(t).astype(jnp.float32) for i, t in plan.numbered_entropies().items()}
+
+
 def _key(read: Pass, image: str, head: ProjectionHead) -> Any:
     space = dataclasses.replace(head, predictor=None, match="position")
     if space.projector is None:  # features of the encoder, whatever the name

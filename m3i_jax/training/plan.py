@@ -254,21 +254,21 @@ def _validate(plan: Plan) -> None:
             f"config.data.mask: {config.data.mask!r} has no target blocks, and"
             f" {', '.join(config.objective.forms)} predicts them; use multi_block"
         )
-    rows = config.train.batch_size // config.train.microbatches
     for entropy_term in plan.entropy_terms:
-        group = getattr(entropy_term.estimator, "group", 0)
-        if group and rows > group and rows % group:
-            raise UserError(
-                f"config.train.batch_size: {config.train.batch_size} in {config.train.microbatches}"
-                f" microbatches is not a multiple of {group} images, among which the entropy term"
-                f" {entropy_term.name} searches neighbours; use a multiple of"
-                f" {group * config.train.microbatches}"
-            )
         if entropy_term.reads not in plan.passes:
             raise UserError(
                 f"config.objective.forms: {', '.join(config.objective.forms)}: the entropy term"
                 f" {entropy_term.name} reads a pass that no prediction reads; let it read one of"
                 " theirs"
+            )
+        group = getattr(entropy_term.estimator, "group", 0)
+        rows = config.train.batch_size
+        if config.objective.entropy_rows == "microbatch":
+            rows //= config.train.microbatches
+        if 0 < group < rows and rows % group:
+            raise UserError(
+                f"config.train.batch_size: {rows} rows do not divide into the groups of {group} of"
+                f" the entropy term {entropy_term.name}; use a multiple"
             )
     frozen = any(t.target.encoder == "frozen" for t in terms)
     if frozen and not config.objective.target_checkpoint:

@@ -239,6 +239,7 @@ def group_loss(
     inputs: Inputs,
     bundle: TargetBundle,
     cached: CachedTextGradients | None,
+    cached_entropies: Arrays | None = None,
 ) -> Callable[[Any, Features], tuple[jax.Array, TermLosses]]:
     """(heads, z) -> (loss of the group, {term: cost}) on these rows, a function for `jax.grad`.
 
@@ -249,6 +250,7 @@ def group_loss(
       batch, inputs: of these rows.
       bundle: their targets.
       cached: gradients of the text terms; None: their softmax spans these rows.
+      cached_entropies: gradients of the entropy terms at their features; None: they see these rows.
     """
 
     def loss(heads: Any, z: Features) -> tuple[jax.Array, TermLosses]:
@@ -259,7 +261,12 @@ def group_loss(
         for i in images:
             costs[i] = _image_loss(plan, i, heads, predicted[i], project, z, bundle, inputs)
         for i, term in plan.numbered_entropies(group).items():
-            costs[i] = entropy_losses.entropy_cost(plan, term, project(term), batch)
+            features = project(term)
+            if cached_entropies is None:
+                costs[i] = entropy_losses.entropy_cost(plan, term, features, batch)
+            else:  # a linear function with the gradient of the whole batch's cost
+                value = jnp.vdot(cached_entropies[i], features.astype(jnp.float32))
+                costs[i] = LossSum(value, jnp.zeros(()), {})
         if plan.where("category", "text", group=group):
             vectors = predictions.pool_images(plan, heads, z, inputs)
             for i in plan.where("category", group=group):
