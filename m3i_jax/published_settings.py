@@ -27,6 +27,7 @@ _DINO = {
     "model.head.hidden": 2048,
     "model.head.width": 256,
     "model.head.prototypes": 65_536,
+    "optim.freeze_prototypes": 0.01,  # an epoch of 100
     "optim.ema": 0.984,
     "optim.clip": 3.0,
     "optim.weight_decay": 0.04,
@@ -143,6 +144,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.final_norm": True,
         **_DINO,
         "model.head.prototypes": 8192,
+        "optim.freeze_prototypes": 1 / 800,
         "optim.lr": 8e-3,
         "train.epochs": 800.0,
     },

@@ -283,8 +283,8 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " the mean over all pairs of different views"
         ),
         left_out=(
-            "the prototypes' learning rate of 0 in the first epoch, the rising weight decay and any"
-            " decay of prototypes, clipping of each tensor by itself, learned positions"
+            "the rising weight decay and any decay of prototypes, clipping of each tensor by"
+            " itself, learned positions"
         ),
     ),
     # iBOT (arXiv 2111.07832, section 3; bytedance/ibot, main_ibot.py)

@@ -387,6 +387,13 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
         ),
         ("objective.target_temperature", o.target_temperature, (), by_prototypes, no_prototypes),
         (
+            "optim.freeze_prototypes",
+            config.optim.freeze_prototypes,
+            0.0,
+            by_prototypes,
+            no_prototypes,
+        ),
+        (
             "objective.target_checkpoint",
             o.target_checkpoint,
             "",
