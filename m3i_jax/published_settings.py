@@ -40,6 +40,9 @@ _DINO = {
 # Runs of SLIP's paper on YFCC, CLIP's included.
 _YFCC = {"optim.b2": 0.98, "optim.min_lr": 1e-5, "optim.warmup_epochs": 1.0, "train.epochs": 25.0}
 
+# SigLIP's on the 10 B images of WebLI, 32,768 a step; warm-up of 20,000 steps.
+_WEBLI = {"optim.warmup_epochs": 0.0655, "optim.weight_decay": 1e-4, "train.epochs": 4.0}
+
 # {method: {dotted key: value}}; learning rate and momentum at the default batch, 4,096 images.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mae": {
@@ -253,22 +256,44 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "data.small_views": ("10 x 96 at 0.05-0.4",),
         "model.encoder.drop_path": 0.1,
         "model.encoder.final_norm": True,
-        **{key: value for key, value in _DINO.items() if key != "model.head.prototypes"},
+        **{key: value for key, value in _DINO.items() if "prototypes" not in key},
         "optim.lr": 8e-3,
         "optim.ema": 0.6,
         "train.epochs": 100.0,
     },
-    # at 32,768 images; WebLI has 10 B, of which warm-up reads 20,000 steps
     "siglip": {
         "data.crop_scale": (0.5, 1.0),
         "data.flip_p": 0.0,
         "model.encoder.drop_path": 0.0,
         "model.encoder.freeze_patch_embed": False,
         "model.text.pool": "last",
-        "optim.warmup_epochs": 0.0655,
-        "optim.weight_decay": 1e-4,
-        "train.epochs": 4.0,
+        **_WEBLI,
         **_PLAIN,
+    },
+    # 0.25 (small views + 0.25 hidden cells) beside 1 of the pairs
+    "siglip2": {
+        "data.small_views": ("8 x 96 at 0.05-0.4",),
+        "model.encoder.drop_path": 0.0,
+        "model.encoder.freeze_patch_embed": False,
+        "model.text.pool": "last",
+        "model.head.hidden": 2048,
+        "model.head.width": 256,
+        "objective.weighting": "fixed",
+        "objective.gamma": 3.2,
+        "optim.ema_schedule": "constant",
+        **_WEBLI,
+    },
+    # 1 of the pairs, 1 of small views, 2 of hidden cells
+    "tips": {
+        "data.small_views": ("6 x 96 at 0.05-0.4",),
+        "model.encoder.drop_path": 0.0,
+        "model.encoder.freeze_patch_embed": False,
+        "model.pool.kind": "cls",
+        "model.text.pool": "mean",
+        "model.head.hidden": 2048,
+        "model.head.width": 256,
+        "objective.weighting": "fixed",
+        "objective.gamma": 1 / 3,
     },
 }
 

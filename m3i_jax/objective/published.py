@@ -114,6 +114,15 @@ def _online(scale: float) -> Terms:
     return (pooled_term(FULL, 1, encoder="online", posterior=posterior, head=_MLP3),)
 
 
+def _with_small_and_hidden(hidden: float) -> Terms:
+    """Self-distillation beside captions: small views predict the assignment of the whole view, and
+    hidden tokens, `hidden` times as heavy, those of its tokens."""
+    return (
+        pooled_term(SMALL, 0, posterior=PrototypeSoftmax(), head=_DINO),
+        dataclasses.replace(ibot_term(_DINO, PrototypeSoftmax()), weight=hidden),
+    )
+
+
 def _of_both_views(
     name: str, estimator: EntropyEstimator, head: ProjectionHead, weight: float
 ) -> tuple[EntropyTerm, ...]:
@@ -435,6 +444,34 @@ PUBLISHED: dict[str, PublishedMethod] = {
         left_out=(
             "Adafactor, text without a mask of its padding, an image feature that is the pooled"
             " token itself (here through a linear map)"
+        ),
+    ),
+    # SigLIP 2 (arXiv 2502.14786, sections 2.2 and 2.3); its training code is not public
+    "siglip2": PublishedMethod(
+        terms=(
+            dataclasses.replace(text_term(FULL), posterior=TextSigmoid()),
+            *_with_small_and_hidden(0.25),
+        ),
+        kept=(
+            "SigLIP's pairs; small views predict the EMA encoder's assignment of the whole view,"
+            " and hidden cells those of its cells with weight 0.25, momentum that does not rise;"
+            " together a quarter of the pairs' weight, as for its B models"
+        ),
+        left_out=(
+            "LocCa's decoder, self-distillation in the last fifth of the run alone and on views of"
+            " its own (here the pairs read an augmented view, too), NaFlex"
+        ),
+    ),
+    # TIPS (arXiv 2410.16512, section 3)
+    "tips": PublishedMethod(
+        terms=(*FORMS["weakly_supervised"], *_with_small_and_hidden(2.0)),
+        kept=(
+            "CLIP's loss of cls with weight 1, small views predict the EMA encoder's assignment of"
+            " the whole view with weight 1, half of the cells hidden and predicted with weight 2"
+        ),
+        left_out=(
+            "the second cls token with a synthetic caption, sinusoidal positions and scaled"
+            " embeddings of the text tower, rates and length of its runs"
         ),
     ),
 }

@@ -40,6 +40,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "vicreg": {"epochs": 1000, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)},
     "lejepa": {"epochs": 800, "decay": 0.05, "blur": (0.5, 0.5)},
     "simdino": {"epochs": 100, "decay": 0.04, "ema": 0.6, "warmup": 10},
+    "siglip2": {"epochs": 4, "decay": 1e-4},
+    "tips": {"epochs": 400},
     "siglip": {"epochs": 4, "decay": 1e-4, "b2": 0.95, "flip": 0.0, "jitter": 0.0},
 }
 

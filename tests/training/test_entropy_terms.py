@@ -107,6 +107,21 @@ def test_siglip_starts_at_the_published_scalars():
     assert TextSigmoid().scalars == {"logit_scale": pytest.approx(2.302585), "logit_bias": -10}
 
 
+@pytest.mark.parametrize(("row", "hidden"), [("siglip2", 0.25), ("tips", 2.0)])
+def test_joined_rows_are_their_parts(row, hidden):
+    """Pairs, small views and hidden cells; the last two share one head and their weight."""
+    views = {"data__small_views": ("2 x 16 at 0.2-0.5",)}
+    plan = plan_of(row, **HEAD, **views)
+    weights = {t.name: 0.0 for t in plan.terms}
+    for t in plan.terms:
+        weights[t.name] += t.weight
+    assert weights == {"text": 1, "global": 1, "dense": hidden}
+    assert {t.name: t.group for t in plan.terms} == {"text": "sp", "global": "ssp", "dense": "ssp"}
+    assert [t.reads.view for t in plan.terms if t.name == "global"] == [2, 3]
+    assert len(plan.target_passes) == 1 and not plan.entropy_terms
+    assert (type(plan.terms[0].posterior).__name__ == "TextSigmoid") == (row == "siglip2")
+
+
 def test_a_row_of_entropy_alone_joins_any_other():
     """It reads the first pass of the objective and adds its weight to the whole loss."""
     plan = plan_of("byol,koleo", **HEAD)
