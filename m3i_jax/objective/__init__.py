@@ -11,7 +11,8 @@ dense tasks as pure functions of arrays, for this project and for others.
 - `entropy`: estimators of the entropy as losses: KoLeo, VICReg, SIGReg, uniformity, coding rate
 - `entropy_terms`: these as values, and as terms of an objective
 - `terms`: the rows of the paper's Table 1 as data
-- `published`: terms of public methods where they differ from those rows
+- `published`, `published_recent`, `published_terms`: public methods where they differ from those
+  rows, those younger than the paper, and what several of them share
 - `registry`: all objectives by name; `register_form` adds one from outside
 - `information`: the bound of Eq. 2 in bits
 - `collapse`: monitors of collapsing targets

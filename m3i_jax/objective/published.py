@@ -6,29 +6,27 @@ AdamW. `m3i_jax/published_settings.py` has the published settings; `configs/form
 combines both.
 """
 
-import dataclasses
-
-from m3i_jax.objective.entropy_terms import (
-    AnyTerms,
-    CodingRate,
-    EntropyEstimator,
-    EntropyTerm,
-    Koleo,
-    Sigreg,
-    VarianceCovariance,
-)
-from m3i_jax.objective.pair_posteriors import SquaredError, TextSigmoid
+from m3i_jax.objective.entropy_terms import EntropyTerm, Koleo
 from m3i_jax.objective.posteriors import (
     BarlowTwins,
     Boltzmann,
     Cosine,
     DenseCL,
     NTXent,
-    Posterior,
     Prototypes,
     SmoothL1,
 )
 from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
+from m3i_jax.objective.published_recent import RECENT
+from m3i_jax.objective.published_terms import (
+    DINO,
+    DINOV2,
+    MASK_TOKENS,
+    OTHER,
+    PublishedMethod,
+    dino_terms,
+    ibot_term,
+)
 from m3i_jax.objective.terms import (
     FORMS,
     FULL,
@@ -38,27 +36,10 @@ from m3i_jax.objective.terms import (
     MlpShape,
     Pass,
     ProjectionHead,
-    Term,
-    Terms,
     pixel_term,
     pooled_term,
-    text_term,
     token_term,
 )
-
-OTHER, SMALL = Pass(view=1), Pass(view=2)
-MASK_TOKENS = Pass(masked=True, mask_tokens=True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PublishedMethod:
-    """terms: the objective. kept, left_out: parts of the publication, settings included, as
-    prose."""
-
-    terms: AnyTerms
-    kept: str
-    left_out: str
-
 
 _BYOL = ProjectionHead(projector=MlpShape(layers=2), predictor=MlpShape(layers=2))
 _MOCO = ProjectionHead(
@@ -73,64 +54,6 @@ _SLIP = pooled_term(
     posterior=NTXent(temperature=0.1),
     head=ProjectionHead(projector=MlpShape(layers=3)),
 )
-_DINO = ProjectionHead(
-    pool="cls",
-    projector=MlpShape(layers=3, norm="none", activation="gelu", std=0.02),
-    prototypes="unit",
-)
-_DINOV2 = dataclasses.replace(_DINO, prototypes="scaled")
-
-
-def dino_terms(
-    read: Pass, head: ProjectionHead, posterior: Posterior, weight: float = 1.0
-) -> tuple[Term, ...]:
-    """Each large view predicts the other's target from cls, and each small view both, all pairs
-    with equal weights. `read` is the pass of the first large view."""
-    pairs = ((read, 1), (OTHER, 0), (SMALL, 0), (SMALL, 1))
-    return tuple(
-        pooled_term(a, b, posterior=posterior, head=head, weight=weight / len(pairs))
-        for a, b in pairs
-    )
-
-
-def ibot_term(head: ProjectionHead, posterior: PrototypeSoftmax) -> Term:
-    """Each hidden token predicts the assignment of the target's token at its cell. One of the two
-    large views is masked, and the mean is over both, so it weighs one half."""
-    tokens = dataclasses.replace(head, pool="none", queries="hidden")
-    return token_term(
-        MASK_TOKENS, 0, name="dense", posterior=posterior, head=tokens, hidden=True, weight=0.5
-    )
-
-
-_MLP3 = ProjectionHead(projector=MlpShape(layers=3))
-_SIM = ProjectionHead(
-    pool="cls", projector=MlpShape(layers=3, norm="none", activation="gelu", std=0.02)
-)
-
-
-def _online(scale: float) -> Terms:
-    """Squared error of two views in one projection, with gradient through both."""
-    posterior = SquaredError(scale=scale)
-    return (pooled_term(FULL, 1, encoder="online", posterior=posterior, head=_MLP3),)
-
-
-def _with_small_and_hidden(hidden: float) -> Terms:
-    """Self-distillation beside captions: small views predict the assignment of the whole view, and
-    hidden tokens, `hidden` times as heavy, those of its tokens."""
-    return (
-        pooled_term(SMALL, 0, posterior=PrototypeSoftmax(), head=_DINO),
-        dataclasses.replace(ibot_term(_DINO, PrototypeSoftmax()), weight=hidden),
-    )
-
-
-def _of_both_views(
-    name: str, estimator: EntropyEstimator, head: ProjectionHead, weight: float
-) -> tuple[EntropyTerm, ...]:
-    return tuple(
-        EntropyTerm(name=name, estimator=estimator, reads=read, head=head, weight=weight)
-        for read in (FULL, OTHER)
-    )
-
 
 PUBLISHED: dict[str, PublishedMethod] = {
     "mae": PublishedMethod(
@@ -284,7 +207,7 @@ PUBLISHED: dict[str, PublishedMethod] = {
     ),
     # DINO (arXiv 2104.14294, section 3; facebookresearch/dino, main_dino.py)
     "dino": PublishedMethod(
-        terms=dino_terms(FULL, _DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
+        terms=dino_terms(FULL, DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
         kept=(
             "cls of two large views and any number of small ones, head of three layers with GELU"
             " and 65,536 prototypes of length 1, EMA of the encoder and all of the head, centring"
@@ -299,8 +222,8 @@ PUBLISHED: dict[str, PublishedMethod] = {
     # iBOT (arXiv 2111.07832, section 3; bytedance/ibot, main_ibot.py)
     "ibot": PublishedMethod(
         terms=(
-            *dino_terms(MASK_TOKENS, _DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
-            ibot_term(_DINO, PrototypeSoftmax()),
+            *dino_terms(MASK_TOKENS, DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
+            ibot_term(DINO, PrototypeSoftmax()),
         ),
         kept=(
             "DINO's loss of cls, with a masked large view, and the same loss of each hidden token"
@@ -316,8 +239,8 @@ PUBLISHED: dict[str, PublishedMethod] = {
     # DINOv2 (arXiv 2304.07193, section 4 and table 16; dinov2/train/ssl_meta_arch.py)
     "dinov2": PublishedMethod(
         terms=(
-            *dino_terms(MASK_TOKENS, _DINOV2, PrototypeSoftmax()),
-            ibot_term(_DINOV2, PrototypeSoftmax()),
+            *dino_terms(MASK_TOKENS, DINOV2, PrototypeSoftmax()),
+            ibot_term(DINOV2, PrototypeSoftmax()),
             *(
                 EntropyTerm(name="koleo", estimator=Koleo(group=32), reads=read, weight=0.1)
                 for read in (MASK_TOKENS, OTHER)
@@ -391,94 +314,7 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " another architecture"
         ),
     ),
-    # VICReg (arXiv 2105.04906, section 4.1; facebookresearch/vicreg, main_vicreg.py)
-    "vicreg": PublishedMethod(
-        terms=(
-            *_online(25.0),
-            *_of_both_views("variance_covariance", VarianceCovariance(), _MLP3, 0.5),
-        ),
-        kept=(
-            "one encoder with gradient through both views, projector of three layers of 8,192, 25"
-            " times squared error, 25 times variance (mean of both views), covariance (sum of"
-            " both), moments over the batch"
-        ),
-        left_out="LARS; moments across microbatches",
-    ),
-    # LeJEPA (arXiv 2511.08544, section 5; its minimal example for the constants)
-    "lejepa": PublishedMethod(
-        terms=(*_online(0.98 / 4), *_of_both_views("sigreg", Sigreg(slices=256), _MLP3, 0.01)),
-        kept=(
-            "no teacher and no stopped gradient, 0.98 times the mean squared distance of the views"
-            " from their mean, 0.02 times the mean over views of SIGReg with 256 directions and 17"
-            " knots up to 3, projector of three layers with batch norm"
-        ),
-        left_out=(
-            "six small views; the paper's constants (0.05, 1,024 directions, knots up to 5), which"
-            " differ from those of its example"
-        ),
-    ),
-    # SimDINO (arXiv 2502.10385, section 4; RobinWu218/SimDINO, simdino/main_dino.py)
-    "simdino": PublishedMethod(
-        terms=(
-            *dino_terms(FULL, _SIM, Cosine(scale=0.5)),
-            *_of_both_views("coding_rate", CodingRate(eps=0.5, scaled=True), _SIM, 0.5),
-        ),
-        kept=(
-            "DINO's views and pairs, head of three layers to 256 without prototypes, cosine to the"
-            " EMA target of another view, coding rate of the online large views times (D + m) / (D"
-            " m) with eps 0.5; no temperature, centre or Sinkhorn"
-        ),
-        left_out=(
-            "the rising weight decay, the coding rate of one"
-            " device (here of the batch; CodingRate.group sets another number of rows) and of the"
-            " mean with the target's features (here of the online ones)"
-        ),
-    ),
-    # SigLIP (arXiv 2303.15343, sections 3 and 4; google-research/big_vision, siglip.py)
-    "siglip": PublishedMethod(
-        terms=(dataclasses.replace(text_term(FULL), posterior=TextSigmoid()),),
-        kept=(
-            "sigmoid loss over all pairs of the global batch by a ring, scale and bias trained from"
-            " 10 and -10 without limits, attention pooling of the image, last text token"
-        ),
-        left_out=(
-            "Adafactor, text without a mask of its padding, an image feature that is the pooled"
-            " token itself (here through a linear map)"
-        ),
-    ),
-    # SigLIP 2 (arXiv 2502.14786, sections 2.2 and 2.3); its training code is not public
-    "siglip2": PublishedMethod(
-        terms=(
-            dataclasses.replace(text_term(FULL), posterior=TextSigmoid()),
-            *_with_small_and_hidden(0.25),
-        ),
-        kept=(
-            "SigLIP's pairs; small views predict the EMA encoder's assignment of the whole view,"
-            " and hidden cells those of its cells with weight 0.25, momentum that does not rise;"
-            " together a quarter of the pairs' weight, as for its B models"
-        ),
-        left_out=(
-            "LocCa's decoder, self-distillation in the last fifth of the run alone and on views of"
-            " its own (here the pairs read an augmented view, too), NaFlex"
-        ),
-    ),
-    # TIPS (arXiv 2410.16512, section 3)
-    "tips": PublishedMethod(
-        terms=(*FORMS["weakly_supervised"], *_with_small_and_hidden(2.0)),
-        kept=(
-            "CLIP's loss of cls with weight 1, small views predict the EMA encoder's assignment of"
-            " the whole view with weight 1, half of the cells hidden and predicted with weight 2"
-        ),
-        left_out=(
-            "the second cls token with a synthetic caption, sinusoidal positions and scaled"
-            " embeddings of the text tower, rates and length of its runs"
-        ),
-    ),
-}
-# Entropy terms that any objective can be joined with: byol+koleo.
-ENTROPIES: dict[str, AnyTerms] = {
-    # DINOv2 (arXiv 2304.07193, section 4): of cls before the head, weight 0.1
-    "koleo": (EntropyTerm(name="koleo", estimator=Koleo(), weight=0.1),),
+    **RECENT,
 }
 
 # Rows of Table 1 that this project does not implement, and why.

@@ -16,7 +16,7 @@ An entropy term is registered in the same way, with predictions or alone.
 
 import difflib
 
-from m3i_jax.objective import published
+from m3i_jax.objective import published, published_recent
 from m3i_jax.objective import terms as objective_terms
 from m3i_jax.objective.entropy_terms import AnyTerms, EntropyTerm
 from m3i_jax.objective.terms import Term
@@ -25,7 +25,7 @@ _FORMS: dict[str, AnyTerms] = {
     **objective_terms.FORMS,
     **objective_terms.TRANSFER,
     **{name: method.terms for name, method in published.PUBLISHED.items()},
-    **published.ENTROPIES,
+    **published_recent.ENTROPIES,
 }
 
 
