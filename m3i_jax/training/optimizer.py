@@ -28,8 +28,8 @@ NamedLink = tuple[str, optax.GradientTransformation]
 # biases, LayerScale and the logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's
 # fine-tuning do not; Mask2Former decays no query).
 _NO_DECAY = re.compile(
-    r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_token|prototypes|positions"
-    r"|queries|levels|logit_scale)$|(^|/)\w*_bias$"
+    r"(^|/)(bias|scale|gamma[12]|cls_token|registers|mask_token|query_token|prototypes"
+    r"|positions|queries|levels|logit_scale)$|(^|/)\w*_bias$"
 )
 # ViTDet: its own channel norms of pyramid and heads are decayed, those of the blocks are not.
 _ENCODER_NORMS = re.compile(r"^encoder/(.*/)?\w*norm\w*/|^encoder/positions$")
