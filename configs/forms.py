@@ -69,6 +69,8 @@ def _tiny(config: ConfigDict) -> None:
             "vocabulary_size": 512,
         }
     )
+    if config.data.small_views:
+        config.data.small_views = ("4 x 16 at 0.3-0.6",)
     # Smaller crops would often miss the shape.
     config.data.crop_scale = (max(config.data.crop_scale[0], 0.6), 1.0)
     config.data.augment.blur_sigma = (0.1, 0.5)

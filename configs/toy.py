@@ -1,5 +1,5 @@
 """M3I and single methods at toy scale, on a few thousand small images: minutes on one CPU core. The
-runs of `tests/bench/tables.py`.
+runs of `tests/bench/tables`.
 
     python -m m3i_jax.main --workdir runs/toy \\
       --config 'configs/toy.py:source=tars,path=DIR/*.tar,form=m3i'

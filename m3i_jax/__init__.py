@@ -57,6 +57,7 @@ _PUBLIC = {
     "balance": ("feature_norm", "track_balance", "balance_weight"),
     "ema": ("cosine_momentum", "track_target"),
     "posteriors": (),
+    "prototype_targets": ("centering", "sinkhorn", "soft_cross_entropy", "track_centers"),
     "published": ("PUBLISHED",),
     "terms": ("FORMS", "Pass", "Target", "Term"),
     "registry": ("register_form",),

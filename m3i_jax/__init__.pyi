@@ -32,6 +32,7 @@ from m3i_jax.objective import (
     mixing as mixing,
     positions as positions,
     posteriors as posteriors,
+    prototype_targets as prototype_targets,
     published as published,
     registry as registry,
     regression_losses as regression_losses,
@@ -116,6 +117,12 @@ from m3i_jax.objective.positions import (
     relative_positions as relative_positions,
     same_view_positions as same_view_positions,
     sincos_2d as sincos_2d,
+)
+from m3i_jax.objective.prototype_targets import (
+    centering as centering,
+    sinkhorn as sinkhorn,
+    soft_cross_entropy as soft_cross_entropy,
+    track_centers as track_centers,
 )
 from m3i_jax.objective.published import (
     PUBLISHED as PUBLISHED,

@@ -5,6 +5,7 @@ import dataclasses
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError, shorten
+from m3i_jax.objective import block_masks, registry, terms
 from m3i_jax.schema.limits import check_limits
 
 
@@ -100,6 +101,15 @@ def validate_settings(c: schema.Config) -> None:
         image,
         f"must be a multiple of model.encoder.patch_size, {patch}",
     )
+    for group in c.small_views:
+        _require(
+            group.size % patch == 0,
+            "data.small_views",
+            str(group),
+            f"is smaller than a patch of {patch} pixels; use at least {patch}"
+            if group.size < patch
+            else f"must have a size that is a multiple of model.encoder.patch_size, {patch}",
+        )
     if c.traits.pairs:
         _validate_masks(c)
     mesh = c.parallel.mesh
@@ -141,6 +151,17 @@ def _validate_masks(c: schema.Config) -> None:
         f"must be a multiple of model.encoder.patch_size, {patch}, that divides data.image_size,"
         f" {image}; 0 means one patch",
     )
+    if c.data.mask == "multi_block":
+        one = block_masks.block_cells(c.grid, c.data.mask_block_share)
+        _require(
+            c.data.mask_blocks * one <= c.hidden and c.cell == 1,
+            "data.mask_ratio",
+            c.data.mask_ratio,
+            f"hides {c.hidden} of {c.tokens} cells, and {c.data.mask_blocks} target blocks of"
+            f" {one} need {c.data.mask_blocks * one}; raise it, or lower data.mask_block_share"
+            if c.cell == 1
+            else "is of single patches with data.mask=multi_block; leave data.mask_cell at 0",
+        )
     _require(
         0 < c.hidden < c.tokens,
         "data.mask_ratio",
@@ -174,11 +195,21 @@ def _validate_compare(c: schema.Config) -> None:
 
 
 def validate_devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
-    """Check that the batch can be split over a mesh of this (replica, fsdp, tensor) shape.
+    """Check that the batch, and prototypes that are a target's, can be split over a mesh of this
+    (replica, fsdp, tensor) shape.
 
     Raises:
       UserError: it cannot.
     """
+    rows = [registry.forms().get(terms.LETTERS.get(name, name), ()) for name in c.objective.forms]
+    if any(getattr(t.head, "prototypes", "") for row in rows for t in row):
+        _require(
+            c.model.head.prototypes >= shape[1],
+            "model.head.prototypes",
+            c.model.head.prototypes,
+            f"is fewer than the {shape[1]} devices of the axis fsdp, which share them; use at least"
+            f" {shape[1]}",
+        )
     unit, why = _batch_unit(c, shape)
     below = c.train.batch_size // unit * unit
     _require(

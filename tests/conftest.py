@@ -22,6 +22,7 @@ collect_ignore = [
     "bench/m3i_torch.py",
     "bench/upernet_torch.py",
     "data/make_mask2former.py",
+    "data/make_published_dense.py",
     "data/make_dino.py",
     "data/make_opencv_values.py",
     "data/make_vitdet.py",

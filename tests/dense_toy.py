@@ -56,6 +56,17 @@ DINO = DETECT | {
     "dense.detect.dino.denoising": 6,
     "dense.detect.dino.projection_bias": False,  # at this width the group norm takes it away
 }
+INSTANCES = DETECT | {
+    "dense.detect.head": "mask2former",
+    "dense.detect.score_threshold": 0.0,
+    "dense.detect.mask2former.queries": 5,
+    "dense.detect.mask2former.heads": 2,
+    "dense.detect.mask2former.encoder_depth": 1,
+    "dense.detect.mask2former.encoder_hidden": 8,
+    "dense.detect.mask2former.depth": 2,
+    "dense.detect.mask2former.hidden": 8,
+    "dense.detect.mask2former.points": 24,
+}
 SEGMENT = {
     "dense.maps.relative": "table",
     "dense.maps.blocks": (0, 1),
@@ -81,19 +92,20 @@ MASK2FORMER = {
     "dense__segment__strides": "(4,8,16)",
     "dense__maps__blocks": "()",
 }
-TASKS = {"detect": DETECT, "dino": DINO, "segment": SEGMENT}
+TASKS = {"detect": DETECT, "dino": DINO, "instances": INSTANCES, "segment": SEGMENT}
+DETECTORS = ("dino", "instances")  # are runs of detection
 
 
 def dense_settings(task: str, **changes: object) -> schema.Config:
-    """A complete configuration of a task, or of detection by DINO; `changes` are dotted keys with
-    __ for the dot."""
+    """A complete configuration of a task, or of detection by DINO or Mask2Former; `changes` are
+    dotted keys with __ for the dot."""
     values = SHARED | TASKS[task]
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     texts = {
         key.replace(".", "__"): str(value).lower() if isinstance(value, bool) else str(value)
         for key, value in values.items()
     }
-    return toy.settings(task="detect" if task == "dino" else task, **texts)
+    return toy.settings(task="detect" if task in DETECTORS else task, **texts)
 
 
 def dense_batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ import numpy as np
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
-from m3i_jax.objective import masks
+from m3i_jax.objective import block_masks, masks
 
 COLORLESS = {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
 CLASSES, VOCABULARY, CAPTION = 5, 300, 8
@@ -71,8 +71,25 @@ def batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:
         "position": np.stack([np.zeros(b), np.arange(b) + seed * b], -1).astype(np.uint32),
     }
     out["label"][[1, 4]] = -1
+    if config.data.mask == "multi_block":
+        out["mask"], out["blocks"] = block_masks.multi_block(
+            seed,
+            0,
+            b,
+            grid=config.grid,
+            hidden=config.hidden,
+            blocks=config.data.mask_blocks,
+            share=config.data.mask_block_share,
+        )
     if config.data.captions == "yes":
         out["tokens"] = r.integers(3, VOCABULARY, (b, CAPTION)).astype(np.int32)
         out["length"] = r.integers(3, CAPTION + 1, b).astype(np.int32)
         out["length"][[2, 4]] = 0
+    if small := len(config.small_views):
+        for group in set(config.small_views):
+            count = sum(other.size == group.size for other in config.small_views)
+            shape = (b, count, group.size, group.size, 3)
+            out[f"views_{group.size}"] = r.integers(0, 256, shape).astype(np.uint8)
+        out["box"] = np.concatenate([out["box"], np.ones((b, small, 4), np.float32)], 1)
+        out["flip"] = np.concatenate([out["flip"], r.random((b, small)) < 0.5], 1)
     return out

@@ -50,7 +50,7 @@ def _mask2former(config: ConfigDict, *, is_vit: bool, multi_scale: bool) -> None
     if multi_scale:
         segment.test_scales = tuple(side / 896 for side in SIDES)
     optim.clip = 0.1  # [R]
-    if not is_vit and config.model.encoder.width >= 320:
+    if not is_vit and config.model.intern_image.width >= 320:
         segment.width = 1024  # [R]
         segment.mask2former.update(
             {"queries": 200, "heads": 32, "encoder_hidden": 4096, "hidden": 4096}  # [R]

@@ -35,6 +35,9 @@ COCO = DetectionData(
         "dino": Schedule(
             steps=90_000, epochs=12, batch=16, milestones=(82_500,), lr=1e-4
         ),  # [R]: detrex
+        "mask2former": Schedule(
+            steps=368_750, epochs=50, batch=16, milestones=(327_778, 355_092), lr=1e-4
+        ),  # [R]: its authors
     },
 )
 
@@ -47,6 +50,7 @@ def get_config(
     epochs: float = 0.0,
     batch_size: int = 0,
     image_size: int = 1024,
+    multi_scale: bool = False,
 ) -> ConfigDict:
     """Settings of a run on COCO.
 
@@ -55,10 +59,12 @@ def get_config(
       from_: working directory of the run that trained the encoder, or a weights file; empty: train
         from scratch.
       model: preset, used without `from`.
-      head: mask_rcnn, or dino, which predicts boxes without masks.
-      epochs: 0: as published, 100 [P]; 25 in the paper's ablations; dino 12.
-      batch_size: images per step; 0: as published, 64; dino 16.
+      head: mask_rcnn; dino, which predicts boxes without masks; or mask2former, which predicts
+        masks and the boxes around them.
+      epochs: 0: as published, 100 [P]; 25 in the paper's ablations; dino 12; mask2former 50.
+      batch_size: images per step; 0: as published, 64; dino and mask2former 16.
       image_size: side of the square that images are fitted into.
+      multi_scale: train on images of several static sizes, as DINO is; with an InternImage.
     """
     return build_detection(
         COCO,
@@ -69,4 +75,5 @@ def get_config(
         epochs=epochs,
         batch_size=batch_size,
         image_size=image_size,
+        multi_scale=multi_scale,
     )

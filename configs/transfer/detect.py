@@ -1,5 +1,6 @@
-"""Detection and instance segmentation on images of one's own: ViTDet's Mask R-CNN, or with
-head=dino boxes by DINO, with the trainer of pre-training.
+"""Detection and instance segmentation on images of one's own: ViTDet's Mask R-CNN, with
+head=mask2former masks by Mask2Former, or with head=dino boxes by DINO, with the trainer of
+pre-training.
 
     python -m m3i_jax.main --config configs/transfer/detect.py --workdir runs/detect_scenes
     python -m m3i_jax.main --workdir runs/mine \\
@@ -11,8 +12,8 @@ COCO's form, with or without masks (masks=false); a fifth of the images is held 
 weights file that `init_from` reads.
 
 configs/transfer/coco.py and lvis.py have the published settings. Here, for data sets of thousands
-of images, rate and length are a choice of this project: AdamW with 2e-3 (DINO: 1e-3) below 384
-channels and 1e-4 above, a cosine schedule, and images scaled by 0.5 to 1.5.
+of images, rate and length are a choice of this project: AdamW with 2e-3 (other heads: 1e-3)
+below 384 channels and 1e-4 above, a cosine schedule, and images scaled by 0.5 to 1.5.
 """
 
 from ml_collections import ConfigDict
@@ -52,7 +53,7 @@ def get_config(
       steps: optimizer steps instead of epochs; 0: from epochs.
       batch_size: images per step.
       masks: predict masks; the annotations must have them. DINO predicts none.
-      head: mask_rcnn or dino.
+      head: mask_rcnn, dino or mask2former.
     """
     config = default_config()
     config.task = "detect"
@@ -93,7 +94,23 @@ def get_config(
         config.dense.detect.update(
             {"strides": (8, 16, 32, 64), "score_threshold": 0.0, "detections": 300}
         )
-    if size < SMALL and head == "dino":
+    if head == "mask2former":
+        config.dense.detect.update({"strides": (4, 8, 16, 32), "score_threshold": 0.0})
+    if size < SMALL and head == "mask2former":
+        config.dense.geometry.mask_size = 56
+        config.dense.detect.update({"width": 64, "detections": 100})
+        config.dense.detect.mask2former.update(
+            {
+                "queries": 40,
+                "heads": 4,
+                "encoder_depth": 2,
+                "encoder_hidden": 128,
+                "depth": 3,
+                "hidden": 128,
+                "points": 1024,
+            }
+        )
+    elif size < SMALL and head == "dino":
         # every token of maps of strides 8, 16 and 32 is a query, up to 100
         sides = [-(-size // stride) for stride in (8, 16, 32)]
         queries = min(100, sum(side**2 for side in sides))
@@ -135,7 +152,7 @@ def get_config(
     config.train.epochs = epochs or (2.0 if scenes else 36.0)
     config.train.steps = steps
     config.train.eval_every = 0
-    rate = 1e-3 if head == "dino" else 2e-3
+    rate = 2e-3 if head == "mask_rcnn" else 1e-3
     config.optim.lr = rate if config.model.encoder.width < 384 else 1e-4
     config.optim.warmup_epochs = 0.05 * config.train.epochs
     config.optim.warmup_steps = steps // 20 if steps else -1

@@ -50,6 +50,7 @@ def get_config(
     epochs: float = 0.0,
     batch_size: int = 0,
     image_size: int = 1024,
+    multi_scale: bool = False,
 ) -> ConfigDict:
     """Settings of a run on LVIS.
 
@@ -62,6 +63,7 @@ def get_config(
       epochs: 0: as published, 100 [P]; 25 in the paper's ablations; dino 12.
       batch_size: images per step; 0: as published, 64; dino 16.
       image_size: side of the square that images are fitted into.
+      multi_scale: train on images of several static sizes, as DINO is; with an InternImage.
     """
     return build_detection(
         LVIS,
@@ -72,4 +74,5 @@ def get_config(
         epochs=epochs,
         batch_size=batch_size,
         image_size=image_size,
+        multi_scale=multi_scale,
     )

@@ -22,7 +22,10 @@ from ml_collections import ConfigDict
 
 from m3i_jax.evaluation.detection_recipe import DetectionData, Schedule, build_detection
 
-IMAGES, EPOCHS, BATCH = 1_742_289, 26, 64  # of the training set; [P]; [C]
+# Images of the training set, as Ultralytics' Objects365.yaml of YOLOv5 and YOLOv8 counts them
+# (1,742,289) and https://huggingface.co/datasets/jxu124/objects365 counts the entries of the
+# annotations (1,742,292). Only the length of the schedule depends on it, by two millionths.
+IMAGES, EPOCHS, BATCH = 1_742_289, 26, 64  # see above; [P]; [C]
 STEPS = IMAGES * EPOCHS // BATCH
 OBJECTS365 = DetectionData(
     recipe="configs/transfer/objects365.py",
@@ -59,6 +62,7 @@ def get_config(
     epochs: float = 0.0,
     batch_size: int = 0,
     image_size: int = 1024,
+    multi_scale: bool = False,
 ) -> ConfigDict:
     """Settings of a run on Objects365.
 
@@ -71,6 +75,7 @@ def get_config(
       epochs: 0: 26 [P].
       batch_size: images per step; 0: 64.
       image_size: side of the square that images are fitted into.
+      multi_scale: train on images of several static sizes, as DINO is; with an InternImage.
     """
     return build_detection(
         OBJECTS365,
@@ -81,4 +86,5 @@ def get_config(
         epochs=epochs,
         batch_size=batch_size,
         image_size=image_size,
+        multi_scale=multi_scale,
     )

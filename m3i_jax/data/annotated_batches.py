@@ -13,6 +13,8 @@ from m3i_jax.data.geometry import (
     LEAST,
     WIDTH,
     Placement,
+    bucket_canvases,
+    bucket_placement,
     cut_image,
     cut_map,
     cut_polygons,
@@ -127,9 +129,10 @@ class DetectBatchBuilder(RecordBatchBuilder):
     """Builds batches of images and objects.
 
     Arrays, with B = rows, S = data.image_size, M = geometry.max_objects, m = geometry.mask_size:
-    image and size as in `SegmentBatchBuilder`; boxes float32 [B, M, 4], x0 y0 x1 y1 in continuous
-    pixels, tight around what is visible of a mask; classes int32 [B, M], -1 pads; and with `masks`,
-    masks uint8 [B, M, m, m], 0 or 1, in the frame of the box.
+    image and size as in `SegmentBatchBuilder`, but with rule "buckets" uint8 [B, H, W, 3] of one of
+    the canvases, which the position of the batch decides on; boxes float32 [B, M, 4], x0 y0 x1 y1
+    in continuous pixels, tight around what is visible of a mask; classes int32 [B, M], -1 pads; and
+    with `masks`, masks uint8 [B, M, m, m], 0 or 1, in the frame of the box.
 
     Crowds are left out, as are objects that the crop does not show; each is counted. An image that
     then has none stays: it is background."""
@@ -149,10 +152,23 @@ class DetectBatchBuilder(RecordBatchBuilder):
     geometry: schema.Geometry
     classes: int
     masks: bool = True
+    rows_before: int = 0  # of the batch, on other hosts
 
     def large(self) -> dict[str, tuple[int, ...]]:
-        size, g = self.data.image_size, self.geometry
-        shapes: dict[str, tuple[int, ...]] = {"image": (self.rows, size, size, 3)}
+        size = (self.data.image_size,) * 2
+        canvases = bucket_canvases(self.geometry)
+        return self._shapes(max(canvases, key=lambda canvas: canvas[0] * canvas[1], default=size))
+
+    def large_at(self, first: int) -> dict[str, tuple[int, ...]]:
+        canvases = bucket_canvases(self.geometry)
+        if not canvases:
+            return self.large()
+        u = rng.uniforms(self.seed, rng.BUCKET, first - self.rows_before, 1, 1)[0, 0]
+        return self._shapes(canvases[int(u * len(canvases))])
+
+    def _shapes(self, canvas: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        g = self.geometry
+        shapes: dict[str, tuple[int, ...]] = {"image": (self.rows, *canvas, 3)}
         if self.masks:
             shapes["masks"] = (self.rows, g.max_objects, g.mask_size, g.mask_size)
         return shapes
@@ -173,12 +189,13 @@ class DetectBatchBuilder(RecordBatchBuilder):
         if objects is None:
             raise decode.BadRecord(NO_OBJECTS, "the record has no list of objects")
         opened, turned = open_annotated(record, objects.size)
-        place = jitter_placement
-        if self.geometry.rule == "range":
-            place = range_placement
-        placement = place(
-            u.tolist(), opened.height, opened.width, self.geometry, self.data.image_size
-        )
+        sides = opened.height, opened.width
+        if self.geometry.rule == "buckets":
+            _, height, width, _ = batch["image"].shape
+            placement = bucket_placement(u.tolist(), *sides, self.geometry, (height, width))
+        else:
+            place = range_placement if self.geometry.rule == "range" else jitter_placement
+            placement = place(u.tolist(), *sides, self.geometry, self.data.image_size)
         image = opened.rgb(background=self.data.background)
         _pad(batch["image"][row], cut_image(image, placement), 0)
         batch["size"][row] = placement.rows, placement.columns
@@ -276,6 +293,10 @@ def iterate_segment_batches(
             f"{source.name} has no class maps to learn segmentation from: use data.source='maps',"
             " 'coco' or 'scenes'"
         )
+    if config.dense.geometry.rule == "buckets":
+        raise UserError(
+            "config.dense.geometry.rule: 'buckets' is a rule of detection; use 'range' or 'jitter'"
+        )
     limit = config.data.classes
     builder = SegmentBatchBuilder(
         data=config.data,
@@ -331,6 +352,7 @@ def iterate_detect_batches(
         geometry=config.dense.geometry,
         classes=pipeline.count_classes(config.data, source),
         masks=config.dense.detect.masks,
+        rows_before=host * (config.train.batch_size // hosts),
     )
     return pipeline.iterate(builder)
 

@@ -64,12 +64,15 @@ class DetectionEvaluationBatches(Iterator[Batch]):
         return batch
 
 
-def fit_image(record: base.Record, size: int, *, background: int = 255) -> FittedImage:
+def fit_image(
+    record: base.Record, size: int, *, background: int = 255, short: int = 0
+) -> FittedImage:
     """Decodes an image and fits it into a square, with Pillow's bilinear filter.
 
     Args:
         record: of the image, with or without objects.
         size: side of the square in pixels, S.
+        short: limit of the short side in pixels; 0: none but S.
         background: gray level 0..255 under transparent pixels.
 
     Raises:
@@ -82,7 +85,7 @@ def fit_image(record: base.Record, size: int, *, background: int = 255) -> Fitte
     stated = record.objects.size if record.objects is not None else (0, 0)
     opened, _ = open_annotated(record, stated)
     original = (opened.height, opened.width)
-    sides = geometry.fit_sides(*original, size)
+    sides = geometry.range_sides(*original, size, short or size)
     placement = geometry.whole_placement(original, sides, smooth=True)
     image = np.zeros((size, size, 3), np.uint8)
     content = geometry.cut_image(opened.rgb(background=background), placement)
@@ -97,6 +100,7 @@ def detection_eval_batches(
     batch: int,
     *,
     background: int = 255,
+    short: int = 0,
     threads: int = 1,
     missing: str = "stop",
     host: int = 0,
@@ -109,7 +113,7 @@ def detection_eval_batches(
         indices: of the records, the same on every host.
         size: S, to which the long side of an image is scaled.
         batch: rows of a batch on all hosts, a multiple of `hosts`; B of them are this host's.
-        background: see `fit_image`.
+        background, short: see `fit_image`.
         threads: number of threads that decode.
         missing: see `schema.Data.missing`.
         host, hosts: which contiguous share of the rows of every batch to read.
@@ -137,7 +141,7 @@ def detection_eval_batches(
         wanted[start + host * rows : min(start + (host + 1) * rows, start + batch)]
         for start in range(0, len(wanted), batch)
     ]
-    fit = functools.partial(fit_image, size=size, background=background)
+    fit = functools.partial(fit_image, size=size, background=background, short=short)
     ordered = [i for share in shares for i in share]
     read = _ReadAhead(source, ordered, fit, threads, missing, result.skipped)
     result._batches = _fitted_batches(read, shares, rows, size)

@@ -1,17 +1,19 @@
-"""Builds one host batch of masked view pairs as a pure function of its number, in a thread or a
-worker process of the pipeline."""
+"""Builds one host batch of masked view pairs, and of small views beside them, as a pure function of
+its number, in a thread or a worker process of the pipeline."""
 
+import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
+from m3i_jax import schema
 from m3i_jax.data import crops, decode, rand_augment
 from m3i_jax.data.record_batches import Batch, RecordBatchBuilder
 from m3i_jax.data.sources import base
 from m3i_jax.data.tokenizer import Tokenizer
-from m3i_jax.objective import masks, rng
+from m3i_jax.objective import block_masks, masks, rng
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,18 +31,33 @@ class BatchBuilder(RecordBatchBuilder):
     classes: int
     resizer: str
     views: tuple[int, ...]  # that are cut; the others are black
+    small_views: tuple[schema.ViewGroup, ...] = ()  # the group of view 2, of view 3, ...
 
     def large(self) -> dict[str, tuple[int, ...]]:
         size = self.data.image_size
-        return {"views": (self.rows, 2, size, size, 3)}
+        shapes: dict[str, tuple[int, ...]] = {"views": (self.rows, 2, size, size, 3)}
+        for small, count in collections.Counter(group.size for group in self.small_views).items():
+            shapes[f"views_{small}"] = (self.rows, count, small, small, 3)
+        return shapes
 
     def arrays(self, first: int) -> Batch:
         batch = {
-            "box": np.empty((self.rows, 2, 4), np.float32),
-            "flip": np.empty((self.rows, 2), bool),
+            "box": np.empty((self.rows, 2 + len(self.small_views), 4), np.float32),
+            "flip": np.empty((self.rows, 2 + len(self.small_views)), bool),
             "label": np.empty(self.rows, np.int32),
-            "mask": self._mask(first),
         }
+        if self.data.mask == "multi_block":
+            batch["mask"], batch["blocks"] = block_masks.multi_block(
+                self.seed,
+                first,
+                self.rows,
+                grid=self.grid,
+                hidden=self.hidden,
+                blocks=self.data.mask_blocks,
+                share=self.data.mask_block_share,
+            )
+        else:
+            batch["mask"] = self._mask(first)
         if self.tokenizer:
             batch["tokens"] = np.zeros((self.rows, self.tokenizer.length), np.int32)
             batch["length"] = np.zeros(self.rows, np.int32)
@@ -57,32 +74,35 @@ class BatchBuilder(RecordBatchBuilder):
             u = np.concatenate([u, augment_u], -1)
         return u
 
+    def small_uniforms(self, position: int) -> list[list[float]]:
+        """Returns the random numbers of the small views at a position, [view][WIDTH], from a stream
+        of their own, so that they change nothing of the two large ones."""
+        u = np.empty((len(self.small_views), crops.WIDTH))
+        for v in range(len(u)):  # a number of views more or less changes no other view
+            u[v] = rng.uniforms(self.seed, rng.SMALL_CROP, position, 1, crops.WIDTH, part=v)
+        numbers: list[list[float]] = u.tolist()
+        return numbers
+
     def usable(self, row: int, indices: np.ndarray) -> bool:
         # An image is not mixed with itself. Equal neighbours occur where an epoch ends, or by a
         # replacement.
         return not (row % 2 and indices[row] == indices[row - 1])
 
     def fill_row(self, record: base.Record, row: int, u: np.ndarray, batch: Batch) -> None:
-        self._cut_views(
-            record,
-            u.tolist(),
-            batch["views"][row].reshape(2, -1),
-            batch["box"][row],
-            batch["flip"][row],
-        )
+        self._cut_views(record, u.tolist(), row, batch)
         self._fill_annotations(record, row, batch)
 
     def _cut_views(
         self,
         record: base.Record,
         u: list[list[float]],
-        views_2xP: np.ndarray,
-        box: np.ndarray,
-        flip: np.ndarray,
+        row: int,
+        batch: Batch,
     ) -> None:
         """Decodes a record once and cuts its views. u is [2][WIDTH or more]: 22 uniforms for the
         box, one for the flip, and those of RandAugment."""
-        data = self.data
+        data, views_2xP = self.data, batch["views"][row].reshape(2, -1)
+        box, flip = batch["box"][row], batch["flip"][row]
         open_image = decode.open_image if self.resizer == "pillow" else decode.open_jpeg_fast
         opened = open_image(record.image)
         height, width = opened.height, opened.width
@@ -93,8 +113,10 @@ class BatchBuilder(RecordBatchBuilder):
             for v in range(2)
         ]
         least = crops.sufficient_size(
-            [boxes[v] for v in self.views], height, width, data.image_size, decode.GAP
+            [boxes[v] for v in self.views if v < 2], height, width, data.image_size, decode.GAP
         )
+        small, small_least = self._small_boxes(row, batch, height, width)
+        least = max(least[0], small_least[0]), max(least[1], small_least[1])
         image = opened.rgb(background=data.background, least=least)
         for v in range(2):
             box[v], flip[v] = boxes[v], u[v][22] < data.flip_p
@@ -114,6 +136,28 @@ class BatchBuilder(RecordBatchBuilder):
                 views_2xP[v] = rand_augment.apply_operations(
                     views_2xP[v], data.image_size, u[v][crops.WIDTH :], data.rand_augment
                 )
+        places = collections.Counter[int]()
+        for group, small_box in zip(self.small_views, small, strict=True):
+            pixels = batch[f"views_{group.size}"][row, places[group.size]].reshape(-1)
+            places[group.size] += 1
+            options: dict[str, Any] = {"height": height, "width": width, "by": self.resizer}
+            crops.cut_view(image, small_box, group.size, out=pixels, **options)
+
+    def _small_boxes(
+        self, row: int, batch: Batch, height: int, width: int
+    ) -> tuple[list[crops.Box], tuple[float, float]]:
+        """Draws the boxes and flips of the small views of a row, and returns the boxes and the size
+        at which the image may be decoded for them."""
+        high, low = batch["position"][row].tolist()
+        u, ratio = self.small_uniforms((high << 32) + low), _pair(self.data.crop_ratio)
+        boxes, least = [], (0.0, 0.0)
+        for v, group in enumerate(self.small_views):
+            boxes.append(crops.crop_box(u[v], height, width, scale=group.scale, ratio=ratio))
+            batch["box"][row, 2 + v] = boxes[v]
+            batch["flip"][row, 2 + v] = u[v][22] < self.data.flip_p
+            needed = crops.sufficient_size(boxes[-1:], height, width, group.size, decode.GAP)
+            least = max(least[0], needed[0]), max(least[1], needed[1])
+        return boxes, least
 
     def _fill_annotations(self, record: base.Record, row: int, batch: Batch) -> None:
         """Fills the label and the caption of a row."""

@@ -1,13 +1,13 @@
 """Resizes, crops and mirrors annotated images, with their boxes, masks and maps.
 
 An image is resized to `height` x `width`; a window of it is cut; the window is mirrored. A
-`Placement` holds these numbers, and everything that belongs to the image follows it. Two rules draw
-it: `jitter` as in ViTDet (large-scale jitter), `range` as in mmsegmentation. Each is a pure
-function of WIDTH uniform numbers.
+`Placement` holds these numbers, and everything that belongs to the image follows it. Three rules
+draw it: `jitter` as in ViTDet (large-scale jitter), `range` as in mmsegmentation, and `buckets` for
+DINO, where the size of a batch is drawn instead. Each is a pure function of WIDTH uniform numbers.
 
 The rules resize differently, as their references do: Pillow's bilinear filter, which is wider when
-it reduces, for `jitter`; OpenCV's, which always reads four pixels, for `range`. Maps take the
-nearest pixel."""
+it reduces, for `jitter` and `buckets`; OpenCV's, which always reads four pixels, for `range`. Maps
+take the nearest pixel."""
 
 import dataclasses
 import math
@@ -18,6 +18,7 @@ from PIL import Image
 
 from m3i_jax import schema
 from m3i_jax.data.sources.segmentations import Polygons, RunLengths, decode_mask, rasterize
+from m3i_jax.errors import UserError
 
 REDRAWS = 10  # of a crop that shows too much of one category
 WIDTH = 2 + 2 * (REDRAWS + 1)  # uniform numbers of an image: scale, flip, offsets of the crops
@@ -146,6 +147,53 @@ def range_placement(
         if draw == REDRAWS or accept(placement):
             break
     return placement
+
+
+def bucket_placement(
+    u: Sequence[float],
+    height: int,
+    width: int,
+    geometry: schema.Geometry,
+    canvas: tuple[int, int],
+) -> Placement:
+    """The placement of rule "buckets": the whole image, as large as fits into the canvas.
+
+    Args:
+        u: WIDTH uniform numbers, of which the second decides on the flip.
+        height, width: of the image.
+        geometry: flip_p.
+        canvas: (height, width) of the batch.
+
+    >>> bucket_placement([0.9] * WIDTH, 480, 640, schema.Geometry(), (800, 1344))
+    Placement(source=(480, 640), height=800, width=1067, top=0, left=0, rows=800, columns=1067, ...
+    """
+    scale = min(canvas[0] / height, canvas[1] / width)
+    rows, columns = (
+        min(max(int(side * scale + 0.5), 1), limit)
+        for side, limit in zip((height, width), canvas, strict=True)
+    )
+    flip = u[1] < geometry.flip_p
+    return Placement((height, width), rows, columns, 0, 0, rows, columns, flip, True)
+
+
+def bucket_canvases(geometry: schema.Geometry) -> tuple[tuple[int, int], ...]:
+    """(height, width) of the canvases of rule "buckets", in their order; () with another rule.
+
+    Raises:
+        UserError: none are given, or a height without a width.
+
+    >>> bucket_canvases(schema.Geometry(rule="buckets", buckets=(480, 800, 800, 1344)))
+    ((480, 800), (800, 1344))
+    """
+    given = geometry.buckets
+    if geometry.rule != "buckets":
+        return ()
+    if not given or len(given) % 2:
+        raise UserError(
+            f"config.dense.geometry.buckets: {given} has {len(given)} numbers; rule=buckets needs"
+            " height and width of every canvas, such as (480,800,800,1344)"
+        )
+    return tuple(zip(given[::2], given[1::2], strict=True))
 
 
 def range_sides(height: int, width: int, long: int, short: int) -> tuple[int, int]:

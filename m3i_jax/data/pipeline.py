@@ -270,11 +270,16 @@ def iterate_batches(
 
         views: uint8 [B, 2, S, S, 3], input and target view, not mirrored yet (on the device,
             `photometric.mirror` does that).
-        box: float32 [B, 2, 4], top, left, height, width in pixels of the un-mirrored image.
-        flip: bool [B, 2], whether the view is to be mirrored.
+        views_<size>: uint8 [B, n, size, size, 3], the n small views of a size, in the order of
+            `config.small_views`; only where `views` has one of them.
+        box: float32 [B, 2, 4], top, left, height, width in pixels of the un-mirrored image. With m
+            small views, [B, 2 + m, 4].
+        flip: bool [B, 2], whether the view is to be mirrored; [B, 2 + m] with
+            them.
         label: int32 [B], -1 if unknown.
         position: uint32 [B, 2], high and low word of the stream position.
         mask: bool [B, N], True = own image; `config.hidden` False per row, constant in a mask cell.
+        blocks: only with data.mask=multi_block, int32 [B, M, K], the cells of the target blocks.
         tokens, length: only with a tokenizer, int32 [B, L] and int32 [B]; length 0 without caption.
 
     Raises:
@@ -324,6 +329,8 @@ def iterate_batches(
         first=start + host * rows,
         resizer=crops.choose_resizer(data.resizer),
         views=views,
+        # those that no loss reads are not cut
+        small_views=config.small_views if max(views) > 1 else (),
     )
     return iterate(builder)
 

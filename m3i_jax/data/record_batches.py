@@ -59,6 +59,12 @@ class RecordBatchBuilder(abc.ABC):
         """Returns the shapes of the uint8 arrays that live in recycled memory. Their content is
         undefined before `fill_row`, which writes every element of its row."""
 
+    def large_at(self, first: int) -> dict[str, tuple[int, ...]]:
+        """Returns `large` of the batch whose first row here has position `first`. A builder whose
+        batches differ in size gives here its own, and in `large` the largest."""
+        del first
+        return self.large()
+
     @abc.abstractmethod
     def arrays(self, first: int) -> Batch:
         """Returns the other arrays of a batch, before its rows are filled."""
@@ -92,7 +98,7 @@ class RecordBatchBuilder(abc.ABC):
         with contextlib.ExitStack() as lent:
             pairs = {
                 name: lent.enter_context(self.buffers.lend(shape))
-                for name, shape in self.large().items()
+                for name, shape in self.large_at(first).items()
             }
             batch = self._fill(first, {name: array for name, (_, array) in pairs.items()})
             return {**batch, **{name: handle for name, (handle, _) in pairs.items()}}

@@ -90,6 +90,7 @@ def predicted_images(
         data.image_size,
         inputs.batch_size,
         background=data.background,
+        short=inputs.config.dense.geometry.test_short,
         threads=max(1, data.threads),
         missing=data.missing,
         host=jax.process_index(),

@@ -4,11 +4,23 @@ dense run, to go on from it."""
 import ml_collections
 
 from m3i_jax.evaluation.load import build_encoder, settings_of_weights
-from m3i_jax.interop import dense_weights, tensor_files
+from m3i_jax.interop import dense_weights, published_dense, tensor_files
 from m3i_jax.models import backbones, presets
 from m3i_jax.training import checkpoint_dir
 
 WINDOW = 14  # side of ViTDet's windows in patches
+_MASK2FORMER = tuple(
+    f"mask2former.{name}"
+    for name in (
+        "queries",
+        "heads",
+        "sampled",
+        "encoder_depth",
+        "encoder_hidden",
+        "depth",
+        "hidden",
+    )
+)
 # settings that the shapes of pyramid and head, and what they mean, depend on
 HEAD_SETTINGS = {
     "detect": (
@@ -21,9 +33,17 @@ HEAD_SETTINGS = {
         "box_convs",
         "box_hidden",
         "mask_convs",
-        "dino",
+        "dino.queries",
+        "dino.heads",
+        "dino.sampled",
+        "dino.encoder_depth",
+        "dino.depth",
+        "dino.hidden",
+        "dino.shared_heads",
+        "dino.projection_bias",
+        *_MASK2FORMER,
     ),
-    "segment": ("head", "strides", "width", "pool_scales", "aux_width", "mask2former"),
+    "segment": ("head", "strides", "width", "pool_scales", "aux_width", *_MASK2FORMER),
 }
 
 
@@ -96,9 +116,9 @@ def build_dense_encoder(
 def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: str) -> bool:
     """Start from pyramid and head, too, if `from_` has those of the same task and kind of head: a
     run that was trained on other data before, such as Objects365 before COCO, or a file of
-    detectron2 with a Mask R-CNN. Their sizes and the maps are then those of the source. Layers of
-    categories restart if the names of the categories differ, with a line in the log; running
-    statistics of batch norms start anew.
+    detectron2 with a Mask R-CNN, or one of InternImage with DINO, UperNet or Mask2Former. Their
+    sizes and the maps are then those of the source. Layers of categories restart if the names of
+    the categories differ, with a line in the log; running statistics of batch norms start anew.
 
     Args:
       config: changed in place, after all other settings of a recipe.
@@ -109,18 +129,27 @@ def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: s
     """
     if not from_:
         return False
-    if not checkpoint_dir.is_run(from_) and not (
-        config.task == "detect" and dense_weights.has_mask_rcnn(tensor_files.read_tensors(from_))
-    ):
-        return False
+    if not checkpoint_dir.is_run(from_):
+        table = tensor_files.read_tensors(from_)
+        found = (
+            "detect" if dense_weights.has_mask_rcnn(table) else published_dense.dense_task(table)
+        )
+        if found != config.task:
+            return False
     source = settings_of_weights(from_, flag)
     if source.task != config.task:
         return False
     if source.dense[config.task].head != config.dense[config.task].head:
         return False
     config.dense.maps.update(source.dense.maps)
-    config.dense.maps.image_size = source.dense.maps.image_size or source.data.image_size
+    if config.model.backbone == "vit":
+        config.dense.maps.image_size = source.dense.maps.image_size or source.data.image_size
     ours, theirs = config.dense[config.task], source.dense[config.task]
-    ours.update({name: theirs[name] for name in HEAD_SETTINGS[config.task]})
+    for name in HEAD_SETTINGS[config.task]:
+        section, _, field = name.rpartition(".")
+        if section:
+            ours[section][field] = theirs[section][field]
+        else:
+            ours[name] = theirs[name]
     config.init.only = ("^encoder/", "^pyramid/", "^head/")
     return True

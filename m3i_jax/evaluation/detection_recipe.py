@@ -136,8 +136,59 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
     config.optim.warmup_steps = min(500, config.train.steps)  # [R]
 
 
+def _mask2former(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
+    """Mask2Former for instances as its authors train it on COCO with a ResNet-50."""
+    _vitdet(config, schedule, vit=vit)
+    config.dense.detect.update(
+        {
+            "head": "mask2former",
+            "strides": (4, 8, 16, 32),  # [R]
+            "score_threshold": 0.0,  # [R]
+        }
+    )
+    config.dense.detect.mask2former.remat = True
+    config.optim.weight_decay = 0.05  # [R]
+    config.optim.clip = 0.01  # [R]
+    config.optim.warmup_steps = min(10, config.train.steps)  # [R]
+    config.optim.decayed = "but_norms"  # [R]
+    config.optim.encoder_lr = 0.1  # [R]
+    config.optim.layer_decay = 1.0  # [R]
+
+
+# Canvases of DINO's multi-scale training: short sides as in the references, and long sides of 5 : 3
+# up to the limit, so that few pixels are padding [C]. The references resize every image by itself.
+BUCKETS = (480, 800, 576, 960, 672, 1120, 800, 1344)
+LARGE_BUCKETS = (
+    608,
+    1024,
+    1024,
+    1728,
+    1408,
+    2016,
+    1792,
+    2016,
+)  # InternImage-H: 600 to 1,800, 2,000
+
+
+def _resize_to_buckets(config: ml_collections.ConfigDict) -> None:
+    """Images of several static sizes, and evaluation with the published limits of both sides."""
+    large = config.model.intern_image.width >= 320  # InternImage-H
+    config.dense.geometry.update(
+        {
+            "rule": "buckets",
+            "buckets": LARGE_BUCKETS if large else BUCKETS,
+            "test_short": 1000 if large else 800,  # [R]
+        }
+    )
+    config.data.image_size = 2016 if large else 1344  # [R], rounded up to a multiple of 32
+
+
 # Other detectors are added here, and a Schedule of theirs to the recipes of the data sets.
-HEADS: dict[str, Callable[..., None]] = {"mask_rcnn": _mask_rcnn, "dino": _dino}
+HEADS: dict[str, Callable[..., None]] = {
+    "mask_rcnn": _mask_rcnn,
+    "dino": _dino,
+    "mask2former": _mask2former,
+}
 
 
 def build_detection(
@@ -150,6 +201,7 @@ def build_detection(
     epochs: float,
     batch_size: int,
     image_size: int,
+    multi_scale: bool = False,
 ) -> ml_collections.ConfigDict:
     """Settings of a run of detection on a published data set.
 
@@ -163,6 +215,7 @@ def build_detection(
       epochs: passes over the images; 0: those of the published run.
       batch_size: images per step; 0: as published.
       image_size: side of the square that images are fitted into.
+      multi_scale: train on the canvases of BUCKETS instead, with an InternImage.
 
     Raises:
       UserError: the recipe has no schedule for this head; or as of `build_dense_encoder`.
@@ -191,5 +244,7 @@ def build_detection(
     config.evaluate.query_limit = data.eval_images
     config.dense.update_from_flattened_dict(data.settings)
     HEADS[head](config, schedule, vit=vit)
+    if multi_scale:
+        _resize_to_buckets(config)
     continue_dense_run(config, from_=from_, flag=flag)
     return config

@@ -17,6 +17,7 @@ from m3i_jax.data.sources import segmentations
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.sources.objects import Objects, empty_objects
 from m3i_jax.errors import UserError
+from m3i_jax.evaluation.mask_logits import resized_mask, tight_box
 
 Rle = dict[str, Any]  # {"size": [height, width], "counts": text}, COCO's compressed form
 
@@ -288,7 +289,9 @@ def original_detections(
     if "valid" in outputs:
         keep &= np.asarray(outputs["valid"], bool)
     masks = None
-    if "masks" in outputs:
+    if "mask_logits" in outputs:
+        boxes, keep, masks = _masks_of_logits(outputs, keep, content, size)
+    elif "masks" in outputs:
         masks = [
             mask_to_rle(paste_mask(outputs["masks"][row], boxes[row], size))
             for row in np.flatnonzero(keep)
@@ -299,6 +302,24 @@ def original_detections(
         classes=np.asarray(outputs["classes"], np.int64)[keep],
         masks=masks,
     )
+
+
+def _masks_of_logits(
+    outputs: Mapping[str, np.ndarray],
+    keep: np.ndarray,
+    content: tuple[int, int],
+    size: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, list[Rle]]:
+    """The boxes around masks at the size of the image, which detections have pixels, and these."""
+    boxes, keep, masks = np.zeros((len(keep), 4), np.float32), keep.copy(), []
+    stride = int(outputs["mask_stride"])
+    for row in np.flatnonzero(keep):
+        mask = resized_mask(outputs["mask_logits"][row], stride, content=content, size=size)
+        boxes[row] = tight_box(mask)
+        keep[row] = mask.any()
+        if keep[row]:
+            masks.append(mask_to_rle(mask))
+    return boxes, keep, masks
 
 
 def to_xywh(boxes_Nx4: np.ndarray) -> list[list[float]]:

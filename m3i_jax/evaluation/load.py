@@ -174,12 +174,13 @@ def load(
     dtype: str = "",
 ) -> Any:
     """The encoder of a run or of a file of weights, a `LoadedEncoder`; of a run of detection or
-    segmentation its whole model, a `load_dense.LoadedDense`, and of a file of detectron2's ViTDet
-    as well.
+    segmentation its whole model, a `load_dense.LoadedDense`, and of a file of detectron2's ViTDet,
+    or of InternImage's detectors with DINO and its segmenters, as well.
 
     Args:
       path: workdir of a run, or a file or directory of timm, Hugging Face ViT or CLIP, MAE,
-        SiameseIM, Google ViT or InternImage, or a Mask R-CNN of detectron2's ViTDet; or
+        SiameseIM, Google ViT or InternImage, a Mask R-CNN of detectron2's ViTDet, or a DINO,
+        UperNet or Mask2Former of InternImage; or
         hf://OWNER/NAME[@REVISION], such a directory on the Hugging Face Hub. An InternImage must
         have the sizes of a preset. With the fusion of M3I (H, G) its dense features are fused;
         without (T to XL) they are the map of the last stage. Its images have the size given by a
@@ -209,7 +210,7 @@ def load(
         settings = configuration.load_from_workdir(path, "load")
     else:
         settings = _described(source, path, heads, "load")
-        settings.data.image_size = source.settings.get("detector_size", settings.data.image_size)
+        settings.data.image_size = source.settings.get("dense_size", settings.data.image_size)
     config = configuration.resolve(settings)
     if dtype:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
@@ -340,6 +341,12 @@ def _described(
 ) -> ml_collections.ConfigDict:
     """The settings of a file of weights."""
     stored, config = dict(source.settings), configuration.default_config()
+    if ("detect" in stored or "segment" in stored) and "width" not in stored:
+        raise UserError(
+            f"{flag}: {path}: its encoder is none of this package ({source.name}); of its arrays"
+            " only the head can be used, by a run with another encoder:"
+            " --config.init_from=FILE --config.init.only='(\"^head/\",)'"
+        )
     if "width" not in stored or "image_size" not in stored:
         # a backbone with its own section of settings is recognized by the sizes of its presets
         sizes = [
@@ -370,12 +377,18 @@ def _described(
     config.model.update({"dtype": "float32", "pool": {"heads": 1}})
     config.data.image_size = stored["image_size"]
     config.data.augment.update({name: stored[name] for name in ("mean", "std") if name in stored})
-    if "detect" in stored:
-        config.task = "detect"
-        config.dense.detect.update(stored["detect"])
+    if task := next((name for name in ("detect", "segment") if name in stored), ""):
+        config.task = task
+        config.dense[task].update(stored[task])
         config.dense.maps.update(stored.get("maps", {}))
-        config.dense.maps.image_size = stored["image_size"]
+        if config.model.backbone == "vit":
+            config.dense.maps.image_size = stored["image_size"]
         config.data.classes = stored["classes"]
+        side = stored.get("dense_size", stored["image_size"])
+        if task == "detect" and "dense_size" in stored:
+            config.dense.geometry.test_short = stored.get("dense_short", 0)
+        if task == "segment":  # as published, for the sizes of evaluation
+            config.dense.geometry.update({"rule": "range", "long": 4 * side, "short": side})
     config.evaluate.crop = stored.get("crop", config.evaluate.crop)
     config.data.background = stored.get("background", config.data.background)
     return config

@@ -105,7 +105,10 @@ class LoadedDense:
         out = []
         for image in as_images(images):
             fitted = annotated_eval.fit_image(
-                base.Record("", image), self.config.data.image_size, background=0
+                base.Record("", image),
+                self.config.data.image_size,
+                background=0,
+                short=self.config.dense.geometry.test_short,
             )
             outputs = self.function(self.params, fitted.image[None], np.array([fitted.size]))
             row = {name: np.asarray(value)[0] for name, value in outputs.items()}
@@ -211,6 +214,10 @@ def load_dense(path: str, config: schema.Config, source: weight_source.WeightSou
         if name == table and array.shape != shapes[name]:
             array = array[:, -shapes[name][1] :]
         checkpoint_reader.set_leaf(params, name, jnp.asarray(array))
+    if not run:
+        theirs = [name for name in source.shapes if name.startswith(weight_source.RUNNING)]
+        for name, array in source.read(dict.fromkeys(theirs)).items():
+            checkpoint_reader.set_leaf(params, name, jnp.asarray(array))
     if run:
         weights = checkpoint_reader.RunWeights(path, "load")
         statistics = [name for name in weights.shapes if name.startswith(_STATISTICS)]

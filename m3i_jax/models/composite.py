@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
+from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.models.backbone import Backbone
 from m3i_jax.models.initializers import InitSpec, fill
@@ -32,12 +33,15 @@ from m3i_jax.models.intern_image_layer import dense_layer
 from m3i_jax.models.layers import Params
 
 SECOND = "second/"
-_OWN = ("second", "links", "gamma")
+OWN_PARTS = ("second", "links", "gamma")  # of the parameters
 StageMaps = tuple[jax.Array, ...]
 
 
 def of_run(config: schema.Config) -> Backbone:
     """The backbone of a dense run: composed if `dense.maps.composite` says so.
+
+    Raises:
+      UserError: the composition is to be frozen.
 
     >>> of_run(schema.Config()) is backbones.get_backbone(schema.Model())
     True
@@ -45,6 +49,13 @@ def of_run(config: schema.Config) -> Backbone:
     backbone = backbones.get_backbone(config.model)
     if config.dense.maps.composite == 1:
         return backbone
+    if config.model.encoder.freeze:
+        raise UserError(
+            f"config.model.encoder.freeze=true: with config.dense.maps.composite="
+            f"{config.dense.maps.composite} the weights that join the two copies would stay at"
+            " their first values, with which the second copy is the first; use"
+            " config.dense.maps.composite=1, or config.optim.layer_decay to train the copies slowly"
+        )
     return compose(backbone, config.dense.maps, size=config.data.image_size)
 
 
@@ -107,7 +118,7 @@ def compose(backbone: Backbone, maps: schema.Maps, *, size: int) -> Backbone:
 
 def _parts(params: Params) -> tuple[Params, Params, dict[str, Any]]:
     """Parameters of the first copy, of the second, and what the composition has."""
-    first = {name: leaf for name, leaf in params.items() if name not in _OWN}
+    first = {name: leaf for name, leaf in params.items() if name not in OWN_PARTS}
     return first, params["second"], {name: params[name] for name in ("links", "gamma")}
 
 

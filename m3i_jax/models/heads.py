@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import BatchNorm, Dense, Params, batch_norm
+from m3i_jax.objective.numerics import l2_normalize
 from m3i_jax.objective.terms import MlpShape, ProjectionHead
 
 
@@ -33,7 +34,8 @@ def init_mlp(
     """Parameters of a projector or predictor: `layer_0`, `norm_0`, `layer_1`, ...; the last norm
     has none.
 
-    Matrices are Xavier-uniform, biases 0. Layers before a batch norm have no bias.
+    Matrices are Xavier-uniform or, with `std`, normal; biases 0. Layers before a batch norm have no
+    bias.
 
     >>> call = lambda key: init_mlp(schema.Model(), key, MlpShape(layers=2), 768, 256)
     >>> shapes = jax.eval_shape(call, jax.random.key(0))
@@ -52,12 +54,12 @@ def init_mlp(
         if not last and mlp.norm == "batch":
             shapes[f"norm_{layer}"] = shapes_of(BatchNorm(), jnp.zeros((1, width)))
         width_in = width
-    return init_params(rng, shapes)
+    return init_params(rng, shapes, {"kernel": mlp.std} if mlp.std else None)
 
 
 def apply_mlp(model: schema.Model, params: Params, mlp: MlpShape, x_xD: jax.Array) -> jax.Array:
-    """Linear maps with batch norm and ReLU between them; with `last_norm`, a batch norm without
-    scale and offset at the end (MoCo v3).
+    """Linear maps with batch norm and ReLU or GELU between them; with `last_norm`, a batch norm
+    without scale and offset at the end (MoCo v3).
 
     Args:
       model: settings; `model.head` and `model.dtype` are read.
@@ -79,7 +81,8 @@ def apply_mlp(model: schema.Model, params: Params, mlp: MlpShape, x_xD: jax.Arra
         if layer < mlp.layers - 1:
             if mlp.norm == "batch":
                 x_xD = BatchNorm().apply({"params": params[f"norm_{layer}"]}, x_xD)
-            x_xD = jax.nn.relu(x_xD)
+            gelu = mlp.activation == "gelu"
+            x_xD = jax.nn.gelu(x_xD, approximate=False) if gelu else jax.nn.relu(x_xD)
     x_xD = x_xD.astype(jnp.float32)
     if mlp.last_norm:
         width = x_xD.shape[-1]
@@ -93,8 +96,8 @@ def init_projection(
     """Parameters of an embedding space: those of `projector`, `predictor` and `prototypes` [K, W]
     that it has.
 
-    Prototypes are uniform within 1 / sqrt(W) (MSN). Without a projector the space is that of the
-    encoder's features.
+    Prototypes are uniform within 1 / sqrt(W) (MSN, DINO); where their length is trained, it starts
+    at 1, `prototype_norms` [K]. Without a projector the space is that of the encoder's features.
 
     >>> head = ProjectionHead(projector=MlpShape(layers=3), predictor=MlpShape(layers=2))
     >>> call = lambda key: init_projection(schema.Model(), key, head, False)
@@ -110,27 +113,51 @@ def init_projection(
         )
     if projection.predictor is not None:
         params["predictor"] = init_mlp(model, of_predictor, projection.predictor, width, width)
-    if prototypes:
+    if prototypes or projection.prototypes:
         bound = width**-0.5
         params["prototypes"] = jax.random.uniform(
             of_prototypes, (model.head.prototypes, width), minval=-bound, maxval=bound
         )
+    if projection.prototypes == "scaled":
+        params["prototype_norms"] = jnp.ones(model.head.prototypes)
     return params
+
+
+def prototype_logits(
+    model: schema.Model, params: Params, projection: ProjectionHead, x_xW: jax.Array
+) -> jax.Array:
+    """Similarities [..., K] float32 of embeddings, scaled to length 1, to prototypes of length 1 or
+    of a trained length. The product is in `model.dtype`.
+
+    >>> params = {"prototypes": jnp.array([[0.0, 3.0], [4.0, 0.0]])}
+    >>> space, x = ProjectionHead(prototypes="unit"), jnp.array([[0.0, 5.0]])
+    >>> prototype_logits(schema.Model(), params, space, x).tolist()
+    [[1.0, 0.0]]
+    """
+    dtype = jnp.dtype(model.dtype)
+    unit_KxW = l2_normalize(params["prototypes"])
+    if projection.prototypes == "scaled":
+        unit_KxW = unit_KxW * params["prototype_norms"][:, None]
+    return jnp.einsum(
+        "...w,kw->...k",
+        l2_normalize(x_xW).astype(dtype),
+        unit_KxW.astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def apply_projector(
     model: schema.Model, params: Params, projection: ProjectionHead, x_xD: jax.Array
 ) -> jax.Array:
-    """Projection of a target or prediction: [..., W] float32, or x itself without a projector.
+    """Projection of a target or prediction: [..., W] float32, or x itself without a projector; in a
+    space with prototypes, the similarities to them, [..., K].
 
     >>> apply_projector(schema.Model(), {}, ProjectionHead(), jnp.zeros((2, 768))).shape
     (2, 768)
     """
-    return (
-        x_xD
-        if projection.projector is None
-        else apply_mlp(model, params["projector"], projection.projector, x_xD)
-    )
+    if projection.projector is not None:
+        x_xD = apply_mlp(model, params["projector"], projection.projector, x_xD)
+    return prototype_logits(model, params, projection, x_xD) if projection.prototypes else x_xD
 
 
 def apply_predictor(

@@ -247,7 +247,8 @@ PRESETS["internimage_pico"] = as_toy(PRESETS["internimage_pico"], decoder=96, he
 
 def match_preset(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, Any]] | None:
     """Name and sizes of the published InternImage with these parameters, by paths and shapes; its
-    fusion of any width, or none (T to XL as their authors publish them).
+    fusion of any width, or none (T to XL as their authors publish them), and with layer scale if it
+    has some (T in its authors' detectors and segmenters).
 
     Args:
       shapes: {path below the encoder: shape}.
@@ -259,8 +260,10 @@ def match_preset(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, 
     """
     source = {path: tuple(shape) for path, shape in shapes.items() if path != "mask_token"}
     fused = source.get("fusion/shallow/bias") or (0,)
+    scaled = any(path.endswith("/gamma1") for path in source)
     for name, net in intern_image.PRESETS.items():
-        net = dataclasses.replace(net, fused=fused[0])
+        scale = net.layer_scale or float(scaled)
+        net = dataclasses.replace(net, fused=fused[0], layer_scale=scale)
         if source == _shapes(net):
             return name, _preset(net)
     return None

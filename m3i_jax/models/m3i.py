@@ -16,6 +16,7 @@ call. The modules decoder, pooling, text and heads apply the other parts.
 B rows, N cells, K tokens, D encoder width, W width of the part, P numbers of a patch, C classes, E
 joint space."""
 
+import dataclasses
 import math
 import zlib
 from typing import Any
@@ -125,13 +126,16 @@ def _init_heads(model: schema.Model, rng: jax.Array, terms: Terms) -> dict[str, 
             (t, t.head) for t in terms if isinstance(t.head, ProjectionHead) and t.head.name == name
         ]
         predictors = {head.predictor for _, head in same} - {None}
-        if len({head.projector for _, head in same}) > 1 or len(predictors) > 1:
+        projectors = {(head.projector, head.prototypes) for _, head in same}
+        if len(projectors) > 1 or len(predictors) > 1:
             raise ValueError(
                 f"two spaces are called {name!r} and share parameters, but their projectors or"
                 " predictors differ"
             )
+        ((projector, prototypes),) = projectors
+        predictor = next(iter(predictors), None)
         space = ProjectionHead(
-            name=name, projector=same[0][1].projector, predictor=next(iter(predictors), None)
+            name=name, projector=projector, predictor=predictor, prototypes=prototypes
         )
         out[name] = heads.init_projection(
             model, key(name), space, any(isinstance(t.posterior, Prototypes) for t, _ in same)
@@ -144,8 +148,9 @@ def target_parts(config: schema.Config, terms: Terms, params: Params) -> dict[st
     features go through to become targets.
 
     These are the decoder's embedding and projector, if it has a projector and predicts tokens, and
-    the projectors of the spaces of targets without gradient; never predictors or prototypes
-    (SiameseIM, BYOL, MoCo v3).
+    the projectors of the spaces of targets without gradient, with their prototypes where the space
+    ends in similarities to them (DINO); never predictors or MSN's prototypes (SiameseIM, BYOL, MoCo
+    v3).
 
     Args:
       config: settings; `config.model.decoder.projector_depth` is read.
@@ -173,7 +178,17 @@ def target_parts(config: schema.Config, terms: Terms, params: Params) -> dict[st
         }
     )
     if spaces:
-        out["heads"] = {name: {"projector": params["heads"][name]["projector"]} for name in spaces}
+        parts = {
+            t.head.name: ("projector", "prototypes", "prototype_norms")
+            if t.head.prototypes
+            else ("projector",)
+            for t in without_gradient
+            if isinstance(t.head, ProjectionHead)
+        }
+        out["heads"] = {
+            name: {part: x for part, x in params["heads"][name].items() if part in parts[name]}
+            for name in spaces
+        }
     return out
 
 
@@ -207,7 +222,7 @@ def encode(
     Args:
       config: settings.
       encoder: `params["encoder"]`, or that of a target.
-      patches_BxNxP: as of `vit.patchify`.
+      patches_BxNxP: as of `vit.patchify`, of a large or a small view.
       index: [B, K], the cells to read, which are the only ones with features; None: all.
       keep: [B, L, 2], keep factors of stochastic depth; None: off.
       hidden: bool [B, N], cells replaced by the mask token; None: none.
@@ -228,9 +243,13 @@ def encode(
         "hidden_BxN": hidden,
         "blocks": blocks,
     }
-    return backbones.get_backbone(config.model).apply(
-        config.model, encoder, patches_BxNxP, grid=config.grid, **settings
-    )
+    backbone, model = backbones.get_backbone(config.model), config.model
+    grid = math.isqrt(patches_BxNxP.shape[1])
+    if grid != config.grid and backbone.resizes_positions and not model.encoder.position_grid:
+        # positions of a small view are those of a large one, resized
+        own = dataclasses.replace(model.encoder, position_grid=config.grid)
+        model = dataclasses.replace(model, encoder=own)
+    return backbone.apply(model, encoder, patches_BxNxP, grid=grid, **settings)
 
 
 def category_logits(config: schema.Config, params: Params, pooled_BxW: jax.Array) -> jax.Array:

@@ -302,11 +302,13 @@ def _embed_square(
         raise ValueError(
             "cells are dropped (index_BxK) or replaced by the mask token (hidden_BxN), not both"
         )
-    table_NxD = (
-        params["positions"][0, int(model.encoder.cls_token) :]
-        if model.encoder.positions == "learned"
-        else fixed_positions(model.encoder, grid)
-    )
+    if model.encoder.positions == "learned":
+        table_NxD = params["positions"][0, int(model.encoder.cls_token) :]
+        if len(table_NxD) != grid * grid:  # of a view of another size
+            resize_NxM = positions.resized(np.eye(len(table_NxD), dtype=np.float32), grid)
+            table_NxD = jnp.matmul(resize_NxM, table_NxD, precision="highest")
+    else:
+        table_NxD = fixed_positions(model.encoder, grid)
     return embed_patches(model, params, patches_BxNxP, table_NxD, index_BxK, hidden_BxN)
 
 

@@ -45,7 +45,7 @@ class Mode(NamedTuple):
 _DATA = tuple(
     f"data.{name}"
     for name in (
-        "source", "path", "directory", "mixture", "class_space", "class_names", "split",
+        "source", "path", "directory", "mixture", "class_space", "class_names", "annotations", "split",
         "holdout_split", "size", "holdout", "background", "threads", "missing",
     )
 )  # fmt: skip
@@ -90,6 +90,9 @@ MODES = {
             *(
                 "evaluate.",
                 "model.",
+                "dense.maps.",
+                "dense.detect.",
+                "dense.segment.",
                 "objective.forms",
                 "objective.target_checkpoint",
                 "init.weights",

@@ -29,7 +29,9 @@ WORST = 6  # images of the figure of the worst ones
 
 
 def _write(writer: FigureWriter, kind: str, figure: figures.Figure) -> None:
-    writer.write(kind, figure.title, figure.note, figure.rows)
+    """Write a figure, unless it shows nothing: images without an object have no errors to draw."""
+    if figure.rows:
+        writer.write(kind, figure.title, figure.note, figure.rows)
 
 
 def drawn_objects(result: DetectionResult, *, found: bool) -> DrawnObjects:

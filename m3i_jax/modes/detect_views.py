@@ -10,6 +10,7 @@ import numpy as np
 from m3i_jax import parallel, schema
 from m3i_jax.data.sources import base
 from m3i_jax.evaluation.detection_results import paste_mask
+from m3i_jax.evaluation.mask_logits import resized_mask
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.task_views import TaskViews, register_task_views
 from m3i_jax.reporting import dense_panels
@@ -58,8 +59,11 @@ def _predicted_objects(
 ) -> DrawnObjects:
     keep = np.flatnonzero(outputs["valid"][row])
     boxes = outputs["boxes"][row][keep]
-    masks = None
-    if "masks" in outputs:
+    masks: list[np.ndarray | None] | None = None
+    if "mask_logits" in outputs:
+        stride, logits = int(outputs["mask_stride"][row]), outputs["mask_logits"][row][keep]
+        masks = [resized_mask(mask, stride, content=size, size=size) for mask in logits]
+    elif "masks" in outputs:
         found = outputs["masks"][row][keep]
         masks = [pasted(mask, box, size) for mask, box in zip(found, boxes, strict=True)]
     return DrawnObjects(

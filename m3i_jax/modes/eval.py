@@ -34,7 +34,7 @@ from m3i_jax.modes import eval_data, evaluators, figure_evaluators, output, repo
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.eval_results import RESULT, Results, earlier_results, result_dir
 from m3i_jax.parallel import distributed
-from m3i_jax.training import checkpoint_dir, loop, weight_source
+from m3i_jax.training import checkpoint_dir, init_from, loop, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.task import task_kind
 
@@ -128,6 +128,8 @@ def run(
         checkpoints.close()
     else:
         state = trainer.init()
+        if not job.config.traits.views:
+            state = init_from.with_statistics(state, checkpoint)
     make_context = functools.partial(_context, job, image_sets)
     return evaluate(
         job,
@@ -158,10 +160,11 @@ def _ignore(line: str) -> None:
 def described(job: jobs.Setup, checkpoint: str, step: int) -> dict[str, Any]:
     """The header of the results: weights, data, preprocessing, and a digest of all settings that
     they depend on."""
+    same = SAME if job.config.traits.views else (*SAME, "dense.")
     settings = [
         line
         for line in configuration.config_to_text(job.config).splitlines()
-        if line.startswith(SAME)
+        if line.startswith(same)
     ]
     data = {
         name: {"name": part.name, "pictures": len(part), "fingerprint": part.fingerprint()}

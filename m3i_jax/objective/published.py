@@ -17,6 +17,7 @@ from m3i_jax.objective.posteriors import (
     Prototypes,
     SmoothL1,
 )
+from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
 from m3i_jax.objective.terms import (
     FORMS,
     FULL,
@@ -26,13 +27,15 @@ from m3i_jax.objective.terms import (
     MlpShape,
     Pass,
     ProjectionHead,
+    Term,
     Terms,
     pixel_term,
     pooled_term,
     token_term,
 )
 
-OTHER = Pass(view=1)
+OTHER, SMALL = Pass(view=1), Pass(view=2)
+MASK_TOKENS = Pass(masked=True, mask_tokens=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,34 @@ _SLIP = pooled_term(
     posterior=NTXent(temperature=0.1),
     head=ProjectionHead(projector=MlpShape(layers=3)),
 )
+_DINO = ProjectionHead(
+    pool="cls",
+    projector=MlpShape(layers=3, norm="none", activation="gelu", std=0.02),
+    prototypes="unit",
+)
+_DINOV2 = dataclasses.replace(_DINO, prototypes="scaled")
+
+
+def dino_terms(
+    read: Pass, head: ProjectionHead, posterior: PrototypeSoftmax, weight: float = 1.0
+) -> tuple[Term, ...]:
+    """Each large view predicts the other's assignment from cls, and each small view both, all pairs
+    with equal weights. `read` is the pass of the first large view."""
+    pairs = ((read, 1), (OTHER, 0), (SMALL, 0), (SMALL, 1))
+    return tuple(
+        pooled_term(a, b, posterior=posterior, head=head, weight=weight / len(pairs))
+        for a, b in pairs
+    )
+
+
+def ibot_term(head: ProjectionHead, posterior: PrototypeSoftmax) -> Term:
+    """Each hidden token predicts the assignment of the target's token at its cell. One of the two
+    large views is masked, and the mean is over both, so it weighs one half."""
+    tokens = dataclasses.replace(head, pool="none", queries="hidden")
+    return token_term(
+        MASK_TOKENS, 0, name="dense", posterior=posterior, head=tokens, hidden=True, weight=0.5
+    )
+
 
 PUBLISHED: dict[str, PublishedMethod] = {
     "mae": PublishedMethod(
@@ -207,6 +238,50 @@ PUBLISHED: dict[str, PublishedMethod] = {
         left_out=(
             "ten small focal views, GELU in the head, the rising weight decay, the linear EMA"
             " schedule over 1.25 runs"
+        ),
+    ),
+    "dino": PublishedMethod(
+        terms=dino_terms(FULL, _DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
+        kept=(
+            "cls of two large views and any number of small ones, head of three layers with GELU"
+            " and 65,536 prototypes of length 1, EMA of the encoder and all of the head, centring"
+            " over the global batch (0.9) before a temperature of 0.04, prediction temperature 0.1,"
+            " the mean over all pairs of different views"
+        ),
+        left_out=(
+            "the prototypes' learning rate of 0 in the first epoch, the rising weight decay and any"
+            " decay of prototypes, clipping of each tensor by itself, learned positions"
+        ),
+    ),
+    "ibot": PublishedMethod(
+        terms=(
+            *dino_terms(MASK_TOKENS, _DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
+            ibot_term(_DINO, PrototypeSoftmax()),
+        ),
+        kept=(
+            "DINO's loss of cls, with a masked large view, and the same loss of each hidden token"
+            " against the target's token of the unmasked view, one head of 8,192 prototypes for"
+            " both, centres of their own, target temperature of tokens 0.04 to 0.07, the patch loss"
+            " averaged over both large views although one is masked"
+        ),
+        left_out=(
+            "a random choice of the masked view and a random share of hidden cells (the first view"
+            " and 30 %), a patch centre over visible tokens too, the rest as in dino"
+        ),
+    ),
+    "ijepa": PublishedMethod(
+        terms=(
+            token_term(MASKED, 0, posterior=SmoothL1(beta=1.0), head=DecoderHead(queries="blocks")),
+        ),
+        kept=(
+            "four target blocks of 17.5 % of the view, each predicted by itself by 12 blocks of 384"
+            " from a context that shows none of them, features of the EMA encoder after its final"
+            " norm and another without scale, smooth L1 with beta 1, no colour change and no flip"
+        ),
+        left_out=(
+            "block sizes and the cut of the context drawn once for a batch (here of each image,"
+            " with fixed counts, cut at either end), places that never reach the last row and"
+            " column, the linear EMA schedule, the rising weight decay, the predictor's last norm"
         ),
     ),
     "siamese_im": PublishedMethod(

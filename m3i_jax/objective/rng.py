@@ -24,7 +24,10 @@ DROP_PATH = 11
 RAND_AUGMENT = 12
 SCENE = 13
 GEOMETRY = 14
-SPARE = range(15, 256)
+BUCKET = 15
+SMALL_CROP = 16
+BLOCKS = 17
+SPARE = range(18, 256)
 """Purposes that this project does not use: for projects that import `uniforms`."""
 
 _U64 = np.uint64

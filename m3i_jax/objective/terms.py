@@ -29,7 +29,7 @@ class Pass:
     """One call of the online encoder, z_x = f_theta(t_x(s)).
 
     Attributes:
-      view: index of the view that is read, 0 or 1.
+      view: index of the view that is read: 0, 1, or 2 for every small view.
       masked: only cells that show the row's own image are read; the others are dropped.
       mask_tokens: with `masked`: hidden cells are replaced by a learned mask token instead of being
         dropped (BEiT, data2vec).
@@ -117,17 +117,21 @@ class MlpShape:
       layers: number of linear layers.
       norm: norm after every hidden layer: batch or none.
       last_norm: batch norm without scale and offset after the last layer.
+      activation: between layers: relu or gelu.
+      std: standard deviation of the initial matrices; 0: Xavier.
     """
 
     layers: int
     norm: str = "batch"
     last_norm: bool = False
+    activation: str = "relu"
+    std: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderHead:
-    """Dense prediction by the decoder, with one query per target position, or only per hidden cell
-    of the input (MAE)."""
+    """Dense prediction by the decoder, with one query per target position, only per hidden cell of
+    the input (MAE), or per cell of each target block by itself (blocks; I-JEPA)."""
 
     queries: str = "all"
 
@@ -148,6 +152,9 @@ class ProjectionHead:
       pool: mean of the patch tokens, cls, or none: every token is projected.
       match: for dense projections: the target token that a token predicts, by position or by
         likeness of the encoder's features (DenseCL).
+      queries: for dense projections: all tokens, or only the hidden ones of the input.
+      prototypes: the space ends in similarities to prototypes, of which the target has a copy;
+        their length is 1 (unit) or trained (scaled). Empty: it has none.
     """
 
     name: str = "global"
@@ -155,6 +162,8 @@ class ProjectionHead:
     projector: MlpShape | None = None
     predictor: MlpShape | None = None
     match: str = "position"
+    queries: str = "all"
+    prototypes: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -424,22 +433,6 @@ def merge(*rows: Terms, annotation_input: str = "shared") -> Terms:
     return tuple(out)
 
 
-def drop_unavailable(terms: Terms, *, categories: bool, captions: bool) -> Terms:
-    """The terms without those whose annotation the data source does not have.
-
-    Raises:
-      ValueError: no term is left.
-
-    >>> [t.name for t in drop_unavailable(FORMS["m3i"], categories=True, captions=False)]
-    ['intra', 'inter', 'category', 'category']
-    """
-    present = {"category": categories, "text": captions}
-    left = tuple(t for t in terms if present.get(t.target.of, True))
-    if not left:
-        raise ValueError("it predicts only annotations that this data does not have")
-    return left
-
-
 def with_options(
     terms: Terms,
     *,
@@ -496,5 +489,6 @@ def with_options(
 
     out = [one(t) for t in terms]
     if symmetric:
-        out += [x for t in out if t.target.of in IMAGE_TARGETS and (x := exchanged(t)) not in out]
+        pairs = [t for t in out if t.target.of in IMAGE_TARGETS and t.reads.view < 2]
+        out += [x for t in pairs if (x := exchanged(t)) not in out]
     return tuple(out)

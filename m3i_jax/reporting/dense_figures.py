@@ -171,7 +171,8 @@ def class_table_figure(
 def class_confusion_figure(
     title: str, counts: ConfusionCounts, names: Sequence[str], *, note: str
 ) -> Figure:
-    """Confusion of classes: the matrix, and the most frequent errors.
+    """Confusion of classes: the matrix, and the most frequent errors; without rows if nothing was
+    counted.
 
     Args:
       title: of the figure.
@@ -180,6 +181,8 @@ def class_confusion_figure(
       names: of the classes.
       note: what was counted.
     """
+    if not len(counts.count):
+        return Figure(title, note, [])
     known = [*names, "nothing"]
     classes = confusion_matrix.shown_classes(counts)
     share = confusion_matrix.row_shares(counts, classes)

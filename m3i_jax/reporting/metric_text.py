@@ -138,6 +138,18 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
                 "collapse/uniformity*", "", "log mean exp(-2 distance^2) of pooled targets", "not 0"
             ),
             MetricText("collapse/alignment*", "", "squared distance of two views of an image"),
+            MetricText(
+                "collapse/marginal_bits*",
+                "bits",
+                "entropy of the mean assignment to prototypes, at most log2 of their number",
+                "well above 0",
+            ),
+            MetricText(
+                "collapse/assignment_bits*",
+                "bits",
+                "mean entropy of the assignments; the difference is what an image tells of its own",
+                "below the former",
+            ),
             MetricText("collapse/alarm", "", "1: collapsed", "0", note=True),
         ),
     ),

@@ -10,6 +10,10 @@ from m3i_jax.reporting.metric_text import is_score, metric_note
 from m3i_jax.reporting.run_log import RunLog, read_png
 from m3i_jax.reporting.svg_charts import SvgCurve
 
+DENSE_LOSSES = (
+    "All fall, those of classes last; a loss that stays at its first value is not learnt, such as of"
+    " boxes that no object is matched with."
+)
 PANELS = 5  # shown of a run
 TONES = 8
 # panels and figures follow this section, before those for the operator of a run
@@ -109,7 +113,7 @@ def run_page_html(
         if charts:
             body.append(
                 f"<h2>{html_page.escape_html(title)}</h2><p"
-                f" class=muted>{html_page.escape_html(healthy)}</p><div"
+                f" class=muted>{html_page.escape_html(_healthy(runs, title, healthy))}</p><div"
                 f' class="charts">{charts}</div>'
             )
         if title == IMAGES_AFTER:
@@ -138,6 +142,16 @@ def run_page_html(
         html_page.with_toc(body, after=3),
         svg_charts.STYLE + figures.STYLE + STYLE,
     )
+
+
+def _healthy(runs: Sequence[RunLog], title: str, note: str) -> str:
+    """The note of a section; the losses of dense tasks have another one than those of pre-training,
+    which log `loss/ssp` or `loss/sp`."""
+    if title != IMAGES_AFTER:
+        return note
+    names = {name for run in runs for name in run.names}
+    dense = any(name.startswith("loss/") for name in names) and not names & {"loss/ssp", "loss/sp"}
+    return DENSE_LOSSES if dense else note
 
 
 STYLE = """

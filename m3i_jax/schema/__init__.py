@@ -7,6 +7,7 @@ leaves open.
 """
 
 import dataclasses
+import functools
 
 from m3i_jax.schema.data import SOURCES, Augment, Data, RandAugment
 from m3i_jax.schema.dense import DensePrediction, Detect, Geometry, Maps, Mask2Former, Segment
@@ -17,6 +18,7 @@ from m3i_jax.schema.model import Decoder, Encoder, Head, InternImage, Model, Poo
 from m3i_jax.schema.objective import Objective
 from m3i_jax.schema.tasks import BUILT_IN_TASKS, TASKS, TaskTraits
 from m3i_jax.schema.training import Init, Optim, Parallel, Train
+from m3i_jax.schema.view_groups import ViewGroup, parse_view_group
 
 __all__ = [
     "BUILT_IN_TASKS",
@@ -49,6 +51,7 @@ __all__ = [
     "TaskTraits",
     "Text",
     "Train",
+    "ViewGroup",
 ]
 
 
@@ -90,6 +93,16 @@ class Config:
     def tokens(self) -> int:
         """Number of patches in a view."""
         return self.grid**2
+
+    @functools.cached_property
+    def small_views(self) -> tuple[ViewGroup, ...]:
+        """The group of every small view, that of view 2 first."""
+        groups = [parse_view_group(text) for text in self.data.small_views]
+        return tuple(group for group in groups for _ in range(group.count))
+
+    def view_size(self, view: int) -> int:
+        """Side of a view in pixels."""
+        return self.data.image_size if view < 2 else self.small_views[view - 2].size
 
     @property
     def hidden(self) -> int:

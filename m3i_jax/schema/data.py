@@ -2,10 +2,24 @@
 
 import dataclasses
 
-from m3i_jax.schema.limits import PATH, SHARE, STD, ListLimit, NumberLimit, option, section
+from m3i_jax.schema.limits import (
+    PATH,
+    SHARE,
+    STD,
+    ListLimit,
+    NumberLimit,
+    TextLimit,
+    option,
+    section,
+)
 
 VIEWS = NumberLimit(
-    0, 1, natural=True, count=ListLimit(fewest=2, most=2, names="input view, target view")
+    0,
+    1,
+    natural=True,
+    count=ListLimit(
+        fewest=2, most=3, names="input view, target view, and small views if they differ from it"
+    ),
 )
 OPEN_VIEWS = dataclasses.replace(VIEWS, count=dataclasses.replace(VIEWS.count, open=True))
 OPEN_SHARE = dataclasses.replace(SHARE, open=-1)
@@ -48,7 +62,8 @@ class Augment:
     )
     blur_p: tuple[float, ...] = option(
         (1.0, 0.1),
-        "probability of Gaussian blur: input view, target view; (): from the length",
+        "probability of Gaussian blur: input view, target view, and small views where they differ"
+        " from it; (): from the length",
         OPEN_VIEWS,
     )
     blur_sigma: tuple[float, ...] = option(
@@ -58,7 +73,8 @@ class Augment:
     )
     solarize_p: tuple[float, ...] = option(
         (0.0, 0.2),
-        "probability of solarization: input view, target view; (): from the length",
+        "probability of solarization: input view, target view, and small views where they differ"
+        " from it; (): from the length",
         OPEN_VIEWS,
     )
     erase_p: float = option(
@@ -195,6 +211,12 @@ class Data:
         " image_size (training/scaling.py)",
         NumberLimit(0, 1, natural=True, above=True, count=dataclasses.replace(TWO, open=True)),
     )
+    small_views: tuple[str, ...] = option(
+        (),
+        "groups of views beside the two of image_size and crop_scale, for objectives that read"
+        " them, each COUNT x PIXELS at SHARE-SHARE of the image (DINOv2: 8 x 98 at 0.05-0.32)",
+        TextLimit("line", most=60, count=ListLimit(most=8)),
+    )
     crop_ratio: tuple[float, ...] = option(
         (0.75, 4 / 3), "aspect ratio of a crop, log-uniform", NumberLimit(0.01, 100, count=TWO)
     )
@@ -203,7 +225,20 @@ class Data:
         0.5, "share of the mask cells that show the partner image [P]", SHARE
     )
     mask: str = option(
-        "blockwise", "distribution of the masks [P: blockwise]", "blockwise", "uniform"
+        "blockwise",
+        "distribution of the masks [P: blockwise]; multi_block: visible cells and target blocks of"
+        " I-JEPA",
+        "blockwise",
+        "uniform",
+        "multi_block",
+    )
+    mask_blocks: int = option(
+        4, "multi_block: target blocks of an image (I-JEPA: 4)", NumberLimit(1, 16)
+    )
+    mask_block_share: float = option(
+        0.175,
+        "multi_block: area of a target block as a share of the view (I-JEPA: 0.15 to 0.2)",
+        NumberLimit(0, 1, natural=True, above=True, below=True),
     )
     mask_cell: int = option(
         0,

@@ -80,9 +80,22 @@ class Geometry:
         "jitter",
         "jitter: scale by a uniform factor so that the image fits data.image_size times it"
         " (large-scale jitter, ViTDet); range: by `long` and `short` times the factor"
-        " (mmsegmentation)",
+        " (mmsegmentation); buckets: to fit the canvas of the batch (DINO)",
         "jitter",
         "range",
+        "buckets",
+    )
+    buckets: tuple[int, ...] = option(
+        (),
+        "rule buckets, detection: height, width, height, width, ... of canvases in pixels, one of"
+        " which every batch has at random; a step is compiled for each",
+        NumberLimit(32, 2**16, count=ListLimit(fewest=0, most=32, open=True)),
+    )
+    test_short: int = option(
+        0,
+        "detection: limit of the short side of an image at evaluation, in pixels, beside that of"
+        " the long one by data.image_size (DINO: 800); 0: none",
+        NumberLimit(0, 2**16),
     )
     scale: tuple[float, ...] = option(
         (0.1, 2.0),
@@ -123,7 +136,8 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask2Former:
-    """The head mask2former; its width is `dense.segment.width`. The defaults are those of its
+    """The head mask2former of segmentation and of detection; its width is `dense.segment.width` or
+    `dense.detect.width`. The defaults are those of its
     authors for ADE20k at a width of 256; InternImage-H has a width of 1024, 32 attention heads,
     hidden layers of 4096 and 200 queries."""
 
@@ -138,8 +152,8 @@ class Mask2Former:
     hidden: int = option(2048, "width of the hidden layer of the masked decoder's", WIDTH)
     max_classes: int = option(
         64,
-        "categories per image that have a mask in the loss; the smallest of more are cut and"
-        " counted",
+        "segmentation: categories per image that have a mask in the loss; the smallest of more are"
+        " cut and counted",
         EVERY,
     )
     points: int = option(
@@ -235,19 +249,20 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Detect:
-    """Detection, and with mask_rcnn instance segmentation, on a feature pyramid."""
+    """Detection, and with mask_rcnn and mask2former instance segmentation, on a pyramid of maps."""
 
     head: str = option(
         "mask_rcnn",
         "mask_rcnn: proposals from anchors, boxes and masks (ViTDet); dino: boxes from queries, by"
-        " deformable attention",
+        " deformable attention; mask2former: masks from queries, and the boxes around them",
         "mask_rcnn",
         "dino",
+        "mask2former",
     )
     strides: tuple[int, ...] = option(
         (4, 8, 16, 32, 64),
         "strides of the pyramid in pixels; each is twice the one before (dino with four levels: 8"
-        " to 64)",
+        " to 64; mask2former: 4 to 32)",
         NumberLimit(1, 4096, count=LEVELS),
     )
     anchor_sizes: tuple[int, ...] = option(
@@ -282,7 +297,7 @@ class Detect:
     roi_foreground: float = option(0.25, "largest share of foreground among them", SHARE)
     box_convs: int = option(4, "3 x 3 convolutions of the box head", NumberLimit(0, 1024))
     box_hidden: int = option(1024, "width of the box head's hidden layer", WIDTH)
-    masks: bool = option(True, "predict masks; dino does not")
+    masks: bool = option(True, "predict masks; dino does not, mask2former always does")
     mask_convs: int = option(4, "3 x 3 convolutions of the mask head", NumberLimit(0, 1024))
     loss: str = option(
         "softmax",
@@ -310,6 +325,7 @@ class Detect:
         NumberLimit(1, 2**16, count=ListLimit(fewest=2, most=2)),
     )
     dino: Dino = section(Dino)
+    mask2former: Mask2Former = section(Mask2Former)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,23 @@ class Objective:
         "shared",
         "frozen",
     )
+    prototype_targets: str = option(
+        "method",
+        "what keeps assignments to prototypes from collapse: the method's choice, centering (DINO)"
+        " or sinkhorn (DINOv2)",
+        "method",
+        "centering",
+        "sinkhorn",
+    )
+    target_temperature: tuple[float, ...] = option(
+        (),
+        "temperature of the assignments to prototypes that are predicted, at the start of the run"
+        " and after its rise; (): the method's",
+        dataclasses.replace(TEMPERATURE, count=ListLimit(fewest=2, most=2, open=True)),
+    )
+    target_temperature_rise: float = option(
+        0.3, "share of the run over which this temperature rises (DINOv2: 30 of 100 epochs)", SHARE
+    )
     target_checkpoint: str = option(
         "", "directory of the run whose encoder is the frozen target", PATH
     )

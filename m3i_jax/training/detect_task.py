@@ -1,4 +1,5 @@
-"""Detection and instance segmentation as a task: Mask R-CNN or DINO on the maps of any encoder."""
+"""Detection and instance segmentation as a task: Mask R-CNN, DINO or Mask2Former on the maps of any
+encoder."""
 
 import dataclasses
 from typing import Any
@@ -7,13 +8,15 @@ import jax
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import annotated_batches, pipeline
+from m3i_jax.data import annotated_batches, geometry, pipeline
 from m3i_jax.data.sources import base
+from m3i_jax.errors import UserError
 from m3i_jax.models.dense import pyramid
 from m3i_jax.models.dense.detection_heads import CATEGORY_PARAMETERS, DetectionHead, detection_head
 from m3i_jax.training.dense_task import (
     SAMPLING,
     DenseTask,
+    Divisor,
     Maps,
     Values,
     image_keys,
@@ -60,6 +63,7 @@ class DetectTask(DenseTask):
     def annotation_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         b, g = self.config.train.batch_size, self.config.dense.geometry
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            "image": ((b, *self._canvas(), 3), "uint8"),
             "boxes": ((b, g.max_objects, 4), "float32"),
             "classes": ((b, g.max_objects), "int32"),
         }
@@ -67,8 +71,30 @@ class DetectTask(DenseTask):
             shapes["masks"] = ((b, g.max_objects, g.mask_size, g.mask_size), "uint8")
         return shapes
 
-    def divisor(self, batch: Batch) -> jax.Array:
-        return self.head.divisor(batch["classes"])
+    def _canvas(self) -> tuple[int, int]:
+        """(height, width) of the largest images.
+
+        Raises:
+          UserError: the encoder cannot read canvases of these sizes.
+        """
+        side = self.config.data.image_size
+        canvases = geometry.bucket_canvases(self.config.dense.geometry)
+        coarsest = max(stride for stride, _ in self.sources)
+        wrong = [each for each in canvases if each[0] % coarsest or each[1] % coarsest]
+        if canvases and one_stride(self.sources):
+            raise UserError(
+                "config.dense.geometry.rule: 'buckets' needs an encoder that reads images of any"
+                f" size, and {self.config.model.backbone!r} reads squares; use 'jitter'"
+            )
+        if wrong:
+            raise UserError(
+                f"config.dense.geometry.buckets: {wrong[0][0]} x {wrong[0][1]} are no multiples of"
+                f" {coarsest}, the stride of the coarsest map of the encoder; round them up"
+            )
+        return max(canvases, key=lambda each: each[0] * each[1], default=(side, side))
+
+    def divisor(self, batch: Batch) -> Divisor:
+        return self.head.divisor(self.config.dense.detect, batch["classes"])
 
     def loss_sums(
         self, params: Any, statistics: Any, maps: Maps, batch: Batch
@@ -93,6 +119,7 @@ class DetectTask(DenseTask):
 
     def batches(self, source: Any, tokenizer: Any, **options: Any) -> pipeline.Batches:
         options.pop("views", None)
+        self._canvas()
         return annotated_batches.iterate_detect_batches(self.config, source, **options)
 
     @classmethod

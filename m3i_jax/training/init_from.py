@@ -24,7 +24,8 @@ from m3i_jax.interop import position_tables, vit_weights
 from m3i_jax.models import backbones, composite, relative_bias
 from m3i_jax.models.vit import fixed_positions
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training.weight_source import WeightSource, open_weights, put_array
+from m3i_jax.training.state import State
+from m3i_jax.training.weight_source import RUNNING, WeightSource, open_weights, put_array
 
 _RELATIVE = ("encoder/relative/", f"encoder/{composite.SECOND}relative/")
 TABLE, MASK_TOKEN = "encoder/positions", "encoder/mask_token"
@@ -105,6 +106,33 @@ def initialize_from(
     return jax.tree.unflatten(
         structure, [loaded.get(path, leaf).astype(leaf.dtype) for path, leaf in target.items()]
     )
+
+
+def with_statistics(state: State, location: str) -> State:
+    """The state of a dense task with the running statistics of a file of weights, if it has some,
+    in the place of initial ones: for its evaluation.
+
+    Raises:
+      UserError: as of `open_weights`.
+    """
+    source = open_weights(location)
+    names = {path: path.removeprefix(RUNNING) for path in source.shapes if path.startswith(RUNNING)}
+    if not names:
+        return state
+    arrays = {names[path]: array for path, array in source.read(dict.fromkeys(names)).items()}
+
+    def one(path: Any, leaf: Any) -> Any:
+        theirs = arrays.get(path_text(path))
+        if theirs is None or theirs.shape != leaf.shape:
+            raise UserError(
+                f"{location}: has no running statistics for {path_text(path)} of {leaf.shape}"
+            )
+        return put_array(theirs, leaf.sharding)
+
+    running = state.opt["running"]
+    statistics = jax.tree_util.tree_map_with_path(one, running.statistics)
+    opt = {**state.opt, "running": running._replace(statistics=statistics)}
+    return state.replace(opt=opt)
 
 
 def _for_both_copies(source: WeightSource, target: Mapping[str, Any]) -> WeightSource:
@@ -419,6 +447,7 @@ def _log_lines(
         more = f", and {len(match.differ) - 5} more" if len(match.differ) > 5 else ""
         lines.append(f"  of another shape, initialized randomly: {shapes}{more}")
     unused = sorted(set(source.shapes) - set(target) - {TABLE})
+    unused = [path for path in unused if not path.startswith(RUNNING)]
     if unused or source.unused:
         parts = [
             *_grouped(unused, source.shapes),

@@ -1,6 +1,6 @@
-"""The optimizer of a run as one named chain: balance -> clip -> the rule -> bounds -> target
--> frozen -> spikes. Each link owns its statistics, so that the optimizer state has readable keys
-and holds everything that must survive a restart."""
+"""The optimizer of a run as one named chain: balance -> clip -> the rule -> bounds -> target ->
+frozen -> prototypes -> spikes. Each link owns its statistics, so that the optimizer state has
+readable keys and holds everything that must survive a restart."""
 
 import functools
 import math
@@ -18,6 +18,7 @@ from m3i_jax.models import composite, m3i
 from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
+from m3i_jax.training import assignments
 from m3i_jax.training.muon import muon_or_adam
 from m3i_jax.training.schedule_free import schedule_free
 
@@ -61,6 +62,7 @@ def build_optimizer(
             ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
             ("target", ema.track_target(_momentum(config.optim, steps), parts)),
             *([("frozen", hold_frozen(parts))] if has_frozen else []),
+            *assignments.center_link(config, terms, steps),
         ),
     )
 

@@ -25,7 +25,12 @@ def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array
         "input": views.encoder_input(config, first, inputs[first], patches),
         "input_view": views.image_rows(config, first, "own", patches[first.view]),
     }
-    indices = tuple(i for i in plan.dense if plan.terms[i].target.encoder != "online")
+    indices = tuple(
+        i
+        for i in plan.dense
+        if plan.terms[i].target.encoder != "online"
+        and not targets.has_prototypes(plan.target_key(plan.terms[i]))
+    )
     z = views.encode_passes(config, inputs, patches, state.params["encoder"])
     predicted = predictions.predict_images(plan, state.params, z, inputs, indices)
     for i, prediction in predicted.items():
@@ -37,8 +42,8 @@ def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array
         )
         raw = raw.astype(jnp.float32)
         target = targets.normalize_target(term, raw)
-        if predictions.predicts_hidden_only(term):  # visible cells show their target
-            cells = inputs[term.reads].hidden_cells(term.image)
+        cells = predictions.query_cells(term, inputs[term.reads])
+        if cells is not None:  # the others show their target
             rows = jnp.arange(cells.shape[0])[:, None]
             prediction = target.at[rows, cells].set(prediction.astype(target.dtype))
         out[f"{term.name}/view"] = view

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.objective import registry
+from m3i_jax.objective import available_terms, prototype_posterior, registry
 from m3i_jax.objective import terms as objective_terms
 from m3i_jax.objective.terms import (
     DENSE_TARGETS,
@@ -69,6 +69,12 @@ class Plan:
         """Indices of the views of an image that any pass or target reads."""
         targets = {t.target.view for t in self.terms if t.target.view is not None}
         return tuple(sorted({p.view for p in self.passes} | targets))
+
+    @property
+    def projects_hidden(self) -> bool:
+        """Whether a term projects hidden tokens alone."""
+        heads = (t.head for t in self.terms)
+        return any(isinstance(h, ProjectionHead) and h.queries == "hidden" for h in heads)
 
     @property
     def exact(self) -> bool:
@@ -145,8 +151,8 @@ def terms_named(name: str, key: str = "config.objective.forms") -> objective_ter
         raise UserError(f"{key}: {error}") from None
 
 
-def _terms_of(o: schema.Objective) -> Terms:
-    """The terms of an objective, before those without data are dropped."""
+def _terms_of(o: schema.Objective, small_views: int) -> Terms:
+    """The terms of an objective, before those without annotations are dropped."""
     if not o.forms:
         raise UserError("config.objective.forms: is empty; name at least one form, such as m3i")
     names = [objective_terms.LETTERS.get(name, name) for name in o.forms]
@@ -158,8 +164,17 @@ def _terms_of(o: schema.Objective) -> Terms:
             " once"
         )
     rows = objective_terms.uniquify({name: terms_named(name) for name in names})
+    terms = objective_terms.merge(*rows, annotation_input=o.annotation_input)
+    terms = prototype_posterior.with_constraint(
+        terms, constraint=o.prototype_targets, target_temperature=o.target_temperature
+    )
+    try:
+        prototype_posterior.prototype_terms(terms)
+        terms = available_terms.with_small_views(terms, small_views)
+    except ValueError as error:
+        raise UserError(f"config.objective.forms: {', '.join(o.forms)}: {error}") from None
     return objective_terms.with_options(
-        objective_terms.merge(*rows, annotation_input=o.annotation_input),
+        terms,
         intra_positions=o.intra_positions,
         soft_label=o.soft_label,
         symmetric=o.symmetric,
@@ -175,9 +190,9 @@ def build_plan(config: schema.Config) -> Plan:
       UserError: unknown forms, forms without data, or settings that contradict the terms.
     """
     backbones.validate_backbone(config)
-    o, terms = config.objective, _terms_of(config.objective)
+    o, terms = config.objective, _terms_of(config.objective, len(config.small_views))
     try:
-        terms = objective_terms.drop_unavailable(
+        terms = available_terms.drop_unavailable(
             terms, categories=config.data.classes > 0, captions=config.data.captions == "yes"
         )
     except ValueError as error:
@@ -202,11 +217,23 @@ def _validate(plan: Plan) -> None:
             f" their own, and {', '.join(config.objective.forms)} predicts them from its hidden or"
             " mixed input by itself; use shared, or a set such as objective.forms=sim,supervised"
         )
+    if config.data.mask != "multi_block" and any(
+        isinstance(t.head, DecoderHead) and t.head.queries == "blocks" for t in terms
+    ):
+        raise UserError(
+            f"config.data.mask: {config.data.mask!r} has no target blocks, and"
+            f" {', '.join(config.objective.forms)} predicts them; use multi_block"
+        )
     frozen = any(t.target.encoder == "frozen" for t in terms)
     if frozen and not config.objective.target_checkpoint:
         raise UserError(
             "config.objective.target_checkpoint: is empty, and the objective has a frozen target;"
             " give the workdir of a run"
+        )
+    if config.model.head.prototypes < 2 and prototype_posterior.prototype_terms(terms):
+        raise UserError(
+            f"config.model.head.prototypes: {config.model.head.prototypes} leaves nothing to"
+            " predict: every assignment is the same; use at least 2"
         )
     if config.model.decoder.positions == "absolute" and any(
         isinstance(t.head, objective_terms.DecoderHead) and t.reads.view != t.target.view
@@ -288,11 +315,31 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     """
     o, default_config = config.objective, schema.Config()
     objectives = list(trains)
-    terms = [t for forms in objectives for t in _terms_of(dataclasses.replace(o, forms=forms))]
+    count = len(config.small_views)
+    terms = [
+        t for forms in objectives for t in _terms_of(dataclasses.replace(o, forms=forms), count)
+    ]
     names = ", ".join("+".join(forms) for forms in objectives)
     mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
     a, b = config.data.augment, default_config.data.augment
+    by_prototypes = bool(prototype_posterior.prototype_terms(tuple(terms)))
+    no_prototypes = "no assignment to prototypes (as in dino)"
     for key, value, default, is_read, reason in (
+        (
+            "data.small_views",
+            config.data.small_views,
+            (),
+            any(t.reads.view >= available_terms.SMALL for t in terms),
+            "no small view",
+        ),
+        (
+            "objective.prototype_targets",
+            o.prototype_targets,
+            default_config.objective.prototype_targets,
+            by_prototypes,
+            no_prototypes,
+        ),
+        ("objective.target_temperature", o.target_temperature, (), by_prototypes, no_prototypes),
         (
             "objective.target_checkpoint",
             o.target_checkpoint,

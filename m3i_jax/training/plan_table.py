@@ -8,7 +8,15 @@ from typing import Any
 import jax
 
 from m3i_jax.models import backbones, m3i, text
-from m3i_jax.objective.terms import IMAGE_TARGETS, DecoderHead, Pass, PooledHead, Term
+from m3i_jax.objective.available_terms import SMALL
+from m3i_jax.objective.terms import (
+    IMAGE_TARGETS,
+    DecoderHead,
+    Pass,
+    PooledHead,
+    ProjectionHead,
+    Term,
+)
 from m3i_jax.training import predictions, views
 from m3i_jax.training.plan import Plan, target_pass
 
@@ -55,7 +63,11 @@ def describe_target(term: Term) -> str:
     what = {"pixels": "pixels", "tokens": "dense features", "pooled": "global feature"}[t.of]
     averaged = f", mean of {t.blocks} blocks" if t.blocks > 1 else ""
     return f"{whose}{what} of view {t.view}{averaged}" + (
-        ", hidden cells" if term.hidden or predictions.predicts_hidden_only(term) else ""
+        ", hidden cells"
+        if term.hidden or predictions.predicts_hidden_only(term)
+        else ", each target block by itself"
+        if predictions.predicts_blocks(term)
+        else ""
     )
 
 
@@ -109,18 +121,14 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
         batch,
     )
     encode_passes = functools.partial(views.encode_passes, config)
-    for read in plan.passes:
-        users = [i for i, t in enumerate(plan.terms) if read in t.passes]
-        one = {read: inputs[read]}
-        add(
-            "encoder",
-            describe_pass(read, drops),
-            users,
-            encode_passes,
-            one,
-            patches,
-            params["encoder"],
-        )
+    for passes in encoder_calls(plan):
+        users = [i for i, t in enumerate(plan.terms) if set(passes) & set(t.passes)]
+        together = {read: inputs[read] for read in passes}
+        shown = describe_pass(passes[0], drops)
+        if passes[0].view >= SMALL:
+            size = config.view_size(passes[0].view)
+            shown = f"{len(passes)} small views of {size} pixels"
+        add("encoder", shown, users, encode_passes, together, patches, params["encoder"])
     for target in plan.target_passes:
         users = [
             i
@@ -143,11 +151,17 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
         if len(group) > 1:
             reads = f"{len(group)} x {reads}"
         add("decoder", reads, group, predict(group), params, z, inputs)
+    calls: dict[Any, list[int]] = {}
     for i in plan.where(*IMAGE_TARGETS):
         term = plan.terms[i]
         if not isinstance(term.head, DecoderHead):
-            reads = describe_pass(term.reads, drops)
-            add(describe_head(term), reads, (i,), predict((i,)), params, z, inputs)
+            is_shared = isinstance(term.head, ProjectionHead) and bool(term.head.prototypes)
+            key = (term.reads, term.image, term.head) if is_shared else i
+            calls.setdefault(key, []).append(i)
+    for group in calls.values():
+        term = plan.terms[group[0]]
+        reads_of = describe_pass(term.reads, drops)
+        add(describe_head(term), reads_of, group, predict(group[:1]), params, z, inputs)
     if pooled := [i for i, t in enumerate(plan.terms) if isinstance(t.head, PooledHead)]:
         pool = functools.partial(predictions.pool_images, plan)
         add("pool", "own tokens of each image", pooled, pool, params, z, inputs)
@@ -156,6 +170,15 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
         tokens = batch["tokens"], batch["length"]
         add("text tower", "captions", captions, encode, params["text"], *tokens)
     return rows
+
+
+def encoder_calls(plan: Plan) -> list[list[Pass]]:
+    """The passes of each call of the online encoder: small views of one size share one."""
+    calls: dict[Any, list[Pass]] = {}
+    for read in plan.passes:
+        size = plan.config.view_size(read.view) if read.view >= SMALL else read
+        calls.setdefault(size, []).append(read)
+    return list(calls.values())
 
 
 def decoder_groups(plan: Plan, params: Any, z: Any, inputs: Any) -> list[list[int]]:

@@ -13,8 +13,8 @@ from m3i_jax.models import decoder, heads, m3i, pooling, text
 from m3i_jax.objective import mixing, positions
 from m3i_jax.objective.terms import DecoderHead, LinearHead, Pass, PooledHead, ProjectionHead, Term
 from m3i_jax.training.plan import Plan
-from m3i_jax.training.targets import pool_tokens, stack_rows, unstack_rows
-from m3i_jax.training.views import Batch, Inputs, PassInputs
+from m3i_jax.training.targets import pool_tokens
+from m3i_jax.training.views import Batch, Inputs, PassInputs, stack_rows, unstack_rows
 
 Arrays = dict[int, jax.Array]  # {term index: array}
 Features = dict[Pass, jax.Array]
@@ -22,7 +22,23 @@ Features = dict[Pass, jax.Array]
 
 def predicts_hidden_only(term: Term) -> bool:
     """Whether a term predicts only the cells that its input hides."""
-    return isinstance(term.head, DecoderHead) and term.head.queries == "hidden"
+    return isinstance(term.head, DecoderHead | ProjectionHead) and term.head.queries == "hidden"
+
+
+def predicts_blocks(term: Term) -> bool:
+    """Whether a term predicts each target block of a multi-block mask by itself."""
+    return isinstance(term.head, DecoderHead) and term.head.queries == "blocks"
+
+
+def query_cells(term: Term, inputs: PassInputs) -> jax.Array | None:
+    """The cells [R, H] that a term predicts, those of target blocks one after the other; None: all
+    cells."""
+    if predicts_hidden_only(term):
+        return inputs.hidden_cells(term.image)
+    if predicts_blocks(term):
+        assert inputs.blocks is not None
+        return inputs.blocks.reshape(inputs.blocks.shape[0], -1)
+    return None
 
 
 def visible_tokens(
@@ -37,7 +53,7 @@ def visible_tokens(
         return mixing.gather(z_RxTxD, cells), cells, cls
     if term.reads.masked and not term.reads.mask_tokens:
         return z_RxTxD, read.own, cls
-    return z_RxTxD, jnp.broadcast_to(jnp.arange(plan.config.tokens), z_RxTxD.shape[:2]), cls
+    return z_RxTxD, jnp.broadcast_to(jnp.arange(z_RxTxD.shape[1]), z_RxTxD.shape[:2]), cls
 
 
 def group_by_shape(keys: dict[Any, tuple[Any, ...]]) -> list[list[Any]]:
@@ -49,7 +65,7 @@ def group_by_shape(keys: dict[Any, tuple[Any, ...]]) -> list[list[Any]]:
 
 
 def _queries(plan: Plan, params: Any, term: Term, inputs: PassInputs) -> jax.Array:
-    """Decoder queries [R, N, W] of a term, or [R, H, W] of hidden cells."""
+    """Decoder queries [R, N, W] of a term, or [R, H, W] of the cells that it predicts."""
     config, width = plan.config, plan.config.model.decoder.width
     x, y, rows = term.reads.view, term.target.view, inputs.rows[term.image]
     if x == y:  # the same for every image: one row of N queries instead of R
@@ -63,9 +79,8 @@ def _queries(plan: Plan, params: Any, term: Term, inputs: PassInputs) -> jax.Arr
             box[:, x], flip[:, x], box[:, y], flip[:, y], grid=config.grid, width=width
         )
         queries = decoder.decoder_queries(config.model, params["decoder"], raw)
-    if predicts_hidden_only(term):
-        return mixing.gather(queries, inputs.hidden_cells(term.image))
-    return queries
+    cells = query_cells(term, inputs)
+    return queries if cells is None else mixing.gather(queries, cells)
 
 
 def decoder_inputs(
@@ -78,7 +93,13 @@ def decoder_inputs(
         if isinstance(term.head, DecoderHead):
             tokens, cells, cls = visible_tokens(plan, term, z, inputs)
             queries = _queries(plan, params, term, inputs[term.reads])
-            out[i] = (tokens, cells, queries, cls if plan.reads_cls(term) else None)
+            cls = cls if plan.reads_cls(term) else None
+            if predicts_blocks(term):  # a row for each block, which sees no other
+                count = plan.config.data.mask_blocks
+                queries = queries.reshape(-1, queries.shape[1] // count, queries.shape[2])
+                tokens, cells = (jnp.repeat(x, count, 0) for x in (tokens, cells))
+                cls = None if cls is None else jnp.repeat(cls, count, 0)
+            out[i] = (tokens, cells, queries, cls)
     return out
 
 
@@ -101,6 +122,9 @@ def _decode(plan: Plan, params: Any, arguments: dict[int, tuple[Any, ...]]) -> A
         else:
             for i, rows in zip(group, unstack_rows(decoded, len(group)), strict=True):
                 out[i] = decoder.prediction_head(model, tree, rows, plan.terms[i].target.of)
+    for i, x in out.items():
+        if predicts_blocks(plan.terms[i]):  # the blocks of an image side by side again
+            out[i] = x.reshape(-1, plan.config.data.mask_blocks * x.shape[1], x.shape[2])
     return out
 
 
@@ -116,11 +140,41 @@ def predict_images(
         if isinstance(term.head, LinearHead):
             tree = params["heads"][f"linear_{term.target.of}"]
             out[i] = heads.apply_linear(model, tree, visible_tokens(plan, term, z, inputs)[0])
-        elif isinstance(term.head, ProjectionHead):
-            tokens, _, cls = visible_tokens(plan, term, z, inputs)
-            tree = params["heads"].get(term.head.name, {})
-            pooled = pool_tokens(term.head, tokens, cls)
-            out[i] = heads.apply_predictor(model, tree, term.head, pooled)
+    return out | _project(plan, params, z, inputs, indices)
+
+
+def _project(
+    plan: Plan, params: Any, z: Features, inputs: Inputs, indices: tuple[int, ...]
+) -> Arrays:
+    """Predictions of the terms with a projection. Terms that project the same features share a
+    call; so do, in a space with prototypes, which has no batch norm, inputs of equal shape."""
+    users: dict[Any, list[int]] = {}
+    for i in indices:
+        term = plan.terms[i]
+        if isinstance(term.head, ProjectionHead):
+            users.setdefault((term.reads, term.image, term.head), []).append(i)
+    pooled = {}
+    for key, terms in users.items():
+        term = plan.terms[terms[0]]
+        assert isinstance(term.head, ProjectionHead)
+        tokens, _, cls = visible_tokens(plan, term, z, inputs)
+        if predicts_hidden_only(term):
+            tokens = mixing.gather(tokens, inputs[term.reads].hidden_cells(term.image))
+        pooled[key] = pool_tokens(term.head, tokens, cls)
+    calls: dict[Any, list[Any]] = {}
+    for key in users:
+        head = key[2]
+        calls.setdefault((head, pooled[key].shape) if head.prototypes else key, []).append(key)
+    out: Arrays = {}
+    for keys in calls.values():
+        head = keys[0][2]
+        tree = params["heads"].get(head.name, {})
+        x = pooled[keys[0]] if len(keys) == 1 else stack_rows([pooled[key] for key in keys])
+        y = heads.apply_predictor(plan.config.model, tree, head, x)
+        for key, rows in zip(
+            keys, [y] if len(keys) == 1 else unstack_rows(y, len(keys)), strict=True
+        ):
+            out |= dict.fromkeys(users[key], rows)
     return out
 
 

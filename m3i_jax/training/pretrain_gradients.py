@@ -8,7 +8,8 @@
 
 k microbatches of B/k give the result of one batch of B: every loss is divided by the count of the
 whole batch, the second moment is taken over all targets before, the norms are roots of summed
-squares, and the text softmax spans the batch through embeddings that are computed once more."""
+squares, assignments to prototypes are balanced over the whole batch before, and the text softmax
+spans the batch through embeddings that are computed once more."""
 
 import functools
 from typing import Any
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.models import m3i
 from m3i_jax.objective import balance
-from m3i_jax.training import predictions, targets, term_losses, views
+from m3i_jax.objective.prototype_targets import PrototypeState
+from m3i_jax.training import assignments, predictions, targets, term_losses, views
 from m3i_jax.training.microbatches import merge_microbatches, split_microbatches
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.predictions import Arrays
@@ -74,11 +76,16 @@ def _views_and_targets(
     plan: Plan, teachers: dict[str, Any], batch: Batch
 ) -> tuple[Patches, TargetFeatures]:
     patches = views.augmented_patches(plan.config, batch, plan.views, exact=plan.exact)
-    return patches, targets.target_features(plan, teachers, patches)
+    return patches, targets.target_features(plan, teachers, patches, batch["mask"])
 
 
 def objective_gradients(
-    plan: Plan, params: Any, teachers: dict[str, Any], batch: Batch, weight: jax.Array
+    plan: Plan,
+    params: Any,
+    teachers: dict[str, Any],
+    batch: Batch,
+    weight: jax.Array,
+    prototypes: PrototypeState | None = None,
 ) -> tuple[Any, Metrics, tuple[jax.Array, jax.Array]]:
     """Gradients of L_ssp + weight * L_sp with one encoder backward.
 
@@ -89,9 +96,13 @@ def objective_gradients(
         "shared" is added here.
       batch: one global batch, leading axis B.
       weight: lambda, a scalar without gradient.
+      prototypes: centres and temperature of assignments to prototypes, of the steps before; None:
+        those of the start.
 
     Returns:
-      (gradients like params, metrics, (norm of dL_ssp/dz, norm of dL_sp/dz)).
+      (gradients like params, metrics, (norm of dL_ssp/dz, norm of dL_sp/dz)). Beside scalars, the
+      metrics hold a matrix, `targets.MOMENT`, and the centres' input, `assignments.MEAN_LOGITS`,
+      where the objective has them.
     """
     config, heads = plan.config, {k: v for k, v in params.items() if k != "encoder"}
     count, size = config.train.microbatches, batch["mask"].shape[0]
@@ -134,12 +145,16 @@ def objective_gradients(
 
     if count == 1:
         patches, features = views_and_targets(batch)
+        features, monitors = assignments.assign_targets(plan, features, prototypes)
         moments = targets.target_moments(plan, features)
         grads, (costs, squares) = microbatch_grads(batch, inputs, patches, features, None)
     else:
         parts, part_inputs = split_microbatches((batch, inputs), count, size // 2)
         patches, rows = jax.lax.map(views_and_targets, parts)
         features = merge_microbatches(rows, count, size // 2)
+        features, monitors = assignments.assign_targets(plan, features, prototypes)
+        assigned = {key: x for key, x in features.items() if targets.has_prototypes(key)}
+        rows = rows | split_microbatches(assigned, count, size // 2)
         moments = targets.target_moments(plan, features)
         text_costs: TermLosses = {}
         cached = None
@@ -160,7 +175,7 @@ def objective_gradients(
         costs |= text_costs
 
     metrics = term_losses.loss_metrics(plan, costs, counts, weights)
-    metrics |= targets.target_metrics(plan, features, moments)
+    metrics |= targets.target_metrics(plan, features, moments) | monitors
     return grads, metrics, (jnp.sqrt(squares[0]), jnp.sqrt(squares[1]))
 
 
@@ -188,6 +203,7 @@ def loss_pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[An
     microbatch, as trees of the arrays that they keep. The first and one of the others live from the
     forward pass to the backward."""
     patches, features = views_and_targets(plan, state, batch)
+    features, _ = assignments.assign_targets(plan, features, state.opt.get("prototypes"))
     inputs = views.pass_inputs(plan.config, plan.passes, batch)
     moments = targets.target_moments(plan, features)
     z, pullback = _encode(plan, state.params, inputs, patches)

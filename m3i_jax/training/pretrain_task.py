@@ -1,5 +1,6 @@
 """Pre-training as a task: M3I's objective, and every other tuple of terms."""
 
+import collections
 import dataclasses
 import functools
 from typing import Any
@@ -11,7 +12,8 @@ import optax
 from m3i_jax import schema
 from m3i_jax.data import pipeline
 from m3i_jax.models import m3i
-from m3i_jax.training import optimizer, panel, plan, pretrain_gradients
+from m3i_jax.objective import block_masks
+from m3i_jax.training import assignments, optimizer, panel, plan, pretrain_gradients
 from m3i_jax.training.state import State
 from m3i_jax.training.task import Batch, StepGradients, Task, register_task
 
@@ -39,14 +41,21 @@ class Pretrain(Task):
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         config = self.config
         b, s, n = config.train.batch_size, config.data.image_size, config.tokens
+        groups = config.small_views if max(self.plan.views) > 1 else ()
+        small = len(groups)
         shapes = {
             "views": ((b, 2, s, s, 3), "uint8"),
-            "box": ((b, 2, 4), "float32"),
-            "flip": ((b, 2), "bool"),
+            "box": ((b, 2 + small, 4), "float32"),
+            "flip": ((b, 2 + small), "bool"),
             "mask": ((b, n), "bool"),
             "label": ((b,), "int32"),
             "position": ((b, 2), "uint32"),
         }
+        for size, count in collections.Counter(group.size for group in groups).items():
+            shapes[f"views_{size}"] = ((b, count, size, size, 3), "uint8")
+        if config.data.mask == "multi_block":
+            cells = block_masks.block_cells(config.grid, config.data.mask_block_share)
+            shapes["blocks"] = ((b, config.data.mask_blocks, cells), "int32")
         if config.data.captions == "yes":
             length = config.data.caption_length
             shapes |= {"tokens": ((b, length), "int32"), "length": ((b,), "int32")}
@@ -56,8 +65,9 @@ class Pretrain(Task):
         weight = pretrain_gradients.balance_lambda(self.config, opt)
         teachers = pretrain_gradients.target_encoders(opt)
         grads, metrics, norms = pretrain_gradients.objective_gradients(
-            self.plan, params, teachers, batch, weight
+            self.plan, params, teachers, batch, weight, opt.get("prototypes")
         )
+        means: Any = metrics.pop(assignments.MEAN_LOGITS, {})
         zero = jnp.zeros(())
         loss = metrics.get("loss/ssp", zero) + weight * metrics.get("loss/sp", zero)
         metrics |= {
@@ -65,7 +75,8 @@ class Pretrain(Task):
             "balance/ssp_norm": norms[0],
             "balance/sp_norm": norms[1],
         }
-        return StepGradients(grads, loss, metrics, {"feature_grad_norms": norms})
+        extras = {"feature_grad_norms": norms, "mean_logits": means}
+        return StepGradients(grads, loss, metrics, extras)
 
     def optimizer(self, *, steps: int, warmup: int) -> optax.GradientTransformationExtraArgs:
         return optimizer.build_optimizer(self.config, self.plan.terms, steps=steps, warmup=warmup)

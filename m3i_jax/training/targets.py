@@ -9,27 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax.models import decoder, heads, m3i
-from m3i_jax.objective import collapse, losses
+from m3i_jax.objective import collapse, losses, mixing
 from m3i_jax.objective.terms import ProjectionHead, Term
 from m3i_jax.training.plan import Plan, TargetKey, TargetPass, target_pass
-from m3i_jax.training.views import Patches
+from m3i_jax.training.views import Patches, stack_rows, unstack_rows
 
 TargetFeatures = dict[TargetKey, jax.Array]
 # the one metric that is a matrix; its eigenvalues are computed only when a log line is written
 MOMENT = "moment"
-
-
-def stack_rows(arrays: list[jax.Array]) -> jax.Array:
-    """r arrays [B, ...] as one [B * r, ...], those of one row side by side, so that the sharding of
-    the batch stays."""
-    stacked = jnp.stack(arrays, 1)
-    return stacked.reshape(-1, *stacked.shape[2:])
-
-
-def unstack_rows(x_BRx: jax.Array, count: int) -> list[jax.Array]:
-    """The inverse of `stack_rows`."""
-    split = x_BRx.reshape(-1, count, *x_BRx.shape[1:])
-    return [split[:, r] for r in range(count)]
 
 
 def encode_targets(
@@ -38,8 +25,10 @@ def encode_targets(
     """Tokens [B, T, D] of every target pass, cls first; one call for all views that an encoder
     reads in one way."""
     out: dict[TargetPass, jax.Array] = {}
-    for encoder, blocks in sorted({(p.encoder, p.blocks) for p in plan.target_passes}):
-        group = [p for p in plan.target_passes if (p.encoder, p.blocks) == (encoder, blocks)]
+    kinds: dict[tuple[str, int, int], list[TargetPass]] = {}
+    for p in plan.target_passes:
+        kinds.setdefault((p.encoder, p.blocks, patches[p.view].shape[1]), []).append(p)
+    for (encoder, blocks, _), group in sorted(kinds.items()):
         z = m3i.encode(
             plan.config,
             teachers[encoder]["encoder"],
@@ -50,7 +39,9 @@ def encode_targets(
     return out
 
 
-def project_target(plan: Plan, params: Any, space: Any, z_BxTxD: jax.Array) -> jax.Array:
+def project_target(
+    plan: Plan, params: Any, space: Any, z_BxTxD: jax.Array, hidden_BxH: jax.Array | None = None
+) -> jax.Array:
     """Target features in the space of a key: [B, N, D] of dense terms, [B, D] of pooled ones.
 
     Args:
@@ -58,16 +49,21 @@ def project_target(plan: Plan, params: Any, space: Any, z_BxTxD: jax.Array) -> j
       params: the tree of the target encoder.
       space: of a `TargetKey`.
       z_BxTxD: features of a clean view, cls first.
+      hidden_BxH: the cells that a space of hidden tokens reads; its targets are [B, H, D].
     """
     first, model = int(plan.config.model.encoder.cls_token), plan.config.model
     if space is None:
         return z_BxTxD[:, first:]
     if isinstance(space, ProjectionHead):
+        tokens = z_BxTxD[:, first:]
+        if space.queries == "hidden":
+            assert hidden_BxH is not None
+            tokens = mixing.gather(tokens, hidden_BxH)
         return heads.apply_projector(
             model,
             params.get("heads", {}).get(space.name, {}),
             space,
-            pool_tokens(space, z_BxTxD[:, first:], z_BxTxD[:, 0]),
+            pool_tokens(space, tokens, z_BxTxD[:, 0]),
         )
     return decoder.project_targets(model, params["decoder"], z_BxTxD)[:, first:]
 
@@ -83,9 +79,14 @@ def pool_tokens(
     return tokens_RxKxD.astype(jnp.float32).mean(1)
 
 
-def target_features(plan: Plan, teachers: dict[str, Any], patches: Patches) -> TargetFeatures:
-    """Every target of the plan that needs no online pass, [B, N, D] or [B, D], without gradient."""
-    encoded = encode_targets(plan, teachers, patches)
+def target_features(
+    plan: Plan, teachers: dict[str, Any], patches: Patches, mask_BxN: jax.Array | None = None
+) -> TargetFeatures:
+    """Every target of the plan that needs no online pass, [B, N, D] or [B, D], without gradient;
+    [B, H, D] where only hidden tokens are projected, for which `mask_BxN` is read."""
+    encoded, hidden = encode_targets(plan, teachers, patches), None
+    if mask_BxN is not None and plan.projects_hidden:
+        hidden = mixing.split(mask_BxN, plan.config.tokens - plan.config.hidden)[1]
     out: TargetFeatures = {}
     for key in plan.target_keys:
         if key.target.of == "pixels":
@@ -93,7 +94,8 @@ def target_features(plan: Plan, teachers: dict[str, Any], patches: Patches) -> T
             out[key] = patches[key.target.view]
         else:
             tree, z = teachers[key.target.encoder], encoded[target_pass(key.target)]
-            out[key] = jax.lax.stop_gradient(project_target(plan, tree, key.space, z))
+            projected = project_target(plan, tree, key.space, z, hidden)
+            out[key] = jax.lax.stop_gradient(projected)
     return out
 
 
@@ -103,6 +105,11 @@ def normalize_target(term: Term, target: jax.Array) -> jax.Array:
     if term.target.of == "pixels":
         return losses.patch_normalize(target)
     return term.posterior.prepare(target)
+
+
+def has_prototypes(key: TargetKey) -> bool:
+    """Whether a target is an assignment to prototypes."""
+    return isinstance(key.space, ProjectionHead) and bool(key.space.prototypes)
 
 
 def moment_key(key: TargetKey) -> TargetKey:
@@ -117,6 +124,8 @@ def target_moments(plan: Plan, features: TargetFeatures) -> dict[TargetKey, jax.
     out: dict[TargetKey, list[jax.Array]] = {}
     # in the order of the terms: a dict that leaves a compiled loop is sorted
     for key in plan.target_keys:
+        if has_prototypes(key):  # K^2 similarities of logits say nothing
+            continue
         if key.target.learned and (key.space in (None, "decoder") or not out):
             rows = losses.layer_normalize(features[key].reshape(-1, features[key].shape[-1]))
             out.setdefault(moment_key(key), []).append(losses.second_moment(rows))

@@ -14,10 +14,11 @@ from m3i_jax.models import m3i
 from m3i_jax.objective import collapse, mixing
 from m3i_jax.objective.numerics import l2_normalize
 from m3i_jax.objective.posteriors import LossInputs, LossSum
-from m3i_jax.objective.terms import IMAGE_TARGETS, Pass, ProjectionHead, Term
+from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
+from m3i_jax.objective.terms import IMAGE_TARGETS, DecoderHead, Pass, ProjectionHead, Term
 from m3i_jax.training import predictions, targets, views
 from m3i_jax.training.plan import Plan, TargetKey
-from m3i_jax.training.predictions import Arrays, Features, predicts_hidden_only
+from m3i_jax.training.predictions import Arrays, Features, query_cells
 from m3i_jax.training.targets import TargetFeatures
 from m3i_jax.training.views import Batch, Inputs, PassInputs
 
@@ -38,13 +39,13 @@ def label_weight(term: Term, inputs: PassInputs) -> jax.Array:
 
 
 def position_weight(term: Term, inputs: PassInputs) -> jax.Array:
-    """Weight of each prediction of an image term: [R, N] of dense ones, [R, H] where only hidden
+    """Weight of each prediction of an image term: [R, N] of dense ones, [R, H] where only some
     cells are predicted, [R] of pooled ones."""
     mask_RxN = inputs.mask
     if term.target.of == "pooled":
         return jnp.ones(mask_RxN.shape[0])
-    if predicts_hidden_only(term):
-        return jnp.ones(inputs.hidden_cells(term.image).shape)
+    if (cells := query_cells(term, inputs)) is not None:
+        return jnp.ones(cells.shape)
     if not term.hidden:
         return jnp.ones(mask_RxN.shape)
     return (~mask_RxN if term.image == "own" else mask_RxN).astype(jnp.float32)
@@ -112,8 +113,9 @@ def _image_loss(
         features = image_rows(bundle.rows[TargetKey(term.target, None)])
         raw = mixing.gather(raw, _cosines(tokens, features).argmax(-1))
     target = targets.normalize_target(term, raw)
-    if predicts_hidden_only(term):
-        target = mixing.gather(target, read.hidden_cells(term.image))
+    cells = query_cells(term, read)
+    if cells is not None and isinstance(term.head, DecoderHead):  # a projection's are gathered
+        target = mixing.gather(target, cells)
     contrastive = term.posterior.batch_keys and key in bundle.batch
     settings, prototypes = plan.config.objective, None
     if isinstance(term.head, ProjectionHead):
@@ -127,7 +129,7 @@ def _image_loss(
         parameters=prototypes,
     )
     cost = term.posterior.cost(prediction, target, position_weight(term, read), given)
-    if term.target.of != "pooled":
+    if term.target.of != "pooled" or isinstance(term.posterior, PrototypeSoftmax):
         return cost
     both = jax.lax.stop_gradient((prediction, target))
     monitors = {"alignment": collapse.alignment(*both), "uniformity": collapse.uniformity(both[1])}

@@ -2,6 +2,7 @@
 stochastic depth, and the online encoder. Pure functions on the device, keyed by (seed, stream
 position), so that neither sharding nor microbatches nor a restart changes a pixel."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from m3i_jax import schema
 from m3i_jax.augment import mixup, photometric
 from m3i_jax.models import backbones, m3i, vit
 from m3i_jax.objective import mixing
+from m3i_jax.objective.available_terms import SMALL
 from m3i_jax.objective.terms import Pass
 
 DROP_PATH = 0x64726F70  # keeps these draws apart from the photometric ones
@@ -34,6 +36,7 @@ class PassInputs(NamedTuple):
     blend   mixup and CutMix draws; None unless the pass is blended
     rows    {"own" or "partner": {name: [R, ...]}}, the `ROW_ARRAYS` of either image, and `row`, its
             number in the global batch
+    blocks  int32 [R, M, K], the cells of the target blocks; None without multi-block masks
     """
 
     mask: jax.Array
@@ -42,6 +45,7 @@ class PassInputs(NamedTuple):
     keep: jax.Array | None
     blend: mixup.MixupDraws | None
     rows: dict[str, dict[str, jax.Array]]
+    blocks: jax.Array | None = None
 
     def cells(self, image: str) -> jax.Array:
         """The cells [R, ...] that show an image of a mixed or masked pass."""
@@ -76,6 +80,7 @@ def pass_inputs(config: schema.Config, passes: Iterable[Pass], batch: Batch) -> 
                 image: {name: image_rows(config, read, image, x) for name, x in arrays.items()}
                 for image in images
             },
+            blocks=batch.get("blocks") if read.masked else None,
         )
     return out
 
@@ -123,9 +128,10 @@ def augmented_patches(
     where `exact`, as pixel targets are."""
     out = {}
     for view in views:
-        x = photometric.mirror(batch["views"][:, view], batch["flip"][:, view])
+        x = photometric.mirror(view_pixels(config, batch, view), batch["flip"][:, view])
+        settings = config.data.augment if view < 2 else _small_augment(config, view)
         x = photometric.augment(
-            x, batch["position"], seed=config.seed, view=view, settings=config.data.augment
+            x, batch["position"], seed=config.seed, view=view, settings=settings
         )
         x = photometric.normalize(x, config.data.augment)
         if view == 0 and config.data.augment.erase_p:
@@ -136,6 +142,23 @@ def augmented_patches(
             jnp.float32 if exact else config.model.dtype
         )
     return out
+
+
+def view_pixels(config: schema.Config, batch: Batch, view: int) -> jax.Array:
+    """The uint8 pixels [B, size, size, 3] of a view of a batch."""
+    if view < 2:
+        return batch["views"][:, view]
+    sizes = [group.size for group in config.small_views]
+    own = sizes[view - 2]
+    return batch[f"views_{own}"][:, sizes[: view - 2].count(own)]
+
+
+def _small_augment(config: schema.Config, view: int) -> schema.Augment:
+    """Photometric settings in which the entries of a small view are at its index: the third ones,
+    or those of the target view if there are two."""
+    a = config.data.augment
+    blur_p, solarize_p = ((*p[:2], *[p[-1]] * (view - 1)) for p in (a.blur_p, a.solarize_p))
+    return dataclasses.replace(a, blur_p=blur_p, solarize_p=solarize_p)
 
 
 def plain_patches(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array:
@@ -175,9 +198,12 @@ def encode_passes(
 ) -> dict[Pass, jax.Array]:
     """Features {pass: [R, T, D]} of the online encoder, cls first, every pass once."""
     out = {}
+    small: dict[int, list[Pass]] = {}
     for read, given in inputs.items():
         x = encoder_input(config, read, given, patches)
-        if read.mixed and config.objective.isolate:
+        if read.view >= SMALL:
+            small.setdefault(x.shape[1], []).append(read)
+        elif read.mixed and config.objective.isolate:
             out[read] = _encode_isolated(config, encoder, x, given)
         else:
             dropped = read.masked and not read.mask_tokens
@@ -189,7 +215,29 @@ def encode_passes(
                 hidden=~given.mask if read.mask_tokens else None,
                 keep=given.keep,
             )
+    for reads in small.values():  # views of one size go through the encoder together
+        keep = [inputs[read].keep for read in reads]
+        z = m3i.encode(
+            config,
+            encoder,
+            stack_rows([patches[read.view] for read in reads]),
+            keep=None if keep[0] is None else stack_rows(keep),  # type: ignore[arg-type]
+        )
+        out |= dict(zip(reads, unstack_rows(z, len(reads)), strict=True))
     return out
+
+
+def stack_rows(arrays: list[jax.Array]) -> jax.Array:
+    """r arrays [B, ...] as one [B * r, ...], those of one row side by side, so that the sharding of
+    the batch stays."""
+    stacked = jnp.stack(arrays, 1)
+    return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def unstack_rows(x_BRx: jax.Array, count: int) -> list[jax.Array]:
+    """The inverse of `stack_rows`."""
+    split = x_BRx.reshape(-1, count, *x_BRx.shape[1:])
+    return [split[:, r] for r in range(count)]
 
 
 def _encode_isolated(

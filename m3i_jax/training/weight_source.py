@@ -13,11 +13,13 @@ import numpy as np
 from m3i_jax import config as configuration
 from m3i_jax import run_files
 from m3i_jax.errors import UserError
-from m3i_jax.interop import dense_weights, tensor_files, vit_weights
-from m3i_jax.models import backbones
+from m3i_jax.interop import dense_weights, published_dense, tensor_files, vit_weights
+from m3i_jax.models import backbones, composite
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint_dir, checkpoint_reader, schedule_free
 
+RUNNING = published_dense.RUNNING  # of running statistics, in `shapes` of a file
+_COPIES = tuple(f"encoder/{name}/" for name in composite.OWN_PARTS)
 CLASSES = "classes.json"  # names of the categories of a run of a dense task
 
 
@@ -28,12 +30,12 @@ class WeightSource:
     Attributes:
       name: of the source, for messages.
       shapes: {path: shape} of the arrays that have a path of this package, without a fixed position
-        table.
+        table; of a file with batch norms, running statistics too, below `running/`.
       read: {path: sharding or None} -> {path: array}; None: as numpy.
       settings: of `model.encoder` and the pixels (mean, std, image_size), as far as the source has
         them; of an InternImage also `backbone`, `scan` and `intern_image` of `model`, and of a file
-        its `preset`; of a file with a detector `detect` and `maps` of `dense`, `classes`, and
-        `detector_size`, the side of its images.
+        its `preset`; of a file with a detector or segmenter `detect` or `segment`, and `maps`, of
+        `dense`, `classes`, and `dense_size`, the side of its images.
       unused: {name: count} of arrays that have no such path.
       notes: what was changed while reading.
       classes: names of the categories that its heads predict, of a run of a dense task; else None.
@@ -72,7 +74,8 @@ def open_weights(
         return _open_run(location, weights, key)
     try:
         table = tensor_files.read_tensors(location)
-        published = vit_weights.load_vit(
+        dense = published_dense.load_published_dense(table) if weights == "online" else None
+        published = dense or vit_weights.load_vit(
             table, momentum=weights == "ema", config=vit_weights.read_sidecar_configs(location)
         )
         if published.layout == "detectron2" and dense_weights.has_mask_rcnn(table.shapes):
@@ -101,7 +104,7 @@ def open_weights(
             {
                 path.removeprefix("encoder/"): array.shape
                 for path, array in published.arrays.items()
-                if path.startswith("encoder/")
+                if path.startswith("encoder/") and not path.startswith(_COPIES)
             }
         ),
         **published.settings,
@@ -139,7 +142,7 @@ def _add_detector(published: vit_weights.PublishedWeights, table: tensor_files.T
             else (),
         }
         # the map of a global block is the whole input
-        published.settings["detector_size"] = whole * published.settings["patch_size"]
+        published.settings["dense_size"] = whole * published.settings["patch_size"]
 
 
 def _open_run(workdir: str, weights: str, key: str) -> WeightSource:

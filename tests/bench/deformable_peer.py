@@ -8,11 +8,7 @@ Names end with the side of the images in pixels; levels have the strides 8 to 64
 channels, four points. Both sides use the same weights and inputs; the losses must agree.
 """
 
-import os
 import pathlib
-import sys
-import tempfile
-import time
 import types
 from typing import Any
 
@@ -152,38 +148,5 @@ def theirs(folder: pathlib.Path, name: str) -> Any:
     return step
 
 
-def one_thread(name: str, runs: int = 7) -> tuple[float, float]:
-    """Least processor seconds of a step of (JAX, PyTorch), by turns in this process. The flags of
-    XLA must say one thread before jax starts.
-
-    Raises:
-      RuntimeError: the losses differ.
-    """
-    race.THREADS = 1
-    with tempfile.TemporaryDirectory() as folder:
-        steps = [side(pathlib.Path(folder), name) for side in (ours, theirs)]
-    a, b = (step() for step in steps)
-    if abs(a - b) > AGREE * abs(b):
-        raise RuntimeError(f"{name}: the losses are {a} and {b}")
-    least = [float("inf")] * 2
-    for _ in range(runs):
-        for i, step in enumerate(steps):
-            start = time.process_time()
-            step()
-            least[i] = min(least[i], time.process_time() - start)
-    return least[0], least[1]
-
-
-if __name__ == "__main__" and sys.argv[1:] == ["one_thread"]:
-    os.environ["XLA_FLAGS"] = " ".join(
-        [
-            os.environ.get("XLA_FLAGS", ""),
-            "--xla_cpu_multi_thread_eigen=false",
-            "intra_op_parallelism_threads=1",
-        ]
-    )
-    for name in NAMES:
-        a, b = one_thread(name)
-        print(f"{name}: {a:.4f} s, PyTorch {b:.4f} s, ratio {a / b:.2f}", flush=True)
-elif __name__ == "__main__":
+if __name__ == "__main__":
     race.main("tests.bench.deformable_peer", NAMES, AGREE)

@@ -10,11 +10,8 @@ Both use the same weights and inputs; the losses must agree before anything is t
 only the last form is fair: a second thread of PyTorch waits actively for the first.
 """
 
-import os
 import pathlib
 import sys
-import tempfile
-import time
 from typing import Any
 
 import numpy as np
@@ -177,38 +174,5 @@ def figures(quick: bool) -> list[Figure]:
     return out
 
 
-def one_thread(name: str, runs: int = 7) -> tuple[float, float]:
-    """Least processor seconds of a step of (JAX, PyTorch), by turns in this process. The flags of
-    XLA must say one thread before jax starts.
-
-    Raises:
-      RuntimeError: the losses differ.
-    """
-    race.THREADS = 1
-    with tempfile.TemporaryDirectory() as folder:
-        steps = [side(pathlib.Path(folder), name) for side in (ours, theirs)]
-    a, b = (step() for step in steps)
-    if abs(a - b) > AGREE * abs(b):
-        raise RuntimeError(f"{name}: the losses are {a} and {b}")
-    least = [float("inf")] * 2
-    for _ in range(runs):
-        for i, step in enumerate(steps):
-            start = time.process_time()
-            step()
-            least[i] = min(least[i], time.process_time() - start)
-    return least[0], least[1]
-
-
-if __name__ == "__main__" and sys.argv[1:] == ["one_thread"]:
-    os.environ["XLA_FLAGS"] = " ".join(
-        [
-            os.environ.get("XLA_FLAGS", ""),
-            "--xla_cpu_multi_thread_eigen=false",
-            "intra_op_parallelism_threads=1",
-        ]
-    )
-    for name in NAMES:
-        a, b = one_thread(name)
-        print(f"{name}: {a:.4f} s, PyTorch {b:.4f} s, ratio {a / b:.2f}", flush=True)
-elif __name__ == "__main__":
+if __name__ == "__main__":
     race.main("tests.bench.dense_heads_peer", NAMES, AGREE)

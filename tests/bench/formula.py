@@ -7,6 +7,7 @@ gradient twice.
 """
 
 from m3i_jax import schema
+from m3i_jax.objective import block_masks
 from m3i_jax.objective.terms import (
     DecoderHead,
     LinearHead,
@@ -81,7 +82,16 @@ def _mlp(
     )
 
 
+def _projection(c: schema.Config, space: ProjectionHead, tokens: int, trained: int) -> int:
+    """Multiply-adds of a projector, of the similarities to prototypes if there are some."""
+    rows = c.hidden if space.queries == "hidden" else tokens if space.pool == "none" else 1
+    total, width = _mlp(rows, c, space.projector, c.model.encoder.width, trained)
+    return total + (trained * rows * width * c.model.head.prototypes if space.prototypes else 0)
+
+
 def _shown(c: schema.Config, read: Pass) -> int:
+    if read.view > 1:
+        return (c.view_size(read.view) // c.model.encoder.patch_size) ** 2
     return c.tokens - c.hidden if read.masked and not read.mask_tokens else c.tokens
 
 
@@ -94,14 +104,22 @@ def _own(c: schema.Config, term: Term) -> int:
 
 
 def _decoder(plan: Plan, term: Term) -> int:
-    c, e, d = plan.config, plan.config.model.encoder, plan.config.model.decoder
-    patch = 3 * e.patch_size**2
+    c = plan.config
     own = _own(c, term) + plan.reads_cls(term)
     n = (
         c.hidden
         if isinstance(term.head, DecoderHead) and term.head.queries == "hidden"
         else c.tokens
     )
+    copies = 1
+    if isinstance(term.head, DecoderHead) and term.head.queries == "blocks":
+        copies, n = c.data.mask_blocks, block_masks.block_cells(c.grid, c.data.mask_block_share)
+    return copies * _decoder_of(plan, term, own, n)
+
+
+def _decoder_of(plan: Plan, term: Term, own: int, n: int) -> int:
+    c, e, d = plan.config, plan.config.model.encoder, plan.config.model.decoder
+    patch = 3 * e.patch_size**2
     total, tokens = 3 * own * e.width * d.width, own + n
     total += 3 * (d.depth - 1 + d.projector_depth * 0) * block(
         tokens, d.width
@@ -147,10 +165,10 @@ def step(plan: Plan) -> float:
                 c.tokens + cls, d.width
             )
         elif isinstance(goal.space, ProjectionHead):
-            total += _mlp(
-                c.tokens if goal.space.pool == "none" else 1, c, goal.space.projector, e.width, 1
-            )[0]
-    learned = [g for g in plan.target_keys if g.target.learned]
+            total += _projection(c, goal.space, c.tokens, 1)
+    learned = [
+        g for g in plan.target_keys if g.target.learned and not getattr(g.space, "prototypes", "")
+    ]
     weighed = {
         plan.target_key(x).space
         for x in plan.terms
@@ -167,9 +185,14 @@ def step(plan: Plan) -> float:
             else _mlp(1, c, space.projector, e.width)[1]
         )
         total += (1 if goal.target.of == "pooled" else c.tokens) * width**2
+    projected = set()
     for term in plan.terms:
         n = _own(c, term)
-        if isinstance(term.head, DecoderHead):
+        if isinstance(term.head, ProjectionHead) and term.head.prototypes:
+            if (term.reads, term.image, term.head) not in projected:
+                total += _projection(c, term.head, n, 3)
+            projected.add((term.reads, term.image, term.head))
+        elif isinstance(term.head, DecoderHead):
             total += _decoder(plan, term)
         elif isinstance(term.head, LinearHead):
             total += 3 * n * e.width * (patch if term.target.of == "pixels" else e.width)

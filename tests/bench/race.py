@@ -126,8 +126,40 @@ def summary(name: str, result: dict[str, Any]) -> str:
     )
 
 
+def one_thread(module: str, name: str, agree: float, runs: int = 7) -> tuple[float, float]:
+    """Least processor seconds of a step of (JAX, PyTorch), by turns in this process. The flags of
+    XLA must say one thread before jax starts.
+
+    Raises:
+      RuntimeError: the losses differ by more than `agree`.
+    """
+    global THREADS
+    THREADS = 1
+    contest = importlib.import_module(module)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = [side(pathlib.Path(folder), name) for side in (contest.ours, contest.theirs)]
+    a, b = (step() for step in steps)
+    if abs(a - b) > agree * abs(b):
+        raise RuntimeError(f"{name}: the losses are {a} and {b}")
+    least = [float("inf")] * 2
+    for _ in range(runs):
+        for i, step in enumerate(steps):
+            start = time.process_time()
+            step()
+            least[i] = min(least[i], time.process_time() - start)
+    return least[0], least[1]
+
+
 def main(module: str, names: list[str], agree: float) -> None:
-    """Run the command line of a contest."""
+    """Run the command line of a contest: names, or `one_thread` and names, to compare with one
+    thread each."""
+    if sys.argv[1:2] == ["one_thread"]:
+        one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {one}"
+        for name in sys.argv[2:] or names:
+            a, b = one_thread(module, name, agree)
+            print(f"{name}: {a:.4f} s, PyTorch {b:.4f} s, ratio {a / b:.2f}", flush=True)
+        return
     flags = argparse.ArgumentParser()
     flags.add_argument("names", nargs="*", default=names)
     flags.add_argument("--runs", type=int, default=7)

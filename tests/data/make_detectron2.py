@@ -240,6 +240,37 @@ def detection_values(model: Any, batch: dict[str, np.ndarray]) -> dict[str, np.n
     return made
 
 
+def image_values(model: Any) -> dict[str, np.ndarray]:
+    """An image uint8 of another size and its detections, as detectron2's predictor makes them: the
+    long side resized by Pillow, boxes and masks in pixels of the image. The masks' biases are
+    raised by one, without which the masks of one class are empty."""
+    import torch
+    from PIL import Image
+
+    height, width = 96, 160
+    image = dense_scenes.texture(np.random.default_rng(5), height, width).astype(np.uint8)
+    image[20:70, 30:95] = (200, 60, 30)
+    image[40:90, 110:150] = (20, 180, 220)
+    content = (round(height * dense_scenes.SIDE / width), dense_scenes.SIDE)
+    resized = Image.fromarray(image).resize(content[::-1], Image.Resampling.BILINEAR)
+    pixels = torch.as_tensor(np.array(resized).transpose(2, 0, 1))
+    bias = model.roi_heads.mask_head.predictor.bias
+    model.eval()
+    with torch.no_grad():
+        bias += 1
+        raised = numpy(bias).copy()
+        found = model([{"image": pixels, "height": height, "width": width}])[0]["instances"]
+        bias -= 1
+    return {
+        "mask_bias": raised,
+        "image": image,
+        "boxes": numpy(found.pred_boxes.tensor),
+        "scores": numpy(found.scores),
+        "classes": numpy(found.pred_classes).astype(np.int32),
+        "masks": np.packbits(numpy(found.pred_masks), -1),
+    }
+
+
 def install(sampler: Sampler) -> None:
     import detectron2.modeling.proposal_generator.rpn as rpn
     import detectron2.modeling.roi_heads.roi_heads as roi_heads
@@ -333,6 +364,9 @@ def main() -> None:
     wide = detection_values(models["float64"], batch)
     report("detections", found, {f"detect/{k}": v for k, v in wide.items()})
     save("vitdet_values", made)
+    made = image_values(model)
+    report("an image", made, image_values(models["float64"]))
+    save("vitdet_image", made)
     made = trajectory(model, batch, RATE)
     report("steps", made, trajectory(models["float64"], batch, RATE))
     save("vitdet_steps", made)

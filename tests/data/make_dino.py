@@ -130,6 +130,8 @@ def build(width=None, classes=None, **sizes):
         two_stage_type="standard",
         two_stage_bbox_embed_share=False,
         two_stage_class_embed_share=False,
+        dec_pred_class_embed_share=sizes.get("share", True),
+        dec_pred_bbox_embed_share=sizes.get("share", True),
         dn_number=case.DENOISING,
         dn_box_noise_scale=case.BOX_NOISE,
         dn_label_noise_ratio=2 * case.LABEL_NOISE,

@@ -32,7 +32,7 @@ def loaded(task: str) -> LoadedDense:
     return LoadedDense(config, params, names, "a toy")
 
 
-@pytest.mark.parametrize("task", ["detect", "dino"])
+@pytest.mark.parametrize("task", ["detect", "dino", "instances"])
 def test_detections_are_those_of_an_evaluation(task: str) -> None:
     model = loaded(task)
     side = model.config.data.image_size
@@ -49,6 +49,12 @@ def test_detections_are_those_of_an_evaluation(task: str) -> None:
             assert found.masks is None and len(found.boxes) == 5
         else:
             assert found.masks is not None and found.masks.shape[1:] == image.shape[:2]
+        if task == "instances":
+            assert found.masks is not None and len(found.boxes) == 5
+            for box, mask in zip(found.boxes, found.masks, strict=True):
+                rows, columns = np.nonzero(mask)
+                edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+                assert box.tolist() == edges
         assert len(found.names) == len(found.boxes)
         assert (found.boxes[:, 2:] <= [image.shape[1], image.shape[0]]).all()
 
@@ -62,11 +68,17 @@ def test_maps_have_the_size_of_their_images(task: str) -> None:
     np.testing.assert_array_equal(model.segment(IMAGES[1])[0], maps[1])
 
 
-def test_the_program_of_mask2former_is_the_model(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "output"),
+    [("mask2former", "logits [1, 32, 32, 3]"), ("instances", "mask_logits [1, 5, 8, 8]")],
+)
+def test_the_program_of_mask2former_is_the_model(
+    task: str, output: str, tmp_path: pathlib.Path
+) -> None:
     """As StableHLO for all platforms; written and read again."""
-    lines = export_dense._to_stablehlo(tmp_path, loaded("mask2former"))
+    lines = export_dense._to_stablehlo(tmp_path, loaded(task))
     assert (tmp_path / "model.stablehlo").stat().st_size > 1000
-    assert "logits [1, 32, 32, 3], for cpu, cuda, tpu" in lines[0]
+    assert output in lines[0] and lines[0].endswith("for cpu, cuda, tpu")
     assert float(lines[-1].split(": ")[1]) < 1e-5
 
 

@@ -2,27 +2,53 @@
 system of tests/data/dense, whose values that project made."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import m3i_jax
 from m3i_jax import config as configuration
+from m3i_jax import main as command
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import load_dense
+from m3i_jax.evaluation import detection_results, load_dense
 from m3i_jax.interop import dense_weights, tensor_files
 from m3i_jax.training import weight_source
 from tests.dense_toy import make_trainer
 from tests.models.dense import vitdet
 from tests.saved import flat
 
+ROOT = pathlib.Path(__file__).parents[2]
+FEWER = "--config.dense.detect.detections=2"
+MASK_BIAS = "roi_heads.mask_head.predictor.bias"
+# of the small system, which no weights say
+ANCHORS_AND_THRESHOLDS = (
+    "anchor_sizes",
+    "canonical",
+    "proposals",
+    "test_proposals",
+    "score_threshold",
+    "candidates",
+    "detections",
+)
+
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("detectron2") / "model.safetensors"
     tensor_files.write_safetensors(path, vitdet.state("state/"))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same as .npz, with the biases of masks of vitdet_image.npz."""
+    path = tmp_path_factory.mktemp("detectron2") / "model.npz"
+    raised = {MASK_BIAS: vitdet.arrays("vitdet_image")["mask_bias"]}
+    np.savez(path, **(vitdet.state("state/") | raised))
     return str(path)
 
 
@@ -38,7 +64,7 @@ def test_settings_follow_from_names_and_shapes(file: str) -> None:
         "global_blocks": vitdet.MAPS.global_blocks,
     }
     image = vitdet.arrays("vitdet")["image"]
-    assert settings["detector_size"] == image.shape[1]
+    assert settings["dense_size"] == image.shape[1]
     assert settings["image_size"] == vitdet.MAPS.image_size
     lvis = {name: array.shape for name, array in vitdet.state("state/").items()}
     lvis["roi_heads.box_predictor.cls_score.weight"] = (1204, 32)
@@ -66,6 +92,89 @@ def test_load_detects_with_the_weights_of_the_file(file: str) -> None:
     assert set(encoder.shapes) == {p for p in arrays if not p.startswith("running/")}
     with pytest.raises(UserError, match="has no features"):
         model.features(pixels)
+
+
+def stored_detections() -> dict[str, np.ndarray]:
+    """An image uint8 [H, W, 3] and what detectron2's predictor finds in it; masks bool [D, H, W]."""
+    stored = vitdet.arrays("vitdet_image")
+    width = stored["image"].shape[1]
+    return stored | {"masks": np.unpackbits(stored["masks"], -1, count=width).astype(bool)}
+
+
+def test_detections_of_an_image_are_those_of_detectron2(other: str) -> None:
+    """From the pixels of an image of another size to boxes and masks in its own pixels."""
+    model = m3i_jax.load(other, heads=2)
+    dense = dataclasses.replace(model.config.dense, detect=vitdet.SETS["all"])
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, dense=dense))
+    wanted = stored_detections()
+    (found,) = model.detect(wanted["image"])
+    np.testing.assert_array_equal(found.classes, wanted["classes"])
+    np.testing.assert_allclose(found.scores, wanted["scores"], atol=1e-5)
+    np.testing.assert_allclose(found.boxes, wanted["boxes"], atol=1e-3)
+    assert found.masks is not None and wanted["masks"].any((1, 2)).all()
+    # a pixel whose probability is one half may fall to either side
+    assert (found.masks != wanted["masks"]).sum() <= 2
+
+
+def test_the_command_evaluates_a_detector(
+    other: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects that are the detections of detectron2 are all found, and nothing else is."""
+    pytest.importorskip("pycocotools")
+    monkeypatch.chdir(ROOT)
+    wanted = stored_detections()
+    height, width = wanted["image"].shape[:2]
+    images = [
+        {"id": k + 1, "file_name": f"{k}.png", "height": height, "width": width} for k in range(2)
+    ]
+    Image.fromarray(wanted["image"]).save(tmp_path / "0.png")
+    Image.fromarray(wanted["image"]).save(tmp_path / "1.png")
+    objects = []
+    rows = zip(wanted["boxes"].tolist(), wanted["classes"].tolist(), wanted["masks"], strict=True)
+    for (x0, y0, x1, y1), category, mask in rows:
+        for image in images:
+            objects.append(
+                {
+                    "id": len(objects) + 1,
+                    "image_id": image["id"],
+                    "category_id": category + 1,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": float(mask.sum()),
+                    "iscrowd": 0,
+                    "segmentation": detection_results.mask_to_rle(mask),
+                }
+            )
+    categories = [{"id": k + 1, "name": name} for k, name in enumerate("abc")]
+    notes = tmp_path / "notes.json"
+    content = {"images": images, "annotations": objects, "categories": categories}
+    notes.write_text(json.dumps(content))
+    unused = tmp_path / "training.json"  # the mode opens what the run would train on, too
+    unused.write_text(json.dumps(content))
+    small = {
+        name: value
+        for name, value in dataclasses.asdict(vitdet.SETS["all"]).items()
+        if name in ANCHORS_AND_THRESHOLDS
+    }
+    changes = {
+        "model.encoder.heads": 2,
+        "model.dtype": "float32",
+        "data.holdout_annotations": notes,
+        "evaluate.batch_size": 8,
+        "data.threads": 1,
+    } | {f"dense.detect.{name}": value for name, value in small.items()}
+    texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in changes.items()]
+    recipe = f"configs/transfer/detect.py:annotations={unused},images={tmp_path},from={other}"
+    place = tmp_path / "out"
+    line = ["--config", f"{recipe},image_size=128,batch_size=8", "--workdir", str(place), "--mode=eval"]
+    assert command.main([*line, "--checkpoint", other, *texts]) == 0
+    results = json.loads((place / "eval.json").read_text())
+    scores = results["results"]["detection"]
+    assert results["checkpoint"] == other
+    assert scores["eval/box/AP"] > 0.999 and scores["eval/mask/AP"] > 0.999, scores
+    # a setting of the head is one that the result depends on: nothing is taken from the file
+    assert command.main([*line, "--checkpoint", other, *texts, FEWER]) == 0
+    scores = json.loads((place / "eval.json").read_text())["results"]["detection"]
+    assert 0 < scores["eval/box/AP"] < 0.9, scores
 
 
 def test_a_recipe_starts_from_the_detector(file: str) -> None:

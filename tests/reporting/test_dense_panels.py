@@ -213,3 +213,10 @@ def test_counts_of_a_matrix() -> None:
     expected = confusion_matrix.count_confusions(label, guess)
     for name in ("true", "guessed", "count"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+
+
+def test_nothing_counted_is_not_drawn() -> None:
+    """Held-out images that show no object, without a detection."""
+    nothing = dense_figures.confusion_of_matrix(np.zeros((4, 4), int))
+    assert dense_figures.class_confusion_figure("Confusion", nothing, NAMES, note="").rows == []
+    assert dense_figures.worst_detections_figure("Worst", [], [], [], NAMES, [], []).rows == []

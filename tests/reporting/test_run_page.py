@@ -280,3 +280,19 @@ def test_a_browser_shows_it_and_complains_of_nothing(
         assert (np.abs(pixels - colour).sum(-1) < 12).sum() > 50
     tiles, large = ((pixels == gray).all(-1).sum() for gray in (90, 50))
     assert tiles > 14 * 60**2 and large > (0.8 * min(width, 700)) ** 2
+
+
+@pytest.mark.parametrize(
+    ("names", "dense"),
+    [
+        (("loss", "loss/rpn_cls", "loss/mask"), True),
+        (("loss", "loss/ssp", "loss/sp"), False),
+        (("loss", "loss/sp", "loss/category"), False),
+        (("loss",), False),
+    ],
+)
+def test_losses_of_dense_tasks_have_their_own_note(names: tuple[str, ...], dense: bool) -> None:
+    lines = [{"step": step, **dict.fromkeys(names, 1.0)} for step in (1, 2)]
+    page = run_page.run_page_html([run_log.RunLog("a", lines, "", "", [], {})], differs={})
+    assert ("no object is matched" in page) == dense
+    assert ("when the target moves" in page.replace("\n", " ")) == (not dense)

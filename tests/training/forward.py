@@ -8,8 +8,8 @@ import numpy as np
 
 from m3i_jax.models import m3i
 from m3i_jax.objective import terms
+from m3i_jax.training import assignments, targets, term_losses, views
 from m3i_jax.training import plan as plans
-from m3i_jax.training import targets, term_losses, views
 from tests import toy
 
 SMALL = {
@@ -61,8 +61,9 @@ class Forward:
     losses: dict
 
 
-def forward(plan: plans.Plan, batch=None, params=None) -> Forward:
-    """Losses by name, and the arrays on the way to them, without any gradient."""
+def forward(plan: plans.Plan, batch=None, params=None, state=None) -> Forward:
+    """Losses by name, and the arrays on the way to them, without any gradient. `state`: centres of
+    assignments to prototypes."""
     batch, params = batch or batch_of(plan), params or parameters(plan)
     parts = m3i.target_parts(plan.config, plan.terms, params)
     trees = {
@@ -73,7 +74,7 @@ def forward(plan: plans.Plan, batch=None, params=None) -> Forward:
 
     @jax.jit
     def run(params, trees, batch):
-        arguments, z = loss_arguments(plan, params, trees, batch)
+        arguments, z = loss_arguments(plan, params, trees, batch, state)
         counts, weights = term_losses.loss_weights(plan, arguments["inputs"])
         ssp, sp = (
             term_losses.group_loss(plan, g, **arguments)(params, z)[1] for g in ("ssp", "sp")
@@ -86,11 +87,14 @@ def forward(plan: plans.Plan, batch=None, params=None) -> Forward:
     return Forward(plan, params, trees, batch, inputs, z, features, losses)
 
 
-def loss_arguments(plan: plans.Plan, params, trees: dict, batch: dict) -> tuple[dict, dict]:
+def loss_arguments(
+    plan: plans.Plan, params, trees: dict, batch: dict, state=None
+) -> tuple[dict, dict]:
     """(keyword arguments of `group_loss` for one microbatch, features of every pass)."""
     inputs = views.pass_inputs(plan.config, plan.passes, batch)
     patches = views.augmented_patches(plan.config, batch, plan.views, exact=plan.exact)
-    features = targets.target_features(plan, trees, patches)
+    features = targets.target_features(plan, trees, patches, batch["mask"])
+    features, _ = assignments.assign_targets(plan, features, state)
     moments = targets.target_moments(plan, features)
     arguments = {
         "weights": term_losses.loss_weights(plan, inputs)[1],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import config as configuration
+from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import init_from, optimizer
 from m3i_jax.training.task import make_task
@@ -110,3 +111,11 @@ def test_internimage_h_composed_with_dino_has_the_parameters_of_the_paper():
     params = jax.eval_shape(task.init, jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert round(count / 1e9, 2) == 2.18
+
+
+def test_a_frozen_composition_is_refused():
+    """Its gammas would stay 0, and the second copy the first."""
+    config = settings(dense__maps__composite=2, model__encoder__freeze=True)
+    with pytest.raises(UserError, match="config.model.encoder.freeze=true: .*composite=2") as error:
+        make_task(config).pyramid()
+    assert "\n" not in str(error.value)

@@ -13,25 +13,27 @@ import pytest
 
 from m3i_jax import main as command
 from m3i_jax.training import file_checksums, loop, trainer
-from tests.dense_toy import DETECT, DINO, MASK2FORMER, SEGMENT, SHARED
+from tests.dense_toy import DETECT, DINO, INSTANCES, MASK2FORMER, SEGMENT, SHARED
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
 HEADS = {
     "mask_rcnn": DETECT,
     "dino": DINO,
+    "instances": INSTANCES,
     "mask2former": SEGMENT | {k.replace("__", "."): v for k, v in MASK2FORMER.items()},
 }
+OF_MASKS = tuple(f"{of}{kind}" for of in ("", "auxiliary_") for kind in ("class", "mask", "dice"))
 LOSSES = {
     "mask_rcnn": ("rpn_cls", "rpn_loc", "cls", "box_reg", "mask"),
     "dino": tuple(f"{of}{kind}" for of in ("", "aux_", "enc_", "dn_") for kind in ("cls", "l1")),
-    "mask2former": tuple(
-        f"{of}{kind}" for of in ("", "auxiliary_") for kind in ("class", "mask", "dice")
-    ),
+    "instances": OF_MASKS,
+    "mask2former": OF_MASKS,
 }
 PARTS = {
     "mask_rcnn": "params/head/mask/",
     "dino": "params/head/decoder/layers/reading/",
+    "instances": "params/head/decoder/queries",
     "mask2former": "params/head/decoder/queries",
 }
 VALUES = SHARED | {
@@ -62,7 +64,8 @@ def arguments(run: pathlib.Path, head: str, **changes: object) -> list[str]:
     )
     values.pop("data.classes")
     texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in values.items()]
-    recipe = f"configs/transfer/detect.py:head={head},masks={str(head == 'mask_rcnn').lower()}"
+    name = "mask2former" if head == "instances" else head
+    recipe = f"configs/transfer/detect.py:head={name},masks={str(head != 'dino').lower()}"
     if head == "mask2former":
         recipe = f"configs/transfer/segment.py:head={head}"
     return ["--config", recipe, "--workdir", str(run), *texts]

@@ -16,6 +16,7 @@ from tests.training.forward import plan_of
 NEEDS = {
     "milan": {"objective__target_checkpoint": "x"},
     "feature_distillation": {"objective__target_checkpoint": "x"},
+    "ijepa": {"data__mask": "multi_block", "data__mask_ratio": 0.75},
 }
 ROWS = [*terms.FORMS, *published_methods.PUBLISHED]
 

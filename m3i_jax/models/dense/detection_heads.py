@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
-from m3i_jax.models.dense import dino, dino_encoder, mask_rcnn
+from m3i_jax.models.dense import dino, dino_encoder, mask2former_instances, mask_rcnn
 from m3i_jax.models.layers import Params
 
 Values = dict[str, tuple[jax.Array, jax.Array]]
@@ -25,11 +25,12 @@ class DetectionHead:
       losses: (settings, parameters, {stride: map}, sizes, boxes, classes, masks or None, a key per
         image, frequency_K=images that have each category or None) to (losses, other numbers), each
         {name: (sum, images)}; the arguments are those of `mask_rcnn.losses`.
-      divisor: classes int32 [B, M] of a whole batch, -1 where there is no object, to the number
-        that the sums of the losses are divided by.
+      divisor: (settings, classes int32 [B, M] of a whole batch, -1 where there is no object) to
+        the number that the sums of the losses are divided by, or one for each by its name.
       detect: (settings, parameters, {stride: map}, sizes) to boxes, scores, classes, valid and cut
-        as of `mask_rcnn.detect`, and masks if it predicts them.
-      has_masks: whether it can predict masks.
+        as of `mask_rcnn.detect`, and if it predicts masks, masks in the frames of their boxes, or
+        mask_logits and mask_stride as of `mask2former_instances.detect`.
+      masks: whether it can predict masks, "no", "yes", or "always".
       category_parameters: patterns of the paths of parameters that belong to single categories, as
         of `Task.category_parameters`.
       raw_strides: settings to the strides of an encoder's own maps that it reads as they are;
@@ -39,9 +40,9 @@ class DetectionHead:
 
     init: Callable[[schema.Detect, Mapping[int, int], int, jax.Array], Params]
     losses: Callable[..., tuple[Values, Values]]
-    divisor: Callable[[jax.Array], jax.Array]
+    divisor: Callable[[schema.Detect, jax.Array], jax.Array | dict[str, jax.Array]]
     detect: Callable[[schema.Detect, Params, Maps, jax.Array], dict[str, jax.Array]]
-    has_masks: bool
+    masks: str
     category_parameters: tuple[str, ...]
     raw_strides: Callable[[schema.Detect], tuple[int, ...]] | None = None
 
@@ -50,19 +51,28 @@ _HEADS = {
     "mask_rcnn": DetectionHead(
         init=mask_rcnn.init,
         losses=mask_rcnn.losses,
-        divisor=lambda classes_BxM: jnp.float32(len(classes_BxM)),
+        divisor=lambda settings, classes_BxM: jnp.float32(len(classes_BxM)),
         detect=mask_rcnn.detect,
-        has_masks=True,
+        masks="yes",
         category_parameters=("^head/box/(classes|deltas)/", "^head/mask/masks/"),
     ),
     "dino": DetectionHead(
         init=dino.init,
         losses=dino.losses,
-        divisor=dino.object_divisor,
+        divisor=lambda settings, classes_BxM: dino.object_divisor(classes_BxM),
         detect=dino.detect,
-        has_masks=False,
+        masks="no",
         category_parameters=("^head/labels$", "^head/.*heads/(layers/)?classes/"),
         raw_strides=dino_encoder.levels_read,
+    ),
+    "mask2former": DetectionHead(
+        init=mask2former_instances.init,
+        losses=mask2former_instances.losses,
+        divisor=mask2former_instances.instance_divisors,
+        detect=mask2former_instances.detect,
+        masks="always",
+        category_parameters=("^head/decoder/classes/",),
+        raw_strides=lambda settings: settings.strides,
     ),
 }
 
@@ -74,13 +84,18 @@ def detection_head(settings: schema.Detect) -> DetectionHead:
     """The head that the settings name.
 
     Raises:
-      UserError: masks are asked of a head that has none.
+      UserError: masks are asked of a head that has none, or no masks of one that needs them.
 
-    >>> detection_head(schema.Detect(head="dino", masks=False)).has_masks
-    False
+    >>> detection_head(schema.Detect(head="dino", masks=False)).masks
+    'no'
     """
     head = _HEADS[settings.head]
-    if settings.masks and not head.has_masks:
+    if not settings.masks and head.masks == "always":
+        raise UserError(
+            f"config.dense.detect.masks: the head {settings.head} learns boxes from masks alone;"
+            " set dense.detect.masks=true"
+        )
+    if settings.masks and head.masks == "no":
         raise UserError(
             f"config.dense.detect.masks: the head {settings.head} predicts boxes without masks; set"
             " dense.detect.masks=false"

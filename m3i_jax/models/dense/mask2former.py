@@ -23,7 +23,10 @@ from m3i_jax.models.layers import Params
 
 
 def init(
-    settings: schema.Segment, channels: Mapping[int, int], classes: int, rng: jax.Array
+    settings: schema.Segment | schema.Detect,
+    channels: Mapping[int, int],
+    classes: int,
+    rng: jax.Array,
 ) -> tuple[Params, Params]:
     """Parameters {"pixel", "decoder"}; there are no statistics.
 
@@ -58,7 +61,7 @@ def init(
 
 
 def apply(
-    settings: schema.Segment, params: Params, maps: Mapping[int, jax.Array]
+    settings: schema.Segment | schema.Detect, params: Params, maps: Mapping[int, jax.Array]
 ) -> QueryPredictions:
     """The predictions of the queries.
 

@@ -1,10 +1,12 @@
-"""Losses of Mask2Former on class maps: the true masks of an image are its categories, every set of
-predictions is matched with them by itself, and masks are compared at random points.
+"""Losses of Mask2Former: every set of predictions is matched with the true masks of an image by
+itself, and masks are compared at random points.
 
-A mask is never made as a map: at a point, it is the share of the four pixels around it that have
-its category.
+True masks are never made as maps of an image: they are read at points, from a class map, whose
+categories are the masks (`ClassMasks`), or from objects, whose masks are in the frames of their
+boxes (`BoxMasks`).
 
-B images, S sets of predictions, Q queries, K categories, M slots for true masks, P points.
+B images, S sets of predictions, Q queries, K categories, M slots for true masks, P points, T side
+of the mask of an object.
 """
 
 from typing import NamedTuple
@@ -40,6 +42,81 @@ class MaskPoints(NamedTuple):
     fresh_MxFx2: jax.Array
 
 
+class ClassMasks(NamedTuple):
+    """The categories of a class map as true masks: at a point, one is the share of the four pixels
+    around it that have its category.
+
+    Attributes:
+      classes_M: int32, of `present_classes`; -1: an empty slot.
+      labels_HxW: the class map.
+    """
+
+    classes_M: jax.Array
+    labels_HxW: jax.Array
+
+    def shared(self, points_Px2: jax.Array) -> jax.Array:
+        """All masks at the same points, float32 [P, M]."""
+        return class_shares(self.labels_HxW, points_Px2, self.classes_M)
+
+    def each(self, points_MxPx2: jax.Array) -> jax.Array:
+        """Every mask at points of its own, float32 [M, P]."""
+        one = lambda at_Px2, c: class_shares(self.labels_HxW, at_Px2, c[None])[:, 0]
+        return jax.vmap(one)(points_MxPx2, self.classes_M)
+
+
+class BoxMasks(NamedTuple):
+    """Objects as true masks, which are bilinear inside their boxes and 0 outside.
+
+    Attributes:
+      classes_M: int32; -1: an empty slot.
+      boxes_Mx4: x0 y0 x1 y1 as shares of the sides of the padded image.
+      masks_MxTxT: 0..1, in the frames of the boxes.
+
+    >>> boxes, masks = jnp.array([[0.5, 0.5, 1.0, 1.0]]), jnp.ones((1, 4, 4))
+    >>> truth = BoxMasks(jnp.array([2]), boxes, masks)
+    >>> truth.shared(jnp.array([[0.6, 0.7], [0.4, 0.7]])).tolist()
+    [[1.0], [0.0]]
+    """
+
+    classes_M: jax.Array
+    boxes_Mx4: jax.Array
+    masks_MxTxT: jax.Array
+
+    def shared(self, points_Px2: jax.Array) -> jax.Array:
+        """All masks at the same points, float32 [P, M]."""
+        read = jax.vmap(_box_mask_values, (0, 0, None), 1)
+        return read(self.boxes_Mx4, self.masks_MxTxT, points_Px2)
+
+    def each(self, points_MxPx2: jax.Array) -> jax.Array:
+        """Every mask at points of its own, float32 [M, P]."""
+        return jax.vmap(_box_mask_values)(self.boxes_Mx4, self.masks_MxTxT, points_MxPx2)
+
+
+def _box_mask_values(box_4: jax.Array, mask_TxT: jax.Array, points_Px2: jax.Array) -> jax.Array:
+    low_2, side_2, half = box_4[:2], box_4[2:] - box_4[:2], 0.5 / len(mask_TxT)
+    place_Px2 = (points_Px2 - low_2) / jnp.maximum(side_2, 1e-9)
+    inside_P = ((place_Px2 >= 0) & (place_Px2 <= 1)).all(-1)
+    # the outermost cells reach to the sides of the box
+    mask_TxTx1 = mask_TxT.astype(jnp.float32)[..., None]
+    read_P = sample_points(mask_TxTx1, jnp.clip(place_Px2, half, 1 - half))[:, 0]
+    return jnp.where(inside_P, read_P, 0.0)
+
+
+TrueMasks = ClassMasks | BoxMasks
+HeadSettings = schema.Segment | schema.Detect  # both have strides, width and `mask2former`
+
+
+def class_masks(settings: schema.Segment, labels_BxHxW: jax.Array, classes: int) -> ClassMasks:
+    """The true masks of the class maps of B images.
+
+    >>> class_masks(schema.Segment(), jnp.array([[[2, 2, 255, 0]]]), 4).classes_M.tolist()
+    [[2, 0, -1, -1]]
+    """
+    slots = mask_slots(settings, classes)
+    classes_BxM, _ = jax.vmap(lambda map_: present_classes(map_, classes, slots))(labels_BxHxW)
+    return ClassMasks(classes_BxM, labels_BxHxW)
+
+
 def mask_slots(settings: schema.Segment, classes: int) -> int:
     """M: how many categories of an image can have a mask.
 
@@ -50,7 +127,7 @@ def mask_slots(settings: schema.Segment, classes: int) -> int:
     return min(classes, own.max_classes, own.queries)
 
 
-def draw_points(settings: schema.Segment, key: jax.Array, slots: int) -> MaskPoints:
+def draw_points(settings: HeadSettings, key: jax.Array, slots: int) -> MaskPoints:
     """Uniform points for one image and one set.
 
     >>> own = schema.Mask2Former(points=8)
@@ -66,7 +143,7 @@ def draw_points(settings: schema.Segment, key: jax.Array, slots: int) -> MaskPoi
     return MaskPoints(match, candidates.reshape(slots, -1, 2), rest.reshape(slots, -1, 2))
 
 
-def uncertain_count(settings: schema.Segment) -> int:
+def uncertain_count(settings: HeadSettings) -> int:
     """How many points of a mask are the least certain candidates.
 
     >>> uncertain_count(schema.Segment())
@@ -113,11 +190,10 @@ def class_shares(labels_HxW: jax.Array, points_Px2: jax.Array, classes_M: jax.Ar
 
 
 def set_losses(
-    settings: schema.Segment,
+    settings: HeadSettings,
     class_logits_QxK1: jax.Array,
     masks_hxwxQ: jax.Array,
-    labels_HxW: jax.Array,
-    classes_M: jax.Array,
+    truth: TrueMasks,
     points: MaskPoints,
 ) -> tuple[jax.Array, jax.Array]:
     """Losses of one set of predictions of one image.
@@ -125,8 +201,7 @@ def set_losses(
     Args:
       settings: `mask2former` is read.
       class_logits_QxK1, masks_hxwxQ: the predictions.
-      labels_HxW: the class map.
-      classes_M: `present_classes`.
+      truth: of the image.
       points: where masks are compared.
 
     Returns:
@@ -134,11 +209,11 @@ def set_losses(
       categories, the sums over true masks of their binary cross-entropy and dice loss; int32 [M],
       the query of each mask.
     """
-    own = settings.mask2former
+    own, classes_M = settings.mask2former, truth.classes_M
     query_M = match_masks(
         class_logits_QxK1,
         sample_points(jax.lax.stop_gradient(masks_hxwxQ), points.match_Px2),
-        class_shares(labels_HxW, points.match_Px2, classes_M),
+        truth.shared(points.match_Px2),
         classes_M,
         MatchWeights(own.class_weight, own.mask_weight, own.dice_weight),
     )
@@ -151,17 +226,16 @@ def set_losses(
         points.fresh_MxFx2,
         uncertain_count(settings),
     )
-    shares = jax.vmap(lambda at_Px2, c: class_shares(labels_HxW, at_Px2, c[None])[:, 0])
     entropy, overlap, _ = point_mask_loss(
-        read(chosen_MxPx2), shares(chosen_MxPx2, classes_M), classes_M >= 0
+        read(chosen_MxPx2), truth.each(chosen_MxPx2), classes_M >= 0
     )
     return jnp.stack([category, entropy, overlap]), query_M
 
 
 def mask2former_losses(
-    settings: schema.Segment,
+    settings: HeadSettings,
     made: QueryPredictions,
-    labels_BxHxW: jax.Array,
+    truth: TrueMasks,
     keys_B: jax.Array,
     points: MaskPoints | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -174,26 +248,22 @@ def mask2former_losses(
     Args:
       settings: `mask2former` is read.
       made: the predictions.
-      labels_BxHxW: class maps.
+      truth: of every image, [B, ...] each; see `class_masks`.
       keys_B: a key per image, from which points are drawn for every set.
       points: given ones, [S, B, ...] each, instead.
     """
-    sets, rows, queries, with_none = made.classes_SxBxQxK1.shape
-    slots = mask_slots(settings, with_none - 1)
-    classes_BxM, _ = jax.vmap(lambda map_: present_classes(map_, with_none - 1, slots))(
-        labels_BxHxW
-    )
+    sets, rows = made.classes_SxBxQxK1.shape[:2]
+    slots = truth.classes_M.shape[1]
 
     def one_image(
         classes_QxK1: jax.Array,
         masks_hxwxQ: jax.Array,
-        labels_HxW: jax.Array,
-        classes_M: jax.Array,
+        truth: TrueMasks,
         random: jax.Array | MaskPoints,
     ) -> tuple[jax.Array, jax.Array]:
         if not isinstance(random, MaskPoints):
             random = draw_points(settings, random, slots)
-        return set_losses(settings, classes_QxK1, masks_hxwxQ, labels_HxW, classes_M, random)
+        return set_losses(settings, classes_QxK1, masks_hxwxQ, truth, random)
 
     def one_set(
         _: None, of_set: tuple[QueryPredictions, jax.Array | MaskPoints]
@@ -201,7 +271,7 @@ def mask2former_losses(
         (classes_BxQxK1, masks_BxhxwxQ), random = of_set
         if not isinstance(random, MaskPoints):  # the number of the set
             random = jax.vmap(jax.random.fold_in, (0, None))(keys_B, random)
-        arrays = (classes_BxQxK1, masks_BxhxwxQ, labels_BxHxW, classes_BxM, random)
+        arrays = (classes_BxQxK1, masks_BxhxwxQ, truth, random)
         run = jax.vmap(one_image)
         sums_Bx3, query_BxM = per_device(run, *arrays) if is_single_device(rows) else run(*arrays)
         return None, (sums_Bx3.sum(0), query_BxM)

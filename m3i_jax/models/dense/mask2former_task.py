@@ -14,7 +14,11 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 from m3i_jax.models.dense import mask2former
-from m3i_jax.models.dense.mask2former_losses import mask2former_losses, mask_slots
+from m3i_jax.models.dense.mask2former_losses import (
+    class_masks,
+    mask2former_losses,
+    mask_slots,
+)
 from m3i_jax.models.dense.pixel_heads import Values, pixel_accuracy
 from m3i_jax.models.layers import Params
 
@@ -41,14 +45,36 @@ def mask_divisors(
     >>> float(found["mask"]), round(float(found["class"]), 3)  # of 200 queries, 2 have a mask
     (2.0, 21.8)
     """
-    own = settings.mask2former
     counts_B = jnp.minimum(classes_of_images(labels_BxHxW, classes), mask_slots(settings, classes))
+    return count_divisors(settings.mask2former, counts_B)
+
+
+def count_divisors(own: schema.Mask2Former, counts_B: jax.Array) -> dict[str, jax.Array]:
+    """`mask_divisors` of images with so many true masks.
+
+    >>> float(count_divisors(schema.Mask2Former(), jnp.array([0, 3]))["dice"])
+    3.0
+    """
     masks = counts_B.sum().astype(jnp.float32)
-    queries = own.queries * len(labels_BxHxW)
+    queries = own.queries * len(counts_B)
     weights = jnp.maximum(masks + own.none_weight * (queries - masks), 1e-6)
     least = jnp.maximum(masks, 1)
     own_kinds = dict(zip(KINDS, (weights, least, least), strict=True))
     return own_kinds | {f"auxiliary_{kind}": value for kind, value in own_kinds.items()}
+
+
+def weighted_losses(own: schema.Mask2Former, sums_Sx3: jax.Array) -> Values:
+    """The sums of `mask2former_losses` with their weights: `class`, `mask` and `dice` of the last
+    set of predictions and, with `auxiliary_`, of the earlier ones together.
+
+    >>> {name: float(x) for name, x in weighted_losses(schema.Mask2Former(), jnp.eye(3)).items()}
+    {'class': 0.0, 'mask': 0.0, 'dice': 5.0, 'auxiliary_class': 2.0, 'auxiliary_mask': 5.0, ...
+    """
+    weights = jnp.array([own.class_weight, own.mask_weight, own.dice_weight], jnp.float32)
+    weighted_Sx3 = sums_Sx3 * weights
+    values = dict(zip(KINDS, weighted_Sx3[-1], strict=True))
+    earlier_3 = weighted_Sx3[:-1].sum(0)
+    return values | {f"auxiliary_{kind}": x for kind, x in zip(KINDS, earlier_3, strict=True)}
 
 
 def mask2former_loss(
@@ -59,17 +85,13 @@ def mask2former_loss(
     labels_BxHxW: jax.Array,
     keys_B: jax.Array,
 ) -> tuple[Values, Values, Params]:
-    """Losses `class`, `mask` and `dice` of the last predictions and, with `auxiliary_`, the sums of
-    those of the earlier ones. Beside them, per image: accuracy of pixels at the stride of the
-    masks, true masks, and categories that have none because they are too many."""
+    """The losses of `weighted_losses`, on class maps. Beside them, per image: accuracy of pixels at
+    the stride of the masks, true masks, and categories that have none because they are too many."""
     own = settings.mask2former
     made = mask2former.apply(settings, params, maps)
-    sums_Sx3, _ = mask2former_losses(settings, made, labels_BxHxW, keys_B)
-    weights = jnp.array([own.class_weight, own.mask_weight, own.dice_weight], jnp.float32)
-    weighted_Sx3 = sums_Sx3 * weights
-    values = dict(zip(KINDS, weighted_Sx3[-1], strict=True))
-    earlier_3 = weighted_Sx3[:-1].sum(0)
-    values |= {f"auxiliary_{kind}": x for kind, x in zip(KINDS, earlier_3, strict=True)}
+    truth = class_masks(settings, labels_BxHxW, made.classes_SxBxQxK1.shape[-1] - 1)
+    sums_Sx3, _ = mask2former_losses(settings, made, truth, keys_B)
+    values = weighted_losses(own, sums_Sx3)
 
     classes_BxQxK1, masks_BxhxwxQ = jax.lax.stop_gradient((made[0][-1], made[1][-1]))
     _, h, w, _ = masks_BxhxwxQ.shape

@@ -44,7 +44,7 @@ def _norm(width: int) -> dict[str, tuple[int, ...]]:
     return {"scale": (width,), "bias": (width,)}
 
 
-def masked_decoder_shapes(settings: schema.Segment, classes: int) -> dict[str, Any]:
+def masked_decoder_shapes(settings: schema.Segment | schema.Detect, classes: int) -> dict[str, Any]:
     """The tree of parameters, as shapes.
 
     >>> settings = schema.Segment(width=8, mask2former=schema.Mask2Former(depth=1))
@@ -182,7 +182,7 @@ def _predict(
 
 
 def decode_queries(
-    settings: schema.Segment,
+    settings: schema.Segment | schema.Detect,
     params: Params,
     maps: list[jax.Array],
     places: list[jax.Array],

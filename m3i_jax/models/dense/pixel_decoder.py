@@ -40,7 +40,9 @@ class DecodedPixels(NamedTuple):
     features: jax.Array
 
 
-def _shapes(settings: schema.Segment, channels: Mapping[int, int]) -> dict[str, Any]:
+def _shapes(
+    settings: schema.Segment | schema.Detect, channels: Mapping[int, int]
+) -> dict[str, Any]:
     d, (finest, *attending) = settings.width, settings.strides
     norm = {"scale": (d,), "bias": (d,)}
     tree: dict[str, Any] = {"levels": (len(attending), d)}
@@ -69,7 +71,7 @@ def _first_values(path: str, shape: tuple[int, ...]) -> InitSpec:
 
 
 def init_pixel_decoder(
-    settings: schema.Segment, channels: Mapping[int, int], rng: jax.Array
+    settings: schema.Segment | schema.Detect, channels: Mapping[int, int], rng: jax.Array
 ) -> Params:
     """Parameters: input projections Xavier-uniform, other convolutions uniform within sqrt(3 / fan
     in), level embeddings N(0, 1), `encoder` as of `init_deformable_encoder`.
@@ -98,7 +100,7 @@ def init_pixel_decoder(
 
 
 def decode_pixels(
-    settings: schema.Segment, params: Params, maps: Mapping[int, jax.Array]
+    settings: schema.Segment | schema.Detect, params: Params, maps: Mapping[int, jax.Array]
 ) -> DecodedPixels:
     """The maps of the pixel decoder, in the type of the encoder's. Padding is not treated apart, as
     published.

@@ -18,6 +18,7 @@ from m3i_jax.models.dense import mask2former, mask2former_task
 from m3i_jax.models.dense.map_sampling import sample_points
 from m3i_jax.models.dense.mask2former_losses import (
     MaskPoints,
+    class_masks,
     class_shares,
     draw_points,
     mask2former_losses,
@@ -74,7 +75,9 @@ def weighted(tree: Any, given: Any) -> tuple[jax.Array, Any]:
     labels = jnp.asarray(stored()["labels"], jnp.int32)
     made = mask2former.apply(SETTINGS, tree, given)
     keys = jax.random.split(jax.random.key(0), len(labels))
-    sums, query = mask2former_losses(SETTINGS, made, labels, keys, points())
+    sums, query = mask2former_losses(
+        SETTINGS, made, class_masks(SETTINGS, labels, CLASSES), keys, points()
+    )
     divisors = mask2former_task.mask_divisors(SETTINGS, labels, CLASSES)
     means = sums / jnp.stack([divisors[kind] for kind in ("class", "mask", "dice")])
     return (means * jnp.array([2.0, 5.0, 5.0])).sum(), (made, means, query)

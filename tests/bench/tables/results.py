@@ -5,38 +5,51 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax.reporting import compare_table as report
 from m3i_jax.reporting.atomic_write import write_text_atomic
-from tests.bench.table_sets import RUN_COLUMNS, SINGLE, Set
+from tests.bench.tables.sets import RUN_COLUMNS, Set
 
 
-def best_single_methods(
-    results: Sequence[Mapping[str, Any]], columns: Sequence[report.CompareColumn]
-) -> list[str]:
-    """Single methods that are best in a column among the single methods, ordered by the number of
-    such columns.
+def read_results(
+    kept: pathlib.Path, out: pathlib.Path, sets: Mapping[str, Set]
+) -> list[dict[str, Any]]:
+    """The results of a file and of the runs of a directory, in the order of the tables. A result of
+    the directory replaces one of the file."""
+    found = json.loads(kept.read_text()) if kept.is_file() else []
+    found += [json.loads(path.read_text()) for path in sorted(out.glob("runs/*/*/*/result.json"))]
+    order = {
+        (name, title): number
+        for number, (name, title) in enumerate(
+            (one.name, title) for one in sets.values() for title in one.rows
+        )
+    }
+    by_run = {
+        (r["protocol"], order.get((r["set"], r["form"]), len(order)), r["seed"]): r for r in found
+    }
+    return [by_run[key] for key in sorted(by_run)]
 
-    >>> metrics = {"CLIP": {"a": 1}, "MAE": {"a": 2, "b": 3}, "M3I": {"a": 9}}
-    >>> rows = [{"form": method, "values": values} for method, values in metrics.items()]
-    >>> best_single_methods(rows, [report.CompareColumn(key, key, "") for key in "abc"])
-    ['MAE']
-    """
-    leads: dict[str, int] = {}
-    for column in columns:
-        rivals = [r for r in results if r["form"] in SINGLE and column.key in r["values"]]
-        if rivals:
-            first = max(rivals, key=lambda r: r["values"][column.key])["form"]
-            leads[first] = leads.get(first, 0) + 1
-    return sorted(leads, key=lambda m: -leads[m])
+
+def _log(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_metrics(path: pathlib.Path) -> dict[str, float]:
+def _seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+    logged = [line for line in lines if "loss" in line]
+    steps = [0, *(line["step"] for line in logged)]
+    return sum(
+        (line["step"] - before) * line["perf/step_seconds"]
+        for before, line in zip(steps, logged, strict=False)
+    )
+
+
+def run_metrics(path: pathlib.Path, stages: Sequence[pathlib.Path] = ()) -> dict[str, float]:
     """Metrics of a run: its last evaluation, the evaluation before training as "before/...", fine-
-    tuning and seconds."""
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    tuning, and seconds, to which those of earlier stages are added."""
+    lines = _log(path)
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
     out = {name: float(value) for name, value in evaluated[-1].items() if name.startswith("eval/")}
     out |= {
@@ -50,25 +63,28 @@ def run_metrics(path: pathlib.Path) -> dict[str, float]:
         for name, value in logged[-1].items()
         if name.startswith(("collapse/", "loss", "balance/"))
     }
-    steps = [0, *(line["step"] for line in logged)]
-    out["seconds"] = sum(
-        (line["step"] - before) * line["perf/step_seconds"]
-        for before, line in zip(steps, logged, strict=False)
-    )
+    out["seconds"] = _seconds(lines) + sum(_seconds(_log(stage)) for stage in stages)
     if (path / "finetuned" / "metrics.jsonl").is_file():
-        tuned = [
-            json.loads(line)
-            for line in (path / "finetuned" / "metrics.jsonl").read_text().splitlines()
-        ]
+        tuned = _log(path / "finetuned")
         out["finetune"] = float(
             [line for line in tuned if "eval/direct/top1" in line][-1]["eval/direct/top1"]
         )
-    # The evaluation on its own style, whose images are not the held-out ones, has a directory of
-    # its own.
+    # The evaluation of other images has a directory of its own.
     for file in (*path.glob("eval.json"), *path.glob("eval-*/eval.json")):
         for metrics in json.loads(file.read_text())["results"].values():
             out |= {f"own/{name}": float(value) for name, value in metrics.items()}
     return out
+
+
+def version() -> str:
+    """The version of the program: the short commit of a checkout, or of the package."""
+    import m3i_jax
+    from tests.bench.tables.sets import ROOT
+
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    return found.stdout.strip() or m3i_jax.__version__
 
 
 def machine() -> str:
@@ -116,21 +132,34 @@ def markdown_table(image_set: Set, results: Sequence[Mapping[str, Any]]) -> str:
             *(report.table_cell(c, row.figures.get(c.key)) for c in RUN_COLUMNS),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lacking = (
-        [m for m in image_set.methods if m not in {row.form for row in rows}]
-        if image_set.name != "tuning"
-        else []
-    )
-    return "\n".join([*lines, *([f"\nNot run: {', '.join(lacking)}."] if lacking else [])])
+    lacking = [title for title in image_set.rows if title not in {row.form for row in rows}]
+    missing = f"\nNot run: {', '.join(lacking)}." if lacking else ""
+    return "\n".join([*lines, *([missing] if missing else [])])
+
+
+TITLES = {"epochs": "equal images", "flops": "equal FLOPs", "time": "equal time"}
+
+
+def tables_text(sets: Mapping[str, Set], results: Sequence[Mapping[str, Any]]) -> str:
+    """All tables in Markdown, by protocol and set."""
+    parts = []
+    for protocol, title in TITLES.items():
+        for one in sets.values():
+            rows = [r for r in results if (r["protocol"], r["set"]) == (protocol, one.name)]
+            if rows:
+                parts.append(f"### {one.name}, {title}\n\n{markdown_table(one, rows)}")
+    return "\n\n".join(parts) + "\n"
 
 
 def write_tables(
-    out: pathlib.Path, sets_: Mapping[str, Set], results: Sequence[Mapping[str, Any]]
+    out: pathlib.Path,
+    kept: pathlib.Path,
+    sets: Mapping[str, Set],
+    results: Sequence[Mapping[str, Any]],
 ) -> str:
-    """Write OUT/tables.md and OUT/results.json; returns the text of the tables."""
-    finished = [s for s in sets_.values() if any(r["set"] == s.name for r in results)]
-    text = "\n\n".join(f"### {s.name}\n\n{markdown_table(s, results)}" for s in finished) + "\n"
+    """Write OUT/tables.md and the file of all results; returns the text of the tables."""
+    text = tables_text(sets, results)
     write_text_atomic(out / "tables.md", text)
     short = [{**r, "values": {k: round(v, 6) for k, v in r["values"].items()}} for r in results]
-    write_text_atomic(out / "results.json", json.dumps(short, indent=1) + "\n")
+    write_text_atomic(kept, json.dumps(short, indent=1) + "\n")
     return text
