@@ -96,7 +96,11 @@ def part_of(path: str) -> str:
         return "params"
     if {"mu", "nu"} & set(names):
         return "moments"
-    return "target" if names[:2] in (["opt", "target"], ["opt", "frozen"]) else "other"
+    return (
+        "target"
+        if names[:2] in (["opt", "target"], ["opt", "frozen"], ["opt", "teachers"])
+        else "other"
+    )
 
 
 def state_bytes(step_trainer: trainer.Trainer) -> dict[str, float]:

@@ -18,7 +18,7 @@ from m3i_jax.models import composite, m3i
 from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import assignments
+from m3i_jax.training import assignments, teachers
 from m3i_jax.training.muon import muon_or_adam
 from m3i_jax.training.schedule_free import schedule_free
 
@@ -52,6 +52,7 @@ def build_optimizer(
     def parts(params: Any) -> Any:
         return params if config.optim.ema_of == "all" else m3i.target_parts(config, terms, params)
 
+    held = teachers.zero_params(config.objective.teachers)
     has_frozen = any(t.target.encoder == "frozen" for t in terms)
     return build_chain(
         config,
@@ -62,6 +63,7 @@ def build_optimizer(
             ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
             ("target", ema.track_target(_momentum(config.optim, steps), parts)),
             *([("frozen", hold_frozen(parts))] if has_frozen else []),
+            *([("teachers", hold_frozen(lambda _: held))] if held else []),
             *assignments.center_link(config, terms, steps),
         ),
     )

@@ -11,6 +11,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.objective import available_terms, prototype_posterior, registry
 from m3i_jax.objective import terms as objective_terms
+from m3i_jax.objective.teacher_terms import with_teachers
 from m3i_jax.objective.terms import (
     DENSE_TARGETS,
     IMAGE_TARGETS,
@@ -21,6 +22,7 @@ from m3i_jax.objective.terms import (
     Term,
     Terms,
 )
+from m3i_jax.training import teachers
 
 
 class TargetPass(NamedTuple):
@@ -200,6 +202,7 @@ def build_plan(config: schema.Config) -> Plan:
             f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a"
             " source with categories or captions"
         ) from None
+    terms = with_teachers(terms, teachers.widths(o.teachers))
     plan = Plan(config, terms)
     _validate(plan)
     return plan
