@@ -94,7 +94,7 @@ def part_of(path: str) -> str:
     names = path.split("/")
     if names[0] == "params":
         return "params"
-    if {"mu", "nu"} & set(names):
+    if {"mu", "nu", "z"} & set(names):
         return "moments"
     return (
         "target"

@@ -165,7 +165,13 @@ def test_the_command_evaluates_a_detector(
     texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in changes.items()]
     recipe = f"configs/transfer/detect.py:annotations={unused},images={tmp_path},from={other}"
     place = tmp_path / "out"
-    line = ["--config", f"{recipe},image_size=128,batch_size=8", "--workdir", str(place), "--mode=eval"]
+    line = [
+        "--config",
+        f"{recipe},image_size=128,batch_size=8",
+        "--workdir",
+        str(place),
+        "--mode=eval",
+    ]
     assert command.main([*line, "--checkpoint", other, *texts]) == 0
     results = json.loads((place / "eval.json").read_text())
     scores = results["results"]["detection"]
