@@ -52,7 +52,7 @@ def predicts_visible(term: Term) -> bool:
     return shown and term.target.encoder.startswith("teacher")
 
 
-def with_teachers(terms: Terms, widths: Sequence[int]) -> Terms:
+def with_teachers(terms: Terms, widths: Sequence[int], *, weight: float = 1.0) -> Terms:
     """An objective with a term for every teacher.
 
     A term that distils a frozen encoder by a linear map (feature distillation) is done for each
@@ -62,6 +62,7 @@ def with_teachers(terms: Terms, widths: Sequence[int]) -> Terms:
     Args:
       terms: the objective.
       widths: width of the features of each teacher.
+      weight: of each of these terms.
 
     >>> from m3i_jax.objective.terms import FORMS
     >>> new = with_teachers(FORMS["m3i"], [768, 1024])[-2:]
@@ -86,6 +87,7 @@ def with_teachers(terms: Terms, widths: Sequence[int]) -> Terms:
             dataclasses.replace(
                 t,
                 name=name,
+                weight=weight,
                 target=dataclasses.replace(t.target, encoder=name),
                 head=LinearHead(width=width),
             )

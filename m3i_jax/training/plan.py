@@ -202,7 +202,7 @@ def build_plan(config: schema.Config) -> Plan:
             f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a"
             " source with categories or captions"
         ) from None
-    terms = with_teachers(terms, teachers.widths(o.teachers))
+    terms = with_teachers(terms, teachers.widths(o.teachers), weight=o.teacher_weight)
     plan = Plan(config, terms)
     _validate(plan)
     return plan

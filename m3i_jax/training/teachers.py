@@ -88,45 +88,32 @@ def open_teacher(path: str) -> Teacher:
     if encoder.positions in ("sincos", "sincos_columns") and not encoder.position_grid:
         grid = stored["image_size"] // encoder.patch_size
         model = dataclasses.replace(model, encoder=dataclasses.replace(encoder, position_grid=grid))
-    added = backbones.get_backbone(model).added_parameters
-    shapes = tuple(
-        (name, shape)
-        for full, shape in sorted(source.shapes.items())
-        if full.startswith("encoder/")
-        and not (name := full.removeprefix("encoder/")).startswith(added)
-    )
     of_pixels = schema.Augment()
     mean, std = (
         tuple(float(x) for x in stored.get(name, getattr(of_pixels, name)))
         for name in ("mean", "std")
     )
-    teacher = Teacher(model, stored["image_size"], mean, std, shapes)
-    _check_shapes(path, teacher)
-    return teacher
-
-
-def _check_shapes(path: str, teacher: Teacher) -> None:
-    """Raise UserError unless the arrays are those of the encoder that the settings describe."""
-    model = teacher.model
-    make = functools.partial(
-        backbones.get_backbone(model).init,
-        model,
-        mask_token=False,
-        grid=teacher.image_size // model.encoder.patch_size,
-    )
-    expected = {
-        path_text(key): leaf.shape
-        for key, leaf in jax.tree_util.tree_leaves_with_path(
-            jax.eval_shape(make, jax.random.key(0))
-        )
-    }
-    found = dict(teacher.shapes)
-    for name, shape in expected.items():
+    shapes = _expected_shapes(model, stored["image_size"])
+    found = {name.removeprefix("encoder/"): shape for name, shape in source.shapes.items()}
+    for name, shape in shapes.items():
         if found.get(name) != shape:
             raise UserError(
                 f"{KEY}: {path}: the arrays are not those of a complete encoder ({name} is"
                 f" {found.get(name, 'absent')}, expected {shape}); give another file"
             )
+    return Teacher(model, stored["image_size"], mean, std, tuple(shapes.items()))
+
+
+def _expected_shapes(model: schema.Model, image_size: int) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the parameters of an encoder without a mask token."""
+    make = functools.partial(
+        backbones.get_backbone(model).init,
+        model,
+        mask_token=False,
+        grid=image_size // model.encoder.patch_size,
+    )
+    tree = jax.eval_shape(make, jax.random.key(0))
+    return {path_text(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

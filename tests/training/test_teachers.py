@@ -132,6 +132,17 @@ def test_a_run_is_a_teacher_of_another_size(tmp_path) -> None:
     assert jax.eval_shape(call, params, patches).shape == (3, 16, 16)
 
 
+def test_an_intern_image_is_a_teacher(tmp_path) -> None:
+    """A convolution has its map at another stride; the terms of ViTs read it all the same."""
+    saved.run(tmp_path, toy.settings(**toy.INTERN))
+    config = settings((str(tmp_path),), objective__teacher_weight="0.25")
+    assert plan.build_plan(config).terms[-1].weight == 0.25
+    params = load.load(str(tmp_path)).params["encoder"]
+    call = functools.partial(teachers.encode, config, "teacher0")
+    _, patches = patches_of(config)
+    assert jax.eval_shape(call, params, patches).shape == (3, 16, 32)
+
+
 def test_bad_teachers_are_refused(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="^config.objective.teachers: "):
