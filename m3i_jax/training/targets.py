@@ -32,7 +32,7 @@ def encode_targets(
     for (encoder, blocks, _), group in sorted(kinds.items()):
         tree, rows = teachers[encoder]["encoder"], stack_rows([patches[p.view] for p in group])
         if encoder.startswith("teacher"):
-            z = frozen_teachers.encode(plan.config, encoder, tree, rows)
+            z = frozen_teachers.encode_teacher(plan.config, encoder, tree, rows)
         else:
             blocks = min(blocks, plan.config.model.encoder.depth)
             z = m3i.encode(plan.config, tree, rows, blocks=blocks)

@@ -148,7 +148,9 @@ def load_params(path: str, shardings: Any) -> Any:
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
 
-def encode(config: schema.Config, name: str, params: Any, patches_BxNxP: jax.Array) -> jax.Array:
+def encode_teacher(
+    config: schema.Config, name: str, params: Any, patches_BxNxP: jax.Array
+) -> jax.Array:
     """Patch tokens [B, N, D] of clean views, at the cells of the run, without gradient.
 
     Args:

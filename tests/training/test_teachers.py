@@ -49,7 +49,7 @@ def test_a_teacher_reads_views_at_its_own_patch_size(paths) -> None:
     whole = dataclasses.replace(found, config=dataclasses.replace(found.config, data=larger))
     tokens = whole.function(whole.params, pixels)[:, 1:].reshape(3, 8, 8, 16)
     expected = jax.image.resize(tokens, (3, 4, 4, 16), "bilinear").reshape(3, 16, 16)
-    ours = jax.jit(lambda tree, x: teachers.encode(config, "teacher0", tree, x))(
+    ours = jax.jit(lambda tree, x: teachers.encode_teacher(config, "teacher0", tree, x))(
         found.params["encoder"], patches
     )
     np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-4)
@@ -90,7 +90,7 @@ def test_the_loss_is_smooth_l1_to_normalised_features(paths, form: str) -> None:
     head = state.params["heads"]["teacher1"]
     prediction = np.asarray(z @ head["kernel"] + head["bias"], np.float64)
     tree = state.opt["teachers"].params["teacher1"]
-    target = np.asarray(teachers.encode(config, "teacher1", tree, patches), np.float64)
+    target = np.asarray(teachers.encode_teacher(config, "teacher1", tree, patches), np.float64)
     target = (target - target.mean(-1, keepdims=True)) / np.sqrt(
         target.var(-1, keepdims=True) + 1e-6
     )
@@ -128,7 +128,7 @@ def test_a_run_is_a_teacher_of_another_size(tmp_path) -> None:
     assert teacher.model.encoder.position_grid == 8 and teachers.widths([str(tmp_path)]) == [16]
     params = load.load(str(tmp_path)).params["encoder"]
     _, patches = patches_of(config)
-    call = functools.partial(teachers.encode, config, "teacher0")
+    call = functools.partial(teachers.encode_teacher, config, "teacher0")
     assert jax.eval_shape(call, params, patches).shape == (3, 16, 16)
 
 
@@ -138,7 +138,7 @@ def test_an_intern_image_is_a_teacher(tmp_path) -> None:
     config = settings((str(tmp_path),), objective__teacher_weight="0.25")
     assert plan.build_plan(config).terms[-1].weight == 0.25
     params = load.load(str(tmp_path)).params["encoder"]
-    call = functools.partial(teachers.encode, config, "teacher0")
+    call = functools.partial(teachers.encode_teacher, config, "teacher0")
     _, patches = patches_of(config)
     assert jax.eval_shape(call, params, patches).shape == (3, 16, 32)
 
