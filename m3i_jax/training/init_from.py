@@ -207,6 +207,8 @@ def _position_table(config: schema.Config, source: WeightSource, own_grid: int) 
         or source.settings.get("width", encoder.width) != encoder.width
     ):
         return PositionTable(None, "")  # no encoder, or another one, which `_check_match` refuses
+    if "rope" in (kind, encoder.positions):  # there is no table
+        return _require_kind(source, kind, encoder.positions)
     if encoder.positions == "learned":
         if kind != "learned":
             grid = _source_grid(source, config)
