@@ -94,9 +94,13 @@ def part_of(path: str) -> str:
     names = path.split("/")
     if names[0] == "params":
         return "params"
-    if {"mu", "nu"} & set(names):
+    if {"mu", "nu", "z"} & set(names):
         return "moments"
-    return "target" if names[:2] in (["opt", "target"], ["opt", "frozen"]) else "other"
+    return (
+        "target"
+        if names[:2] in (["opt", "target"], ["opt", "frozen"], ["opt", "teachers"])
+        else "other"
+    )
 
 
 def state_bytes(step_trainer: trainer.Trainer) -> dict[str, float]:
