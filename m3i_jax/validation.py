@@ -23,6 +23,14 @@ def _validate_combinations(c: schema.Config) -> None:
         o.min_lr,
         f"must not exceed optim.lr, {o.lr!r}",
     )
+    if o.rule == "schedule_free":
+        _require(
+            o.schedule == "constant",
+            "optim.schedule",
+            o.schedule,
+            "lowers the learning rate, and optim.rule=schedule_free averages instead; use constant",
+        )
+        _require(o.b1 > 0, "optim.b1", o.b1, "must be positive with optim.rule=schedule_free")
     _require(
         not d.vocabulary or d.tokenizer == "clip",
         "data.vocabulary",

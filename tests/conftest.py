@@ -26,6 +26,7 @@ collect_ignore = [
     "data/make_dino.py",
     "data/make_opencv_values.py",
     "data/make_vitdet.py",
+    "data/make_vit_options.py",
 ]
 
 ROOT = pathlib.Path(__file__).parent.parent

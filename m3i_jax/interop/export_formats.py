@@ -26,6 +26,31 @@ _TIMM = {
 _HF_GELU = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 
 
+def refuse_options(format: str, encoder: Mapping[str, Any]) -> None:
+    """Raise UserError for the first setting of `model.encoder` that a format has no names for.
+
+    >>> refuse_options("npz", {"registers": 0})
+    """
+    for name, plain in (
+        ("registers", 0),
+        ("qk_norm", False),
+        ("norm", "layer"),
+        ("layer_scale", 0.0),
+    ):
+        if encoder.get(name, plain) != plain:
+            raise _no_names(format, name, encoder[name])
+    for name, value in (("positions", "rope"), ("activation", "swiglu")):
+        if encoder.get(name) == value:
+            raise _no_names(format, name, value)
+
+
+def _no_names(format: str, name: str, value: Any) -> UserError:
+    return UserError(
+        f"--format={format}: has no names for an encoder with model.encoder.{name}={value}; use"
+        " stablehlo or orbax"
+    )
+
+
 def timm_arguments(encoder: Mapping[str, Any], image_size: int) -> tuple[str, dict[str, Any]]:
     """(name, arguments) of `timm.create_model` for an encoder with these settings of
     `model.encoder`.
@@ -64,6 +89,7 @@ def timm_config(
       encoder: settings of `model.encoder`.
       preprocessing: image_size, short_side, mean and std of `data.preprocessing`.
     """
+    refuse_options("timm", encoder)
     image_size = preprocessing["image_size"]
     name, arguments = timm_arguments(encoder, image_size)
     table = vit_weights.store_vit(tree, "timm", heads=encoder["heads"])
@@ -114,6 +140,7 @@ def hugging_face_config(
     """Write model.safetensors, config.json and preprocessor_config.json; returns the class that
     loads them: ViTModel, or CLIPVisionModel for an encoder with a norm before the first block.
     Arguments as for `timm_config`."""
+    refuse_options("hf", encoder)
     if not encoder["cls_token"]:
         raise UserError(
             "--format=hf: vision transformers of Transformers always have a cls token, this encoder"

@@ -11,133 +11,26 @@ kept, and tables of relative positions, an array a block, since their sizes diff
 L blocks, D width, h heads, p pixels a patch.
 """
 
-import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-_Load = Callable[..., np.ndarray]
-_Store = Callable[[np.ndarray, int], tuple[np.ndarray, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class LayoutEntry:
-    """A row of a table: arrays of a file and the array of our tree that they correspond to.
-
-    Attributes:
-      theirs: names in the file, with {l} for the number of a layer. Several names are parts of one
-        array of ours, such as query, key and value.
-      ours: path in our tree. With {l}, every layer has an array of its own, which is not stacked.
-      load: their arrays (of one layer) -> ours.
-      store: (ours of one layer, heads) -> theirs.
-    """
-
-    theirs: tuple[str, ...]
-    ours: str
-    load: _Load
-    store: _Store
-
-    @property
-    def stacked(self) -> bool:
-        return "{l}" in self.theirs[0] and "{l}" not in self.ours
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a project stores a vision transformer.
-
-    Attributes:
-      name: name of the layout.
-      known_by: pattern of an array name that identifies the layout; the first layout of `LAYOUTS`
-        that matches is used.
-      table: how each array is converted.
-      prefix: pattern of an optional prefix of the names of the encoder.
-      unused: {pattern: description} of arrays that our models do not have.
-      settings: default settings of `model.encoder` and `data.augment` for this layout, for what a
-        file does not store.
-      momentum: prefix of the momentum copy, if files have one.
-      patch_bias: whether the patch embedding has a bias.
-    """
-
-    name: str
-    known_by: str
-    table: tuple[LayoutEntry, ...]
-    prefix: str = ""
-    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    momentum: str = ""
-    patch_bias: bool = True
-
-
-def _patch_size(kernel_PxD: np.ndarray) -> int:
-    return round((kernel_PxD.shape[0] // 3) ** 0.5)
-
-
-def _convolution_to_matrix(a_Dx3xpxp: np.ndarray) -> np.ndarray:
-    return a_Dx3xpxp.transpose(2, 3, 1, 0).reshape(-1, a_Dx3xpxp.shape[0])
-
-
-def _matrix_to_convolution(a_PxD: np.ndarray, heads: int) -> tuple[np.ndarray]:
-    del heads
-    side = _patch_size(a_PxD)
-    return (a_PxD.reshape(side, side, 3, -1).transpose(3, 2, 0, 1),)
-
-
-def single_array(
-    theirs: str, ours: str, load: _Load = lambda a: a, store: _Load = lambda a: a
-) -> LayoutEntry:
-    return LayoutEntry((theirs,), ours, load, lambda a, heads: (store(a),))
-
-
-def norm_weights(
-    theirs: str, ours: str, names: tuple[str, str] = ("weight", "bias")
-) -> list[LayoutEntry]:
-    return [
-        single_array(f"{theirs}{names[0]}", f"{ours}/scale"),
-        single_array(f"{theirs}{names[1]}", f"{ours}/bias"),
-    ]
-
-
-def linear_weight(theirs: str, ours: str) -> list[LayoutEntry]:
-    """A linear layer of PyTorch, whose weight is [out, in]."""
-    return [
-        single_array(f"{theirs}.weight", f"{ours}/kernel", np.transpose, np.transpose),
-        single_array(f"{theirs}.bias", f"{ours}/bias"),
-    ]
-
-
-def patch_weight(theirs: str, *, bias: bool = True) -> list[LayoutEntry]:
-    """A convolution of PyTorch [D, 3, p, p] as the matrix [p p 3, D] for `vit.patchify`."""
-    kernel = LayoutEntry(
-        (f"{theirs}.weight",),
-        "encoder/patch_embed/kernel",
-        _convolution_to_matrix,
-        _matrix_to_convolution,
-    )
-    return (
-        [kernel, single_array(f"{theirs}.bias", "encoder/patch_embed/bias")] if bias else [kernel]
-    )
-
-
-def joined_qkv(theirs: tuple[str, str, str], ours: str) -> list[LayoutEntry]:
-    """Three linear layers of PyTorch, query, key and value, as one matrix [D, 3 D]."""
-    weights, biases = (tuple(f"{name}.{part}" for name in theirs) for part in ("weight", "bias"))
-    return [
-        LayoutEntry(
-            weights,
-            f"{ours}/kernel",
-            lambda *a: np.concatenate(a).T,
-            lambda a, heads: tuple(np.split(a.T, 3)),
-        ),
-        LayoutEntry(
-            biases,
-            f"{ours}/bias",
-            lambda *a: np.concatenate(a),
-            lambda a, heads: tuple(np.split(a, 3)),
-        ),
-    ]
+from m3i_jax.interop.layout_entries import (
+    HALVES,
+    IMAGENET,
+    Layout,
+    LayoutEntry,
+    joined_qkv,
+    linear_weight,
+    norm_weights,
+    patch_side,
+    patch_weight,
+    query_value_bias,
+    single_array,
+)
+from m3i_jax.interop.modern_layouts import MODERN
 
 
 def timm_blocks(theirs: str, ours: str, *, norms: str = "norm{n}.") -> list[LayoutEntry]:
@@ -162,9 +55,16 @@ def timm_encoder() -> list[LayoutEntry]:
         *timm_blocks("blocks", "encoder/blocks"),
         *norm_weights("norm.", "encoder/norm"),
     ]
-    return entries + [
+    entries += [
         single_array(f"blocks.{{l}}.ls{n}.gamma", f"encoder/blocks/scale{n}") for n in (1, 2)
     ]
+    for theirs in ("reg_token", "register_tokens"):  # timm; DINOv2's own files
+        entries.append(single_array(theirs, "encoder/registers"))
+    entries += linear_weight("blocks.{l}.mlp.gate", "encoder/blocks/mlp/gate")  # `plain_names`
+    for n in ("q", "k"):
+        ours = f"encoder/blocks/attention/norm_{n}"
+        entries += norm_weights(f"blocks.{{l}}.attn.{n}_norm.", ours)
+    return entries
 
 
 def _detectron2() -> list[LayoutEntry]:
@@ -185,11 +85,8 @@ def _mmseg() -> list[LayoutEntry]:
         single_array("cls_token", "encoder/cls_token"),
         single_array("pos_embed", "encoder/positions"),
         *linear_weight(f"{block}.attn.qkv", f"{ours}/attention/qkv"),
-        LayoutEntry(
-            (f"{block}.attn.q_bias", f"{block}.attn.v_bias"),
-            f"{ours}/attention/qkv/bias",
-            lambda q, v: np.concatenate([q, np.zeros_like(q), v]),
-            lambda a, heads: (np.split(a, 3)[0], np.split(a, 3)[2]),
+        query_value_bias(
+            (f"{block}.attn.q_bias", f"{block}.attn.v_bias"), f"{ours}/attention/qkv/bias"
         ),
         *linear_weight(f"{block}.attn.proj", f"{ours}/attention/out"),
         *linear_weight(f"{block}.ffn.layers.0.0", f"{ours}/mlp/fc1"),
@@ -296,7 +193,7 @@ def _google() -> list[LayoutEntry]:
         return [single_array(f"{theirs}/{part}", f"{ours}/{part}") for part in ("kernel", "bias")]
 
     def matrix_to_kernel(a: np.ndarray, heads: int) -> tuple[np.ndarray]:
-        side = _patch_size(a)
+        side = patch_side(a)
         return (a.reshape(side, side, 3, -1),)
 
     return [
@@ -336,8 +233,6 @@ def _google() -> list[LayoutEntry]:
     ]
 
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _CLIP_PIXELS = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
     "std": (0.26862954, 0.26130258, 0.27577711),
@@ -350,6 +245,7 @@ _MAE_DECODER = {r"^(mask_token|decoder_)": "pixel decoder"}
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
+        *MODERN,
         Layout(
             name="detectron2",
             known_by=r"^backbone\.net\.blocks\.0\.|^(net\.)?blocks\.0\.attn\.rel_pos_h$",
@@ -409,7 +305,7 @@ LAYOUTS: dict[str, Layout] = {
                 r"^decoder\.": "pixel decoder",
                 r"mask_token$": "mask token",
             },
-            settings={"activation": "gelu", "norm_eps": 1e-12, **_HALVES},
+            settings={"activation": "gelu", "norm_eps": 1e-12, **HALVES},
         ),
         Layout(
             name="clip",
@@ -430,7 +326,7 @@ LAYOUTS: dict[str, Layout] = {
             known_by=r"^Transformer/encoderblock_0/",
             table=tuple(_google()),
             unused={r"^(head|pre_logits)/": "classifier"},
-            settings={"activation": "gelu_tanh", "norm_eps": 1e-6, **_HALVES},
+            settings={"activation": "gelu_tanh", "norm_eps": 1e-6, **HALVES},
         ),
     )
 }

@@ -20,7 +20,9 @@ import numpy as np
 
 from m3i_jax.errors import UserError
 from m3i_jax.interop import intern_image_weights, position_tables, tensor_files
-from m3i_jax.interop.vit_layouts import IMAGENET, LAYOUTS, Layout, LayoutEntry, layout_of
+from m3i_jax.interop.layout_entries import IMAGENET, Layout, LayoutEntry
+from m3i_jax.interop.vit_layouts import LAYOUTS, layout_of
+from m3i_jax.interop.vit_names import packed_names, plain_names
 
 Flat = dict[str, np.ndarray]
 _GELUS = {
@@ -88,6 +90,7 @@ def load_vit(
     """
     if "patch_embed.conv1.weight" in arrays or "model.patch_embed.conv1.weight" in arrays:
         return _intern_image(arrays, momentum, config or {})
+    arrays = plain_names(arrays)
     layout = layout_of(arrays)
     if layout is None:
         some = ", ".join(list(arrays)[:3])
@@ -141,11 +144,12 @@ def load_vit(
         # the format has a norm after the last block, and our export of an encoder without one says
         # that it is not part of it
         flat = {k: v for k, v in flat.items() if not k.startswith("encoder/norm/")}
-    # CLIP, and CLIP models of timm, have no bias
-    if "encoder/patch_embed/kernel" in flat and "encoder/patch_embed/bias" not in flat:
-        flat["encoder/patch_embed/bias"] = np.zeros(
-            flat["encoder/patch_embed/kernel"].shape[-1], np.float32
-        )
+    # CLIP, and CLIP models of timm, have no bias; DINOv3's largest has none of queries
+    for part in ("patch_embed", "blocks/attention/qkv"):
+        kernel = flat.get(f"encoder/{part}/kernel")
+        if kernel is not None and f"encoder/{part}/bias" not in flat:
+            zeros = np.zeros((*kernel.shape[:-2], kernel.shape[-1]), np.float32)
+            flat[f"encoder/{part}/bias"] = zeros
     settings = {
         **layout.settings,
         **_config_settings(config or {}),
@@ -231,6 +235,16 @@ def _shape_settings(flat: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]
         "embedding_norm": "encoder/embedding_norm/scale" in flat,
         "final_norm": "encoder/norm/scale" in flat,
     }
+    if "encoder/blocks/mlp/gate/kernel" in flat:
+        out["activation"] = "swiglu"
+    if (registers := flat.get("encoder/registers")) is not None:
+        out["registers"] = registers.shape[1]
+    if "encoder/blocks/gamma1" in flat and layout.name in ("dinov2", "dinov3"):
+        out["layer_scale"] = 1e-5  # its first value, which is not used
+    if "encoder/blocks/attention/norm_q/scale" in flat:
+        out["qk_norm"] = True
+    if "encoder/blocks/norm1/bias" not in flat and "encoder/blocks/norm1/scale" in flat:
+        out["norm"] = "rms"
     if (table := flat.get("encoder/positions")) is not None:
         out["image_size"] = position_tables.table_grid(table.shape[1]) * out["patch_size"]
     if layout.name == "google":
@@ -258,6 +272,10 @@ def _config_settings(config: Mapping[str, Any]) -> dict[str, Any]:
             out["activation"] = _GELUS[act]
     if isinstance(eps := config.get("layer_norm_eps"), float) and 0 < eps < 1:
         out["norm_eps"] = eps
+    if _is_number(base := config.get("rope_theta")) and base > 1:
+        out["rope_base"] = float(base)
+    if _is_size(side := config.get("image_size")):  # unless a processor or a table says otherwise
+        out["image_size"] = side
     return out | _preprocessing(config)
 
 
@@ -434,7 +452,7 @@ def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix
         for layer, value in enumerate(array) if known.stacked else [(first, array)]:
             for name, part in zip(known.theirs, known.store(np.asarray(value), heads), strict=True):
                 out[prefix + name.format(l=layer)] = np.ascontiguousarray(part)
-    return out
+    return packed_names(out) if layout == "dinov2" else out
 
 
 def nearest_names(path: str, known: Mapping[str, Any], count: int = 2) -> list[str]:

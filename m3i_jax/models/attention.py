@@ -149,7 +149,7 @@ def attend_columns(
     Args:
       heads: H.
       arrays: queries, keys and values in one array [B, T, 3 D]; or queries [B, Q, D], and keys and
-        values [B, T, 2 D].
+        values [B, T, 2 D]; or an array each.
       where_BxT: as of `attend`.
     """
     return parallel.per_device(
@@ -178,6 +178,8 @@ def _attend_columns_backward(
     )
     if len(arrays) == 1:
         return (jnp.concatenate([dq, dk, dv], 2),), None
+    if len(arrays) == 3:
+        return (dq, dk, dv), None
     return (dq, jnp.concatenate([dk, dv], 2)), None
 
 

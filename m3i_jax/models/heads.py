@@ -180,8 +180,9 @@ def apply_predictor(
     )
 
 
-def init_linear(model: schema.Model, rng: jax.Array, of: str) -> Params:
-    """Parameters of a linear map, `kernel` and `bias`: to D for tokens, to 3 p p for pixels.
+def init_linear(model: schema.Model, rng: jax.Array, of: str, width: int = 0) -> Params:
+    """Parameters of a linear map, `kernel` and `bias`: to D for tokens, or to `width` if that is
+    not 0; to 3 p p for pixels.
 
     >>> call = lambda key: init_linear(schema.Model(), key, "pixels")
     >>> jax.eval_shape(call, jax.random.key(0))["kernel"].shape
@@ -190,7 +191,7 @@ def init_linear(model: schema.Model, rng: jax.Array, of: str) -> Params:
     e = model.encoder
     if of not in ("tokens", "pixels"):
         raise ValueError(f"a linear head of {of!r}: it predicts tokens or pixels")
-    width = e.width if of == "tokens" else 3 * e.patch_size**2
+    width = (width or e.width) if of == "tokens" else 3 * e.patch_size**2
     return init_params(
         rng, shapes_of(Dense(width, jnp.dtype(model.dtype)), jnp.zeros((1, e.width)))
     )

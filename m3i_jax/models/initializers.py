@@ -70,7 +70,10 @@ def fill(
 
 
 def init_params(
-    rng: jax.Array, shapes: Params, normal: Mapping[str, float] | None = None
+    rng: jax.Array,
+    shapes: Params,
+    normal: Mapping[str, float] | None = None,
+    values: Mapping[str, float] | None = None,
 ) -> Params:
     """First values of the parameters of a tower, float32.
 
@@ -82,6 +85,7 @@ def init_params(
       rng: key.
       shapes: as of `fill`.
       normal: {end of a path: std}; the first that matches.
+      values: {name of a parameter: value}, such as that of layer scale.
 
     Raises:
       ValueError: a parameter without a rule.
@@ -97,6 +101,8 @@ def init_params(
         last = path.split("/")[-1]
         if last in ("scale", "bias"):
             return "constant", float(last == "scale")
+        if values and last in values:
+            return "constant", values[last]
         std = next((std for end, std in (normal or {}).items() if path.endswith(end)), None)
         if std is not None:
             return "normal", std
@@ -108,10 +114,16 @@ def init_params(
 
 
 def init_blocks(
-    one: Block, rng: jax.Array, *, width: int, depth: int, normal: Mapping[str, float] | None = None
+    one: Block,
+    rng: jax.Array,
+    *,
+    width: int,
+    depth: int,
+    normal: Mapping[str, float] | None = None,
+    values: Mapping[str, float] | None = None,
 ) -> Params:
     """Parameters of `depth` blocks, drawn independently and stacked on a leading axis: every leaf
-    is [L, ...].
+    is [L, ...]. `normal` and `values` as of `init_params`.
 
     >>> from m3i_jax.models.layers import block
     >>> one = block(8, 2, 4.0, "float32")
@@ -121,4 +133,6 @@ def init_blocks(
     (3, 8, 24)
     """
     shapes = shapes_of(one, jnp.zeros((1, 1, width)))
-    return jax.lax.map(lambda key: init_params(key, shapes, normal), jax.random.split(rng, depth))
+    return jax.lax.map(
+        lambda key: init_params(key, shapes, normal, values), jax.random.split(rng, depth)
+    )

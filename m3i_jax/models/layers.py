@@ -32,6 +32,9 @@ from m3i_jax.models.attention import (
     to_heads,
 )
 from m3i_jax.models.cpu_codegen import matmul
+from m3i_jax.models.gated import swiglu
+from m3i_jax.models.norms import RMSNorm
+from m3i_jax.models.rope import Rotation, turn_heads
 
 Params = Mapping[str, Any]
 
@@ -219,14 +222,29 @@ _ACTIVATIONS: dict[str, Any] = {
     "gelu_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
 }
+GATED = "swiglu"  # the activation with two input matrices
+
+
+def norm_of(kind: str, eps: float = _EPS) -> Callable[..., nn.Module]:
+    """What makes the norm of a kind: layer, rms or batch, whose epsilon is fixed.
+
+    >>> norm_of("rms", 1e-5)(name="norm").eps
+    1e-05
+    """
+    if kind == "batch":
+        return BatchNorm
+    return functools.partial(RMSNorm if kind == "rms" else LayerNorm, eps)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention. The columns of qkv are [q | k | v], each head after head, as in
-    timm's checkpoints."""
+    timm's checkpoints. With `qk_norm`, the kind of a norm, queries and keys are normalised over the
+    width of a head by `norm_q` and `norm_k`, which all heads share, before they are turned."""
 
     heads: int
     dtype: Any
+    qk_norm: str = ""
+    eps: float = _EPS
 
     @nn.compact
     def __call__(
@@ -236,6 +254,7 @@ class Attention(nn.Module):
         rows: slice | None,
         weights: bool = False,
         relative: Callable[[jax.Array, jax.Array], Relative] | None = None,
+        rotation: Rotation | None = None,
     ) -> jax.Array:
         """Output of the layer.
 
@@ -244,14 +263,35 @@ class Attention(nn.Module):
           weights: return the attention weights, [B, H, Q, T], instead of the output.
           relative: relative positions, a function of queries and keys [B, H, T, E]: what takes
             their place, and what is added to the logits, as of `attention.attend`.
+          rotation: of all tokens, as of `rope.axial_rotation`; None: queries and keys are not
+            turned.
         """
         b, tokens, width = x_BxTxD.shape
+
+        def change(which: str, array: jax.Array, rotation: Rotation | None) -> jax.Array:
+            heads = array.reshape(b, array.shape[1], self.heads, width // self.heads)
+            if self.qk_norm:
+                heads = norm_of(self.qk_norm, self.eps)(name=f"norm_{which}")(heads)
+            if rotation is not None:
+                heads = turn_heads(heads, rotation)
+            return heads.reshape(array.shape)
+
         qkv = Dense(3 * width, self.dtype, name="qkv")
         if rows is None:
             arrays: tuple[jax.Array, ...] = (checkpoint_name(qkv(x_BxTxD), "qkv"),)
         else:
             q_BxQxD = checkpoint_name(qkv(x_BxTxD[:, rows], slice(0, width)), "qkv")
             arrays = (q_BxQxD, checkpoint_name(qkv(x_BxTxD, slice(width, None)), "qkv"))
+        if self.qk_norm or rotation is not None:
+            q_BxQxD, k_BxTxD, v_BxTxD = (
+                part
+                for array in arrays
+                for part in jax.lax.split(array, [width] * (array.shape[2] // width), axis=2)
+            )
+            of_rows = rotation
+            if rotation is not None and rows is not None:
+                of_rows = rotation[0][:, rows], rotation[1][:, rows]
+            arrays = change("q", q_BxQxD, of_rows), change("k", k_BxTxD, rotation), v_BxTxD
         fits = attention_tpu.fits(
             arrays[0].shape[1], tokens, self.heads, width // self.heads, jnp.dtype(self.dtype)
         )
@@ -275,7 +315,7 @@ class Attention(nn.Module):
 
 class Mlp(nn.Module):
     """Two dense layers with a GELU between them: exact, or the form that imported weights were
-    trained with."""
+    trained with. With `swiglu` a third, `gate`, reads the input too."""
 
     hidden: int
     dtype: Any
@@ -284,14 +324,19 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         h_BxTxF = checkpoint_name(Dense(self.hidden, self.dtype, name="fc1")(x_BxTxD), "fc1")
-        return Dense(x_BxTxD.shape[-1], self.dtype, name="fc2")(
-            _ACTIVATIONS[self.activation](h_BxTxF)
-        )
+        if self.activation == GATED:
+            gate_BxTxF = Dense(self.hidden, self.dtype, name="gate")(x_BxTxD)
+            h_BxTxF = swiglu(checkpoint_name(gate_BxTxF, "gate"), h_BxTxF)
+        else:
+            h_BxTxF = _ACTIVATIONS[self.activation](h_BxTxF)
+        return Dense(x_BxTxD.shape[-1], self.dtype, name="fc2")(h_BxTxF)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: `x += keep * Attention(norm(x)); x += keep * MLP(norm(x))`. Norm:
-    layer, or batch (SiameseIM)."""
+    """Pre-norm transformer block: `x += keep * gamma1 * Attention(norm(x)); x += keep * gamma2 *
+    MLP(norm(x))`. Norm: layer, rms, or batch (SiameseIM). Without `layer_scale` there is no gamma.
+    `rope`: base of the periods of rotary positions, of which the caller gives the rotation; 0: it
+    has none."""
 
     heads: int
     hidden: int
@@ -299,6 +344,9 @@ class Block(nn.Module):
     norm: str = "layer"
     eps: float = _EPS
     activation: str = "gelu"
+    qk_norm: bool = False
+    layer_scale: bool = False
+    rope: float = 0.0
 
     @nn.compact
     def __call__(
@@ -308,6 +356,7 @@ class Block(nn.Module):
         where_BxT: jax.Array | None = None,
         rows: slice | None = None,
         weights: bool = False,
+        rotation: Rotation | None = None,
     ) -> jax.Array:
         """Output of the block, or the weights of its attention.
 
@@ -318,33 +367,65 @@ class Block(nn.Module):
           rows: token rows to compute; the others are keys and values only. Not with batch norm,
             whose norm2 takes its statistics from all rows.
           weights: return the attention weights, [B, H, Q, T], and stop there.
+          rotation: of all tokens, as of `rope.axial_rotation`; None: none.
         """
-        norm: Any = functools.partial(LayerNorm, self.eps) if self.norm == "layer" else BatchNorm
-        h_BxTxD = Attention(self.heads, self.dtype, name="attention")(
-            norm(name="norm1")(x_BxTxD), where_BxT, rows, weights
+        norm, attention, mlp = block_parts(self)
+
+        def add(n: int, x_BxTxD: jax.Array, branch_BxTxD: jax.Array) -> jax.Array:
+            gamma_D = (
+                self.param(f"gamma{n}", _SHAPE, (x_BxTxD.shape[-1],)) if self.layer_scale else None
+            )
+            keep_B = None if keep_Bx2 is None else keep_Bx2[:, n - 1]
+            return add_branch(x_BxTxD, branch_BxTxD, keep_B, gamma_D)
+
+        h_BxTxD = attention(name="attention")(
+            norm(name="norm1")(x_BxTxD), where_BxT, rows, weights, rotation=rotation
         )
         if weights:
             return h_BxTxD
         x_BxTxD = checkpoint_name(
-            _add(x_BxTxD if rows is None else x_BxTxD[:, rows], h_BxTxD, keep_Bx2, 0), "middle"
+            add(1, x_BxTxD if rows is None else x_BxTxD[:, rows], h_BxTxD), "middle"
         )
-        h_BxTxD = Mlp(self.hidden, self.dtype, self.activation, name="mlp")(
-            norm(name="norm2")(x_BxTxD)
-        )
-        return _add(x_BxTxD, h_BxTxD, keep_Bx2, 1)
+        return add(2, x_BxTxD, mlp(name="mlp")(norm(name="norm2")(x_BxTxD)))
 
 
-def _add(
-    x_BxTxD: jax.Array, branch_BxTxD: jax.Array, keep_Bx2: jax.Array | None, which: int
+def block_parts(one: Block) -> tuple[Any, Any, Any]:
+    """What makes the norms, the attention and the MLP of a block.
+
+    >>> norm, attention, mlp = block_parts(block(8, 2, 4.0, "float32"))
+    >>> mlp().hidden
+    32
+    """
+    return (
+        norm_of(one.norm, one.eps),
+        functools.partial(
+            Attention, one.heads, one.dtype, one.norm if one.qk_norm else "", one.eps
+        ),
+        functools.partial(Mlp, one.hidden, one.dtype, one.activation),
+    )
+
+
+def add_branch(
+    x_BxTxD: jax.Array,
+    branch_BxTxD: jax.Array,
+    keep_B: jax.Array | None = None,
+    gamma_D: jax.Array | None = None,
 ) -> jax.Array:
-    if keep_Bx2 is None:
+    """`x + keep * gamma * branch` in the type of x, whose factors are 1 where they are None.
+
+    >>> add_branch(jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2)), None, jnp.array([0.5, 2])).tolist()
+    [[[1.5, 3.0]]]
+    """
+    if keep_B is None and gamma_D is None:
         return x_BxTxD + branch_BxTxD
     # In float32: 1 / (1 - p) rounded to bfloat16 would scale every kept branch by the same wrong
     # factor.
-    keep_Bx1x1 = keep_Bx2[:, which, None, None].astype(jnp.float32)
-    return (x_BxTxD.astype(jnp.float32) + keep_Bx1x1 * branch_BxTxD.astype(jnp.float32)).astype(
-        x_BxTxD.dtype
-    )
+    wide_BxTxD = branch_BxTxD.astype(jnp.float32)
+    if gamma_D is not None:
+        wide_BxTxD *= gamma_D
+    if keep_B is not None:
+        wide_BxTxD *= keep_B[:, None, None].astype(jnp.float32)
+    return (x_BxTxD.astype(jnp.float32) + wide_BxTxD).astype(x_BxTxD.dtype)
 
 
 def block(
@@ -356,9 +437,10 @@ def block(
     *,
     eps: float = _EPS,
     activation: str = "gelu",
+    **options: Any,
 ) -> Block:
-    """The block of a tower. `norm`: layer, with this `eps`, or batch. `activation`: gelu, gelu_tanh
-    or quick_gelu.
+    """The block of a tower. `norm`: layer or rms, with this `eps`, or batch. `activation`: gelu,
+    gelu_tanh, quick_gelu or swiglu. `options`: further fields of `Block`.
 
     >>> block(768, 12, 4.0, "bfloat16").hidden
     3072
@@ -370,6 +452,7 @@ def block(
         norm=norm,
         eps=eps,
         activation=activation,
+        **options,
     )
 
 

@@ -30,8 +30,8 @@ from m3i_jax.models import backbones, decoder, heads, pooling, text
 from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, Params
 from m3i_jax.objective.posteriors import Prototypes
+from m3i_jax.objective.teacher_terms import linear_name
 from m3i_jax.objective.terms import (
-    DENSE_TARGETS,
     DecoderHead,
     LinearHead,
     ProjectionHead,
@@ -150,9 +150,9 @@ def _init_heads(model: schema.Model, rng: jax.Array, terms: Terms) -> dict[str, 
         return jax.random.fold_in(rng, zlib.crc32(name.encode()))
 
     out: dict[str, Any] = {}
-    for of in DENSE_TARGETS:
-        if any(isinstance(t.head, LinearHead) and t.target.of == of for t in terms):
-            out[f"linear_{of}"] = heads.init_linear(model, key(f"linear_{of}"), of)
+    for t in terms:
+        if isinstance(t.head, LinearHead) and (name := linear_name(t)) not in out:
+            out[name] = heads.init_linear(model, key(name), t.target.of, t.head.width)
     for name in sorted({t.head.name for t in terms if isinstance(t.head, ProjectionHead)}):
         same = [
             (t, t.head) for t in terms if isinstance(t.head, ProjectionHead) and t.head.name == name

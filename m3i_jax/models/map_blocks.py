@@ -21,7 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel
 from m3i_jax.models import relative_bias
-from m3i_jax.models.layers import Attention, Block, LayerNorm, Mlp, Params
+from m3i_jax.models.layers import Block, Params, add_branch, block_parts
+from m3i_jax.models.rope import Rotation, axial_rotation
 from m3i_jax.models.scan_blocks import (
     chunk_count,
     deal_rows,
@@ -41,11 +42,13 @@ class MapBlock:
       block: heads, width of the MLP, precision, norm and activation.
       grid: rows and columns of the map.
       cls: whether a cls token comes first; not with windows.
+      registers: tokens between cls and the map; not with windows or relative positions.
     """
 
     block: Block
     grid: tuple[int, int]
     cls: bool = False
+    registers: int = 0
 
     def __call__(
         self, params: Params, x_BxTxD: jax.Array, keep_Bx2: jax.Array | None, window: int
@@ -59,14 +62,14 @@ class MapBlock:
           keep_Bx2: stochastic depth as factors of the two branches; None: 1.
           window: side of the windows of attention in cells; 0: the whole map.
         """
-        one = self.block
+        norm_module, attention, mlp = block_parts(self.block)
 
         def norm(n: int, x_BxTxD: jax.Array) -> jax.Array:
-            return LayerNorm(one.eps).apply({"params": params[f"norm{n}"]}, x_BxTxD)
+            return norm_module().apply({"params": params[f"norm{n}"]}, x_BxTxD)
 
         def add(n: int, x_BxTxD: jax.Array, branch_BxTxD: jax.Array) -> jax.Array:
             keep_B = None if keep_Bx2 is None else keep_Bx2[:, n - 1]
-            return _add(x_BxTxD, branch_BxTxD, keep_B, params.get(f"gamma{n}"))
+            return add_branch(x_BxTxD, branch_BxTxD, keep_B, params.get(f"gamma{n}"))
 
         h_WxTxD = norm(1, x_BxTxD)
         if window:
@@ -75,29 +78,33 @@ class MapBlock:
         relative = relative_bias.relative_positions_of(
             params.get("relative", {}), sides, cls=self.cls
         )
-        h_WxTxD = Attention(one.heads, one.dtype).apply(
-            {"params": params["attention"]}, h_WxTxD, None, None, relative=relative
+        h_WxTxD = attention().apply(
+            {"params": params["attention"]},
+            h_WxTxD,
+            None,
+            None,
+            relative=relative,
+            rotation=self._rotation(x_BxTxD, window),
         )
         h_BxTxD = from_windows(h_WxTxD, self.grid, window) if window else h_WxTxD
         x_BxTxD = checkpoint_name(add(1, x_BxTxD, h_BxTxD), "middle")
-        mlp = Mlp(one.hidden, one.dtype, one.activation)
-        return add(2, x_BxTxD, mlp.apply({"params": params["mlp"]}, norm(2, x_BxTxD)))
+        return add(2, x_BxTxD, mlp().apply({"params": params["mlp"]}, norm(2, x_BxTxD)))
 
+    def _rotation(self, x_BxTxD: jax.Array, window: int) -> Rotation | None:
+        """Rotary positions, of cells in the whole map, also within its windows."""
+        one, (images, _, width) = self.block, x_BxTxD.shape
+        if not one.rope:
+            return None
+        prefix = int(self.cls) + self.registers
+        rotation = axial_rotation(self.grid, width // one.heads, one.rope, prefix=prefix)
+        if not window:
+            return rotation
 
-def _add(
-    x_BxTxD: jax.Array,
-    branch_BxTxD: jax.Array,
-    keep_B: jax.Array | None,
-    gamma_D: jax.Array | None,
-) -> jax.Array:
-    if keep_B is None and gamma_D is None:
-        return x_BxTxD + branch_BxTxD
-    wide_BxTxD = branch_BxTxD.astype(jnp.float32)  # as in `layers.Block`
-    if gamma_D is not None:
-        wide_BxTxD *= gamma_D
-    if keep_B is not None:
-        wide_BxTxD *= keep_B[:, None, None].astype(jnp.float32)
-    return (x_BxTxD.astype(jnp.float32) + wide_BxTxD).astype(x_BxTxD.dtype)
+        def windows(part: Any) -> jax.Array:
+            own = to_windows(jnp.asarray(part), self.grid, window)
+            return jnp.broadcast_to(own, (images, *own.shape)).reshape(-1, *own.shape[1:])
+
+        return windows(rotation[0]), windows(rotation[1])
 
 
 def to_windows(x_BxTxD: jax.Array, grid: tuple[int, int], window: int) -> jax.Array:

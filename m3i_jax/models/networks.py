@@ -78,8 +78,9 @@ class ViTNetwork(Network):
 
     Attributes:
       image_size: side S in pixels; without learned positions, other sizes are accepted too.
-      patch_size, width, depth, heads, mlp_ratio, cls_token, positions, embedding_norm, final_norm,
-        norm_eps, activation, position_grid: see `schema.Encoder`.
+      patch_size, width, depth, heads, mlp_ratio, cls_token, positions, rope_base, registers, norm,
+        embedding_norm, final_norm, qk_norm, layer_scale, norm_eps, activation, position_grid: see
+        `schema.Encoder`.
       dtype: of matrix products and of the output; parameters are float32.
       scan: run the blocks in one lax.scan, which compiles faster.
 
@@ -97,8 +98,13 @@ class ViTNetwork(Network):
     mlp_ratio: float = 4.0
     cls_token: bool = True
     positions: str = "sincos"
+    rope_base: float = 100.0
+    registers: int = 0
+    norm: str = "layer"
     embedding_norm: bool = False
     final_norm: bool = False
+    qk_norm: bool = False
+    layer_scale: float = 0.0
     norm_eps: float = 1e-6
     activation: str = "gelu"
     position_grid: int = 0

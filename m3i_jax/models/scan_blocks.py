@@ -22,12 +22,14 @@ import jax.numpy as jnp
 
 from m3i_jax import parallel, schema
 from m3i_jax.models.layers import Block, Params
+from m3i_jax.models.rope import Rotation
 
-# q, k and v; the output of attention; the stream between the branches; the MLP before its GELU.
+# q, k and v; the output of attention; the stream between the branches; the MLP before its GELU, and
+# the gate of SwiGLU.
 # Without `attended` a block recomputes two products of attention instead of one, without `middle`
 # also the output projection, without `fc1` the widest product. `branch`, the output of a branch, is
 # kept in InternImage, where a norm or scale behind it needs it.
-NAMES = ("qkv", "attended", "middle", "fc1", "branch")
+NAMES = ("qkv", "attended", "middle", "fc1", "gate", "branch")
 HALF = ("qkv", "middle")
 ROWS = 32
 _policies = jax.checkpoint_policies
@@ -144,6 +146,7 @@ def run_blocks(
     keep_BxLx2: jax.Array | None = None,
     where_BxT: jax.Array | None = None,
     rows: slice | None = None,
+    rotation: Rotation | None = None,
     scan: bool = False,
     remat: str = "none",
     keep_gathered: bool = False,
@@ -160,6 +163,7 @@ def run_blocks(
       rows: token rows to return. The last block computes queries, outputs and MLP of those only;
         the numbers are those of slicing its full output, to rounding. With batch norm it computes
         all rows and the output is sliced: SiameseIM's norm2 has statistics of all rows.
+      rotation: rotary positions of all tokens, as of `rope.axial_rotation`; None: none.
       scan: one `lax.scan` over the blocks instead of a Python loop. Same numbers; compile time does
         not grow with depth.
       remat: policy: none, dots, names, half or full.
@@ -191,35 +195,47 @@ def run_blocks(
     settings: dict[str, Any] = {"remat": remat, "scan": scan, "keep_gathered": keep_gathered}
     if rows is not None and block.norm == "batch":
         return run_blocks(
-            block, stacked, x_BxTxD, keep_BxLx2=keep_BxLx2, where_BxT=where_BxT, **settings
+            block,
+            stacked,
+            x_BxTxD,
+            keep_BxLx2=keep_BxLx2,
+            where_BxT=where_BxT,
+            rotation=rotation,
+            **settings,
         )[:, rows]
     full = depth if rows is None else depth - 1  # blocks that compute every row
+    # a rotation of all images is a constant; one of each image goes where its row goes
+    shared = rotation if rotation is not None and rotation[0].shape[0] == 1 else None
+    own = None if rotation is shared else rotation
 
     def run(
-        gather: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, where_BxT: Any
+        gather: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, beside: Any
     ) -> jax.Array:
         count = (
             1
             if remat == "none" or block.norm == "batch"
             else chunk_count(parallel.rows_of_device(x.shape[0]))
         )
-        x, where_BxT = deal_rows((x, where_BxT), count)
+        x, beside = deal_rows((x, beside), count)
 
         def stepper(rows: slice | None) -> Any:
+            def call(
+                params: Params, x: jax.Array, keep_Bx2: jax.Array | None, beside: Any
+            ) -> jax.Array:
+                where_BxT, own = beside
+                turn = shared if own is None else own
+                return block.apply({"params": params}, x, keep_Bx2, where_BxT, rows, rotation=turn)
+
             def step(x: jax.Array, layer: Any) -> jax.Array:
                 params, keep_Bx2 = layer
                 params = gather(params)
                 if count == 1:
-                    return block.apply({"params": params}, x, keep_Bx2, where_BxT, rows)
+                    return call(params, x, keep_Bx2, beside)
                 # In float32, so that the gradients of the chunks are added in it; gathered weights
                 # are in the compute precision.
                 params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-                one = with_remat(
-                    lambda x, *more: block.apply({"params": params}, x, *more, rows),
-                    remat,
-                    scan=True,
-                )
-                return jax.lax.map(lambda chunk: one(*chunk), (x, keep_Bx2, where_BxT))
+                one = with_remat(lambda *chunk: call(params, *chunk), remat, scan=True)
+                return jax.lax.map(lambda chunk: one(*chunk), (x, keep_Bx2, beside))
 
             return with_remat(step, **settings)
 
@@ -237,5 +253,5 @@ def run_blocks(
 
     keep_LxBx2 = None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1)
     return parallel.with_fsdp_gather(
-        run, stacked, x_BxTxD, keep_LxBx2, where_BxT, dtype=block.dtype, stacked=True
+        run, stacked, x_BxTxD, keep_LxBx2, (where_BxT, own), dtype=block.dtype, stacked=True
     )

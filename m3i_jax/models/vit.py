@@ -16,7 +16,8 @@ import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.models.initializers import init_blocks, init_params, shapes_of
-from m3i_jax.models.layers import Block, Dense, LayerNorm, Params, add_positions, block
+from m3i_jax.models.layers import Block, Dense, Params, add_positions, block, norm_of
+from m3i_jax.models.rope import Rotation, axial_rotation
 from m3i_jax.models.scan_blocks import block_kwargs, run_blocks, split_blocks
 from m3i_jax.objective import losses, mixing, positions
 
@@ -51,14 +52,69 @@ def encoder_modules(model: schema.Model) -> tuple[Dense, Block]:
     3072
     """
     e = model.encoder
-    one = block(e.width, e.heads, e.mlp_ratio, model.dtype, eps=e.norm_eps, activation=e.activation)
+    one = block(
+        e.width,
+        e.heads,
+        e.mlp_ratio,
+        model.dtype,
+        e.norm,
+        eps=e.norm_eps,
+        activation=e.activation,
+        qk_norm=e.qk_norm,
+        layer_scale=e.layer_scale > 0,
+        rope=e.rope_base if e.positions == "rope" else 0.0,
+    )
     return Dense(e.width, jnp.dtype(model.dtype)), one
+
+
+def token_prefix(encoder: schema.Encoder) -> int:
+    """Tokens before the patches inside the encoder: cls and registers.
+
+    >>> token_prefix(schema.Encoder(registers=4))
+    5
+    """
+    return int(encoder.cls_token) + encoder.registers
+
+
+def without_registers(encoder: schema.Encoder, z_BxTxD: jax.Array) -> jax.Array:
+    """Tokens of a block as everything outside the encoder reads them: cls, then the patches.
+
+    >>> without_registers(schema.Encoder(registers=2), jnp.arange(5).reshape(1, 5, 1)).ravel()
+    Array([0, 3, 4], dtype=int32)
+    """
+    if not encoder.registers:
+        return z_BxTxD
+    patches_BxNxD = z_BxTxD[:, token_prefix(encoder) :]
+    if not encoder.cls_token:
+        return patches_BxNxD
+    return jnp.concatenate([z_BxTxD[:, :1], patches_BxNxD], 1)
+
+
+def apply_norm(encoder: schema.Encoder, params: Params, z_BxTxD: jax.Array) -> jax.Array:
+    """The norm of the encoder's kind, with these parameters.
+
+    >>> encoder = schema.Encoder(norm="rms")
+    >>> apply_norm(encoder, {"scale": jnp.ones(2)}, jnp.array([[7.0, 1.0]])).round(1).tolist()
+    [[1.399..., 0.200...]]
+    """
+    return norm_of(encoder.norm, encoder.norm_eps)().apply({"params": params}, z_BxTxD)
+
+
+def _rotation(
+    model: schema.Model, grid: int, index_BxK: jax.Array | None = None
+) -> Rotation | None:
+    e = model.encoder
+    if e.positions != "rope":
+        return None
+    return axial_rotation(
+        grid, e.width // e.heads, e.rope_base, prefix=token_prefix(e), index_BxK=index_BxK
+    )
 
 
 def fixed_positions(encoder: schema.Encoder, grid: int | tuple[int, int]) -> np.ndarray:
     """Position table [N, D] of an encoder whose positions are not learned: `positions.sincos_2d`,
     or with the rule sincos_columns MAE's, whose halves are exchanged. With `position_grid` it is
-    the table of that grid, resized.
+    the table of that grid, resized. With the rule rope nothing is added: zeros.
 
     Args:
       encoder: settings.
@@ -71,6 +127,9 @@ def fixed_positions(encoder: schema.Encoder, grid: int | tuple[int, int]) -> np.
     >>> [table[2, [0, 4]].round(2).tolist() for table in tables]
     [[0.84..., 0.0], [0.0, 0.84...]]
     """
+    if encoder.positions == "rope":
+        rows, columns = (grid, grid) if isinstance(grid, int) else grid
+        return np.zeros((rows * columns, encoder.width), np.float32)
     base = encoder.position_grid or (grid if isinstance(grid, int) else grid[0])
     table_NxD = positions.resized(positions.sincos_2d(base, encoder.width), grid)
     if encoder.positions == "sincos_columns":
@@ -79,9 +138,9 @@ def fixed_positions(encoder: schema.Encoder, grid: int | tuple[int, int]) -> np.
 
 
 def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid: int = 0) -> Params:
-    """Parameters: `patch_embed`, `cls_token` [1, 1, D] if there is one, `positions` [1, T, D] if
-    they are learned, `embedding_norm` if there is one, `blocks` stacked on [L, ...], `norm` if
-    there is one.
+    """Parameters: `patch_embed`, `cls_token` [1, 1, D] if there is one, `registers` [1, R, D] if
+    there are any, `positions` [1, T, D] if they are learned, T without registers, `embedding_norm`
+    if there is one, `blocks` stacked on [L, ...], `norm` if there is one.
 
     Dense layers are Xavier-uniform on their two-dimensional shapes, the patch embedding as a [P, D]
     matrix; biases 0, tokens N(0, 0.02^2).
@@ -104,15 +163,19 @@ def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid:
     if e.cls_token:
         stem["cls_token"] = jax.ShapeDtypeStruct((1, 1, e.width), jnp.float32)
     if e.final_norm:
-        stem["norm"] = shapes_of(LayerNorm(), jnp.zeros((1, e.width)))
+        stem["norm"] = shapes_of(norm_of(e.norm)(), jnp.zeros((1, e.width)))
+    gammas = {"gamma1": e.layer_scale, "gamma2": e.layer_scale}
     params = {
         **init_params(of_stem, stem, {"cls_token": 0.02}),
-        "blocks": init_blocks(one, of_blocks, width=e.width, depth=e.depth),
+        "blocks": init_blocks(one, of_blocks, width=e.width, depth=e.depth, values=gammas),
     }
     if e.embedding_norm:
         params["embedding_norm"] = init_params(
-            of_stem, shapes_of(LayerNorm(), jnp.zeros((1, e.width)))
+            of_stem, shapes_of(norm_of(e.norm)(), jnp.zeros((1, e.width)))
         )
+    if e.registers:
+        rows = {"registers": jax.ShapeDtypeStruct((1, e.registers, e.width), jnp.float32)}
+        params |= init_params(jax.random.fold_in(of_stem, 3), rows, {"registers": 0.02})
     if e.positions == "learned":
         table = {
             "positions": jax.ShapeDtypeStruct((1, grid * grid + e.cls_token, e.width), jnp.float32)
@@ -153,8 +216,8 @@ def apply(
         layer-normalised without scale and offset, and there is no final norm (data2vec's target).
 
     Returns:
-      [B, T, D] in `model.dtype`, T = N or K, plus one for cls, which comes first. A mean over
-      blocks is float32.
+      [B, T, D] in `model.dtype`, T = N or K, plus one for cls, which comes first; no registers. A
+      mean over blocks is float32.
 
     Raises:
       ValueError: patches that are not grid * grid, cells both dropped and replaced, or more blocks
@@ -168,16 +231,33 @@ def apply(
     (2, 3, 8)
     """
     z_BxTxD = _embed_square(model, params, patches_BxNxP, grid, index_BxK, hidden_BxN)
+    turn = _rotation(model, grid, index_BxK)
     if blocks > 1:
-        return _mean_of_last(model, params["blocks"], z_BxTxD, keep_BxLx2, blocks)
-    return _blocks_and_norm(model, params, z_BxTxD, keep_BxLx2)
+        return without_registers(
+            model.encoder,
+            _mean_of_last(model, params["blocks"], z_BxTxD, keep_BxLx2, blocks, turn),
+        )
+    _, one = encoder_modules(model)
+    z_BxTxD = run_blocks(
+        one,
+        params["blocks"],
+        z_BxTxD,
+        keep_BxLx2=keep_BxLx2,
+        rotation=turn,
+        **block_kwargs(model),
+    )
+    z_BxTxD = without_registers(model.encoder, z_BxTxD)
+    if not model.encoder.final_norm:
+        return z_BxTxD
+    return apply_norm(model.encoder, params["norm"], z_BxTxD)
 
 
 def last_attention(
     model: schema.Model, params: Params, patches_BxNxP: jax.Array, *, grid: int
 ) -> jax.Array:
     """Attention weights of every head of the last block, [B, H, T, T] float32: of every token (row)
-    over all, cls first where there is one.
+    over all, cls first where there is one. Registers are cut off: their weight is what is missing
+    to a sum of 1.
 
     Arguments as of `apply`.
 
@@ -192,9 +272,16 @@ def last_attention(
     before, last = (
         split_blocks(params["blocks"], [depth - 1, 1]) if depth > 1 else (None, params["blocks"])
     )
+    turn = _rotation(model, grid)
     if before is not None:
-        z_BxTxD = run_blocks(one, before, z_BxTxD, **block_kwargs(model))
-    return one.apply({"params": jax.tree.map(lambda leaf: leaf[0], last)}, z_BxTxD, weights=True)
+        z_BxTxD = run_blocks(one, before, z_BxTxD, rotation=turn, **block_kwargs(model))
+    params = jax.tree.map(lambda leaf: leaf[0], last)
+    weights_BxHxTxT = one.apply({"params": params}, z_BxTxD, weights=True, rotation=turn)
+    e = model.encoder
+    if not e.registers:
+        return weights_BxHxTxT
+    seen = np.r_[: int(e.cls_token), token_prefix(e) : z_BxTxD.shape[1]]
+    return weights_BxHxTxT[:, :, seen][..., seen]
 
 
 def _embed_square(
@@ -233,14 +320,15 @@ def embed_patches(
     index_BxK: jax.Array | None = None,
     hidden_BxN: jax.Array | None = None,
 ) -> jax.Array:
-    """Input of the first block: patch embedding, mask tokens, positions, cls token, norm.
+    """Input of the first block: patch embedding, mask tokens, positions, cls token, registers,
+    norm.
 
     Args:
       model, params, patches_BxNxP, index_BxK, hidden_BxN: as of `apply`.
       table_NxD: positions of all cells.
 
     Returns:
-      [B, T, D] in `model.dtype`.
+      [B, T, D] in `model.dtype`, with registers after cls.
     """
     e = model.encoder
     patch, _ = encoder_modules(model)
@@ -253,7 +341,13 @@ def embed_patches(
         z_BxTxD = jnp.where(
             hidden_BxN[..., None], params["mask_token"].astype(z_BxTxD.dtype), z_BxTxD
         )
-    z_BxTxD = add_positions(z_BxTxD, table_NxD, index_BxK)
+    if e.positions != "rope":
+        z_BxTxD = add_positions(z_BxTxD, table_NxD, index_BxK)
+    if e.registers:
+        rows_BxRxD = jnp.broadcast_to(
+            params["registers"].astype(z_BxTxD.dtype), (z_BxTxD.shape[0], e.registers, e.width)
+        )
+        z_BxTxD = jnp.concatenate([rows_BxRxD, z_BxTxD], 1)
     if e.cls_token:
         cls_1x1xD = params["cls_token"]
         if e.positions == "learned":
@@ -263,20 +357,8 @@ def embed_patches(
         )
         z_BxTxD = jnp.concatenate([cls_Bx1xD, z_BxTxD], 1)
     if e.embedding_norm:
-        z_BxTxD = LayerNorm(e.norm_eps).apply({"params": params["embedding_norm"]}, z_BxTxD)
+        z_BxTxD = apply_norm(e, params["embedding_norm"], z_BxTxD)
     return z_BxTxD
-
-
-def _blocks_and_norm(
-    model: schema.Model, params: Params, z_BxTxD: jax.Array, keep_BxLx2: jax.Array | None
-) -> jax.Array:
-    _, one = encoder_modules(model)
-    z_BxTxD = run_blocks(
-        one, params["blocks"], z_BxTxD, keep_BxLx2=keep_BxLx2, **block_kwargs(model)
-    )
-    if not model.encoder.final_norm:
-        return z_BxTxD
-    return LayerNorm(model.encoder.norm_eps).apply({"params": params["norm"]}, z_BxTxD)
 
 
 def _mean_of_last(
@@ -285,6 +367,7 @@ def _mean_of_last(
     z_BxTxD: jax.Array,
     keep_BxLx2: jax.Array | None,
     count: int,
+    rotation: Rotation | None,
 ) -> jax.Array:
     """Mean over the normalised outputs of the last `count` blocks, float32."""
     depth = model.encoder.depth
@@ -295,7 +378,7 @@ def _mean_of_last(
     def run(z: jax.Array, layers: Any) -> jax.Array:
         params, keep_LxBx2 = layers
         keep = None if keep_LxBx2 is None else keep_LxBx2.swapaxes(0, 1)
-        return run_blocks(one, params, z, keep_BxLx2=keep, **block_kwargs(model))
+        return run_blocks(one, params, z, keep_BxLx2=keep, rotation=rotation, **block_kwargs(model))
 
     def step(
         carry: tuple[jax.Array, jax.Array], layer: Any

@@ -15,6 +15,11 @@ def _validate(config: schema.Config) -> None:
     e = config.model.encoder
     if e.width % e.heads:
         raise UserError(f"config.model.encoder.heads: {e.heads!r} must divide the width {e.width}")
+    if e.positions == "rope" and e.width // e.heads % 4:
+        raise UserError(
+            "config.model.encoder.positions: 'rope' needs heads whose width is a multiple of 4, and"
+            f" {e.heads} heads of width {e.width} have {e.width // e.heads}; change one of them"
+        )
     maps = config.dense.maps
     for key, blocks in (("global_blocks", maps.global_blocks), ("blocks", maps.blocks)):
         if beyond := [block for block in blocks if block >= e.depth]:
@@ -40,9 +45,9 @@ def _recognize(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
 
 
 def _fixed_arrays(model: schema.Model, grid: int) -> dict[str, np.ndarray]:
-    """The position table, with zeros for cls, unless it is a parameter."""
+    """The position table, with zeros for cls, unless it is a parameter or there is none."""
     e = model.encoder
-    if e.positions == "learned":
+    if e.positions in ("learned", "rope"):
         return {}
     cls_row = np.zeros((int(e.cls_token), e.width), np.float32)
     return {"positions": np.concatenate([cls_row, vit.fixed_positions(e, grid)])[None]}
@@ -53,8 +58,13 @@ def _card(model: schema.Model) -> list[tuple[str, str]]:
     no_norm = "none: features are the residual stream after the last block"
     return [
         ("attention", f"{e.heads} heads, MLP x {e.mlp_ratio:g}"),
-        ("positions", e.positions + (", cls token" if e.cls_token else ", no cls token")),
-        ("final norm", "LayerNorm" if e.final_norm else no_norm),
+        (
+            "positions",
+            e.positions
+            + (", cls token" if e.cls_token else ", no cls token")
+            + (f", {e.registers} registers" if e.registers else ""),
+        ),
+        ("final norm", ("LayerNorm", "RMSNorm")[e.norm == "rms"] if e.final_norm else no_norm),
     ]
 
 
@@ -92,6 +102,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 
+# settings that change the shapes of the parameters of few published encoders
+_OPTIONS = ("registers", "norm", "qk_norm", "layer_scale")
+
 VIT = Backbone(
     init=vit.init,
     apply=vit.apply,
@@ -119,10 +132,11 @@ VIT = Backbone(
         "cls_token",
         "final_norm",
         "embedding_norm",
+        *_OPTIONS,
     ),
-    silent_settings=("heads", "activation", "norm_eps"),
+    silent_settings=("heads", "activation", "norm_eps", "rope_base"),
     map_parameters=("relative/", "blocks/gamma1", "blocks/gamma2"),
-    stem_parameters=("patch_embed", "positions", "cls_token", "embedding_norm"),
+    stem_parameters=("patch_embed", "positions", "cls_token", "registers", "embedding_norm"),
     fixed_arrays=_fixed_arrays,
     card=_card,
 )

@@ -23,7 +23,7 @@ import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.models import relative_bias, vit
-from m3i_jax.models.layers import LayerNorm, Params
+from m3i_jax.models.layers import Params
 from m3i_jax.models.map_blocks import MapBlock, run_map_blocks
 from m3i_jax.models.scan_blocks import block_kwargs
 from m3i_jax.objective import positions
@@ -39,6 +39,21 @@ def keeps_cls(model: schema.Model, maps: schema.Maps) -> bool:
     (True, False)
     """
     return model.encoder.cls_token and not maps.window and maps.relative != "decomposed"
+
+
+def map_prefix(model: schema.Model, maps: schema.Maps) -> int:
+    """Tokens before those of the map: cls and, unless there are windows or relative positions,
+    registers.
+
+    >>> model = schema.Model(encoder=schema.Encoder(registers=4))
+    >>> map_prefix(model, schema.Maps()), map_prefix(model, schema.Maps(window=7))
+    (5, 0)
+    """
+    return int(keeps_cls(model, maps)) + _registers(model, maps)
+
+
+def _registers(model: schema.Model, maps: schema.Maps) -> int:
+    return 0 if maps.window or maps.relative != "none" else model.encoder.registers
 
 
 def window_sides(model: schema.Model, maps: schema.Maps) -> list[int]:
@@ -65,7 +80,8 @@ def init_maps(model: schema.Model, maps: schema.Maps, params: Params, *, size: i
     """The encoder's parameters of a dense run, made of those of `vit.init`: with `blocks/gamma1`
     and `gamma2` [L, D] for layer scale; with `relative/block<l>` for relative positions, {rows,
     columns} [2 S - 1, D / heads] or {table} [(2 S - 1)^2, heads], three rows more with cls, S the
-    side of the block's windows or that of the map; without `cls_token` where it takes no part.
+    side of the block's windows or that of the map; without `cls_token` and `registers` where they
+    take no part. Layer scale that the encoder already has keeps its values.
 
     Args:
       model, maps: settings; `maps.blocks` and `maps.global_blocks` are below the depth.
@@ -83,8 +99,10 @@ def init_maps(model: schema.Model, maps: schema.Maps, params: Params, *, size: i
     [(27, 64), (127, 64)]
     """
     e, cls = model.encoder, keeps_cls(model, maps)
-    out = {name: value for name, value in params.items() if cls or name != "cls_token"}
-    if maps.layer_scale:
+    unread = {"cls_token"} - ({"cls_token"} if cls else set())
+    unread |= set() if _registers(model, maps) else {"registers"}
+    out = {name: value for name, value in params.items() if name not in unread}
+    if maps.layer_scale and not e.layer_scale:
         gamma_LxD = jnp.full((e.depth, e.width), maps.layer_scale, jnp.float32)
         out["blocks"] = {**out["blocks"], "gamma1": gamma_LxD, "gamma2": gamma_LxD}
     relative = {}
@@ -137,12 +155,15 @@ def stages(
     [(2, 2, 3, 8), (2, 2, 3, 8)]
     """
     e, cls = model.encoder, keeps_cls(model, maps)
+    registers, prefix = _registers(model, maps), map_prefix(model, maps)
     grid = images_BxHxWx3.shape[1] // e.patch_size, images_BxHxWx3.shape[2] // e.patch_size
     patches_BxNxP = vit.patchify(images_BxHxWx3, e.patch_size)
     table_NxD = position_table(model, params, (maps.image_size or size) // e.patch_size, grid)
-    reads = dataclasses.replace(model, encoder=dataclasses.replace(e, cls_token=cls))
+    own = dataclasses.replace(e, cls_token=cls, registers=registers)
+    reads = dataclasses.replace(model, encoder=own)
     x_BxTxD = vit.embed_patches(reads, params, patches_BxNxP, table_NxD)
-    one = MapBlock(block=vit.encoder_modules(model)[1], grid=grid, cls=cls)
+    block = vit.encoder_modules(model)[1]
+    one = MapBlock(block=block, grid=grid, cls=cls, registers=registers)
     ends = maps.blocks or (e.depth - 1,)
     run = functools.partial(_run_blocks, model, one, params, windows=window_sides(model, maps))
     if before is None:
@@ -150,15 +171,15 @@ def stages(
     else:
         outputs, first = (), 0
         for number, end in enumerate(ends):
-            changed = before(number, x_BxTxD[:, int(cls) :].reshape(-1, *grid, e.width))
+            changed = before(number, x_BxTxD[:, prefix:].reshape(-1, *grid, e.width))
             changed = changed.reshape(len(x_BxTxD), -1, e.width)
-            x_BxTxD = jnp.concatenate([x_BxTxD[:, : int(cls)], changed], 1)
+            x_BxTxD = jnp.concatenate([x_BxTxD[:, :prefix], changed], 1)
             (x_BxTxD,) = run(x_BxTxD, first, (end,), keep_BxLx2=keep_BxLx2)
             outputs, first = (*outputs, x_BxTxD), end + 1
     if e.final_norm and (maps.blocks or (e.depth - 1,))[-1] == e.depth - 1:
-        last_BxTxD = LayerNorm(e.norm_eps).apply({"params": params["norm"]}, outputs[-1])
+        last_BxTxD = vit.apply_norm(e, params["norm"], outputs[-1])
         outputs = (*outputs[:-1], last_BxTxD)
-    return tuple(x[:, int(cls) :].reshape(x.shape[0], *grid, e.width) for x in outputs)
+    return tuple(x[:, prefix:].reshape(x.shape[0], *grid, e.width) for x in outputs)
 
 
 def _run_blocks(

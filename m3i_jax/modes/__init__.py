@@ -45,8 +45,8 @@ class Mode(NamedTuple):
 _DATA = tuple(
     f"data.{name}"
     for name in (
-        "source", "path", "directory", "mixture", "class_space", "class_names", "annotations", "split",
-        "holdout_split", "size", "holdout", "background", "threads", "missing",
+        "source", "path", "directory", "mixture", "class_space", "class_names", "annotations",
+        "split", "holdout_split", "size", "holdout", "background", "threads", "missing",
     )
 )  # fmt: skip
 _EVALUATION = ("image_size", "classes", "captions", "caption_length", "augment.mean", "augment.std")
@@ -206,6 +206,12 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
         "profile": False,
         "features": False,
     }
+    for teacher in config.objective.teachers if mode in ("train", "compare", "profile") else ():
+        if not os.path.exists(teacher):  # a run that goes on reads its width too
+            raise UserError(
+                f"config.objective.teachers: there is no {teacher!r}; give the workdir of a run, a"
+                " file of weights or a Hugging Face directory"
+            )
     if begun.get(mode, True):
         return
     paths = {

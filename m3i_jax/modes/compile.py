@@ -94,9 +94,13 @@ def part_of(path: str) -> str:
     names = path.split("/")
     if names[0] == "params":
         return "params"
-    if {"mu", "nu"} & set(names):
+    if {"mu", "nu", "z"} & set(names):
         return "moments"
-    return "target" if names[:2] in (["opt", "target"], ["opt", "frozen"]) else "other"
+    return (
+        "target"
+        if names[:2] in (["opt", "target"], ["opt", "frozen"], ["opt", "teachers"])
+        else "other"
+    )
 
 
 def state_bytes(step_trainer: trainer.Trainer) -> dict[str, float]:
@@ -202,8 +206,7 @@ def _report(
         cores=target.topology.family.cores,
         host=target.topology.family.host,
     ) | {"compile_seconds": seconds}
-    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    one = trainer.Trainer(plain, host, vocabulary)
+    one = trainer.Trainer(monitoring.without_remat(config), host, vocabulary)
     due, own = (
         flops.count_flops(one.trace, one.template, batch).total,
         monitoring.model_flops(step_trainer),

@@ -72,7 +72,7 @@ class Target:
       of: pixels, tokens (dense features), pooled (one vector), category or text.
       view: index of the view that the target encoder reads; None for annotations.
       encoder: identity; ema; shared: the online encoder without gradient; online: with gradient, in
-        a pass of its own; frozen: from a checkpoint.
+        a pass of its own; frozen: from a checkpoint; teacher<k>: one of `objective.teachers`.
       others: views averaged with `view` in the projection space of an online target (LeJEPA).
       blocks: for tokens: mean over the normalised outputs of this many last blocks, or of all if
         there are fewer (data2vec).
@@ -94,13 +94,11 @@ class Target:
                 f"target of {self.of!r} with view {self.view!r}: image targets need a view,"
                 " annotations have none"
             )
-        if self.encoder not in (
-            "identity",
-            "ema",
-            "shared",
-            "online",
-            "frozen",
-        ) or self.learned != (self.encoder != "identity"):
+        known = ("identity", "ema", "shared", "online", "frozen")
+        teacher = self.encoder.startswith("teacher")
+        if (self.encoder not in known and not teacher) or self.learned != (
+            self.encoder != "identity"
+        ):
             raise ValueError(
                 f"target of {self.of!r} with encoder {self.encoder!r}: only tokens and pooled have"
                 " an encoder"
@@ -140,7 +138,10 @@ class DecoderHead:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearHead:
-    """Dense prediction by one linear layer on the encoder's tokens at the same cells."""
+    """Dense prediction by one linear layer on the encoder's tokens at the same cells. `width` is
+    that of a target of another encoder; 0: the encoder's own."""
+
+    width: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -43,24 +43,47 @@ class Encoder:
     cls_token: bool = option(True, "ViT: prepend a learned token")
     positions: str = option(
         "sincos",
-        "ViT: position table: fixed sin-cos with row or column first (MAE), or learned",
+        "ViT: position table: fixed sin-cos with row or column first (MAE), or learned; rope:"
+        " no table, queries and keys are turned by row and column (DINOv3)",
         "sincos",
         "sincos_columns",
         "learned",
+        "rope",
     )
-    embedding_norm: bool = option(False, "ViT: LayerNorm before the first block (CLIP)")
-    final_norm: bool = option(False, "ViT: LayerNorm after the last block")
+    rope_base: float = option(
+        100.0,
+        "ViT, positions rope: the longest period, where a side of the view is 2 (DINOv3: 100)",
+        NumberLimit(1, 1e6, above=True),
+    )
+    registers: int = option(
+        0,
+        "ViT: learned tokens that only the blocks see (DINOv2, DINOv3: 4)",
+        NumberLimit(0, 1024),
+    )
+    norm: str = option(
+        "layer", "ViT: LayerNorm, or RMSNorm without mean and offset", "layer", "rms"
+    )
+    embedding_norm: bool = option(False, "ViT: norm before the first block (CLIP)")
+    final_norm: bool = option(False, "ViT: norm after the last block")
+    qk_norm: bool = option(False, "ViT: norm of the queries and keys of every head")
+    layer_scale: float = option(
+        0.0,
+        "ViT: initial factor of every channel of a branch, learned (DINOv2, DINOv3: 1e-5); 0: none",
+        STD,
+    )
     norm_eps: float = option(
         1e-6,
-        "ViT: epsilon of the layer norms (timm, MAE: 1e-6; Hugging Face ViT: 1e-12; CLIP: 1e-5)",
+        "ViT: epsilon of the norms (timm, MAE: 1e-6; Hugging Face ViT: 1e-12; CLIP: 1e-5)",
         EPS,
     )
     activation: str = option(
         "gelu",
-        "ViT: activation of the MLP: exact GELU, its tanh approximation (Google) or CLIP's",
+        "ViT: activation of the MLP: exact GELU, its tanh approximation (Google) or CLIP's; swiglu:"
+        " with a third matrix, so mlp_ratio 8/3 has the parameters of 4",
         "gelu",
         "gelu_tanh",
         "quick_gelu",
+        "swiglu",
     )
     freeze: bool = option(
         False, "freeze all encoder parameters, so that probes train only the head"

@@ -89,6 +89,15 @@ class Objective:
     target_checkpoint: str = option(
         "", "directory of the run whose encoder is the frozen target", PATH
     )
+    teachers: tuple[str, ...] = option(
+        (),
+        "frozen encoders of any architecture and size whose dense features are predicted too:"
+        " workdirs, files of weights or Hugging Face directories; each has a linear map of its own",
+        TextLimit("path", count=ListLimit(most=16, unique=True)),
+    )
+    teacher_weight: float = option(
+        1.0, "weight of the term of each teacher beside those of the objective", WEIGHT
+    )
     annotation_input: str = option(
         "shared",
         "input of category and caption prediction in a combined objective; shared: the"

@@ -45,7 +45,21 @@ class Init:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     rule: str = option(
-        "adamw", "optimizer: AdamW, or LARS for linear probes, with momentum b1", "adamw", "lars"
+        "adamw",
+        "optimizer: AdamW; Muon for the matrices of blocks and AdamW for all else; AdamW without a"
+        " schedule, whose average is evaluated (schedule_free); or LARS for linear probes, with"
+        " momentum b1",
+        "adamw",
+        "muon",
+        "schedule_free",
+        "lars",
+    )
+    muon_momentum: float = option(0.95, "momentum of Muon", BELOW_ONE)
+    muon_rms: float = option(
+        0.2,
+        "root mean square of Muon's updates before the learning rate; 0.2 is about AdamW's, so that"
+        " both take the same learning rate",
+        NumberLimit(0, 1e3, above=True),
     )
     lr: float = option(
         1e-3,
@@ -81,11 +95,19 @@ class Optim:
     eps: float = option(1e-8, "AdamW epsilon", EPS)
     schedule: str = option(
         "cosine",
-        "learning rate after the warm-up; cosine: to min_lr; steps: a tenth from each of"
-        " `milestones` on; poly: linear to 0",
+        "learning rate after the warm-up; cosine: to min_lr; wsd: constant, then linear to min_lr"
+        " in the last `decay_share` of the run; constant; steps: a tenth from each of `milestones`"
+        " on; poly: linear to 0",
         "cosine",
+        "wsd",
+        "constant",
         "steps",
         "poly",
+    )
+    decay_share: float = option(
+        0.2,
+        "schedule wsd: share of the run in which the learning rate falls",
+        NumberLimit(0, 1, natural=True, above=True),
     )
     milestones: tuple[float, ...] = option(
         (),

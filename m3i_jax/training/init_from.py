@@ -132,7 +132,7 @@ def with_statistics(state: State, location: str) -> State:
     running = state.opt["running"]
     statistics = jax.tree_util.tree_map_with_path(one, running.statistics)
     opt = {**state.opt, "running": running._replace(statistics=statistics)}
-    return state.replace(opt=opt)
+    return State(step=state.step, params=state.params, opt=opt)
 
 
 def _for_both_copies(source: WeightSource, target: Mapping[str, Any]) -> WeightSource:
@@ -207,6 +207,8 @@ def _position_table(config: schema.Config, source: WeightSource, own_grid: int) 
         or source.settings.get("width", encoder.width) != encoder.width
     ):
         return PositionTable(None, "")  # no encoder, or another one, which `_check_match` refuses
+    if "rope" in (kind, encoder.positions):  # there is no table
+        return _require_kind(source, kind, encoder.positions)
     if encoder.positions == "learned":
         if kind != "learned":
             grid = _source_grid(source, config)

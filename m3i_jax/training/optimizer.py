@@ -1,5 +1,5 @@
-"""The optimizer of a run as one named chain: balance -> clip -> adamw (or lars) -> bounds -> target
--> frozen -> prototypes -> spikes. Each link owns its statistics, so that the optimizer state has
+"""The optimizer of a run as one named chain: balance -> clip -> the rule -> bounds -> target ->
+frozen -> prototypes -> spikes. Each link owns its statistics, so that the optimizer state has
 readable keys and holds everything that must survive a restart."""
 
 import functools
@@ -18,7 +18,9 @@ from m3i_jax.models import composite, m3i
 from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import assignments
+from m3i_jax.training import assignments, teachers
+from m3i_jax.training.muon import muon_or_adam
+from m3i_jax.training.schedule_free import schedule_free
 
 Schedule = Callable[[Any], Any]  # a function of the step
 Mask = Callable[[Any], Any]  # params -> tree of booleans
@@ -29,8 +31,8 @@ NamedLink = tuple[str, optax.GradientTransformation]
 # biases, LayerScale and the logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's
 # fine-tuning do not; Mask2Former decays no query).
 _NO_DECAY = re.compile(
-    r"(^|/)(bias|scale|gamma[12]|cls_token|mask_token|query_token|prototypes|positions"
-    r"|queries|levels|logit_scale)$|(^|/)\w*_bias$"
+    r"(^|/)(bias|scale|gamma[12]|cls_token|registers|mask_token|query_token|prototypes"
+    r"|positions|queries|levels|logit_scale)$|(^|/)\w*_bias$"
 )
 # ViTDet: its own channel norms of pyramid and heads are decayed, those of the blocks are not.
 _ENCODER_NORMS = re.compile(r"^encoder/(.*/)?\w*norm\w*/|^encoder/positions$")
@@ -50,6 +52,7 @@ def build_optimizer(
     def parts(params: Any) -> Any:
         return params if config.optim.ema_of == "all" else m3i.target_parts(config, terms, params)
 
+    held = teachers.zero_params(config.objective.teachers)
     has_frozen = any(t.target.encoder == "frozen" for t in terms)
     return build_chain(
         config,
@@ -61,6 +64,7 @@ def build_optimizer(
             *assignments.start_link(config, terms, steps),
             ("target", ema.track_target(_momentum(config.optim, steps), parts)),
             *([("frozen", hold_frozen(parts))] if has_frozen else []),
+            *([("teachers", hold_frozen(lambda _: held))] if held else []),
             *assignments.center_link(config, terms, steps),
         ),
     )
@@ -91,14 +95,24 @@ def build_chain(
     if e.freeze_patch_embed:
         prefixes += ("encoder/patch_embed/",)
     mask = functools.partial(decay_mask, rule=o.decayed, frozen=prefixes)
+    of_adam: dict[str, Any] = {"b2": o.b2, "eps": o.eps}
+    decay = {"weight_decay": o.weight_decay, "mask": mask}
     if o.rule == "lars":
-        links = lars(rate, momentum=o.b1, weight_decay=o.weight_decay, mask=mask)
+        links = lars(rate, momentum=o.b1, **decay)
+    elif o.rule == "schedule_free":
+        links = adamw(rate, b1=0.0, **of_adam, **decay)
     else:
-        links = adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=mask)
+        links = adamw(rate, b1=o.b1, **of_adam, **decay)
+    if o.rule == "muon":
+        first_link = muon_or_adam(momentum=o.muon_momentum, rms=o.muon_rms, b1=o.b1, **of_adam)
+        links = (first_link, *links[1:])
+    rule: optax.GradientTransformation = optax.chain(*links, scale_by_lr_factor(config))
+    if o.rule == "schedule_free":
+        rule = schedule_free(rule, rate, b1=o.b1)
     return optax.named_chain(
         *first,
         ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
-        (o.rule, optax.chain(*links, scale_by_lr_factor(config))),
+        (o.rule, rule),
         *last,
         *([("spikes", watch_spikes())] if o.skip_spikes else []),
     )
@@ -260,13 +274,17 @@ def scale_by_lr_factor(config: schema.Config) -> optax.GradientTransformation:
 def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
     """Learning rate as a function of the step: linear warm-up, then by `optim.schedule`.
 
-    cosine: from `lr` to `min_lr` (M3I Table 7). steps: a tenth from each of the shares `milestones`
-    of the run on (detectron2). poly: linear to 0 at the last step, from the second step after the
-    warm-up (mmsegmentation).
+    cosine: from `lr` to `min_lr` (M3I Table 7). wsd: constant, then over the last `decay_share` of
+    the run linearly to `min_lr` (warm-up, stable, decay; Hu et al. 2024). constant: `lr`. steps: a
+    tenth from each of the shares `milestones` of the run on (detectron2). poly: linear to 0 at the
+    last step, from the second step after the warm-up (mmsegmentation).
 
     >>> rate = lr_schedule(schema.Optim(lr=1.0), steps=100, warmup=10)
     >>> [round(float(rate(k)), 4) for k in (0, 5, 10, 55, 100)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
+    >>> rate = lr_schedule(schema.Optim(lr=1.0, schedule="wsd"), steps=100, warmup=10)
+    >>> [round(float(rate(k)), 4) for k in (5, 10, 80, 90, 99)]
+    [0.5, 1.0, 1.0, 0.5, 0.05]
     >>> vitdet = schema.Optim(lr=1.0, schedule="steps", milestones=(0.8, 0.9), warmup_start=0.001)
     >>> rate = lr_schedule(vitdet, steps=100, warmup=10)
     >>> [round(float(rate(k)), 4) for k in (0, 5, 79, 80, 90)]
@@ -279,6 +297,12 @@ def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
         if optim.schedule == "steps":
             passed = [step >= round(share * steps) for share in optim.milestones]
             after = optim.lr * jnp.prod(jnp.where(jnp.array([False, *passed]), 0.1, 1.0))
+        elif optim.schedule == "constant":
+            after = jnp.full_like(step, optim.lr)
+        elif optim.schedule == "wsd":
+            length = float(max(round(optim.decay_share * steps), 1))
+            share = jnp.clip((step - (float(steps) - length)) / length, 0.0, 1.0)
+            after = optim.lr + (optim.min_lr - optim.lr) * share
         elif optim.schedule == "poly":
             left = float(max(steps - warmup - 2, 1))
             after = optim.lr * jnp.clip((float(steps - 1) - step) / left, 0.0, 1.0)

@@ -13,6 +13,7 @@ from m3i_jax.models import backbones
 from m3i_jax.objective import available_terms, entropy_terms, prototype_posterior, registry
 from m3i_jax.objective import terms as objective_terms
 from m3i_jax.objective.entropy_terms import EntropyTerm, EntropyTerms
+from m3i_jax.objective.teacher_terms import with_teachers
 from m3i_jax.objective.terms import (
     DENSE_TARGETS,
     IMAGE_TARGETS,
@@ -23,6 +24,7 @@ from m3i_jax.objective.terms import (
     Term,
     Terms,
 )
+from m3i_jax.training import teachers
 
 
 class TargetPass(NamedTuple):
@@ -232,6 +234,7 @@ def build_plan(config: schema.Config) -> Plan:
             f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a"
             " source with categories or captions"
         ) from None
+    terms = with_teachers(terms, teachers.widths(o.teachers), weight=o.teacher_weight)
     plan = Plan(config, terms, entropies)
     _validate(plan)
     return plan

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from m3i_jax.models import decoder, heads, m3i, pooling, text
 from m3i_jax.objective import mixing, positions
 from m3i_jax.objective.entropy_terms import EntropyTerm
+from m3i_jax.objective.teacher_terms import linear_name, predicts_visible
 from m3i_jax.objective.terms import DecoderHead, LinearHead, Pass, PooledHead, ProjectionHead, Term
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.targets import pool_tokens
@@ -39,6 +40,8 @@ def query_cells(term: Term, inputs: PassInputs) -> jax.Array | None:
     if predicts_blocks(term):
         assert inputs.blocks is not None
         return inputs.blocks.reshape(inputs.blocks.shape[0], -1)
+    if predicts_visible(term):
+        return inputs.cells(term.image) if term.reads.mixed else inputs.own
     return None
 
 
@@ -139,7 +142,7 @@ def predict_images(
     for i in indices:
         term = plan.terms[i]
         if isinstance(term.head, LinearHead):
-            tree = params["heads"][f"linear_{term.target.of}"]
+            tree = params["heads"][linear_name(term)]
             out[i] = heads.apply_linear(model, tree, visible_tokens(plan, term, z, inputs)[0])
     return out | _project(plan, params, z, inputs, indices)
 

@@ -215,6 +215,8 @@ def objective_gradients(
 def target_encoders(opt: Any) -> dict[str, Any]:
     """The trees of the target encoders in an optimizer state."""
     out = {"ema": opt["target"].params}
+    if "teachers" in opt:
+        out |= {name: {"encoder": tree} for name, tree in opt["teachers"].params.items()}
     return out | ({"frozen": opt["frozen"].params} if "frozen" in opt else {})
 
 

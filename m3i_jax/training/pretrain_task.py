@@ -98,12 +98,15 @@ class Pretrain(Task):
         return {"ema": optimizer.ema_momentum(self.config.optim, steps=steps)(step)}
 
     def after_init(self, state: State, load: Any) -> State:
-        if "frozen" not in state.opt:
-            return state
-        frozen = state.opt["frozen"]
-        teacher = load(self.config.objective.target_checkpoint, "frozen", "encoder")
+        objective = self.config.objective
         opt = state.opt.copy()  # keeps its type: to JAX another mapping type is another tree
-        opt["frozen"] = frozen._replace(params={**frozen.params, "encoder": teacher})
+        if (frozen := opt.get("frozen")) is not None:
+            teacher = load(objective.target_checkpoint, "frozen", "encoder")
+            opt["frozen"] = frozen._replace(params={**frozen.params, "encoder": teacher})
+        if (held := opt.get("teachers")) is not None:
+            paths = zip(held.params, objective.teachers, strict=True)
+            loaded = {name: load(path, "teachers", name) for name, path in paths}
+            opt["teachers"] = held._replace(params=loaded)
         return State(step=state.step, params=state.params, opt=opt)
 
     @classmethod

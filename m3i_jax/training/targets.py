@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from m3i_jax.models import decoder, heads, m3i
 from m3i_jax.objective import collapse, losses, mixing
 from m3i_jax.objective.terms import ProjectionHead, Term
+from m3i_jax.training import teachers as frozen_teachers
 from m3i_jax.training.plan import Plan, TargetKey, TargetPass, target_pass
 from m3i_jax.training.views import Patches, stack_rows, unstack_rows
 
@@ -29,12 +30,12 @@ def encode_targets(
     for p in plan.target_passes:
         kinds.setdefault((p.encoder, p.blocks, patches[p.view].shape[1]), []).append(p)
     for (encoder, blocks, _), group in sorted(kinds.items()):
-        z = m3i.encode(
-            plan.config,
-            teachers[encoder]["encoder"],
-            stack_rows([patches[p.view] for p in group]),
-            blocks=min(blocks, plan.config.model.encoder.depth),
-        )
+        tree, rows = teachers[encoder]["encoder"], stack_rows([patches[p.view] for p in group])
+        if encoder.startswith("teacher"):
+            z = frozen_teachers.encode_teacher(plan.config, encoder, tree, rows)
+        else:
+            blocks = min(blocks, plan.config.model.encoder.depth)
+            z = m3i.encode(plan.config, tree, rows, blocks=blocks)
         out |= dict(zip(group, unstack_rows(jax.lax.stop_gradient(z), len(group)), strict=True))
     return out
 
@@ -94,6 +95,9 @@ def target_features(
             out[key] = patches[key.target.view]
         else:
             tree, z = teachers[key.target.encoder], encoded[target_pass(key.target)]
+            if key.target.encoder.startswith("teacher"):  # patch tokens alone
+                out[key] = z
+                continue
             projected = project_target(plan, tree, key.space, z, hidden)
             out[key] = jax.lax.stop_gradient(projected)
     return out

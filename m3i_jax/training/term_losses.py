@@ -16,7 +16,14 @@ from m3i_jax.objective import collapse, entropy, mixing
 from m3i_jax.objective.numerics import l2_normalize
 from m3i_jax.objective.posteriors import LossInputs, LossSum
 from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
-from m3i_jax.objective.terms import IMAGE_TARGETS, DecoderHead, Pass, ProjectionHead, Term
+from m3i_jax.objective.terms import (
+    IMAGE_TARGETS,
+    DecoderHead,
+    LinearHead,
+    Pass,
+    ProjectionHead,
+    Term,
+)
 from m3i_jax.training import entropy_losses, predictions, targets, views
 from m3i_jax.training.plan import Plan, TargetKey
 from m3i_jax.training.predictions import Arrays, Features, query_cells
@@ -129,7 +136,8 @@ def _image_loss(
         raw = mixing.gather(raw, _cosines(tokens, features).argmax(-1))
     target = targets.normalize_target(term, raw)
     cells = query_cells(term, read)
-    if cells is not None and isinstance(term.head, DecoderHead):  # a projection's are gathered
+    # a projection's are gathered
+    if cells is not None and isinstance(term.head, DecoderHead | LinearHead):
         target = mixing.gather(target, cells)
     contrastive = term.posterior.batch_keys and key in bundle.batch
     settings, prototypes = plan.config.objective, None

@@ -13,7 +13,7 @@ from jax.extend import core
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.schema.limits import INT32
-from m3i_jax.training import checkpoint_reader, init_from, optimizer, scaling, step
+from m3i_jax.training import checkpoint_reader, init_from, optimizer, scaling, step, teachers
 from m3i_jax.training.state import State, create
 from m3i_jax.training.task import Task, make_task
 
@@ -172,6 +172,8 @@ class Trainer:
 
         def load(run: str, link: str, part: str) -> Any:
             layout = self.shardings.opt[link].params[part]
+            if link == "teachers":
+                return teachers.load_params(run, layout)
             return checkpoint_reader.load_encoder(run, self.template.params[part], layout)
 
         return self.task.after_init(state, load)

@@ -16,7 +16,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.interop import dense_weights, published_dense, tensor_files, vit_weights
 from m3i_jax.models import backbones, composite
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_dir, checkpoint_reader
+from m3i_jax.training import checkpoint_dir, checkpoint_reader, schedule_free
 
 RUNNING = published_dense.RUNNING  # of running statistics, in `shapes` of a file
 _COPIES = tuple(f"encoder/{name}/" for name in composite.OWN_PARTS)
@@ -160,8 +160,20 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
             raise UserError(f"{key}: {workdir!r} has no momentum average; use the online weights")
         paths |= average
 
+    config = configuration.resolve(configuration.load_from_workdir(workdir, key))
+    steps = f"opt/{schedule_free.LINK}/z/"  # where the run takes its steps; z of `schedule_free`
+
     def read(shardings: Mapping[str, Any]) -> dict[str, Any]:
-        arrays = run.read({paths[path]: sharding for path, sharding in shardings.items()})
+        of_z = {
+            path: steps + path
+            for path in shardings
+            if weights == "online" and steps + path in run.shapes
+        }
+        layout = {paths[path]: sharding for path, sharding in shardings.items()}
+        arrays = run.read({**layout, **{of_z[path]: shardings[path] for path in of_z}})
+        for path, z in of_z.items():
+            average = schedule_free.average_of(arrays[paths[path]], arrays[z], config.optim.b1)
+            arrays[paths[path]] = average
         if bad := [path for path in shardings if not _is_finite(arrays[paths[path]])]:
             raise UserError(
                 f"{key}: {workdir!r}: {bad[0]} has numbers that are not finite (NaN or Inf),"
@@ -170,7 +182,6 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
             )
         return {path: arrays[paths[path]] for path in shardings}
 
-    config = configuration.resolve(configuration.load_from_workdir(workdir, key))
     pixels = {
         "mean": config.data.augment.mean,
         "std": config.data.augment.std,

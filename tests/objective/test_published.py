@@ -31,7 +31,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "dino": {"epochs": 100, "ema": 0.984, "blur": (1.0, 0.1, 0.5), "decay": 0.04},
     "ibot": {"epochs": 800, "ema": 0.984, "solarize": (0.0, 0.2, 0.0), "warmup": 10},
     "dinov2": {"epochs": 100, "ema": 0.984, "warmup": 10, "blur": (1.0, 0.1, 0.5)},
-    "ijepa": {"epochs": 300, "warmup": 40, "flip": 0.0, "jitter": 0.0, "ema": 0.992016},
+    "ijepa": {"epochs": 300, "warmup": 30, "flip": 0.0, "jitter": 0.0, "ema": 0.992016},
     "siamese_im": {"epochs": 1600, "warmup": 40, "decay": 0.05},
     "clip": {"epochs": 25, "warmup": 1, "flip": 0.0, "decay": 0.5, "b2": 0.98, "lowest": 1e-5},
     "slip": {"epochs": 25, "warmup": 1, "flip": 0.5, "decay": 0.1, "b2": 0.98, "lowest": 1e-5},

@@ -1,0 +1,208 @@
+"""Frozen teachers of any architecture and size: what `objective.teachers` names, as encoders of the
+views of a run.
+
+A teacher reads a view at its own patch size and with its own normalisation, at the side nearest to
+the view's that its patch divides; its patch tokens are resized to the grid of the run, bilinear.
+Its positions are resized to its grid, from those that its weights have. It stays in the optimizer
+state, sharded as the rest, without gradient or moments.
+
+B images, S pixels a side, N cells of the run, D width of the teacher.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3i_jax import schema
+from m3i_jax.errors import UserError
+from m3i_jax.models import backbones, vit
+from m3i_jax.objective.teacher_terms import teacher_name
+from m3i_jax.parallel.sharding import path_text
+from m3i_jax.training import weight_source
+
+KEY = "config.objective.teachers"
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A teacher without its arrays.
+
+    Attributes:
+      model: settings of its encoder.
+      image_size: side for which its positions were made.
+      mean, std: of pixels.
+      shapes: ((path below the encoder, shape), ...).
+    """
+
+    model: schema.Model
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def widths(paths: Sequence[str]) -> list[int]:
+    """Width of the features of each teacher. Where one does not exist any more, as on a machine
+    that only evaluates the run, there are none; training refuses that before.
+
+    >>> widths(())
+    []
+    """
+    if not all(os.path.exists(path) for path in paths):
+        return []
+    return [open_teacher(path).model.encoder.width for path in paths]
+
+
+@functools.cache
+def open_teacher(path: str) -> Teacher:
+    """The description of a teacher.
+
+    Args:
+      path: workdir of a run, file of weights or Hugging Face directory.
+
+    Raises:
+      UserError: no readable weights, or those of an encoder that this package cannot run.
+    """
+    source = weight_source.open_weights(path, key=KEY)
+    stored = dict(source.settings)
+    if "width" not in stored or "image_size" not in stored:
+        raise UserError(
+            f"{KEY}: {path}: is neither a supported vision transformer nor an InternImage"
+            f" ({source.name}); give another encoder"
+        )
+    stored.setdefault("heads", max(1, stored["width"] // 64))
+    names = {field.name for field in dataclasses.fields(schema.Encoder)}
+    encoder = schema.Encoder(**{k: v for k, v in stored.items() if k in names})
+    sections: dict[str, Any] = {}
+    if isinstance(stored.get("intern_image"), Mapping):
+        sections["intern_image"] = schema.InternImage(**stored["intern_image"])
+    model = schema.Model(
+        backbone=stored.get("backbone", "vit"), encoder=encoder, scan=True, **sections
+    )
+    if encoder.positions in ("sincos", "sincos_columns") and not encoder.position_grid:
+        grid = stored["image_size"] // encoder.patch_size
+        model = dataclasses.replace(model, encoder=dataclasses.replace(encoder, position_grid=grid))
+    of_pixels = schema.Augment()
+    mean, std = (
+        tuple(float(x) for x in stored.get(name, getattr(of_pixels, name)))
+        for name in ("mean", "std")
+    )
+    shapes = _expected_shapes(model, stored["image_size"])
+    found = {name.removeprefix("encoder/"): shape for name, shape in source.shapes.items()}
+    for name, shape in shapes.items():
+        if found.get(name) != shape:
+            raise UserError(
+                f"{KEY}: {path}: the arrays are not those of a complete encoder ({name} is"
+                f" {found.get(name, 'absent')}, expected {shape}); give another file"
+            )
+    return Teacher(model, stored["image_size"], mean, std, tuple(shapes.items()))
+
+
+def _expected_shapes(model: schema.Model, image_size: int) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the parameters of an encoder without a mask token."""
+    make = functools.partial(
+        backbones.get_backbone(model).init,
+        model,
+        mask_token=False,
+        grid=image_size // model.encoder.patch_size,
+    )
+    tree = jax.eval_shape(make, jax.random.key(0))
+    return {path_text(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        functools.reduce(lambda node, part: node.setdefault(part, {}), parents, tree)[name] = value
+    return tree
+
+
+def zero_params(paths: Sequence[str]) -> dict[str, Any]:
+    """{name of a teacher: its parameters}, zeros until `load_params`.
+
+    >>> zero_params(())
+    {}
+    """
+    if not widths(paths):
+        return {}
+    return {
+        teacher_name(number): _nested(
+            {name: jnp.zeros(shape, jnp.float32) for name, shape in open_teacher(path).shapes}
+        )
+        for number, path in enumerate(paths)
+    }
+
+
+def load_params(path: str, shardings: Any) -> Any:
+    """The parameters of a teacher with these shardings."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shardings)
+    names = {f"encoder/{path_text(key)}": sharding for key, sharding in leaves}
+    arrays = weight_source.open_weights(path, key=KEY).read(names)
+    return jax.tree.unflatten(structure, [arrays[name] for name in names])
+
+
+def encode_teacher(
+    config: schema.Config, name: str, params: Any, patches_BxNxP: jax.Array
+) -> jax.Array:
+    """Patch tokens [B, N, D] of clean views, at the cells of the run, without gradient.
+
+    Args:
+      config: settings of the run.
+      name: of a teacher, as of `teacher_terms.teacher_name`.
+      params: as of `load_params`.
+      patches_BxNxP: normalised patches of the run.
+    """
+    teacher = open_teacher(config.objective.teachers[int(name.removeprefix("teacher"))])
+    model = dataclasses.replace(teacher.model, dtype=config.model.dtype)
+    grid, augment = round(patches_BxNxP.shape[1] ** 0.5), config.data.augment
+    images_BxSxSx3 = images_of_patches(patches_BxNxP, config.model.encoder.patch_size)
+    scale = np.asarray(augment.std, np.float32) / np.asarray(teacher.std, np.float32)
+    shift = (np.asarray(augment.mean) - np.asarray(teacher.mean)) / np.asarray(teacher.std)
+    images_BxSxSx3 = images_BxSxSx3 * scale + shift.astype(np.float32)
+    own = teacher_side(images_BxSxSx3.shape[1], model.encoder.patch_size)
+    images_BxSxSx3 = _resized(images_BxSxSx3, own, "bicubic")
+    own_grid = own // model.encoder.patch_size
+    z_BxTxD = backbones.get_backbone(model).apply(
+        model, params, vit.patchify(images_BxSxSx3, model.encoder.patch_size), grid=own_grid
+    )
+    z_BxTxD = z_BxTxD[:, -own_grid * own_grid :]
+    b, _, width = z_BxTxD.shape
+    map_BxNxD = _resized(z_BxTxD.reshape(b, own_grid, own_grid, width), grid, "bilinear")
+    return jax.lax.stop_gradient(map_BxNxD.reshape(b, grid * grid, width))
+
+
+def teacher_side(side: int, patch: int) -> int:
+    """Side at which a teacher reads a view: the nearest multiple of its patch.
+
+    >>> teacher_side(224, 14), teacher_side(224, 16), teacher_side(32, 14)
+    (224, 224, 28)
+    """
+    return max(patch, round(side / patch) * patch)
+
+
+def images_of_patches(patches_BxNxP: jax.Array, patch: int) -> jax.Array:
+    """Inverse of `vit.patchify` for square images, float32.
+
+    >>> x = jnp.arange(48.0).reshape(1, 4, 4, 3)
+    >>> bool((images_of_patches(vit.patchify(x, 2), 2) == x).all())
+    True
+    """
+    b, count, _ = patches_BxNxP.shape
+    grid = round(count**0.5)
+    split = patches_BxNxP.astype(jnp.float32).reshape(b, grid, grid, patch, patch, 3)
+    return split.swapaxes(2, 3).reshape(b, grid * patch, grid * patch, 3)
+
+
+def _resized(x_BxHxWxC: jax.Array, side: int, method: str) -> jax.Array:
+    """A square map of another side, antialiased where it shrinks."""
+    if x_BxHxWxC.shape[1] == side:
+        return x_BxHxWxC
+    shape = (x_BxHxWxC.shape[0], side, side, x_BxHxWxC.shape[3])
+    return jax.image.resize(x_BxHxWxC.astype(jnp.float32), shape, method)

@@ -1,0 +1,152 @@
+"""Frozen teachers of another architecture and size: what they read, the loss of their terms, and
+that they stay as they are. The weights are those of tests/data/make_vit_options.py."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3i_jax import parallel
+from m3i_jax.errors import UserError
+from m3i_jax.evaluation import load
+from m3i_jax.models import m3i, vit
+from m3i_jax.objective import teacher_terms, terms
+from m3i_jax.training import plan, teachers, trainer, views
+from tests import saved, toy
+from tests.interop.test_modern_encoders import directory
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> tuple[str, str]:
+    """DINOv3, with registers and without a position table, and SigLIP, without cls."""
+    where = tmp_path_factory.mktemp("teachers")
+    return tuple(str(directory(where / name, name)[1]) for name in ("dinov3", "siglip"))
+
+
+def settings(paths, **changes):
+    names = ",".join(repr(path) for path in paths)
+    return toy.settings(objective__teachers=f"({names},)", **changes)
+
+
+def patches_of(config, seed: int = 0):
+    """(views in 0..1, their normalised patches)."""
+    pixels = np.random.default_rng(seed).random((3, 32, 32, 3)).astype(np.float32)
+    augment = config.data.augment
+    normal = (pixels - np.array(augment.mean)) / np.array(augment.std)
+    return pixels, vit.patchify(jnp.asarray(normal, jnp.float32), 8)
+
+
+def test_a_teacher_reads_views_at_its_own_patch_size(paths) -> None:
+    """Features of the view by `m3i_jax.load`, whose grid of 8 is averaged to the run's of 4 by the
+    antialiased bilinear kernel; normalisation is the teacher's."""
+    config = settings(paths)
+    pixels, patches = patches_of(config)
+    found = load.load(paths[0], pool="tokens")
+    larger = dataclasses.replace(found.config.data, image_size=32)
+    whole = dataclasses.replace(found, config=dataclasses.replace(found.config, data=larger))
+    tokens = whole.function(whole.params, pixels)[:, 1:].reshape(3, 8, 8, 16)
+    expected = jax.image.resize(tokens, (3, 4, 4, 16), "bilinear").reshape(3, 16, 16)
+    ours = jax.jit(lambda tree, x: teachers.encode_teacher(config, "teacher0", tree, x))(
+        found.params["encoder"], patches
+    )
+    np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_objective_gets_a_term_for_each(paths) -> None:
+    plain, joined = (plan.build_plan(config).terms for config in (toy.settings(), settings(paths)))
+    assert joined[: len(plain)] == plain
+    assert [(t.name, t.head.width, t.reads) for t in joined[len(plain) :]] == [
+        ("teacher0", 16, terms.MIXED),
+        ("teacher1", 16, terms.MIXED),
+    ]
+    distilled = plan.build_plan(settings(paths, objective__forms="feature_distillation")).terms
+    assert [t.name for t in distilled] == ["teacher0", "teacher1"]
+    assert all(t.posterior.beta == 2 and t.reads == terms.FULL for t in distilled)
+    assert teacher_terms.with_teachers(plain, []) == plain
+
+
+@functools.cache
+def made(paths, form: str):
+    config = settings(paths, objective__forms=form, model__encoder__drop_path="0")
+    one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
+    return one, one.init()
+
+
+@pytest.mark.parametrize("form", ["feature_distillation", "mim"])
+def test_the_loss_is_smooth_l1_to_normalised_features(paths, form: str) -> None:
+    """At every cell, or at those that a masked input shows."""
+    one, state = made(paths, form)
+    config, batch = one.config, toy.batch(one.config)
+    metrics = jax.jit(one.task.gradients)(state.params, state.opt, batch).metrics
+    patches = views.augmented_patches(config, batch, (0,))[0]
+    inputs = views.pass_inputs(config, one.task.plan.passes, batch)
+    term = one.task.plan.terms[-1]
+    read = inputs[term.reads]
+    index = read.own if term.reads.masked else None
+    z = m3i.encode(config, state.params["encoder"], patches, index=index)[:, 1:]
+    head = state.params["heads"]["teacher1"]
+    prediction = np.asarray(z @ head["kernel"] + head["bias"], np.float64)
+    tree = state.opt["teachers"].params["teacher1"]
+    target = np.asarray(teachers.encode_teacher(config, "teacher1", tree, patches), np.float64)
+    target = (target - target.mean(-1, keepdims=True)) / np.sqrt(
+        target.var(-1, keepdims=True) + 1e-6
+    )
+    if index is not None:
+        target = np.take_along_axis(target, np.asarray(index)[..., None], 1)
+    error = np.abs(prediction - target)
+    expected = np.where(error < 2, error**2 / 4, error - 1).mean()
+    np.testing.assert_allclose(metrics["loss/teacher1"], expected, rtol=1e-4)
+
+
+def test_steps_train_the_maps_and_leave_the_teachers(paths) -> None:
+    """M3I with its momentum target and two frozen teachers: every loss is finite, those of the
+    teachers fall, their weights stay those of the files."""
+    one, state = made(paths, "m3i")
+    found = load.load(paths[1]).params["encoder"]
+    kept = jax.device_get(state.opt["teachers"].params)
+    jax.tree.map(np.testing.assert_array_equal, kept["teacher1"], found)
+    step = jax.jit(one.trace)
+    losses = []
+    for k in range(4):
+        state, metrics = step(state, toy.batch(one.config))
+        losses.append([float(metrics[f"loss/{name}"]) for name in ("teacher0", "teacher1")])
+        assert np.isfinite(float(metrics["loss"])), k
+    assert np.all(np.diff(np.array(losses)[1:], axis=0) < 0)
+    after = jax.device_get(state.opt["teachers"].params)
+    jax.tree.map(np.testing.assert_array_equal, after, kept)
+
+
+def test_a_run_is_a_teacher_of_another_size(tmp_path) -> None:
+    """A run with fixed positions and another width: its table is that of its own grid, resized."""
+    theirs = toy.settings(model__encoder__width="16", model__encoder__patch_size="4")
+    saved.run(tmp_path, theirs)
+    config = settings((str(tmp_path),))
+    teacher = teachers.open_teacher(str(tmp_path))
+    assert teacher.model.encoder.position_grid == 8 and teachers.widths([str(tmp_path)]) == [16]
+    params = load.load(str(tmp_path)).params["encoder"]
+    _, patches = patches_of(config)
+    call = functools.partial(teachers.encode_teacher, config, "teacher0")
+    assert jax.eval_shape(call, params, patches).shape == (3, 16, 16)
+
+
+def test_an_intern_image_is_a_teacher(tmp_path) -> None:
+    """A convolution has its map at another stride; the terms of ViTs read it all the same."""
+    saved.run(tmp_path, toy.settings(**toy.INTERN))
+    config = settings((str(tmp_path),), objective__teacher_weight="0.25")
+    assert plan.build_plan(config).terms[-1].weight == 0.25
+    params = load.load(str(tmp_path)).params["encoder"]
+    call = functools.partial(teachers.encode_teacher, config, "teacher0")
+    _, patches = patches_of(config)
+    assert jax.eval_shape(call, params, patches).shape == (3, 16, 32)
+
+
+def test_bad_teachers_are_refused(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="^config.objective.teachers: "):
+        plan.build_plan(settings((str(tmp_path / "empty"),)))
+    # one that is gone: a run that is only evaluated does not need it
+    gone = plan.build_plan(settings((str(tmp_path / "gone"),)))
+    assert gone.terms == plan.build_plan(toy.settings()).terms
