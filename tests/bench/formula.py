@@ -268,10 +268,10 @@ def _posterior(plan: Plan, term: Term, b: int) -> float:
         return c.tokens * width**2  # p C; its gradient needs no product
     width = c.model.head.width if isinstance(term.head, ProjectionHead) else e.width
     rows = c.tokens if term.target.of == "tokens" else 1
-    if name in ("Boltzmann", "Against"):
+    if name in ("Boltzmann", "DenseCL"):
         return 2 * rows * b * width  # keys need no gradient
-    if name == "Contrast":
+    if name == "NTXent":
         return 3 * 4 * b * width  # 2 B views against 2 B views
-    if name == "Decorrelation":
+    if name == "BarlowTwins":
         return 3 * width**2
     return 0.0
