@@ -4,6 +4,7 @@ For other projects, the pure functions of the objective, which need jax, numpy, 
 
     from m3i_jax import gaussian, boltzmann, category, text     # posteriors: (sum, count)
     from m3i_jax import smooth_l1, cosine, nt_xent, prototypes  # those of other public methods
+    from m3i_jax import koleo, sigreg, variance_covariance      # entropy terms
     from m3i_jax import blockwise, mix, split, gather, partner  # masks and mixing
     from m3i_jax import sincos_2d, relative_positions           # positions
     from m3i_jax import track_balance, balance_weight, track_target  # optax transforms
@@ -40,7 +41,22 @@ _PUBLIC = {
         "second_moment",
         "text",
     ),
-    "regression_losses": ("cosine", "smooth_l1"),
+    "regression_losses": ("cosine", "smooth_l1", "squared_error"),
+    "entropy": (
+        "SIGREG_FLOOR",
+        "coding_rate",
+        "koleo",
+        "moment_energy",
+        "nearest_entropy",
+        "sigreg",
+        "sphere_log_area",
+        "uniformity",
+        "variance_covariance",
+        "variance_covariance_sums",
+    ),
+    "entropy_terms": ("EntropyTerm",),
+    "pair_posteriors": (),
+    "sigmoid_pairs": ("text_sigmoid", "text_sigmoid_sums"),
     "contrastive": (
         "assignments",
         "barlow_twins",
@@ -50,7 +66,7 @@ _PUBLIC = {
         "prototypes",
     ),
     "information": ("MARGINALS", "category_bits", "gaussian_bits", "softmax_bits"),
-    "collapse": ("alignment", "effective_rank", "centered_energy", "target_std", "uniformity"),
+    "collapse": ("alignment", "effective_rank", "centered_energy", "target_std"),
     "masks": ("blockwise", "uniform"),
     "mixing": ("gather", "mix", "partner", "split", "unmix"),
     "positions": ("coordinates", "same_view_positions", "relative_positions", "sincos_2d"),

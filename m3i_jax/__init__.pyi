@@ -26,10 +26,13 @@ from m3i_jax.objective import (
     contrastive as contrastive,
     dense_losses as dense_losses,
     ema as ema,
+    entropy as entropy,
+    entropy_terms as entropy_terms,
     information as information,
     losses as losses,
     masks as masks,
     mixing as mixing,
+    pair_posteriors as pair_posteriors,
     positions as positions,
     posteriors as posteriors,
     prototype_targets as prototype_targets,
@@ -37,6 +40,7 @@ from m3i_jax.objective import (
     registry as registry,
     regression_losses as regression_losses,
     segmentation_scores as segmentation_scores,
+    sigmoid_pairs as sigmoid_pairs,
     terms as terms,
 )
 from m3i_jax.objective.assignment import (
@@ -64,7 +68,6 @@ from m3i_jax.objective.collapse import (
     centered_energy as centered_energy,
     effective_rank as effective_rank,
     target_std as target_std,
-    uniformity as uniformity,
 )
 from m3i_jax.objective.contrastive import (
     assignments as assignments,
@@ -85,6 +88,21 @@ from m3i_jax.objective.dense_losses import (
 from m3i_jax.objective.ema import (
     cosine_momentum as cosine_momentum,
     track_target as track_target,
+)
+from m3i_jax.objective.entropy import (
+    SIGREG_FLOOR as SIGREG_FLOOR,
+    coding_rate as coding_rate,
+    koleo as koleo,
+    moment_energy as moment_energy,
+    nearest_entropy as nearest_entropy,
+    sigreg as sigreg,
+    sphere_log_area as sphere_log_area,
+    uniformity as uniformity,
+    variance_covariance as variance_covariance,
+    variance_covariance_sums as variance_covariance_sums,
+)
+from m3i_jax.objective.entropy_terms import (
+    EntropyTerm as EntropyTerm,
 )
 from m3i_jax.objective.information import (
     MARGINALS as MARGINALS,
@@ -133,10 +151,15 @@ from m3i_jax.objective.registry import (
 from m3i_jax.objective.regression_losses import (
     cosine as cosine,
     smooth_l1 as smooth_l1,
+    squared_error as squared_error,
 )
 from m3i_jax.objective.segmentation_scores import (
     confusion_matrix as confusion_matrix,
     miou as miou,
+)
+from m3i_jax.objective.sigmoid_pairs import (
+    text_sigmoid as text_sigmoid,
+    text_sigmoid_sums as text_sigmoid_sums,
 )
 from m3i_jax.objective.terms import (
     FORMS as FORMS,

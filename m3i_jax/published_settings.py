@@ -27,6 +27,7 @@ _DINO = {
     "model.head.hidden": 2048,
     "model.head.width": 256,
     "model.head.prototypes": 65_536,
+    "optim.freeze_prototypes": 0.01,  # an epoch of 100
     "optim.ema": 0.984,
     "optim.clip": 3.0,
     "optim.weight_decay": 0.04,
@@ -38,6 +39,9 @@ _DINO = {
 }
 # Runs of SLIP's paper on YFCC, CLIP's included.
 _YFCC = {"optim.b2": 0.98, "optim.min_lr": 1e-5, "optim.warmup_epochs": 1.0, "train.epochs": 25.0}
+
+# SigLIP's on the 10 B images of WebLI, 32,768 a step; warm-up of 20,000 steps.
+_WEBLI = {"optim.warmup_epochs": 0.0655, "optim.weight_decay": 1e-4, "train.epochs": 4.0}
 
 # {method: {dotted key: value}}; learning rate and momentum at the default batch, 4,096 images.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -143,8 +147,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.final_norm": True,
         **_DINO,
         "model.head.prototypes": 8192,
+        "optim.freeze_prototypes": 1 / 800,
         "optim.lr": 8e-3,
         "train.epochs": 800.0,
+    },
+    "dinov2": {
+        "data.crop_scale": (0.32, 1.0),
+        "data.small_views": ("8 x 96 at 0.05-0.32",),
+        "data.mask_ratio": 0.3,
+        "model.encoder.drop_path": 0.3,
+        "model.encoder.drop_path_rule": "uniform",
+        "model.encoder.final_norm": True,
+        **_DINO,
+        "optim.lr": 8e-3,
+        "optim.layer_decay": 0.9,
+        "train.epochs": 100.0,
     },
     "ijepa": {
         "data.mask": "multi_block",
@@ -213,6 +230,70 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.freeze_patch_embed": False,
         "optim.weight_decay": 0.05,
         "train.epochs": 400.0,
+    },
+    "vicreg": {
+        "model.encoder.freeze_patch_embed": False,
+        "model.head.hidden": 8192,
+        "model.head.width": 8192,
+        "train.epochs": 1000.0,
+    },
+    # the minimal example: 2e-3 at 256 images
+    "lejepa": {
+        "data.crop_scale": (0.3, 1.0),
+        "model.encoder.freeze_patch_embed": False,
+        "model.encoder.drop_path": 0.0,
+        "model.head.hidden": 2048,
+        "model.head.width": 16,
+        "optim.lr": 3.2e-2,
+        "optim.weight_decay": 0.05,
+        "optim.clip": 0.0,
+        "train.epochs": 800.0,
+        **_EVEN,
+    },
+    # DINO's recipe, 5e-4 for every 256 images; a momentum of 0.9 at 1,024
+    "simdino": {
+        "data.crop_scale": (0.4, 1.0),
+        "data.small_views": ("10 x 96 at 0.05-0.4",),
+        "model.encoder.drop_path": 0.1,
+        "model.encoder.final_norm": True,
+        **{key: value for key, value in _DINO.items() if "prototypes" not in key},
+        "optim.lr": 8e-3,
+        "optim.ema": 0.6,
+        "train.epochs": 100.0,
+    },
+    "siglip": {
+        "data.crop_scale": (0.5, 1.0),
+        "data.flip_p": 0.0,
+        "model.encoder.drop_path": 0.0,
+        "model.encoder.freeze_patch_embed": False,
+        "model.text.pool": "last",
+        **_WEBLI,
+        **_PLAIN,
+    },
+    # 0.25 (small views + 0.25 hidden cells) beside 1 of the pairs
+    "siglip2": {
+        "data.small_views": ("8 x 96 at 0.05-0.4",),
+        "model.encoder.drop_path": 0.0,
+        "model.encoder.freeze_patch_embed": False,
+        "model.text.pool": "last",
+        "model.head.hidden": 2048,
+        "model.head.width": 256,
+        "objective.weighting": "fixed",
+        "objective.gamma": 3.2,
+        "optim.ema_schedule": "constant",
+        **_WEBLI,
+    },
+    # 1 of the pairs, 1 of small views, 2 of hidden cells
+    "tips": {
+        "data.small_views": ("6 x 96 at 0.05-0.4",),
+        "model.encoder.drop_path": 0.0,
+        "model.encoder.freeze_patch_embed": False,
+        "model.pool.kind": "cls",
+        "model.text.pool": "mean",
+        "model.head.hidden": 2048,
+        "model.head.width": 256,
+        "objective.weighting": "fixed",
+        "objective.gamma": 1 / 3,
     },
 }
 

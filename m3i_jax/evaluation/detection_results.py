@@ -17,7 +17,7 @@ from m3i_jax.data.sources import segmentations
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.sources.objects import Objects, empty_objects
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation.mask_logits import resized_mask, tight_box
+from m3i_jax.evaluation.mask_logits import resized_mask
 
 Rle = dict[str, Any]  # {"size": [height, width], "counts": text}, COCO's compressed form
 
@@ -272,7 +272,8 @@ def original_detections(
 
     Args:
       outputs: of one image: boxes [D, 4], scores [D], classes [D]; may have valid [D] (rows that
-        count) and masks [D, m, m] (probabilities in the frame of the box).
+        count) and masks [D, m, m] (probabilities in the frame of the box), or mask_logits [D, h, w]
+        of the padded input and mask_stride, from which boxes are then made, too.
       content: (height, width) of the resized image without its padding.
       size: (height, width) of the original image.
 
@@ -290,7 +291,8 @@ def original_detections(
         keep &= np.asarray(outputs["valid"], bool)
     masks = None
     if "mask_logits" in outputs:
-        boxes, keep, masks = _masks_of_logits(outputs, keep, content, size)
+        inner = (int(content[0]), int(content[1]))
+        boxes, keep, masks = _masks_of_logits(outputs, keep, inner, size)
     elif "masks" in outputs:
         masks = [
             mask_to_rle(paste_mask(outputs["masks"][row], boxes[row], size))
@@ -315,7 +317,7 @@ def _masks_of_logits(
     stride = int(outputs["mask_stride"])
     for row in np.flatnonzero(keep):
         mask = resized_mask(outputs["mask_logits"][row], stride, content=content, size=size)
-        boxes[row] = tight_box(mask)
+        boxes[row] = segmentations.tight_box(mask)
         keep[row] = mask.any()
         if keep[row]:
             masks.append(mask_to_rle(mask))

@@ -216,7 +216,10 @@ def gather_from_hosts(skipped: Mapping[str, int]) -> dict[str, int]:
 
 
 # parts that an average holds completely or not at all
-WHOLE = ("pool", "category", "image_projection", "text", "logit_scale", "pyramid", "head")
+WHOLE = (
+    *("pool", "category", "image_projection", "text", "logit_scale", "scalars"),
+    *("pyramid", "head"),
+)
 ImageSet = Callable[[Any, Callable[[], None]], tuple[ImageFeatures, Mapping[str, int]]]
 Metric = Callable[[EvalContext], Iterator[tuple[str, float]]]
 

@@ -64,15 +64,3 @@ def resized_mask(
     values = weights[0] @ logits_hxw[cells[0], cells[1]].astype(np.float32) @ weights[1].T
     out[pixels[0], pixels[1]] = values > 0
     return out
-
-
-def tight_box(mask_HxW: np.ndarray) -> np.ndarray:
-    """The box around a mask, float32 x0 y0 x1 y1; zeros if it is empty.
-
-    >>> tight_box(np.array([[False, True], [False, False]])).tolist()
-    [1.0, 0.0, 2.0, 1.0]
-    """
-    rows, columns = np.flatnonzero(mask_HxW.any(1)), np.flatnonzero(mask_HxW.any(0))
-    if not len(rows):
-        return np.zeros(4, np.float32)
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)

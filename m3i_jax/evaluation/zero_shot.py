@@ -16,6 +16,7 @@ from m3i_jax.evaluation import registry
 from m3i_jax.evaluation.category_head import head_accuracy, top_k_hits
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 from m3i_jax.evaluation.text_embedder import TextEmbedder, shared_embedder
+from m3i_jax.models import m3i
 
 # The two prompt sets that CLIP published for ImageNet. A mean does not depend on their order, so
 # the 80 are composed from parts.
@@ -157,7 +158,7 @@ class ClassPrompts:
         the temperature of the model."""
         name, classes_CxE = next(iter(self.classes(context).items()))
         cosine_QxC = self.embed.images(context.params, vectors_QxW, context.poll) @ classes_CxE.T
-        scale = np.exp(np.asarray(context.params["logit_scale"], np.float64))
+        scale = np.exp(np.asarray(m3i.text_log_scale(context.params), np.float64))
         logits_QxC = scale * cosine_QxC.astype(np.float64)
         share_QxC = np.exp(logits_QxC - logits_QxC.max(1, keepdims=True))
         return name, share_QxC / share_QxC.sum(1, keepdims=True)

@@ -6,6 +6,7 @@
     category            linear; its columns are the category representations
     image_projection    linear without bias into the joint space of images and text
     text, logit_scale   the encoder of captions, and the logarithm of the inverse temperature
+    scalars             what posteriors of text train beside embeddings, by term (SigLIP)
     heads               projector, predictor and prototypes of every space by its name; linear maps
                         of tokens
 
@@ -30,7 +31,13 @@ from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, Params
 from m3i_jax.objective.posteriors import Prototypes
 from m3i_jax.objective.teacher_terms import linear_name
-from m3i_jax.objective.terms import DecoderHead, LinearHead, ProjectionHead, Terms
+from m3i_jax.objective.terms import (
+    DecoderHead,
+    LinearHead,
+    ProjectionHead,
+    Term,
+    Terms,
+)
 
 # Append new parts at the end: a random key belongs to a position.
 PARTS = (
@@ -42,6 +49,7 @@ PARTS = (
     "text",
     "logit_scale",
     "heads",
+    "scalars",
 )
 _INVERSE_TEMPERATURE = 1 / 0.07  # of CLIP at the start
 
@@ -108,10 +116,33 @@ def init(
         params["text"] = text.init(
             model, keys["text"], vocabulary=vocabulary, length=config.data.caption_length
         )
-        params["logit_scale"] = jnp.asarray(math.log(_INVERSE_TEMPERATURE), jnp.float32)
+        trained = {t.name: _scalars(t) for t in terms if t.target.of == "text"}
+        if scalars := {name: each for name, each in trained.items() if each}:
+            params["scalars"] = scalars
+        if len(scalars) < len(trained):
+            params["logit_scale"] = jnp.asarray(math.log(_INVERSE_TEMPERATURE), jnp.float32)
     if named_heads := _init_heads(model, keys["heads"], terms):
         params["heads"] = named_heads
     return params
+
+
+def _scalars(term: Term) -> dict[str, jax.Array]:
+    values = getattr(term.posterior, "scalars", {})
+    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+
+
+def text_log_scale(params: Params) -> jax.Array:
+    """The logarithm of the scale of the similarities of images and captions, that of the first term
+    by name if several have their own.
+
+    >>> print(text_log_scale({"scalars": {"text": {"logit_scale": jnp.ones(())}}}))
+    1.0
+    """
+    if "logit_scale" in params:
+        scale: jax.Array = params["logit_scale"]
+        return scale
+    of_term = params["scalars"][min(params["scalars"])]
+    return jnp.asarray(of_term["logit_scale"])
 
 
 def _init_heads(model: schema.Model, rng: jax.Array, terms: Terms) -> dict[str, Any]:

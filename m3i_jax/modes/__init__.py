@@ -45,8 +45,8 @@ class Mode(NamedTuple):
 _DATA = tuple(
     f"data.{name}"
     for name in (
-        "source", "path", "directory", "mixture", "class_space", "class_names", "annotations", "split",
-        "holdout_split", "size", "holdout", "background", "threads", "missing",
+        "source", "path", "directory", "mixture", "class_space", "class_names", "annotations",
+        "split", "holdout_split", "size", "holdout", "background", "threads", "missing",
     )
 )  # fmt: skip
 _EVALUATION = ("image_size", "classes", "captions", "caption_length", "augment.mean", "augment.std")

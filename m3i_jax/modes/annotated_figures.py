@@ -34,8 +34,9 @@ def _write(writer: FigureWriter, kind: str, figure: figures.Figure) -> None:
         writer.write(kind, figure.title, figure.note, figure.rows)
 
 
-def drawn_objects(result: DetectionResult, *, found: bool) -> DrawnObjects:
-    """The objects of an image, or its detections, for a figure."""
+def drawn_objects(result: DetectionResult, *, found: bool, with_masks: bool = True) -> DrawnObjects:
+    """The objects of an image, or its detections, for a figure; beside detections without masks,
+    objects have none either."""
 
     def pixels(masks: Sequence[Rle | None]) -> list[np.ndarray | None]:
         return [m if m is None else detection_results.rle_to_mask(m).astype(bool) for m in masks]
@@ -46,7 +47,10 @@ def drawn_objects(result: DetectionResult, *, found: bool) -> DrawnObjects:
         return DrawnObjects(boxes=part.boxes, classes=part.classes, scores=part.scores, masks=masks)
     truth = result.truth
     return DrawnObjects(
-        boxes=truth.boxes, classes=truth.classes, masks=pixels(truth.masks), crowd=truth.crowd
+        boxes=truth.boxes,
+        classes=truth.classes,
+        masks=pixels(truth.masks) if with_masks else None,
+        crowd=truth.crowd,
     )
 
 
@@ -102,7 +106,10 @@ def _draw_detections(
     figure = dense_figures.worst_detections_figure(
         "The worst images",
         images,
-        [drawn_objects(by_image[key], found=False) for key in worst],
+        [
+            drawn_objects(by_image[key], found=False, with_masks=inputs.config.dense.detect.masks)
+            for key in worst
+        ],
         [drawn_objects(by_image[key], found=True) for key in worst],
         names,
         [str(key) for key in worst],

@@ -206,8 +206,7 @@ def _report(
         cores=target.topology.family.cores,
         host=target.topology.family.host,
     ) | {"compile_seconds": seconds}
-    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    one = trainer.Trainer(plain, host, vocabulary)
+    one = trainer.Trainer(monitoring.without_remat(config), host, vocabulary)
     due, own = (
         flops.count_flops(one.trace, one.template, batch).total,
         monitoring.model_flops(step_trainer),

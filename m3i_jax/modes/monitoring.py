@@ -20,15 +20,31 @@ from m3i_jax.training.trainer import Trainer, abstract_batch
 from m3i_jax.training.watchdog import Watchdog
 
 
+def without_remat(config: schema.Config) -> schema.Config:
+    """The configuration that computes nothing again in the backward pass, heads included.
+
+    >>> detect = schema.Detect(dino=schema.Dino(remat=True))
+    >>> config = schema.Config(dense=schema.DensePrediction(detect=detect))
+    >>> without_remat(config).dense.detect.dino.remat
+    False
+    """
+    detect, segment = config.dense.detect, config.dense.segment
+    dino = dataclasses.replace(detect.dino, remat=False)
+    masked = dataclasses.replace(segment.mask2former, remat=False)
+    dense = dataclasses.replace(
+        config.dense,
+        detect=dataclasses.replace(detect, dino=dino),
+        segment=dataclasses.replace(segment, mask2former=masked),
+    )
+    model = dataclasses.replace(config.model, remat="none")
+    return dataclasses.replace(config, model=model, dense=dense)
+
+
 def model_flops(trainer: Trainer) -> float:
     """Matrix FLOPs of one step of the model, without those that rematerialisation and microbatches
     add."""
-    config = trainer.config
-    plain = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, remat="none"),
-        train=dataclasses.replace(config.train, microbatches=1),
-    )
+    plain = without_remat(trainer.config)
+    plain = dataclasses.replace(plain, train=dataclasses.replace(plain.train, microbatches=1))
     run = functools.partial(
         step.train_step, dataclasses.replace(trainer.task, config=plain), trainer.tx
     )

@@ -5,9 +5,14 @@ dense tasks as pure functions of arrays, for this project and for others.
 - `regression_losses`: smooth L1 and cosine
 - `contrastive`: losses that compare the images of a batch: dense InfoNCE, NT-Xent, Barlow Twins,
   prototypes
-- `posteriors`: all of these as values
+- `sigmoid_pairs`: the sigmoid loss of images and captions, by a ring over devices
+- `posteriors`, `pair_posteriors`: all of these as values; in the second, those with gradients
+  through both sides
+- `entropy`: estimators of the entropy as losses: KoLeo, VICReg, SIGReg, uniformity, coding rate
+- `entropy_terms`: these as values, and as terms of an objective
 - `terms`: the rows of the paper's Table 1 as data
-- `published`: terms of public methods where they differ from those rows
+- `published`, `published_recent`, `published_terms`: public methods where they differ from those
+  rows, those younger than the paper, and what several of them share
 - `registry`: all objectives by name; `register_form` adds one from outside
 - `information`: the bound of Eq. 2 in bits
 - `collapse`: monitors of collapsing targets
@@ -35,7 +40,11 @@ from types import ModuleType
 __all__ = [
     "balance",
     "contrastive",
+    "entropy",
+    "entropy_terms",
+    "pair_posteriors",
     "posteriors",
+    "sigmoid_pairs",
     "information",
     "masks",
     "rng",

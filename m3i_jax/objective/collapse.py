@@ -1,11 +1,12 @@
-"""Collapse monitors. The regularization term H(p(z_y | t_y)) of Eq. 2 cannot be computed, so a
-collapse of the targets has to be detected in other ways.
+"""Collapse monitors. The regularization term H(p(z_y | t_y)) of Eq. 2 can only be estimated
+(`entropy`), so a collapse of the targets has to be detected in other ways, too.
 
-The terms that prevent collapse are part of the posteriors (stop-gradient and second moment in
-`losses.gaussian`, negatives in `losses.boltzmann`; Table 1). The values of collapsed targets:
+What prevents collapse is part of the posteriors (stop-gradient and second moment in
+`losses.gaussian`, negatives in `losses.boltzmann`; Table 1) or a term of its own
+(`entropy_terms`). The values of collapsed targets:
 
 - dense targets: `target_std` 0, `centered_energy` 0, `effective_rank` 1;
-- global targets: `alignment` 0 and `uniformity` 0 together. Alignment 0 alone is the aim of
+- global targets: `alignment` 0 and `entropy.uniformity` 0 together. Alignment 0 alone is the aim of
   training.
 
 No function here has a gradient.
@@ -17,7 +18,6 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from m3i_jax.objective.numerics import (
-    EXACT,
     assert_equal_shape,
     assert_rank,
     assert_shape,
@@ -139,39 +139,3 @@ def alignment(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = No
     return (
         weight_B * jnp.square(l2_normalize(a_BxD) - l2_normalize(b_BxD)).sum(-1)
     ).sum() / jnp.where(total > 0, total, 1.0)
-
-
-def uniformity(x_BxD: ArrayLike, where_B: ArrayLike | None = None, t: float = 2.0) -> jax.Array:
-    """Uniformity of Wang and Isola: `log mean exp(-t |u - v|^2)` over all pairs of different images
-    on the unit sphere.
-
-    Args:
-      x_BxD: global features of the images, of any length; they are scaled to length 1.
-      where_B: weights >= 0 of the images, a pair weighs their product; None counts every image
-        once.
-      t: inverse width > 0 of the kernel; 2 as published.
-
-    Returns:
-      float32 scalar <= 0: 0 if all images are equal, about -2 t (a little above) if they are
-      spread over a sphere of many dimensions; 0 if fewer than two images count.
-
-    Raises:
-      ValueError: shapes that do not belong together.
-
-    >>> import jax.numpy as jnp
-    >>> print(uniformity(jnp.array([[1., 0.], [-3., 0.]])), uniformity(jnp.ones((5, 2))))
-    -8.0 0.0
-    """
-    x_BxD = jax.lax.stop_gradient(float32(x_BxD))
-    assert_rank(x_BxD, 2, custom_message="features must be [B, D]")
-    x_BxD, _, weight_B = zero_masked_rows(x_BxD, x_BxD, where_B)
-    x_BxD = l2_normalize(x_BxD)
-    square_B = jnp.square(x_BxD).sum(-1)
-    # Rounding would make the distance of equal rows negative and the value at collapse positive.
-    distance_BxB = jnp.maximum(
-        square_B[:, None] + square_B - 2 * jnp.matmul(x_BxD, x_BxD.T, precision=EXACT), 0.0
-    )
-    pair_BxB = jnp.where(jnp.eye(len(square_B), dtype=bool), 0.0, weight_B[:, None] * weight_B)
-    total = pair_BxB.sum()
-    log_sum = jax.nn.logsumexp(-t * distance_BxB, b=jnp.where(total > 0, pair_BxB, 1.0))
-    return jnp.where(total > 0, log_sum - jnp.log(jnp.where(total > 0, total, 1.0)), 0.0)

@@ -12,6 +12,7 @@ classes, E width of the joint space.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -38,9 +39,11 @@ class LossInputs:
       temperature: for a softmax that does not fix its own.
       smoothing: label smoothing.
       keys, index: targets of the whole batch [B, ...], and the keys of the rows, [R].
-      parameters: prototypes [K, D], or the logarithm of the inverse temperature of text.
+      parameters: prototypes [K, D], the logarithm of the inverse temperature of text, or the
+        `scalars` of the posterior.
       group: [R], rows of equal number are no negatives of each other.
       chunk: captions compared at a time; 0: all.
+      axes: axes of the mesh that split the rows; (): none, or not known.
     """
 
     weight: float = 0.0
@@ -52,6 +55,7 @@ class LossInputs:
     parameters: Any = None
     group: jax.Array | None = None
     chunk: int = 0
+    axes: tuple[str, ...] = ()
 
 
 class Posterior(Protocol):
@@ -87,11 +91,16 @@ def moments(prediction: jax.Array, target: jax.Array, where: jax.Array) -> dict[
 
 
 class Form:
-    """Base of posteriors: unchanged target, no keys of the batch, no bits. A subclass defines
-    `cost` and is a frozen dataclass, because terms are compared and hashed."""
+    """Base of posteriors: unchanged target, no keys of the batch, no bits, no `scalars` (numbers
+    that it trains, by name, with their first values). A subclass defines `cost` and is a frozen
+    dataclass, because terms are compared and hashed."""
 
     batch_keys: ClassVar[bool] = False
     grad_through_target: ClassVar[bool] = False
+
+    @property
+    def scalars(self) -> Mapping[str, float]:
+        return {}
 
     def prepare(self, target: jax.Array) -> jax.Array:
         return target

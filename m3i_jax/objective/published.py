@@ -6,8 +6,7 @@ AdamW. `m3i_jax/published_settings.py` has the published settings; `configs/form
 combines both.
 """
 
-import dataclasses
-
+from m3i_jax.objective.entropy_terms import EntropyTerm, Koleo
 from m3i_jax.objective.posteriors import (
     BarlowTwins,
     Boltzmann,
@@ -18,6 +17,16 @@ from m3i_jax.objective.posteriors import (
     SmoothL1,
 )
 from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
+from m3i_jax.objective.published_recent import RECENT
+from m3i_jax.objective.published_terms import (
+    DINO,
+    DINOV2,
+    MASK_TOKENS,
+    OTHER,
+    PublishedMethod,
+    dino_terms,
+    ibot_term,
+)
 from m3i_jax.objective.terms import (
     FORMS,
     FULL,
@@ -27,26 +36,10 @@ from m3i_jax.objective.terms import (
     MlpShape,
     Pass,
     ProjectionHead,
-    Term,
-    Terms,
     pixel_term,
     pooled_term,
     token_term,
 )
-
-OTHER, SMALL = Pass(view=1), Pass(view=2)
-MASK_TOKENS = Pass(masked=True, mask_tokens=True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PublishedMethod:
-    """terms: the objective. kept, left_out: parts of the publication, settings included, as
-    prose."""
-
-    terms: Terms
-    kept: str
-    left_out: str
-
 
 _BYOL = ProjectionHead(projector=MlpShape(layers=2), predictor=MlpShape(layers=2))
 _MOCO = ProjectionHead(
@@ -61,34 +54,6 @@ _SLIP = pooled_term(
     posterior=NTXent(temperature=0.1),
     head=ProjectionHead(projector=MlpShape(layers=3)),
 )
-_DINO = ProjectionHead(
-    pool="cls",
-    projector=MlpShape(layers=3, norm="none", activation="gelu", std=0.02),
-    prototypes="unit",
-)
-_DINOV2 = dataclasses.replace(_DINO, prototypes="scaled")
-
-
-def dino_terms(
-    read: Pass, head: ProjectionHead, posterior: PrototypeSoftmax, weight: float = 1.0
-) -> tuple[Term, ...]:
-    """Each large view predicts the other's assignment from cls, and each small view both, all pairs
-    with equal weights. `read` is the pass of the first large view."""
-    pairs = ((read, 1), (OTHER, 0), (SMALL, 0), (SMALL, 1))
-    return tuple(
-        pooled_term(a, b, posterior=posterior, head=head, weight=weight / len(pairs))
-        for a, b in pairs
-    )
-
-
-def ibot_term(head: ProjectionHead, posterior: PrototypeSoftmax) -> Term:
-    """Each hidden token predicts the assignment of the target's token at its cell. One of the two
-    large views is masked, and the mean is over both, so it weighs one half."""
-    tokens = dataclasses.replace(head, pool="none", queries="hidden")
-    return token_term(
-        MASK_TOKENS, 0, name="dense", posterior=posterior, head=tokens, hidden=True, weight=0.5
-    )
-
 
 PUBLISHED: dict[str, PublishedMethod] = {
     "mae": PublishedMethod(
@@ -240,8 +205,9 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " schedule over 1.25 runs"
         ),
     ),
+    # DINO (arXiv 2104.14294, section 3; facebookresearch/dino, main_dino.py)
     "dino": PublishedMethod(
-        terms=dino_terms(FULL, _DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
+        terms=dino_terms(FULL, DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
         kept=(
             "cls of two large views and any number of small ones, head of three layers with GELU"
             " and 65,536 prototypes of length 1, EMA of the encoder and all of the head, centring"
@@ -249,14 +215,15 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " the mean over all pairs of different views"
         ),
         left_out=(
-            "the prototypes' learning rate of 0 in the first epoch, the rising weight decay and any"
-            " decay of prototypes, clipping of each tensor by itself, learned positions"
+            "the rising weight decay and any decay of prototypes, clipping of each tensor by"
+            " itself, learned positions"
         ),
     ),
+    # iBOT (arXiv 2111.07832, section 3; bytedance/ibot, main_ibot.py)
     "ibot": PublishedMethod(
         terms=(
-            *dino_terms(MASK_TOKENS, _DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
-            ibot_term(_DINO, PrototypeSoftmax()),
+            *dino_terms(MASK_TOKENS, DINO, PrototypeSoftmax(target_temperature=(0.04, 0.04))),
+            ibot_term(DINO, PrototypeSoftmax()),
         ),
         kept=(
             "DINO's loss of cls, with a masked large view, and the same loss of each hidden token"
@@ -269,6 +236,32 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " and 30 %), a patch centre over visible tokens too, the rest as in dino"
         ),
     ),
+    # DINOv2 (arXiv 2304.07193, section 4 and table 16; dinov2/train/ssl_meta_arch.py)
+    "dinov2": PublishedMethod(
+        terms=(
+            *dino_terms(MASK_TOKENS, DINOV2, PrototypeSoftmax()),
+            ibot_term(DINOV2, PrototypeSoftmax()),
+            *(
+                EntropyTerm(name="koleo", estimator=Koleo(group=32), reads=read, weight=0.1)
+                for read in (MASK_TOKENS, OTHER)
+            ),
+        ),
+        kept=(
+            "DINO's and iBOT's losses with weight 1, KoLeo of cls before the head with weight 0.1"
+            " summed over both large views, neighbours among 32 images, one head of 65,536"
+            " prototypes of trained lengths for both, centring, target temperature 0.04 to 0.07 in"
+            " 0.3 of the run; objective.prototype_targets=sinkhorn for the constraint of its large"
+            " models"
+        ),
+        left_out=(
+            "a random choice of the masked views and of the share of hidden cells (the first view"
+            " and 30 %), separate heads and SwiGLU of its large models, LayerScale, stochastic"
+            " depth by a subset of the batch, a fifth of the rate for the patch embedding,"
+            " clipping of each part by itself, the rate by the root of the batch size, the rest as"
+            " in dino"
+        ),
+    ),
+    # I-JEPA (arXiv 2301.08243, section 3; facebookresearch/ijepa, src/masks/multiblock.py)
     "ijepa": PublishedMethod(
         terms=(
             token_term(MASKED, 0, posterior=SmoothL1(beta=1.0), head=DecoderHead(queries="blocks")),
@@ -321,6 +314,7 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " another architecture"
         ),
     ),
+    **RECENT,
 }
 
 # Rows of Table 1 that this project does not implement, and why.

@@ -8,31 +8,35 @@ imports:
 
     registry.register_form("huber", (terms.token_term(terms.MIXED, 0, posterior=Huber()),))
 
+An entropy term is registered in the same way, with predictions or alone.
+
 `objective.forms=huber` then trains it like any other form. Code that reads the run later
 (evaluation, `m3i_jax.load`) must import the same module first.
 """
 
 import difflib
 
-from m3i_jax.objective import published
+from m3i_jax.objective import published, published_recent
 from m3i_jax.objective import terms as objective_terms
-from m3i_jax.objective.terms import Term, Terms
+from m3i_jax.objective.entropy_terms import AnyTerms, EntropyTerm
+from m3i_jax.objective.terms import Term
 
-_FORMS: dict[str, Terms] = {
+_FORMS: dict[str, AnyTerms] = {
     **objective_terms.FORMS,
     **objective_terms.TRANSFER,
     **{name: method.terms for name, method in published.PUBLISHED.items()},
+    **published_recent.ENTROPIES,
 }
 
 
-def register_form(name: str, terms: Terms) -> Terms:
+def register_form(name: str, terms: AnyTerms) -> AnyTerms:
     """Register an objective under a name, for `objective.forms` and all lists of forms.
 
     Registering the same terms again has no effect, so a module may be imported twice.
 
     Args:
       name: letters, digits and underscores; not the name of another objective.
-      terms: at least one; terms of equal name share a log line.
+      terms: at least one, predictions and entropy terms; terms of equal name share a log line.
 
     Returns:
       The terms.
@@ -50,9 +54,11 @@ def register_form(name: str, terms: Terms) -> Terms:
     if (
         not isinstance(terms, tuple)
         or not terms
-        or not all(isinstance(term, Term) for term in terms)
+        or not all(isinstance(term, Term | EntropyTerm) for term in terms)
     ):
-        raise ValueError(f"form {name!r}: give a tuple of at least one Term, not {terms!r}")
+        raise ValueError(
+            f"form {name!r}: give a tuple of at least one Term or EntropyTerm, not {terms!r}"
+        )
     if (
         name in objective_terms.LETTERS
         or name in published.LEFT_OUT
@@ -62,7 +68,7 @@ def register_form(name: str, terms: Terms) -> Terms:
     return _FORMS.setdefault(name, terms)
 
 
-def form(name: str) -> Terms:
+def form(name: str) -> AnyTerms:
     """The terms of an objective by its name, or by its letter in the paper's Table 3.
 
     Raises:
@@ -82,7 +88,7 @@ def form(name: str) -> Terms:
     raise ValueError(f"{name!r} is none of {', '.join(names)}{hint}")
 
 
-def forms() -> dict[str, Terms]:
+def forms() -> dict[str, AnyTerms]:
     """All objectives by name, registered ones included.
 
     >>> {"m3i", "mae", "finetune"} <= forms().keys()

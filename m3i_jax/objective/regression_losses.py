@@ -1,9 +1,9 @@
-"""Regression losses of public methods, with another distance than squared error: smooth L1 and
-cosine.
+"""Regression losses of public methods: smooth L1, cosine, and the squared error of two views that
+both receive gradients.
 
-M3I's is `losses.gaussian`. All return `(sum, count)`, two float32 scalars, and treat the target as
-a constant. Rows of weight 0 are ignored, even if NaN. `[B, N, D]` with weights `[B, N]` gives the
-same numbers as `[B * N, D]` with weights `[B * N]`.
+M3I's is `losses.gaussian`. All return `(sum, count)`, two float32 scalars; all but `squared_error`
+treat the target as a constant. Rows of weight 0 are ignored, even if NaN. `[B, N, D]` with weights
+`[B, N]` gives the same numbers as `[B * N, D]` with weights `[B * N]`.
 """
 
 import jax
@@ -96,10 +96,42 @@ def cosine(
     )
 
 
+def squared_error(
+    a_TxD: ArrayLike, b_TxD: ArrayLike, where_T: ArrayLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Squared error per element, `|a - b|^2 / D`, with gradient through both sides: the invariance
+    of VICReg, and of LeJEPA, where the mean squared distance of two views from their mean is a
+    quarter of it.
+
+    By itself it is smallest where both are constant; an entropy term keeps them apart (`entropy`).
+
+    Args:
+      a_TxD, b_TxD: two representations of the same rows.
+      where_T: weight of a row, bool or float >= 0; None counts every row once.
+
+    Returns:
+      (sum over rows of weight * cost, sum of weights), float32 scalars, in the units of the
+      features.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+
+    >>> import jax.numpy as jnp
+    >>> print(*squared_error(jnp.array([[1., 5.], [0., 0.]]), jnp.zeros((2, 2))))
+    13.0 2.0
+    """
+    a_TxD, b_TxD, weight_T = _pair(a_TxD, b_TxD, where_T, constant=False)
+    return weighted_sum(jnp.square(a_TxD - b_TxD).mean(-1), weight_T), weight_T.sum()
+
+
 def _pair(
-    prediction_TxD: ArrayLike, target_TxD: ArrayLike, where_T: ArrayLike | None
+    prediction_TxD: ArrayLike,
+    target_TxD: ArrayLike,
+    where_T: ArrayLike | None,
+    constant: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    p_TxD, t_TxD = float32(prediction_TxD), jax.lax.stop_gradient(float32(target_TxD))
+    p_TxD, t_TxD = float32(prediction_TxD), float32(target_TxD)
+    t_TxD = jax.lax.stop_gradient(t_TxD) if constant else t_TxD
     assert_equal_shape([p_TxD, t_TxD], custom_message="prediction and target")
     if p_TxD.ndim < 1:
         raise ValueError("prediction and target are scalars; pass arrays of shape [..., D]")

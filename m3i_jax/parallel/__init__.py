@@ -30,6 +30,7 @@ from m3i_jax.parallel.mesh import (
     platform,
     replicated,
     rows_of_device,
+    split_axes,
     split_rows,
     to_global,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "device_memory",
     "rows_of_device",
     "tree_shardings",
+    "split_axes",
     "split_rows",
     "is_single_device",
     "to_global",

@@ -94,6 +94,17 @@ def rows_of_device(rows: int) -> int:
     return rows if rows % shards else rows // shards
 
 
+def split_axes(rows: int) -> tuple[str, ...]:
+    """Axes of the mesh that split that many rows of a batch, inside a jitted function; () if they
+    do not divide them, for one device, and inside `per_device` and `with_fsdp_gather`.
+
+    >>> split_axes(6)
+    ()
+    """
+    axes = tuple(axis for axis in _split_axes(jax.sharding.get_abstract_mesh()) if axis in DATA)
+    return () if rows_of_device(rows) == rows else axes
+
+
 def platform() -> str:
     """Platform that the traced program will run on: that of the mesh (jax.set_mesh), whose devices
     need not be attached, or else the default.

@@ -56,6 +56,7 @@ from m3i_jax.reporting import text_table
 VERSION = 1
 STATE = ("params", "moments", "target", "other")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN = 2**62  # the compiler writes 2^63 - 1 where it has no estimate
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -162,7 +163,7 @@ def analyze_program(text: str, *, chip: str, cores: int = 1, host: int = 0) -> d
         cycles = sum(
             times * int(hit[1])
             for times, each, fused in hlo.executed_counts(program)
-            if not fused and (hit := _CYCLES.search(each.text))
+            if not fused and (hit := _CYCLES.search(each.text)) and int(hit[1]) < _UNKNOWN
         )
         out["compiler_seconds"] = cycles / limits.clock if cycles and limits.clock else None
     return out

@@ -106,6 +106,12 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
                 "information that a prediction carries about its target",
                 "above 0; below, it is worse than knowing nothing",
             ),
+            MetricText(
+                "entropy/*",
+                "bits",
+                "estimated entropy of the features that an entropy term reads",
+                "rises or stays; the README of objective/ has the reference of each",
+            ),
         ),
     ),
     (

@@ -11,8 +11,8 @@ from m3i_jax.reporting.run_log import RunLog, read_png
 from m3i_jax.reporting.svg_charts import SvgCurve
 
 DENSE_LOSSES = (
-    "All fall, those of classes last; a loss that stays at its first value is not learnt, such as of"
-    " boxes that no object is matched with."
+    "All fall, those of classes last; a loss that stays at its first value is not learnt, such as"
+    " that of boxes with which no object is matched."
 )
 PANELS = 5  # shown of a run
 TONES = 8

@@ -117,6 +117,13 @@ class Objective:
         "batch",
         "microbatch",
     )
+    entropy_rows: str = option(
+        "batch",
+        "rows that entropy terms compare when microbatches are used: whole batch, whose features"
+        " are computed twice, or microbatch",
+        "batch",
+        "microbatch",
+    )
     text_chunk: int = option(
         0,
         "captions compared with all images at a time, which avoids a B x B matrix; 0: all",

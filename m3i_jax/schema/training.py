@@ -148,6 +148,12 @@ class Optim:
         " inputs (muP: steps of Adam add up); 0: off",
         STEPS,
     )
+    freeze_prototypes: float = option(
+        0.0,
+        "share of the run in which prototypes stay at their first values while their moments go on"
+        " (DINO: the first epoch of 100)",
+        SHARE,
+    )
     skip_spikes: float = option(
         0.0,
         "skip a step whose loss or gradient norm lies this many standard deviations above"

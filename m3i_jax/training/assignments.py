@@ -1,11 +1,13 @@
 """Assignments to prototypes in a step: the logits of the target encoder become targets once, over
 all rows of the batch and all views of a space, and their means move the centres.
 
-    plan, optimizer        center_link        the centres and the rise of the temperature
+    optimizer              center_link        the centres and the rise of the temperature
+                           start_link         prototypes that stay as they are at the start
     step                   assign_targets     logits -> assignments, monitors, mean logits
 """
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from m3i_jax.objective.prototype_posterior import (
 )
 from m3i_jax.objective.prototype_targets import PrototypeState, track_centers
 from m3i_jax.objective.terms import Terms
+from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training.plan import Plan, TargetKey
 from m3i_jax.training.targets import TargetFeatures, has_prototypes
 from m3i_jax.training.views import stack_rows, unstack_rows
@@ -42,6 +45,48 @@ def center_link(
 
     widths = dict.fromkeys(sorted(names), config.model.head.prototypes)
     return (("prototypes", track_centers(widths, rise=rise)),)
+
+
+class StartState(NamedTuple):
+    """count: int32, updates so far."""
+
+    count: jax.Array  # type: ignore[assignment]  # optax's name; shadows tuple.count
+
+
+def hold_at_start(steps: float) -> optax.GradientTransformation:
+    """Optax transform that makes the updates of prototypes and of their lengths 0 in the first
+    steps (DINOv2: a learning rate of 0, while the moments go on).
+
+    >>> tx = hold_at_start(1)
+    >>> tree = {"heads": {"global": {"prototypes": jnp.ones(1), "projector": jnp.ones(1)}}}
+    >>> first, state = tx.update(tree, tx.init(tree))
+    >>> second, _ = tx.update(tree, state)
+    >>> [x["heads"]["global"]["prototypes"].item() for x in (first, second)]
+    [0.0, 1.0]
+    >>> first["heads"]["global"]["projector"].item()
+    1.0
+    """
+
+    def update(updates: Any, state: StartState, params: Any = None) -> tuple[Any, StartState]:
+        del params
+        moves = state.count >= steps
+
+        def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+            held = re.search(r"^heads/.*/prototype(s|_norms)$", path_text(path))
+            return jnp.where(moves, x, jnp.zeros_like(x)) if held else x
+
+        held = jax.tree_util.tree_map_with_path(one, updates)
+        return held, StartState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(lambda _: StartState(jnp.zeros([], jnp.int32)), update)
+
+
+def start_link(
+    config: schema.Config, terms: Terms, steps: int
+) -> tuple[tuple[str, optax.GradientTransformation], ...]:
+    """The link that holds prototypes at the start of a run, with `optim.freeze_prototypes`."""
+    share = config.optim.freeze_prototypes
+    return (("start", hold_at_start(share * steps)),) if share and prototype_terms(terms) else ()
 
 
 def assign_targets(

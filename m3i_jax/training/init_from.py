@@ -132,7 +132,7 @@ def with_statistics(state: State, location: str) -> State:
     running = state.opt["running"]
     statistics = jax.tree_util.tree_map_with_path(one, running.statistics)
     opt = {**state.opt, "running": running._replace(statistics=statistics)}
-    return state.replace(opt=opt)
+    return State(step=state.step, params=state.params, opt=opt)
 
 
 def _for_both_copies(source: WeightSource, target: Mapping[str, Any]) -> WeightSource:

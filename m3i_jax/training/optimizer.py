@@ -61,6 +61,7 @@ def build_optimizer(
         first=(("balance", balance.track_balance(config.objective.balance_decay)),),
         last=(
             ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
+            *assignments.start_link(config, terms, steps),
             ("target", ema.track_target(_momentum(config.optim, steps), parts)),
             *([("frozen", hold_frozen(parts))] if has_frozen else []),
             *([("teachers", hold_frozen(lambda _: held))] if held else []),

@@ -1,4 +1,5 @@
-"""The plan of a step: the terms of an objective (objective/terms.py) and the calls that they share.
+"""The plan of a step: the terms of an objective (objective/terms.py, objective/entropy_terms.py)
+and the calls that they share.
 Every encoder pass, target pass and target is listed once. `build_plan` also refuses terms and
 settings that contradict each other."""
 
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.objective import available_terms, prototype_posterior, registry
+from m3i_jax.objective import available_terms, entropy_terms, prototype_posterior, registry
 from m3i_jax.objective import terms as objective_terms
+from m3i_jax.objective.entropy_terms import EntropyTerm, EntropyTerms
 from m3i_jax.objective.teacher_terms import with_teachers
 from m3i_jax.objective.terms import (
     DENSE_TARGETS,
@@ -50,6 +52,15 @@ class Plan:
 
     config: schema.Config
     terms: Terms
+    entropy_terms: EntropyTerms = ()
+
+    def numbered_entropies(self, group: str | None = None) -> dict[int, EntropyTerm]:
+        """{number: entropy term} of a group or of any; numbers go on after those of `terms`."""
+        return {
+            i: t
+            for i, t in enumerate(self.entropy_terms, len(self.terms))
+            if group in (None, t.group)
+        }
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -134,7 +145,7 @@ def target_pass(target: Target) -> TargetPass:
     return TargetPass(target.encoder, target.view, target.blocks)
 
 
-def terms_named(name: str, key: str = "config.objective.forms") -> objective_terms.Terms:
+def terms_named(name: str, key: str = "config.objective.forms") -> entropy_terms.AnyTerms:
     """The terms of one row: a form, its letter in the paper's Table 3, or a published method.
 
     Args:
@@ -153,8 +164,9 @@ def terms_named(name: str, key: str = "config.objective.forms") -> objective_ter
         raise UserError(f"{key}: {error}") from None
 
 
-def _terms_of(o: schema.Objective, small_views: int) -> Terms:
-    """The terms of an objective, before those without annotations are dropped."""
+def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerms]:
+    """The prediction and the entropy terms of an objective, before those without data are
+    dropped."""
     if not o.forms:
         raise UserError("config.objective.forms: is empty; name at least one form, such as m3i")
     names = [objective_terms.LETTERS.get(name, name) for name in o.forms]
@@ -165,7 +177,22 @@ def _terms_of(o: schema.Objective, small_views: int) -> Terms:
             f"config.objective.forms: {twice[0]} and {twice[-1]} are the same objective; name it"
             " once"
         )
-    rows = objective_terms.uniquify({name: terms_named(name) for name in names})
+    named = {name: terms_named(name) for name in names}
+    predictions = {
+        name: found for name in names if (found := entropy_terms.predictions_of(named[name]))
+    }
+    rows = objective_terms.uniquify(predictions)
+    try:
+        entropies = entropy_terms.join_entropies(named, dict(zip(predictions, rows, strict=True)))
+    except ValueError as error:
+        raise UserError(f"config.objective.forms: {error}") from None
+    # an annotation term that `uniquify` renamed stays in its group
+    second_group = o.second_group + tuple(
+        new.name
+        for before, after in zip(predictions.values(), rows, strict=True)
+        for old, new in zip(before, after, strict=True)
+        if old.name in o.second_group and old.target.of not in IMAGE_TARGETS
+    )
     terms = objective_terms.merge(*rows, annotation_input=o.annotation_input)
     terms = prototype_posterior.with_constraint(
         terms, constraint=o.prototype_targets, target_temperature=o.target_temperature
@@ -175,13 +202,16 @@ def _terms_of(o: schema.Objective, small_views: int) -> Terms:
         terms = available_terms.with_small_views(terms, small_views)
     except ValueError as error:
         raise UserError(f"config.objective.forms: {', '.join(o.forms)}: {error}") from None
-    return objective_terms.with_options(
+    terms = objective_terms.with_options(
         terms,
         intra_positions=o.intra_positions,
         soft_label=o.soft_label,
         symmetric=o.symmetric,
         target_encoder=o.target_encoder,
-        second_group=o.second_group,
+        second_group=second_group,
+    )
+    return terms, entropy_terms.entropies_with_options(
+        entropies, symmetric=o.symmetric, second_group=second_group
     )
 
 
@@ -192,7 +222,7 @@ def build_plan(config: schema.Config) -> Plan:
       UserError: unknown forms, forms without data, or settings that contradict the terms.
     """
     backbones.validate_backbone(config)
-    o, terms = config.objective, _terms_of(config.objective, len(config.small_views))
+    o, (terms, entropies) = config.objective, _terms_of(config.objective, len(config.small_views))
     try:
         terms = available_terms.drop_unavailable(
             terms, categories=config.data.classes > 0, captions=config.data.captions == "yes"
@@ -203,7 +233,7 @@ def build_plan(config: schema.Config) -> Plan:
             " source with categories or captions"
         ) from None
     terms = with_teachers(terms, teachers.widths(o.teachers), weight=o.teacher_weight)
-    plan = Plan(config, terms)
+    plan = Plan(config, terms, entropies)
     _validate(plan)
     return plan
 
@@ -227,6 +257,22 @@ def _validate(plan: Plan) -> None:
             f"config.data.mask: {config.data.mask!r} has no target blocks, and"
             f" {', '.join(config.objective.forms)} predicts them; use multi_block"
         )
+    for entropy_term in plan.entropy_terms:
+        if entropy_term.reads not in plan.passes:
+            raise UserError(
+                f"config.objective.forms: {', '.join(config.objective.forms)}: the entropy term"
+                f" {entropy_term.name} reads a pass that no prediction reads; let it read one of"
+                " theirs"
+            )
+        group = getattr(entropy_term.estimator, "group", 0)
+        rows = config.train.batch_size
+        if config.objective.entropy_rows == "microbatch":
+            rows //= config.train.microbatches
+        if 0 < group < rows and rows % group:
+            raise UserError(
+                f"config.train.batch_size: {rows} rows do not divide into the groups of {group} of"
+                f" the entropy term {entropy_term.name}; use a multiple"
+            )
     frozen = any(t.target.encoder == "frozen" for t in terms)
     if frozen and not config.objective.target_checkpoint:
         raise UserError(
@@ -256,8 +302,8 @@ def _validate(plan: Plan) -> None:
             (
                 "objective.forms",
                 any(
-                    isinstance(t.head, objective_terms.ProjectionHead) and t.head.pool == "cls"
-                    for t in terms
+                    isinstance(head, objective_terms.ProjectionHead) and head.pool == "cls"
+                    for head in (*(t.head for t in terms), *(t.head for t in plan.entropy_terms))
                 ),
             ),
         ):
@@ -319,9 +365,9 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     o, default_config = config.objective, schema.Config()
     objectives = list(trains)
     count = len(config.small_views)
-    terms = [
-        t for forms in objectives for t in _terms_of(dataclasses.replace(o, forms=forms), count)
-    ]
+    found = [_terms_of(dataclasses.replace(o, forms=forms), count) for forms in objectives]
+    terms = [t for each, _ in found for t in each]
+    entropies = [t for _, each in found for t in each]
     names = ", ".join("+".join(forms) for forms in objectives)
     mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
     a, b = config.data.augment, default_config.data.augment
@@ -343,6 +389,13 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
             no_prototypes,
         ),
         ("objective.target_temperature", o.target_temperature, (), by_prototypes, no_prototypes),
+        (
+            "optim.freeze_prototypes",
+            config.optim.freeze_prototypes,
+            0.0,
+            by_prototypes,
+            no_prototypes,
+        ),
         (
             "objective.target_checkpoint",
             o.target_checkpoint,
@@ -366,7 +419,9 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
                 f"config.{key}: {value!r} does nothing: there is {reason} in {names}; leave it at"
                 f" {default!r} or choose another form"
             )
-    known = sorted({t.name for each in (*registry.forms().values(), terms) for t in each})
+    known = sorted(
+        {t.name for each in (*registry.forms().values(), terms, entropies) for t in each}
+    )
     for name in o.second_group if o.second_group != default_config.objective.second_group else ():
         if name not in known:
             raise UserError(

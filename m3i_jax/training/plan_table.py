@@ -9,6 +9,7 @@ import jax
 
 from m3i_jax.models import backbones, m3i, text
 from m3i_jax.objective.available_terms import SMALL
+from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
     IMAGE_TARGETS,
     DecoderHead,
@@ -17,7 +18,7 @@ from m3i_jax.objective.terms import (
     ProjectionHead,
     Term,
 )
-from m3i_jax.training import predictions, teachers, views
+from m3i_jax.training import entropy_losses, predictions, teachers, views
 from m3i_jax.training.plan import Plan, target_pass
 
 PlanRow = Sequence[str]
@@ -76,6 +77,17 @@ def describe_posterior(term: Term) -> str:
     return type(term.posterior).__name__ + more
 
 
+def describe_space(term: EntropyTerm) -> str:
+    """The features that an entropy term reads.
+
+    >>> from m3i_jax.objective.entropy_terms import Koleo
+    >>> describe_space(EntropyTerm(name="koleo", estimator=Koleo()))
+    'cls'
+    """
+    what = {"cls": "cls", "mean": "mean of the tokens", "none": "every token"}[term.head.pool]
+    return what + ("" if term.head.projector is None else f" in the projection {term.head.name}")
+
+
 def describe_head(term: Term) -> str:
     if isinstance(term.head, PooledHead):
         return "pool of all tokens" if term.head.everything else "pool"
@@ -85,7 +97,7 @@ def describe_head(term: Term) -> str:
 def term_rows(plan: Plan) -> list[PlanRow]:
     """One row a term."""
     drops = backbones.get_backbone(plan.config.model).can_drop_tokens
-    return [
+    rows: list[PlanRow] = [
         (
             f"loss/{t.name}",
             describe_pass(t.reads, drops),
@@ -97,6 +109,19 @@ def term_rows(plan: Plan) -> list[PlanRow]:
         )
         for t in plan.terms
     ]
+    rows += [
+        (
+            f"loss/{e.name}",
+            describe_pass(e.reads, drops),
+            e.image,
+            "entropy",
+            describe_space(e),
+            type(e.estimator).__name__,
+            e.group,
+        )
+        for e in plan.entropy_terms
+    ]
+    return rows
 
 
 def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow]:
@@ -105,11 +130,12 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
     config, images = plan.config, jax.tree.leaves(batch)[0].shape[0]
     drops = backbones.get_backbone(config.model).can_drop_tokens
     rows: list[PlanRow] = []
+    terms: list[Term | EntropyTerm] = [*plan.terms, *plan.entropy_terms]
 
     def add(
         call: str, reads: str, indices: Iterable[int], function: Callable[..., Any], *arguments: Any
     ) -> None:
-        users = ", ".join(dict.fromkeys(plan.terms[i].name for i in indices))
+        users = ", ".join(dict.fromkeys(terms[i].name for i in indices))
         gflop = count(function, *arguments).total / images / 1e9
         rows.append((call, reads, users, f"{gflop:,.4g}"))
 
@@ -171,6 +197,14 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
     if pooled := [i for i, t in enumerate(plan.terms) if isinstance(t.head, PooledHead)]:
         pool = functools.partial(predictions.pool_images, plan)
         add("pool", "own tokens of each image", pooled, pool, params, z, inputs)
+    heads = {name: part for name, part in params.items() if name != "encoder"}
+    entropies = plan.numbered_entropies()
+    read_features = functools.partial(entropy_losses.entropy_features, plan)
+    features = jax.eval_shape(read_features, heads, z, inputs) if entropies else {}
+    for i, entropy_term in entropies.items():
+        cost = functools.partial(entropy_losses.entropy_cost, plan, entropy_term)
+        reads = f"{describe_space(entropy_term)} of {describe_pass(entropy_term.reads, drops)}"
+        add("entropy", reads, (i,), cost, features[i], batch)
     if captions := plan.where("text"):
         encode = functools.partial(text.apply, config.model)
         tokens = batch["tokens"], batch["length"]

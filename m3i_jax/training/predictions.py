@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from m3i_jax.models import decoder, heads, m3i, pooling, text
 from m3i_jax.objective import mixing, positions
+from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.teacher_terms import linear_name, predicts_visible
 from m3i_jax.objective.terms import DecoderHead, LinearHead, Pass, PooledHead, ProjectionHead, Term
 from m3i_jax.training.plan import Plan
@@ -45,7 +46,7 @@ def query_cells(term: Term, inputs: PassInputs) -> jax.Array | None:
 
 
 def visible_tokens(
-    plan: Plan, term: Term, z: Features, inputs: Inputs
+    plan: Plan, term: Term | EntropyTerm, z: Features, inputs: Inputs
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(tokens [R, K, D] that show the term's image, their cells [R, K], cls [R, D] or None)."""
     z_RxTxD, read = z[term.reads], inputs[term.reads]

@@ -21,7 +21,7 @@ from m3i_jax import schema
 from m3i_jax.models import m3i
 from m3i_jax.objective import balance
 from m3i_jax.objective.prototype_targets import PrototypeState
-from m3i_jax.training import assignments, predictions, targets, term_losses, views
+from m3i_jax.training import assignments, entropy_losses, predictions, targets, term_losses, views
 from m3i_jax.training.microbatches import merge_microbatches, split_microbatches
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.predictions import Arrays
@@ -53,17 +53,41 @@ def _cached_text_gradients(
     _, (images, captions) = jax.lax.scan(embed, None, microbatches)
     count, pairs = microbatches[0]["mask"].shape[0], batch["mask"].shape[0] // 2
 
-    def costs(u: Arrays, v: Arrays, s: Arrays) -> tuple[jax.Array, TermLosses]:
-        out = {i: term_losses.text_losses(plan, {i: u[i]}, v[i], s[i], batch, inputs)[i] for i in u}
+    def costs(u: Arrays, v: Arrays, s: dict[int, Any]) -> tuple[jax.Array, TermLosses]:
+        out = {i: term_losses.text_losses(plan, {i: u[i]}, v[i], s, batch, inputs)[i] for i in u}
         return sum((cost.sum for cost in out.values()), jnp.zeros(())), out
 
     u, v = merge_microbatches((images, captions), count, pairs)
     (_, value), (du, dv, ds) = jax.value_and_grad(costs, (0, 1, 2), has_aux=True)(
-        u, dict.fromkeys(u, v), dict.fromkeys(u, params["logit_scale"])
+        u, dict.fromkeys(u, v), {i: term_losses.text_scalars(plan.terms[i], params) for i in u}
     )
     du, dv = split_microbatches((du, dv), count, pairs)
-    log_scale = jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds)
-    return value, CachedTextGradients(images=du, captions=dv, log_scale=log_scale)
+    scalars = jax.tree.map(lambda x: jnp.broadcast_to(x / count, (count,)), ds)
+    return value, CachedTextGradients(images=du, captions=dv, scalars=scalars)
+
+
+def _cached_entropy_gradients(
+    plan: Plan, params: Any, batch: Batch, microbatches: tuple[Batch, Inputs, Patches]
+) -> tuple[TermLosses, Arrays]:
+    """Costs of the entropy terms over all rows of all microbatches, and their gradients at the
+    features of each."""
+
+    def read(_: None, part: tuple[Batch, Inputs, Patches]) -> tuple[None, Arrays]:
+        part_inputs, patches = part[1:]
+        z = views.encode_passes(plan.config, part_inputs, patches, params["encoder"])
+        return None, entropy_losses.entropy_features(plan, params, z, part_inputs)
+
+    _, features = jax.lax.scan(read, None, microbatches)
+    count, pairs = microbatches[0]["mask"].shape[0], batch["mask"].shape[0] // 2
+
+    def costs(features: Arrays) -> tuple[jax.Array, TermLosses]:
+        terms = plan.numbered_entropies()
+        out = {i: entropy_losses.entropy_cost(plan, terms[i], features[i], batch) for i in terms}
+        return sum((cost.sum for cost in out.values()), jnp.zeros(())), out
+
+    merged = merge_microbatches(features, count, pairs)
+    (_, value), gradients = jax.value_and_grad(costs, has_aux=True)(merged)
+    return value, split_microbatches(gradients, count, pairs)
 
 
 def _encode(plan: Plan, params: Any, inputs: Inputs, patches: Patches) -> tuple[Any, Any]:
@@ -117,6 +141,7 @@ def objective_gradients(
         patches: Patches,
         rows: TargetFeatures,
         cached: CachedTextGradients | None,
+        cached_entropies: Arrays | None,
     ) -> tuple[Any, Any]:
         z, pullback = _encode(plan, params, inputs, patches)
         bundle = TargetBundle(rows=rows, batch=features, moments=moments)
@@ -131,6 +156,7 @@ def objective_gradients(
                 inputs=inputs,
                 bundle=bundle,
                 cached=cached,
+                cached_entropies=cached_entropies,
             )
             (_, group_costs), grad = jax.value_and_grad(loss, (0, 1), has_aux=True)(heads, z)
             costs |= group_costs
@@ -147,7 +173,7 @@ def objective_gradients(
         patches, features = views_and_targets(batch)
         features, monitors = assignments.assign_targets(plan, features, prototypes)
         moments = targets.target_moments(plan, features)
-        grads, (costs, squares) = microbatch_grads(batch, inputs, patches, features, None)
+        grads, (costs, squares) = microbatch_grads(batch, inputs, patches, features, None, None)
     else:
         parts, part_inputs = split_microbatches((batch, inputs), count, size // 2)
         patches, rows = jax.lax.map(views_and_targets, parts)
@@ -156,23 +182,30 @@ def objective_gradients(
         assigned = {key: x for key, x in features.items() if targets.has_prototypes(key)}
         rows = rows | split_microbatches(assigned, count, size // 2)
         moments = targets.target_moments(plan, features)
-        text_costs: TermLosses = {}
+        cached_costs: TermLosses = {}
         cached = None
         if plan.where("text") and config.objective.text_softmax == "batch":
-            text_costs, cached = _cached_text_gradients(
+            cached_costs, cached = _cached_text_gradients(
                 plan, params, batch, inputs, (parts, part_inputs, patches)
             )
+
+        cached_entropies = None
+        if plan.entropy_terms and config.objective.entropy_rows == "batch":
+            entropy_costs, cached_entropies = _cached_entropy_gradients(
+                plan, params, batch, (parts, part_inputs, patches)
+            )
+            cached_costs |= entropy_costs
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, microbatch_grads(*part)), None
 
-        xs = (parts, part_inputs, patches, rows, cached)
+        xs = (parts, part_inputs, patches, rows, cached, cached_entropies)
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
             jax.eval_shape(microbatch_grads, *jax.tree.map(lambda x: x[0], xs)),
         )
         (grads, (costs, squares)), _ = jax.lax.scan(add, zeros, xs)
-        costs |= text_costs
+        costs |= cached_costs
 
     metrics = term_losses.loss_metrics(plan, costs, counts, weights)
     metrics |= targets.target_metrics(plan, features, moments) | monitors

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from m3i_jax import parallel
 from m3i_jax.models import m3i
-from m3i_jax.objective import collapse, mixing
+from m3i_jax.objective import collapse, entropy, mixing
 from m3i_jax.objective.numerics import l2_normalize
 from m3i_jax.objective.posteriors import LossInputs, LossSum
 from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
@@ -23,7 +24,7 @@ from m3i_jax.objective.terms import (
     ProjectionHead,
     Term,
 )
-from m3i_jax.training import predictions, targets, views
+from m3i_jax.training import entropy_losses, predictions, targets, views
 from m3i_jax.training.plan import Plan, TargetKey
 from m3i_jax.training.predictions import Arrays, Features, query_cells
 from m3i_jax.training.targets import TargetFeatures
@@ -62,7 +63,9 @@ def loss_weights(plan: Plan, inputs: Inputs) -> tuple[list[jax.Array], list[jax.
     """(count of each term, weight of its sum in the loss of its group), over the whole batch and
     without gradient.
 
-    Image terms: the mean of each, then their weighted mean. Annotation terms share one pool, so
+    Image terms: the mean of each, then their weighted mean, to which entropy terms are added with
+    weights relative to those of the image terms of their group; they come after all terms, as in
+    `Plan.numbered_entropies`. Annotation terms share one pool, so
     that L_sp = (n_c L_category + n_t L_text) / (n_c + n_t) when some images have a category, some a
     caption, some both."""
     is_image = [term.target.of in IMAGE_TARGETS for term in plan.terms]
@@ -81,6 +84,15 @@ def loss_weights(plan: Plan, inputs: Inputs) -> tuple[list[jax.Array], list[jax.
             weights.append(term.weight / jnp.maximum(count, 1) / sum(t.weight for t, _ in pool))
         else:
             weights.append(term.weight / jnp.maximum(sum(t.weight * n for t, n in pool), 1))
+    for entropy_term in plan.entropy_terms:
+        pool_weight = sum(
+            t.weight
+            for t, image in zip(plan.terms, is_image, strict=True)
+            if image and t.group == entropy_term.group
+        )
+        count = jnp.asarray(entropy_losses.entropy_rows(plan, entropy_term, inputs), jnp.float32)
+        counts.append(count)
+        weights.append(entropy_term.weight / count / (pool_weight or 1))
     return counts, weights
 
 
@@ -99,6 +111,7 @@ def _image_loss(
     i: int,
     params: Any,
     prediction: jax.Array,
+    project: entropy_losses.OnlineProjections,
     z: Features,
     bundle: TargetBundle,
     inputs: Inputs,
@@ -110,7 +123,9 @@ def _image_loss(
     def image_rows(x_Bx: jax.Array) -> jax.Array:
         return views.image_rows(plan.config, term.reads, term.image, x_Bx)
 
-    if term.target.encoder == "online":
+    if term.target.encoder == "online" and isinstance(term.head, ProjectionHead):
+        raw = project.of_target(term)
+    elif term.target.encoder == "online":
         assert term.target.view is not None
         raw = targets.project_target(plan, params, key.space, z[Pass(view=term.target.view)])
     else:
@@ -140,7 +155,8 @@ def _image_loss(
     if term.target.of != "pooled" or isinstance(term.posterior, PrototypeSoftmax):
         return cost
     both = jax.lax.stop_gradient((prediction, target))
-    monitors = {"alignment": collapse.alignment(*both), "uniformity": collapse.uniformity(both[1])}
+    uniformity, rows = entropy.uniformity(both[1])
+    monitors = {"alignment": collapse.alignment(*both), "uniformity": uniformity / rows}
     return cost._replace(
         evidence={**cost.evidence, **{k: v * cost.count for k, v in monitors.items()}}
     )
@@ -166,7 +182,7 @@ def text_losses(
     plan: Plan,
     images: Arrays,
     captions: jax.Array,
-    log_scale: jax.Array,
+    scalars: dict[int, Any],
     batch: Batch,
     inputs: Inputs,
 ) -> TermLosses:
@@ -176,7 +192,7 @@ def text_losses(
       plan: of the run.
       images: embeddings {term: [R, E]}.
       captions: embeddings [B, E].
-      log_scale: logarithm of the inverse temperature.
+      scalars: {term: what its posterior trains beside them}.
       batch, inputs: of the same rows.
     """
     settings = plan.config.objective
@@ -189,13 +205,22 @@ def text_losses(
             return views.image_rows(plan.config, term.reads, term.image, x_Bx)
 
         given = LossInputs(
-            parameters=log_scale,
+            parameters=scalars[i],
             group=None if group is None else image_rows(group),
             chunk=settings.text_chunk,
+            axes=parallel.split_axes(u_RxE.shape[0]),
         )
         weight = label_weight(term, inputs[term.reads])
         out[i] = term.posterior.cost(u_RxE, image_rows(captions), weight, given)
     return out
+
+
+def text_scalars(term: Term, params: Any) -> Any:
+    """What the posterior of a text term trains: its `scalars` by name, or the logarithm of the
+    inverse temperature."""
+    if getattr(term.posterior, "scalars", None):
+        return params["scalars"][term.name]
+    return params["logit_scale"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,11 +230,11 @@ class CachedTextGradients:
 
     images: Arrays  # {term: [R, E]}
     captions: Arrays  # {term: [B, E]}
-    log_scale: Arrays
+    scalars: dict[int, Any]
 
 
 jax.tree_util.register_dataclass(
-    CachedTextGradients, data_fields=["images", "captions", "log_scale"], meta_fields=[]
+    CachedTextGradients, data_fields=["images", "captions", "scalars"], meta_fields=[]
 )
 
 
@@ -222,6 +247,7 @@ def group_loss(
     inputs: Inputs,
     bundle: TargetBundle,
     cached: CachedTextGradients | None,
+    cached_entropies: Arrays | None = None,
 ) -> Callable[[Any, Features], tuple[jax.Array, TermLosses]]:
     """(heads, z) -> (loss of the group, {term: cost}) on these rows, a function for `jax.grad`.
 
@@ -232,15 +258,23 @@ def group_loss(
       batch, inputs: of these rows.
       bundle: their targets.
       cached: gradients of the text terms; None: their softmax spans these rows.
+      cached_entropies: gradients of the entropy terms at their features; None: they see these rows.
     """
 
     def loss(heads: Any, z: Features) -> tuple[jax.Array, TermLosses]:
         costs: TermLosses = {}
-        if images := plan.where(*IMAGE_TARGETS, group=group):
-            predicted = predictions.predict_images(plan, heads, z, inputs, images)
-            costs |= {
-                i: _image_loss(plan, i, heads, predicted[i], z, bundle, inputs) for i in images
-            }
+        images = plan.where(*IMAGE_TARGETS, group=group)
+        predicted = predictions.predict_images(plan, heads, z, inputs, images) if images else {}
+        project = entropy_losses.OnlineProjections(plan, heads, z, inputs, predicted)
+        for i in images:
+            costs[i] = _image_loss(plan, i, heads, predicted[i], project, z, bundle, inputs)
+        for i, term in plan.numbered_entropies(group).items():
+            features = project(term)
+            if cached_entropies is None:
+                costs[i] = entropy_losses.entropy_cost(plan, term, features, batch)
+            else:  # a linear function with the gradient of the whole batch's cost
+                value = jnp.vdot(cached_entropies[i], features.astype(jnp.float32))
+                costs[i] = LossSum(value, jnp.zeros(()), {})
         if plan.where("category", "text", group=group):
             vectors = predictions.pool_images(plan, heads, z, inputs)
             for i in plan.where("category", group=group):
@@ -273,13 +307,15 @@ def _text_losses(
 ) -> TermLosses:
     images, captions = predictions.contrastive_embeddings(plan, heads, vectors, batch)
     assert captions is not None
+    scalars = {i: text_scalars(plan.terms[i], heads) for i in images}
     if cached is None:
-        return text_losses(plan, images, captions, heads["logit_scale"], batch, inputs)
+        return text_losses(plan, images, captions, scalars, batch, inputs)
     # a linear function with the gradient of the whole batch's softmax; its value is not the loss
     out, zero = {}, jnp.zeros(())
     for i, u in images.items():
         value = jnp.vdot(cached.images[i], u) + jnp.vdot(cached.captions[i], captions)
-        value += cached.log_scale[i] * heads["logit_scale"]
+        products = jax.tree.map(jnp.multiply, cached.scalars[i], scalars[i])
+        value = sum(jax.tree.leaves(products), value)
         out[i] = LossSum(value, zero, {"nll": zero, "log_choices": zero})
     return out
 
@@ -287,11 +323,12 @@ def _text_losses(
 def loss_metrics(
     plan: Plan, costs: TermLosses, counts: list[jax.Array], weights: list[jax.Array]
 ) -> dict[str, jax.Array]:
-    """loss/<group>, loss/<name>, info/<name> in bits a prediction, and the collapse monitors of
-    pooled targets."""
+    """loss/<group>, loss/<name>, info/<name> in bits a prediction, entropy/<name> in bits a row,
+    and the collapse monitors of pooled targets."""
     out: dict[str, jax.Array] = {}
     for group in ("ssp", "sp"):
         if indices := [i for i, t in enumerate(plan.terms) if t.group == group]:
+            indices += plan.numbered_entropies(group)
             out[f"loss/{group}"] = sum((weights[i] * costs[i].sum for i in indices), jnp.zeros(()))
     for name in dict.fromkeys(t.name for t in plan.terms):
         indices = [i for i, t in enumerate(plan.terms) if t.name == name]
@@ -305,4 +342,21 @@ def loss_metrics(
         bits = plan.terms[indices[0]].posterior.bits(evidence, count)
         if bits is not None:
             out[f"info/{name}"] = bits
+    return out | _entropy_metrics(plan, costs, counts)
+
+
+def _entropy_metrics(
+    plan: Plan, costs: TermLosses, counts: list[jax.Array]
+) -> dict[str, jax.Array]:
+    """loss/<name> and, where it is an estimate, entropy/<name> in bits of every entropy term."""
+    out: dict[str, jax.Array] = {}
+    terms = plan.numbered_entropies()
+    for name in dict.fromkeys(t.name for t in terms.values()):
+        same = {i: t for i, t in terms.items() if t.name == name}
+        count = sum((counts[i] for i in same), jnp.zeros(()))
+        out[f"loss/{name}"] = sum((costs[i].sum for i in same), jnp.zeros(())) / count
+        evidence = jax.tree.map(lambda *x: sum(x[1:], x[0]), *(costs[i].evidence for i in same))
+        bits = next(iter(same.values())).estimator.bits(evidence, count)
+        if bits is not None:
+            out[f"entropy/{name}"] = bits
     return out

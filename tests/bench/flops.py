@@ -22,7 +22,7 @@ import jax
 from m3i_jax import config as configuration
 from m3i_jax import parallel, published_settings, schema
 from m3i_jax.models import presets
-from m3i_jax.objective import published, terms
+from m3i_jax.objective import entropy_terms, published, registry, terms
 from m3i_jax.profiling import flops
 from m3i_jax.reporting import text_table
 from m3i_jax.training.trainer import Trainer, abstract_batch
@@ -50,7 +50,10 @@ def variant(forms: str = "m3i", **changes: str) -> schema.Config:
     for name in names:
         if name in published_settings.SETTINGS:
             settings |= {k: str(v) for k, v in published_settings.SETTINGS[name].items()}
-    text = any(t.target.of == "text" for name in names for t in _terms(name)) and forms != "m3i"
+    text = (
+        any(getattr(t, "target", None) == terms.TEXT for name in names for t in _terms(name))
+        and forms != "m3i"
+    )
     base = {
         "data.size": "100000",
         "data.classes": "1000",
@@ -71,8 +74,8 @@ def joint() -> schema.Config:
     return configuration.resolve(config)
 
 
-def _terms(name: str) -> terms.Terms:
-    return published.PUBLISHED[name].terms if name in published.PUBLISHED else terms.FORMS[name]
+def _terms(name: str) -> entropy_terms.AnyTerms:
+    return registry.form(name)
 
 
 def measure(config: schema.Config) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ gradient twice.
 
 from m3i_jax import schema
 from m3i_jax.objective import block_masks
+from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
     DecoderHead,
     LinearHead,
@@ -159,6 +160,8 @@ def step(plan: Plan) -> float:
     if plan.where("text") and c.train.microbatches > 1 and c.objective.text_softmax == "batch":
         # embeddings are computed a second time
         total += sum(encoder(c, _shown(c, read))[0] for read in plan.passes)
+    if plan.entropy_terms and c.train.microbatches > 1 and c.objective.entropy_rows == "batch":
+        total += sum(encoder(c, _shown(c, read))[0] for read in plan.passes)
     for goal in plan.target_keys:
         if goal.space == "decoder":
             total += (c.tokens + cls) * e.width * d.width + d.projector_depth * block(
@@ -199,12 +202,15 @@ def step(plan: Plan) -> float:
         elif isinstance(term.head, ProjectionHead):
             rows = n if term.head.pool == "none" else 1
             projector, width = _mlp(rows, c, term.head.projector, e.width)
-            total += projector + _mlp(rows, c, term.head.predictor, width)[0]
+            if (term.reads, term.image, term.head) not in projected:
+                total += projector + _mlp(rows, c, term.head.predictor, width)[0]
+            projected.add((term.reads, term.image, term.head))
             if term.target.encoder == "online":
                 total += _mlp(1, c, term.head.projector, e.width)[0]
             if term.head.match == "likeness":
                 total += c.tokens * c.tokens * e.width
         total += _posterior(plan, term, b)
+    total += sum(_entropy(plan, term, b) for term in plan.entropy_terms)
     vectors = {(x.reads, x.image, x.head) for x in plan.terms if isinstance(x.head, PooledHead)}
     by_key = {
         key: next(x for x in plan.terms if (x.reads, x.image, x.head) == key) for key in vectors
@@ -225,6 +231,20 @@ def step(plan: Plan) -> float:
         total += 3 * ((t.depth - 1) * block(length, t.width) + last + t.width * t.embed)
         total += 3 * texts * (c.model.pool.width * t.embed + b * t.embed)
     return 2.0 * total
+
+
+def _entropy(plan: Plan, term: EntropyTerm, b: int) -> float:
+    """Matrix products of an estimator; its features are those of a prediction."""
+    c, name = plan.config, type(term.estimator).__name__
+    width = c.model.encoder.width if term.head.projector is None else c.model.head.width
+    rows = min(getattr(term.estimator, "group", 0) or b, b)
+    if name == "Koleo":
+        return rows * width  # the choice of a neighbour has no gradient
+    if name == "Sigreg":
+        return 2 * width * getattr(term.estimator, "slices", 0)
+    if name in ("VarianceCovariance", "CodingRate"):
+        return 3 * min(rows, width) * width
+    return 3 * width**2 if name == "MomentEnergy" else 3 * rows * width
 
 
 def _posterior(plan: Plan, term: Term, b: int) -> float:

@@ -146,8 +146,8 @@ def main() -> None:
     rms = functools.partial(RmsNorm, eps=1e-6)
     of_timm("timm_rms", 10, qk_norm=True, norm_layer=rms, class_token=True)
     of_timm(
-        "timm_dinov2", 11, registers=4, reg_tokens=4, init_values=1e-5, mlp_layer=SwiGLUPacked, mlp_ratio=3,
-        act_layer=torch.nn.SiLU, no_embed_class=True,
+        "timm_dinov2", 11, registers=4, reg_tokens=4, init_values=1e-5, mlp_ratio=3,
+        mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU, no_embed_class=True,
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_load_detects_with_the_weights_of_the_file(file: str) -> None:
 
 
 def stored_detections() -> dict[str, np.ndarray]:
-    """An image uint8 [H, W, 3] and what detectron2's predictor finds in it; masks bool [D, H, W]."""
+    """An image uint8 [H, W, 3] and what detectron2's predictor finds; masks bool [D, H, W]."""
     stored = vitdet.arrays("vitdet_image")
     width = stored["image"].shape[1]
     return stored | {"masks": np.unpackbits(stored["masks"], -1, count=width).astype(bool)}
@@ -164,14 +164,9 @@ def test_the_command_evaluates_a_detector(
     } | {f"dense.detect.{name}": value for name, value in small.items()}
     texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in changes.items()]
     recipe = f"configs/transfer/detect.py:annotations={unused},images={tmp_path},from={other}"
+    recipe += ",image_size=128,batch_size=8"
     place = tmp_path / "out"
-    line = [
-        "--config",
-        f"{recipe},image_size=128,batch_size=8",
-        "--workdir",
-        str(place),
-        "--mode=eval",
-    ]
+    line = ["--config", recipe, "--workdir", str(place), "--mode=eval"]
     assert command.main([*line, "--checkpoint", other, *texts]) == 0
     results = json.loads((place / "eval.json").read_text())
     scores = results["results"]["detection"]

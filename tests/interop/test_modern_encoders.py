@@ -109,8 +109,8 @@ def test_layers_in_chunks_and_packed_matrices() -> None:
 
 
 def test_dinov3s_own_files() -> None:
-    """`storage_tokens`, w1 to w3, one matrix of queries, keys and values, whose bias has a mask, and
-    periods: the arrays of Transformers, with the layer scale in the matrices before it."""
+    """`storage_tokens`, w1 to w3, one matrix of queries, keys and values, whose bias has a mask,
+    and periods: the arrays of Transformers, with the layer scale in the matrices before it."""
     hugging = vit_weights.load_vit(weights(np.load(DATA / "dinov3_gated.npz")))
     theirs = weights(np.load(DATA / "dinov3_gated.npz"))
     own = {

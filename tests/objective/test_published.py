@@ -30,12 +30,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "msn": {"epochs": 800, "saturation": 0.4, "blur": (0.5, 0.5), "solarize": (0.0, 0.0)},
     "dino": {"epochs": 100, "ema": 0.984, "blur": (1.0, 0.1, 0.5), "decay": 0.04},
     "ibot": {"epochs": 800, "ema": 0.984, "solarize": (0.0, 0.2, 0.0), "warmup": 10},
-    "ijepa": {"epochs": 300, "warmup": 40, "flip": 0.0, "jitter": 0.0, "ema": 0.992016},
+    "dinov2": {"epochs": 100, "ema": 0.984, "warmup": 10, "blur": (1.0, 0.1, 0.5)},
+    "ijepa": {"epochs": 300, "warmup": 30, "flip": 0.0, "jitter": 0.0, "ema": 0.992016},
     "siamese_im": {"epochs": 1600, "warmup": 40, "decay": 0.05},
     "clip": {"epochs": 25, "warmup": 1, "flip": 0.0, "decay": 0.5, "b2": 0.98, "lowest": 1e-5},
     "slip": {"epochs": 25, "warmup": 1, "flip": 0.5, "decay": 0.1, "b2": 0.98, "lowest": 1e-5},
     "deit": {"epochs": 800, "warmup": 40},
     "milan": {"epochs": 400, "warmup": 40},
+    "vicreg": {"epochs": 1000, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)},
+    "lejepa": {"epochs": 800, "decay": 0.05, "blur": (0.5, 0.5)},
+    "simdino": {"epochs": 100, "decay": 0.04, "ema": 0.6, "warmup": 10},
+    "siglip2": {"epochs": 4, "decay": 1e-4},
+    "tips": {"epochs": 400},
+    "siglip": {"epochs": 4, "decay": 1e-4, "b2": 0.95, "flip": 0.0, "jitter": 0.0},
 }
 
 

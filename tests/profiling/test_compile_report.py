@@ -116,6 +116,8 @@ def test_the_compilers_cycles_are_summed_with_their_loops() -> None:
         10 * 1500 / 1.5e9
     )
     assert compile_report.analyze_program(LOOP, chip="v5e")["compiler_seconds"] is None
+    unknown = cycles.replace("1500", str(2**63 - 1))
+    assert compile_report.analyze_program(unknown, chip="v5e")["compiler_seconds"] is None
 
 
 def test_tables_say_what_the_report_says() -> None:

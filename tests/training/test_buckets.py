@@ -87,6 +87,7 @@ def test_evaluation_limits_the_short_side() -> None:
     assert annotated_eval.fit_image(record, 96, short=48).size == (48, 72)
 
 
+@pytest.mark.slow
 def test_as_many_steps_are_compiled_as_there_are_canvases(monkeypatch: pytest.MonkeyPatch) -> None:
     chex.clear_trace_counter()
     counted = chex.assert_max_traces(step.train_step, n=len(CANVASES))
@@ -126,7 +127,6 @@ def test_canvases_that_cannot_be_are_refused(changes: dict, words: str) -> None:
 STEPS = 4
 VALUES = SHARED | DINO | {key.replace("__", "."): value for key, value in BUCKETS.items()} | {
     "model.encoder.drop_path": 0.1,
-    "model.encoder.width": 128,
     "dense.maps.window": 0,
     "dense.maps.global_blocks": "()",
     "dense.maps.composite": 2,
@@ -147,7 +147,8 @@ VALUES = SHARED | DINO | {key.replace("__", "."): value for key, value in BUCKET
 
 
 def arguments(run: pathlib.Path) -> list[str]:
-    values = {key: value for key, value in VALUES.items() if key != "data.classes"}
+    left = ("data.classes", "model.encoder.mlp_ratio", "model.encoder.width")
+    values = {key: value for key, value in VALUES.items() if key not in left}
     recipe = "configs/transfer/detect.py:head=dino,masks=false,model=internimage_pico"
     texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in values.items()]
     return ["--config", recipe, "--workdir", str(run), *texts]
@@ -183,8 +184,9 @@ def test_a_run_of_two_composed_encoders_on_canvases(
 
     assert command.main(["--mode=eval", "--workdir", str(run)]) == 0
     results = json.loads((run / "eval.json").read_text())["results"]
-    assert "detection" in results and "eval/box/ap" in results["detection"]
+    assert "detection" in results and "eval/box/AP" in results["detection"]
     model = m3i_jax.load(str(run))
     assert model.config.dense.maps.composite == 2
-    found = model.detect(np.asarray(SOURCE[0].image))[0]
-    assert len(found.boxes) == len(found.names) and (found.boxes <= 40).all()
+    image = np.asarray(SOURCE[0].image)
+    found = model.detect(image)[0]
+    assert len(found.boxes) == len(found.names) and (found.boxes <= max(image.shape)).all()

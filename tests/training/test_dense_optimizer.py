@@ -135,3 +135,38 @@ def test_the_parameters_of_mask_r_cnn_on_vit_b() -> None:
         1_184_015,
         18_262_753,
     )
+
+
+def test_heads_of_internimage_h_are_not_those_of_smaller_ones() -> None:
+    """By the channels of the first stage, 64 and 320, not by the width of the fused features."""
+    small, large = (
+        recipe("ade20k", f":head=mask2former,model=internimage_{size}").dense.segment
+        for size in "th"
+    )
+    assert (small.width, small.mask2former.heads, small.mask2former.queries) == (256, 8, 100)
+    assert (large.width, large.mask2former.heads, large.mask2former.queries) == (1024, 32, 200)
+
+
+def test_canvases_and_limits_of_multi_scale_detection() -> None:
+    cases = {"t": ((480, 1344), (1344, 800)), "h": ((608, 2016), (2016, 1000))}
+    for size, ((first, last), limits) in cases.items():
+        config = recipe("coco", f":head=dino,model=internimage_{size},multi_scale=true")
+        g = config.dense.geometry
+        assert g.rule == "buckets" and (g.buckets[0], g.buckets[-1]) == (first, last)
+        assert (config.data.image_size, g.test_short) == limits
+        assert all(side % 32 == 0 for side in g.buckets)
+        image = make_task(config).batch_shapes()["image"].shape
+        assert image[1] * image[2] == max(
+            h * w for h, w in zip(g.buckets[::2], g.buckets[1::2], strict=True)
+        )
+
+
+def test_instances_of_mask2former_are_learnt_as_published() -> None:
+    config = recipe("coco", ":head=mask2former,model=internimage_t")
+    o, t = config.optim, config.train
+    assert (o.lr, o.weight_decay, o.clip, o.encoder_lr) == (1e-4, 0.05, 0.01, 0.1)
+    assert (t.steps, t.batch_size, config.dense.geometry.scale) == (368_750, 16, (0.1, 2.0))
+    task = make_task(config)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    assert params["head"]["decoder"]["classes"]["kernel"].shape == (256, 81)
+    assert params["pyramid"] == {}

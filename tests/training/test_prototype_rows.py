@@ -119,6 +119,37 @@ def test_ibot_adds_the_hidden_tokens_of_the_masked_view(constraint: str) -> None
     assert got.losses["loss/ssp"] == pytest.approx((of_cls + of_patches / 2) / 1.5, rel=1e-4)
 
 
+def koleo(z):
+    u = unit(np.asarray(z, np.float64))
+    distance = np.linalg.norm(u[:, None] - u[None], axis=-1)
+    np.fill_diagonal(distance, np.inf)
+    return -np.log(distance.min(1)).mean()
+
+
+def test_dinov2_is_dino_ibot_and_koleo_of_both_large_views() -> None:
+    plan = plan_of("dinov2", data__small_views="2 x 16 at 0.1-0.3", data__mask_ratio=0.25, **HEAD)
+    got = forward(plan)
+    online, ema = got.params["heads"]["global"], got.trees["ema"]["heads"]["global"]
+    assert np.ptp(online["prototype_norms"]) > 0.01  # trained lengths, of which the EMA has a copy
+    assert np.allclose(ema["prototype_norms"], 0.9 * np.asarray(online["prototype_norms"]))
+    clean, reads = teacher_tokens(got), {p.view: p for p in plan.passes}
+    assert reads[0] == MASK_TOKENS and sorted(reads) == [0, 1, 2, 3]
+    q = [softmax(head_logits(ema, z[:, 0]) / 0.04) for z in clean]
+    student = {v: head_logits(online, got.z[p][:, 0]) for v, p in reads.items()}
+    pairs = [(v, t) for v in student for t in (0, 1) if v != t]
+    of_cls = np.mean([cross_entropy(q[t], student[v]).mean() for v, t in pairs])
+    hidden = ~np.asarray(got.batch["mask"])
+    q_tokens = softmax(head_logits(ema, clean[0][:, 1:])[hidden] / 0.04)
+    tokens = head_logits(online, got.z[MASK_TOKENS][:, 1:])[hidden]
+    of_patches = cross_entropy(q_tokens, tokens).mean()
+    spread = [koleo(got.z[reads[v]][:, 0]) for v in (0, 1)]
+    assert got.losses["loss/global"] == pytest.approx(of_cls, rel=1e-4)
+    assert got.losses["loss/dense"] == pytest.approx(of_patches, rel=1e-4)
+    assert got.losses["loss/koleo"] == pytest.approx(np.mean(spread), rel=1e-3)
+    total = of_cls + of_patches / 2 + 0.1 * sum(spread)
+    assert got.losses["loss/ssp"] == pytest.approx(total / 1.5, rel=1e-3)
+
+
 def test_small_views_predict_both_large_ones_and_share_the_weight() -> None:
     plan = plan_of("dino", data__small_views="3 x 16 at 0.1-0.3", **HEAD)
     assert len(plan.terms) == 8 and plan.views == (0, 1, 2, 3, 4)
@@ -152,8 +183,10 @@ def same(got: list[dict], want: list[dict], rtol: float = 2e-5) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("constraint", ["centering", "sinkhorn"])
-@pytest.mark.parametrize("row", ["dino", "ibot"])
+@pytest.mark.parametrize(
+    ("row", "constraint"),
+    [("dino", "sinkhorn"), ("ibot", "centering"), ("ibot", "sinkhorn"), ("dinov2", "sinkhorn")],
+)
 def test_division_of_the_batch_and_a_restart_change_nothing(
     row: str, constraint: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +199,7 @@ def test_division_of_the_batch_and_a_restart_change_nothing(
         "objective__prototype_targets": constraint,
         "objective__target_temperature": "0.04,0.07",
         "model__encoder__drop_path": 0.1,
+        "optim__freeze_prototypes": 0.1,  # 2 of 20 steps
         "train__batch_size": 16,
         **HEAD,
         "model__head__prototypes": 16,
@@ -182,6 +216,14 @@ def test_division_of_the_batch_and_a_restart_change_nothing(
         assert float(np.abs(center).max()) > 0
     saver = Checkpoints(tmp_path / "checkpoints", 1)
     half, _ = trained(plan, (1, 1, 1), 2)
+    (first, _), head = trained(plan, (1, 1, 1), 0), "global"
+    for part in first.params["heads"][head]:
+        tree = [x.params["heads"][head][part] for x in (first, half, alone)]
+        start, held, moved = (
+            np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in tree
+        )
+        assert (start == held).all() == part.startswith("prototype"), part
+        assert (held != moved).any(), part
     saver.save(2, half, {"samples_seen": 32})
     saver.wait()
     saver.close()
@@ -209,6 +251,11 @@ def test_division_of_the_batch_and_a_restart_change_nothing(
         ("dino", {"data__small_views": "8 x 16 at 0.3-0.1"}, ("the smaller first",)),
         ("dino", {"data__small_views": "65 x 16 at 0.1-0.3"}, ("1 to 64",)),
         (
+            "dinov2",
+            {"train__batch_size": 48},
+            ("train.batch_size: 48", "groups of 32", "koleo"),
+        ),
+        (
             "dino",
             {"model__head__prototypes": 1},
             ("model.head.prototypes: 1", "at least 2"),
@@ -228,6 +275,7 @@ def test_what_no_objective_reads_is_refused() -> None:
         ({"data__small_views": "2 x 16 at 0.1-0.3"}, "data.small_views.*no small view"),
         ({"objective__prototype_targets": "sinkhorn"}, "prototype_targets.*no assignment"),
         ({"objective__target_temperature": "0.1,0.1"}, "target_temperature.*no assignment"),
+        ({"optim__freeze_prototypes": 0.1}, "freeze_prototypes.*no assignment"),
     ):
         with pytest.raises(UserError, match=words):
             plans.reject_unused_settings(toy.settings(**changes), [("byol",)])

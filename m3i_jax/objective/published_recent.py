@@ -1,0 +1,156 @@
+"""Named methods with entropy terms, and those that join captions and self-distillation: rows of the
+formula that are younger than the paper. As in `published`, everything that decides the gradient is
+kept, and what is left out is listed."""
+
+import dataclasses
+
+from m3i_jax.objective.entropy_terms import (
+    AnyTerms,
+    CodingRate,
+    EntropyEstimator,
+    EntropyTerm,
+    Koleo,
+    Sigreg,
+    VarianceCovariance,
+)
+from m3i_jax.objective.pair_posteriors import SquaredError, TextSigmoid
+from m3i_jax.objective.posteriors import Cosine
+from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
+from m3i_jax.objective.published_terms import (
+    DINO,
+    OTHER,
+    SMALL,
+    PublishedMethod,
+    dino_terms,
+    ibot_term,
+)
+from m3i_jax.objective.terms import (
+    FORMS,
+    FULL,
+    MlpShape,
+    ProjectionHead,
+    Terms,
+    pooled_term,
+    text_term,
+)
+
+_MLP3 = ProjectionHead(projector=MlpShape(layers=3))
+_SIM = ProjectionHead(
+    pool="cls", projector=MlpShape(layers=3, norm="none", activation="gelu", std=0.02)
+)
+
+
+def _online(scale: float) -> Terms:
+    """Squared error of two views in one projection, with gradient through both."""
+    posterior = SquaredError(scale=scale)
+    return (pooled_term(FULL, 1, encoder="online", posterior=posterior, head=_MLP3),)
+
+
+def _with_small_and_hidden(hidden: float) -> Terms:
+    """Self-distillation beside captions: small views predict the assignment of the whole view, and
+    hidden tokens, `hidden` times as heavy, those of its tokens."""
+    return (
+        pooled_term(SMALL, 0, posterior=PrototypeSoftmax(), head=DINO),
+        dataclasses.replace(ibot_term(DINO, PrototypeSoftmax()), weight=hidden),
+    )
+
+
+def _of_both_views(
+    name: str, estimator: EntropyEstimator, head: ProjectionHead, weight: float
+) -> tuple[EntropyTerm, ...]:
+    return tuple(
+        EntropyTerm(name=name, estimator=estimator, reads=read, head=head, weight=weight)
+        for read in (FULL, OTHER)
+    )
+
+
+RECENT: dict[str, PublishedMethod] = {
+    # VICReg (arXiv 2105.04906, section 4.1; facebookresearch/vicreg, main_vicreg.py)
+    "vicreg": PublishedMethod(
+        terms=(
+            *_online(25.0),
+            *_of_both_views("variance_covariance", VarianceCovariance(), _MLP3, 0.5),
+        ),
+        kept=(
+            "one encoder with gradient through both views, projector of three layers of 8,192, 25"
+            " times squared error, 25 times variance (mean of both views), covariance (sum of"
+            " both), moments over the batch"
+        ),
+        left_out="LARS; moments across microbatches",
+    ),
+    # LeJEPA (arXiv 2511.08544, section 5; its minimal example for the constants)
+    "lejepa": PublishedMethod(
+        terms=(*_online(0.98 / 4), *_of_both_views("sigreg", Sigreg(slices=256), _MLP3, 0.01)),
+        kept=(
+            "no teacher and no stopped gradient, 0.98 times the mean squared distance of the views"
+            " from their mean, 0.02 times the mean over views of SIGReg with 256 directions and 17"
+            " knots up to 3, projector of three layers with batch norm"
+        ),
+        left_out=(
+            "six small views; the paper's constants (0.05, 1,024 directions, knots up to 5), which"
+            " differ from those of its example"
+        ),
+    ),
+    # SimDINO (arXiv 2502.10385, section 4; RobinWu218/SimDINO, simdino/main_dino.py)
+    "simdino": PublishedMethod(
+        terms=(
+            *dino_terms(FULL, _SIM, Cosine(scale=0.5)),
+            *_of_both_views("coding_rate", CodingRate(eps=0.5, scaled=True), _SIM, 0.5),
+        ),
+        kept=(
+            "DINO's views and pairs, head of three layers to 256 without prototypes, cosine to the"
+            " EMA target of another view, coding rate of the online large views times (D + m) / (D"
+            " m) with eps 0.5; no temperature, centre or Sinkhorn"
+        ),
+        left_out=(
+            "the rising weight decay, the coding rate of one"
+            " device (here of the batch; CodingRate.group sets another number of rows) and of the"
+            " mean with the target's features (here of the online ones)"
+        ),
+    ),
+    # SigLIP (arXiv 2303.15343, sections 3 and 4; google-research/big_vision, siglip.py)
+    "siglip": PublishedMethod(
+        terms=(dataclasses.replace(text_term(FULL), posterior=TextSigmoid()),),
+        kept=(
+            "sigmoid loss over all pairs of the global batch by a ring, scale and bias trained from"
+            " 10 and -10 without limits, attention pooling of the image, last text token"
+        ),
+        left_out=(
+            "Adafactor, text without a mask of its padding, an image feature that is the pooled"
+            " token itself (here through a linear map)"
+        ),
+    ),
+    # SigLIP 2 (arXiv 2502.14786, sections 2.2 and 2.3); its training code is not public
+    "siglip2": PublishedMethod(
+        terms=(
+            dataclasses.replace(text_term(FULL), posterior=TextSigmoid()),
+            *_with_small_and_hidden(0.25),
+        ),
+        kept=(
+            "SigLIP's pairs; small views predict the EMA encoder's assignment of the whole view,"
+            " and hidden cells those of its cells with weight 0.25, momentum that does not rise;"
+            " together a quarter of the pairs' weight, as for its B models"
+        ),
+        left_out=(
+            "LocCa's decoder, self-distillation in the last fifth of the run alone and on views of"
+            " its own (here the pairs read an augmented view, too), NaFlex"
+        ),
+    ),
+    # TIPS (arXiv 2410.16512, section 3)
+    "tips": PublishedMethod(
+        terms=(*FORMS["weakly_supervised"], *_with_small_and_hidden(2.0)),
+        kept=(
+            "CLIP's loss of cls with weight 1, small views predict the EMA encoder's assignment of"
+            " the whole view with weight 1, half of the cells hidden and predicted with weight 2"
+        ),
+        left_out=(
+            "the second cls token with a synthetic caption, sinusoidal positions and scaled"
+            " embeddings of the text tower, rates and length of its runs"
+        ),
+    ),
+}
+# Entropy terms that any objective can be joined with: byol+koleo.
+ENTROPIES: dict[str, AnyTerms] = {
+    # DINOv2 (arXiv 2304.07193, section 4): of cls before the head, weight 0.1
+    "koleo": (EntropyTerm(name="koleo", estimator=Koleo(), weight=0.1),),
+}

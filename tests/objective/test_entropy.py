@@ -1,0 +1,203 @@
+"""Entropy estimators against their formulas in numpy (float64), numerical gradients, weights, and
+laws of known entropy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from scipy.special import ive
+
+from m3i_jax.objective import entropy, entropy_terms
+from tests.objective import entropy_reference as reference
+from tests.objective.numeric import mean, normal
+
+KEY = jax.random.key(3)
+# name: (function of features and weights, its reference in numpy)
+ESTIMATORS = {
+    "koleo": (entropy.koleo, reference.koleo),
+    "variance_covariance": (entropy.variance_covariance, reference.variance_covariance),
+    "sigreg": (
+        lambda x, where=None: entropy.sigreg(x, where, key=KEY, slices=8),
+        lambda x: reference.sigreg(x, directions(x.shape[1], 8)),
+    ),
+    "uniformity": (entropy.uniformity, reference.uniformity),
+    "coding_rate": (entropy.coding_rate, reference.coding_rate),
+    "scaled coding_rate": (
+        lambda x, where=None: entropy.coding_rate(x, where, eps=0.05, scaled=True),
+        lambda x: reference.coding_rate(x, eps=0.05, scaled=True),
+    ),
+    "moment_energy": (entropy.moment_energy, reference.moment_energy),
+}
+COMPILED = {name: jax.jit(function) for name, (function, _) in ESTIMATORS.items()}
+GRADIENTS = {
+    name: jax.jit(jax.value_and_grad(lambda x, where, f=function: mean(f(x, where))))
+    for name, (function, _) in ESTIMATORS.items()
+}
+
+
+def directions(width, slices):
+    drawn = np.asarray(jax.random.normal(KEY, (width, slices)), np.float64)
+    return drawn / np.linalg.norm(drawn, axis=0)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7)], ids=["rows", "wide"])
+def test_values_and_gradients_are_those_of_numpy(name, shape):
+    """More rows than columns and fewer: the products of the two differ."""
+    x = 0.7 * normal(*shape, seed=5)
+    value, grad = GRADIENTS[name](x, np.ones(len(x), np.float32))
+    f, exact = ESTIMATORS[name][1], x.astype(np.float64)
+    np.testing.assert_allclose(value, f(exact), rtol=2e-5)
+    (expected,) = reference.gradient(f, exact)
+    if name == "moment_energy":  # its moment is a constant
+        expected = expected / 2
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(grad, expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_rows_of_weight_0_are_ignored(name):
+    x, where = normal(6, 4), np.array([1, 0, 1, 1, 0, 1], np.float32)
+    alone = x[where > 0]
+    expected, kept = GRADIENTS[name](alone, np.ones(4, np.float32))
+    x[1], x[4] = np.nan, np.inf
+    value, grad = GRADIENTS[name](x, where)
+    np.testing.assert_allclose(value, expected, rtol=2e-5)
+    np.testing.assert_allclose(grad[where > 0], kept, rtol=1e-3, atol=1e-5)
+    assert not np.asarray(grad)[where == 0].any()
+    total, count = COMPILED[name](x, np.zeros(6, np.float32))
+    assert (float(total), float(count)) == (0, 0)
+    assert all(v.dtype == jnp.float32 for v in COMPILED[name](jnp.asarray(alone, jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_equal_and_zero_rows_have_finite_gradients(name):
+    for rows in (np.zeros((6, 4), np.float32), np.ones((6, 4), np.float32)):
+        value, grad = GRADIENTS[name](rows, np.ones(6, np.float32))
+        assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("name", ["koleo", "coding_rate"])
+def test_groups_are_the_mean_of_their_rows_alone(name):
+    """What a device sees in the public code: the value differs from that of all rows."""
+    function, x = getattr(entropy, name), normal(8, 4)
+    total, count = function(x, group=4)
+    parts = [mean(function(part)) for part in (x[:4], x[4:])]
+    np.testing.assert_allclose(total / count, np.mean(parts), rtol=1e-5)
+    assert count == 8 and abs(float(mean(function(x)) - total / count)) > 0.05
+    with pytest.raises(ValueError, match="8 rows do not divide into groups of 3"):
+        function(x, group=3)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_eight_devices_are_one(name):
+    """Rows that are split over devices have the statistics of the global batch, and its gradient;
+    groups of the rows of one device move nothing."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    x, where = normal(16, 4, seed=7), (np.arange(16) % 5 != 2).astype(np.float32)
+    split = [jax.device_put(a, rows) for a in (x, where)]
+    assert len(split[0].sharding.device_set) == 8
+    one, eight = GRADIENTS[name](x, where), GRADIENTS[name](*split)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), eight, one)
+    if name not in ("koleo", "coding_rate"):
+        return
+    function = getattr(entropy, name)
+    grouped = jax.jit(jax.grad(lambda x: function(x, group=2)[0]))
+    text = grouped.lower(split[0]).compile().as_text()
+    moved = [w for w in ("all-reduce", "all-gather", "all-to-all", "permute") if w in text]
+    assert not moved
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
+        entropy.koleo(np.zeros((2, 3, 4)))
+    with pytest.raises(ValueError, match=r"\(2,\).*\(3\)"):
+        entropy.coding_rate(np.zeros((3, 4)), np.zeros(2))
+    with pytest.raises(ValueError, match=r"\(4, 4\).*\(3, 3\)"):
+        entropy.moment_energy(np.zeros((3, 3)), moment_DxD=np.zeros((4, 4)))
+
+
+# --- laws of known entropy
+def sphere(rows, width, seed=0):
+    return reference.unit(normal(rows, width, seed=seed))
+
+
+def bits(estimator, x):
+    cost = jax.jit(estimator.cost)(x, jnp.ones(len(x)), KEY)
+    return float(estimator.bits(cost.evidence, cost.count))
+
+
+def test_koleo_is_the_entropy_of_the_uniform_sphere():
+    """0 bits below the uniform law; a cap of half of the sphere has 1 bit less."""
+    x = sphere(2000, 4)
+    whole = bits(entropy_terms.Koleo(), x)
+    assert abs(whole) < 0.1
+    half = x * np.where(x[:, :1] < 0, -1, 1) * [1, 1, 1, 1]
+    assert bits(entropy_terms.Koleo(), half.astype(np.float32)) == pytest.approx(whole - 1, abs=0.1)
+    nats = entropy.nearest_entropy(mean(entropy.koleo(x)), 2000.0, 4)
+    assert float(nats) == pytest.approx(math.log(2 * math.pi**2), abs=0.07)  # area of S^3
+
+
+def test_variance_covariance_is_the_entropy_of_a_gaussian_near_unit_covariance():
+    covariance = np.array([[1.2, 0.2, 0], [0.2, 0.9, 0.1], [0, 0.1, 1.0]])
+    x = (normal(20000, 3) @ np.linalg.cholesky(covariance).T).astype(np.float32)
+    exact = 0.5 * np.linalg.slogdet(covariance)[1] / math.log(2)
+    assert bits(entropy_terms.VarianceCovariance(), x) == pytest.approx(exact, abs=0.02)
+    # the covariance part is -4 / D of the entropy, per unit of its weight
+    c = np.cov(x.T)
+    off = (c**2).sum() - (np.diag(c) ** 2).sum()
+    part = mean(entropy.variance_covariance(x, variance=0.0, covariance=1.0))
+    np.testing.assert_allclose(part, off / 3, rtol=1e-4)
+
+
+def test_sigreg_of_normal_features_is_its_floor():
+    """Whatever their number; a law of another variance is far above."""
+    for rows in (64, 512):
+        draws = [
+            mean(entropy.sigreg(normal(rows, 8, seed=k), key=jax.random.key(k), slices=64))
+            for k in range(12)
+        ]
+        assert np.mean(draws) == pytest.approx(entropy.SIGREG_FLOOR, abs=0.15)
+    wide = mean(entropy.sigreg(3 * normal(512, 8), key=KEY, slices=64))
+    assert wide > 30
+    assert entropy_terms.Sigreg().bits({}, jnp.ones(())) is None
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_uniformity_is_the_renyi_entropy_of_the_uniform_sphere(width):
+    """E exp(-2 |u - v|^2) over the uniform sphere, by a Bessel function."""
+    kappa, order = 4.0, width / 2 - 1
+    kernel = math.gamma(width / 2) * (2 / kappa) ** order * ive(order, kappa)
+    value = -bits(entropy_terms.Uniformity(), sphere(1500, width)) * math.log(2)
+    assert value == pytest.approx(math.log(kernel), abs=0.02)
+    assert value == pytest.approx({4: -2.41, 8: -3.08}[width], abs=0.03)
+
+
+def test_coding_rate_is_the_information_of_gaussian_features_with_noise():
+    """Unit vectors of a uniform sphere have the second moment 1 / D, as its largest value; of a
+    Gaussian that is concentrated on some axes, that of its normalised covariance."""
+    x, eps = sphere(20000, 4), 0.5
+    largest = 0.5 * 4 * math.log2(1 + 1 / eps)
+    assert bits(entropy_terms.CodingRate(eps=eps), x) == pytest.approx(largest, abs=0.01)
+    flat = reference.unit(normal(20000, 4) * [1, 1, 0, 0]).astype(np.float32)
+    assert bits(entropy_terms.CodingRate(eps=eps), flat) == pytest.approx(
+        0.5 * 2 * math.log2(1 + 2 / eps), abs=0.01
+    )
+    scaled = entropy_terms.CodingRate(eps=eps, scaled=True)
+    assert bits(scaled, x) == pytest.approx(largest, abs=0.01)  # the factor is no information
+
+
+def test_moment_energy_counts_directions():
+    """log2 of the number of directions among which layer-normalised Gaussian features are spread;
+    and it is the second-moment term of the dense posterior."""
+    from m3i_jax.objective import losses
+
+    assert bits(entropy_terms.MomentEnergy(), normal(20000, 9)) == pytest.approx(3, abs=0.01)
+    p, c = normal(6, 4), losses.second_moment(normal(9, 4, seed=1))
+    both = losses.gaussian(p, p, second_moment=0.3, moment_DxD=c)
+    alone = entropy.moment_energy(p, moment_DxD=c)
+    np.testing.assert_allclose(both[0], 0.3 * alone[0], rtol=1e-5)

@@ -1,0 +1,29 @@
+"""FLOPs of the traced steps of the heads of InternImage-H are those of a formula of their shapes:
+a composed backbone, DINO, Mask2Former, with or without remat."""
+
+import pytest
+
+from tests.bench import dense_formula
+
+SMALL = {
+    "dino": (
+        "detect.py:head=dino,model=internimage_pico,image_size=96",
+        {"dense.maps.composite": "2", "dense.detect.dino.remat": "true", "model.remat": "full"},
+    ),
+    "mask2former": (
+        "segment.py:head=mask2former,model=internimage_pico,image_size=64",
+        {"dense.segment.strides": "(2,4,8,16)"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_flops_of_the_step_are_those_of_the_formula(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading maps at places counts in the formula alone: 3 % of the toy, half a per cent of an
+    InternImage-H."""
+    monkeypatch.setitem(dense_formula.RUNS, name, SMALL[name])
+    config = dense_formula.settings(name)
+    wanted = dense_formula.step(config) - dense_formula.reading(config)
+    assert dense_formula.counted(config) == pytest.approx(wanted, rel=0.01)
