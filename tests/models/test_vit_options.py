@@ -16,6 +16,7 @@ from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones, decoder, gated, norms, rope, scan_blocks, vit, vit_maps
 from m3i_jax.objective import positions
+from m3i_jax.profiling import flops
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 ALL = schema.Encoder(
@@ -238,6 +239,22 @@ def test_an_exported_program_and_the_modules_of_flax() -> None:
     shape = jax.ShapeDtypeStruct((rows, 6, 6, 3), jnp.float32)
     exported = jax.export.export(jax.jit(lambda x: network(params, x)))(shape)
     close(exported.call(images), tokens)
+
+
+def test_flops_are_those_of_the_shapes() -> None:
+    """A ViT-B/16 with all options on 224 pixels: registers cost what their tokens cost, all else no
+    product but that of the gate."""
+    encoder = dataclasses.replace(
+        ALL, patch_size=16, width=768, depth=12, heads=12, mlp_ratio=8 / 3, registers=4
+    )
+    model = schema.Model(encoder=encoder)
+    tree = jax.eval_shape(lambda key: vit.init(model, key), jax.random.key(0))
+    patches = jax.ShapeDtypeStruct((1, 196, 768), jnp.float32)
+    run = functools.partial(vit.apply, model, grid=14)
+    n, t, d, f = 196, 196 + 5, 768, 2048
+    block = 2 * t * (4 * d * d + 3 * d * f) + 4 * t * t * d
+    formula = 2 * n * d * d + 12 * block
+    assert 1 <= flops.count_flops(run, tree, patches).total / formula < 1.001
 
 
 def test_heads_that_cannot_be_turned_are_refused() -> None:
