@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 import m3i_jax
-from m3i_jax import schema
+from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop import export_formats, tensor_files, vit_weights
 from m3i_jax.models import vit_maps
+from m3i_jax.training import init_from
+from m3i_jax.training.task import make_task
+from tests import toy
 
 DATA = pathlib.Path(__file__).parent.parent / "data" / "vit"
 LAYOUTS = {
@@ -165,3 +168,41 @@ def test_formats_without_names_for_an_option_refuse_it(option) -> None:
     (name, value), settings = next(iter(option.items())), json.loads(json.dumps(vars(encoder)))
     with pytest.raises(UserError, match=f"--format=timm: .*model.encoder.{name}={value}; use"):
         export_formats.refuse_options("timm", settings)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"model__encoder__registers": "0"}, "encoder/registers.*model.encoder.registers=3"),
+        ({"model__encoder__activation": "gelu"}, "mlp/gate.*model.encoder.activation=swiglu"),
+        ({"model__encoder__layer_scale": "0"}, "gamma1.*config.model.encoder.layer_scale"),
+        ({"model__encoder__positions": "rope"}, "model.encoder.positions=learned"),
+        ({}, ""),
+    ],
+)
+def test_a_run_starts_from_them_with_their_options_only(change, message, tmp_path) -> None:
+    _, path = directory(tmp_path / "dinov2_swiglu", "dinov2_swiglu")
+    options = {
+        "registers": "3", "layer_scale": "1e-5", "activation": "swiglu", "mlp_ratio": "3",
+        "positions": "learned", "patch_size": "4", "width": "16", "final_norm": "true",
+        "freeze_patch_embed": "false",
+    }  # fmt: skip
+    settings = {f"model__encoder__{name}": value for name, value in options.items()}
+    config = toy.settings(
+        objective__forms="supervised",
+        init_from=str(path),
+        data__image_size="12",
+        init__only="('^encoder/',)",
+        **{**settings, **change},
+    )
+    task = make_task(config, 0)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    layout = parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), params)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+    lines: list[str] = []
+    start = lambda: init_from.initialize_from(config, zeros, layout, lines.append)
+    if message:
+        with pytest.raises(UserError, match=message):
+            start()
+    else:
+        assert start()["encoder"]["registers"].any() and "encoder (23)" in lines[0]
