@@ -96,7 +96,7 @@ def build_chain(
         prefixes += ("encoder/patch_embed/",)
     mask = functools.partial(decay_mask, rule=o.decayed, frozen=prefixes)
     of_adam: dict[str, Any] = {"b2": o.b2, "eps": o.eps}
-    decay = {"weight_decay": o.weight_decay, "mask": mask}
+    decay: dict[str, Any] = {"weight_decay": o.weight_decay, "mask": mask}
     if o.rule == "lars":
         links = lars(rate, momentum=o.b1, **decay)
     elif o.rule == "schedule_free":
