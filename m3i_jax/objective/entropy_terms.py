@@ -126,7 +126,7 @@ class Sigreg(Estimator):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uniformity(Estimator):
-    """`entropy.uniformity` (Wang and Isola).
+    """`entropy.uniformity_loss` (Wang and Isola).
 
     >>> print(Uniformity().cost(jnp.eye(2), jnp.ones(2), None).sum)
     -8.0
@@ -136,7 +136,7 @@ class Uniformity(Estimator):
     reference: ClassVar[str] = "Renyi entropy of order 2 of a kernel density, above equal rows"
 
     def cost(self, features: jax.Array, where: jax.Array, key: Any) -> LossSum:
-        total, count = entropy.uniformity(features, where, t=self.t)
+        total, count = entropy.uniformity_loss(features, where, t=self.t)
         return entropy_sum((total, count), -total / jnp.maximum(count, 1))
 
 
