@@ -63,7 +63,8 @@ def describe_target(term: Term) -> str:
     }.get(t.encoder, f"{t.encoder}'s ")
     what = {"pixels": "pixels", "tokens": "dense features", "pooled": "global feature"}[t.of]
     averaged = f", mean of {t.blocks} blocks" if t.blocks > 1 else ""
-    return f"{whose}{what} of view {t.view}{averaged}" + (
+    views = ", ".join(map(str, (t.view, *t.others)))
+    return f"{whose}{what} of view {views}{averaged}" + (
         ", hidden cells"
         if term.hidden or predictions.predicts_hidden_only(term)
         else ", each target block by itself"
