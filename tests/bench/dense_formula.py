@@ -7,8 +7,8 @@ computed from shapes alone, and the counts of the traced steps of the paper's Ta
 A multiply-add counts as two operations; a trained product costs three times its forward pass, one
 whose input needs no gradient twice. Reading maps at places counts four cells for every place, and a
 depth-wise convolution tap by tap; the traced step, whose products with zeros are no work of the
-model, has neither. It has the matching and the losses at points of Mask2Former, which the formula leaves
-out.
+model, has neither. It has the matching and the losses at points of Mask2Former, which the formula
+leaves out.
 """
 
 import dataclasses
