@@ -68,6 +68,7 @@ from m3i_jax.objective.collapse import (
     centered_energy as centered_energy,
     effective_rank as effective_rank,
     target_std as target_std,
+    uniformity as uniformity,
 )
 from m3i_jax.objective.contrastive import (
     assignments as assignments,
@@ -97,7 +98,7 @@ from m3i_jax.objective.entropy import (
     nearest_entropy as nearest_entropy,
     sigreg as sigreg,
     sphere_log_area as sphere_log_area,
-    uniformity as uniformity,
+    uniformity_loss as uniformity_loss,
     variance_covariance as variance_covariance,
     variance_covariance_sums as variance_covariance_sums,
 )

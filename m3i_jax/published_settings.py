@@ -240,6 +240,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # the minimal example: 2e-3 at 256 images
     "lejepa": {
         "data.crop_scale": (0.3, 1.0),
+        "data.small_views": ("6 x 96 at 0.05-0.3",),
         "model.encoder.freeze_patch_embed": False,
         "model.encoder.drop_path": 0.0,
         "model.head.hidden": 2048,

@@ -182,9 +182,9 @@ def load(
         DINOv2 or DINOv3, MAE, SiameseIM, Google ViT or InternImage, a Mask R-CNN of detectron2's
         ViTDet, or a DINO, UperNet or Mask2Former of InternImage; or hf://OWNER/NAME[@REVISION],
         such a directory on the Hugging Face Hub. An InternImage must have the sizes of a preset.
-        With the fusion of M3I (H, G) its dense features are fused; without (T to XL) they are the
-        map of the last stage. Its images have the size given by a preprocessor_config.json next to
-        it, or 224 pixels.
+        With the fusion of M3I (H, G) its dense features are fused;
+        without (T to XL) they are the map of the last stage. Its images have the size given by a
+        preprocessor_config.json next to it, or 224 pixels.
       weights: online, or ema: the momentum average.
       pool: attention, mean (of the patch tokens), cls, or tokens (all of them); auto: attention if
         the run trained it, else mean.

@@ -117,7 +117,6 @@ MODERN = (
             "activation": "gelu",
             "norm_eps": 1e-5,
             "positions": "rope",
-            "image_size": 224,
             **IMAGENET,
         },
     ),

@@ -1,5 +1,5 @@
 """Names of vision transformers that a table of `vit_layouts` cannot express: two matrices of SwiGLU
-in one array, layers numbered within chunks, biases with a mask."""
+in one array, layers numbered within chunks, biases with a mask or of queries and values alone."""
 
 import re
 from collections.abc import Mapping
@@ -8,6 +8,17 @@ import numpy as np
 
 _PACKED = re.compile(r"(?P<mlp>.*\.mlp)\.(weights_in|w12)\.(?P<part>weight|bias)$")
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
+# DINOv3's own files, and timm's
+_RENAMED = (
+    (re.compile(r"^storage_tokens$"), "reg_token"),
+    (re.compile(r"^(blocks\.\d+)\.gamma_([12])$"), r"\1.ls\2.gamma"),
+    (re.compile(r"^(blocks\.\d+\.mlp)\.(?:w1|fc1_g)\."), r"\1.gate."),
+    (re.compile(r"^(blocks\.\d+\.mlp)\.(?:w2|fc1_x)\."), r"\1.fc1."),
+    (re.compile(r"^(blocks\.\d+\.mlp)\.w3\."), r"\1.fc2."),
+)
+_DINOV3 = re.compile(
+    r"^storage_tokens$|^blocks\.0\.(gamma_1|attn\.q_bias|mlp\.(w1|fc1_g)\.weight)$"
+)
 
 
 def plain_names(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -21,6 +32,8 @@ def plain_names(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     >>> plain_names({"blocks.0.1.mlp.w12.weight": two})["blocks.1.mlp.fc1.weight"].tolist()
     [[2.0], [3.0]]
     """
+    if any(_DINOV3.match(name) for name in arrays):
+        arrays = _of_dinov3(arrays)
     names = list(arrays)
     packed_fc1 = [name for name in names if name.endswith(".mlp.fc1.weight")][:1]
     doubled = False
@@ -42,6 +55,30 @@ def plain_names(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
                 out[f"{hit['mlp']}.{which}.{hit['part']}"] = part
         else:
             out[plain] = array
+    return out
+
+
+def _of_dinov3(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """DINOv3's arrays under names of timm's ViT. The bias of qkv is multiplied by its mask, which
+    is 0 for keys; biases of queries and values become one; periods are computed."""
+    out: dict[str, np.ndarray] = {}
+    for name in arrays:
+        if name.endswith(("rope_embed.periods", "rope.periods", "attn.bias_mask", "attn.v_bias")):
+            continue
+        if name.endswith("qkv.bias_mask"):
+            continue
+        array = np.asarray(arrays[name])
+        if (mask := f"{name}_mask") in arrays:
+            array = np.where(np.asarray(arrays[mask]) == 1, array, 0)
+        if name.endswith("attn.q_bias"):
+            value = np.asarray(arrays[name.replace("q_bias", "v_bias")])
+            name, array = (
+                name.replace("q_bias", "qkv.bias"),
+                np.concatenate([array, np.zeros_like(array), value]),
+            )
+        for pattern, plain in _RENAMED:
+            name = pattern.sub(plain, name)
+        out[name] = array
     return out
 
 

@@ -155,6 +155,8 @@ def load_vit(
         **_config_settings(config or {}),
         **_shape_settings(flat, layout, arrays),
     }
+    if settings.get("positions") == "rope":
+        settings.setdefault("image_size", 224)
     return PublishedWeights(layout.name, flat, settings, dict(unused), unknown, notes)
 
 
@@ -235,6 +237,8 @@ def _shape_settings(flat: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]
         "embedding_norm": "encoder/embedding_norm/scale" in flat,
         "final_norm": "encoder/norm/scale" in flat,
     }
+    if "encoder/positions" not in flat and layout.name == "timm":  # DINOv3's names are timm's
+        out |= {"positions": "rope", "norm_eps": 1e-5}
     if "encoder/blocks/mlp/gate/kernel" in flat:
         out["activation"] = "swiglu"
     if (registers := flat.get("encoder/registers")) is not None:
@@ -274,6 +278,9 @@ def _config_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         out["norm_eps"] = eps
     if _is_number(base := config.get("rope_theta")) and base > 1:
         out["rope_base"] = float(base)
+    size = _part(config, "pretrained_cfg").get("input_size")
+    if isinstance(size, list | tuple) and len(size) == 3 and _is_size(size[-1]):
+        out["image_size"] = size[-1]
     if _is_size(side := config.get("image_size")):  # unless a processor or a table says otherwise
         out["image_size"] = side
     return out | _preprocessing(config)

@@ -14,6 +14,7 @@ B images, T tokens, N patches of a grid, K patches read, H heads, E width of a h
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def axial_rotation(
     ((1, 5, 2), [0.0, 0.0])
     """
     angles = axial_angles(patch_centres(grid), head_width, base)
-    out = []
+    out: list[Any] = []
     for table, still in ((np.cos(angles), 1.0), (np.sin(angles), 0.0)):
         table_NxF = table.astype(np.float32)
         if index_BxK is None:

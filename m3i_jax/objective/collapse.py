@@ -6,7 +6,7 @@ What prevents collapse is part of the posteriors (stop-gradient and second momen
 (`entropy_terms`). The values of collapsed targets:
 
 - dense targets: `target_std` 0, `centered_energy` 0, `effective_rank` 1;
-- global targets: `alignment` 0 and `entropy.uniformity` 0 together. Alignment 0 alone is the aim of
+- global targets: `alignment` 0 and `uniformity` 0 together. Alignment 0 alone is the aim of
   training.
 
 No function here has a gradient.
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from m3i_jax.objective import entropy
 from m3i_jax.objective.numerics import (
     assert_equal_shape,
     assert_rank,
@@ -139,3 +140,28 @@ def alignment(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = No
     return (
         weight_B * jnp.square(l2_normalize(a_BxD) - l2_normalize(b_BxD)).sum(-1)
     ).sum() / jnp.where(total > 0, total, 1.0)
+
+
+def uniformity(x_BxD: ArrayLike, where_B: ArrayLike | None = None, t: float = 2.0) -> jax.Array:
+    """Uniformity of Wang and Isola: `log mean exp(-t |u - v|^2)` over all pairs of different images
+    on the unit sphere. `entropy.uniformity_loss` is the same value as a loss.
+
+    Args:
+      x_BxD: global features of the images, of any length; they are scaled to length 1.
+      where_B: weights >= 0 of the images, a pair weighs their product; None counts every image
+        once.
+      t: inverse width > 0 of the kernel; 2 as published.
+
+    Returns:
+      float32 scalar <= 0: 0 if all images are equal, about -2 t (a little above) if they are
+      spread over a sphere of many dimensions; 0 if fewer than two images count.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+
+    >>> import jax.numpy as jnp
+    >>> print(uniformity(jnp.array([[1., 0.], [-3., 0.]])), uniformity(jnp.ones((5, 2))))
+    -8.0 0.0
+    """
+    total, count = entropy.uniformity_loss(jax.lax.stop_gradient(x_BxD), where_B, t=t)
+    return total / jnp.where(count > 0, count, 1.0)

@@ -268,7 +268,7 @@ def sigreg(
     return total * count * count, count
 
 
-def uniformity(
+def uniformity_loss(
     features_TxD: ArrayLike, where_T: ArrayLike | None = None, *, t: float = 2.0
 ) -> tuple[jax.Array, jax.Array]:
     """Uniformity of Wang and Isola: `log mean exp(-t |u - v|^2)` over all pairs of different rows
@@ -279,7 +279,7 @@ def uniformity(
     rows spread over a sphere of many dimensions at t = 2.
 
     The public code sees the pairs of one device (DataParallel gathers them all); here all pairs of
-    the batch. It is also a collapse monitor, of pooled targets (`collapse/uniformity`).
+    the batch. `collapse.uniformity` is the same value as a monitor.
 
     Args:
       features_TxD: features of any length; they are scaled to length 1.
@@ -294,7 +294,7 @@ def uniformity(
       ValueError: shapes that do not belong together.
 
     >>> import jax.numpy as jnp
-    >>> total, count = uniformity(jnp.array([[1., 0.], [-3., 0.]]))
+    >>> total, count = uniformity_loss(jnp.array([[1., 0.], [-3., 0.]]))
     >>> print(total / count)
     -8.0
     """

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax.objective import entropy
+from m3i_jax.objective.available_terms import SMALL
 from m3i_jax.objective.posteriors import LossSum
 from m3i_jax.objective.terms import FULL, IMAGE_TARGETS, Pass, ProjectionHead, Term, Terms
 
@@ -125,7 +126,7 @@ class Sigreg(Estimator):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uniformity(Estimator):
-    """`entropy.uniformity` (Wang and Isola).
+    """`entropy.uniformity_loss` (Wang and Isola).
 
     >>> print(Uniformity().cost(jnp.eye(2), jnp.ones(2), None).sum)
     -8.0
@@ -135,7 +136,7 @@ class Uniformity(Estimator):
     reference: ClassVar[str] = "Renyi entropy of order 2 of a kernel density, above equal rows"
 
     def cost(self, features: jax.Array, where: jax.Array, key: Any) -> LossSum:
-        total, count = entropy.uniformity(features, where, t=self.t)
+        total, count = entropy.uniformity_loss(features, where, t=self.t)
         return entropy_sum((total, count), -total / jnp.maximum(count, 1))
 
 
@@ -290,6 +291,31 @@ def join_entropies(rows: Mapping[str, AnyTerms], renamed: Mapping[str, Terms]) -
             if t not in out:
                 out.append(t)
     return tuple(out)
+
+
+def entropies_of_small_views(terms: EntropyTerms, count: int) -> EntropyTerms:
+    """Entropy terms with one copy for each small view in place of those that read view 2, `SMALL`;
+    those of one name among which there are such share its weight equally, as in
+    `available_terms.with_small_views`.
+
+    >>> row = [EntropyTerm(name="a", estimator=Koleo(), reads=Pass(view=v)) for v in (0, 2)]
+    >>> [(t.reads.view, t.weight) for t in entropies_of_small_views(tuple(row), 3)]
+    [(0, 0.5), (2, 0.5), (3, 0.5), (4, 0.5)]
+    """
+    spread = {t.name for t in terms if t.reads.view >= SMALL}
+    out: list[EntropyTerm] = []
+    for t in terms:
+        views = range(SMALL, SMALL + count) if t.reads.view >= SMALL else (t.reads.view,)
+        reads = [dataclasses.replace(t.reads, view=view) for view in views]
+        out += [dataclasses.replace(t, reads=read) for read in reads]
+
+    def weight(name: str) -> float:
+        total = sum(t.weight for t in terms if t.name == name)
+        return total / sum(t.name == name for t in out)
+
+    return tuple(
+        dataclasses.replace(t, weight=weight(t.name)) if t.name in spread else t for t in out
+    )
 
 
 def entropies_with_options(

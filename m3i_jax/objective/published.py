@@ -91,13 +91,11 @@ PUBLISHED: dict[str, PublishedMethod] = {
             token_term(FULL, 0, encoder="frozen", posterior=SmoothL1(beta=2.0), head=LinearHead()),
         ),
         kept=(
-            "a frozen teacher (objective.target_checkpoint), features normalised without"
-            " scale and offset, smooth L1 with beta 2, linear head"
+            "a frozen teacher (objective.target_checkpoint; of another architecture, or several:"
+            " objective.teachers), features normalised without scale and offset, smooth L1 with"
+            " beta 2, linear head"
         ),
-        left_out=(
-            "teachers of another architecture, shared relative position bias, the cls token"
-            " among the targets"
-        ),
+        left_out="shared relative position bias, the cls token among the targets",
     ),
     "byol": PublishedMethod(
         terms=tuple(

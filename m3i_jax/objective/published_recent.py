@@ -29,6 +29,7 @@ from m3i_jax.objective.terms import (
     FULL,
     MlpShape,
     ProjectionHead,
+    Target,
     Terms,
     pooled_term,
     text_term,
@@ -40,10 +41,14 @@ _SIM = ProjectionHead(
 )
 
 
-def _online(scale: float) -> Terms:
-    """Squared error of two views in one projection, with gradient through both."""
+def _towards_centre(scale: float) -> Terms:
+    """Squared distance of every view from the mean of the large ones, both with gradient."""
+    centre = Target(of="pooled", view=0, others=(1,), encoder="online")
     posterior = SquaredError(scale=scale)
-    return (pooled_term(FULL, 1, encoder="online", posterior=posterior, head=_MLP3),)
+    return tuple(
+        pooled_term(read, 0, target=centre, posterior=posterior, head=_MLP3, weight=1 / 3)
+        for read in (FULL, OTHER, SMALL)
+    )
 
 
 def _with_small_and_hidden(hidden: float) -> Terms:
@@ -68,7 +73,7 @@ RECENT: dict[str, PublishedMethod] = {
     # VICReg (arXiv 2105.04906, section 4.1; facebookresearch/vicreg, main_vicreg.py)
     "vicreg": PublishedMethod(
         terms=(
-            *_online(25.0),
+            pooled_term(FULL, 1, encoder="online", posterior=SquaredError(scale=25.0), head=_MLP3),
             *_of_both_views("variance_covariance", VarianceCovariance(), _MLP3, 0.5),
         ),
         kept=(
@@ -80,15 +85,27 @@ RECENT: dict[str, PublishedMethod] = {
     ),
     # LeJEPA (arXiv 2511.08544, section 5; its minimal example for the constants)
     "lejepa": PublishedMethod(
-        terms=(*_online(0.98 / 4), *_of_both_views("sigreg", Sigreg(slices=256), _MLP3, 0.01)),
+        terms=(
+            *_towards_centre(0.98),
+            *(
+                EntropyTerm(
+                    name="sigreg",
+                    estimator=Sigreg(slices=256),
+                    reads=read,
+                    head=_MLP3,
+                    weight=0.02 / 3,
+                )
+                for read in (FULL, OTHER, SMALL)
+            ),
+        ),
         kept=(
-            "no teacher and no stopped gradient, 0.98 times the mean squared distance of the views"
-            " from their mean, 0.02 times the mean over views of SIGReg with 256 directions and 17"
-            " knots up to 3, projector of three layers with batch norm"
+            "no teacher and no stopped gradient, 0.98 times the mean squared distance of all views"
+            " from the mean of the large ones, 0.02 times the mean over views of SIGReg with 256"
+            " directions and 17 knots up to 3, projector of three layers with batch norm"
         ),
         left_out=(
-            "six small views; the paper's constants (0.05, 1,024 directions, knots up to 5), which"
-            " differ from those of its example"
+            "the paper's constants (0.05, 1,024 directions, knots up to 5), which differ from those"
+            " of its example"
         ),
     ),
     # SimDINO (arXiv 2502.10385, section 4; RobinWu218/SimDINO, simdino/main_dino.py)

@@ -207,20 +207,23 @@ def _ring(
         zero_R, zero_R, zero_R + 2 * ABSENT, zero_R, jnp.zeros_like(u_RxE), (zero_R.sum(),) * 2
     )
     compare = functools.partial(_compare, chunk, u_RxE, scalars, weight_R, pairs)
-    running, dv_RxE = compare(start, v_RxE, pairs, jnp.zeros_like(v_RxE))
-    if devices > 1:
+    dv_RxE = jnp.zeros_like(v_RxE)
+    if devices == 1:
+        running, dv_RxE = compare(start, v_RxE, pairs, dv_RxE)
+    else:
         following = [(i, (i + 1) % devices) for i in range(devices)]
-        pass_on = functools.partial(jax.tree.map, lambda x: _lax.ppermute(x, axes, following))
 
         def visit(_: jax.Array, carry: Any) -> Any:
-            running, (v_RxE, of_v), dv_RxE = carry
-            v_RxE, of_v, dv_RxE = pass_on((v_RxE, of_v, dv_RxE))
+            running, v_RxE, of_v, dv_RxE = carry
+            # captions move on while they are compared, their gradients afterwards
+            move = functools.partial(jax.tree.map, lambda x: _lax.ppermute(x, axes, following))
+            next_v = move((v_RxE, of_v))
             running, dv_RxE = compare(running, v_RxE, of_v, dv_RxE)
-            return running, (v_RxE, of_v), dv_RxE
+            return running, *next_v, move(dv_RxE)
 
-        carry = running, (v_RxE, pairs), dv_RxE
-        running, _, dv_RxE = jax.lax.fori_loop(1, devices, visit, carry)
-        dv_RxE = pass_on(dv_RxE)  # home
+        # once around: after as many moves as devices the gradients are home
+        carry = start, v_RxE, pairs, dv_RxE
+        running, _, _, dv_RxE = jax.lax.fori_loop(0, devices, visit, carry)
     nll_R = jax.nn.softplus(running.largest_R + jnp.log(running.sum_R) - running.own_R)
     loss, nll = weighted_sum(running.loss_R, weight_R), weighted_sum(nll_R, weight_R)
     of_scalars = running.of_scalars

@@ -75,7 +75,7 @@ def with_teachers(terms: Terms, widths: Sequence[int], *, weight: float = 1.0) -
         t for t in terms if t.target.encoder == "frozen" and isinstance(t.head, LinearHead)
     ]
     passes = [t.reads for t in terms if t.target.of in IMAGE_TARGETS] + [t.reads for t in terms]
-    reads = next((each for each in passes if not each.blended), FULL)
+    reads = next((each for each in passes if not each.blended and each.view < 2), FULL)
     target = Target(of="tokens", view=reads.view, encoder=teacher_name(0))
     added = Term(
         name="teacher", reads=reads, target=target, posterior=SmoothL1(), head=LinearHead()

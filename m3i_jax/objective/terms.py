@@ -73,6 +73,7 @@ class Target:
       view: index of the view that the target encoder reads; None for annotations.
       encoder: identity; ema; shared: the online encoder without gradient; online: with gradient, in
         a pass of its own; frozen: from a checkpoint; teacher<k>: one of `objective.teachers`.
+      others: views averaged with `view` in the projection space of an online target (LeJEPA).
       blocks: for tokens: mean over the normalised outputs of this many last blocks, or of all if
         there are fewer (data2vec).
     """
@@ -81,6 +82,7 @@ class Target:
     view: int | None = None
     encoder: str = "identity"
     blocks: int = 1
+    others: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.of not in (*IMAGE_TARGETS, "category", "text"):
@@ -236,7 +238,8 @@ class Term:
         if self.target.encoder != "online":
             return (self.reads,)
         assert self.target.view is not None
-        return (self.reads, Pass(view=self.target.view))
+        views = (self.target.view, *self.target.others)
+        return (self.reads, *(Pass(view=view) for view in views))
 
 
 Terms = tuple[Term, ...]

@@ -65,14 +65,18 @@ class OnlineProjections:
                 self._known[_key(term.reads, term.image, term.head)] = x
 
     def of_target(self, term: Term) -> jax.Array:
-        """[B, D] or [B, N, D]: the target of a term with a gradient, in its projection space."""
+        """[B, D] or [B, N, D]: the target of a term with a gradient, in its projection space; the
+        mean of those of several views."""
         assert isinstance(term.head, ProjectionHead) and term.target.view is not None
-        read = Pass(view=term.target.view)
-        key = _key(read, "own", term.head)
-        if key not in self._known:
-            space = self._plan.target_key(term).space
-            self._known[key] = project_target(self._plan, self._params, space, self._z[read])
-        return self._known[key]
+        projected = []
+        for view in (term.target.view, *term.target.others):
+            read = Pass(view=view)
+            key = _key(read, "own", term.head)
+            if key not in self._known:
+                space = self._plan.target_key(term).space
+                self._known[key] = project_target(self._plan, self._params, space, self._z[read])
+            projected.append(self._known[key])
+        return sum(projected[1:], projected[0]) / len(projected)
 
     def __call__(self, term: EntropyTerm) -> jax.Array:
         """[R, D], or [R, K, D] of every token."""

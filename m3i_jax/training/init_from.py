@@ -29,6 +29,12 @@ from m3i_jax.training.weight_source import RUNNING, WeightSource, open_weights, 
 
 _RELATIVE = ("encoder/relative/", f"encoder/{composite.SECOND}relative/")
 TABLE, MASK_TOKEN = "encoder/positions", "encoder/mask_token"
+# {arrays without which features are others: (setting of the encoder, whether its value has them)}
+_OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "encoder/registers": ("registers", bool),
+    "encoder/blocks/mlp/gate/": ("activation", lambda value: value == "swiglu"),
+    "encoder/blocks/attention/norm_q/": ("qk_norm", bool),
+}
 # tolerance for equal tables: float32 frequencies make errors of the size of the rounded index
 _ATOL = 1e-3
 
@@ -318,9 +324,18 @@ def _check_match(
     if lost and any(p.startswith("encoder/") for p in match.selected):
         raise UserError(
             f"{where}: its features are computed with {lost[0]} ({len(lost)} such arrays), which"
-            " this run lacks; set config.dense.maps.relative and layer_scale as there, or select"
-            " less by config.init.only"
+            " this run lacks; set config.dense.maps.relative and layer_scale as there (or"
+            " config.model.encoder.layer_scale), or select less by config.init.only"
         )
+    for prefix, (name, has) in _OPTIONS.items():
+        lost = [p for p in source.shapes if p.startswith(prefix)]
+        blocks = any(p.startswith("encoder/blocks/") for p in match.same)
+        if lost and blocks and not has(getattr(config.model.encoder, name)):
+            raise UserError(
+                f"{where}: its features are computed with {lost[0]}, which this run lacks; set"
+                f" config.model.encoder.{name}={source.settings.get(name)}, or select less by"
+                " config.init.only"
+            )
     absent = [
         p for p in match.missing if p.startswith("encoder/") and not p.startswith(added + of_maps)
     ]

@@ -94,9 +94,9 @@ def _dealt(function: Callable[[jax.Array], jax.Array], x_nxaxb: jax.Array) -> ja
 
 
 class MuonState(NamedTuple):
-    """count: steps. mu: momentum of the matrices."""
+    """steps taken, and mu: momentum of the matrices."""
 
-    count: jax.Array
+    steps: jax.Array
     mu: Any
 
 
@@ -109,7 +109,7 @@ def scale_by_muon(momentum: float, rms: float) -> optax.GradientTransformation:
     """
 
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.steps)
         steps = count.astype(jnp.float32)
         mu = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.mu, grads)
         of_m = momentum / (1 - momentum ** (steps + 1))

@@ -52,7 +52,7 @@ def build_optimizer(
     def parts(params: Any) -> Any:
         return params if config.optim.ema_of == "all" else m3i.target_parts(config, terms, params)
 
-    held = teachers.zero_params(config.objective.teachers)
+    paths = config.objective.teachers
     has_frozen = any(t.target.encoder == "frozen" for t in terms)
     return build_chain(
         config,
@@ -64,7 +64,12 @@ def build_optimizer(
             *assignments.start_link(config, terms, steps),
             ("target", ema.track_target(_momentum(config.optim, steps), parts)),
             *([("frozen", hold_frozen(parts))] if has_frozen else []),
-            *([("teachers", hold_frozen(lambda _: held))] if held else []),
+            # zeros are made inside the program that makes the state, with its shardings
+            *(
+                [("teachers", hold_frozen(lambda _: teachers.zero_params(paths)))]
+                if teachers.widths(paths)
+                else []
+            ),
             *assignments.center_link(config, terms, steps),
         ),
     )
@@ -96,7 +101,7 @@ def build_chain(
         prefixes += ("encoder/patch_embed/",)
     mask = functools.partial(decay_mask, rule=o.decayed, frozen=prefixes)
     of_adam: dict[str, Any] = {"b2": o.b2, "eps": o.eps}
-    decay = {"weight_decay": o.weight_decay, "mask": mask}
+    decay: dict[str, Any] = {"weight_decay": o.weight_decay, "mask": mask}
     if o.rule == "lars":
         links = lars(rate, momentum=o.b1, **decay)
     elif o.rule == "schedule_free":

@@ -211,7 +211,9 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
         second_group=second_group,
     )
     return terms, entropy_terms.entropies_with_options(
-        entropies, symmetric=o.symmetric, second_group=second_group
+        entropy_terms.entropies_of_small_views(entropies, small_views),
+        symmetric=o.symmetric,
+        second_group=second_group,
     )
 
 

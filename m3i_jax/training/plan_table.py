@@ -18,7 +18,7 @@ from m3i_jax.objective.terms import (
     ProjectionHead,
     Term,
 )
-from m3i_jax.training import entropy_losses, predictions, views
+from m3i_jax.training import entropy_losses, predictions, teachers, views
 from m3i_jax.training.plan import Plan, target_pass
 
 PlanRow = Sequence[str]
@@ -60,10 +60,11 @@ def describe_target(term: Term) -> str:
         "shared": "shared ",
         "online": "online ",
         "frozen": "frozen ",
-    }[t.encoder]
+    }.get(t.encoder, f"{t.encoder}'s ")
     what = {"pixels": "pixels", "tokens": "dense features", "pooled": "global feature"}[t.of]
     averaged = f", mean of {t.blocks} blocks" if t.blocks > 1 else ""
-    return f"{whose}{what} of view {t.view}{averaged}" + (
+    views = ", ".join(map(str, (t.view, *t.others)))
+    return f"{whose}{what} of view {views}{averaged}" + (
         ", hidden cells"
         if term.hidden or predictions.predicts_hidden_only(term)
         else ", each target block by itself"
@@ -161,12 +162,18 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
             for i in plan.where(*IMAGE_TARGETS)
             if plan.terms[i].target.learned and target_pass(plan.terms[i].target) == target
         ]
+        tree, seen = params["encoder"], f"view {target.view}"
+        if target.encoder.startswith("teacher"):
+            tree = teachers.teacher_shapes(config.objective.teachers)[target.encoder]
+            teach = functools.partial(teachers.encode_teacher, config, target.encoder)
+            add(target.encoder, seen, users, teach, tree, patches[target.view])
+            continue
         blocks = min(target.blocks, config.model.encoder.depth)
         encode = functools.partial(m3i.encode, config, blocks=blocks)
         name = {"ema": "EMA target", "frozen": "frozen target", "shared": "shared target"}[
             target.encoder
         ]
-        add(name, f"view {target.view}", users, encode, params["encoder"], patches[target.view])
+        add(name, seen, users, encode, tree, patches[target.view])
     z = jax.eval_shape(encode_passes, inputs, patches, params["encoder"])
 
     def predict(group: Iterable[int]) -> Callable[..., Any]:

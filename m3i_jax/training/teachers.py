@@ -124,20 +124,32 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def zero_params(paths: Sequence[str]) -> dict[str, Any]:
-    """{name of a teacher: its parameters}, zeros until `load_params`.
+def teacher_shapes(paths: Sequence[str]) -> dict[str, Any]:
+    """{name of a teacher: its parameters as shapes}.
 
-    >>> zero_params(())
+    >>> teacher_shapes(())
     {}
     """
     if not widths(paths):
         return {}
     return {
         teacher_name(number): _nested(
-            {name: jnp.zeros(shape, jnp.float32) for name, shape in open_teacher(path).shapes}
+            {
+                name: jax.ShapeDtypeStruct(shape, jnp.float32)
+                for name, shape in open_teacher(path).shapes
+            }
         )
         for number, path in enumerate(paths)
     }
+
+
+def zero_params(paths: Sequence[str]) -> dict[str, Any]:
+    """{name of a teacher: its parameters}, zeros until `load_params`.
+
+    >>> zero_params(())
+    {}
+    """
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), teacher_shapes(paths))
 
 
 def load_params(path: str, shardings: Any) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from m3i_jax import parallel
 from m3i_jax.models import m3i
-from m3i_jax.objective import collapse, entropy, mixing
+from m3i_jax.objective import collapse, mixing
 from m3i_jax.objective.numerics import l2_normalize
 from m3i_jax.objective.posteriors import LossInputs, LossSum
 from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
@@ -155,8 +155,10 @@ def _image_loss(
     if term.target.of != "pooled" or isinstance(term.posterior, PrototypeSoftmax):
         return cost
     both = jax.lax.stop_gradient((prediction, target))
-    uniformity, rows = entropy.uniformity(both[1])
-    monitors = {"alignment": collapse.alignment(*both), "uniformity": uniformity / rows}
+    monitors = {
+        "alignment": collapse.alignment(*both),
+        "uniformity": collapse.uniformity(both[1]),
+    }
     return cost._replace(
         evidence={**cost.evidence, **{k: v * cost.count for k, v in monitors.items()}}
     )

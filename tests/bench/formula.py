@@ -6,6 +6,8 @@ trained product costs three times its forward pass (two gradients), a product wh
 gradient twice.
 """
 
+import dataclasses
+
 from m3i_jax import schema
 from m3i_jax.objective import block_masks
 from m3i_jax.objective.entropy_terms import EntropyTerm
@@ -205,11 +207,17 @@ def step(plan: Plan) -> float:
             if (term.reads, term.image, term.head) not in projected:
                 total += projector + _mlp(rows, c, term.head.predictor, width)[0]
             projected.add((term.reads, term.image, term.head))
-            if term.target.encoder == "online":
-                total += _mlp(1, c, term.head.projector, e.width)[0]
             if term.head.match == "likeness":
                 total += c.tokens * c.tokens * e.width
         total += _posterior(plan, term, b)
+    online = {
+        (read, "own", dataclasses.replace(term.head, predictor=None))
+        for term in plan.terms
+        for read in term.passes[1:]
+        if isinstance(term.head, ProjectionHead)
+    }
+    for _, _, head in online - projected:
+        total += _mlp(1, c, head.projector, e.width)[0]
     total += sum(_entropy(plan, term, b) for term in plan.entropy_terms)
     vectors = {(x.reads, x.image, x.head) for x in plan.terms if isinstance(x.head, PooledHead)}
     by_key = {
@@ -260,10 +268,10 @@ def _posterior(plan: Plan, term: Term, b: int) -> float:
         return c.tokens * width**2  # p C; its gradient needs no product
     width = c.model.head.width if isinstance(term.head, ProjectionHead) else e.width
     rows = c.tokens if term.target.of == "tokens" else 1
-    if name in ("Boltzmann", "Against"):
+    if name in ("Boltzmann", "DenseCL"):
         return 2 * rows * b * width  # keys need no gradient
-    if name == "Contrast":
+    if name == "NTXent":
         return 3 * 4 * b * width  # 2 B views against 2 B views
-    if name == "Decorrelation":
+    if name == "BarlowTwins":
         return 3 * width**2
     return 0.0

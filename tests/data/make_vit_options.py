@@ -100,16 +100,11 @@ def hugging_face(
     write(name, table, config, images, out, **more)
 
 
-def of_timm(name: str, seed: int, registers: int = 0, **arguments: Any) -> None:
-    model = timm.models.VisionTransformer(
-        img_size=12,
-        patch_size=4,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-        num_classes=0,
-        reg_tokens=registers,
-        **arguments,
+def of_timm(
+    name: str, seed: int, registers: int = 0, kind: Any = timm.models.VisionTransformer, **more: Any
+) -> None:
+    model = kind(
+        img_size=12, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0, **more
     ).eval()
     randomize(model, seed)
     images = pixels(seed)
@@ -117,7 +112,8 @@ def of_timm(name: str, seed: int, registers: int = 0, **arguments: Any) -> None:
         out = model.forward_features(channels_first(images))
     if registers:
         out = torch.cat([out[:, :1], out[:, 1 + registers :]], 1)
-    write(name, model.state_dict(), {"model_args": {"num_heads": 2}}, images, out)
+    config = {"model_args": {"num_heads": 2}, "pretrained_cfg": {"input_size": [3, 12, 12]}}
+    write(name, model.state_dict(), config, images, out)
 
 
 def main() -> None:
@@ -138,12 +134,20 @@ def main() -> None:
     hugging_face("siglip2", t.Siglip2VisionModel(config), seed=6)
     hugging_face("clip", t.CLIPVisionModel(t.CLIPVisionConfig(**sizes)), seed=7)
     hugging_face("mae", t.ViTMAEModel(t.ViTMAEConfig(**sizes, mask_ratio=0.0)), seed=8)
+    for name, gated in (("timm_dinov3", False), ("timm_dinov3_gated", True)):
+        of_timm(
+            name, 12 + gated, registers=4, kind=timm.models.eva.Eva, num_reg_tokens=4, mlp_ratio=2,
+            init_values=1e-5, rope_type="dinov3", rope_temperature=100, rope_rotate_half=True,
+            use_rot_pos_emb=True, use_abs_pos_emb=False, use_fc_norm=False, qkv_bias=gated,
+            swiglu_mlp=gated, swiglu_align_to=8,
+            norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-5),
+        )  # fmt: skip
     of_timm("timm_qk_norm", 9, qk_norm=True)
     rms = functools.partial(RmsNorm, eps=1e-6)
     of_timm("timm_rms", 10, qk_norm=True, norm_layer=rms, class_token=True)
     of_timm(
-        "timm_dinov2", 11, registers=4, init_values=1e-5, mlp_layer=SwiGLUPacked, mlp_ratio=3,
-        act_layer=torch.nn.SiLU, no_embed_class=True,
+        "timm_dinov2", 11, registers=4, reg_tokens=4, init_values=1e-5, mlp_ratio=3,
+        mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU, no_embed_class=True,
     )  # fmt: skip
 
 

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 import m3i_jax
-from m3i_jax import schema
+from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop import export_formats, tensor_files, vit_weights
 from m3i_jax.models import vit_maps
+from m3i_jax.training import init_from
+from m3i_jax.training.task import make_task
+from tests import toy
 
 DATA = pathlib.Path(__file__).parent.parent / "data" / "vit"
 LAYOUTS = {
@@ -28,6 +31,8 @@ LAYOUTS = {
     "timm_qk_norm": "timm",
     "timm_rms": "timm",
     "timm_dinov2": "timm",
+    "timm_dinov3": "timm",
+    "timm_dinov3_gated": "timm",
 }
 OPTIONS = {
     "dinov2_swiglu": {"registers": 3, "activation": "swiglu", "layer_scale": 1e-5},
@@ -106,6 +111,49 @@ def test_layers_in_chunks_and_packed_matrices() -> None:
         np.testing.assert_array_equal(chunked.arrays[path], array)
 
 
+def test_dinov3s_own_files() -> None:
+    """`storage_tokens`, w1 to w3, one matrix of queries, keys and values, whose bias has a mask,
+    and periods: the arrays of Transformers, with the layer scale in the matrices before it."""
+    hugging = vit_weights.load_vit(weights(np.load(DATA / "dinov3_gated.npz")))
+    theirs = weights(np.load(DATA / "dinov3_gated.npz"))
+    own = {
+        "cls_token": theirs["embeddings.cls_token"],
+        "storage_tokens": theirs["embeddings.register_tokens"],
+        "mask_token": theirs["embeddings.mask_token"][0],
+        "rope_embed.periods": np.ones(2, np.float32),
+    }
+    parts = {
+        "q_proj": "", "mlp.gate_proj": "mlp.w1", "mlp.up_proj": "mlp.w2", "mlp.down_proj": "mlp.w3",
+        "attention.o_proj": "attn.proj", "layer_scale1.lambda1": "ls1.gamma",
+        "layer_scale2.lambda1": "ls2.gamma", "norm1": "norm1", "norm2": "norm2",
+    }  # fmt: skip
+    for name, array in theirs.items():
+        new = name.replace("embeddings.patch_embeddings", "patch_embed.proj")
+        new = new.replace("layer.", "blocks.", 1) if name.startswith("layer.") else new
+        for before, after in parts.items():
+            new = new.replace(before, after)
+        if "embeddings." not in new and "_proj" not in new and "attention" not in new:
+            own[new] = array
+    for layer in range(2):
+        of = f"layer.{layer}.attention"
+        q, k, v = (theirs[f"{of}.{n}_proj.weight"] for n in "qkv")
+        own[f"blocks.{layer}.attn.qkv.weight"] = np.concatenate([q, k, v])
+        q, v = (theirs[f"{of}.{n}_proj.bias"] for n in "qv")
+        own[f"blocks.{layer}.attn.qkv.bias"] = np.concatenate([q, np.full_like(q, np.nan), v])
+        mask = np.repeat(np.array([1, 0, 1], np.float32), 16)
+        own[f"blocks.{layer}.attn.qkv.bias_mask"] = mask
+    found = vit_weights.load_vit(own)
+    assert found.layout == "timm" and not found.unknown
+    assert found.settings["positions"] == "rope" and found.settings["registers"] == 4
+    for path, array in hugging.arrays.items():
+        for n, matrix in ((1, "attention/out"), (2, "mlp/fc2")):
+            if f"blocks/{matrix}" in path:
+                scale = hugging.arrays[f"encoder/blocks/gamma{n}"]
+                array = array * (scale[:, None] if array.ndim == 3 else scale)
+        if "gamma" not in path:
+            np.testing.assert_allclose(found.arrays[path], array, rtol=1e-6, err_msg=path)
+
+
 def test_a_processor_says_which_images_an_encoder_without_table_reads() -> None:
     theirs = weights(np.load(DATA / "dinov3.npz"))
     config = {"crop_size": {"height": 32, "width": 32}, "rope_theta": 50.0, "image_size": 224}
@@ -120,3 +168,41 @@ def test_formats_without_names_for_an_option_refuse_it(option) -> None:
     (name, value), settings = next(iter(option.items())), json.loads(json.dumps(vars(encoder)))
     with pytest.raises(UserError, match=f"--format=timm: .*model.encoder.{name}={value}; use"):
         export_formats.refuse_options("timm", settings)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"model__encoder__registers": "0"}, "encoder/registers.*model.encoder.registers=3"),
+        ({"model__encoder__activation": "gelu"}, "mlp/gate.*model.encoder.activation=swiglu"),
+        ({"model__encoder__layer_scale": "0"}, "gamma1.*config.model.encoder.layer_scale"),
+        ({"model__encoder__positions": "rope"}, "model.encoder.positions=learned"),
+        ({}, ""),
+    ],
+)
+def test_a_run_starts_from_them_with_their_options_only(change, message, tmp_path) -> None:
+    _, path = directory(tmp_path / "dinov2_swiglu", "dinov2_swiglu")
+    options = {
+        "registers": "3", "layer_scale": "1e-5", "activation": "swiglu", "mlp_ratio": "3",
+        "positions": "learned", "patch_size": "4", "width": "16", "final_norm": "true",
+        "freeze_patch_embed": "false",
+    }  # fmt: skip
+    settings = {f"model__encoder__{name}": value for name, value in options.items()}
+    config = toy.settings(
+        objective__forms="supervised",
+        init_from=str(path),
+        data__image_size="12",
+        init__only="('^encoder/',)",
+        **{**settings, **change},
+    )
+    task = make_task(config, 0)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    layout = parallel.tree_shardings(parallel.make_mesh((1, 1, 1), jax.devices()[:1]), params)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+    lines: list[str] = []
+    start = lambda: init_from.initialize_from(config, zeros, layout, lines.append)
+    if message:
+        with pytest.raises(UserError, match=message):
+            start()
+    else:
+        assert start()["encoder"]["registers"].any() and "encoder (23)" in lines[0]

@@ -14,8 +14,20 @@ import pytest
 import m3i_jax
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
-from m3i_jax.models import backbones, decoder, gated, norms, rope, scan_blocks, vit, vit_maps
+from m3i_jax.models import (
+    backbones,
+    decoder,
+    gated,
+    initializers,
+    layers,
+    norms,
+    rope,
+    scan_blocks,
+    vit,
+    vit_maps,
+)
 from m3i_jax.objective import positions
+from m3i_jax.profiling import flops
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 ALL = schema.Encoder(
@@ -238,6 +250,50 @@ def test_an_exported_program_and_the_modules_of_flax() -> None:
     shape = jax.ShapeDtypeStruct((rows, 6, 6, 3), jnp.float32)
     exported = jax.export.export(jax.jit(lambda x: network(params, x)))(shape)
     close(exported.call(images), tokens)
+
+
+def test_the_kernel_for_tpus_reads_turned_queries_and_keys(monkeypatch) -> None:
+    """In the interpreter, with the value and the gradients of the compiler's attention."""
+    one = layers.block(
+        128, 4, 1.0, "float32", "rms", activation="swiglu", qk_norm=True, layer_scale=True, rope=100
+    )
+    r = np.random.default_rng(8)
+    shapes = initializers.shapes_of(one, jnp.zeros((1, 1, 128)))
+    tree = jax.tree.map(lambda s: jnp.asarray(0.3 * r.normal(size=s.shape), jnp.float32), shapes)
+    x = jnp.asarray(r.normal(size=(2, 11, 128)), jnp.float32)
+    turn = rope.axial_rotation(3, 32, 100.0, prefix=2)
+
+    def loss(tree, x, rows):
+        y = one.apply({"params": tree}, x, None, None, rows, rotation=turn)
+        return (y * jnp.cos(jnp.arange(128.0))).sum()
+
+    mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    for rows in (None, slice(3, None)):
+        found = []
+        for kernel in (False, True):
+            with monkeypatch.context() as patch, jax.set_mesh(mesh):
+                patch.setattr(parallel, "kernels", lambda rows, kernel=kernel: kernel)
+                run = lambda tree, x, rows=rows: jax.value_and_grad(loss, (0, 1))(tree, x, rows)
+                traced = jax.jit(run).trace(tree, x)  # a new function: traces are cached
+                assert ("pallas_call" in str(traced.jaxpr)) == kernel
+                found.append(traced.lower().compile()(tree, x))
+        close(found[1], found[0], 5)
+
+
+def test_flops_are_those_of_the_shapes() -> None:
+    """A ViT-B/16 with all options on 224 pixels: registers cost what their tokens cost, all else no
+    product but that of the gate."""
+    encoder = dataclasses.replace(
+        ALL, patch_size=16, width=768, depth=12, heads=12, mlp_ratio=8 / 3, registers=4
+    )
+    model = schema.Model(encoder=encoder)
+    tree = jax.eval_shape(lambda key: vit.init(model, key), jax.random.key(0))
+    patches = jax.ShapeDtypeStruct((1, 196, 768), jnp.float32)
+    run = functools.partial(vit.apply, model, grid=14)
+    n, t, d, f = 196, 196 + 5, 768, 2048
+    block = 2 * t * (4 * d * d + 3 * d * f) + 4 * t * t * d
+    formula = 2 * n * d * d + 12 * block
+    assert 1 <= flops.count_flops(run, tree, patches).total / formula < 1.001
 
 
 def test_heads_that_cannot_be_turned_are_refused() -> None:

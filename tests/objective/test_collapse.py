@@ -1,25 +1,18 @@
 """Collapse monitors against numpy."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3i_jax.objective import collapse, entropy, losses
+from m3i_jax.objective import collapse, losses
 
 target_std, effective_rank, second_moment = map(
     jax.jit, (collapse.target_std, collapse.effective_rank, losses.second_moment)
 )
-spread, alignment = map(jax.jit, (collapse.centered_energy, collapse.alignment))
-
-
-@functools.partial(jax.jit, static_argnames="t")
-def uniformity(x, where=None, *, t=2.0):
-    """The mean of the entropy term, as the trainer logs it."""
-    total, count = entropy.uniformity(x, where, t=t)
-    return total / jnp.maximum(count, 1e-9)
+spread, alignment, uniformity = map(
+    jax.jit, (collapse.centered_energy, collapse.alignment, collapse.uniformity)
+)
 
 
 def normal(*shape, seed=0):
@@ -105,10 +98,14 @@ def test_uniformity_is_numpy(t):
         log_pairs = [-t * ((u[i] - u[j]) ** 2).sum() for i in range(len(u)) for j in range(i)]
         return np.logaddexp.reduce(log_pairs) - np.log(len(log_pairs))
 
-    np.testing.assert_allclose(uniformity(x, t=t), expected(x), rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(collapse.uniformity, static_argnames="t")(x, t=t), expected(x), rtol=1e-5
+    )
     where = np.array([1, 0, 1, 1, 0, 1], bool)
     kept, x[~where] = expected(x[where]), np.nan
-    np.testing.assert_allclose(uniformity(x, where, t=t), kept, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(collapse.uniformity, static_argnames="t")(x, where, t=t), kept, rtol=1e-5
+    )
 
 
 def test_uniformity_weights_count_like_copies_of_other_images():
@@ -139,6 +136,7 @@ def test_monitors_take_bfloat16_and_have_no_gradient():
     x, y = normal(6, 4), normal(6, 4, seed=1)
     for f in (
         target_std,
+        uniformity,
         lambda x: alignment(x, y),
         lambda x: spread(x.mean(0), second_moment(x)),
     ):
@@ -160,6 +158,6 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"\(3, 4\).*\(2, 4\)"):
         collapse.alignment(np.zeros((3, 4)), np.zeros((2, 4)))
     with pytest.raises(ValueError, match=r"\(3, 4, 5\)"):
-        entropy.uniformity(np.zeros((3, 4, 5)))
+        collapse.uniformity(np.zeros((3, 4, 5)))
     with pytest.raises(ValueError, match=r"\(2,\).*\(3\)"):
-        entropy.uniformity(np.zeros((3, 4)), np.zeros(2))
+        collapse.uniformity(np.zeros((3, 4)), np.zeros(2))

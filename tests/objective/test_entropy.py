@@ -23,7 +23,7 @@ ESTIMATORS = {
         lambda x, where=None: entropy.sigreg(x, where, key=KEY, slices=8),
         lambda x: reference.sigreg(x, directions(x.shape[1], 8)),
     ),
-    "uniformity": (entropy.uniformity, reference.uniformity),
+    "uniformity": (entropy.uniformity_loss, reference.uniformity),
     "coding_rate": (entropy.coding_rate, reference.coding_rate),
     "scaled coding_rate": (
         lambda x, where=None: entropy.coding_rate(x, where, eps=0.05, scaled=True),

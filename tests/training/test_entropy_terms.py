@@ -48,15 +48,19 @@ def test_vicreg_is_its_formula():
     assert got.losses["entropy/variance_covariance"] < 0 and "info/global" in got.losses
 
 
-def test_lejepa_is_its_formula():
-    got = forward(plan_of("lejepa", **HEAD))
-    a, b = projected(got, FULL), projected(got, OTHER)
-    centre = (a + b) / 2
-    invariance = np.mean([((centre - x) ** 2).mean() for x in (a, b)])
+@pytest.mark.parametrize("small", [0, 2])
+def test_lejepa_is_its_formula(small):
+    """All views around the mean of the large ones; the statistic of each."""
+    views = {"data__small_views": (f"{small} x 16 at 0.2-0.5",)} if small else {}
+    got = forward(plan_of("lejepa", **HEAD, **views))
+    passes = [FULL, OTHER, *(Pass(view=2 + k) for k in range(small))]
+    every = [projected(got, read) for read in passes]
+    centre = (every[0] + every[1]) / 2
+    invariance = np.mean([((centre - x) ** 2).mean() for x in every])
     key = entropy_losses.entropy_key(got.plan.config.seed, got.batch)
     drawn = np.asarray(jax.random.normal(key, (6, 256)), np.float64)
     slices = drawn / np.linalg.norm(drawn, axis=0)
-    statistic = np.mean([reference.sigreg(x, slices) for x in (a, b)])
+    statistic = np.mean([reference.sigreg(x, slices) for x in every])
     assert got.losses["loss/ssp"] == pytest.approx(0.98 * invariance + 0.02 * statistic, rel=1e-4)
     assert got.losses["loss/sigreg"] == pytest.approx(statistic, rel=1e-4)
     assert "entropy/sigreg" not in got.losses

@@ -14,7 +14,8 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.models import m3i, vit
 from m3i_jax.objective import teacher_terms, terms
-from m3i_jax.training import plan, teachers, trainer, views
+from m3i_jax.profiling import flops
+from m3i_jax.training import plan, plan_table, teachers, trainer, views
 from tests import saved, toy
 from tests.interop.test_modern_encoders import directory
 
@@ -66,6 +67,25 @@ def test_the_objective_gets_a_term_for_each(paths) -> None:
     assert [t.name for t in distilled] == ["teacher0", "teacher1"]
     assert all(t.posterior.beta == 2 and t.reads == terms.FULL for t in distilled)
     assert teacher_terms.with_teachers(plain, []) == plain
+
+
+def test_the_tables_of_a_run_name_them(paths) -> None:
+    built = plan.build_plan(settings(paths))
+    row = plan_table.term_rows(built)[-1]
+    assert row[0] == "loss/teacher1" and "teacher1's dense features of view 0" in row
+    params = jax.eval_shape(
+        lambda key: m3i.init(
+            built.config, key, built.terms, classes=toy.CLASSES, vocabulary=toy.VOCABULARY
+        ),
+        jax.random.key(0),
+    )
+    batch = jax.eval_shape(lambda: toy.batch(built.config))
+    calls = {row[0]: row for row in plan_table.call_rows(built, params, batch, flops.count_flops)}
+    t, n = 64 + 5, 64  # of 32 pixels at a patch of 4
+    block = 2 * t * (4 * 16 * 16 + 2 * 16 * 24) + 4 * t * t * 16
+    resize = 2 * 16 * (8 * 8 * 4 + 8 * 4 * 4)
+    formula = 2 * n * 48 * 16 + 2 * block + resize
+    assert 1 <= float(calls["teacher0"][3]) * 1e9 / formula < 1.01
 
 
 @functools.cache
