@@ -61,9 +61,12 @@ def test_positions_of_a_small_view_are_resized(rule: str) -> None:
     table = (
         np.asarray(params["positions"])[0, 1:] if rule == "learned" else positions.sincos_2d(4, 8)
     )
-    resized = positions.resized(table, 3)
-    tokens = vit.embed_patches(config.model, params, x, resized)
-    want = vit._blocks_and_norm(config.model, params, tokens, None)
+    cls = np.asarray(params["positions"])[0, :1] if rule == "learned" else np.zeros((1, 8))
+    small = np.concatenate([cls, positions.resized(table, 3)]).astype(np.float32)
+    learned = dataclasses.replace(
+        config.model, encoder=dataclasses.replace(encoder, positions="learned")
+    )
+    want = vit.apply(learned, {**params, "positions": small[None]}, x, grid=3)
     np.testing.assert_allclose(m3i.encode(config, params, x), want, atol=1e-5)
     if rule == "sincos":  # and not the first rows of the table
         plain = vit.apply(config.model, params, x, grid=3)

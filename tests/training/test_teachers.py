@@ -19,6 +19,9 @@ from m3i_jax.training import plan, plan_table, teachers, trainer, views
 from tests import saved, toy
 from tests.interop.test_modern_encoders import directory
 
+# compiling is what takes the time here
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> tuple[str, str]:
@@ -100,7 +103,7 @@ def test_the_loss_is_smooth_l1_to_normalised_features(paths, form: str) -> None:
     """At every cell, or at those that a masked input shows."""
     one, state = made(paths, form)
     config, batch = one.config, toy.batch(one.config)
-    metrics = jax.jit(one.task.gradients)(state.params, state.opt, batch).metrics
+    metrics = jit(one.task.gradients)(state.params, state.opt, batch).metrics
     patches = views.augmented_patches(config, batch, (0,))[0]
     inputs = views.pass_inputs(config, one.task.plan.passes, batch)
     term = one.task.plan.terms[-1]
@@ -128,7 +131,7 @@ def test_steps_train_the_maps_and_leave_the_teachers(paths) -> None:
     found = load.load(paths[1]).params["encoder"]
     kept = jax.device_get(state.opt["teachers"].params)
     jax.tree.map(np.testing.assert_array_equal, kept["teacher1"], found)
-    step = jax.jit(one.trace)
+    step = jit(one.trace)
     losses = []
     for k in range(4):
         state, metrics = step(state, toy.batch(one.config))
