@@ -191,9 +191,6 @@ IGNORED = [
     {"crop_size": 1e9},
     {"size": {"shortest_edge": "x"}},
     {"pretrained_cfg": {"input_size": "x", "crop_pct": 0.9}},
-    {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": "x"}},
-    {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0}},
-    {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 7.0}},
     {tensor_files.PREPROCESSING: []},
     {tensor_files.PREPROCESSING: {"crop": "x", "background": [], "image_size": {}}},
 ]
@@ -225,6 +222,9 @@ def test_a_configuration_of_wrong_values_is_as_if_it_were_not_there(trials) -> N
             config,
             vit_weights._config_settings(config),
         )
+    for share in ("x", 0, 7.0):  # a size that is right is read beside it
+        config = {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": share}}
+        assert trials.add(vit_weights._config_settings(config) == {"image_size": 32}), share
 
 
 @pytest.mark.fast
