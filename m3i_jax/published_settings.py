@@ -237,7 +237,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.head.width": 8192,
         "train.epochs": 1000.0,
     },
-    # the minimal example: 2e-3 at 256 images
+    # the minimal example: 2e-3 at 256 images; width and epochs are those of its Imagenette run,
+    # not of ImageNet
     "lejepa": {
         "data.crop_scale": (0.3, 1.0),
         "data.small_views": ("6 x 96 at 0.05-0.3",),
@@ -251,7 +252,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train.epochs": 800.0,
         **_EVEN,
     },
-    # DINO's recipe, 5e-4 for every 256 images; a momentum of 0.9 at 1,024
+    # DINO's recipe, 5e-4 for every 256 images; a momentum of 0.9, which is assumed to be at 1,024
     "simdino": {
         "data.crop_scale": (0.4, 1.0),
         "data.small_views": ("10 x 96 at 0.05-0.4",),
@@ -271,7 +272,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **_WEBLI,
         **_PLAIN,
     },
-    # 0.25 (small views + 0.25 hidden cells) beside 1 of the pairs
+    # 0.25 (small views + 0.25 hidden cells) beside 1 of the pairs; the sizes of small views are
+    # DINO's, not checked against the paper
     "siglip2": {
         "data.small_views": ("8 x 96 at 0.05-0.4",),
         "model.encoder.drop_path": 0.0,
@@ -284,7 +286,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.ema_schedule": "constant",
         **_WEBLI,
     },
-    # 1 of the pairs, 1 of small views, 2 of hidden cells
+    # 1 of the pairs, 1 of small views, 2 of hidden cells; crops of small views are DINO's, not
+    # checked against its code
     "tips": {
         "data.small_views": ("6 x 96 at 0.05-0.4",),
         "model.encoder.drop_path": 0.0,

@@ -153,7 +153,7 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText(
                 "collapse/assignment_bits*",
                 "bits",
-                "mean entropy of the assignments; the difference is what an image tells of its own",
+                "mean entropy of the assignments; the difference is what they tell about an image",
                 "below the former",
             ),
             MetricText("collapse/alarm", "", "1: collapsed", "0", note=True),
