@@ -162,6 +162,26 @@ sampled_sum.defvjp(
 )
 
 
+def kernel_is_trusted(
+    call: SampledSum, bounds: tuple[tuple[float, float], ...], *arrays: jax.Array
+) -> bool:
+    """Whether the kernel may compute a sum on this platform (`parallel.trusted`).
+
+    Args:
+      call: static arguments, whatever its methods.
+      bounds: (lowest, highest) of random numbers for each array, which try it.
+      arrays: all arrays of the call, the map first.
+    """
+    call = call._replace(methods=(("default", "kernel"),))
+    return parallel.trusted(
+        parallel.KernelCall("sampled_sum", call, sampled_sum, _plain_sum, arrays, bounds)
+    )
+
+
+def _plain_sum(call: SampledSum, x_BxQxC: jax.Array, *arrays: jax.Array) -> jax.Array:
+    return gathered_sum(x_BxQxC, call.places.cells_last(*arrays), call.size)
+
+
 @jax.custom_vjp
 def _inside(t: jax.Array) -> jax.Array:
     """Identity; a coordinate of -1 or less, which reads only the padding, gets no gradient."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from m3i_jax import schema
+from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.modes import monitoring
 from m3i_jax.modes import setup as jobs
@@ -59,6 +59,7 @@ def profile(job: jobs.Setup, began: float | None) -> int:
     before = set((job.workdir / "profile").rglob("*.xplane.pb"))
     with (
         monitoring.count_compilations(clock),
+        parallel.reported_checks(lambda line, values: log(line)),
         monitoring.monitored(job.config, job.workdir, clock, log) as tracer,
     ):
 

@@ -211,6 +211,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
         contextlib.closing(writer),
         monitoring.count_compilations(clock),
         parallel.announced_compilations(log),
+        parallel.reported_checks(lambda line, values: (log(line), writer.write(start, values))),
         monitoring.monitored(config, workdir, clock, log) as tracer,
     ):
         if newest is not None:

@@ -3,7 +3,6 @@ run on each device separately."""
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +11,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m3i_jax.errors import UserError
+from m3i_jax.parallel import kernel_calls
 from m3i_jax.parallel.programs import Program
 
 AXES = ("replica", "fsdp", "tensor")
 DATA = ("replica", "fsdp")  # the leading axis of a batch is split over both
-KERNELS = "M3I_JAX_KERNELS"  # environment variable; 0: no Pallas kernels
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -139,13 +138,28 @@ def is_single_device(rows: int) -> bool:
 
 
 def kernels(rows: int) -> bool:
-    """Whether Pallas kernels run on that many rows: on TPUs where `is_single_device` holds, unless
-    M3I_JAX_KERNELS=0.
+    """Whether Pallas kernels can run on that many rows: on TPUs where `is_single_device` holds,
+    unless M3I_JAX_KERNELS=0.
 
     >>> kernels(6) and jax.default_backend() != "tpu"
     False
     """
-    return platform() == "tpu" and is_single_device(rows) and os.environ.get(KERNELS, "1") != "0"
+    possible = platform() == "tpu" and is_single_device(rows)
+    return possible and kernel_calls.kernel_setting() != "0"
+
+
+def trusted(call: kernel_calls.KernelCall) -> bool:
+    """Whether the traced program may contain a call that `kernels` allows: it was compared with the
+    plain form on the device, or will be before the program is compiled (`kernel_checks`).
+
+    Args:
+      call: with the arrays of all devices, or arrays instead of their shapes.
+    """
+
+    def of_device(array: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows_of_device(array.shape[0]), *array.shape[1:]), array.dtype)
+
+    return kernel_calls.ask(call._replace(arrays=jax.tree.map(of_device, call.arrays)))
 
 
 def per_device(run: Callable[..., Any], *arrays_Bx: Any) -> Any:

@@ -6,6 +6,8 @@ B images, N tokens: the cells of all maps, one map after the other, each row by 
 channels of a head, Q queries, L maps (levels), P points.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +18,12 @@ from m3i_jax import parallel
 from m3i_jax.models import dcnv3_tpu
 from m3i_jax.models.dcnv3 import METHODS
 from m3i_jax.models.dcnv3_dense import Samples, widen
-from m3i_jax.models.sampled_sums import SampledSum, sampled_sum
+from m3i_jax.models.sampled_sums import SampledSum, kernel_is_trusted, sampled_sum
 
 Shapes = tuple[tuple[int, int], ...]
 
+# of random numbers that try values, locations and weights
+_BOUNDS = (-2.0, 2.0), (-0.1, 1.1), (0.0, 0.5)
 _SMALL = 2**18  # entries of the matrix of one head of one image
 _BAND_QUERIES = 512  # queries of a band: in an encoder, neighbours
 
@@ -42,13 +46,18 @@ class _Located(NamedTuple):
 
 
 def _methods(
-    value_BxSxHxC: jax.Array, size: tuple[int, int], queries: int, points: int
+    value_BxSxHxC: jax.Array,
+    size: tuple[int, int],
+    queries: int,
+    points: int,
+    trusted: Callable[[], bool] = lambda: True,
 ) -> tuple[tuple[str, str], ...]:
     """The form for each platform. On a CPU it is the loop, on a TPU the kernel where its VMEM holds
-    the map; else products with the whole matrix where that is small, on a TPU also bands of it, on
-    a GPU gathers."""
+    the map and it is trusted; else products with the whole matrix where that is small, on a TPU
+    also bands of it, on a GPU gathers."""
     b, cells, heads, c = value_BxSxHxC.shape
-    use_kernel = parallel.kernels(b) and dcnv3_tpu.fits(size, heads, c, points, value_BxSxHxC.dtype)
+    fits = dcnv3_tpu.fits(size, heads, c, points, value_BxSxHxC.dtype)
+    use_kernel = parallel.kernels(b) and fits and trusted()
     small = queries * cells <= _SMALL
     tpu = "kernel" if use_kernel else "dense" if small else "band"
     return ("cpu", "fused"), ("tpu", tpu), ("default", "dense" if small else "gather")
@@ -107,21 +116,19 @@ def deformable_attention(
             )
     wide, points = widen(value_BxNxHxC.dtype), weights_BxQxHxLxP.shape[4]
     locations, weights = locations_BxQxHxLxPx2.astype(wide), weights_BxQxHxLxP.astype(wide)
+    rows_of_bands = 2 * -(-expected[1] // _BAND_QUERIES)
     total: Any = 0.0
     for level, (size, map_BxSxHxC) in enumerate(
         zip(shapes, jnp.split(value_BxNxHxC, np.cumsum(sizes)[:-1].tolist(), 1), strict=True)
     ):
-        methods = (
-            _methods(map_BxSxHxC, size, expected[1], points)
-            if method == "auto"
-            else (("default", method),)
-        )
-        call = SampledSum(methods, size, 2 * -(-expected[1] // _BAND_QUERIES), _Located(size))
-        read = sampled_sum(
-            call,
-            map_BxSxHxC.reshape(b, -1, heads * c),
-            locations[:, :, :, level],
-            weights[:, :, :, level],
-        )
+        map_BxSxD = map_BxSxHxC.reshape(b, -1, heads * c)
+        arrays = map_BxSxD, locations[:, :, :, level], weights[:, :, :, level]
+        call = SampledSum((("default", method),), size, rows_of_bands, _Located(size))
+        if method == "auto":
+            check = functools.partial(kernel_is_trusted, call, _BOUNDS, *arrays)
+            call = call._replace(
+                methods=_methods(map_BxSxHxC, size, expected[1], points, trusted=check)
+            )
+        read = sampled_sum(call, *arrays)
         total += read.astype(wide)
     return total.astype(value_BxNxHxC.dtype)
