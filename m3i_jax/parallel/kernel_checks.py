@@ -163,7 +163,7 @@ def checked_call(call: KernelCall) -> KernelResult:
             marker.write(b".")
         result = check_call(call)
     with contextlib.suppress(OSError):
-        content = dataclasses.asdict(result) | {"call": call.key, "device": _device_text()}
+        content = dataclasses.asdict(result) | {"call": call.key, "device": device_text()}
         part = stem.with_suffix(f".part{os.getpid()}")
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(part, file)
@@ -189,7 +189,7 @@ def _cache_stem(call: KernelCall) -> pathlib.Path | None:
     directory = settings.jax_compilation_cache_dir
     if not directory or "://" in directory or not settings.jax_enable_compilation_cache:
         return None
-    text = f"{call.key}\n{_device_text()}\n{_source_digest()}"
+    text = f"{call.key}\n{device_text()}\n{_source_digest()}"
     folder = pathlib.Path(directory) / "kernel_checks"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def _cache_stem(call: KernelCall) -> pathlib.Path | None:
     return folder / f"{call.name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
-def _device_text() -> str:
+def device_text() -> str:
     """The device and the versions that compile for it."""
     device = jax.local_devices()[0]
     version = " ".join(device.client.platform_version.split())
