@@ -33,6 +33,7 @@ from m3i_jax.parallel.kernel_calls import KernelCall
 # Largest error, relative to the float32 result, that rounding explains. The kernels of this package
 # have 0.005 in bfloat16 and 1e-6 in float32.
 LIMITS = {"bfloat16": 0.03, "float16": 0.01, "float32": 1e-3}
+_LIMIT = 7200.0  # seconds to wait for the slowest host, as for a compilation
 _STARTS = 3  # a check that never ended in so many starts has ended the process: not again
 _log = logging.getLogger(__name__)
 Report = Callable[[str, dict[str, float]], Any]
@@ -78,7 +79,7 @@ def needed() -> bool:
     >>> needed() and jax.default_backend() == "cpu"
     False
     """
-    return jax.default_backend() in ("tpu", "gpu")
+    return jax.default_backend() in kernel_calls.PLATFORMS
 
 
 def settle_kernels(trace: Callable[[], Any]) -> None:
@@ -139,7 +140,7 @@ def _agreed(own: dict[str, str]) -> dict[str, str]:
     """{call: reason} that any host refuses, in one order on all."""
     if barriers.host_names() == 1:
         return own
-    texts = barriers.exchange_values("kernels", json.dumps(own))
+    texts = barriers.exchange_values("kernels", json.dumps(own), limit=_LIMIT)
     out: dict[str, str] = {}
     for number, each in enumerate(map(json.loads, texts)):
         label = barriers.host_label(number)

@@ -144,7 +144,7 @@ def kernels(rows: int) -> bool:
     >>> kernels(6) and jax.default_backend() != "tpu"
     False
     """
-    possible = platform() == "tpu" and is_single_device(rows)
+    possible = platform() in kernel_calls.PLATFORMS and is_single_device(rows)
     return possible and kernel_calls.kernel_setting() != "0"
 
 

@@ -100,7 +100,7 @@ def test_a_wrong_kernel_is_replaced_with_one_warning(checks, kernel, reason):
 
 
 def test_all_hosts_refuse_what_one_refuses(monkeypatch, checks):
-    def exchange(name, text):
+    def exchange(name, text, limit):
         assert name == "kernels" and json.loads(text) == {}  # right on this host
         return [text, json.dumps({checks[0].key: "fails (out of luck)"})]
 
