@@ -114,10 +114,7 @@ def init_projection(
     if projection.predictor is not None:
         params["predictor"] = init_mlp(model, of_predictor, projection.predictor, width, width)
     if prototypes or projection.prototypes:
-        bound = width**-0.5
-        params["prototypes"] = jax.random.uniform(
-            of_prototypes, (model.head.prototypes, width), minval=-bound, maxval=bound
-        )
+        params["prototypes"] = _uniform_prototypes(of_prototypes, model.head.prototypes, width)
     if projection.prototypes == "scaled":
         params["prototype_norms"] = jnp.ones(model.head.prototypes)
     return params
@@ -178,6 +175,48 @@ def apply_predictor(
         if projection.predictor is None
         else apply_mlp(model, params["predictor"], projection.predictor, y_xW)
     )
+
+
+def init_clusters(model: schema.Model, rng: jax.Array, width: int) -> Params:
+    """Parameters of online clustering (CAPI): `clusters`, the linear map of the target encoder's
+    tokens, normal with deviation 1; and, where a decoder of this width predicts the assignments,
+    its `prototypes` [K, width] and their trained lengths.
+
+    >>> call = lambda key: init_clusters(schema.Model(), key, 512)
+    >>> shapes = jax.eval_shape(call, jax.random.key(0))
+    >>> shapes["clusters"]["kernel"].shape, shapes["prototypes"].shape
+    ((768, 1024), (1024, 512))
+    """
+    of_clusters, of_prototypes = jax.random.split(rng)
+    count = model.head.prototypes
+    clusters = {
+        "kernel": jax.random.normal(of_clusters, (model.encoder.width, count)),
+        "bias": jnp.zeros(count),
+    }
+    if not width:
+        return {"clusters": clusters}
+    return {
+        "clusters": clusters,
+        "prototypes": _uniform_prototypes(of_prototypes, count, width),
+        "prototype_norms": jnp.ones(count),
+    }
+
+
+def cluster_logits(params: Params, x_BxNxD: jax.Array) -> jax.Array:
+    """Logits [B, N, K] float32 of tokens, scaled to length 1. The product is in float32: it decides
+    targets.
+
+    >>> clusters = {"kernel": jnp.eye(2), "bias": jnp.array([0.0, 1.0])}
+    >>> cluster_logits({"clusters": clusters}, jnp.array([[[3.0, 0.0]]])).tolist()
+    [[[1.0, 1.0]]]
+    """
+    unit_BxNxD = l2_normalize(x_BxNxD.astype(jnp.float32))
+    return unit_BxNxD @ params["clusters"]["kernel"] + params["clusters"]["bias"]
+
+
+def _uniform_prototypes(rng: jax.Array, count: int, width: int) -> jax.Array:
+    bound = width**-0.5
+    return jax.random.uniform(rng, (count, width), minval=-bound, maxval=bound)
 
 
 def init_linear(model: schema.Model, rng: jax.Array, of: str, width: int = 0) -> Params:
