@@ -202,16 +202,22 @@ def init_clusters(model: schema.Model, rng: jax.Array, width: int) -> Params:
     }
 
 
-def cluster_logits(params: Params, x_BxNxD: jax.Array) -> jax.Array:
-    """Logits [B, N, K] float32 of tokens, scaled to length 1. The product is in float32: it decides
-    targets.
+def cluster_logits(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> jax.Array:
+    """Logits [B, N, K] float32 of tokens, scaled to length 1. The product is in `model.dtype`.
 
     >>> clusters = {"kernel": jnp.eye(2), "bias": jnp.array([0.0, 1.0])}
-    >>> cluster_logits({"clusters": clusters}, jnp.array([[[3.0, 0.0]]])).tolist()
+    >>> x = jnp.array([[[3.0, 0.0]]])
+    >>> cluster_logits(schema.Model(), {"clusters": clusters}, x).tolist()
     [[[1.0, 1.0]]]
     """
-    unit_BxNxD = l2_normalize(x_BxNxD.astype(jnp.float32))
-    return unit_BxNxD @ params["clusters"]["kernel"] + params["clusters"]["bias"]
+    dtype, clusters = jnp.dtype(model.dtype), params["clusters"]
+    product_BxNxK = jnp.einsum(
+        "bnd,dk->bnk",
+        l2_normalize(x_BxNxD.astype(jnp.float32)).astype(dtype),
+        clusters["kernel"].astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return product_BxNxK + clusters["bias"]
 
 
 def _uniform_prototypes(rng: jax.Array, count: int, width: int) -> jax.Array:

@@ -206,7 +206,8 @@ def compare_notes(
         ),
         (
             "kNN and linear use attention-pooled features where the objective trains the pooling"
-            " (category or text), else the mean of the patch tokens."
+            " (category or text), cls where it compares images by cls alone (as in dino), else the"
+            " mean of the patch tokens."
         ),
     ]
     if base.classes:

@@ -154,6 +154,7 @@ def budget_rows(budget: Budget) -> str:
 
     >>> print(budget_rows(Budget("flops", {"a": 10}, {"a": 1}, {"a": 2e12})))
     objective  steps  warm-up  a step
+    ---------  -----  -------  -------
     a             10        1  2 TFLOP
     """
     unit = {"images": "", "flops": " TFLOP", "time": " s"}[budget.kind]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from m3i_jax.objective.numerics import (
+    EXACT,
     assert_equal_shape,
     float32,
     l2_normalize,
@@ -181,10 +182,12 @@ def similarity_sums(
         l2_normalize(jnp.where(seen_BxNx1, x, 0.0))
         for x in (p_BxNxD, jax.lax.stop_gradient(t_BxNxD))
     )
-    of_t_BxNxN = jnp.einsum("bnd,bmd->bnm", t_BxNxD, t_BxNxD)
+    of_t_BxNxN = jnp.einsum("bnd,bmd->bnm", t_BxNxD, t_BxNxD, precision=EXACT)
     # both sides of a product are the same tokens and its gradient is symmetric: that of one side,
     # twice, is one product less
-    half_BxNxN = jnp.einsum("bnd,bmd->bnm", p_BxNxD, jax.lax.stop_gradient(p_BxNxD))
+    half_BxNxN = jnp.einsum(
+        "bnd,bmd->bnm", p_BxNxD, jax.lax.stop_gradient(p_BxNxD), precision=EXACT
+    )
     of_p_BxNxN = 2 * half_BxNxN - jax.lax.stop_gradient(half_BxNxN)
     weight_BxNxN = where_BxN[:, :, None] * where_BxN[:, None]
     square_BxNxN = jnp.square(of_p_BxNxN - of_t_BxNxN)

@@ -79,11 +79,13 @@ class Evaluate:
     )
     features: str = option(
         "auto",
-        "image feature; attention: M3I's pooling; mean: of the patch tokens; auto:"
-        " attention if the objective trains it",
+        "image feature; attention: M3I's pooling; mean: of the patch tokens; cls: the cls token;"
+        " auto: attention if the objective trains it, cls if it compares images by cls alone (as in"
+        " dino), else mean",
         "auto",
         "attention",
         "mean",
+        "cls",
     )
     train_limit: int = option(50_000, "maximum number of training images in the index", EVERY)
     query_limit: int = option(10_000, "maximum number of held-out query images", EVERY)

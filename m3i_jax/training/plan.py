@@ -142,6 +142,16 @@ class Plan:
         ]
         return tuple(dict.fromkeys([*(self.target_key(t) for t in fixed), *matched]))
 
+    @property
+    def image_feature(self) -> str:
+        """The feature of an image that the objective trains, as of `evaluate.features`: attention,
+        the pooling that annotations are predicted from; cls, if images are compared by it alone
+        (DINO, MoCo v3); else mean, of the patch tokens."""
+        if self.where("category", "text"):
+            return "attention"
+        pools = {getattr(self.terms[i].head, "pool", "") for i in self.where("pooled")}
+        return "cls" if pools == {"cls"} else "mean"
+
     def reads_cls(self, term: Term) -> bool:
         """Whether the decoder of a term reads the cls token. With decoder.cls=auto it does not in a
         mixed input, where two images share it."""

@@ -167,7 +167,7 @@ def predict_clusters(
         head = plan.terms[i].head
         if isinstance(head, ClusterHead):
             tokens = targets[TargetKey(plan.terms[i].target, None)]
-            out[i] = heads.cluster_logits(params["heads"][head.name], tokens)
+            out[i] = heads.cluster_logits(plan.config.model, params["heads"][head.name], tokens)
     return out
 
 

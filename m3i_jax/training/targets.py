@@ -92,7 +92,7 @@ def project_target(
     if space is None:
         return z_BxTxD[:, first:]
     if isinstance(space, ClusterHead):
-        return heads.cluster_logits(params["heads"][space.name], z_BxTxD[:, first:])
+        return heads.cluster_logits(model, params["heads"][space.name], z_BxTxD[:, first:])
     if isinstance(space, ProjectionHead):
         tokens = z_BxTxD[:, first:]
         if space.queries == "hidden":

@@ -71,6 +71,7 @@ def forward(plan: plans.Plan, batch=None, params=None, state=None) -> Forward:
         "frozen": jax.tree.map(lambda a: a * 1.1, parts),
         "snapshot": jax.tree.map(lambda a: a * 1.2, parts),
         "shared": parts,
+        targets.TRAINED: m3i.trained_parts(plan.terms, params),
     }
 
     @jax.jit

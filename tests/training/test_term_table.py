@@ -95,6 +95,31 @@ def test_annotations_of_a_row_that_reads_one_input_have_none_of_their_own() -> N
     assert plan_of("supervised", objective__annotation_input="own").passes == (FULL,)
 
 
+def test_the_feature_of_an_image_is_what_the_objective_compares() -> None:
+    """cls, where images are compared by it alone; the pooling, where annotations train it."""
+    found = {
+        forms: plan_of(forms).image_feature
+        for forms in (
+            "dino",
+            "dinov2,dinov3_gram",
+            "moco_v3",
+            "byol",
+            "byol,dino",
+            "mim",
+            "mim,clip",
+        )
+    }
+    assert found == {
+        "dino": "cls",
+        "dinov2,dinov3_gram": "cls",
+        "moco_v3": "cls",
+        "byol": "mean",
+        "byol,dino": "mean",
+        "mim": "mean",
+        "mim,clip": "attention",
+    }
+
+
 def test_a_target_with_a_gradient_is_a_pass_of_its_own() -> None:
     plan = plan_of("simclr")
     assert plan.passes == (FULL, Pass(view=1)) and plan.target_passes == ()
