@@ -227,10 +227,11 @@ class Data:
     mask: str = option(
         "blockwise",
         "distribution of the masks [P: blockwise]; multi_block: visible cells and target blocks of"
-        " I-JEPA",
+        " I-JEPA; inverse_block: one visible block (CAPI)",
         "blockwise",
         "uniform",
         "multi_block",
+        "inverse_block",
     )
     mask_blocks: int = option(
         4, "multi_block: target blocks of an image (I-JEPA: 4)", NumberLimit(1, 16)
