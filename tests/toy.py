@@ -35,7 +35,8 @@ def settings(**changes: object) -> schema.Config:
     config.model.update({
         "encoder": {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "drop_path": 0.1},
         "decoder": {"width": 32, "depth": 1, "heads": 2}, "pool": {"width": 24, "heads": 2},
-        "text": {"width": 32, "depth": 1, "heads": 2, "embed": 16}, "dtype": "float32",
+        "text": {"width": 32, "depth": 1, "heads": 2, "embed": 16},
+        "captioner": {"width": 24, "depth": 2, "heads": 2}, "dtype": "float32",
     })  # fmt: skip
     config.data.update(
         {

@@ -217,7 +217,7 @@ def gather_from_hosts(skipped: Mapping[str, int]) -> dict[str, int]:
 
 # parts that an average holds completely or not at all
 WHOLE = (
-    *("pool", "category", "image_projection", "text", "logit_scale", "scalars"),
+    *("pool", "category", "image_projection", "text", "logit_scale", "scalars", "captioner"),
     *("pyramid", "head"),
 )
 ImageSet = Callable[[Any, Callable[[], None]], tuple[ImageFeatures, Mapping[str, int]]]

@@ -7,6 +7,7 @@
     image_projection    linear without bias into the joint space of images and text
     text, logit_scale   the encoder of captions, and the logarithm of the inverse temperature
     scalars             what posteriors of text train beside embeddings, by term (SigLIP)
+    captioner           decoder of the tokens of captions
     heads               projector, predictor and prototypes of every space by its name; linear maps
                         of tokens
 
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.models import backbones, decoder, heads, pooling, text
+from m3i_jax.models import backbones, captioner, decoder, heads, pooling, text
 from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, Params
 from m3i_jax.objective.joined_terms import ENCODERS
@@ -52,6 +53,7 @@ PARTS = (
     "logit_scale",
     "heads",
     "scalars",
+    "captioner",
 )
 _INVERSE_TEMPERATURE = 1 / 0.07  # of CLIP at the start
 
@@ -75,7 +77,7 @@ def init(
       rng: key.
       terms: the objective; parts that no term reads are not created.
       classes: categories; 0: no category head.
-      vocabulary: token ids; 0: no text tower.
+      vocabulary: token ids; 0: no text tower and no decoder of captions.
 
     Raises:
       ValueError: spaces of one name that differ in their projectors, or in their predictors.
@@ -128,6 +130,10 @@ def init(
             params["scalars"] = scalars
         if len(scalars) < len(trained):
             params["logit_scale"] = jnp.asarray(math.log(_INVERSE_TEMPERATURE), jnp.float32)
+    if "caption" in targets and vocabulary > 0:
+        params["captioner"] = captioner.init(
+            model, keys["captioner"], vocabulary=vocabulary, length=config.data.caption_length
+        )
     if named_heads := _init_heads(model, keys["heads"], terms):
         params["heads"] = named_heads
     return params

@@ -44,6 +44,7 @@ class LossInputs:
       group: [R], rows of equal number are no negatives of each other.
       chunk: captions compared at a time; 0: all.
       axes: axes of the mesh that split the rows; (): none, or not known.
+      parallel: bool [R], captions whose tokens are predicted at once.
     """
 
     weight: float = 0.0
@@ -56,6 +57,7 @@ class LossInputs:
     group: jax.Array | None = None
     chunk: int = 0
     axes: tuple[str, ...] = ()
+    parallel: jax.Array | None = None
 
 
 class Posterior(Protocol):

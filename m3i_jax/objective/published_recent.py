@@ -4,6 +4,7 @@ kept, and what is left out is listed."""
 
 import dataclasses
 
+from m3i_jax.objective.caption_posterior import CaptionSoftmax
 from m3i_jax.objective.entropy_terms import (
     AnyTerms,
     CodingRate,
@@ -22,6 +23,7 @@ from m3i_jax.objective.published_terms import (
     OTHER,
     SMALL,
     PublishedMethod,
+    caption_term,
     dino_terms,
     ibot_term,
 )
@@ -68,6 +70,12 @@ def _with_small_and_hidden(hidden: float) -> Terms:
         pooled_term(SMALL, 0, posterior=PrototypeSoftmax(), head=DINO),
         dataclasses.replace(ibot_term(DINO, PrototypeSoftmax()), weight=hidden),
     )
+
+
+_CAPPA_LEFT_OUT = (
+    "Adafactor, a SentencePiece vocabulary of C4, images resized without a crop where they are"
+    " longer than 4 : 3"
+)
 
 
 def _of_both_views(
@@ -203,20 +211,60 @@ RECENT: dict[str, PublishedMethod] = {
             " token itself (here through a linear map)"
         ),
     ),
+    # Cap and CapPa (arXiv 2306.07915, section 3; google-research/big_vision,
+    # models/proj/cappa/cappa.py, trainers/proj/cappa/generative.py, configs/proj/cappa/pretrain.py)
+    "cap": PublishedMethod(
+        terms=(caption_term(CaptionSoftmax()),),
+        kept=(
+            "a decoder of 6 blocks without biases that attends to all patches predicts every token"
+            " from those before it, the mean over the tokens of a caption, then over captions,"
+            " logits that start at 0, no cls token"
+        ),
+        left_out=_CAPPA_LEFT_OUT,
+    ),
+    "cappa": PublishedMethod(
+        terms=(caption_term(CaptionSoftmax(parallel=0.75)),),
+        kept=(
+            "as cap, and three captions in four, drawn for each image, are predicted at once: all"
+            " inputs are mask tokens, and every place sees all others"
+        ),
+        left_out=_CAPPA_LEFT_OUT,
+    ),
+    # CoCa (arXiv 2205.01917, section 3.2; mlfoundations/open_clip, src/open_clip/coca_model.py and
+    # CoCaLoss of loss.py)
+    "coca": PublishedMethod(
+        terms=(
+            *FORMS["weakly_supervised"],
+            caption_term(CaptionSoftmax(per_token=True), weight=2.0),
+        ),
+        kept=(
+            "CLIP's loss with weight 1, cross-entropy of captions with weight 2, a mean over the"
+            " tokens of the batch, one learned query that pools the image for the pairs"
+        ),
+        left_out=(
+            "text layers that both losses share, the first half of its decoder (here the text tower"
+            " is by itself and bidirectional, and the decoder begins with token embeddings), 256"
+            " queries that pool the image for the decoder (here it reads all patches), patches of"
+            " 18 pixels, Adafactor, linear decay of the rate"
+        ),
+    ),
     # SigLIP 2 (arXiv 2502.14786, sections 2.2 and 2.3); its training code is not public
     "siglip2": PublishedMethod(
         terms=(
             dataclasses.replace(text_term(FULL), posterior=TextSigmoid()),
+            caption_term(CaptionSoftmax(parallel=0.5)),
             *_with_small_and_hidden(0.25),
         ),
         kept=(
-            "SigLIP's pairs; small views predict the EMA encoder's assignment of the whole view,"
-            " and hidden cells those of its cells with weight 0.25, momentum that does not rise;"
-            " together a quarter of the pairs' weight, as for its B models"
+            "SigLIP's pairs and a decoder of captions that reads all patches, with weight 1 each,"
+            " half of the captions at once; small views predict the EMA encoder's assignment of the"
+            " whole view, and hidden cells those of its cells with weight 0.25, momentum that does"
+            " not rise; together a quarter of the pairs' weight, as for its B models"
         ),
         left_out=(
-            "LocCa's decoder, self-distillation in the last fifth of the run alone and on views of"
-            " its own (here the pairs read an augmented view, too), NaFlex"
+            "boxes and their captions in the decoder's text, self-distillation in the last fifth of"
+            " the run alone and on views of its own (here the pairs read an augmented view, too),"
+            " NaFlex"
         ),
     ),
     # TIPS (arXiv 2410.16512, section 3)

@@ -14,6 +14,7 @@ input view, view 1 the other view; the paper's table numbers them the other way 
 import dataclasses
 from typing import Any
 
+from m3i_jax.objective.caption_posterior import CaptionHead
 from m3i_jax.objective.posteriors import (
     Boltzmann,
     CategorySoftmax,
@@ -61,6 +62,7 @@ class Pass:
 # Targets computed from an image; the others are annotations.
 IMAGE_TARGETS = ("pixels", "tokens", "pooled")
 DENSE_TARGETS = ("pixels", "tokens")
+ANNOTATIONS = ("category", "text", "caption")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -68,7 +70,7 @@ class Target:
     """One target representation, z_y = f_phi(t_y(s)).
 
     Attributes:
-      of: pixels, tokens (dense features), pooled (one vector), category or text.
+      of: pixels, tokens (dense features), pooled (one vector), category, text, caption (tokens).
       view: index of the view that the target encoder reads; None for annotations.
       encoder: identity; ema; shared: the online encoder without gradient; online: with gradient, in
         a pass of its own; frozen: from a checkpoint; snapshot: the EMA encoder of an earlier step,
@@ -88,10 +90,8 @@ class Target:
     enlarge: int = 1
 
     def __post_init__(self) -> None:
-        if self.of not in (*IMAGE_TARGETS, "category", "text"):
-            raise ValueError(
-                f"target of {self.of!r}: must be pixels, tokens, pooled, category or text"
-            )
+        if self.of not in (kinds := (*IMAGE_TARGETS, *ANNOTATIONS)):
+            raise ValueError(f"target of {self.of!r}: must be one of {', '.join(kinds)}")
         if (self.of in IMAGE_TARGETS) != (self.view is not None):
             raise ValueError(
                 f"target of {self.of!r} with view {self.view!r}: image targets need a view,"
@@ -197,7 +197,7 @@ class PooledHead:
     everything: bool = False
 
 
-Head = DecoderHead | LinearHead | ProjectionHead | ClusterHead | PooledHead
+Head = DecoderHead | LinearHead | ProjectionHead | ClusterHead | PooledHead | CaptionHead
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,6 +251,8 @@ class Term:
             if self.target.of in DENSE_TARGETS
             else ProjectionHead
             if self.target.of == "pooled"
+            else CaptionHead
+            if self.target.of == "caption"
             else PooledHead
         )
         if not isinstance(self.head, heads):

@@ -136,8 +136,14 @@ class Objective:
         "captions compared with all images at a time, which avoids a B x B matrix; 0: all",
         STEPS,
     )
+    parallel_captions: float = option(
+        -1.0,
+        "share of the images whose caption tokens are predicted at once, from mask tokens (CapPa:"
+        " 0.75); -1: the method's",
+        NumberLimit(-1.0, 1.0),
+    )
     second_group: tuple[str, ...] = option(
-        ("category", "text"),
+        ("category", "text", "caption"),
         "names of the terms that lambda scales; all other terms form the first group",
         NAMES,
     )

@@ -18,9 +18,11 @@ from m3i_jax.objective import (
     registry,
 )
 from m3i_jax.objective import terms as objective_terms
+from m3i_jax.objective.caption_posterior import with_parallel_captions
 from m3i_jax.objective.entropy_terms import EntropyTerm, EntropyTerms
 from m3i_jax.objective.teacher_terms import with_teachers
 from m3i_jax.objective.terms import (
+    ANNOTATIONS,
     DENSE_TARGETS,
     IMAGE_TARGETS,
     ClusterHead,
@@ -201,7 +203,9 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
         )
     named = {name: terms_named(name) for name in names}
     predictions = {
-        name: found for name in names if (found := entropy_terms.predictions_of(named[name]))
+        name: with_parallel_captions(found, o.parallel_captions)
+        for name in names
+        if (found := entropy_terms.predictions_of(named[name]))
     }
     rows = joined_terms.uniquify(predictions)
     try:
@@ -265,7 +269,7 @@ def build_plan(config: schema.Config) -> Plan:
 def _validate(plan: Plan) -> None:
     """Refuse settings that contradict the terms."""
     config, terms = plan.config, plan.terms
-    annotations = [t for t in terms if t.target.of in ("category", "text")]
+    annotations = [t for t in terms if t.target.of in ANNOTATIONS]
     if config.objective.annotation_input == "own" and any(
         t.reads.masked or t.reads.mixed for t in annotations
     ):
@@ -427,6 +431,13 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
             0.0,
             by_prototypes,
             no_prototypes,
+        ),
+        (
+            "objective.parallel_captions",
+            o.parallel_captions,
+            default_config.objective.parallel_captions,
+            any(t.target.of == "caption" for t in terms),
+            "no decoder of captions (as in cappa)",
         ),
         (
             "objective.target_checkpoint",

@@ -9,6 +9,7 @@ import jax
 
 from m3i_jax.models import backbones, text
 from m3i_jax.objective.available_terms import SMALL
+from m3i_jax.objective.caption_posterior import CaptionHead
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
     IMAGE_TARGETS,
@@ -81,6 +82,8 @@ def describe_target(term: Term) -> str:
 
 def describe_posterior(term: Term) -> str:
     more = ", second moment" if getattr(term.posterior, "second_moment", False) else ""
+    if share := getattr(term.posterior, "parallel", 0.0):
+        more = f", {share:.0%} of the captions at once"
     return type(term.posterior).__name__ + more
 
 
@@ -98,6 +101,8 @@ def describe_space(term: EntropyTerm) -> str:
 def describe_head(term: Term) -> str:
     if isinstance(term.head, PooledHead):
         return "pool of all tokens" if term.head.everything else "pool"
+    if isinstance(term.head, CaptionHead):
+        return "caption decoder"
     return type(term.head).__name__.lower()
 
 
@@ -212,6 +217,10 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
     if pooled := [i for i, t in enumerate(plan.terms) if isinstance(t.head, PooledHead)]:
         pool = functools.partial(predictions.pool_images, plan)
         add("pool", "own tokens of each image", pooled, pool, params, z, inputs)
+    if captions := plan.where("caption"):
+        shown = describe_pass(plan.terms[captions[0]].reads, drops)
+        decode = functools.partial(predictions.caption_logits, plan, indices=captions)
+        add("caption decoder", shown, captions, decode, params, z, inputs)
     heads = {name: part for name, part in params.items() if name != "encoder"}
     entropies = plan.numbered_entropies()
     read_features = functools.partial(entropy_losses.entropy_features, plan)

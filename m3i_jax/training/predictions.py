@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3i_jax.models import decoder, heads, m3i, pooling, text
+from m3i_jax.models import captioner, decoder, heads, m3i, pooling, text
 from m3i_jax.objective import mixing, positions
+from m3i_jax.objective.caption_posterior import CaptionSoftmax
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.teacher_terms import linear_name, predicts_visible
 from m3i_jax.objective.terms import (
@@ -24,7 +25,14 @@ from m3i_jax.objective.terms import (
 )
 from m3i_jax.training.plan import Plan, TargetKey
 from m3i_jax.training.targets import TargetFeatures, pool_tokens
-from m3i_jax.training.views import Batch, Inputs, PassInputs, stack_rows, unstack_rows
+from m3i_jax.training.views import (
+    Batch,
+    Inputs,
+    PassInputs,
+    parallel_captions,
+    stack_rows,
+    unstack_rows,
+)
 
 Arrays = dict[int, jax.Array]  # {term index: array}
 Features = dict[Pass, jax.Array]
@@ -261,3 +269,30 @@ def contrastive_embeddings(
     with jax.named_scope("text"):
         captions = text.apply(plan.config.model, params["text"], batch["tokens"], batch["length"])
     return images, captions
+
+
+def parallel_rows(plan: Plan, term: Term, inputs: PassInputs) -> jax.Array | None:
+    """Which captions of a term are predicted at once, bool [R]; None: none."""
+    assert isinstance(term.posterior, CaptionSoftmax)
+    position = inputs.rows[term.image]["position"]
+    return parallel_captions(plan.config, position, term.posterior.parallel)
+
+
+def caption_logits(
+    plan: Plan, params: Any, z: Features, inputs: Inputs, indices: tuple[int, ...]
+) -> Arrays:
+    """Logits [R, L - 1, V] of these caption terms; inputs of equal shape share a call."""
+    arguments: dict[int, tuple[Any, ...]] = {}
+    for i in indices:
+        term, read = plan.terms[i], inputs[plan.terms[i].reads]
+        tokens = read.rows[term.image]["tokens"]
+        memory = visible_tokens(plan, term, z, inputs)[0]
+        arguments[i] = tokens, memory, parallel_rows(plan, term, read)
+    out: Arrays = {}
+    for group in group_by_shape(arguments):
+        tokens, memory = (stack_rows([arguments[i][k] for i in group]) for k in range(2))
+        every = [arguments[i][2] for i in group]
+        parallel = None if every[0] is None else stack_rows(every)
+        logits = captioner.apply(plan.config.model, params["captioner"], tokens, memory, parallel)
+        out |= dict(zip(group, unstack_rows(logits, len(group)), strict=True))
+    return out

@@ -34,7 +34,7 @@ class Pretrain(Task):
             self.config,
             terms=self.plan.terms,
             classes=self.config.data.classes if self.plan.where("category") else 0,
-            vocabulary=self.vocabulary if self.plan.where("text") else 0,
+            vocabulary=self.vocabulary if self.plan.where("text", "caption") else 0,
             rng=rng,
         )
 

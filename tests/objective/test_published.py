@@ -43,6 +43,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "lejepa": {"epochs": 800, "decay": 0.05, "blur": (0.5, 0.5)},
     "simdino": {"epochs": 100, "decay": 0.04, "ema": 0.6, "warmup": 10},
     "siglip2": {"epochs": 4, "decay": 1e-4},
+    "cap": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
+    "cappa": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
+    "coca": {"epochs": 5, "decay": 0.01, "b2": 0.999, "jitter": 0.0},
     "tips": {"epochs": 400},
     "siglip": {"epochs": 4, "decay": 1e-4, "b2": 0.95, "flip": 0.0, "jitter": 0.0},
 }
