@@ -166,6 +166,12 @@ class Data:
         "file of class names, for WordNet ids or numbers; empty: search beside an ImageNet folder",
         PATH,
     )
+    keep: tuple[str, ...] = option(
+        (),
+        "keep-list, a Parquet or Arrow file with the columns key and, optionally, weight, caption"
+        " and label: only these records are read; of a mixture one per source, all for none",
+        PATH,
+    )
     split: str = option(
         "",
         "training split: sub-folder, glob below a directory of tars, or split name (tfds,"

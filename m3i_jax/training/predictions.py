@@ -124,9 +124,10 @@ def _decode(plan: Plan, params: Any, arguments: dict[int, tuple[Any, ...]]) -> A
         tokens, cells, queries = (stack_rows([arguments[i][k] for i in group]) for k in range(3))
         no_cls = arguments[group[0]][3] is None
         cls = None if no_cls else stack_rows([arguments[i][3] for i in group])
-        decoded = decoder.apply(
-            model, tree, tokens, cells, queries, grid=plan.config.grid, cls_BxD=cls
-        )
+        with jax.named_scope("decoder"):
+            decoded = decoder.apply(
+                model, tree, tokens, cells, queries, grid=plan.config.grid, cls_BxD=cls
+            )
         kinds = {_output(plan.terms[i]) for i in group}
         if len(kinds) == 1:
             rows = _head_rows(plan, params, decoded, *kinds)
@@ -257,5 +258,6 @@ def contrastive_embeddings(
         i: m3i.image_embedding(plan.config, params, vectors[pool_key(plan.terms[i])])
         for i in indices
     }
-    captions = text.apply(plan.config.model, params["text"], batch["tokens"], batch["length"])
+    with jax.named_scope("text"):
+        captions = text.apply(plan.config.model, params["text"], batch["tokens"], batch["length"])
     return images, captions

@@ -47,7 +47,8 @@ def _cached_text_gradients(
 
     def embed(_: None, part: tuple[Batch, Inputs, Patches]) -> tuple[None, Any]:
         part_batch, part_inputs, patches = part
-        z = views.encode_passes(plan.config, part_inputs, patches, params["encoder"])
+        with jax.named_scope("encoder"):
+            z = views.encode_passes(plan.config, part_inputs, patches, params["encoder"])
         vectors = predictions.pool_images(plan, params, z, part_inputs)
         return None, predictions.contrastive_embeddings(plan, params, vectors, part_batch)
 
@@ -75,7 +76,8 @@ def _cached_entropy_gradients(
 
     def read(_: None, part: tuple[Batch, Inputs, Patches]) -> tuple[None, Arrays]:
         part_inputs, patches = part[1:]
-        z = views.encode_passes(plan.config, part_inputs, patches, params["encoder"])
+        with jax.named_scope("encoder"):
+            z = views.encode_passes(plan.config, part_inputs, patches, params["encoder"])
         return None, entropy_losses.entropy_features(plan, params, z, part_inputs)
 
     _, features = jax.lax.scan(read, None, microbatches)
@@ -93,15 +95,21 @@ def _cached_entropy_gradients(
 
 def _encode(plan: Plan, params: Any, inputs: Inputs, patches: Patches) -> tuple[Any, Any]:
     """(features of every pass, their pullback to the encoder's parameters)."""
-    encode = functools.partial(views.encode_passes, plan.config, inputs, patches)
+
+    def encode(encoder: Any) -> Any:
+        with jax.named_scope("encoder"):
+            return views.encode_passes(plan.config, inputs, patches, encoder)
+
     return jax.vjp(encode, params["encoder"])
 
 
 def _views_and_targets(
     plan: Plan, teachers: dict[str, Any], batch: Batch
 ) -> tuple[Patches, TargetFeatures]:
-    patches = views.augmented_patches(plan.config, batch, plan.views, exact=plan.exact)
-    return patches, targets.target_features(plan, teachers, patches, batch["mask"])
+    with jax.named_scope("views"):
+        patches = views.augmented_patches(plan.config, batch, plan.views, exact=plan.exact)
+    with jax.named_scope("target_encoder"):
+        return patches, targets.target_features(plan, teachers, patches, batch["mask"])
 
 
 def objective_gradients(
@@ -162,7 +170,8 @@ def objective_gradients(
                 cached=cached,
                 cached_entropies=cached_entropies,
             )
-            (_, group_costs), grad = jax.value_and_grad(loss, (0, 1), has_aux=True)(heads, z)
+            with jax.named_scope("losses"):
+                (_, group_costs), grad = jax.value_and_grad(loss, (0, 1), has_aux=True)(heads, z)
             costs |= group_costs
             grads.append(grad)
         add_weighted = functools.partial(
