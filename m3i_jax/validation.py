@@ -203,7 +203,11 @@ def validate_devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
       UserError: it cannot.
     """
     rows = [registry.forms().get(terms.LETTERS.get(name, name), ()) for name in c.objective.forms]
-    if any(getattr(t.head, "prototypes", "") for row in rows for t in row):
+    if any(
+        getattr(t.head, "prototypes", "") or getattr(t.head, "clusters", "")
+        for row in rows
+        for t in row
+    ):
         _require(
             c.model.head.prototypes >= shape[1],
             "model.head.prototypes",

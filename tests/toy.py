@@ -72,6 +72,9 @@ def batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:
         "position": np.stack([np.zeros(b), np.arange(b) + seed * b], -1).astype(np.uint32),
     }
     out["label"][[1, 4]] = -1
+    if config.data.mask == "inverse_block":
+        options = {"grid": config.grid, "hidden": config.hidden}
+        out["mask"] = block_masks.inverse_block(seed, 0, b, **options)
     if config.data.mask == "multi_block":
         out["mask"], out["blocks"] = block_masks.multi_block(
             seed,

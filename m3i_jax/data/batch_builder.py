@@ -211,7 +211,11 @@ class BatchBuilder(RecordBatchBuilder):
         self.count(batch, "region_too_long", int(cut > 0))
 
     def _mask(self, first: int) -> np.ndarray:
-        draw = masks.blockwise if self.data.mask == "blockwise" else masks.uniform
+        draw = {
+            "blockwise": masks.blockwise,
+            "uniform": masks.uniform,
+            "inverse_block": block_masks.inverse_block,
+        }[self.data.mask]
         cells = draw(
             self.seed,
             first,

@@ -15,10 +15,11 @@ from m3i_jax.objective.entropy_terms import (
     VarianceCovariance,
 )
 from m3i_jax.objective.pair_posteriors import SquaredError, TextSigmoid
-from m3i_jax.objective.posteriors import Cosine
+from m3i_jax.objective.posteriors import Cosine, TokenSimilarity
 from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
 from m3i_jax.objective.published_terms import (
     DINO,
+    MASK_TOKENS,
     OTHER,
     SMALL,
     PublishedMethod,
@@ -29,14 +30,23 @@ from m3i_jax.objective.published_terms import (
 from m3i_jax.objective.terms import (
     FORMS,
     FULL,
+    MASKED,
+    ClusterHead,
+    DecoderHead,
     MlpShape,
     ProjectionHead,
     Target,
     Terms,
     pooled_term,
     text_term,
+    token_term,
 )
 
+_CAPI = PrototypeSoftmax(
+    temperature=0.12, constraint="position_sinkhorn", target_temperature=(0.06, 0.06)
+)
+# every token as the encoder returns it
+_TOKENS = ProjectionHead(name="tokens", pool="none")
 _MLP3 = ProjectionHead(projector=MlpShape(layers=3))
 _SIM = ProjectionHead(
     pool="cls", projector=MlpShape(layers=3, norm="none", activation="gelu", std=0.02)
@@ -131,6 +141,62 @@ RECENT: dict[str, PublishedMethod] = {
             "the rising weight decay, the coding rate of one"
             " device (here of the batch; CodingRate.group sets another number of rows) and of the"
             " mean with the target's features (here of the online ones)"
+        ),
+    ),
+    # DINOv3's Gram anchoring (arXiv 2508.10104, sections 4.2 and 4.3; facebookresearch/dinov3,
+    # dinov3/loss/gram_loss.py), to be joined: dinov2+dinov3_gram
+    "dinov3_gram": PublishedMethod(
+        terms=tuple(
+            token_term(
+                read,
+                read.view,
+                name="gram",
+                target=Target(of="tokens", view=read.view, encoder="snapshot", enlarge=2),
+                posterior=TokenSimilarity(),
+                head=_TOKENS,
+            )
+            for read in (MASK_TOKENS, OTHER)
+        ),
+        kept=(
+            "squared error of the cosines of all pairs of patch tokens after the final norm, of"
+            " both large views, masked cells included, to those of the EMA encoder of an earlier"
+            " step, which reads the views at twice the side and whose features are resized"
+            " bicubically;"
+            " weight 2 beside DINO's and iBOT's, from the first snapshot on"
+            " (objective.snapshot_at), or against a checkpoint (objective.target_checkpoint)"
+        ),
+        left_out=(
+            "views of the target cut anew at twice the pixels and without colour changes (here the"
+            " input's view is enlarged), the rise of the weight by a cosine over 1,000 steps, half"
+            " of the weight of small views in this stage"
+        ),
+    ),
+    # CAPI (arXiv 2502.08769, sections 3 and 4; facebookresearch/capi, train_capi.py, model.py)
+    "capi": PublishedMethod(
+        terms=(
+            token_term(
+                MASKED,
+                0,
+                name="dense",
+                posterior=_CAPI,
+                head=DecoderHead(queries="hidden", clusters="clusters"),
+            ),
+            token_term(MASKED, 0, name="clusters", posterior=_CAPI, head=ClusterHead()),
+        ),
+        kept=(
+            "one view, 65 % of its cells hidden around one visible block that may wrap around; a"
+            " linear map of the EMA encoder's tokens, of length 1, to 16,384 clusters, trained on"
+            " their own assignments without any gradient to an encoder; assignments balanced by"
+            " three Sinkhorn iterations at each position over the global batch at temperature"
+            " 0.06; a decoder of 12 blocks that predicts those of hidden cells, by prototypes of"
+            " trained lengths, at temperature 0.12; no cls, no loss of whole images"
+        ),
+        left_out=(
+            "queries that see the visible cells and not each other, and 5 % of the hidden cells"
+            " as queries (here all), its rotary positions, which are no rotation, and places of"
+            " the registers, layers without biases, half of the rate and a decay of 0.01 for the"
+            " clusters, a momentum of 1 that falls to 0.999 in the warm-up, decay of norms, a"
+            " cosine cut at 0.8 of its length (here it ends at the rate that this one has there)"
         ),
     ),
     # SigLIP (arXiv 2303.15343, sections 3 and 4; google-research/big_vision, siglip.py)

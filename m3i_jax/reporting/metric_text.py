@@ -216,6 +216,18 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
         ),
     ),
     (
+        "Kernels",
+        (
+            MetricText("kernels/used", "", "kernel calls that equal the plain form on this device"),
+            MetricText(
+                "kernels/refused", "", "calls that do not, in whose place the plain form runs", "0"
+            ),
+            MetricText(
+                "kernels/error", "share", "largest error of the values and gradients", "below 0.03"
+            ),
+        ),
+    ),
+    (
         "Skipped",
         (
             MetricText(

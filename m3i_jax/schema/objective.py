@@ -87,7 +87,14 @@ class Objective:
         0.3, "share of the run over which this temperature rises (DINOv2: 30 of 100 epochs)", SHARE
     )
     target_checkpoint: str = option(
-        "", "directory of the run whose encoder is the frozen target", PATH
+        "", "directory of the run whose encoder is the frozen target, or the first snapshot", PATH
+    )
+    snapshot_at: tuple[float, ...] = option(
+        (0.5, 0.75),
+        "shares of the run at which a target that is a snapshot takes the EMA encoder's parameters;"
+        " its terms count from the first on, or from the start with target_checkpoint or init_from"
+        " (DINOv3's Gram anchoring)",
+        NumberLimit(0, 1, above=True, below=True, count=ListLimit(most=64, unique=True)),
     )
     teachers: tuple[str, ...] = option(
         (),

@@ -76,9 +76,11 @@ def per_token(term: Term) -> bool:
     return isinstance(term.posterior, CaptionSoftmax) and term.posterior.per_token
 
 
-def loss_weights(plan: Plan, inputs: Inputs) -> tuple[list[jax.Array], list[jax.Array]]:
+def loss_weights(
+    plan: Plan, inputs: Inputs, snapshot: Any = None
+) -> tuple[list[jax.Array], list[jax.Array]]:
     """(count of each term, weight of its sum in the loss of its group), over the whole batch and
-    without gradient.
+    without gradient. `snapshot`: the state of the snapshot's link; None: it counts.
 
     Image terms: the mean of each, then their weighted mean, to which entropy terms are added with
     weights relative to those of the image terms of their group; they come after all terms, as in
@@ -107,6 +109,9 @@ def loss_weights(plan: Plan, inputs: Inputs) -> tuple[list[jax.Array], list[jax.
             share = rows[i] / jnp.maximum(count, 1) if per_token(term) else 1.0
             total = jnp.maximum(sum(t.weight * n for t, n in pool), 1)
             weights.append(share * term.weight / total)
+    if snapshot is not None:  # a snapshot that has not been taken is random
+        taken = [t.target.encoder == "snapshot" for t in plan.terms]
+        weights = [w * snapshot.taken if t else w for w, t in zip(weights, taken, strict=True)]
     for entropy_term in plan.entropy_terms:
         pool_weight = sum(
             t.weight
@@ -165,7 +170,7 @@ def _image_loss(
     contrastive = term.posterior.batch_keys and key in bundle.batch
     settings, prototypes = plan.config.objective, None
     if isinstance(term.head, ProjectionHead):
-        prototypes = params["heads"][term.head.name].get("prototypes")
+        prototypes = params.get("heads", {}).get(term.head.name, {}).get("prototypes")
     given = LossInputs(
         weight=settings.second_moment,
         moment=bundle.moments.get(targets.moment_key(key)),
@@ -290,6 +295,7 @@ def group_loss(
         costs: TermLosses = {}
         images = plan.where(*IMAGE_TARGETS, group=group)
         predicted = predictions.predict_images(plan, heads, z, inputs, images) if images else {}
+        predicted |= predictions.predict_clusters(plan, heads, bundle.rows, images)
         project = entropy_losses.OnlineProjections(plan, heads, z, inputs, predicted)
         for i in images:
             costs[i] = _image_loss(plan, i, heads, predicted[i], project, z, bundle, inputs)
