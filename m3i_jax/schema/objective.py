@@ -143,7 +143,7 @@ class Objective:
         NumberLimit(-1.0, 1.0),
     )
     second_group: tuple[str, ...] = option(
-        ("category", "text", "caption"),
+        ("category", "text", "caption", "box", "region"),
         "names of the terms that lambda scales; all other terms form the first group",
         NAMES,
     )

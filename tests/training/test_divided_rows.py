@@ -1,5 +1,5 @@
 """Rows without a test of their own on several devices: that neither devices, microbatches nor a
-restart change a number of I-JEPA, CAPI, DINO's centring and Gram anchoring."""
+restart change a number of I-JEPA, CAPI, captioners, DINO's centring and Gram anchoring."""
 
 import math
 import pathlib
@@ -27,6 +27,7 @@ ROWS = {
         "model__decoder__positions": "absolute",
     },
     "capi": {"data__mask": "inverse_block", "data__mask_ratio": 0.625},
+    "coca,cappa,locca": {"data__regions": True},
     "dino": {"objective__prototype_targets": "centering"},
     # taken after the second of 20 steps
     "ibot,dinov3_gram": {"objective__snapshot_at": "0.1", "data__mask_ratio": 0.25},
