@@ -170,7 +170,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["quickstart", "folder", "tars", "forms", pytest.param("intern_image", marks=pytest.mark.slow)],
+    # the terms of a folder are those of the quickstart, its pipeline that of the tars
+    [
+        "quickstart",
+        pytest.param("folder", marks=pytest.mark.slow),
+        "tars",
+        "forms",
+        pytest.param("intern_image", marks=pytest.mark.slow),
+    ],
 )
 def test_one_step(
     name: str, places: dict[str, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
