@@ -83,6 +83,8 @@ LAZY = {
     "tensorboard",
     "clu",
     "fsspec",
+    "pyarrow",
+    "ray",
     "gcsfs",
     "simplejpeg",
     "cykooz_resizer",
