@@ -141,12 +141,6 @@ def test_a_detection_run_logs_its_losses(head: str, unbroken: pathlib.Path) -> N
     assert any(path.startswith(PARTS[head]) for path in paths), list(paths)[:5]
 
 
-@pytest.mark.parametrize(
-    "head",
-    [pytest.param(h, marks=pytest.mark.slow if h != "mask_rcnn" else ()) for h in HEADS],
-    indirect=True,
-    scope="module",
-)
 @pytest.mark.row("A2", "A10")
 def test_a_preempted_dense_run_goes_on_with_other_workers(
     head: str, unbroken: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
