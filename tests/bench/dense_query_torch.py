@@ -289,7 +289,9 @@ class Dino(nn.Module):
         for name, parameter in self.named_parameters():
             path, number = self._place(name)
             array = tree[path] if number is None else tree[path][number]
-            out[name] = np.ascontiguousarray(to_torch(f"head/{path}", array).reshape(parameter.shape))
+            out[name] = np.ascontiguousarray(
+                to_torch(f"head/{path}", array).reshape(parameter.shape)
+            )
         return out
 
     def decays(self, name: str) -> bool:
