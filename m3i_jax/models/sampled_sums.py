@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import parallel
-from m3i_jax.models import dcnv3_cpu, dcnv3_dense, dcnv3_tpu
+from m3i_jax.models import dcnv3_cpu, dcnv3_dense, dcnv3_tpu, dcnv3_window_plan, dcnv3_windows
 from m3i_jax.models.dcnv3_dense import Samples, widen
 
 _BAND = 2  # rows of a band and of its windows; more rows: fewer turns, more products with zeros
@@ -30,7 +30,8 @@ class Places(Protocol):
         """Coordinates in pixels and weights, [B, O, G, P]."""
 
     def cells_last(self, *args: Any, **kwargs: Any) -> Samples:
-        """The same, [B, G, P, O]."""
+        """The same, [B, G, P, O]. With `order`, in the order that it gives arrays [B, O, ...]; only
+        places of a call with columns need to take it."""
 
 
 class SampledSum(NamedTuple):
@@ -40,13 +41,48 @@ class SampledSum(NamedTuple):
       methods: (platform, method) pairs; the method of a platform without one is that of default.
       size: rows and columns of the map.
       out_rows: rows of the output, for bands; outputs that do not fill whole rows are padded.
-      places: makes places and weights of the other arrays.
+      places: makes places and weights of the other arrays, [B, O, G, P, ...].
+      columns: of the output where it is a map and neighbours sample neighbours; else 0.
     """
 
     methods: tuple[tuple[str, str], ...]
     size: tuple[int, int]
     out_rows: int
     places: Places
+    columns: int = 0
+
+
+def has_kernel(size: tuple[int, int], groups: int, depth: int, points: int, dtype: Any) -> bool:
+    """Whether a kernel for TPUs takes a map: of any size, unless its groups do not fill lanes side
+    by side.
+
+    >>> [has_kernel((304, 504), 10, 32, 9, dtype) for dtype in (jnp.bfloat16, jnp.float16)]
+    [True, False]
+    """
+    return dcnv3_tpu.fits(size, groups, depth, points, dtype) or dcnv3_window_plan.supports(
+        groups, depth, points, dtype
+    )
+
+
+def _kernel(
+    call: SampledSum, x_BxQxC: jax.Array, *arrays: jax.Array
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Samples]]:
+    """The two passes of the kernel for this map, and the function of the arrays that makes its
+    samples."""
+    _, o, groups, points = arrays[0].shape[:4]
+    depth, interpret = x_BxQxC.shape[2] // groups, parallel.platform() != "tpu"
+    passes: tuple[Any, Any] = dcnv3_tpu.forward, dcnv3_tpu.backward
+    settings, samples = {"size": call.size, "interpret": interpret}, call.places.cells_last
+    if not dcnv3_tpu.fits(call.size, groups, depth, points, x_BxQxC.dtype):
+        plan = dcnv3_window_plan.plan_windows(
+            call.size, o, call.columns, groups, depth, points, x_BxQxC.dtype
+        )
+        passes = dcnv3_windows.forward, dcnv3_windows.backward
+        settings = {"plan": plan, "interpret": interpret}
+        if call.columns:
+            samples = functools.partial(samples, order=plan.by_tile)
+    forward, backward = (functools.partial(each, **settings) for each in passes)
+    return forward, backward, samples
 
 
 def _cells_last(x_BxOxC: jax.Array, groups: int) -> jax.Array:
@@ -84,10 +120,8 @@ def _value(call: SampledSum, method: str, x_BxQxC: jax.Array, *arrays: jax.Array
     if method == "fused":
         return dcnv3_cpu.forward(x_BxQxC, call.places.channels_last(*arrays), call.size)
     if method == "kernel":
-        run = functools.partial(
-            dcnv3_tpu.forward, size=call.size, interpret=parallel.platform() != "tpu"
-        )
-        return parallel.per_device(run, x_BxQxC, call.places.cells_last(*arrays))
+        run, _, samples = _kernel(call, x_BxQxC, *arrays)
+        return parallel.per_device(run, x_BxQxC, samples(*arrays))
     # Without the barrier the compiler would transpose the coordinates again for every entry of the
     # matrix.
     at = jax.lax.optimization_barrier(call.places.cells_last(*arrays))
@@ -108,6 +142,11 @@ def _gradients(
     *rest: jax.Array,
 ) -> tuple:
     *arrays, grad_BxOxC = rest
+    if method == "kernel":
+        _, run, samples = _kernel(call, x_BxQxC, *arrays)
+        at, pull = jax.vjp(samples, *arrays)
+        dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
+        return (dx, *pull(dat))
     at, pull = jax.vjp(
         call.places.channels_last if method == "fused" else call.places.cells_last, *arrays
     )
@@ -123,12 +162,6 @@ def _gradients(
         )
         return (dx, *pull(dat))
     groups, rows = at.y.shape[1], _BAND if method == "band" else 0
-    if method == "kernel":
-        run = functools.partial(
-            dcnv3_tpu.backward, size=call.size, interpret=parallel.platform() != "tpu"
-        )
-        dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
-        return (dx, *pull(dat))
     at = jax.lax.optimization_barrier(at)
     if method == "gather":
         dx, dat = jax.vjp(lambda x, at: gathered_sum(x, at, call.size), x_BxQxC, at)[1](grad_BxOxC)

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import parallel
-from m3i_jax.models import dcnv3_tpu
 from m3i_jax.models.dcnv3 import METHODS
 from m3i_jax.models.dcnv3_dense import Samples, widen
-from m3i_jax.models.sampled_sums import SampledSum, sampled_sum
+from m3i_jax.models.sampled_sums import SampledSum, has_kernel, sampled_sum
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -44,11 +43,11 @@ class _Located(NamedTuple):
 def _methods(
     value_BxSxHxC: jax.Array, size: tuple[int, int], queries: int, points: int
 ) -> tuple[tuple[str, str], ...]:
-    """The form for each platform. On a CPU it is the loop, on a TPU the kernel where its VMEM holds
-    the map; else products with the whole matrix where that is small, on a TPU also bands of it, on
+    """The form for each platform. On a CPU it is the loop, on a TPU the kernel where it takes the
+    groups; else products with the whole matrix where that is small, on a TPU also bands of it, on
     a GPU gathers."""
     b, cells, heads, c = value_BxSxHxC.shape
-    use_kernel = parallel.kernels(b) and dcnv3_tpu.fits(size, heads, c, points, value_BxSxHxC.dtype)
+    use_kernel = parallel.kernels(b) and has_kernel(size, heads, c, points, value_BxSxHxC.dtype)
     small = queries * cells <= _SMALL
     tpu = "kernel" if use_kernel else "dense" if small else "band"
     return ("cpu", "fused"), ("tpu", tpu), ("default", "dense" if small else "gather")
