@@ -151,6 +151,11 @@ def parser() -> Parser:
         help="compile: search for mesh, remat and microbatches that fit",
     )
     parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="profile: time and check every kernel of the train step, without data",
+    )
+    parser.add_argument(
         "--format", default="", metavar="NAME", help="export: timm, hf, stablehlo, npz or orbax"
     )
     parser.add_argument("--out", default="", metavar="FILE", help="features: the npz file to write")

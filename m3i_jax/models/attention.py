@@ -188,6 +188,29 @@ attend_columns.defvjp(
 )
 
 
+def attend_plainly(
+    heads: int, arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None
+) -> jax.Array:
+    """`attend_columns` without the kernel."""
+    q, k, v = (part for array in arrays for part in to_heads(array, _parts(array, arrays), heads))
+    return from_heads(attend(q, k, v, where_BxT, (), q.shape[-1] ** -0.5))
+
+
+def _parts(array: jax.Array, arrays: tuple[jax.Array, ...]) -> int:
+    """Number of queries, keys and values that are side by side in one of the arrays."""
+    return array.shape[2] * (4 - len(arrays)) // arrays[-1].shape[2]
+
+
+def kernel_call(
+    heads: int, arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None
+) -> parallel.KernelCall:
+    """The call that `attend_columns` makes, for `parallel.trusted`."""
+    bounds = ((-2.0, 2.0),) * (len(arrays) + (where_BxT is not None))
+    return parallel.KernelCall(
+        "attention", heads, attend_columns, attend_plainly, (arrays, where_BxT), bounds
+    )
+
+
 def to_heads(x_BxTxC: jax.Array, parts: int, heads: int) -> tuple[jax.Array, ...]:
     """Columns [part | head | E] of [B, T, parts * D] as `parts` arrays [B, H, T, E].
 

@@ -4,8 +4,8 @@ Every output pixel of every group samples its group's channels bilinearly at P p
 network chooses, and adds them with softmax weights. There are four exact forms:
 
 dense    products with the matrix of bilinear weights, for whole maps or bands (`dcnv3_dense`)
-kernel   the same without that matrix in HBM, for TPUs (`dcnv3_tpu`; for maps that VMEM cannot hold,
-         `dcnv3_windows`)
+kernel   the same without that matrix in HBM, for TPUs (`dcnv3_tpu`; `dcnv3_windows` for maps that
+         VMEM cannot hold)
 fused    a loop that reads the four cells around each sample where it adds them, for CPUs
          (`dcnv3_cpu`)
 gather   one gather of those cells, packed side by side (as Scenic's deformable attention), which
@@ -24,10 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import parallel
 from m3i_jax.models.dcnv3_dense import Samples, widen
-from m3i_jax.models.sampled_sums import SampledSum, gathered_sum, has_kernel, sampled_sum
+from m3i_jax.models.sampled_sums import (
+    SampledSum,
+    gathered_sum,
+    kernel_fits,
+    kernel_is_trusted,
+    sampled_sum,
+)
 
+# of random numbers that try map, offsets and weights
+_BOUNDS = (-2.0, 2.0), (-2.0, 2.0), (0.0, 0.5)
 METHODS = ("auto", "dense", "band", "kernel", "fused", "gather")
 
 
@@ -199,21 +206,20 @@ def dcnv3(
             )
     offset = offset_BxIxJxGxPx2.reshape(b, -1, groups, len(grid), 2)
     mask = mask_BxIxJxGxP.reshape(b, -1, groups, len(grid))
-    use_kernel = parallel.kernels(b) and has_kernel(
-        (height, width), groups, c // groups, len(grid), x_BxHxWxC.dtype
-    )
-    platforms = {"cpu": "cpu", "default": "tpu" if use_kernel else "default"}
-    methods = {
-        name: choose(height, width, p) if method == "auto" else method
-        for name, p in platforms.items()
-    }
     places = _Displaced(
         out=out,
         step=(stride, dilation * (kernel - 1) // 2 - pad),
         scale=offset_scale,
         grid=tuple(map(tuple, grid.tolist())),
     )
-    x_BxQxC = x_BxHxWxC.reshape(b, -1, c)
+    x_BxQxC, size = x_BxHxWxC.reshape(b, -1, c), (height, width)
+    call = SampledSum((("default", method),), size, out[0], places, out[1])
+    if method == "auto":
+        use_kernel = kernel_fits(
+            x_BxQxC, size, groups, len(grid), offset.shape[1]
+        ) and kernel_is_trusted(call, _BOUNDS, x_BxQxC, offset, mask)
+        default = "kernel" if use_kernel else choose(height, width)
+        call = call._replace(methods=(("cpu", choose(height, width, "cpu")), ("default", default)))
     if method == "gather":
         y_BxOxC = gathered_sum(
             x_BxQxC,
@@ -221,6 +227,5 @@ def dcnv3(
             (height, width),
         )
     else:
-        call = SampledSum(tuple(methods.items()), (height, width), out[0], places, out[1])
         y_BxOxC = sampled_sum(call, x_BxQxC, offset, mask)
     return y_BxOxC.reshape(b, *out, c)

@@ -376,9 +376,10 @@ def feature_maps(
             " [B, L, 2]"
         )
     stem = params["stem"]
-    x = _gathered(convolve, stem["conv1"], images_BxSxSx3.astype(dtype), model.stem_strides[0])
-    x = gelu(norm_layer(stem["norm1"], x))
-    x = norm_layer(stem["norm2"], _gathered(convolve, stem["conv2"], x, model.stem_strides[1]))
+    with jax.named_scope("stem"):
+        x = _gathered(convolve, stem["conv1"], images_BxSxSx3.astype(dtype), model.stem_strides[0])
+        x = gelu(norm_layer(stem["norm1"], x))
+        x = norm_layer(stem["norm2"], _gathered(convolve, stem["conv2"], x, model.stem_strides[1]))
     if hidden_BxN is not None:
         x = _fill(x, params["mask_token"], hidden_BxN)
     maps, start = [], 0
@@ -394,20 +395,24 @@ def feature_maps(
             "method": method,
             "every": every,
         }
-        x = run_layers(
-            _layer(model, stage),
-            part["layers"],
-            x,
-            keep_BxLx2=keep,
-            extra_norms=part.get("extra_norms"),
-            **settings,
-        )
-        if "norm" in part:
-            x = norm_layer(part["norm"], x)
+        with jax.named_scope(f"stage{stage}"):
+            x = run_layers(
+                _layer(model, stage),
+                part["layers"],
+                x,
+                keep_BxLx2=keep,
+                extra_norms=part.get("extra_norms"),
+                **settings,
+            )
+            if "norm" in part:
+                x = norm_layer(part["norm"], x)
         maps.append(x)
         start += depth
         if "down" in part:
-            x = norm_layer(part["down"]["norm"], _gathered(convolve, part["down"]["conv"], x, 2))
+            with jax.named_scope("down"):
+                x = norm_layer(
+                    part["down"]["norm"], _gathered(convolve, part["down"]["conv"], x, 2)
+                )
     return maps
 
 

@@ -29,6 +29,7 @@ from m3i_jax.models.attention import (
     attend_columns,
     attention_weights,
     from_heads,
+    kernel_call,
     to_heads,
 )
 from m3i_jax.models.cpu_codegen import matmul
@@ -295,7 +296,9 @@ class Attention(nn.Module):
         fits = attention_tpu.fits(
             arrays[0].shape[1], tokens, self.heads, width // self.heads, jnp.dtype(self.dtype)
         )
-        if fits and not weights and relative is None and parallel.kernels(b):
+        # one token, the shape that parameters are made with, is no work for a kernel
+        possible = fits and tokens > 1 and not weights and relative is None and parallel.kernels(b)
+        if possible and parallel.trusted(kernel_call(self.heads, arrays, where_BxT)):
             attended_BxTxD = attend_columns(self.heads, arrays, where_BxT)
         else:
             q, k, v = (

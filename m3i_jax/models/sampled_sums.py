@@ -17,9 +17,18 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import parallel
-from m3i_jax.models import dcnv3_cpu, dcnv3_dense, dcnv3_tpu, dcnv3_window_plan, dcnv3_windows
+from m3i_jax.models import (
+    dcnv3_cpu,
+    dcnv3_dense,
+    dcnv3_gpu,
+    dcnv3_tpu,
+    dcnv3_window_plan,
+    dcnv3_windows,
+)
 from m3i_jax.models.dcnv3_dense import Samples, widen
 
+# Platforms of the kernel for Triton: those of a device, and of a topology that is compiled for.
+_GPUS = ("gpu", "cuda")
 _BAND = 2  # rows of a band and of its windows; more rows: fewer turns, more products with zeros
 
 
@@ -30,8 +39,8 @@ class Places(Protocol):
         """Coordinates in pixels and weights, [B, O, G, P]."""
 
     def cells_last(self, *args: Any, **kwargs: Any) -> Samples:
-        """The same, [B, G, P, O]. With `order`, in the order that it gives arrays [B, O, ...]; only
-        places of a call with columns need to take it."""
+        """The same, [B, G, P, O]; with `order`, in the order that it gives to arrays [B, O, ...].
+        Only the places of calls with columns get one."""
 
 
 class SampledSum(NamedTuple):
@@ -50,39 +59,6 @@ class SampledSum(NamedTuple):
     out_rows: int
     places: Places
     columns: int = 0
-
-
-def has_kernel(size: tuple[int, int], groups: int, depth: int, points: int, dtype: Any) -> bool:
-    """Whether a kernel for TPUs takes a map: of any size, unless its groups do not fill lanes side
-    by side.
-
-    >>> [has_kernel((304, 504), 10, 32, 9, dtype) for dtype in (jnp.bfloat16, jnp.float16)]
-    [True, False]
-    """
-    return dcnv3_tpu.fits(size, groups, depth, points, dtype) or dcnv3_window_plan.supports(
-        groups, depth, points, dtype
-    )
-
-
-def _kernel(
-    call: SampledSum, x_BxQxC: jax.Array, *arrays: jax.Array
-) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Samples]]:
-    """The two passes of the kernel for this map, and the function of the arrays that makes its
-    samples."""
-    _, o, groups, points = arrays[0].shape[:4]
-    depth, interpret = x_BxQxC.shape[2] // groups, parallel.platform() != "tpu"
-    passes: tuple[Any, Any] = dcnv3_tpu.forward, dcnv3_tpu.backward
-    settings, samples = {"size": call.size, "interpret": interpret}, call.places.cells_last
-    if not dcnv3_tpu.fits(call.size, groups, depth, points, x_BxQxC.dtype):
-        plan = dcnv3_window_plan.plan_windows(
-            call.size, o, call.columns, groups, depth, points, x_BxQxC.dtype
-        )
-        passes = dcnv3_windows.forward, dcnv3_windows.backward
-        settings = {"plan": plan, "interpret": interpret}
-        if call.columns:
-            samples = functools.partial(samples, order=plan.by_tile)
-    forward, backward = (functools.partial(each, **settings) for each in passes)
-    return forward, backward, samples
 
 
 def _cells_last(x_BxOxC: jax.Array, groups: int) -> jax.Array:
@@ -116,11 +92,31 @@ def _by_platform(form: Callable[..., Any], call: SampledSum, *arrays: jax.Array)
         )
 
 
+def _kernel(
+    call: SampledSum, x_BxQxC: jax.Array, array_BxOxGxPxN: jax.Array
+) -> tuple[Any, dict[str, Any], Callable[..., Samples]]:
+    """The module of the platform's kernel, its settings, and the function that makes its samples of
+    the arrays."""
+    _, o, groups, points = array_BxOxGxPxN.shape[:4]
+    like = groups, x_BxQxC.shape[2] // groups, points, x_BxQxC.dtype
+    samples = call.places.cells_last
+    if parallel.platform() in _GPUS:
+        return dcnv3_gpu, {"size": call.size, "interpret": False}, samples
+    interpret = parallel.platform() != "tpu"
+    if dcnv3_tpu.fits(call.size, *like):
+        return dcnv3_tpu, {"size": call.size, "interpret": interpret}, samples
+    plan = dcnv3_window_plan.plan_windows(call.size, o, call.columns, *like)
+    if call.columns:
+        samples = functools.partial(samples, order=plan.by_tile)
+    return dcnv3_windows, {"plan": plan, "interpret": interpret}, samples
+
+
 def _value(call: SampledSum, method: str, x_BxQxC: jax.Array, *arrays: jax.Array) -> jax.Array:
     if method == "fused":
         return dcnv3_cpu.forward(x_BxQxC, call.places.channels_last(*arrays), call.size)
     if method == "kernel":
-        run, _, samples = _kernel(call, x_BxQxC, *arrays)
+        module, settings, samples = _kernel(call, x_BxQxC, arrays[0])
+        run = functools.partial(module.forward, **settings)
         return parallel.per_device(run, x_BxQxC, samples(*arrays))
     # Without the barrier the compiler would transpose the coordinates again for every entry of the
     # matrix.
@@ -143,8 +139,9 @@ def _gradients(
 ) -> tuple:
     *arrays, grad_BxOxC = rest
     if method == "kernel":
-        _, run, samples = _kernel(call, x_BxQxC, *arrays)
+        module, settings, samples = _kernel(call, x_BxQxC, arrays[0])
         at, pull = jax.vjp(samples, *arrays)
+        run = functools.partial(module.backward, **settings)
         dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
         return (dx, *pull(dat))
     at, pull = jax.vjp(
@@ -193,6 +190,40 @@ sampled_sum.defvjp(
     lambda call, *arrays: (sampled_sum(call, *arrays), arrays),
     lambda call, residuals, grad: _by_platform(_gradients, call, *residuals, grad),
 )
+
+
+def kernel_fits(
+    x_BxQxC: jax.Array, size: tuple[int, int], groups: int, points: int, outputs: int
+) -> bool:
+    """Whether the platform has a kernel for a sum, and it supports the shapes."""
+    b, _, c = x_BxQxC.shape
+    if parallel.kernels(b):
+        like = groups, c // groups, points, x_BxQxC.dtype
+        return dcnv3_tpu.fits(size, *like) or dcnv3_window_plan.supports(*like)
+    rows = parallel.rows_of_device(b)
+    return parallel.kernels(b, _GPUS) and dcnv3_gpu.fits(
+        size, c, groups * points, outputs, rows, x_BxQxC.dtype
+    )
+
+
+def kernel_is_trusted(
+    call: SampledSum, bounds: tuple[tuple[float, float], ...], *arrays: jax.Array
+) -> bool:
+    """Whether the kernel may compute a sum on this platform (`parallel.trusted`).
+
+    Args:
+      call: static arguments, whatever its methods.
+      bounds: (lowest, highest) of random numbers for each array, which try it.
+      arrays: all arrays of the call, the map first.
+    """
+    call = call._replace(methods=(("default", "kernel"),))
+    return parallel.trusted(
+        parallel.KernelCall("sampled_sum", call, sampled_sum, _plain_sum, arrays, bounds)
+    )
+
+
+def _plain_sum(call: SampledSum, x_BxQxC: jax.Array, *arrays: jax.Array) -> jax.Array:
+    return gathered_sum(x_BxQxC, call.places.cells_last(*arrays), call.size)
 
 
 @jax.custom_vjp

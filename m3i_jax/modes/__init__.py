@@ -134,7 +134,8 @@ MODES = {
     ),
     "profile": Mode(
         "run a few steps and trace them: WORKDIR/profile and a table of the costliest operations;"
-        " SIGUSR1 traces a running training",
+        " SIGUSR1 traces a running training; --kernels: a table of the kernels of the step alone",
+        flags=("kernels",),
         together=True,
         timed=True,
         compiles=True,

@@ -1,14 +1,15 @@
 """--mode=profile: run a few steps of a training on its data and devices, and trace the last of
-them. Writes WORKDIR/profile; checkpoints and metrics in the same directory stay unchanged."""
+them. Writes WORKDIR/profile; checkpoints and metrics in the same directory stay unchanged. With
+--kernels: a table of its kernels instead (`kernel_table`)."""
 
 import dataclasses
 from typing import Any
 
 import jax
 
-from m3i_jax import schema
+from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
-from m3i_jax.modes import monitoring
+from m3i_jax.modes import kernel_table, monitoring
 from m3i_jax.modes import setup as jobs
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import writers
@@ -42,7 +43,11 @@ def shorten_run(config: schema.Config) -> schema.Config:
     )
 
 
-def run(config: schema.Config, *, workdir: str, began: float | None = None) -> int:
+def run(
+    config: schema.Config, *, workdir: str, kernels: bool = False, began: float | None = None
+) -> int:
+    if kernels:
+        return kernel_table.print_kernels(config)
     job = jobs.open_setup(shorten_run(config), workdir, trains=[config.objective.forms])
     distributed.assert_same_on_all_hosts("data", {"data": job.identity})
     with jobs.lock_workdir(job.workdir):
@@ -59,6 +64,7 @@ def profile(job: jobs.Setup, began: float | None) -> int:
     before = set((job.workdir / "profile").rglob("*.xplane.pb"))
     with (
         monitoring.count_compilations(clock),
+        parallel.reported_checks(lambda line, values: log(line)),
         monitoring.monitored(job.config, job.workdir, clock, log) as tracer,
     ):
 

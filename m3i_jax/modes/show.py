@@ -66,7 +66,7 @@ def _reads_captions(config: schema.Config) -> bool:
     """Whether a term of the objective reads captions."""
     kind = task_kind(config.task)
     return any(
-        build_plan(setup.with_objective(config, forms)).where("text")
+        build_plan(setup.with_objective(config, forms)).where("text", "caption")
         for forms in kind.objectives(config)
     )
 
@@ -194,8 +194,9 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
     print(text_table.text_table(rows, ("what", "how much")))
     mfu = done.report.mfu
     print(
-        f"\nat {mfu:.0%} of the peak (report.mfu), without evaluation and input stalls;"
-        " --mode=compile computes memory and time of a step"
+        f"\nby FLOPs alone, at {mfu:.0%} of the peak (report.mfu), without evaluation and input"
+        " stalls; memory traffic may bind instead, as for InternImage: --mode=compile says which of"
+        " them binds, and computes memory and time of a step"
     )
     print(text_table.text_table(hardware.slice_rows(total * length.steps, mfu), hardware.HEADERS))
     print(machine_line(total * length.steps, state, mfu, done.model.dtype))

@@ -207,10 +207,16 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
         log(line)
     restarts = 1 + position.get("restarts", 0) if position else 0
     clock = monitoring.make_clock(trainer, log, earlier=before, restarts=restarts, began=began)
+
+    def checked(line: str, values: dict[str, float]) -> None:
+        log(line)
+        writer.write(start + clock.ended, values)
+
     with (
         contextlib.closing(writer),
         monitoring.count_compilations(clock),
         parallel.announced_compilations(log),
+        parallel.reported_checks(checked),
         monitoring.monitored(config, workdir, clock, log) as tracer,
     ):
         if newest is not None:

@@ -14,6 +14,8 @@ from m3i_jax.parallel.barriers import (
 from m3i_jax.parallel.distributed import broadcast_from_host0
 from m3i_jax.parallel.fsdp import FSDP_GATHERED, mean_over_devices, with_fsdp_gather
 from m3i_jax.parallel.gather import gather_bytes
+from m3i_jax.parallel.kernel_calls import KernelCall
+from m3i_jax.parallel.kernel_checks import reported_checks
 from m3i_jax.parallel.memory import bytes_per_device, device_memory
 from m3i_jax.parallel.mesh import (
     AXES,
@@ -22,6 +24,7 @@ from m3i_jax.parallel.mesh import (
     check_host_rows,
     data_sharding,
     hint,
+    hold_rows,
     is_single_device,
     kernels,
     local_rows,
@@ -33,6 +36,7 @@ from m3i_jax.parallel.mesh import (
     split_axes,
     split_rows,
     to_global,
+    trusted,
 )
 from m3i_jax.parallel.programs import Program, announced_compilations, machine_key
 from m3i_jax.parallel.sharding import RULES, tree_shardings
@@ -43,6 +47,7 @@ __all__ = [
     "FSDP_GATHERED",
     "RULES",
     "HostMissing",
+    "KernelCall",
     "Program",
     "CoordinatedStop",
     "per_device",
@@ -57,6 +62,7 @@ __all__ = [
     "broadcast_from_host0",
     "bytes_per_device",
     "hint",
+    "hold_rows",
     "host_names",
     "kernels",
     "local_rows",
@@ -66,6 +72,7 @@ __all__ = [
     "mean_over_devices",
     "platform",
     "replicated",
+    "reported_checks",
     "device_memory",
     "rows_of_device",
     "tree_shardings",
@@ -73,5 +80,6 @@ __all__ = [
     "split_rows",
     "is_single_device",
     "to_global",
+    "trusted",
     "barrier",
 ]

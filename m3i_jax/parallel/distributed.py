@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from m3i_jax import version
 from m3i_jax.errors import UserError
 from m3i_jax.parallel import barriers, heartbeat, programs, rendezvous
-from m3i_jax.parallel.mesh import KERNELS
+from m3i_jax.parallel.kernel_calls import KERNELS, kernel_setting
 
 PORT = 8476
 TPU_PORT = 8482  # jax's choice: the TPU runtime may listen at 8476
@@ -361,7 +361,7 @@ def start_distributed(
     lines = dict(line.split(" = ", 1) for line in settings.splitlines() if " = " in line)
     kinds = sorted({d.device_kind for d in jax.local_devices()})
     devices = f"{jax.local_device_count()} of {jax.device_count()} {' and '.join(kinds)}"
-    kernels = os.environ.get(KERNELS, "1")
+    kernels = kernel_setting()
     assert_same_on_all_hosts(
         "start",
         {

@@ -3,8 +3,7 @@ run on each device separately."""
 
 import functools
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +11,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m3i_jax.errors import UserError
+from m3i_jax.parallel import kernel_calls
 from m3i_jax.parallel.programs import Program
 
 AXES = ("replica", "fsdp", "tensor")
 DATA = ("replica", "fsdp")  # the leading axis of a batch is split over both
-KERNELS = "M3I_JAX_KERNELS"  # environment variable; 0: no Pallas kernels
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -105,6 +104,18 @@ def split_axes(rows: int) -> tuple[str, ...]:
     return () if rows_of_device(rows) == rows else axes
 
 
+def hold_rows(x_Bx: jax.Array) -> jax.Array:
+    """The array with every device holding its own rows of a batch, inside a jitted function, where
+    the partitioner might split another axis, as weights are split, and add up arrays of the whole
+    batch. Nothing changes where devices do not divide the rows, or outside a mesh.
+
+    >>> print(hold_rows(jax.numpy.ones(2)))
+    [1. 1.]
+    """
+    axes = split_axes(x_Bx.shape[0])
+    return hint(x_Bx, axes) if axes else x_Bx
+
+
 def platform() -> str:
     """Platform that the traced program will run on: that of the mesh (jax.set_mesh), whose devices
     need not be attached, or else the default.
@@ -138,14 +149,29 @@ def is_single_device(rows: int) -> bool:
     return set(axes) <= set(DATA) and rows % math.prod(mesh.shape[axis] for axis in axes) == 0
 
 
-def kernels(rows: int) -> bool:
-    """Whether Pallas kernels run on that many rows: on TPUs where `is_single_device` holds, unless
-    M3I_JAX_KERNELS=0.
+def kernels(rows: int, platforms: Collection[str] = ("tpu",)) -> bool:
+    """Whether Pallas kernels for these platforms can run on that many rows: there, where
+    `is_single_device` holds, unless M3I_JAX_KERNELS=0.
 
     >>> kernels(6) and jax.default_backend() != "tpu"
     False
     """
-    return platform() == "tpu" and is_single_device(rows) and os.environ.get(KERNELS, "1") != "0"
+    possible = platform() in platforms and is_single_device(rows)
+    return possible and kernel_calls.kernel_setting() != "0"
+
+
+def trusted(call: kernel_calls.KernelCall) -> bool:
+    """Whether the traced program may contain a call that `kernels` allows: it was compared with the
+    plain form on the device, or will be before the program is compiled (`kernel_checks`).
+
+    Args:
+      call: with the arrays of all devices, or arrays instead of their shapes.
+    """
+
+    def of_device(array: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows_of_device(array.shape[0]), *array.shape[1:]), array.dtype)
+
+    return kernel_calls.ask(call._replace(arrays=jax.tree.map(of_device, call.arrays)))
 
 
 def per_device(run: Callable[..., Any], *arrays_Bx: Any) -> Any:

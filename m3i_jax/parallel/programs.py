@@ -33,7 +33,7 @@ from typing import Any
 import jax
 from jax._src import cache_key as _cache_key  # the key of a compiled program has no public name
 
-from m3i_jax.parallel import barriers
+from m3i_jax.parallel import barriers, kernel_checks
 
 LIMIT = 7200.0  # seconds to wait for the slowest host; as the watchdog's for a first step
 
@@ -91,12 +91,17 @@ class Program:
         self._jitted, self._limit = jax.jit(function, **options), limit
         self._name = name or getattr(function, "__name__", "program")
         self._ready: set[Any] = set()
+        self._checked: set[Any] = set()
         self._announced = announced
 
     def __call__(self, *arguments: Any) -> Any:
         if self._announced and _log:
             _log(f"compiling {self._announced} ...")
             self._announced = ""
+        if kernel_checks.needed() and (signature := _signature(arguments)) not in self._checked:
+            # the call below finds the trace
+            kernel_checks.settle_kernels(functools.partial(self._jitted.trace, *arguments))
+            self._checked.add(signature)
         if barriers.host_names() > 1:
             if (signature := _signature(arguments)) not in self._ready:
                 self._jitted.lower(*arguments).compile()  # the call below finds it compiled

@@ -25,12 +25,12 @@ flops
     compiled over asked: the recomputation
 collectives
     {kind: {count, received_bytes}}; those in a loop count once per iteration
-traffic_bytes
-    HBM traffic, estimated from the program's text
+traffic_bytes, traffic_parts
+    HBM traffic, estimated from the program's text; and {part of the model: bytes}, whose sum it is
 roofline
-    {compute_seconds, memory_seconds, network_seconds, step_seconds}; the last is the largest, a
-    lower bound of a step; null for an unknown chip. network: links between chips or, if that is
-    longer, between hosts of GPUs
+    {compute_seconds, memory_seconds, network_seconds, step_seconds, binds}; step_seconds is the
+    largest, a lower bound of a step, and binds its name; null for an unknown chip. network: links
+    between chips or, if that is longer, between hosts of GPUs
 compiler_seconds
     with --code, the sum of the TPU compiler's estimated cycles of all instructions; else null
 run
@@ -50,13 +50,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from m3i_jax.profiling import flops as operations
-from m3i_jax.profiling import hardware, hbm_traffic, hlo
+from m3i_jax.profiling import hardware, hbm_traffic, hlo, traffic_parts
 from m3i_jax.reporting import text_table
 
 VERSION = 1
 STATE = ("params", "moments", "target", "other")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN = 2**62  # the compiler writes 2^63 - 1 where it has no estimate
+_MOST_PARTS = 12  # rows of the table of memory traffic
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -144,6 +145,7 @@ def analyze_program(text: str, *, chip: str, cores: int = 1, host: int = 0) -> d
             for kind, t in sorted(collectives.items())
         },
         "traffic_bytes": traffic,
+        "traffic_parts": traffic_parts.traffic_by_part(program),
         "roofline": None,
         "compiler_seconds": None,
     }
@@ -159,7 +161,9 @@ def analyze_program(text: str, *, chip: str, cores: int = 1, host: int = 0) -> d
                 else 0.0,
             ),
         }
-        out["roofline"] = times | {"step_seconds": max(times.values())}
+        slowest = max(times, key=lambda name: times[name])
+        binds = slowest.removesuffix("_seconds")
+        out["roofline"] = times | {"step_seconds": times[slowest], "binds": binds}
         cycles = sum(
             times * int(hit[1])
             for times, each, fused in hlo.executed_counts(program)
@@ -231,7 +235,8 @@ def _costs(report: dict[str, Any]) -> str:
             f"{name} {roof[f'{name}_seconds'] * 1e3:,.1f}"
             for name in ("compute", "memory", "network")
         )
-        rows.append(("step, at least", f"{roof['step_seconds'] * 1e3:,.1f} ms ({parts})"))
+        least = f"{roof['step_seconds'] * 1e3:,.1f} ms ({parts}): {roof['binds']} binds"
+        rows.append(("step, at least", least))
     if report["compiler_seconds"]:
         rows.append(
             ("step, sum of the compiler's estimates", f"{report['compiler_seconds'] * 1e3:,.1f} ms")
@@ -239,7 +244,21 @@ def _costs(report: dict[str, Any]) -> str:
     if roof:
         rows.append(("run, at least", f"{run['days']:,.2f} days for {run['steps']:,} steps"))
         rows.append((f"run, at {run['mfu']:.0%} of the peak", f"{run['days_at_mfu']:,.2f} days"))
-    return text_table.text_table(rows, ("a device and step", "how much"))
+    return "\n\n".join(
+        [text_table.text_table(rows, ("a device and step", "how much")), _traffic(report)]
+    )
+
+
+def _traffic(report: dict[str, Any]) -> str:
+    """The largest shares of the memory traffic."""
+    parts, total = report["traffic_parts"], report["traffic_bytes"]
+    large = [(part, moved) for part, moved in parts.items() if moved >= 0.01 * total][:_MOST_PARTS]
+    rest = total - sum(moved for _, moved in large)
+    rows = [*large, (f"{len(parts) - len(large)} more", rest)] if len(large) < len(parts) else large
+    return text_table.text_table(
+        [(part, text_table.format_bytes(moved), f"{moved / total:.1%}") for part, moved in rows],
+        ("memory traffic of", "size", "share"),
+    )
 
 
 def excess_flops(report: dict[str, Any]) -> str:

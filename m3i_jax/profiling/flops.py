@@ -53,6 +53,23 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> FlopCount:
     return _count(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
 
 
+def kernel_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """FLOPs that the Pallas kernels of one call compute by their own estimates, also those that are
+    no work of the model."""
+    return _estimates(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _estimates(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "pallas_call":
+            total += float(params["cost_estimate"].flops) if params.get("cost_estimate") else 0.0
+        else:
+            total += sum(map(_estimates, _programs(params))) * _repeats(name, params)
+    return total
+
+
 def format_flops(flops: float) -> str:
     """Four figures and a prefix.
 

@@ -36,10 +36,16 @@ def hbm_traffic(program: HloProgram) -> float:
     instructions outside fusions, without those in the scratchpad. Of an operand that a fusion only
     slices, the slices count; of a buffer that is updated in place, the update."""
     return sum(
-        times * _moved(program, each)
+        times * instruction_traffic(program, each)
         for times, each, fused in executed_counts(program)
-        if not fused and each.opcode not in _FREE
+        if not fused
     )
+
+
+def instruction_traffic(program: HloProgram, each: HloInstruction) -> float:
+    """Bytes that one run of an instruction outside fusions moves, without those of the computations
+    that it calls."""
+    return 0.0 if each.opcode in _FREE else _moved(program, each)
 
 
 def _hbm_bytes(items: tuple[HloArray, ...] | list[HloArray]) -> float:

@@ -94,6 +94,9 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText("loss/sp", "nats", "categories and captions, weighted by their numbers"),
             MetricText("loss/category", "nats", "cross-entropy of categories", "moves last"),
             MetricText("loss/text", "nats", "contrastive loss of images and captions"),
+            MetricText(
+                "loss/caption", "nats", "cross-entropy of the tokens of captions", "falls steadily"
+            ),
             MetricText("loss/*", "", "one term of the objective, or one loss of a dense task"),
         ),
     ),
@@ -105,6 +108,19 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
                 "bits",
                 "information that a prediction carries about its target",
                 "above 0; below, it is worse than knowing nothing",
+            ),
+            MetricText(
+                "bits/*/token",
+                "bits",
+                "code length of a token of a caption, given its image and what the decoder sees",
+                "falls below the entropy of single tokens",
+            ),
+            MetricText("bits/*/image", "bits", "code length of a whole caption, given its image"),
+            MetricText(
+                "bits/*/parallel_token",
+                "bits",
+                "code length of a token of those captions whose tokens are predicted at once",
+                "above bits/*/token: the tokens before it are not seen",
             ),
             MetricText(
                 "entropy/*",
@@ -196,6 +212,18 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
                 "s",
                 "start, restore, compile, data, step, evaluate, save, panel, trace, stop; they add"
                 " up to the wall time",
+            ),
+        ),
+    ),
+    (
+        "Kernels",
+        (
+            MetricText("kernels/used", "", "kernel calls that equal the plain form on this device"),
+            MetricText(
+                "kernels/refused", "", "calls that do not, in whose place the plain form runs", "0"
+            ),
+            MetricText(
+                "kernels/error", "share", "largest error of the values and gradients", "below 0.03"
             ),
         ),
     ),

@@ -250,7 +250,8 @@ class DenseTask(Task):
         self, params: Any, statistics: Any, maps: tuple[jax.Array, ...], batch: Batch
     ) -> tuple[Values, Values, Any]:
         read, of_pyramid = self._pyramid_maps(params, statistics, maps, train=True)
-        values, counts, of_head = self.loss_sums(params, statistics, read, batch)
+        with jax.named_scope("head"):
+            values, counts, of_head = self.loss_sums(params, statistics, read, batch)
         return values, counts, {"pyramid": of_pyramid, "head": of_head}
 
     def images(self, batch: Batch, *, train: bool) -> jax.Array:
@@ -282,19 +283,23 @@ class DenseTask(Task):
                 for copy in range(config.dense.maps.composite)
             ]
             keep = jnp.concatenate([factors for factors in draws if factors is not None], 1)
-        return self._stages(encoder, self.images(batch, train=train), keep)
+        with jax.named_scope("views"):
+            images = self.images(batch, train=train)
+        with jax.named_scope("encoder"):
+            return self._stages(encoder, images, keep)
 
     def _pyramid_maps(
         self, params: Any, statistics: Any, maps: tuple[jax.Array, ...], *, train: bool
     ) -> tuple[Maps, Any]:
-        return pyramid.apply(
-            self.pyramid(),
-            params["pyramid"],
-            statistics["pyramid"],
-            maps,
-            train=train,
-            momentum=self.config.dense.segment.norm_momentum,
-        )
+        with jax.named_scope("pyramid"):
+            return pyramid.apply(
+                self.pyramid(),
+                params["pyramid"],
+                statistics["pyramid"],
+                maps,
+                train=train,
+                momentum=self.config.dense.segment.norm_momentum,
+            )
 
     def _init_encoder(self, rng: jax.Array) -> Any:
         model, config = self.config.model, self.config

@@ -23,17 +23,18 @@ def train_step(
     """One optimizer step on one global batch. A step whose loss or gradient is not finite, or that
     is a spike to skip, changes only `step` and is counted in the metrics."""
     grads, loss, metrics, extras = task.gradients(state.params, state.opt, batch)
-    updates, opt = tx.update(grads, state.opt, state.params, **extras)
-    params = optax.apply_updates(state.params, updates)
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    (params, opt), skipped = optimizer.skip_update(
-        (state.params, state.opt),
-        (params, opt),
-        loss,
-        grad_norm,
-        finite,
-        task.config.optim.skip_spikes,
-    )
+    with jax.named_scope("optimizer"):  # scopes are the parts of profiling/traffic_parts.py
+        updates, opt = tx.update(grads, state.opt, state.params, **extras)
+        params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        (params, opt), skipped = optimizer.skip_update(
+            (state.params, state.opt),
+            (params, opt),
+            loss,
+            grad_norm,
+            finite,
+            task.config.optim.skip_spikes,
+        )
     metrics = metrics | {"loss": loss, "grad_norm": grad_norm}
     return State(step=state.step + 1, params=params, opt=opt), metrics | skipped

@@ -3,6 +3,7 @@ chip's figures, tables."""
 
 import json
 import math
+import re
 import types
 
 import pytest
@@ -72,6 +73,8 @@ def test_times_are_the_chips_and_the_longest_is_the_steps() -> None:
     assert roof["step_seconds"] == max(
         roof[f"{k}_seconds"] for k in ("compute", "memory", "network")
     )
+    assert roof["step_seconds"] == roof[f"{roof['binds']}_seconds"]
+    assert sum(got["traffic_parts"].values()) == got["traffic_bytes"]
     assert compile_report.analyze_program(LOOP, chip="tpu7x", cores=2)["roofline"][
         "compute_seconds"
     ] == pytest.approx(2 * 40_960 / hardware.CHIPS["tpu7x"].peak)
@@ -150,6 +153,7 @@ def test_tables_say_what_the_report_says() -> None:
             "run": {"steps": 10, "days": 0.5, "days_at_mfu": 1.0, "mfu": 0.45},
         }
     )
+    full["traffic_parts"] = {"encoder/stage2": 3 * full["traffic_bytes"] / 4, "other": 4.0}
     full["flops"] |= {"model": 40_000.0, "ratio": 1.024}
     text = compile_report.report_tables(full)
     assert (
@@ -157,7 +161,9 @@ def test_tables_say_what_the_report_says() -> None:
         and "10 times" in text
         and "1.024 times the model's" in text
         and "1.00 days" in text
+        and f"): {full['roofline']['binds']} binds" in text
     )
+    assert re.search(r"^encoder/stage2 .* 75\.0%$", text, re.MULTILINE) and "\n1 more" in text
     assert json.loads(json.dumps(full)) == full
     rows = [
         {

@@ -262,6 +262,8 @@ def test_a_kernel_counts_what_it_says_or_once_a_cell_of_its_grid(estimate):
     assert flops.count_flops(call, jnp.zeros((8, 5)), jnp.zeros((5, 7))) == FlopCount(
         dot=estimate or 2.0 * 8 * 5 * 7
     )
+    twice = lambda a, b: jax.lax.map(lambda _: call(a, b), jnp.arange(2)).sum() + (a @ b).sum()
+    assert flops.kernel_flops(twice, jnp.zeros((8, 5)), jnp.zeros((5, 7))) == 2 * (estimate or 0)
 
 
 def test_humanize_and_sums():

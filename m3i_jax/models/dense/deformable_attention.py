@@ -12,13 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import parallel
 from m3i_jax.models.dcnv3 import METHODS
 from m3i_jax.models.dcnv3_dense import Samples, widen
-from m3i_jax.models.sampled_sums import SampledSum, has_kernel, sampled_sum
+from m3i_jax.models.sampled_sums import (
+    SampledSum,
+    kernel_fits,
+    kernel_is_trusted,
+    sampled_sum,
+)
 
 Shapes = tuple[tuple[int, int], ...]
 
+# of random numbers that try values, locations and weights
+_BOUNDS = (-2.0, 2.0), (-0.1, 1.1), (0.0, 0.5)
 _SMALL = 2**18  # entries of the matrix of one head of one image
 _BAND_QUERIES = 512  # queries of a band: in an encoder, neighbours
 
@@ -40,17 +46,17 @@ class _Located(NamedTuple):
         return Samples(y, x, jnp.moveaxis(weights_BxQxHxP, 1, 3))
 
 
-def _methods(
-    value_BxSxHxC: jax.Array, size: tuple[int, int], queries: int, points: int
-) -> tuple[tuple[str, str], ...]:
-    """The form for each platform. On a CPU it is the loop, on a TPU the kernel where it takes the
-    groups; else products with the whole matrix where that is small, on a TPU also bands of it, on
-    a GPU gathers."""
-    b, cells, heads, c = value_BxSxHxC.shape
-    use_kernel = parallel.kernels(b) and has_kernel(size, heads, c, points, value_BxSxHxC.dtype)
-    small = queries * cells <= _SMALL
-    tpu = "kernel" if use_kernel else "dense" if small else "band"
-    return ("cpu", "fused"), ("tpu", tpu), ("default", "dense" if small else "gather")
+def _methods(cells: int, queries: int, use_kernel: bool) -> tuple[tuple[str, str], ...]:
+    """The form for each platform. On a CPU it is the loop, on TPUs and GPUs the kernel where it can
+    be used; else products with the whole matrix where that is small, on a TPU bands of it, on a GPU
+    gathers."""
+    kernel = "kernel" if use_kernel else ""
+    small = "dense" if queries * cells <= _SMALL else ""
+    return (
+        ("cpu", "fused"),
+        ("tpu", kernel or small or "band"),
+        ("default", kernel or small or "gather"),
+    )
 
 
 def deformable_attention(
@@ -106,21 +112,19 @@ def deformable_attention(
             )
     wide, points = widen(value_BxNxHxC.dtype), weights_BxQxHxLxP.shape[4]
     locations, weights = locations_BxQxHxLxPx2.astype(wide), weights_BxQxHxLxP.astype(wide)
+    rows_of_bands = 2 * -(-expected[1] // _BAND_QUERIES)
     total: Any = 0.0
     for level, (size, map_BxSxHxC) in enumerate(
         zip(shapes, jnp.split(value_BxNxHxC, np.cumsum(sizes)[:-1].tolist(), 1), strict=True)
     ):
-        methods = (
-            _methods(map_BxSxHxC, size, expected[1], points)
-            if method == "auto"
-            else (("default", method),)
-        )
-        call = SampledSum(methods, size, 2 * -(-expected[1] // _BAND_QUERIES), _Located(size))
-        read = sampled_sum(
-            call,
-            map_BxSxHxC.reshape(b, -1, heads * c),
-            locations[:, :, :, level],
-            weights[:, :, :, level],
-        )
+        map_BxSxD = map_BxSxHxC.reshape(b, -1, heads * c)
+        arrays = map_BxSxD, locations[:, :, :, level], weights[:, :, :, level]
+        call = SampledSum((("default", method),), size, rows_of_bands, _Located(size))
+        if method == "auto":
+            use_kernel = kernel_fits(
+                map_BxSxD, size, heads, points, expected[1]
+            ) and kernel_is_trusted(call, _BOUNDS, *arrays)
+            call = call._replace(methods=_methods(map_BxSxD.shape[1], expected[1], use_kernel))
+        read = sampled_sum(call, *arrays)
         total += read.astype(wide)
     return total.astype(value_BxNxHxC.dtype)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m3i_jax import parallel
 from m3i_jax.models.dense.deformable_attention import Shapes, deformable_attention
 from m3i_jax.models.initializers import InitSpec, fill
 from m3i_jax.models.intern_image_layer import dense_layer
@@ -26,13 +27,14 @@ _EPS = 1e-5  # of the norms, PyTorch's default
 
 
 def post_norm(params: Params, x_xD: jax.Array) -> jax.Array:
-    """Layer norm with `scale` and `bias` and the epsilon of DETR-like heads, 1e-5.
+    """Layer norm with `scale` and `bias` and the epsilon of DETR-like heads, 1e-5, of rows that
+    stay on their devices.
 
     >>> params = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
     >>> post_norm(params, jnp.array([1.0, 3.0])).round(3).tolist()
     [-1.0, 1.0]
     """
-    return layer_norm(x_xD, params["scale"], params["bias"], _EPS)
+    return layer_norm(parallel.hold_rows(x_xD), params["scale"], params["bias"], _EPS)
 
 
 def _linear(width: int, out: int) -> dict[str, tuple[int, ...]]:
@@ -212,7 +214,7 @@ def deformable_encoder_layer(
         params["attention"], query, reference_BxNxLx2, x_BxNxD, shapes, heads, valid_BxN
     )
     x_BxNxD = post_norm(params["norm1"], x_BxNxD)
-    hidden = jax.nn.relu(dense_layer(params["fc1"], x_BxNxD))
+    hidden = parallel.hold_rows(jax.nn.relu(dense_layer(params["fc1"], x_BxNxD)))
     return post_norm(params["norm2"], x_BxNxD + dense_layer(params["fc2"], hidden))
 
 

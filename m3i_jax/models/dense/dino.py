@@ -192,8 +192,9 @@ def losses_from_noise(
     targets_BxMx4 = center_boxes(boxes_BxMx4 / size_Bx1x4)
 
     encoder = params["encoder"]
-    memory, shapes, valid_BxLx2 = dino_encoder.encode_levels(settings, encoder, maps, size_Bx2)
-    found = dino_encoder.select_tokens(settings, encoder, memory, shapes, valid_BxLx2)
+    with jax.named_scope("dino_encoder"):
+        memory, shapes, valid_BxLx2 = dino_encoder.encode_levels(settings, encoder, maps, size_Bx2)
+        found = dino_encoder.select_tokens(settings, encoder, memory, shapes, valid_BxLx2)
     content_BxTxD, start_BxTx4 = _matched_queries(params, found)
     visible_BxTxT, noised = None, None
     if dino.denoising:
@@ -215,22 +216,24 @@ def losses_from_noise(
         visible_BxTxT = jax.vmap(lambda group: denoising.visible_keys(group, dino.queries))(
             noised.group_S
         )
-    logits_BxIxTxK, boxes_BxIxTx4 = dino_decoder.decode(
-        settings,
-        params["decoder"],
-        content_BxTxD,
-        start_BxTx4,
-        memory,
-        shapes,
-        valid_BxLx2,
-        visible_BxTxT,
-    )
+    with jax.named_scope("dino_decoder"):
+        logits_BxIxTxK, boxes_BxIxTx4 = dino_decoder.decode(
+            settings,
+            params["decoder"],
+            content_BxTxD,
+            start_BxTx4,
+            memory,
+            shapes,
+            valid_BxLx2,
+            visible_BxTxT,
+        )
     kept_BxK = _kept_categories(settings, classes_BxM, draws)
     slots = start_BxTx4.shape[1] - dino.queries
     # the encoder's set is matched as the layers' are
     logits = jnp.concatenate([logits_BxIxTxK[:, :, slots:], found.logits_BxQxK[:, None]], 1)
     boxes = jnp.concatenate([boxes_BxIxTx4[:, :, slots:], found.boxes_BxQx4[:, None]], 1)
-    match_BxIxM = _match(logits, boxes, classes_BxM, targets_BxMx4)
+    with jax.named_scope("matching"):
+        match_BxIxM = _match(logits, boxes, classes_BxM, targets_BxMx4)
     of_sets = jax.vmap(
         jax.vmap(_set_losses, (0, 0, 0, None, None, None)), (0, 0, 0, 0, 0, _axis(kept_BxK))
     )(logits, boxes, match_BxIxM, classes_BxM, targets_BxMx4, kept_BxK)

@@ -1,0 +1,71 @@
+"""Memory traffic of a compiled train step by part of the model, from the scopes of its operations:
+`jax.named_scope` puts the name of a part into the metadata of what is traced inside it.
+
+The compiler adds operations without a scope, such as copies; inside a loop or a call they count to
+the part of that, and else to `other`."""
+
+import collections
+import re
+
+from m3i_jax.profiling import hbm_traffic
+from m3i_jax.profiling.hlo import HloInstruction, HloProgram, trip_count
+
+# outermost first; of nested ones the inner counts, such as the decoder in the losses
+PARTS = (
+    "views",
+    "encoder",
+    "target_encoder",
+    "text",
+    "pyramid",
+    "head",
+    "losses",
+    "decoder",
+    "optimizer",
+)
+_INSIDE = re.compile(r"stem|stage\d+|down|attention|mlp|dino_encoder|dino_decoder|matching|flops=0")
+_WORDS = {"flops=0": "sampling"}  # of maps at fractional places, which is no work of the model
+_NAME = re.compile(r'op_name="([^"]*)"')
+OTHER = "other"
+
+
+def part_of_operation(name: str) -> str:
+    """The part of the model that an operation belongs to, "" if its name has no scope.
+
+    >>> part_of_operation("jit(train_step)/transpose(jvp(encoder))/stage2/while/body/flops=0/mul")
+    'encoder/stage2/sampling'
+    >>> part_of_operation("jit(train_step)/losses/jvp(decoder)/Block/attention/qkv/dot_general")
+    'decoder/attention'
+    >>> part_of_operation("jit(train_step)/add")
+    ''
+    """
+    words = re.split(r"[/()]+", name)
+    at = max((i for i, word in enumerate(words) if word in PARTS), default=-1)
+    if at < 0:
+        return ""
+    inside = [word for word in words[at + 1 :] if _INSIDE.fullmatch(word)]
+    return "/".join(dict.fromkeys([words[at], *(_WORDS.get(word, word) for word in inside)]))
+
+
+def traffic_by_part(program: HloProgram) -> dict[str, float]:
+    """{part: bytes} whose sum is that of `hbm_traffic.hbm_traffic`, the largest first."""
+    totals: collections.Counter[str] = collections.Counter()
+
+    def walk(name: str, times: int, outer: str) -> None:
+        for each in program.computations.get(name, {}).values():
+            part = _part(each) or outer
+            totals[part] += times * hbm_traffic.instruction_traffic(program, each)
+            if each.opcode == "while":
+                for body in each.called("body", "condition"):
+                    walk(body, times * trip_count(program, each), part)
+            elif each.opcode not in ("async-update", "async-done", "fusion"):
+                kinds = ("calls", "branches", "true_computation", "false_computation")
+                for body in each.called(*kinds, *(("to_apply",) if each.opcode == "call" else ())):
+                    walk(body, times, part)
+
+    walk(program.entry, 1, OTHER)
+    return {part: moved for part, moved in totals.most_common() if moved}
+
+
+def _part(each: HloInstruction) -> str:
+    name = _NAME.search(each.text)
+    return part_of_operation(name[1]) if name else ""
