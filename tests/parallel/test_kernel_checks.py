@@ -69,10 +69,10 @@ def start(kernel):
         return plain(2.0, x)
 
     program = parallel.Program(run)
-    with parallel.reported_checks(lambda *line: said.append(line)):
-        with jax.set_mesh(parallel.make_mesh((1, 1, 1), jax.devices()[:1])):
-            for _ in range(2):
-                out = program(jnp.ones((3, 4)))
+    mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    with parallel.reported_checks(lambda *line: said.append(line)), jax.set_mesh(mesh):
+        for _ in range(2):
+            out = program(jnp.ones((3, 4)))
     assert len(used) == 2 - used[-1]  # traced once, and once more without the kernel
     return out, used[-1], said
 
