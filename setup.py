@@ -66,6 +66,7 @@ def accelerated(extra: str) -> list[str]:
 
 
 EXTRAS = {
+    "arrow": ["pyarrow>=18"],  # keep-lists
     # Peers of the benchmarks under tests/bench; without a GPU, use torch's CPU build.
     "bench": ["tensorflow-cpu>=2.20", "timm>=1.0.20", "torch>=2.10", "torchvision>=0.25"],
     "cuda": accelerated("cuda12"),
@@ -99,7 +100,8 @@ EXTRAS = {
 EXTRAS["bench"] += EXTRAS["fast"]  # used by the benchmark of the input pipeline
 # These are small; without them, their tests would always be skipped.
 EXTRAS["test"] += (
-    EXTRAS["dense"]
+    EXTRAS["arrow"]
+    + EXTRAS["dense"]
     + EXTRAS["export"]
     + EXTRAS["fast"]
     + EXTRAS["hub"]

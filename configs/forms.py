@@ -78,6 +78,7 @@ def _tiny(config: ConfigDict) -> None:
     config.model.encoder.freeze_patch_embed = False
     config.model.decoder.update({"width": 96, "depth": 1, "heads": 3})
     config.model.text.depth = 1
+    config.model.captioner.depth = 1
     config.model.head.update({"hidden": 256, "width": 64, "prototypes": 64})
     config.optim.warmup_steps = 30
     config.train.steps = 400

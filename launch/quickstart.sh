@@ -17,7 +17,9 @@ venv="$(cd "$venv" && pwd)"
 
 if [[ -z "$extra" ]]; then
     # level 1 compiles in three quarters of the time; steps, mostly matrix products, take as long
-    export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=1"
+    if [[ "${XLA_FLAGS:-}" != *--xla_backend_optimization_level=* ]]; then
+        export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=1"
+    fi
     keep_heap
 fi
 

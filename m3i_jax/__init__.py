@@ -41,7 +41,7 @@ _PUBLIC = {
         "second_moment",
         "text",
     ),
-    "regression_losses": ("cosine", "smooth_l1", "squared_error"),
+    "regression_losses": ("cosine", "smooth_l1", "squared_error", "token_similarity"),
     "entropy": (
         "SIGREG_FLOOR",
         "coding_rate",

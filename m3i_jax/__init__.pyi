@@ -153,6 +153,7 @@ from m3i_jax.objective.regression_losses import (
     cosine as cosine,
     smooth_l1 as smooth_l1,
     squared_error as squared_error,
+    token_similarity as token_similarity,
 )
 from m3i_jax.objective.segmentation_scores import (
     confusion_matrix as confusion_matrix,

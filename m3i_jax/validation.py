@@ -38,7 +38,7 @@ def _validate_combinations(c: schema.Config) -> None:
         "does nothing: it applies to data.tokenizer=clip, and the tokenizer is"
         f" {d.tokenizer}; leave it empty",
     )
-    for key in ("encoder", "decoder", "text", "intern_image"):
+    for key in ("encoder", "decoder", "text", "captioner", "intern_image"):
         width, ratio = getattr(m, key).width, getattr(m, key).mlp_ratio
         _require(
             width * ratio >= 1,
@@ -53,6 +53,7 @@ def _validate_networks(c: schema.Config) -> None:
     towers = (
         ("model.decoder.heads", m.decoder.width, m.decoder.heads),
         ("model.text.heads", m.text.width, m.text.heads),
+        ("model.captioner.heads", m.captioner.width, m.captioner.heads),
         ("model.pool.heads", m.encoder.width, m.pool.heads),
     )
     for key, width, heads in towers if c.traits.views else ():
@@ -202,7 +203,11 @@ def validate_devices(c: schema.Config, shape: tuple[int, int, int]) -> None:
       UserError: it cannot.
     """
     rows = [registry.forms().get(terms.LETTERS.get(name, name), ()) for name in c.objective.forms]
-    if any(getattr(t.head, "prototypes", "") for row in rows for t in row):
+    if any(
+        getattr(t.head, "prototypes", "") or getattr(t.head, "clusters", "")
+        for row in rows
+        for t in row
+    ):
         _require(
             c.model.head.prototypes >= shape[1],
             "model.head.prototypes",

@@ -16,6 +16,7 @@ from tests import xla_flags
 # import torch or OpenCV, which only benchmarks and scripts need
 collect_ignore = [
     "bench/dense_heads_torch.py",
+    "bench/dense_query_torch.py",
     "bench/dense_step_torch.py",
     "bench/dense_torch.py",
     "bench/intern_image_torch.py",

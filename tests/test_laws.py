@@ -83,6 +83,8 @@ LAZY = {
     "tensorboard",
     "clu",
     "fsspec",
+    "pyarrow",
+    "ray",
     "gcsfs",
     "simplejpeg",
     "cykooz_resizer",
@@ -94,6 +96,17 @@ LAZY = {
 # Not even inside a function, except where their files are read and compared.
 NEVER = {"tensorflow": "no room", "torch": "interop", "torchvision": "no room"}
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
+UNSAFE_CALLS = ("eval", "exec", "builtins.eval", "builtins.exec", "os.system", "os.popen")
+
+
+def calls(node: ast.Call, *names: str) -> str:
+    """The dotted name that is called if it is one of these, or "". The last part is compared first:
+    to write out every call of the project takes seconds."""
+    last = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    if not any(name.split(".")[-1] == last for name in names):
+        return ""
+    called = ast.unparse(node.func)
+    return called if called in names else ""
 
 
 def imports(
@@ -102,15 +115,12 @@ def imports(
     """(line, dotted module) of every import; `from a import b` gives a.b, relative imports are
     resolved against `name`, and importlib is seen through as far as its text is written out."""
     package = list(pathlib.PurePosixPath(name).parent.parts)
-
-    def walk(node: ast.AST) -> Iterator[ast.AST]:
-        for child in ast.iter_child_nodes(node):
-            if top_only and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-                continue
-            yield child
-            yield from walk(child)
-
-    for node in walk(ast.parse(source)):
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    there: list[ast.AST] = [ast.parse(source)]
+    while there:
+        node = there.pop()
+        if not (top_only and isinstance(node, functions)):
+            there.extend(ast.iter_child_nodes(node))
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -119,7 +129,7 @@ def imports(
             yield from ((node.lineno, f"{stem}.{alias.name}") for alias in node.names)
         elif (
             isinstance(node, ast.Call)
-            and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__")
+            and calls(node, "importlib.import_module", "import_module", "__import__")
             and node.args
         ):
             first = (
@@ -199,15 +209,7 @@ def safe(source: str, name: str) -> list[str]:
     ]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            if called in (
-                "eval",
-                "exec",
-                "builtins.eval",
-                "builtins.exec",
-                "os.system",
-                "os.popen",
-            ):
+            if called := calls(node, *UNSAFE_CALLS):
                 found.append((node.lineno, called))
             on = {
                 k.arg

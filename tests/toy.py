@@ -35,7 +35,8 @@ def settings(**changes: object) -> schema.Config:
     config.model.update({
         "encoder": {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "drop_path": 0.1},
         "decoder": {"width": 32, "depth": 1, "heads": 2}, "pool": {"width": 24, "heads": 2},
-        "text": {"width": 32, "depth": 1, "heads": 2, "embed": 16}, "dtype": "float32",
+        "text": {"width": 32, "depth": 1, "heads": 2, "embed": 16},
+        "captioner": {"width": 24, "depth": 2, "heads": 2}, "dtype": "float32",
     })  # fmt: skip
     config.data.update(
         {
@@ -71,6 +72,9 @@ def batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:
         "position": np.stack([np.zeros(b), np.arange(b) + seed * b], -1).astype(np.uint32),
     }
     out["label"][[1, 4]] = -1
+    if config.data.mask == "inverse_block":
+        options = {"grid": config.grid, "hidden": config.hidden}
+        out["mask"] = block_masks.inverse_block(seed, 0, b, **options)
     if config.data.mask == "multi_block":
         out["mask"], out["blocks"] = block_masks.multi_block(
             seed,

@@ -170,7 +170,11 @@ class BatchBuilder(RecordBatchBuilder):
             self.count(batch, "caption_cut", int(len(ids) > self.tokenizer.length - 2))
 
     def _mask(self, first: int) -> np.ndarray:
-        draw = masks.blockwise if self.data.mask == "blockwise" else masks.uniform
+        draw = {
+            "blockwise": masks.blockwise,
+            "uniform": masks.uniform,
+            "inverse_block": block_masks.inverse_block,
+        }[self.data.mask]
         cells = draw(
             self.seed,
             first,

@@ -3,7 +3,8 @@
 An image is resized to `height` x `width`; a window of it is cut; the window is mirrored. A
 `Placement` holds these numbers, and everything that belongs to the image follows it. Three rules
 draw it: `jitter` as in ViTDet (large-scale jitter), `range` as in mmsegmentation, and `buckets` for
-DINO, where the size of a batch is drawn instead. Each is a pure function of WIDTH uniform numbers.
+DINO, where the size of a batch is drawn instead, and of some images a window. Each is a pure
+function of WIDTH uniform numbers.
 
 The rules resize differently, as their references do: Pillow's bilinear filter, which is wider when
 it reduces, for `jitter` and `buckets`; OpenCV's, which always reads four pixels, for `range`. Maps
@@ -156,24 +157,50 @@ def bucket_placement(
     geometry: schema.Geometry,
     canvas: tuple[int, int],
 ) -> Placement:
-    """The placement of rule "buckets": the whole image, as large as fits into the canvas.
+    """The placement of rule "buckets": the image as large as fits into the canvas or, with
+    probability `crop_p`, a window of it, also as large as fits.
+
+    For the window, the image is resized to one of the short sides `crop_short`; height and width
+    are uniform in `crop_sides` where the image is large enough, as is the place (DETR). What the
+    references do in two resizes is one here.
 
     Args:
         u: WIDTH uniform numbers, of which the second decides on the flip.
         height, width: of the image.
-        geometry: flip_p.
+        geometry: flip_p and the settings of the window.
         canvas: (height, width) of the batch.
 
     >>> bucket_placement([0.9] * WIDTH, 480, 640, schema.Geometry(), (800, 1344))
     Placement(source=(480, 640), height=800, width=1067, top=0, left=0, rows=800, columns=1067, ...
+    >>> bucket_placement([0.4] * WIDTH, 480, 640, schema.Geometry(crop_p=0.5), (800, 1344))
+    Placement(source=(480, 640), height=930, width=1241, top=52, left=147, rows=800, columns=874, ...
     """
-    scale = min(canvas[0] / height, canvas[1] / width)
+    sides, window, corner = (height, width), (height, width), (0, 0)
+    if u[0] < geometry.crop_p:
+        short = geometry.crop_short[int(u[2] * len(geometry.crop_short))]
+        sides = range_sides(height, width, 2**31, short)
+        low, high = geometry.crop_sides
+        window = tuple(
+            min(low, side) + int(v * (min(high, side) - min(low, side) + 1))
+            for v, side in zip(u[3:5], sides, strict=True)
+        )
+        excess = [side - cut for side, cut in zip(sides, window, strict=True)]
+        corner = tuple(int(v * (over + 1)) for v, over in zip(u[5:7], excess, strict=True))
+    scale = min(limit / side for limit, side in zip(canvas, window, strict=True))
     rows, columns = (
         min(max(int(side * scale + 0.5), 1), limit)
-        for side, limit in zip((height, width), canvas, strict=True)
+        for side, limit in zip(window, canvas, strict=True)
+    )
+    resized = [
+        max(int(side * scale + 0.5), least)
+        for side, least in zip(sides, (rows, columns), strict=True)
+    ]
+    top, left = (
+        min(int(first * scale + 0.5), side - cut)
+        for first, side, cut in zip(corner, resized, (rows, columns), strict=True)
     )
     flip = u[1] < geometry.flip_p
-    return Placement((height, width), rows, columns, 0, 0, rows, columns, flip, True)
+    return Placement((height, width), *resized, top, left, rows, columns, flip, True)
 
 
 def bucket_canvases(geometry: schema.Geometry) -> tuple[tuple[int, int], ...]:

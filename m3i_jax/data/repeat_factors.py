@@ -74,7 +74,11 @@ def weighted_epoch_size(cumulative_weights: np.ndarray) -> int:
 
 
 def records_at_weighted(
-    cumulative_weights: np.ndarray, seed: int, positions: np.ndarray, attempt: int = 0
+    cumulative_weights: np.ndarray,
+    seed: int,
+    positions: np.ndarray,
+    attempt: int = 0,
+    source: int = 0,
 ) -> np.ndarray:
     """Returns the record at each position of a stream in which record i occurs in proportion to its
     weight: `sample_index` with weights.
@@ -91,6 +95,7 @@ def records_at_weighted(
         seed: of the run.
         positions: [R] stream positions, in samples.
         attempt: number of draws for this position that were refused.
+        source: number of the source in a mixture.
 
     Returns:
         int64 [R], indices of records.
@@ -102,8 +107,8 @@ def records_at_weighted(
     ends = np.asarray(cumulative_weights, np.float64)
     size = weighted_epoch_size(ends)
     epoch, rank = np.divmod(np.asarray(positions, np.int64), size)
-    slot = permute(rank, size, hash64(seed, RECORD, 0, epoch, attempt))
-    word = hash64(seed, RECORD, 0, epoch, attempt, 1)  # a further word: another number
+    slot = permute(rank, size, hash64(seed, RECORD, source, epoch, attempt))
+    word = hash64(seed, RECORD, source, epoch, attempt, 1)  # a further word: another number
     offset = (word >> np.uint64(64 - _FRACTION)).astype(np.float64) * 2.0**-_FRACTION
     place = (slot + offset) * (ends[-1] / size)
     return np.minimum(np.searchsorted(ends, place, side="right"), len(ends) - 1)

@@ -11,12 +11,14 @@ from m3i_jax.errors import UserError
 
 class RepeatedSource(base.SubsetSource):
     """The records of a source, of which record i is at a share of the positions of the stream in
-    proportion to `factors[i]`."""
+    proportion to `factors[i]`, times its weight in the source if it has one."""
 
     def __init__(self, source: DataSource, factors: np.ndarray, part: str) -> None:
         super().__init__(source, np.arange(len(source)), part, part)
         self.factors = factors
-        self._ends = np.cumsum(factors)
+        self._ends = np.cumsum(
+            factors if self.record_weights is None else factors * self.record_weights
+        )
 
     def locate(self, seed: int, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
         """Returns the record at each position of the stream, int64 [R]; see

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from m3i_jax.data import repeat_factors
 from m3i_jax.objective.rng import CYCLE, RECORD, hash64, permute
 
 
@@ -39,7 +40,12 @@ def sample_index(seed: int, positions: np.ndarray, size: int, attempt: int = 0) 
 
 
 def sample_mixture_index(
-    seed: int, positions: np.ndarray, sizes: Sequence[int], shares: Sequence[int], attempt: int = 0
+    seed: int,
+    positions: np.ndarray,
+    sizes: Sequence[int],
+    shares: Sequence[int],
+    attempt: int = 0,
+    weights: Sequence[np.ndarray | None] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the source and the record at each position of a mixture. A replacement is drawn from
     the same source.
@@ -50,6 +56,8 @@ def sample_mixture_index(
         sizes: records of each source.
         shares: whole numbers; source s gives shares[s] of every sum(shares) samples.
         attempt: number of draws for this position that were refused.
+        weights: of each source the cumulative weights of its records, or None; see
+            `repeat_factors.records_at_weighted`.
 
     Returns:
         (source, record), int64 [R] each. With one source, the records are those of `sample_index`.
@@ -67,16 +75,35 @@ def sample_mixture_index(
     share = np.asarray(shares, np.int64)[source]
     count = cycle * share + slot - (ends[source] - share)  # samples of this source before this one
     epoch, rank = np.divmod(count, lengths[source])
-    return source, permute(rank, lengths[source], hash64(seed, RECORD, source, epoch, attempt))
+    record = permute(rank, lengths[source], hash64(seed, RECORD, source, epoch, attempt))
+    for number, ends in enumerate(weights):
+        if ends is not None and (rows := source == number).any():
+            record[rows] = repeat_factors.records_at_weighted(
+                ends, seed, count[rows], attempt, number
+            )
+    return source, record
 
 
 def records_at(source: Any, seed: int, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
     """Returns the record of a source at each position of the stream: `source.locate` of a mixture,
-    else `sample_index`.
+    by the weights of its records if it has them, else `sample_index`.
 
     >>> records_at("abc", 0, np.arange(3)).tolist() == sample_index(0, np.arange(3), 3).tolist()
     True
     """
     if locate := getattr(source, "locate", None):
         return locate(seed, positions, attempt)
+    if (ends := getattr(source, "cumulative_weights", None)) is not None:
+        return repeat_factors.records_at_weighted(ends, seed, positions, attempt)
     return sample_index(seed, positions, len(source), attempt)
+
+
+def epoch_size(source: Any) -> int:
+    """Returns the number of samples of an epoch of a source: of its records, or the sum of their
+    weights, rounded up.
+
+    >>> epoch_size("abc")
+    3
+    """
+    ends = getattr(source, "cumulative_weights", None)
+    return len(source) if ends is None else repeat_factors.weighted_epoch_size(ends)

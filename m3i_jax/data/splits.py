@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from m3i_jax import schema
-from m3i_jax.data.sources import base, mixture, registry
+from m3i_jax.data.sources import base, keep_list, mixture, registry
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.errors import UserError
 
@@ -48,8 +48,10 @@ def open_source(data: schema.Data, *, cache: str = "") -> DataSource:
             " that split by itself"
         )
     sources = [
-        registry.open_kind(entry.kind, entry.path, entry.split, data, cache=cache)
-        for entry in entries
+        _keep(
+            registry.open_kind(entry.kind, entry.path, entry.split, data, cache=cache), keep, cache
+        )
+        for entry, keep in zip(entries, keep_paths(data, len(entries)), strict=True)
     ]
     return mixture.join_sources(data, entries, sources)
 
@@ -59,8 +61,9 @@ def open_splits(data: schema.Data, *, cache: str = "") -> tuple[DataSource, Data
 
     A folder that holds train/ and val/ or test/ is split by them, and the description of the
     training part says so: see `folder.find_split_folders`. With `data.holdout_split`, the held-out
-    part is that split, its labels renumbered by class name to those of the training part. Else it
-    is a share of the records. An entry of a mixture may name both: `KIND:PATH@TRAIN|HELD_OUT`.
+    part is that split, its labels renumbered by class name to those of the training part, and a
+    keep-list concerns only the training part. Else it is a share of the records, or of those that
+    the keep-list names. An entry of a mixture may name both: `KIND:PATH@TRAIN|HELD_OUT`.
 
     Args:
         data: source, mixture, splits and hold-out.
@@ -77,7 +80,10 @@ def open_splits(data: schema.Data, *, cache: str = "") -> tuple[DataSource, Data
     [71, 29]
     """
     entries = mixture.mixture_entries(data)
-    pairs = [_open_pair(entry, data, cache) for entry in entries]
+    keeps = keep_paths(data, len(entries))
+    pairs = [
+        _open_pair(entry, keep, data, cache) for entry, keep in zip(entries, keeps, strict=True)
+    ]
     train, held_out = (
         mixture.join_sources(data, entries, part) for part in zip(*pairs, strict=True)
     )
@@ -97,17 +103,41 @@ def _find_splits(entry: mixture.MixtureEntry) -> registry.SplitFolders | None:
     return find(entry.path) if find and not entry.split and not entry.held_out else None
 
 
+def keep_paths(data: schema.Data, count: int) -> list[str]:
+    """Returns the keep-list of each of `count` sources, "" for those that are kept whole.
+
+    Raises:
+        UserError: `data.keep` has another number of lists.
+
+    >>> keep_paths(schema.Data(keep=("a.parquet", "all")), 2), keep_paths(schema.Data(), 1)
+    (['a.parquet', ''], [''])
+    """
+    if data.keep and len(data.keep) != count:
+        raise UserError(
+            f"data.keep names {len(data.keep)} lists, and there are {count} sources: give one per"
+            " source in their order, 'all' for a source without"
+        )
+    return ["" if path == "all" else path for path in data.keep or ("all",) * count]
+
+
+def _keep(source: DataSource, keep: str, cache: str) -> DataSource:
+    return keep_list.keep_records(source, keep, cache=cache) if keep else source
+
+
 def _open_pair(
-    entry: mixture.MixtureEntry, data: schema.Data, cache: str
+    entry: mixture.MixtureEntry, keep: str, data: schema.Data, cache: str
 ) -> tuple[DataSource, DataSource]:
     if splits := _find_splits(entry):
         named = dataclasses.replace(entry, split=splits.train, held_out=splits.held_out)
-        train, held_out = _open_pair(named, data, cache)
-        source: Any = train if splits.held_out else train.source  # type: ignore[attr-defined]
+        train, held_out = _open_pair(named, keep, data, cache)
+        source: Any = train
+        while hasattr(source, "source"):  # behind the share of a split and a keep-list
+            source = source.source
         source.note = splits.note
         return train, held_out
     if not entry.held_out:
         source = registry.open_kind(entry.kind, entry.path, entry.split, data, cache=cache)
+        source = _keep(source, keep, cache)
         train, held_out = (
             base.split_by_hash(source, data.holdout, part) for part in ("train", "held_out")
         )
@@ -137,6 +167,7 @@ def _open_pair(
         registry.open_kind(entry.kind, entry.path, split, data, cache=cache)
         for split in (train_split, entry.held_out)
     )
+    train = _keep(train, keep, cache)
     if held_out.classes != train.classes:
         held_out = mixture.RelabelledSource(held_out, train.classes)
     return train, held_out

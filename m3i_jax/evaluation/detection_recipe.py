@@ -171,12 +171,14 @@ LARGE_BUCKETS = (
 
 
 def _resize_to_buckets(config: ml_collections.ConfigDict) -> None:
-    """Images of several static sizes, and evaluation with the published limits of both sides."""
+    """Images of several static sizes, windows of half of them but for InternImage-H, and evaluation
+    with the published limits of both sides."""
     large = config.model.intern_image.width >= 320  # InternImage-H
     config.dense.geometry.update(
         {
             "rule": "buckets",
             "buckets": LARGE_BUCKETS if large else BUCKETS,
+            "crop_p": 0.0 if large else 0.5,  # [R]
             "test_short": 1000 if large else 800,  # [R]
         }
     )

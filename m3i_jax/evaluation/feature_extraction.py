@@ -72,14 +72,14 @@ class Extractor:
       config: settings of the run.
       mesh: batches are split over its data axes, so their size is a multiple of the data shards.
         Each host passes its own rows and receives the features of all hosts.
-      attention: attention-pooled features; else the mean of the patch tokens.
+      pool: attention, mean or cls, as of `extract_features`.
     """
 
-    def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, *, attention: bool = False):
+    def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh, *, pool: str = "mean"):
         self._mesh = mesh
-        self._width = config.model.pooled if attention else config.model.encoder.width
+        self._width = config.model.pooled if pool == "attention" else config.model.encoder.width
         self._features = parallel.Program(
-            functools.partial(extract_features, config, "attention" if attention else "mean"),
+            functools.partial(extract_features, config, pool),
             name="features",
             announced="the features of the evaluation",
             out_shardings=parallel.replicated(mesh),
@@ -217,7 +217,7 @@ def gather_from_hosts(skipped: Mapping[str, int]) -> dict[str, int]:
 
 # parts that an average holds completely or not at all
 WHOLE = (
-    *("pool", "category", "image_projection", "text", "logit_scale", "scalars"),
+    *("pool", "category", "image_projection", "text", "logit_scale", "scalars", "captioner"),
     *("pyramid", "head"),
 )
 ImageSet = Callable[[Any, Callable[[], None]], tuple[ImageFeatures, Mapping[str, int]]]

@@ -186,8 +186,8 @@ def load(
         without (T to XL) they are the map of the last stage. Its images have the size given by a
         preprocessor_config.json next to it, or 224 pixels.
       weights: online, or ema: the momentum average.
-      pool: attention, mean (of the patch tokens), cls, or tokens (all of them); auto: attention if
-        the run trained it, else mean.
+      pool: attention, mean (of the patch tokens), cls, or tokens (all of them); auto: that
+        which the run trained, by `Plan.image_feature`, else mean.
       heads: attention heads, for a file that does not store them; 0: as stored, or 64 channels a
         head.
       dtype: bfloat16 or float32; "": that of the run, float32 for files.
@@ -216,16 +216,14 @@ def load(
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     if not config.traits.views:
         return load_dense.load_dense(path, config, source)
-    trained = (
-        run
-        and bool(plan.build_plan(config).where("category", "text"))
-        and any(p.startswith("pool/") for p in source.shapes)
-    )
+    own = plan.build_plan(config).image_feature if run else "mean"
+    trained = own == "attention" and any(p.startswith("pool/") for p in source.shapes)
     if pool == "attention" and not trained:
         raise UserError(f"load: {path}: has no trained pooling; use pool='mean'")
     if pool == "cls" and not config.model.encoder.cls_token:
         raise UserError(f"load: {path}: has no cls token; use pool='mean'")
-    pool = ("attention" if trained else "mean") if pool == "auto" else pool
+    if pool == "auto":
+        pool = own if trained or own == "cls" else "mean"
     names = [
         p
         for p in source.shapes

@@ -135,5 +135,6 @@ def as_toy(preset: Preset, *, decoder: int, heads: int) -> dict[str, Any]:
         **preset,
         "decoder": {"width": decoder, "depth": 2, "heads": heads},
         "text": {"width": 96, "depth": 2, "heads": 3, "embed": 96},
+        "captioner": {"width": 96, "depth": 2, "heads": 3},
         "dtype": "float32",
     }

@@ -22,10 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import parallel
-from m3i_jax.models import dcnv3_tpu
 from m3i_jax.models.dcnv3_dense import Samples, widen
-from m3i_jax.models.sampled_sums import SampledSum, gathered_sum, kernel_is_trusted, sampled_sum
+from m3i_jax.models.sampled_sums import (
+    SampledSum,
+    gathered_sum,
+    kernel_fits,
+    kernel_is_trusted,
+    sampled_sum,
+)
 
 # of random numbers that try map, offsets and weights
 _BOUNDS = (-2.0, 2.0), (-2.0, 2.0), (0.0, 0.5)
@@ -204,14 +208,11 @@ def dcnv3(
     x_BxQxC, size = x_BxHxWxC.reshape(b, -1, c), (height, width)
     call = SampledSum((("default", method),), size, out[0], places)
     if method == "auto":
-        use_kernel = (
-            parallel.kernels(b)
-            and dcnv3_tpu.fits(size, groups, c // groups, len(grid), x_BxHxWxC.dtype)
-            and kernel_is_trusted(call, _BOUNDS, x_BxQxC, offset, mask)
-        )
-        platforms = {"cpu": "cpu", "default": "tpu" if use_kernel else "default"}
-        methods = tuple((name, choose(height, width, p)) for name, p in platforms.items())
-        call = call._replace(methods=methods)
+        use_kernel = kernel_fits(
+            x_BxQxC, size, groups, len(grid), offset.shape[1]
+        ) and kernel_is_trusted(call, _BOUNDS, x_BxQxC, offset, mask)
+        default = "kernel" if use_kernel else choose(height, width)
+        call = call._replace(methods=(("cpu", choose(height, width, "cpu")), ("default", default)))
     if method == "gather":
         y_BxOxC = gathered_sum(
             x_BxQxC,

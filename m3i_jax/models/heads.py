@@ -114,10 +114,7 @@ def init_projection(
     if projection.predictor is not None:
         params["predictor"] = init_mlp(model, of_predictor, projection.predictor, width, width)
     if prototypes or projection.prototypes:
-        bound = width**-0.5
-        params["prototypes"] = jax.random.uniform(
-            of_prototypes, (model.head.prototypes, width), minval=-bound, maxval=bound
-        )
+        params["prototypes"] = _uniform_prototypes(of_prototypes, model.head.prototypes, width)
     if projection.prototypes == "scaled":
         params["prototype_norms"] = jnp.ones(model.head.prototypes)
     return params
@@ -178,6 +175,54 @@ def apply_predictor(
         if projection.predictor is None
         else apply_mlp(model, params["predictor"], projection.predictor, y_xW)
     )
+
+
+def init_clusters(model: schema.Model, rng: jax.Array, width: int) -> Params:
+    """Parameters of online clustering (CAPI): `clusters`, the linear map of the target encoder's
+    tokens, normal with deviation 1; and, where a decoder of this width predicts the assignments,
+    its `prototypes` [K, width] and their trained lengths.
+
+    >>> call = lambda key: init_clusters(schema.Model(), key, 512)
+    >>> shapes = jax.eval_shape(call, jax.random.key(0))
+    >>> shapes["clusters"]["kernel"].shape, shapes["prototypes"].shape
+    ((768, 1024), (1024, 512))
+    """
+    of_clusters, of_prototypes = jax.random.split(rng)
+    count = model.head.prototypes
+    clusters = {
+        "kernel": jax.random.normal(of_clusters, (model.encoder.width, count)),
+        "bias": jnp.zeros(count),
+    }
+    if not width:
+        return {"clusters": clusters}
+    return {
+        "clusters": clusters,
+        "prototypes": _uniform_prototypes(of_prototypes, count, width),
+        "prototype_norms": jnp.ones(count),
+    }
+
+
+def cluster_logits(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> jax.Array:
+    """Logits [B, N, K] float32 of tokens, scaled to length 1. The product is in `model.dtype`.
+
+    >>> clusters = {"kernel": jnp.eye(2), "bias": jnp.array([0.0, 1.0])}
+    >>> x = jnp.array([[[3.0, 0.0]]])
+    >>> cluster_logits(schema.Model(), {"clusters": clusters}, x).tolist()
+    [[[1.0, 1.0]]]
+    """
+    dtype, clusters = jnp.dtype(model.dtype), params["clusters"]
+    product_BxNxK = jnp.einsum(
+        "bnd,dk->bnk",
+        l2_normalize(x_BxNxD.astype(jnp.float32)).astype(dtype),
+        clusters["kernel"].astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return product_BxNxK + clusters["bias"]
+
+
+def _uniform_prototypes(rng: jax.Array, count: int, width: int) -> jax.Array:
+    bound = width**-0.5
+    return jax.random.uniform(rng, (count, width), minval=-bound, maxval=bound)
 
 
 def init_linear(model: schema.Model, rng: jax.Array, of: str, width: int = 0) -> Params:

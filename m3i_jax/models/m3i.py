@@ -7,6 +7,7 @@
     image_projection    linear without bias into the joint space of images and text
     text, logit_scale   the encoder of captions, and the logarithm of the inverse temperature
     scalars             what posteriors of text train beside embeddings, by term (SigLIP)
+    captioner           decoder of the tokens of captions
     heads               projector, predictor and prototypes of every space by its name; linear maps
                         of tokens
 
@@ -26,12 +27,14 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.models import backbones, decoder, heads, pooling, text
+from m3i_jax.models import backbones, captioner, decoder, heads, pooling, text
 from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, Params
+from m3i_jax.objective.joined_terms import ENCODERS
 from m3i_jax.objective.posteriors import Prototypes
 from m3i_jax.objective.teacher_terms import linear_name
 from m3i_jax.objective.terms import (
+    ClusterHead,
     DecoderHead,
     LinearHead,
     ProjectionHead,
@@ -50,6 +53,7 @@ PARTS = (
     "logit_scale",
     "heads",
     "scalars",
+    "captioner",
 )
 _INVERSE_TEMPERATURE = 1 / 0.07  # of CLIP at the start
 
@@ -73,7 +77,7 @@ def init(
       rng: key.
       terms: the objective; parts that no term reads are not created.
       classes: categories; 0: no category head.
-      vocabulary: token ids; 0: no text tower.
+      vocabulary: token ids; 0: no text tower and no decoder of captions.
 
     Raises:
       ValueError: spaces of one name that differ in their projectors, or in their predictors.
@@ -97,7 +101,12 @@ def init(
     params: dict[str, Any] = {
         "encoder": backbone.init(model, keys["encoder"], mask_token=mask_token, grid=config.grid)
     }
-    dense = {t.target.of for t in terms if isinstance(t.head, DecoderHead)}
+    # an assignment to clusters is predicted by their prototypes instead of a map of the decoder's
+    dense = {
+        "clusters" if t.head.clusters else t.target.of
+        for t in terms
+        if isinstance(t.head, DecoderHead)
+    }
     if dense:
         params["decoder"] = decoder.init(model, keys["decoder"], of=dense)
     # a pooling may have no parameters
@@ -121,6 +130,10 @@ def init(
             params["scalars"] = scalars
         if len(scalars) < len(trained):
             params["logit_scale"] = jnp.asarray(math.log(_INVERSE_TEMPERATURE), jnp.float32)
+    if "caption" in targets and vocabulary > 0:
+        params["captioner"] = captioner.init(
+            model, keys["captioner"], vocabulary=vocabulary, length=config.data.caption_length
+        )
     if named_heads := _init_heads(model, keys["heads"], terms):
         params["heads"] = named_heads
     return params
@@ -153,6 +166,10 @@ def _init_heads(model: schema.Model, rng: jax.Array, terms: Terms) -> dict[str, 
     for t in terms:
         if isinstance(t.head, LinearHead) and (name := linear_name(t)) not in out:
             out[name] = heads.init_linear(model, key(name), t.target.of, t.head.width)
+    predicted = {t.head.clusters for t in terms if isinstance(t.head, DecoderHead)}
+    for name in sorted({t.head.name for t in terms if isinstance(t.head, ClusterHead)}):
+        width = model.decoder.width if name in predicted else 0
+        out[name] = heads.init_clusters(model, key(name), width)
     for name in sorted({t.head.name for t in terms if isinstance(t.head, ProjectionHead)}):
         same = [
             (t, t.head) for t in terms if isinstance(t.head, ProjectionHead) and t.head.name == name
@@ -169,9 +186,9 @@ def _init_heads(model: schema.Model, rng: jax.Array, terms: Terms) -> dict[str, 
         space = ProjectionHead(
             name=name, projector=projector, predictor=predictor, prototypes=prototypes
         )
-        out[name] = heads.init_projection(
-            model, key(name), space, any(isinstance(t.posterior, Prototypes) for t, _ in same)
-        )
+        by_posterior = any(isinstance(t.posterior, Prototypes) for t, _ in same)
+        if parts := heads.init_projection(model, key(name), space, by_posterior):
+            out[name] = parts  # the space of the encoder's features has none
     return out
 
 
@@ -196,7 +213,7 @@ def target_parts(config: schema.Config, terms: Terms, params: Params) -> dict[st
     >>> sorted(parts), parts["heads"].keys(), parts["heads"]["global"].keys()
     (['encoder', 'heads'], dict_keys(['global']), dict_keys(['projector']))
     """
-    without_gradient = [t for t in terms if t.target.encoder in ("ema", "frozen", "shared")]
+    without_gradient = [t for t in terms if t.target.encoder in ENCODERS]
     out: dict[str, Any] = {"encoder": params["encoder"]}
     if config.model.decoder.projector_depth and any(
         isinstance(t.head, DecoderHead) for t in without_gradient
@@ -222,6 +239,17 @@ def target_parts(config: schema.Config, terms: Terms, params: Params) -> dict[st
             for name in spaces
         }
     return out
+
+
+def trained_parts(terms: Terms, params: Params) -> dict[str, Any]:
+    """The heads that make targets as they are trained, of which no target encoder has a copy: the
+    clusters of `ClusterHead`.
+
+    >>> trained_parts((), {})
+    {'heads': {}}
+    """
+    names = sorted({t.head.name for t in terms if isinstance(t.head, ClusterHead)})
+    return {"heads": {name: {"clusters": params["heads"][name]["clusters"]} for name in names}}
 
 
 def parameter_table(params: Params) -> list[tuple[str, int]]:

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import parallel
-from m3i_jax.models import dcnv3_cpu, dcnv3_dense, dcnv3_tpu
+from m3i_jax.models import dcnv3_cpu, dcnv3_dense, dcnv3_gpu, dcnv3_tpu
 from m3i_jax.models.dcnv3_dense import Samples, widen
 
+# Platforms of the kernel for Triton: those of a device, and of a topology that is compiled for.
+_GPUS = ("gpu", "cuda")
 _BAND = 2  # rows of a band and of its windows; more rows: fewer turns, more products with zeros
 
 
@@ -80,13 +82,19 @@ def _by_platform(form: Callable[..., Any], call: SampledSum, *arrays: jax.Array)
         )
 
 
+def _kernel() -> tuple[Any, bool]:
+    """The module of the platform's kernel, and whether it is interpreted."""
+    if parallel.platform() in _GPUS:
+        return dcnv3_gpu, False
+    return dcnv3_tpu, parallel.platform() != "tpu"
+
+
 def _value(call: SampledSum, method: str, x_BxQxC: jax.Array, *arrays: jax.Array) -> jax.Array:
     if method == "fused":
         return dcnv3_cpu.forward(x_BxQxC, call.places.channels_last(*arrays), call.size)
     if method == "kernel":
-        run = functools.partial(
-            dcnv3_tpu.forward, size=call.size, interpret=parallel.platform() != "tpu"
-        )
+        module, interpret = _kernel()
+        run = functools.partial(module.forward, size=call.size, interpret=interpret)
         return parallel.per_device(run, x_BxQxC, call.places.cells_last(*arrays))
     # Without the barrier the compiler would transpose the coordinates again for every entry of the
     # matrix.
@@ -124,9 +132,8 @@ def _gradients(
         return (dx, *pull(dat))
     groups, rows = at.y.shape[1], _BAND if method == "band" else 0
     if method == "kernel":
-        run = functools.partial(
-            dcnv3_tpu.backward, size=call.size, interpret=parallel.platform() != "tpu"
-        )
+        module, interpret = _kernel()
+        run = functools.partial(module.backward, size=call.size, interpret=interpret)
         dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
         return (dx, *pull(dat))
     at = jax.lax.optimization_barrier(at)
@@ -160,6 +167,19 @@ sampled_sum.defvjp(
     lambda call, *arrays: (sampled_sum(call, *arrays), arrays),
     lambda call, residuals, grad: _by_platform(_gradients, call, *residuals, grad),
 )
+
+
+def kernel_fits(
+    x_BxQxC: jax.Array, size: tuple[int, int], groups: int, points: int, outputs: int
+) -> bool:
+    """Whether the platform has a kernel for a sum, and it supports the shapes."""
+    b, _, c = x_BxQxC.shape
+    if parallel.kernels(b):
+        return dcnv3_tpu.fits(size, groups, c // groups, points, x_BxQxC.dtype)
+    rows = parallel.rows_of_device(b)
+    return parallel.kernels(b, _GPUS) and dcnv3_gpu.fits(
+        size, c, groups * points, outputs, rows, x_BxQxC.dtype
+    )
 
 
 def kernel_is_trusted(

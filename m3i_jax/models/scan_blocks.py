@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import parallel, schema
-from m3i_jax.models.layers import Block, Params
+from m3i_jax.models.layers import Params
 from m3i_jax.models.rope import Rotation
 
 # q, k and v; the output of attention; the stream between the branches; the MLP before its GELU, and
@@ -139,7 +139,7 @@ def join_rows(x: jax.Array, count: int) -> jax.Array:
 
 
 def run_blocks(
-    block: Block,
+    block: Any,
     stacked: Params,
     x_BxTxD: jax.Array,
     *,
@@ -147,6 +147,7 @@ def run_blocks(
     where_BxT: jax.Array | None = None,
     rows: slice | None = None,
     rotation: Rotation | None = None,
+    context: Any = None,
     scan: bool = False,
     remat: str = "none",
     keep_gathered: bool = False,
@@ -154,7 +155,7 @@ def run_blocks(
     """Runs stacked blocks one after the other.
 
     Args:
-      block: the module of each.
+      block: the module of each, `layers.Block` or one with its arguments.
       stacked: parameters with a leading axis [L, ...].
       x_BxTxD: the residual stream, in the precision that it keeps.
       keep_BxLx2: stochastic depth as factors, 0 or 1 / (1 - p), of the (attention, MLP) branch of
@@ -164,6 +165,8 @@ def run_blocks(
         the numbers are those of slicing its full output, to rounding. With batch norm it computes
         all rows and the output is sliced: SiameseIM's norm2 has statistics of all rows.
       rotation: rotary positions of all tokens, as of `rope.axial_rotation`; None: none.
+      context: tree of arrays with the same rows, the argument of this name of a block that reads
+        more than its stream (captions their image); None: the block has no such argument.
       scan: one `lax.scan` over the blocks instead of a Python loop. Same numbers; compile time does
         not grow with depth.
       remat: policy: none, dots, names, half or full.
@@ -201,6 +204,7 @@ def run_blocks(
             keep_BxLx2=keep_BxLx2,
             where_BxT=where_BxT,
             rotation=rotation,
+            context=context,
             **settings,
         )[:, rows]
     full = depth if rows is None else depth - 1  # blocks that compute every row
@@ -222,9 +226,11 @@ def run_blocks(
             def call(
                 params: Params, x: jax.Array, keep_Bx2: jax.Array | None, beside: Any
             ) -> jax.Array:
-                where_BxT, own = beside
-                turn = shared if own is None else own
-                return block.apply({"params": params}, x, keep_Bx2, where_BxT, rows, rotation=turn)
+                where_BxT, own, context = beside
+                options: dict[str, Any] = {"rotation": shared if own is None else own}
+                if context is not None:
+                    options["context"] = context
+                return block.apply({"params": params}, x, keep_Bx2, where_BxT, rows, **options)
 
             def step(x: jax.Array, layer: Any) -> jax.Array:
                 params, keep_Bx2 = layer
@@ -253,5 +259,11 @@ def run_blocks(
 
     keep_LxBx2 = None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1)
     return parallel.with_fsdp_gather(
-        run, stacked, x_BxTxD, keep_LxBx2, (where_BxT, own), dtype=block.dtype, stacked=True
+        run,
+        stacked,
+        x_BxTxD,
+        keep_LxBx2,
+        (where_BxT, own, context),
+        dtype=block.dtype,
+        stacked=True,
     )

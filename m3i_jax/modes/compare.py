@@ -2,8 +2,9 @@
 one table of their results.
 
 Every objective and seed is an ordinary run in WORKDIR/compare/NAME-SEED; the data are opened once.
-A finished run has a result.json and is not repeated; an interrupted one is resumed. After each run
-the table is rewritten: WORKDIR/compare.md, .json and .png."""
+All have one budget: equal images, FLOPs or time (`compare_budget`). A finished run has a
+result.json and is not repeated; an interrupted one is resumed. After each run the table is
+rewritten: WORKDIR/compare.md, .json and .png."""
 
 import dataclasses
 import gc
@@ -17,7 +18,7 @@ import jax
 from m3i_jax import parallel, published_settings, run_files, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.modes import monitoring, train
+from m3i_jax.modes import compare_budget, monitoring, train
 from m3i_jax.modes import setup as jobs
 from m3i_jax.reporting import compare_table as report
 from m3i_jax.reporting import run_log
@@ -38,8 +39,12 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     base = jobs.open_setup(config, workdir, trains=trains)
     main = jax.process_index() == 0
     with jobs.lock_workdir(base.workdir):
+        firsts = {form: config_for(base, form, config.seed) for form in config.compare.forms}
+        budget = compare_budget.plan_budget(base, firsts, flops_a_step)
+        if budget.costs and main:
+            print(compare_budget.budget_rows(budget), flush=True)
         runs = [
-            (form, seed, config_for(base, form, seed))
+            (form, seed, budget.limit(config_for(base, form, seed), form))
             for form in config.compare.forms
             for seed in compare_seeds(config)
         ]
@@ -69,7 +74,13 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                     failed.append(f"{form}, seed {seed}")
                     continue
                 cost = next((r["values"]["flops"] for r in results if r["form"] == form), None)
-                values = read_outcome(job) | {"flops": flops_a_step(job) if cost is None else cost}
+                if cost is None:
+                    cost = budget.costs[form] if budget.kind == "flops" else flops_a_step(job)
+                values = read_outcome(job) | {"flops": cost}
+                values |= {
+                    "images": values["step"] * job.config.train.batch_size,
+                    "run_flops": values["step"] * cost,
+                }
                 result = {
                     "form": form,
                     "seed": seed,
@@ -80,11 +91,15 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                     write_text_atomic(path, json.dumps(result, indent=1) + "\n", noted=True)
             results.append({**result, "form": form, "seed": seed})
             if main:
-                write_comparison(base, results, failed)
+                write_comparison(base, results, failed, budget)
         if main:
             rows = report.compare_rows(results)
             if rows:
-                print("\n" + report.compare_text(rows, compare_notes(base, results, failed)) + "\n")
+                print(
+                    "\n"
+                    + report.compare_text(rows, compare_notes(base, results, failed, budget))
+                    + "\n"
+                )
             print(
                 "\n".join(
                     str(base.workdir / f"compare.{ending}") for ending in ("md", "json", "png")
@@ -160,13 +175,18 @@ def flops_a_step(job: jobs.Setup) -> float:
     return monitoring.model_flops(trainer)
 
 
-def compare_notes(base: jobs.Setup, results: list[dict[str, Any]], failed: list[str]) -> list[str]:
+def compare_notes(
+    base: jobs.Setup,
+    results: list[dict[str, Any]],
+    failed: list[str],
+    budget: compare_budget.Budget,
+) -> list[str]:
     """Notes below the table."""
     config, count = base.config, base.config.compare.seeds
-    steps = max((int(r["values"]["step"]) for r in results), default=0)
     out = [
+        budget.description(config.train.batch_size),
         (
-            f"{base.train.description()}; {len(base.held_out):,} held out. {steps:,} steps of"
+            f"{base.train.description()}; {len(base.held_out):,} held out. Steps of"
             f" {config.train.batch_size} images of {config.data.image_size} pixels, encoder of"
             f" {backbones.get_backbone(config.model).describe(config.model)}."
         ),
@@ -176,12 +196,18 @@ def compare_notes(base: jobs.Setup, results: list[dict[str, Any]], failed: list[
             else "One seed: differences may be chance; set config.compare.seeds."
         ),
         (
-            "Only the objective differs between rows, and losses of different objectives are not on"
+            (
+                "Only the objective differs"
+                if budget.kind == "images"
+                else "Only objective and length differ"
+            )
+            + " between rows, and losses of different objectives are not on"
             " one scale."
         ),
         (
             "kNN and linear use attention-pooled features where the objective trains the pooling"
-            " (category or text), else the mean of the patch tokens."
+            " (category or text), cls where it compares images by cls alone (as in dino), else the"
+            " mean of the patch tokens."
         ),
     ]
     if base.classes:
@@ -205,12 +231,19 @@ def compare_notes(base: jobs.Setup, results: list[dict[str, Any]], failed: list[
     return out
 
 
-def write_comparison(base: jobs.Setup, results: list[dict[str, Any]], failed: list[str]) -> None:
+def write_comparison(
+    base: jobs.Setup,
+    results: list[dict[str, Any]],
+    failed: list[str],
+    budget: compare_budget.Budget,
+) -> None:
     """Write WORKDIR/compare.md, compare.json and compare.png with the results so far."""
-    rows, notes = report.compare_rows(results), compare_notes(base, results, failed)
+    rows, notes = report.compare_rows(results), compare_notes(base, results, failed, budget)
     directory = pathlib.Path(base.workdir)
     settings = {
         "batch_size": base.config.train.batch_size,
+        "budget": budget.kind,
+        "steps": budget.steps,
         "data": base.fingerprint,
         "seeds": list(compare_seeds(base.config)),
     }

@@ -98,7 +98,7 @@ def part_of(path: str) -> str:
         return "moments"
     return (
         "target"
-        if names[:2] in (["opt", "target"], ["opt", "frozen"], ["opt", "teachers"])
+        if names[0] == "opt" and names[1] in ("target", "frozen", "snapshot", "teachers")
         else "other"
     )
 

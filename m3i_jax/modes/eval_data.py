@@ -57,6 +57,7 @@ def use_data(
             "source": entry.kind,
             "path": entry.path,
             "mixture": (),
+            "keep": (),
             "split": "" if annotated else entry.split,
             "holdout_split": "" if annotated else entry.held_out,
             "annotations": entry.split if annotated else "",

@@ -164,19 +164,24 @@ def _feature_inputs(
             "config.evaluate.features: 'attention' needs an objective that trains the pooling:"
             " category or text; use 'auto' or 'mean'"
         )
+    if settings.features == "cls" and not config.model.encoder.cls_token:
+        raise UserError(
+            "config.evaluate.features: 'cls' needs the cls token; set model.encoder.cls_token, or"
+            " use 'auto' or 'mean'"
+        )
     batch_norm = (
         trained and config.model.pool.kind != "attention" and config.model.pool.norm == "batch"
     )
-    pooled = not batch_norm and (
-        settings.features == "attention" or (settings.features == "auto" and trained)
-    )
+    pool = terms.image_feature if settings.features == "auto" else settings.features
+    pool = "mean" if pool == "attention" and batch_norm else pool
+    pooled = pool == "attention"
     inputs = dataclasses.replace(
         _inputs(job, figures, heads=heads),
         pooled=pooled,
         pooled_set="queries" if pooled or batch_norm else "pooled queries",
         statistics_set="index" if batch_norm else "",
     )
-    extract = feature_extraction.Extractor(config, job.mesh, attention=pooled)
+    extract = feature_extraction.Extractor(config, job.mesh, pool=pool)
     image_sets = {
         "index": feature_extraction.image_sets(
             extract, functools.partial(inputs.index_batches, settings.train_limit)
@@ -185,7 +190,7 @@ def _feature_inputs(
     }
     if inputs.pooled_set not in image_sets:
         image_sets[inputs.pooled_set] = feature_extraction.image_sets(
-            feature_extraction.Extractor(config, job.mesh, attention=True), inputs.query_batches
+            feature_extraction.Extractor(config, job.mesh, pool="attention"), inputs.query_batches
         )
     return inputs, image_sets
 

@@ -97,7 +97,7 @@ def _model(config: schema.Config, workdir: str) -> load.LoadedEncoder:
     """The encoder of init_from, or of the run in the working directory; pooled by
     evaluate.features."""
     pool = config.evaluate.features
-    pooling = "mean" if pool == "mean" else "auto"
+    pooling = pool if pool in ("mean", "cls") else "auto"
     if config.init_from:
         model = load.load(config.init_from, weights=config.init.weights, pool=pooling)
     elif checkpoint_dir.is_run(workdir):

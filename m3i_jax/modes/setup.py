@@ -182,7 +182,7 @@ def open_setup(
         captions
         and config.data.captions == "auto"
         and plans
-        and not any(each.where("text") for each in plans)
+        and not any(each.where("text", "caption") for each in plans)
     ):
         captions = False
         done = complete_config(config, classes=count, captions=False, size=len(train))

@@ -66,7 +66,7 @@ def _reads_captions(config: schema.Config) -> bool:
     """Whether a term of the objective reads captions."""
     kind = task_kind(config.task)
     return any(
-        build_plan(setup.with_objective(config, forms)).where("text")
+        build_plan(setup.with_objective(config, forms)).where("text", "caption")
         for forms in kind.objectives(config)
     )
 

@@ -19,7 +19,7 @@ def drop_unavailable(terms: Terms, *, categories: bool, captions: bool) -> Terms
     >>> [t.name for t in drop_unavailable(FORMS["m3i"], categories=True, captions=False)]
     ['intra', 'inter', 'category', 'category']
     """
-    present = {"category": categories, "text": captions}
+    present = {"category": categories, "text": captions, "caption": captions}
     left = tuple(t for t in terms if present.get(t.target.of, True))
     if not left:
         raise ValueError("it predicts only annotations that this data does not have")

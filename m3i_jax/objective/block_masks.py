@@ -1,12 +1,13 @@
-"""Multi-block masks of I-JEPA: a large block of visible cells, and several blocks to predict that
-it does not show. Drawn on the host, in numpy alone, as pure functions of (seed, stream
-position)."""
+"""Masks whose visible cells are one block: those of I-JEPA, with several blocks to predict that it
+does not show, and those of CAPI. Drawn on the host, in numpy alone, as pure functions of (seed,
+stream position)."""
 
 import numpy as np
 
 from m3i_jax.objective import rng
 
 MOST_BLOCKS = 16
+_TILT = 2 * np.log(2.0)  # CAPI: the aspect ratio is log-uniform in 1/2 .. 2
 _WIDTH = 4 * (MOST_BLOCKS + 1)  # uniform numbers of a sample: shape, place and end of each block
 
 
@@ -17,6 +18,52 @@ def block_cells(grid: int, share: float) -> int:
     34
     """
     return max(1, round(share * grid * grid))
+
+
+def inverse_block(seed: int, first: int, rows: int, *, grid: int, hidden: int) -> np.ndarray:
+    """Masks that show one block of cells, which goes on at the other side where it leaves the grid,
+    so that every cell is visible equally often (CAPI).
+
+    The block is a rectangle, of an aspect ratio that is log-uniform in 1/2..2 as far as the grid
+    has room, at a uniform place; its last row is cut to the count.
+
+    Args:
+      seed: of the run, 0 <= seed < 2^64.
+      first: stream position of the first row, >= 0.
+      rows: number of samples.
+      grid: cells a side.
+      hidden: cells that are not shown, 0..grid^2 - 1.
+
+    Returns:
+      bool [rows, grid * grid], row-major cells, True = visible; exactly `hidden` False a row.
+
+    Raises:
+      ValueError: a number out of its range.
+
+    Source: Darcet et al. 2025, "Cluster and Predict Latent Patches for Improved Masked Image
+    Modeling", section 3; facebookresearch/capi.
+
+    >>> for row in inverse_block(0, 5, 1, grid=5, hidden=18)[0].reshape(5, 5):
+    ...     print("".join("-#"[int(cell)] for cell in row))
+    -----
+    -####
+    -###-
+    -----
+    -----
+    """
+    count = grid * grid - hidden
+    if not 0 <= hidden < grid * grid:
+        raise ValueError(f"hidden is {hidden} of {grid * grid} cells; one cell must be visible")
+    u = rng.uniforms(seed, rng.BLOCKS, first, rows, 3)
+    tall = np.sqrt(count * np.exp((u[:, 0] - 0.5) * _TILT))
+    height = np.rint(tall).astype(np.int64).clip(-(-count // grid), min(grid, count))
+    width = -(-count // height)[:, None]
+    top, left = ((u[:, k] * grid).astype(np.int64)[:, None] for k in (1, 2))
+    inside = np.arange(count)
+    row, column = (top + inside // width) % grid, (left + inside % width) % grid
+    mask = np.zeros((rows, grid * grid), bool)
+    np.put_along_axis(mask, row * grid + column, True, axis=1)
+    return mask
 
 
 def multi_block(

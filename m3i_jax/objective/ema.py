@@ -6,7 +6,7 @@ parameters of step k + 1, which equals an update at the beginning of the next st
 and MoCo v3. As optimizer state it is sharded, donated, saved and restored like the rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +85,66 @@ def track_target(
         return updates, TargetState(
             count, jax.tree.map(lambda old, x: _average(old, x, m), state.params, new)
         )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class SnapshotState(NamedTuple):
+    """count: int32, updates so far. taken: float32, 1 where `params` is worth predicting: it has
+    been taken in this run, or was loaded. params: of the target encoder at an earlier step."""
+
+    count: jax.Array  # type: ignore[assignment]  # optax's name; shadows tuple.count
+    taken: jax.Array
+    params: Any
+
+
+def hold_snapshot(
+    steps: Sequence[int], select: Callable[[Any], Any], *, taken: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Optax transform that keeps a target encoder as it was at one of `steps`, the last that has
+    passed (the Gram teacher of DINOv3), and passes the updates through.
+
+    Args:
+      steps: updates, from 1, at which the snapshot is taken again.
+      select: the part of the parameters that it has.
+      taken: whether the parameters at the start are worth predicting.
+
+    Returns:
+      the transform; its state is a `SnapshotState`, and `update` takes `average=`, the parameters
+      of the EMA target before that update, which has what `select` chooses. Without it, the
+      snapshot stays.
+
+    >>> import jax.numpy as jnp
+    >>> tx = hold_snapshot([2], lambda params: params)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for average in (5.0, 6.0, 7.0):
+    ...     _, state = tx.update(jnp.zeros(1), state, average=jnp.array([average]))
+    ...     print(state.params.item(), state.taken)
+    0.0 0.0
+    6.0 1.0
+    6.0 1.0
+    """
+    chosen = tuple(steps)
+
+    def init(params: optax.Params) -> SnapshotState:
+        copy = jax.tree.map(lambda x: jnp.array(x, copy=True), select(params))
+        return SnapshotState(jnp.zeros([], jnp.int32), jnp.asarray(float(taken)), copy)
+
+    def update(
+        updates: optax.Updates,
+        state: SnapshotState,
+        params: optax.Params | None = None,
+        *,
+        average: Any = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, SnapshotState]:
+        del params, extra
+        count = optax.safe_increment(state.count)
+        if average is None or not chosen:
+            return updates, state._replace(count=count)
+        now = jnp.isin(count, jnp.asarray(chosen, jnp.int32))
+        new = jax.tree.map(lambda old, x: jnp.where(now, x, old), state.params, select(average))
+        return updates, SnapshotState(count, jnp.where(now, 1.0, state.taken), new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -237,13 +237,13 @@ def entropies_of(terms: Sequence[Term | EntropyTerm]) -> EntropyTerms:
 def join_entropies(rows: Mapping[str, AnyTerms], renamed: Mapping[str, Terms]) -> EntropyTerms:
     """The entropy terms of rows that are trained together.
 
-    A term follows the space of its row to the name that `terms.uniquify` gave it, and gets
+    A term follows the space of its row to the name that `joined_terms.uniquify` gave it, and gets
     `_<row>` appended to its own name if an earlier row has another term of that name. A row of
     entropy terms alone reads the pass of the first self-supervised term.
 
     Args:
       rows: {name of a row: its terms}, in order.
-      renamed: the prediction terms of these rows after `terms.uniquify`.
+      renamed: the prediction terms of these rows after `joined_terms.uniquify`.
 
     Raises:
       ValueError: a projector that no prediction term of the row has, or no term to join.
@@ -321,7 +321,7 @@ def entropies_of_small_views(terms: EntropyTerms, count: int) -> EntropyTerms:
 def entropies_with_options(
     terms: EntropyTerms, *, symmetric: bool, second_group: tuple[str, ...]
 ) -> EntropyTerms:
-    """Entropy terms with the options of `terms.with_options`.
+    """Entropy terms with the options of `joined_terms.with_options`.
 
     Args:
       terms: the entropy terms of the objective.

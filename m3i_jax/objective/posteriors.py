@@ -44,6 +44,7 @@ class LossInputs:
       group: [R], rows of equal number are no negatives of each other.
       chunk: captions compared at a time; 0: all.
       axes: axes of the mesh that split the rows; (): none, or not known.
+      parallel: bool [R], captions whose tokens are predicted at once.
     """
 
     weight: float = 0.0
@@ -56,6 +57,7 @@ class LossInputs:
     group: jax.Array | None = None
     chunk: int = 0
     axes: tuple[str, ...] = ()
+    parallel: jax.Array | None = None
 
 
 class Posterior(Protocol):
@@ -202,6 +204,31 @@ class Cosine(Regression):
             count,
             moments(l2_normalize(float32(prediction)), l2_normalize(float32(target)), where),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenSimilarity(Form):
+    """Squared error of the cosines of all pairs of tokens of an image (Gram anchoring of DINOv3).
+
+    Its information is that of a Gaussian around the predicted cosines, above one around the mean
+    cosine of different tokens. Bits are those of a token: every pair belongs to two.
+
+    >>> cost = TokenSimilarity().cost(jnp.eye(2)[None], jnp.ones((1, 2, 2)), jnp.ones((1, 2)), None)
+    >>> print(cost.sum / cost.count)
+    0.5
+    """
+
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: Any
+    ) -> LossSum:
+        return LossSum(*regression_losses.similarity_sums(prediction, target, where))
+
+    def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array:
+        pairs = jnp.maximum(evidence["pairs"], 1)
+        error, square, first = (evidence[name] / pairs for name in ("error", "square", "first"))
+        variance = jnp.maximum(square - jnp.square(first), 0.0)
+        of_token = evidence["pairs"] / jnp.maximum(count, 1) / 2
+        return of_token * information.gaussian_bits(error, variance, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

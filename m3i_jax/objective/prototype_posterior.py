@@ -1,7 +1,8 @@
-"""The posterior of methods that predict a soft assignment to prototypes (DINO, iBOT, DINOv2), and
-the choice of the constraint on its targets."""
+"""The posterior of methods that predict a soft assignment to prototypes (DINO, iBOT, DINOv2, CAPI),
+and the choice of the constraint on its targets."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 
 from m3i_jax.objective import information, prototype_targets
 from m3i_jax.objective.posteriors import Form, LossInputs, LossSum
-from m3i_jax.objective.terms import ProjectionHead, Term, Terms
+from m3i_jax.objective.terms import ClusterHead, ProjectionHead, Term, Terms
 
-CONSTRAINTS = ("centering", "sinkhorn")
+CONSTRAINTS = ("centering", "sinkhorn", "position_sinkhorn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,8 @@ class PrototypeSoftmax(Form):
 
     Attributes:
       temperature: of the prediction.
-      constraint: on the marginal of the targets, `centering` or `sinkhorn`.
+      constraint: on the marginal of the targets: `centering`, `sinkhorn`, or `position_sinkhorn`,
+        which balances the tokens of every position by themselves (CAPI).
       target_temperature: of the targets, at the start of the run and after its rise.
 
     >>> logits, target = jnp.zeros((2, 4)), jnp.eye(4)[:2]
@@ -40,7 +42,9 @@ class PrototypeSoftmax(Form):
 
     def __post_init__(self) -> None:
         if self.constraint not in CONSTRAINTS:
-            raise ValueError(f"constraint {self.constraint!r}: must be {' or '.join(CONSTRAINTS)}")
+            raise ValueError(
+                f"constraint {self.constraint!r}: must be one of {', '.join(CONSTRAINTS)}"
+            )
 
     def cost(
         self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
@@ -57,23 +61,27 @@ class PrototypeSoftmax(Form):
         return information.category_bits(nll, evidence["counts"])
 
     def assign(
-        self, logits_MxK: jax.Array, center_K: jax.Array, rise: jax.Array | float
+        self, logits_xK: jax.Array, center_K: jax.Array, rise: jax.Array | float
     ) -> jax.Array:
-        """The targets [M, K] of all rows of a batch, of the target encoder's logits.
+        """The targets of all rows of a batch, of the target encoder's logits.
 
         Args:
-          logits_MxK: of the whole batch, of all views of a space.
+          logits_xK: of the whole batch, of all views of a space: [M, K] of images, [M, N, K] of
+            tokens.
           center_K: the running mean of the logits, for `centering`.
           rise: how far the temperature has risen, in 0..1.
         """
         first, last = self.target_temperature
         tau = first + (last - first) * jnp.asarray(rise, jnp.float32)
-        if self.constraint == "sinkhorn":
-            return prototype_targets.sinkhorn(logits_MxK, temperature=tau)
-        return prototype_targets.centering(logits_MxK, center_K, temperature=tau)
+        if self.constraint == "centering":
+            return prototype_targets.centering(logits_xK, center_K, temperature=tau)
+        balance = functools.partial(prototype_targets.sinkhorn, temperature=tau)
+        if self.constraint == "position_sinkhorn" and logits_xK.ndim == 3:
+            return jax.vmap(balance, in_axes=1, out_axes=1)(logits_xK)
+        return balance(logits_xK.reshape(-1, logits_xK.shape[-1])).reshape(logits_xK.shape)
 
 
-def space_name(space: ProjectionHead, of: str) -> str:
+def space_name(space: ProjectionHead | ClusterHead, of: str) -> str:
     """The name under which the assignments of a space are balanced: those of images and those of
     tokens are two sets, also where they share prototypes.
 
@@ -91,8 +99,9 @@ def prototype_terms(terms: Terms) -> dict[str, Term]:
     """
     out: dict[str, Term] = {}
     for term in terms:
-        if isinstance(term.posterior, PrototypeSoftmax) and isinstance(term.head, ProjectionHead):
-            name = space_name(term.head, term.target.of)
+        space = term.space
+        if isinstance(term.posterior, PrototypeSoftmax) and space is not None:
+            name = space_name(space, term.target.of)
             other = out.setdefault(name, term)
             if other.posterior != term.posterior:
                 raise ValueError(

@@ -4,6 +4,7 @@ kept, and what is left out is listed."""
 
 import dataclasses
 
+from m3i_jax.objective.caption_posterior import CaptionSoftmax
 from m3i_jax.objective.entropy_terms import (
     AnyTerms,
     CodingRate,
@@ -14,27 +15,38 @@ from m3i_jax.objective.entropy_terms import (
     VarianceCovariance,
 )
 from m3i_jax.objective.pair_posteriors import SquaredError, TextSigmoid
-from m3i_jax.objective.posteriors import Cosine
+from m3i_jax.objective.posteriors import Cosine, TokenSimilarity
 from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
 from m3i_jax.objective.published_terms import (
     DINO,
+    MASK_TOKENS,
     OTHER,
     SMALL,
     PublishedMethod,
+    caption_term,
     dino_terms,
     ibot_term,
 )
 from m3i_jax.objective.terms import (
     FORMS,
     FULL,
+    MASKED,
+    ClusterHead,
+    DecoderHead,
     MlpShape,
     ProjectionHead,
     Target,
     Terms,
     pooled_term,
     text_term,
+    token_term,
 )
 
+_CAPI = PrototypeSoftmax(
+    temperature=0.12, constraint="position_sinkhorn", target_temperature=(0.06, 0.06)
+)
+# every token as the encoder returns it
+_TOKENS = ProjectionHead(name="tokens", pool="none")
 _MLP3 = ProjectionHead(projector=MlpShape(layers=3))
 _SIM = ProjectionHead(
     pool="cls", projector=MlpShape(layers=3, norm="none", activation="gelu", std=0.02)
@@ -58,6 +70,12 @@ def _with_small_and_hidden(hidden: float) -> Terms:
         pooled_term(SMALL, 0, posterior=PrototypeSoftmax(), head=DINO),
         dataclasses.replace(ibot_term(DINO, PrototypeSoftmax()), weight=hidden),
     )
+
+
+_CAPPA_LEFT_OUT = (
+    "Adafactor, a SentencePiece vocabulary of C4, images resized without a crop where they are"
+    " longer than 4 : 3"
+)
 
 
 def _of_both_views(
@@ -125,6 +143,62 @@ RECENT: dict[str, PublishedMethod] = {
             " mean with the target's features (here of the online ones)"
         ),
     ),
+    # DINOv3's Gram anchoring (arXiv 2508.10104, sections 4.2 and 4.3; facebookresearch/dinov3,
+    # dinov3/loss/gram_loss.py), to be joined: dinov2+dinov3_gram
+    "dinov3_gram": PublishedMethod(
+        terms=tuple(
+            token_term(
+                read,
+                read.view,
+                name="gram",
+                target=Target(of="tokens", view=read.view, encoder="snapshot", enlarge=2),
+                posterior=TokenSimilarity(),
+                head=_TOKENS,
+            )
+            for read in (MASK_TOKENS, OTHER)
+        ),
+        kept=(
+            "squared error of the cosines of all pairs of patch tokens after the final norm, of"
+            " both large views, masked cells included, to those of the EMA encoder of an earlier"
+            " step, which reads the views at twice the side and whose features are resized"
+            " bicubically;"
+            " weight 2 beside DINO's and iBOT's, from the first snapshot on"
+            " (objective.snapshot_at), or against a checkpoint (objective.target_checkpoint)"
+        ),
+        left_out=(
+            "views of the target cut anew at twice the pixels and without colour changes (here the"
+            " input's view is enlarged), the rise of the weight by a cosine over 1,000 steps, half"
+            " of the weight of small views in this stage"
+        ),
+    ),
+    # CAPI (arXiv 2502.08769, sections 3 and 4; facebookresearch/capi, train_capi.py, model.py)
+    "capi": PublishedMethod(
+        terms=(
+            token_term(
+                MASKED,
+                0,
+                name="dense",
+                posterior=_CAPI,
+                head=DecoderHead(queries="hidden", clusters="clusters"),
+            ),
+            token_term(MASKED, 0, name="clusters", posterior=_CAPI, head=ClusterHead()),
+        ),
+        kept=(
+            "one view, 65 % of its cells hidden around one visible block that may wrap around; a"
+            " linear map of the EMA encoder's tokens, of length 1, to 16,384 clusters, trained on"
+            " their own assignments without any gradient to an encoder; assignments balanced by"
+            " three Sinkhorn iterations at each position over the global batch at temperature"
+            " 0.06; a decoder of 12 blocks that predicts those of hidden cells, by prototypes of"
+            " trained lengths, at temperature 0.12; no cls, no loss of whole images"
+        ),
+        left_out=(
+            "queries that see the visible cells and not each other, and 5 % of the hidden cells"
+            " as queries (here all), its rotary positions, which are no rotation, and places of"
+            " the registers, layers without biases, half of the rate and a decay of 0.01 for the"
+            " clusters, a momentum of 1 that falls to 0.999 in the warm-up, decay of norms, a"
+            " cosine cut at 0.8 of its length (here it ends at the rate that this one has there)"
+        ),
+    ),
     # SigLIP (arXiv 2303.15343, sections 3 and 4; google-research/big_vision, siglip.py)
     "siglip": PublishedMethod(
         terms=(dataclasses.replace(text_term(FULL), posterior=TextSigmoid()),),
@@ -137,20 +211,60 @@ RECENT: dict[str, PublishedMethod] = {
             " token itself (here through a linear map)"
         ),
     ),
+    # Cap and CapPa (arXiv 2306.07915, section 3; google-research/big_vision,
+    # models/proj/cappa/cappa.py, trainers/proj/cappa/generative.py, configs/proj/cappa/pretrain.py)
+    "cap": PublishedMethod(
+        terms=(caption_term(CaptionSoftmax()),),
+        kept=(
+            "a decoder of 6 blocks without biases that attends to all patches predicts every token"
+            " from those before it, the mean over the tokens of a caption, then over captions,"
+            " logits that start at 0, no cls token"
+        ),
+        left_out=_CAPPA_LEFT_OUT,
+    ),
+    "cappa": PublishedMethod(
+        terms=(caption_term(CaptionSoftmax(parallel=0.75)),),
+        kept=(
+            "as cap, and three captions in four, drawn for each image, are predicted at once: all"
+            " inputs are mask tokens, and every place sees all others"
+        ),
+        left_out=_CAPPA_LEFT_OUT,
+    ),
+    # CoCa (arXiv 2205.01917, section 3.2; mlfoundations/open_clip, src/open_clip/coca_model.py and
+    # CoCaLoss of loss.py)
+    "coca": PublishedMethod(
+        terms=(
+            *FORMS["weakly_supervised"],
+            caption_term(CaptionSoftmax(per_token=True), weight=2.0),
+        ),
+        kept=(
+            "CLIP's loss with weight 1, cross-entropy of captions with weight 2, a mean over the"
+            " tokens of the batch, one learned query that pools the image for the pairs"
+        ),
+        left_out=(
+            "text layers that both losses share, the first half of its decoder (here the text tower"
+            " is by itself and bidirectional, and the decoder begins with token embeddings), 256"
+            " queries that pool the image for the decoder (here it reads all patches), patches of"
+            " 18 pixels, Adafactor, linear decay of the rate"
+        ),
+    ),
     # SigLIP 2 (arXiv 2502.14786, sections 2.2 and 2.3); its training code is not public
     "siglip2": PublishedMethod(
         terms=(
             dataclasses.replace(text_term(FULL), posterior=TextSigmoid()),
+            caption_term(CaptionSoftmax(parallel=0.5)),
             *_with_small_and_hidden(0.25),
         ),
         kept=(
-            "SigLIP's pairs; small views predict the EMA encoder's assignment of the whole view,"
-            " and hidden cells those of its cells with weight 0.25, momentum that does not rise;"
-            " together a quarter of the pairs' weight, as for its B models"
+            "SigLIP's pairs and a decoder of captions that reads all patches, with weight 1 each,"
+            " half of the captions at once; small views predict the EMA encoder's assignment of the"
+            " whole view, and hidden cells those of its cells with weight 0.25, momentum that does"
+            " not rise; together a quarter of the pairs' weight, as for its B models"
         ),
         left_out=(
-            "LocCa's decoder, self-distillation in the last fifth of the run alone and on views of"
-            " its own (here the pairs read an augmented view, too), NaFlex"
+            "boxes and their captions in the decoder's text, self-distillation in the last fifth of"
+            " the run alone and on views of its own (here the pairs read an augmented view, too),"
+            " NaFlex"
         ),
     ),
     # TIPS (arXiv 2410.16512, section 3)

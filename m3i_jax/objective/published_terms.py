@@ -2,10 +2,20 @@
 
 import dataclasses
 
+from m3i_jax.objective.caption_posterior import CaptionHead, CaptionSoftmax
 from m3i_jax.objective.entropy_terms import AnyTerms
 from m3i_jax.objective.posteriors import Posterior
 from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
-from m3i_jax.objective.terms import MlpShape, Pass, ProjectionHead, Term, pooled_term, token_term
+from m3i_jax.objective.terms import (
+    FULL,
+    MlpShape,
+    Pass,
+    ProjectionHead,
+    Target,
+    Term,
+    pooled_term,
+    token_term,
+)
 
 OTHER, SMALL = Pass(view=1), Pass(view=2)
 MASK_TOKENS = Pass(masked=True, mask_tokens=True)
@@ -47,4 +57,17 @@ def ibot_term(head: ProjectionHead, posterior: PrototypeSoftmax) -> Term:
     tokens = dataclasses.replace(head, pool="none", queries="hidden")
     return token_term(
         MASK_TOKENS, 0, name="dense", posterior=posterior, head=tokens, hidden=True, weight=0.5
+    )
+
+
+def caption_term(posterior: CaptionSoftmax, weight: float = 1.0) -> Term:
+    """A decoder predicts the tokens of the caption from those of the whole image."""
+    return Term(
+        name="caption",
+        reads=FULL,
+        target=Target(of="caption"),
+        posterior=posterior,
+        head=CaptionHead(),
+        group="sp",
+        weight=weight,
     )

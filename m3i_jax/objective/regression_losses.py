@@ -1,5 +1,5 @@
-"""Regression losses of public methods: smooth L1, cosine, and the squared error of two views that
-both receive gradients.
+"""Regression losses of public methods: smooth L1, cosine, the squared error of two views that both
+receive gradients, and that of the similarities of tokens.
 
 M3I's is `losses.gaussian`. All return `(sum, count)`, two float32 scalars; all but `squared_error`
 treat the target as a constant. Rows of weight 0 are ignored, even if NaN. `[B, N, D]` with weights
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from m3i_jax.objective.numerics import (
+    EXACT,
     assert_equal_shape,
     float32,
     l2_normalize,
@@ -122,6 +123,84 @@ def squared_error(
     """
     a_TxD, b_TxD, weight_T = _pair(a_TxD, b_TxD, where_T, constant=False)
     return weighted_sum(jnp.square(a_TxD - b_TxD).mean(-1), weight_T), weight_T.sum()
+
+
+def token_similarity(
+    prediction_BxNxD: ArrayLike, target_BxNxD: ArrayLike, where_BxN: ArrayLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Squared error of the cosines of all pairs of tokens of an image (Gram anchoring of DINOv3): a
+    Gaussian on how similar the tokens are to each other, whatever their directions.
+
+    A token costs the mean over all tokens j of its image of `(cos(p_i, p_j) - cos(t_i, t_j))^2`,
+    weighted by the weights of j; the pair of a token with itself counts and costs 0.
+
+    Args:
+      prediction_BxNxD: tokens of any length.
+      target_BxNxD: tokens of the same images at the same cells; their width may differ. No gradient
+        flows to them.
+      where_BxN: weight of a token, bool or float >= 0; None counts every token once.
+
+    Returns:
+      (sum over tokens of weight * cost, sum of weights), float32 scalars. A cost lies between 0 and
+      4.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+
+    Source: Simeoni et al. 2025, "DINOv3", section 4.2; facebookresearch/dinov3,
+    dinov3/loss/gram_loss.py.
+
+    >>> import jax.numpy as jnp
+    >>> total, count = token_similarity(jnp.eye(2)[None], jnp.ones((1, 2, 3)))
+    >>> print(total, count)  # of each token, the pair with the other
+    1.0 2.0
+    """
+    total, count, _ = similarity_sums(prediction_BxNxD, target_BxNxD, where_BxN)
+    return total, count
+
+
+def similarity_sums(
+    prediction_BxNxD: ArrayLike, target_BxNxD: ArrayLike, where_BxN: ArrayLike | None = None
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """`token_similarity` with sums over all pairs of different tokens: `pairs` (their weights),
+    `error`, `square` and `first` (their squared errors, squared targets and targets).
+
+    >>> import jax.numpy as jnp
+    >>> sums = similarity_sums(jnp.eye(2)[None], jnp.ones((1, 2, 3)))[2]
+    >>> print(*(f"{name} {value}" for name, value in sorted(sums.items())))
+    error 2.0 first 2.0 pairs 2.0 square 2.0
+    """
+    p_BxNxD, t_BxNxD = float32(prediction_BxNxD), float32(target_BxNxD)
+    if p_BxNxD.ndim != 3 or p_BxNxD.shape[:2] != t_BxNxD.shape[:2]:
+        raise ValueError(
+            f"prediction {p_BxNxD.shape} and target {t_BxNxD.shape}: must be [B, N, D] of the same"
+            " tokens"
+        )
+    where_BxN = jnp.ones(p_BxNxD.shape[:2]) if where_BxN is None else float32(where_BxN)
+    seen_BxNx1 = (where_BxN > 0)[..., None]  # tokens of weight 0 may be NaN
+    p_BxNxD, t_BxNxD = (
+        l2_normalize(jnp.where(seen_BxNx1, x, 0.0))
+        for x in (p_BxNxD, jax.lax.stop_gradient(t_BxNxD))
+    )
+    of_t_BxNxN = jnp.einsum("bnd,bmd->bnm", t_BxNxD, t_BxNxD, precision=EXACT)
+    # both sides of a product are the same tokens and its gradient is symmetric: that of one side,
+    # twice, is one product less
+    half_BxNxN = jnp.einsum(
+        "bnd,bmd->bnm", p_BxNxD, jax.lax.stop_gradient(p_BxNxD), precision=EXACT
+    )
+    of_p_BxNxN = 2 * half_BxNxN - jax.lax.stop_gradient(half_BxNxN)
+    weight_BxNxN = where_BxN[:, :, None] * where_BxN[:, None]
+    square_BxNxN = jnp.square(of_p_BxNxN - of_t_BxNxN)
+    of_image_B = jnp.maximum(where_BxN.sum(1), 1e-6)
+    total = ((weight_BxNxN * square_BxNxN).sum((1, 2)) / of_image_B).sum()
+    others_BxNxN = weight_BxNxN * (1 - jnp.eye(p_BxNxD.shape[1]))
+    sums = {
+        "pairs": others_BxNxN.sum(),
+        "error": (others_BxNxN * square_BxNxN).sum(),
+        "square": (others_BxNxN * jnp.square(of_t_BxNxN)).sum(),
+        "first": (others_BxNxN * of_t_BxNxN).sum(),
+    }
+    return total, where_BxN.sum(), jax.lax.stop_gradient(sums)
 
 
 def _pair(

@@ -12,9 +12,9 @@ input view, view 1 the other view; the paper's table numbers them the other way 
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
+from m3i_jax.objective.caption_posterior import CaptionHead
 from m3i_jax.objective.posteriors import (
     Boltzmann,
     CategorySoftmax,
@@ -62,6 +62,7 @@ class Pass:
 # Targets computed from an image; the others are annotations.
 IMAGE_TARGETS = ("pixels", "tokens", "pooled")
 DENSE_TARGETS = ("pixels", "tokens")
+ANNOTATIONS = ("category", "text", "caption")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -69,11 +70,14 @@ class Target:
     """One target representation, z_y = f_phi(t_y(s)).
 
     Attributes:
-      of: pixels, tokens (dense features), pooled (one vector), category or text.
+      of: pixels, tokens (dense features), pooled (one vector), category, text, caption (tokens).
       view: index of the view that the target encoder reads; None for annotations.
       encoder: identity; ema; shared: the online encoder without gradient; online: with gradient, in
-        a pass of its own; frozen: from a checkpoint; teacher<k>: one of `objective.teachers`.
+        a pass of its own; frozen: from a checkpoint; snapshot: the EMA encoder of an earlier step,
+        without heads; teacher<k>: one of `objective.teachers`.
       others: views averaged with `view` in the projection space of an online target (LeJEPA).
+      enlarge: side of the view as the target encoder reads it, in sides of the view; its tokens are
+        resized to the grid of the view (DINOv3: 2).
       blocks: for tokens: mean over the normalised outputs of this many last blocks, or of all if
         there are fewer (data2vec).
     """
@@ -83,18 +87,17 @@ class Target:
     encoder: str = "identity"
     blocks: int = 1
     others: tuple[int, ...] = ()
+    enlarge: int = 1
 
     def __post_init__(self) -> None:
-        if self.of not in (*IMAGE_TARGETS, "category", "text"):
-            raise ValueError(
-                f"target of {self.of!r}: must be pixels, tokens, pooled, category or text"
-            )
+        if self.of not in (kinds := (*IMAGE_TARGETS, *ANNOTATIONS)):
+            raise ValueError(f"target of {self.of!r}: must be one of {', '.join(kinds)}")
         if (self.of in IMAGE_TARGETS) != (self.view is not None):
             raise ValueError(
                 f"target of {self.of!r} with view {self.view!r}: image targets need a view,"
                 " annotations have none"
             )
-        known = ("identity", "ema", "shared", "online", "frozen")
+        known = ("identity", "ema", "shared", "online", "frozen", "snapshot")
         teacher = self.encoder.startswith("teacher")
         if (self.encoder not in known and not teacher) or self.learned != (
             self.encoder != "identity"
@@ -102,6 +105,11 @@ class Target:
             raise ValueError(
                 f"target of {self.of!r} with encoder {self.encoder!r}: only tokens and pooled have"
                 " an encoder"
+            )
+        if self.enlarge < 1 or (self.enlarge > 1 and self.of != "tokens"):
+            raise ValueError(
+                f"target of {self.of!r} with enlarge {self.enlarge}: only dense features are"
+                " resized, from a view at least as large"
             )
 
     @property
@@ -131,9 +139,12 @@ class MlpShape:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderHead:
     """Dense prediction by the decoder, with one query per target position, only per hidden cell of
-    the input (MAE), or per cell of each target block by itself (blocks; I-JEPA)."""
+    the input (MAE), or per cell of each target block by itself (blocks; I-JEPA). With `clusters`,
+    the prediction is the assignment of a token to the prototypes of the `ClusterHead` of that
+    name."""
 
     queries: str = "all"
+    clusters: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +181,15 @@ class ProjectionHead:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterHead:
+    """Online clustering of the target encoder's own tokens (CAPI): a linear map of the tokens, of
+    length 1, learns the assignments that are balanced from its own logits. No online pass is read,
+    and no encoder has a gradient. `name`: key in params["heads"]."""
+
+    name: str = "clusters"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PooledHead:
     """Prediction of an annotation from the pooled tokens of its image; with `everything`, from all
     tokens of a mixed input."""
@@ -177,7 +197,7 @@ class PooledHead:
     everything: bool = False
 
 
-Head = DecoderHead | LinearHead | ProjectionHead | PooledHead
+Head = DecoderHead | LinearHead | ProjectionHead | ClusterHead | PooledHead | CaptionHead
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,11 +239,20 @@ class Term:
                 f"term {self.name}: {type(self.posterior).__name__} treats its target as a"
                 " constant; use a shared target"
             )
+        if self.target.encoder == "snapshot" and (
+            isinstance(self.head, DecoderHead) or getattr(self.head, "projector", None)
+        ):
+            raise ValueError(
+                f"term {self.name}: a snapshot is an encoder without decoder and projector; use a"
+                " linear head, or a projection without projector"
+            )
         heads = (
-            (DecoderHead, LinearHead, ProjectionHead)
+            (DecoderHead, LinearHead, ProjectionHead, ClusterHead)
             if self.target.of in DENSE_TARGETS
             else ProjectionHead
             if self.target.of == "pooled"
+            else CaptionHead
+            if self.target.of == "caption"
             else PooledHead
         )
         if not isinstance(self.head, heads):
@@ -231,6 +260,14 @@ class Term:
                 f"term {self.name}: a target of {self.target.of} cannot be predicted by"
                 f" {type(self.head).__name__}"
             )
+
+    @property
+    def space(self) -> ProjectionHead | ClusterHead | None:
+        """The space in which prediction and target are compared; None: that of the encoder's
+        features, of pixels or of annotations."""
+        if isinstance(self.head, DecoderHead):
+            return ClusterHead(name=self.head.clusters) if self.head.clusters else None
+        return self.head if isinstance(self.head, ProjectionHead | ClusterHead) else None
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -359,140 +396,3 @@ LETTERS = dict(zip("abcdefghijkl", FORMS, strict=False)) | {
     "ic": "supervised",
     "wsp": "weakly_supervised",
 }
-
-
-def uniquify(rows: Mapping[str, Terms]) -> list[Terms]:
-    """Rows renamed so that rows trained together share projection spaces and log names only where
-    these are equal.
-
-    A space that differs from an earlier row's space of the same name gets a projector of its own:
-    `_<row>` is appended to its name. A term is renamed in the same way if its posterior or its
-    space differs from that of earlier terms of its name, because their losses cannot be averaged.
-
-    Args:
-      rows: {name of a row: its terms}, in order; the first row keeps all of its names.
-
-    >>> first, second = uniquify({"dense_instance": FORMS["dense_instance"], "sim": FORMS["sim"]})
-    >>> first[0].name, second[0].name
-    ('inter', 'inter_sim')
-    """
-    spaces: dict[str, dict[Any, str]] = {}
-    names: dict[str, dict[Any, str]] = {}
-    out = []
-    for row, terms in rows.items():
-        more = _suffixes(row, spaces, {(space.name, space) for t in terms if (space := _space(t))})
-        terms = tuple(
-            dataclasses.replace(
-                t, head=dataclasses.replace(space, name=space.name + more[space.name])
-            )
-            if (space := _space(t))
-            else t
-            for t in terms
-        )
-        more = _suffixes(row, names, {(t.name, (t.posterior, _space(t))) for t in terms})
-        out.append(tuple(dataclasses.replace(t, name=t.name + more[t.name]) for t in terms))
-    return out
-
-
-def _space(term: Term) -> ProjectionHead | None:
-    return term.head if isinstance(term.head, ProjectionHead) else None
-
-
-def _suffixes(
-    row: str, given: dict[str, dict[Any, str]], kinds: set[tuple[str, Any]]
-) -> dict[str, str]:
-    """{name: suffix in this row}. All kinds that a row has under one name count as one set."""
-    suffixes = {}
-    for name in {name for name, _ in kinds}:
-        known = given.setdefault(name, {})
-        same_name = frozenset(kind for other, kind in kinds if other == name)
-        suffixes[name] = known.setdefault(same_name, f"_{row}" if known else "")
-    return suffixes
-
-
-def merge(*rows: Terms, annotation_input: str = "shared") -> Terms:
-    """Several rows as one objective, without duplicate terms.
-
-    Args:
-      rows: objectives.
-      annotation_input: shared: a row of annotations only predicts them from the input of the first
-        self-supervised row; own: from unmasked views, as the row defines.
-
-    >>> both = merge(FORMS["sim"], FORMS["supervised"])
-    >>> [t.name for t in both], len({t.reads for t in both})
-    (['inter', 'category'], 1)
-    """
-    learned = [t.reads for row in rows for t in row if t.target.of in IMAGE_TARGETS]
-    out: list[Term] = []
-    for row in rows:
-        alone = all(t.target.of not in IMAGE_TARGETS for t in row)
-        if alone and learned and annotation_input == "shared":
-            images = ("own", "partner") if learned[0].mixed else ("own",)
-            row = tuple(
-                dataclasses.replace(t, reads=learned[0], image=image)
-                for image in images
-                for t in row
-            )
-        out += [t for t in row if t not in out]
-    return tuple(out)
-
-
-def with_options(
-    terms: Terms,
-    *,
-    intra_positions: str = "all",
-    soft_label: str = "separate",
-    symmetric: bool = False,
-    target_encoder: str = "method",
-    second_group: tuple[str, ...] = ("category", "text"),
-) -> Terms:
-    """The objective with other choices where the paper leaves them open.
-
-    Args:
-      terms: the objective.
-      intra_positions: hidden: dense targets of the input's own view count only at hidden cells.
-      soft_label: joint: both categories of a mixed input are predicted from all of its tokens.
-      symmetric: add every self-supervised term with its two views exchanged.
-      target_encoder: ema, shared or frozen instead of the terms' own; method keeps theirs.
-      second_group: names of the terms that lambda scales.
-
-    >>> [t.hidden for t in with_options(FORMS["m3i"], intra_positions="hidden")][:2]
-    [True, False]
-    >>> [(t.reads.view, t.target.view) for t in with_options(FORMS["instance"], symmetric=True)]
-    [(0, 1), (1, 0)]
-    """
-
-    def one(t: Term) -> Term:
-        target, head, hidden = t.target, t.head, t.hidden
-        if (
-            intra_positions == "hidden"
-            and target.of == "tokens"
-            and target.view == t.reads.view
-            and (t.reads.masked or t.reads.mixed)
-        ):
-            hidden = True
-        if soft_label == "joint" and target.of == "category" and t.reads.mixed:
-            head = PooledHead(everything=True)
-        if target_encoder != "method" and target.encoder in ("ema", "shared", "frozen"):
-            target = dataclasses.replace(target, encoder=target_encoder)
-        return dataclasses.replace(
-            t,
-            target=target,
-            head=head,
-            hidden=hidden,
-            group="sp" if t.name in second_group else "ssp",
-        )
-
-    def exchanged(t: Term) -> Term:
-        assert t.target.view is not None
-        reads, target = (
-            dataclasses.replace(t.reads, view=1 - t.reads.view),
-            dataclasses.replace(t.target, view=1 - t.target.view),
-        )
-        return dataclasses.replace(t, reads=reads, target=target)
-
-    out = [one(t) for t in terms]
-    if symmetric:
-        pairs = [t for t in out if t.target.of in IMAGE_TARGETS and t.reads.view < 2]
-        out += [x for t in pairs if (x := exchanged(t)) not in out]
-    return tuple(out)

@@ -3,7 +3,7 @@ run on each device separately."""
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -149,14 +149,14 @@ def is_single_device(rows: int) -> bool:
     return set(axes) <= set(DATA) and rows % math.prod(mesh.shape[axis] for axis in axes) == 0
 
 
-def kernels(rows: int) -> bool:
-    """Whether Pallas kernels can run on that many rows: on TPUs where `is_single_device` holds,
-    unless M3I_JAX_KERNELS=0.
+def kernels(rows: int, platforms: Collection[str] = ("tpu",)) -> bool:
+    """Whether Pallas kernels for these platforms can run on that many rows: there, where
+    `is_single_device` holds, unless M3I_JAX_KERNELS=0.
 
     >>> kernels(6) and jax.default_backend() != "tpu"
     False
     """
-    possible = platform() in kernel_calls.PLATFORMS and is_single_device(rows)
+    possible = platform() in platforms and is_single_device(rows)
     return possible and kernel_calls.kernel_setting() != "0"
 
 

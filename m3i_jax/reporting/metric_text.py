@@ -94,6 +94,9 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText("loss/sp", "nats", "categories and captions, weighted by their numbers"),
             MetricText("loss/category", "nats", "cross-entropy of categories", "moves last"),
             MetricText("loss/text", "nats", "contrastive loss of images and captions"),
+            MetricText(
+                "loss/caption", "nats", "cross-entropy of the tokens of captions", "falls steadily"
+            ),
             MetricText("loss/*", "", "one term of the objective, or one loss of a dense task"),
         ),
     ),
@@ -105,6 +108,19 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
                 "bits",
                 "information that a prediction carries about its target",
                 "above 0; below, it is worse than knowing nothing",
+            ),
+            MetricText(
+                "bits/*/token",
+                "bits",
+                "code length of a token of a caption, given its image and what the decoder sees",
+                "falls below the entropy of single tokens",
+            ),
+            MetricText("bits/*/image", "bits", "code length of a whole caption, given its image"),
+            MetricText(
+                "bits/*/parallel_token",
+                "bits",
+                "code length of a token of those captions whose tokens are predicted at once",
+                "above bits/*/token: the tokens before it are not seen",
             ),
             MetricText(
                 "entropy/*",

@@ -14,7 +14,16 @@ from m3i_jax.schema.dense import DensePrediction, Detect, Geometry, Maps, Mask2F
 from m3i_jax.schema.dino import Dino
 from m3i_jax.schema.evaluation import Compare, Evaluate, Report
 from m3i_jax.schema.limits import PATH, NumberLimit, option, section
-from m3i_jax.schema.model import Decoder, Encoder, Head, InternImage, Model, Pool, Text
+from m3i_jax.schema.model import (
+    Captioner,
+    Decoder,
+    Encoder,
+    Head,
+    InternImage,
+    Model,
+    Pool,
+    Text,
+)
 from m3i_jax.schema.objective import Objective
 from m3i_jax.schema.tasks import BUILT_IN_TASKS, TASKS, TaskTraits
 from m3i_jax.schema.training import Init, Optim, Parallel, Train
@@ -25,6 +34,7 @@ __all__ = [
     "SOURCES",
     "TASKS",
     "Augment",
+    "Captioner",
     "Compare",
     "Config",
     "Data",

@@ -166,6 +166,12 @@ class Data:
         "file of class names, for WordNet ids or numbers; empty: search beside an ImageNet folder",
         PATH,
     )
+    keep: tuple[str, ...] = option(
+        (),
+        "keep-list, a Parquet or Arrow file with the columns key and, optionally, weight, caption"
+        " and label: only these records are read; of a mixture one per source, all for none",
+        PATH,
+    )
     split: str = option(
         "",
         "training split: sub-folder, glob below a directory of tars, or split name (tfds,"
@@ -227,10 +233,11 @@ class Data:
     mask: str = option(
         "blockwise",
         "distribution of the masks [P: blockwise]; multi_block: visible cells and target blocks of"
-        " I-JEPA",
+        " I-JEPA; inverse_block: one visible block (CAPI)",
         "blockwise",
         "uniform",
         "multi_block",
+        "inverse_block",
     )
     mask_blocks: int = option(
         4, "multi_block: target blocks of an image (I-JEPA: 4)", NumberLimit(1, 16)

@@ -91,6 +91,24 @@ class Geometry:
         " which every batch has at random; a step is compiled for each",
         NumberLimit(32, 2**16, count=ListLimit(fewest=0, most=32, open=True)),
     )
+    crop_p: float = option(
+        0.0,
+        "rule buckets: probability that a random window of the image is resized in the place of the"
+        " whole (DETR and its successors: 0.5)",
+        SHARE,
+    )
+    crop_short: tuple[int, ...] = option(
+        (400, 500, 600),
+        "rule buckets: short sides in pixels, to one of which the image is resized before a window"
+        " is drawn",
+        NumberLimit(1, 2**16, count=ListLimit(fewest=1, most=32)),
+    )
+    crop_sides: tuple[int, ...] = option(
+        (384, 600),
+        "rule buckets: smallest and largest side in pixels of the window, whose height and width"
+        " are drawn by themselves",
+        NumberLimit(1, 2**16, count=ListLimit(fewest=2, most=2, rising=True)),
+    )
     test_short: int = option(
         0,
         "detection: limit of the short side of an image at evaluation, in pixels, beside that of"

@@ -79,11 +79,13 @@ class Evaluate:
     )
     features: str = option(
         "auto",
-        "image feature; attention: M3I's pooling; mean: of the patch tokens; auto:"
-        " attention if the objective trains it",
+        "image feature; attention: M3I's pooling; mean: of the patch tokens; cls: the cls token;"
+        " auto: attention if the objective trains it, cls if it compares images by cls alone (as in"
+        " dino), else mean",
         "auto",
         "attention",
         "mean",
+        "cls",
     )
     train_limit: int = option(50_000, "maximum number of training images in the index", EVERY)
     query_limit: int = option(10_000, "maximum number of held-out query images", EVERY)
@@ -144,7 +146,7 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compare:
-    """--mode=compare: one run per objective, all other settings equal."""
+    """--mode=compare: one run per objective, all other settings equal, under one budget."""
 
     forms: tuple[str, ...] = option(
         ("mim", "sim", "instance", "m3i"),
@@ -154,6 +156,15 @@ class Compare:
             most=1000,
             count=ListLimit(fewest=1, unique=True, names="objectives, such as mim,mim+clip,m3i"),
         ),
+    )
+    budget: str = option(
+        "images",
+        "what all runs have the same of: images seen; matrix FLOPs of the model; or time of steps,"
+        " measured on these devices before the first run. The first objective has the length that"
+        " the settings say",
+        "images",
+        "flops",
+        "time",
     )
     seeds: int = option(
         1, "runs per objective, with the seeds seed, seed + 1, ...", NumberLimit(1, 1000)

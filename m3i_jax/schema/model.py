@@ -255,6 +255,17 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Captioner:
+    """The decoder that predicts the tokens of captions, with cross-attention to those of an
+    image."""
+
+    width: int = option(768, "token width (CapPa: that of the encoder)", WIDTH)
+    depth: int = option(6, "number of blocks (CapPa: 6)", DEPTH)
+    heads: int = option(12, "attention heads; must divide width", HEADS)
+    mlp_ratio: float = option(4.0, "hidden width of the MLP divided by the width", RATIO)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     backbone: str = option(
         "vit",
@@ -268,6 +279,7 @@ class Model:
     pool: Pool = section(Pool)
     head: Head = section(Head)
     text: Text = section(Text)
+    captioner: Captioner = section(Captioner)
     dtype: str = option(
         "bfloat16",
         "precision of matrix products; parameters, norms, softmax and losses stay float32",

@@ -87,7 +87,14 @@ class Objective:
         0.3, "share of the run over which this temperature rises (DINOv2: 30 of 100 epochs)", SHARE
     )
     target_checkpoint: str = option(
-        "", "directory of the run whose encoder is the frozen target", PATH
+        "", "directory of the run whose encoder is the frozen target, or the first snapshot", PATH
+    )
+    snapshot_at: tuple[float, ...] = option(
+        (0.5, 0.75),
+        "shares of the run at which a target that is a snapshot takes the EMA encoder's parameters;"
+        " its terms count from the first on, or from the start with target_checkpoint or init_from"
+        " (DINOv3's Gram anchoring)",
+        NumberLimit(0, 1, above=True, below=True, count=ListLimit(most=64, unique=True)),
     )
     teachers: tuple[str, ...] = option(
         (),
@@ -129,8 +136,14 @@ class Objective:
         "captions compared with all images at a time, which avoids a B x B matrix; 0: all",
         STEPS,
     )
+    parallel_captions: float = option(
+        -1.0,
+        "share of the images whose caption tokens are predicted at once, from mask tokens (CapPa:"
+        " 0.75); -1: the method's",
+        NumberLimit(-1.0, 1.0),
+    )
     second_group: tuple[str, ...] = option(
-        ("category", "text"),
+        ("category", "text", "caption"),
         "names of the terms that lambda scales; all other terms form the first group",
         NAMES,
     )

@@ -124,8 +124,9 @@ def assign_targets(
         rows_MxK = logits.reshape(-1, logits.shape[-1])
         center_K = jnp.zeros(rows_MxK.shape[-1]) if state is None else state.centers[name]
         rise = jnp.zeros(()) if state is None else state.rise
-        q_MxK = posterior.assign(rows_MxK, center_K, rise)
-        assigned = unstack_rows(q_MxK.reshape(logits.shape), len(keys))
+        assigned_xK = posterior.assign(logits, center_K, rise)
+        assigned = unstack_rows(assigned_xK, len(keys))
+        q_MxK = assigned_xK.reshape(rows_MxK.shape)
         out |= dict(zip(keys, assigned, strict=True))
         means[name] = rows_MxK.mean(0)
         bits = 1 / jnp.log(2.0)

@@ -43,8 +43,8 @@ def is_matrix(path: str, shape: tuple[int, ...]) -> bool:
 
 
 def _parts(path: str) -> int:
-    """Matrices side by side in one kernel: query, key and value."""
-    return 3 if path.endswith("/qkv/kernel") else 1
+    """Matrices side by side in one kernel: query, key and value, or the last two."""
+    return 3 if path.endswith("/qkv/kernel") else 2 if path.endswith("/key_value/kernel") else 1
 
 
 def orthogonalize(x_nxaxb: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """The optimizer of a run as one named chain: balance -> clip -> the rule -> bounds -> target ->
-frozen -> prototypes -> spikes. Each link owns its statistics, so that the optimizer state has
-readable keys and holds everything that must survive a restart."""
+frozen -> snapshot -> prototypes -> spikes. Each link owns its statistics, so that the optimizer
+state has readable keys and holds everything that must survive a restart."""
 
 import functools
 import math
@@ -53,6 +53,7 @@ def build_optimizer(
         return params if config.optim.ema_of == "all" else m3i.target_parts(config, terms, params)
 
     paths = config.objective.teachers
+    has_snapshot = any(t.target.encoder == "snapshot" for t in terms)
     has_frozen = any(t.target.encoder == "frozen" for t in terms)
     return build_chain(
         config,
@@ -64,6 +65,7 @@ def build_optimizer(
             *assignments.start_link(config, terms, steps),
             ("target", ema.track_target(_momentum(config.optim, steps), parts)),
             *([("frozen", hold_frozen(parts))] if has_frozen else []),
+            *([("snapshot", _snapshot(config, steps))] if has_snapshot else []),
             # zeros are made inside the program that makes the state, with its shardings
             *(
                 [("teachers", hold_frozen(lambda _: teachers.zero_params(paths)))]
@@ -72,6 +74,15 @@ def build_optimizer(
             ),
             *assignments.center_link(config, terms, steps),
         ),
+    )
+
+
+def _snapshot(config: schema.Config, steps: int) -> optax.GradientTransformationExtraArgs:
+    """The encoder of the EMA target at the last of `objective.snapshot_at`."""
+    return ema.hold_snapshot(
+        [max(1, round(share * steps)) for share in config.objective.snapshot_at],
+        lambda params: {"encoder": params["encoder"]},
+        taken=bool(config.init_from or config.objective.target_checkpoint),
     )
 
 

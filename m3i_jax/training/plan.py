@@ -10,13 +10,22 @@ from typing import Any, NamedTuple
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.objective import available_terms, entropy_terms, prototype_posterior, registry
+from m3i_jax.objective import (
+    available_terms,
+    entropy_terms,
+    joined_terms,
+    prototype_posterior,
+    registry,
+)
 from m3i_jax.objective import terms as objective_terms
+from m3i_jax.objective.caption_posterior import with_parallel_captions
 from m3i_jax.objective.entropy_terms import EntropyTerm, EntropyTerms
 from m3i_jax.objective.teacher_terms import with_teachers
 from m3i_jax.objective.terms import (
+    ANNOTATIONS,
     DENSE_TARGETS,
     IMAGE_TARGETS,
+    ClusterHead,
     DecoderHead,
     Pass,
     ProjectionHead,
@@ -28,18 +37,20 @@ from m3i_jax.training import teachers
 
 
 class TargetPass(NamedTuple):
-    """One call of a target encoder on a clean view."""
+    """One call of a target encoder on a clean view, whose sides are `enlarge` times as long."""
 
     encoder: str
     view: int
     blocks: int
+    enlarge: int = 1
 
 
 class TargetKey(NamedTuple):
     """Names one array of target representations, which all terms with an equal key share."""
 
     target: Target
-    space: Any  # of the comparison: a ProjectionHead, "decoder" for its projector, None: features
+    # of the comparison: a ProjectionHead or ClusterHead, "decoder": its projector, None: features
+    space: Any
 
     def __lt__(self, other: object) -> bool:
         # JAX sorts the keys of a dict, and spaces have no natural order
@@ -107,6 +118,8 @@ class Plan:
 
     def target_key(self, term: Term) -> TargetKey:
         """The key of the representation that an image term predicts."""
+        if isinstance(term.space, ClusterHead):
+            return TargetKey(term.target, term.space)
         if isinstance(term.head, ProjectionHead):
             space = dataclasses.replace(term.head, predictor=None, match="position")
             return TargetKey(term.target, space)
@@ -126,9 +139,20 @@ class Plan:
         matched = [
             TargetKey(t.target, None)
             for t in fixed
-            if isinstance(t.head, ProjectionHead) and t.head.match == "likeness"
+            if isinstance(t.head, ClusterHead)
+            or (isinstance(t.head, ProjectionHead) and t.head.match == "likeness")
         ]
         return tuple(dict.fromkeys([*(self.target_key(t) for t in fixed), *matched]))
+
+    @property
+    def image_feature(self) -> str:
+        """The feature of an image that the objective trains, as of `evaluate.features`: attention,
+        the pooling that annotations are predicted from; cls, if images are compared by it alone
+        (DINO, MoCo v3); else mean, of the patch tokens."""
+        if self.where("category", "text"):
+            return "attention"
+        pools = {getattr(self.terms[i].head, "pool", "") for i in self.where("pooled")}
+        return "cls" if pools == {"cls"} else "mean"
 
     def reads_cls(self, term: Term) -> bool:
         """Whether the decoder of a term reads the cls token. With decoder.cls=auto it does not in a
@@ -142,7 +166,7 @@ class Plan:
 def target_pass(target: Target) -> TargetPass:
     """The call of a target encoder that computes a target."""
     assert target.view is not None
-    return TargetPass(target.encoder, target.view, target.blocks)
+    return TargetPass(target.encoder, target.view, target.blocks, target.enlarge)
 
 
 def terms_named(name: str, key: str = "config.objective.forms") -> entropy_terms.AnyTerms:
@@ -179,9 +203,11 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
         )
     named = {name: terms_named(name) for name in names}
     predictions = {
-        name: found for name in names if (found := entropy_terms.predictions_of(named[name]))
+        name: with_parallel_captions(found, o.parallel_captions)
+        for name in names
+        if (found := entropy_terms.predictions_of(named[name]))
     }
-    rows = objective_terms.uniquify(predictions)
+    rows = joined_terms.uniquify(predictions)
     try:
         entropies = entropy_terms.join_entropies(named, dict(zip(predictions, rows, strict=True)))
     except ValueError as error:
@@ -193,7 +219,7 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
         for old, new in zip(before, after, strict=True)
         if old.name in o.second_group and old.target.of not in IMAGE_TARGETS
     )
-    terms = objective_terms.merge(*rows, annotation_input=o.annotation_input)
+    terms = joined_terms.merge(*rows, annotation_input=o.annotation_input)
     terms = prototype_posterior.with_constraint(
         terms, constraint=o.prototype_targets, target_temperature=o.target_temperature
     )
@@ -202,7 +228,7 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
         terms = available_terms.with_small_views(terms, small_views)
     except ValueError as error:
         raise UserError(f"config.objective.forms: {', '.join(o.forms)}: {error}") from None
-    terms = objective_terms.with_options(
+    terms = joined_terms.with_options(
         terms,
         intra_positions=o.intra_positions,
         soft_label=o.soft_label,
@@ -243,7 +269,7 @@ def build_plan(config: schema.Config) -> Plan:
 def _validate(plan: Plan) -> None:
     """Refuse settings that contradict the terms."""
     config, terms = plan.config, plan.terms
-    annotations = [t for t in terms if t.target.of in ("category", "text")]
+    annotations = [t for t in terms if t.target.of in ANNOTATIONS]
     if config.objective.annotation_input == "own" and any(
         t.reads.masked or t.reads.mixed for t in annotations
     ):
@@ -280,6 +306,14 @@ def _validate(plan: Plan) -> None:
         raise UserError(
             "config.objective.target_checkpoint: is empty, and the objective has a frozen target;"
             " give the workdir of a run"
+        )
+    snapshot = any(t.target.encoder == "snapshot" for t in terms)
+    o = config.objective
+    if snapshot and not (o.snapshot_at or o.target_checkpoint or config.init_from):
+        raise UserError(
+            f"config.objective.snapshot_at: is empty, and the snapshot that {', '.join(o.forms)}"
+            " predicts would stay at random values; give shares of the run such as 0.5,0.75, or"
+            " objective.target_checkpoint"
         )
     if config.model.head.prototypes < 2 and prototype_posterior.prototype_terms(terms):
         raise UserError(
@@ -399,11 +433,25 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
             no_prototypes,
         ),
         (
+            "objective.parallel_captions",
+            o.parallel_captions,
+            default_config.objective.parallel_captions,
+            any(t.target.of == "caption" for t in terms),
+            "no decoder of captions (as in cappa)",
+        ),
+        (
             "objective.target_checkpoint",
             o.target_checkpoint,
             "",
-            any(t.target.encoder == "frozen" for t in terms),
+            any(t.target.encoder in ("frozen", "snapshot") for t in terms),
             "no frozen target",
+        ),
+        (
+            "objective.snapshot_at",
+            o.snapshot_at,
+            default_config.objective.snapshot_at,
+            any(t.target.encoder == "snapshot" for t in terms),
+            "no snapshot of the EMA encoder (as in dinov3_gram)",
         ),
         ("objective.isolate", o.isolate, default_config.objective.isolate, mixed, "no mixed input"),
         (

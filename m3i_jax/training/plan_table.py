@@ -7,19 +7,21 @@ from typing import Any
 
 import jax
 
-from m3i_jax.models import backbones, m3i, text
+from m3i_jax.models import backbones, text
 from m3i_jax.objective.available_terms import SMALL
+from m3i_jax.objective.caption_posterior import CaptionHead
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
     IMAGE_TARGETS,
+    ClusterHead,
     DecoderHead,
     Pass,
     PooledHead,
     ProjectionHead,
     Term,
 )
-from m3i_jax.training import entropy_losses, predictions, teachers, views
-from m3i_jax.training.plan import Plan, target_pass
+from m3i_jax.training import entropy_losses, predictions, targets, teachers, views
+from m3i_jax.training.plan import Plan, TargetKey, target_pass
 
 PlanRow = Sequence[str]
 # (function, *arguments) -> an object with `.total`: profiling.flops.count_flops, which this room
@@ -54,17 +56,22 @@ def describe_target(term: Term) -> str:
     t = term.target
     if t.view is None:
         return t.of
+    if isinstance(term.space, ClusterHead):
+        of_same = "" if isinstance(term.head, ClusterHead) else ", hidden cells"
+        return f"assignment of EMA dense features of view {t.view}{of_same}"
     whose = {
         "identity": "",
         "ema": "EMA ",
         "shared": "shared ",
         "online": "online ",
         "frozen": "frozen ",
+        "snapshot": "earlier EMA ",
     }.get(t.encoder, f"{t.encoder}'s ")
     what = {"pixels": "pixels", "tokens": "dense features", "pooled": "global feature"}[t.of]
+    large = f" enlarged {t.enlarge} times" if t.enlarge > 1 else ""
     averaged = f", mean of {t.blocks} blocks" if t.blocks > 1 else ""
     views = ", ".join(map(str, (t.view, *t.others)))
-    return f"{whose}{what} of view {views}{averaged}" + (
+    return f"{whose}{what} of view {views}{large}{averaged}" + (
         ", hidden cells"
         if term.hidden or predictions.predicts_hidden_only(term)
         else ", each target block by itself"
@@ -75,6 +82,8 @@ def describe_target(term: Term) -> str:
 
 def describe_posterior(term: Term) -> str:
     more = ", second moment" if getattr(term.posterior, "second_moment", False) else ""
+    if share := getattr(term.posterior, "parallel", 0.0):
+        more = f", {share:.0%} of the captions at once"
     return type(term.posterior).__name__ + more
 
 
@@ -92,6 +101,8 @@ def describe_space(term: EntropyTerm) -> str:
 def describe_head(term: Term) -> str:
     if isinstance(term.head, PooledHead):
         return "pool of all tokens" if term.head.everything else "pool"
+    if isinstance(term.head, CaptionHead):
+        return "caption decoder"
     return type(term.head).__name__.lower()
 
 
@@ -168,11 +179,11 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
             teach = functools.partial(teachers.encode_teacher, config, target.encoder)
             add(target.encoder, seen, users, teach, tree, patches[target.view])
             continue
-        blocks = min(target.blocks, config.model.encoder.depth)
-        encode = functools.partial(m3i.encode, config, blocks=blocks)
-        name = {"ema": "EMA target", "frozen": "frozen target", "shared": "shared target"}[
-            target.encoder
-        ]
+        encode = functools.partial(targets.encode_target, plan, target)
+        name = {"ema": "EMA target", "snapshot": "earlier EMA target"}.get(
+            target.encoder, f"{target.encoder} target"
+        )
+        seen += f", enlarged {target.enlarge} times" if target.enlarge > 1 else ""
         add(name, seen, users, encode, tree, patches[target.view])
     z = jax.eval_shape(encode_passes, inputs, patches, params["encoder"])
 
@@ -193,11 +204,23 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
             calls.setdefault(key, []).append(i)
     for group in calls.values():
         term = plan.terms[group[0]]
+        if isinstance(term.head, ClusterHead):
+            cluster = functools.partial(predictions.predict_clusters, plan, indices=(group[0],))
+            tokens = jax.ShapeDtypeStruct(
+                (images, config.tokens, config.model.encoder.width), config.model.dtype
+            )
+            given = {TargetKey(term.target, None): tokens}
+            add("clusters", describe_target(term), group, cluster, params, given)
+            continue
         reads_of = describe_pass(term.reads, drops)
         add(describe_head(term), reads_of, group, predict(group[:1]), params, z, inputs)
     if pooled := [i for i, t in enumerate(plan.terms) if isinstance(t.head, PooledHead)]:
         pool = functools.partial(predictions.pool_images, plan)
         add("pool", "own tokens of each image", pooled, pool, params, z, inputs)
+    if captions := plan.where("caption"):
+        shown = describe_pass(plan.terms[captions[0]].reads, drops)
+        decode = functools.partial(predictions.caption_logits, plan, indices=captions)
+        add("caption decoder", shown, captions, decode, params, z, inputs)
     heads = {name: part for name, part in params.items() if name != "encoder"}
     entropies = plan.numbered_entropies()
     read_features = functools.partial(entropy_losses.entropy_features, plan)

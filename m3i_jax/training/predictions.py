@@ -9,14 +9,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3i_jax.models import decoder, heads, m3i, pooling, text
+from m3i_jax.models import captioner, decoder, heads, m3i, pooling, text
 from m3i_jax.objective import mixing, positions
+from m3i_jax.objective.caption_posterior import CaptionSoftmax
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.teacher_terms import linear_name, predicts_visible
-from m3i_jax.objective.terms import DecoderHead, LinearHead, Pass, PooledHead, ProjectionHead, Term
-from m3i_jax.training.plan import Plan
-from m3i_jax.training.targets import pool_tokens
-from m3i_jax.training.views import Batch, Inputs, PassInputs, stack_rows, unstack_rows
+from m3i_jax.objective.terms import (
+    ClusterHead,
+    DecoderHead,
+    LinearHead,
+    Pass,
+    PooledHead,
+    ProjectionHead,
+    Term,
+)
+from m3i_jax.training.plan import Plan, TargetKey
+from m3i_jax.training.targets import TargetFeatures, pool_tokens
+from m3i_jax.training.views import (
+    Batch,
+    Inputs,
+    PassInputs,
+    parallel_captions,
+    stack_rows,
+    unstack_rows,
+)
 
 Arrays = dict[int, jax.Array]  # {term index: array}
 Features = dict[Pass, jax.Array]
@@ -120,16 +136,47 @@ def _decode(plan: Plan, params: Any, arguments: dict[int, tuple[Any, ...]]) -> A
             decoded = decoder.apply(
                 model, tree, tokens, cells, queries, grid=plan.config.grid, cls_BxD=cls
             )
-        kinds = {plan.terms[i].target.of for i in group}
+        kinds = {_output(plan.terms[i]) for i in group}
         if len(kinds) == 1:
-            rows = decoder.prediction_head(model, tree, decoded, *kinds)
+            rows = _head_rows(plan, params, decoded, *kinds)
             out |= dict(zip(group, unstack_rows(rows, len(group)), strict=True))
         else:
             for i, rows in zip(group, unstack_rows(decoded, len(group)), strict=True):
-                out[i] = decoder.prediction_head(model, tree, rows, plan.terms[i].target.of)
+                out[i] = _head_rows(plan, params, rows, _output(plan.terms[i]))
     for i, x in out.items():
         if predicts_blocks(plan.terms[i]):  # the blocks of an image side by side again
             out[i] = x.reshape(-1, plan.config.data.mask_blocks * x.shape[1], x.shape[2])
+    return out
+
+
+def _output(term: Term) -> tuple[str, str]:
+    """(kind of the targets that a decoder predicts, name of their clusters)."""
+    assert isinstance(term.head, DecoderHead)
+    return term.target.of, term.head.clusters
+
+
+def _head_rows(
+    plan: Plan, params: Any, rows_RxNxW: jax.Array, output: tuple[str, str]
+) -> jax.Array:
+    """The predictions of a decoder from its rows: features, pixels, or similarities to the
+    prototypes of clusters."""
+    model, (of, clusters) = plan.config.model, output
+    if not clusters:
+        return decoder.prediction_head(model, params["decoder"], rows_RxNxW, of)
+    space = ProjectionHead(name=clusters, prototypes="scaled")
+    return heads.prototype_logits(model, params["heads"][clusters], space, rows_RxNxW)
+
+
+def predict_clusters(
+    plan: Plan, params: Any, targets: TargetFeatures, indices: tuple[int, ...]
+) -> Arrays:
+    """Logits [B, N, K] of those of these terms whose head clusters the target encoder's tokens."""
+    out: Arrays = {}
+    for i in indices:
+        head = plan.terms[i].head
+        if isinstance(head, ClusterHead):
+            tokens = targets[TargetKey(plan.terms[i].target, None)]
+            out[i] = heads.cluster_logits(plan.config.model, params["heads"][head.name], tokens)
     return out
 
 
@@ -173,7 +220,7 @@ def _project(
     out: Arrays = {}
     for keys in calls.values():
         head = keys[0][2]
-        tree = params["heads"].get(head.name, {})
+        tree = params.get("heads", {}).get(head.name, {})
         x = pooled[keys[0]] if len(keys) == 1 else stack_rows([pooled[key] for key in keys])
         y = heads.apply_predictor(plan.config.model, tree, head, x)
         for key, rows in zip(
@@ -222,3 +269,30 @@ def contrastive_embeddings(
     with jax.named_scope("text"):
         captions = text.apply(plan.config.model, params["text"], batch["tokens"], batch["length"])
     return images, captions
+
+
+def parallel_rows(plan: Plan, term: Term, inputs: PassInputs) -> jax.Array | None:
+    """Which captions of a term are predicted at once, bool [R]; None: none."""
+    assert isinstance(term.posterior, CaptionSoftmax)
+    position = inputs.rows[term.image]["position"]
+    return parallel_captions(plan.config, position, term.posterior.parallel)
+
+
+def caption_logits(
+    plan: Plan, params: Any, z: Features, inputs: Inputs, indices: tuple[int, ...]
+) -> Arrays:
+    """Logits [R, L - 1, V] of these caption terms; inputs of equal shape share a call."""
+    arguments: dict[int, tuple[Any, ...]] = {}
+    for i in indices:
+        term, read = plan.terms[i], inputs[plan.terms[i].reads]
+        tokens = read.rows[term.image]["tokens"]
+        memory = visible_tokens(plan, term, z, inputs)[0]
+        arguments[i] = tokens, memory, parallel_rows(plan, term, read)
+    out: Arrays = {}
+    for group in group_by_shape(arguments):
+        tokens, memory = (stack_rows([arguments[i][k] for i in group]) for k in range(2))
+        every = [arguments[i][2] for i in group]
+        parallel = None if every[0] is None else stack_rows(every)
+        logits = captioner.apply(plan.config.model, params["captioner"], tokens, memory, parallel)
+        out |= dict(zip(group, unstack_rows(logits, len(group)), strict=True))
+    return out

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.models import m3i
 from m3i_jax.objective import balance
+from m3i_jax.objective.ema import SnapshotState
 from m3i_jax.objective.prototype_targets import PrototypeState
 from m3i_jax.training import assignments, entropy_losses, predictions, targets, term_losses, views
 from m3i_jax.training.microbatches import merge_microbatches, split_microbatches
@@ -118,6 +119,7 @@ def objective_gradients(
     batch: Batch,
     weight: jax.Array,
     prototypes: PrototypeState | None = None,
+    snapshot: SnapshotState | None = None,
 ) -> tuple[Any, Metrics, tuple[jax.Array, jax.Array]]:
     """Gradients of L_ssp + weight * L_sp with one encoder backward.
 
@@ -130,6 +132,8 @@ def objective_gradients(
       weight: lambda, a scalar without gradient.
       prototypes: centres and temperature of assignments to prototypes, of the steps before; None:
         those of the start.
+      snapshot: the state of the link that holds the EMA encoder of an earlier step; None: terms
+        that predict it count.
 
     Returns:
       (gradients like params, metrics, (norm of dL_ssp/dz, norm of dL_sp/dz)). Beside scalars, the
@@ -140,7 +144,7 @@ def objective_gradients(
     count, size = config.train.microbatches, batch["mask"].shape[0]
     teachers = teachers | _shared_encoder(plan, params)
     inputs = views.pass_inputs(config, plan.passes, batch)
-    counts, weights = term_losses.loss_weights(plan, inputs)
+    counts, weights = term_losses.loss_weights(plan, inputs, snapshot)
     views_and_targets = functools.partial(_views_and_targets, plan, teachers)
 
     def microbatch_grads(
@@ -224,15 +228,19 @@ def objective_gradients(
 def target_encoders(opt: Any) -> dict[str, Any]:
     """The trees of the target encoders in an optimizer state."""
     out = {"ema": opt["target"].params}
+    if "snapshot" in opt:
+        out["snapshot"] = opt["snapshot"].params
     if "teachers" in opt:
         out |= {name: {"encoder": tree} for name, tree in opt["teachers"].params.items()}
     return out | ({"frozen": opt["frozen"].params} if "frozen" in opt else {})
 
 
 def _shared_encoder(plan: Plan, params: Any) -> dict[str, Any]:
-    """The online encoder as a target encoder, without gradient."""
+    """The online encoder as a target encoder, and the heads that make targets as they are trained,
+    without gradient."""
     parts = m3i.target_parts(plan.config, plan.terms, params)
-    return {"shared": jax.lax.stop_gradient(parts)}
+    trained = m3i.trained_parts(plan.terms, params)
+    return jax.lax.stop_gradient({"shared": parts, targets.TRAINED: trained})
 
 
 def views_and_targets(plan: Plan, state: State, batch: Batch) -> tuple[Patches, TargetFeatures]:
@@ -254,7 +262,7 @@ def loss_pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[An
     group_loss = functools.partial(
         term_losses.group_loss,
         plan,
-        weights=term_losses.loss_weights(plan, inputs)[1],
+        weights=term_losses.loss_weights(plan, inputs, state.opt.get("snapshot"))[1],
         batch=batch,
         inputs=inputs,
         bundle=TargetBundle(rows=features, batch=features, moments=moments),

@@ -34,7 +34,7 @@ class Pretrain(Task):
             self.config,
             terms=self.plan.terms,
             classes=self.config.data.classes if self.plan.where("category") else 0,
-            vocabulary=self.vocabulary if self.plan.where("text") else 0,
+            vocabulary=self.vocabulary if self.plan.where("text", "caption") else 0,
             rng=rng,
         )
 
@@ -65,7 +65,13 @@ class Pretrain(Task):
         weight = pretrain_gradients.balance_lambda(self.config, opt)
         teachers = pretrain_gradients.target_encoders(opt)
         grads, metrics, norms = pretrain_gradients.objective_gradients(
-            self.plan, params, teachers, batch, weight, opt.get("prototypes")
+            self.plan,
+            params,
+            teachers,
+            batch,
+            weight,
+            opt.get("prototypes"),
+            opt.get("snapshot"),
         )
         means: Any = metrics.pop(assignments.MEAN_LOGITS, {})
         zero = jnp.zeros(())
@@ -76,6 +82,8 @@ class Pretrain(Task):
             "balance/sp_norm": norms[1],
         }
         extras = {"feature_grad_norms": norms, "mean_logits": means}
+        if "snapshot" in opt:
+            extras["average"] = opt["target"].params
         return StepGradients(grads, loss, metrics, extras)
 
     def optimizer(self, *, steps: int, warmup: int) -> optax.GradientTransformationExtraArgs:
@@ -103,6 +111,9 @@ class Pretrain(Task):
         if (frozen := opt.get("frozen")) is not None:
             teacher = load(objective.target_checkpoint, "frozen", "encoder")
             opt["frozen"] = frozen._replace(params={**frozen.params, "encoder": teacher})
+        if (snapshot := opt.get("snapshot")) is not None and objective.target_checkpoint:
+            first = load(objective.target_checkpoint, "snapshot", "encoder")
+            opt["snapshot"] = snapshot._replace(params={"encoder": first})
         if (held := opt.get("teachers")) is not None:
             paths = zip(held.params, objective.teachers, strict=True)
             loaded = {name: load(path, "teachers", name) for name, path in paths}

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3i_jax.models import decoder, heads, m3i
-from m3i_jax.objective import collapse, losses, mixing
-from m3i_jax.objective.terms import ProjectionHead, Term
+from m3i_jax.models import decoder, heads, m3i, vit
+from m3i_jax.objective import collapse, losses, mixing, positions
+from m3i_jax.objective.terms import ClusterHead, ProjectionHead, Term
 from m3i_jax.training import teachers as frozen_teachers
 from m3i_jax.training.plan import Plan, TargetKey, TargetPass, target_pass
 from m3i_jax.training.views import Patches, stack_rows, unstack_rows
@@ -18,6 +18,8 @@ from m3i_jax.training.views import Patches, stack_rows, unstack_rows
 TargetFeatures = dict[TargetKey, jax.Array]
 # the one metric that is a matrix; its eigenvalues are computed only when a log line is written
 MOMENT = "moment"
+# the heads that make targets as they are trained, without an average, beside the target encoders
+TRAINED = "trained"
 
 
 def encode_targets(
@@ -26,18 +28,52 @@ def encode_targets(
     """Tokens [B, T, D] of every target pass, cls first; one call for all views that an encoder
     reads in one way."""
     out: dict[TargetPass, jax.Array] = {}
-    kinds: dict[tuple[str, int, int], list[TargetPass]] = {}
+    kinds: dict[tuple[str, int, int, int], list[TargetPass]] = {}
     for p in plan.target_passes:
-        kinds.setdefault((p.encoder, p.blocks, patches[p.view].shape[1]), []).append(p)
-    for (encoder, blocks, _), group in sorted(kinds.items()):
+        kind = (p.encoder, p.blocks, p.enlarge, patches[p.view].shape[1])
+        kinds.setdefault(kind, []).append(p)
+    for (encoder, *_), group in sorted(kinds.items()):
         tree, rows = teachers[encoder]["encoder"], stack_rows([patches[p.view] for p in group])
         if encoder.startswith("teacher"):
             z = frozen_teachers.encode_teacher(plan.config, encoder, tree, rows)
         else:
-            blocks = min(blocks, plan.config.model.encoder.depth)
-            z = m3i.encode(plan.config, tree, rows, blocks=blocks)
+            z = encode_target(plan, group[0], tree, rows)
         out |= dict(zip(group, unstack_rows(jax.lax.stop_gradient(z), len(group)), strict=True))
     return out
+
+
+def encode_target(
+    plan: Plan, target: TargetPass, encoder: Any, patches_BxNxP: jax.Array
+) -> jax.Array:
+    """Tokens [B, T, D] at the cells of a view, of a target encoder of the run's shape, which may
+    read the view enlarged. Pixels and features are then resized bicubically, as PyTorch does
+    without antialiasing.
+
+    Args:
+      plan: of the run.
+      target: the pass; its view is not read.
+      encoder: its parameters.
+      patches_BxNxP: of a clean view.
+    """
+    blocks, enlarge = min(target.blocks, plan.config.model.encoder.depth), target.enlarge
+    if enlarge == 1:
+        return m3i.encode(plan.config, encoder, patches_BxNxP, blocks=blocks)
+    patch = plan.config.model.encoder.patch_size
+    images_BxSxSx3 = frozen_teachers.images_of_patches(patches_BxNxP, patch)
+    side = images_BxSxSx3.shape[1]
+    large_BxSxSx3 = _resize_square(images_BxSxSx3, enlarge * side)
+    large_BxMxP = vit.patchify(large_BxSxSx3, patch).astype(patches_BxNxP.dtype)
+    z_BxTxD = m3i.encode(plan.config, encoder, large_BxMxP, blocks=blocks)
+    grid, cells = side // patch, large_BxMxP.shape[1]
+    map_BxGxGxD = z_BxTxD[:, -cells:].reshape(-1, enlarge * grid, enlarge * grid, z_BxTxD.shape[2])
+    tokens_BxNxD = _resize_square(map_BxGxGxD, grid).reshape(-1, grid * grid, z_BxTxD.shape[2])
+    return jnp.concatenate([z_BxTxD[:, :-cells].astype(tokens_BxNxD.dtype), tokens_BxNxD], 1)
+
+
+def _resize_square(x_BxGxGxC: jax.Array, side: int) -> jax.Array:
+    weights = jnp.asarray(positions.bicubic_weights(x_BxGxGxC.shape[1], side), jnp.float32)
+    rows = jnp.einsum("ya,nabc->nybc", weights, x_BxGxGxC.astype(jnp.float32))
+    return jnp.einsum("xb,nybc->nyxc", weights, rows)
 
 
 def project_target(
@@ -55,6 +91,8 @@ def project_target(
     first, model = int(plan.config.model.encoder.cls_token), plan.config.model
     if space is None:
         return z_BxTxD[:, first:]
+    if isinstance(space, ClusterHead):
+        return heads.cluster_logits(model, params["heads"][space.name], z_BxTxD[:, first:])
     if isinstance(space, ProjectionHead):
         tokens = z_BxTxD[:, first:]
         if space.queries == "hidden":
@@ -98,6 +136,8 @@ def target_features(
             if key.target.encoder.startswith("teacher"):  # patch tokens alone
                 out[key] = z
                 continue
+            if isinstance(key.space, ClusterHead):  # it is trained on these, and has no average
+                tree = teachers[TRAINED]
             projected = project_target(plan, tree, key.space, z, hidden)
             out[key] = jax.lax.stop_gradient(projected)
     return out
@@ -113,7 +153,8 @@ def normalize_target(term: Term, target: jax.Array) -> jax.Array:
 
 def has_prototypes(key: TargetKey) -> bool:
     """Whether a target is an assignment to prototypes."""
-    return isinstance(key.space, ProjectionHead) and bool(key.space.prototypes)
+    space = key.space
+    return isinstance(space, ClusterHead) or bool(getattr(space, "prototypes", ""))
 
 
 def moment_key(key: TargetKey) -> TargetKey:

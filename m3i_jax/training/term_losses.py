@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from m3i_jax import parallel
 from m3i_jax.models import m3i
 from m3i_jax.objective import collapse, mixing
+from m3i_jax.objective.caption_posterior import CaptionSoftmax
 from m3i_jax.objective.numerics import l2_normalize
 from m3i_jax.objective.posteriors import LossInputs, LossSum
 from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
@@ -37,13 +38,21 @@ def label_weight(term: Term, inputs: PassInputs) -> jax.Array:
     """Weight [R] of each row of an annotation term: 0 where the image has no such annotation; of a
     blended image, its share."""
     rows = inputs.rows[term.image]
-    if term.target.of == "text":
+    if term.target.of in ("text", "caption"):
         return (rows["length"] > 0).astype(jnp.float32)
     labelled = (rows["label"] >= 0).astype(jnp.float32)
     if inputs.blend is None:
         return labelled
     share = inputs.blend.share
     return labelled * (share if term.image == "own" else 1 - share)
+
+
+def token_weight(term: Term, inputs: PassInputs) -> jax.Array:
+    """Weight [R, L - 1] of each token of a caption that is predicted: those after the first, with
+    the end of the caption and without padding."""
+    rows = inputs.rows[term.image]
+    steps = rows["tokens"].shape[1] - 1
+    return (jnp.arange(steps) < rows["length"][:, None] - 1).astype(jnp.float32)
 
 
 def position_weight(term: Term, inputs: PassInputs) -> jax.Array:
@@ -59,31 +68,47 @@ def position_weight(term: Term, inputs: PassInputs) -> jax.Array:
     return (~mask_RxN if term.image == "own" else mask_RxN).astype(jnp.float32)
 
 
-def loss_weights(plan: Plan, inputs: Inputs) -> tuple[list[jax.Array], list[jax.Array]]:
+def per_token(term: Term) -> bool:
+    """Whether the loss of a term is a mean over the tokens of all captions."""
+    return isinstance(term.posterior, CaptionSoftmax) and term.posterior.per_token
+
+
+def loss_weights(
+    plan: Plan, inputs: Inputs, snapshot: Any = None
+) -> tuple[list[jax.Array], list[jax.Array]]:
     """(count of each term, weight of its sum in the loss of its group), over the whole batch and
-    without gradient.
+    without gradient. `snapshot`: the state of the snapshot's link; None: it counts.
 
     Image terms: the mean of each, then their weighted mean, to which entropy terms are added with
     weights relative to those of the image terms of their group; they come after all terms, as in
     `Plan.numbered_entropies`. Annotation terms share one pool, so
     that L_sp = (n_c L_category + n_t L_text) / (n_c + n_t) when some images have a category, some a
-    caption, some both."""
+    caption, some both. A loss whose mean is over tokens has the weight of its captions."""
     is_image = [term.target.of in IMAGE_TARGETS for term in plan.terms]
-    counts = [
+    rows = [
         (position_weight if image else label_weight)(term, inputs[term.reads]).sum()
         for term, image in zip(plan.terms, is_image, strict=True)
+    ]
+    counts = [
+        token_weight(term, inputs[term.reads]).sum() if per_token(term) else count
+        for term, count in zip(plan.terms, rows, strict=True)
     ]
     weights = []
     for i, (term, count) in enumerate(zip(plan.terms, counts, strict=True)):
         pool = [
-            (t, counts[j])
+            (t, rows[j])
             for j, t in enumerate(plan.terms)
             if t.group == term.group and is_image[j] == is_image[i]
         ]
         if is_image[i]:
             weights.append(term.weight / jnp.maximum(count, 1) / sum(t.weight for t, _ in pool))
         else:
-            weights.append(term.weight / jnp.maximum(sum(t.weight * n for t, n in pool), 1))
+            share = rows[i] / jnp.maximum(count, 1) if per_token(term) else 1.0
+            total = jnp.maximum(sum(t.weight * n for t, n in pool), 1)
+            weights.append(share * term.weight / total)
+    if snapshot is not None:  # a snapshot that has not been taken is random
+        taken = [t.target.encoder == "snapshot" for t in plan.terms]
+        weights = [w * snapshot.taken if t else w for w, t in zip(weights, taken, strict=True)]
     for entropy_term in plan.entropy_terms:
         pool_weight = sum(
             t.weight
@@ -142,7 +167,7 @@ def _image_loss(
     contrastive = term.posterior.batch_keys and key in bundle.batch
     settings, prototypes = plan.config.objective, None
     if isinstance(term.head, ProjectionHead):
-        prototypes = params["heads"][term.head.name].get("prototypes")
+        prototypes = params.get("heads", {}).get(term.head.name, {}).get("prototypes")
     given = LossInputs(
         weight=settings.second_moment,
         moment=bundle.moments.get(targets.moment_key(key)),
@@ -267,6 +292,7 @@ def group_loss(
         costs: TermLosses = {}
         images = plan.where(*IMAGE_TARGETS, group=group)
         predicted = predictions.predict_images(plan, heads, z, inputs, images) if images else {}
+        predicted |= predictions.predict_clusters(plan, heads, bundle.rows, images)
         project = entropy_losses.OnlineProjections(plan, heads, z, inputs, predicted)
         for i in images:
             costs[i] = _image_loss(plan, i, heads, predicted[i], project, z, bundle, inputs)
@@ -283,6 +309,9 @@ def group_loss(
                 costs[i] = _category_loss(plan, i, heads, vectors, inputs)
             if plan.where("text", group=group):
                 costs |= _text_losses(plan, heads, vectors, batch, inputs, cached)
+        if captions := plan.where("caption", group=group):
+            logits = predictions.caption_logits(plan, heads, z, inputs, captions)
+            costs |= {i: _caption_loss(plan, i, logits[i], inputs) for i in captions}
         total = sum((weights[i] * cost.sum for i, cost in costs.items()), jnp.zeros(()))
         return total, costs
 
@@ -297,6 +326,13 @@ def _category_loss(
     given = LossInputs(smoothing=plan.config.objective.label_smoothing)
     labels = read.rows[term.image]["label"]
     return term.posterior.cost(logits, labels, label_weight(term, read), given)
+
+
+def _caption_loss(plan: Plan, i: int, logits: jax.Array, inputs: Inputs) -> LossSum:
+    term, read = plan.terms[i], inputs[plan.terms[i].reads]
+    given = LossInputs(parallel=predictions.parallel_rows(plan, term, read))
+    tokens = read.rows[term.image]["tokens"][:, 1:]
+    return term.posterior.cost(logits, tokens, token_weight(term, read), given)
 
 
 def _text_losses(
@@ -325,8 +361,8 @@ def _text_losses(
 def loss_metrics(
     plan: Plan, costs: TermLosses, counts: list[jax.Array], weights: list[jax.Array]
 ) -> dict[str, jax.Array]:
-    """loss/<group>, loss/<name>, info/<name> in bits a prediction, entropy/<name> in bits a row,
-    and the collapse monitors of pooled targets."""
+    """loss/<group>, loss/<name>, info/<name> in bits a prediction, bits/<name> of captions,
+    entropy/<name> in bits a row, and the collapse monitors of pooled targets."""
     out: dict[str, jax.Array] = {}
     for group in ("ssp", "sp"):
         if indices := [i for i, t in enumerate(plan.terms) if t.group == group]:
@@ -341,9 +377,12 @@ def loss_metrics(
             if monitor in evidence:
                 key = f"collapse/{monitor}"
                 out[f"{key}/{name}" if key in out else key] = evidence.pop(monitor) / count
-        bits = plan.terms[indices[0]].posterior.bits(evidence, count)
+        posterior = plan.terms[indices[0]].posterior
+        bits = posterior.bits(evidence, count)
         if bits is not None:
             out[f"info/{name}"] = bits
+        if isinstance(posterior, CaptionSoftmax):
+            out |= {f"bits/{name}/{k}": x for k, x in posterior.figures(evidence).items()}
     return out | _entropy_metrics(plan, costs, counts)
 
 

@@ -17,7 +17,9 @@ from m3i_jax.objective.available_terms import SMALL
 from m3i_jax.objective.terms import Pass
 
 DROP_PATH = 0x64726F70  # keeps these draws apart from the photometric ones
-ROW_ARRAYS = ("label", "length", "box", "flip")  # entries of a batch that terms read row by row
+PARALLEL = 0x70617261
+# entries of a batch that terms read row by row
+ROW_ARRAYS = ("label", "length", "tokens", "position", "box", "flip")
 
 Batch = dict[str, jax.Array]
 Patches = dict[int, jax.Array]  # {view: [B, N, P]}
@@ -110,6 +112,21 @@ def drop_path_factors(
         return kept / (1 - rates_Lx1)
 
     return jax.vmap(one)(position_Bx2)
+
+
+def parallel_captions(
+    config: schema.Config, position_Rx2: jax.Array, share: float
+) -> jax.Array | None:
+    """Which captions are predicted at once, bool [R], each with probability `share`; None for 0."""
+    if not share:
+        return None
+    base = jax.random.fold_in(jax.random.key(config.seed), PARALLEL)
+
+    def one(words_2: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(base, words_2[0]), words_2[1])
+        return jax.random.uniform(key) < share
+
+    return jax.vmap(one)(position_Rx2)
 
 
 def _mixup_draws(config: schema.Config, batch: Batch) -> mixup.MixupDraws:

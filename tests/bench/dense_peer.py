@@ -1,14 +1,17 @@
-"""Training steps of Mask R-CNN and UperNet over the same steps in PyTorch with torchvision's
-operations (tests/bench/dense_step_torch.py), on this machine's processor in float32.
+"""Training steps of Mask R-CNN, UperNet, DINO and Mask2Former over the same steps in PyTorch with
+the operations of torchvision (tests/bench/dense_step_torch.py) and the modules of Transformers
+(tests/bench/dense_query_torch.py), on this machine's processor in float32.
 
-    python -m tests.bench.dense_peer                    # detect and segment
+    python -m tests.bench.dense_peer                    # all four
+    python -m tests.bench.dense_peer one_thread dino    # processor time of one thread each
     python -m tests.bench.dense_peer detect --runs 9
     python -m tests.bench.dense_peer --torch PYTHON     # torch and torchvision from another place
 
 detect: Mask R-CNN on a ViT of width 96 and 4 blocks, 96 pixels, batch 16, 0.94 M parameters.
-segment: UperNet on the same encoder. detect_wide, segment_wide: width 192, 192 pixels, batch 4. The
-sides use the same parameters, batch and random numbers. Losses and gradients of all
-parameters must agree before anything is timed (tests/bench/race.py).
+segment: UperNet on the same encoder. dino, mask2former: those heads, of a width of 64
+(tests/bench/dense_queries.py). _wide: encoder of width 192, 192 pixels, batch 4. The sides use the
+same parameters, batch and random numbers. Losses and gradients of all parameters must agree before
+anything is timed (tests/bench/race.py).
 """
 
 import json
@@ -18,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench import race
+from tests.bench import dense_queries, race
 from tests.bench.figures import Figure
 
-NEEDS = ("torch", "torchvision")
+NEEDS = ("torch", "torchvision", "transformers")
 TARGET = 1.0  # with the newest jax
 NEWEST = (0, 12)
 AGREE = 1e-4  # relative, of the loss
@@ -29,6 +32,12 @@ AGREE = 1e-4  # relative, of the loss
 # value at the kink of a ReLU, may fall on either side.
 TYPICAL, WORST = 1e-3, 3e-2
 LR, DECAY, CLIP, CLASSES, STUFF = 1e-3, 0.05, 1.0, 6, 10
+NAMES = {
+    "detect": "Mask R-CNN",
+    "segment": "UperNet",
+    "dino": "DINO",
+    "mask2former": "Mask2Former",
+}
 STRIDES, OBJECTS = (4, 8, 16, 32), 8
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -49,9 +58,12 @@ def settings(name: str) -> dict[str, Any]:
         final_norm=False,
         cls_token=False,
     )
-    pixels = width // 2
+    task, pixels, strides = name.partition("_")[0], width // 2, STRIDES
     head: Any
-    if name.startswith("detect"):
+    if task in dense_queries.HEADS:
+        head = dense_queries.head_settings(task, toy)
+        maps, kind, strides = schema.Maps(), "rescale", dense_queries.map_strides(task)
+    elif task == "detect":
         head = schema.Detect(
             strides=STRIDES,
             anchor_sizes=(12, 24, 48, 96),
@@ -75,11 +87,11 @@ def settings(name: str) -> dict[str, Any]:
     return {
         "model": schema.Model(encoder=encoder, dtype="float32"),
         "maps": maps,
-        "pyramid": PyramidConfig(kind=kind, strides=STRIDES, sources=((8, width),), width=pixels),
+        "pyramid": PyramidConfig(kind=kind, strides=strides, sources=((8, width),), width=pixels),
         "head": head,
         "size": size,
         "batch": 4 if wide else 2 if toy else 16,
-        "task": name.partition("_")[0],
+        "task": task,
     }
 
 
@@ -90,6 +102,8 @@ def batch_of(shape: dict[str, Any]) -> dict[str, np.ndarray]:
         "image": r.integers(0, 256, (b, side, side, 3)).astype(np.uint8),
         "size": r.integers(side - 16, side + 1, (b, 2)).astype(np.int32),
     }
+    if shape["task"] == "mask2former":
+        return batch | {"map": dense_queries.class_maps(r, b, side, STUFF)}
     if shape["task"] == "segment":
         blocks = r.integers(0, STUFF + 1, (b, side // 8, side // 8))
         labels = np.where(blocks == STUFF, 255, blocks).repeat(8, 1).repeat(8, 2)
@@ -126,7 +140,10 @@ def numbers(shape: dict[str, Any]) -> dict[str, Any]:
         "lr": LR,
         "decay": DECAY,
         "clip": CLIP,
+        "channels": list(shape["pyramid"].channels.values()),
     }
+    if shape["task"] in dense_queries.HEADS:
+        return out | dense_queries.numbers(shape, CLASSES, STUFF)
     if shape["task"] == "segment":
         return out | {
             "dropout": head.dropout,
@@ -164,7 +181,9 @@ def first_values(shape: dict[str, Any]) -> tuple[Any, Any]:
     encoder = vit_maps.init_maps(model, maps, encoder, size=size)
     neck, neck_statistics = pyramid.init(shape["pyramid"], keys[1])
     channels, head_statistics = shape["pyramid"].channels, {}
-    if shape["task"] == "detect":
+    if shape["task"] in dense_queries.HEADS:
+        head = dense_queries.first_values(shape, CLASSES, STUFF, keys[2])
+    elif shape["task"] == "detect":
         head = mask_rcnn.init(shape["head"], channels, CLASSES, keys[2])
         for name in ("logits", "deltas"):
             head["rpn"][name]["kernel"] *= {"logits": 30.0, "deltas": 5.0}[name]
@@ -196,6 +215,8 @@ def loss_of(shape: dict[str, Any], params: Any, statistics: Any, batch: Any) -> 
     maps, neck = pyramid.apply(
         shape["pyramid"], params["pyramid"], statistics["pyramid"], {8: last}, train=True
     )
+    if shape["task"] in dense_queries.HEADS:
+        return dense_queries.loss(shape, params["head"], maps, batch), statistics
     if shape["task"] == "detect":
         draws = {"anchors": batch["anchor_draws"], "regions": batch["region_draws"]}
         given = (batch[name] for name in ("size", "boxes", "classes", "masks"))
@@ -221,6 +242,8 @@ def loss_of(shape: dict[str, Any], params: Any, statistics: Any, batch: Any) -> 
 def draws_of(shape: dict[str, Any]) -> dict[str, np.ndarray]:
     """Uniform random numbers of the losses."""
     r, b, head = np.random.default_rng(1), shape["batch"], shape["head"]
+    if shape["task"] in dense_queries.HEADS:
+        return dense_queries.draws(shape, OBJECTS, STUFF)
     if shape["task"] == "segment":
         return {"dropout": r.random((b, head.width + head.aux_width)).astype(np.float32)}
     anchors = sum((shape["size"] // stride) ** 2 for stride in STRIDES) * len(head.anchor_ratios)
@@ -265,7 +288,8 @@ def ours(folder: pathlib.Path, name: str) -> Any:
     }
     grid = shape["size"] // shape["model"].encoder.patch_size
     table = vit_maps.position_table(shape["model"], params["encoder"], grid, (grid, grid))
-    _, grads = jax.jit(loss)(params, statistics, batch)
+    quick = {"xla_backend_optimization_level": 0}  # not timed
+    _, grads = jax.jit(loss, compiler_options=quick)(params, statistics, batch)
     np.savez(
         folder / "start.npz",
         table=np.asarray(table, np.float32),
@@ -297,11 +321,14 @@ def theirs(folder: pathlib.Path, name: str) -> Any:
 
     from tests.bench import dense_step_torch
 
+    kind: Any = dense_step_torch.Peer
+    if name.partition("_")[0] in dense_queries.HEADS:
+        from tests.bench.dense_query_torch import QueryPeer as kind
     torch.set_num_threads(race.THREADS)
     arrays = dict(np.load(folder / "start.npz"))
-    peer = dense_step_torch.Peer(json.loads((folder / "shape.json").read_text()), arrays)
+    peer = kind(json.loads((folder / "shape.json").read_text()), arrays)
     peer.loss().backward()
-    wanted = dense_step_torch.load(arrays, "gradients/")
+    wanted = peer.named(arrays, "gradients/")
     off = {
         path: float(np.linalg.norm(p.grad.numpy() - wanted[path]) / np.linalg.norm(wanted[path]))
         for path, p in peer.params.items()
@@ -321,10 +348,10 @@ def figures(quick: bool) -> list[Figure]:
     import jax
 
     out, new = [], tuple(map(int, jax.__version__.split(".")[:2])) >= NEWEST
-    for name in ("detect_toy", "segment_toy") if quick else ("detect", "segment"):
+    for name in [f"{name}_toy" for name in NAMES] if quick else NAMES:
         result = race.race("tests.bench.dense_peer", name, 5 if quick else 7, sys.executable, AGREE)
         (a, b), (c, d) = result["wall"], result["processor"]
-        what = {"detect": "Mask R-CNN", "segment": "UperNet"}[name.partition("_")[0]]
+        what = NAMES[name.partition("_")[0]]
         out.append(
             Figure(
                 f"{what} step over PyTorch, CPU, {name}, jax {jax.__version__}",
@@ -337,4 +364,4 @@ def figures(quick: bool) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    race.main("tests.bench.dense_peer", ["detect", "segment"], AGREE)
+    race.main("tests.bench.dense_peer", list(NAMES), AGREE)

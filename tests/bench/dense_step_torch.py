@@ -82,23 +82,35 @@ class Peer:
         }
         self.depth = sum(path.endswith("norm1/scale") for path in self.params)
         self.mean, self.std = (255 * torch.tensor(x) for x in (MEAN, STD))
-        decayed = [p for path, p in self.params.items() if path.endswith("kernel")]
-        plain = [p for path, p in self.params.items() if not path.endswith("kernel")]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": shape["decay"]},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=shape["lr"],
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            fused=True,
-        )
+        self.optimize()
         if shape["task"] == "detect":
             self.anchors = [
                 anchors(shape["size"] // stride, stride, size, shape["ratios"])
                 for stride, size in zip(shape["strides"], shape["anchor_sizes"], strict=True)
             ]
+
+    def named(self, arrays: Arrays, prefix: str) -> Arrays:
+        """The arrays of a tree under the names of `params`."""
+        return load(arrays, prefix)
+
+    def decays(self, path: str) -> bool:
+        return path.endswith("kernel")
+
+    def optimize(self) -> None:
+        """Makes the optimizer of all parameters."""
+        s, groups = self.shape, {True: [], False: []}
+        for path, parameter in self.params.items():
+            groups[self.decays(path)].append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": groups[True], "weight_decay": s["decay"]},
+                {"params": groups[False], "weight_decay": 0.0},
+            ],
+            lr=s["lr"],
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            fused=True,
+        )
 
     def loss(self) -> torch.Tensor:
         maps = self.maps()
@@ -205,9 +217,13 @@ class Peer:
         return made
 
     def rescaled(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
-        patch = self.shape["patch"]
-        made = {patch // 2: self.deconv(f"pyramid/stride_{patch // 2}/deconv_0", x), patch: x}
-        return made | {f * patch: F.max_pool2d(x, f) for f in (2, 4)}
+        patch, made = self.shape["patch"], {}
+        for stride in self.shape["strides"]:
+            if stride < patch:
+                made[stride] = self.deconv(f"pyramid/stride_{stride}/deconv_0", x)
+            else:
+                made[stride] = F.max_pool2d(x, stride // patch) if stride > patch else x
+        return made
 
     # segmentation
 

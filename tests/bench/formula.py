@@ -12,6 +12,7 @@ from m3i_jax import schema
 from m3i_jax.objective import block_masks
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
+    ClusterHead,
     DecoderHead,
     LinearHead,
     MlpShape,
@@ -132,6 +133,8 @@ def _decoder_of(plan: Plan, term: Term, own: int, n: int) -> int:
     else:  # last block: queries of predicting rows only, keys and values of all rows
         total += 3 * (2 * tokens * d.width**2 + 10 * n * d.width**2 + 2 * n * tokens * d.width)
     out = patch if term.target.of == "pixels" else d.width if d.projector_depth else e.width
+    if term.head.clusters:
+        out = c.model.head.prototypes
     total += 3 * n * d.width * out
     # layer of relative positions, whose input needs no gradient; otherwise one row per batch
     if term.reads.view != term.target.view:
@@ -158,7 +161,12 @@ def step(plan: Plan) -> float:
         full, first = encoder(c, _shown(c, read))
         total += 3 * (full - first) + (1 if e.freeze_patch_embed else 2) * first
     # A target that averages several last blocks costs no more blocks.
-    total += len(plan.target_passes) * encoder(c, c.tokens)[0]
+    for target in plan.target_passes:
+        total += encoder(c, c.tokens * target.enlarge**2)[0]
+        if target.enlarge > 1:  # pixels to the larger side and features back, an axis at a time
+            side, grid = c.data.image_size, c.grid
+            large, fine = target.enlarge * side, target.enlarge * grid
+            total += 3 * large * side * (side + large) + e.width * fine * grid * (fine + grid)
     if plan.where("text") and c.train.microbatches > 1 and c.objective.text_softmax == "batch":
         # embeddings are computed a second time
         total += sum(encoder(c, _shown(c, read))[0] for read in plan.passes)
@@ -169,10 +177,16 @@ def step(plan: Plan) -> float:
             total += (c.tokens + cls) * e.width * d.width + d.projector_depth * block(
                 c.tokens + cls, d.width
             )
+        elif isinstance(goal.space, ClusterHead):
+            total += c.tokens * e.width * c.model.head.prototypes
         elif isinstance(goal.space, ProjectionHead):
             total += _projection(c, goal.space, c.tokens, 1)
     learned = [
-        g for g in plan.target_keys if g.target.learned and not getattr(g.space, "prototypes", "")
+        g
+        for g in plan.target_keys
+        if g.target.learned
+        and not isinstance(g.space, ClusterHead)
+        and not getattr(g.space, "prototypes", "")
     ]
     weighed = {
         plan.target_key(x).space
@@ -197,6 +211,8 @@ def step(plan: Plan) -> float:
             if (term.reads, term.image, term.head) not in projected:
                 total += _projection(c, term.head, n, 3)
             projected.add((term.reads, term.image, term.head))
+        elif isinstance(term.head, ClusterHead):  # its input needs no gradient
+            total += 2 * c.tokens * e.width * c.model.head.prototypes
         elif isinstance(term.head, DecoderHead):
             total += _decoder(plan, term)
         elif isinstance(term.head, LinearHead):
@@ -272,6 +288,8 @@ def _posterior(plan: Plan, term: Term, b: int) -> float:
         return 2 * rows * b * width  # keys need no gradient
     if name == "NTXent":
         return 3 * 4 * b * width  # 2 B views against 2 B views
+    if name == "TokenSimilarity":  # of prediction and target, and one gradient
+        return 3 * c.tokens**2 * e.width
     if name == "BarlowTwins":
         return 3 * width**2
     return 0.0

@@ -2,6 +2,7 @@
 in milliseconds, with and without padding.
 
     python -m tests.bench.matching
+    python -m tests.bench.matching programs  # what it compiles to for a CPU, a TPU and a GPU
 
 optax's algorithm takes one step per column of its input, padded ones too, in which it searches
 all of them: rows that are all alike make its searches long. Ours adds the rows that exist, each
@@ -9,6 +10,8 @@ step of a search one vector operation over the queries. Costs are those of a mat
 matrix per image and layer, here one alone, and 14 (two images, seven layers) by `vmap` and by
 `lax.map`."""
 
+import re
+import sys
 import time
 from typing import Any
 
@@ -69,7 +72,85 @@ def several(rows: int, most: int, sets: int = 14, runs: int = 7) -> dict[str, fl
     }
 
 
+TOPOLOGIES = ("cpu:1", "v5e:1x1", "h100:1")
+# what leaves the device, by the opcode of the compiled program
+HOST = ("infeed", "outfeed", "send", "recv", "send-done", "recv-done")
+
+
+def program(topology: str, sets: int = 14, rows: int = 100) -> dict[str, Any]:
+    """What the matching of several sets compiles to for a topology, without such a device: `while`,
+    how many loops are outside any other and inside; `host`, calls of the host; `custom`, targets of
+    calls of a library."""
+    import jax
+
+    from m3i_jax.objective.assignment import hungarian
+    from m3i_jax.profiling import hlo
+    from m3i_jax.profiling import topology as topologies
+
+    parsed = topologies.parse_topology(topology)
+    device = topologies.topology_devices(parsed)[0]
+    one = jax.sharding.SingleDeviceSharding(device)
+    given = (
+        jax.ShapeDtypeStruct((sets, rows, QUERIES), "float32", sharding=one),
+        jax.ShapeDtypeStruct((sets, rows), "bool", sharding=one),
+    )
+    lowered = jax.jit(jax.vmap(hungarian)).lower(*given)
+    options = topologies.COMPILER[parsed.family.platform]
+    made = hlo.parse_hlo(lowered.compile(compiler_options=options).as_text())
+    every = [each for part in made.computations.values() for each in part.values()]
+    loops = [each for each in every if each.opcode == "while"]
+    outer = sum(each.inside == made.entry for each in loops)
+    targets = (
+        re.search(r'custom_call_target="([^"]*)"', each.text)
+        for each in every
+        if each.opcode == "custom-call"
+    )
+    return {
+        "while": (outer, len(loops) - outer),
+        "host": sum(each.opcode in HOST for each in every),
+        "custom": sorted({found[1] for found in targets if found}),
+    }
+
+
+def iterations(rows: int, count: int, cases: int = 50) -> float:
+    """Mean steps of the innermost loops, searches and paths, of one matrix of random costs."""
+    rng, total = np.random.default_rng(0), 0
+    for _ in range(cases):
+        cost = rng.normal(size=(count, QUERIES))
+        u, v = np.zeros(count), np.zeros(QUERIES)
+        owner, column = np.full(QUERIES, -1), np.full(count, -1)
+        for row in range(count):
+            length, before = np.full(QUERIES, np.inf), np.full(QUERIES, -1)
+            done, here, least = np.zeros(QUERIES, bool), row, 0.0
+            while here >= 0:
+                reach = least + cost[here] - u[here] - v
+                better = ~done & (reach < length)
+                length[better], before[better] = reach[better], here
+                nearest = np.where(done, np.inf, length).argmin()
+                least, here = length[nearest], owner[nearest]
+                done[nearest], total = True, total + 1
+            gain = np.where(done, least - length, 0.0)
+            seen = column >= 0
+            u[seen] += gain[column[seen]]
+            u[row] += least
+            v -= gain
+            at = nearest
+            while at >= 0:
+                owner[at], total = before[at], total + 1
+                at, column[before[at]] = (
+                    -1 if before[at] == row else column[before[at]],
+                    at,
+                )
+    return total / cases
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["programs"]:
+        for name in TOPOLOGIES:
+            print(name, program(name), flush=True)
+        for count in (20, 100):
+            print(count, "objects:", iterations(100, count), "steps", flush=True)
+        sys.exit()
     for rows, count in ((100, 20), (100, 100), (300, 20), (300, 300)):
         print(rows, count, {k: round(v, 2) for k, v in compare(rows, count).items()}, flush=True)
     for rows, most in ((100, 40), (300, 80)):

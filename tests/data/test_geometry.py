@@ -54,6 +54,60 @@ def test_the_range_rule() -> None:
                 assert offset == int(v * (max(side - 512, 0) + 1)) and offset <= max(side - 512, 0)
 
 
+def test_the_window_of_the_buckets_rule() -> None:
+    """Resize, cut, resize and mirror, one after the other, as DETR does; and how often."""
+    rule = schema.Geometry(rule="buckets", crop_p=0.5, crop_short=(40, 50, 60), crop_sides=(38, 60))
+    boxes, cut, shorts, rows = RNG.uniform(0, 1, (30, 4)), [], [], []
+    for height, width in ((480, 640), (333, 250), (50, 900)) * 200:
+        u, canvas = uniforms(), ((64, 96), (96, 64))[len(cut) % 2]
+        p = geometry.bucket_placement(u, height, width, rule, canvas)
+        assert p.rows <= canvas[0] and p.columns <= canvas[1]
+        assert p.rows == canvas[0] or p.columns == canvas[1]
+        cut.append(u[0] < 0.5)
+        if not cut[-1]:
+            assert (p.top, p.left, p.height, p.width) == (0, 0, p.rows, p.columns)
+            continue
+        shorts.append((40, 50, 60)[int(3 * u[2])])
+        factor = shorts[-1] / min(height, width)
+        h, w = (int(side * factor + 0.5) for side in (height, width))
+        high, wide = (
+            38 + int(v * (min(60, side) - 37)) for v, side in zip(u[3:5], (h, w), strict=True)
+        )
+        top, left = int(u[5] * (h - high + 1)), int(u[6] * (w - wide + 1))
+        rows.append(high)
+        assert top + high <= h and left + wide <= w
+        given = np.sort((boxes * np.tile([width, height], 2)).reshape(-1, 2, 2), 1)
+        moved = given * [w / width, h / height] - [left, top]
+        moved *= min(canvas[0] / high, canvas[1] / wide)
+        if p.flip:
+            moved = np.sort(moved * [-1, 1] + [p.columns, 0], 1)
+        moved = moved.clip(0, [p.columns, p.rows]).reshape(-1, 4)
+        # the sides of the image, and where the window begins, are whole numbers of pixels
+        assert np.abs(p.move_boxes(given.reshape(-1, 4)) - moved).max() < 1.3
+    assert 0.42 < np.mean(cut) < 0.58
+    assert {40, 50, 60} == set(shorts) and min(rows) == 38 and max(rows) == 60
+
+
+def test_pixels_and_masks_follow_the_window() -> None:
+    mask = np.zeros((60, 90), bool)
+    mask[20:45, 30:70] = True
+    image = Image.fromarray(np.repeat(mask[..., None] * np.uint8(200), 3, 2))
+    rule = schema.Geometry(rule="buckets", crop_p=1.0, crop_short=(60,), crop_sides=(20, 60))
+    seen, encoded = 0, segmentations.encode_mask(mask)
+    for _ in range(40):
+        p = geometry.bucket_placement(uniforms(), 60, 90, rule, (64, 96))
+        found = geometry.cut_run_lengths(encoded, p, 16)
+        shown = geometry.cut_image(image, p)[..., 0] > 100
+        assert (found is None) <= (shown.mean() < 0.05)
+        if found is None or not shown.any():
+            continue
+        seen += 1
+        box = np.array(segmentations.tight_box(shown))
+        assert np.abs(found[0] - box).max() <= 1.6 and found[1].mean() > 0.95
+        assert np.abs(p.move_boxes(np.array([[30, 20, 70, 45.0]]))[0] - box).max() <= 1.6
+    assert seen > 25
+
+
 def test_a_crop_is_drawn_again_at_most_ten_times() -> None:
     rule = schema.Geometry(rule="range", long=400, short=100, scale=(1.0, 1.0))
     u, tried = uniforms(), []

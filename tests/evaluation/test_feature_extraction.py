@@ -121,7 +121,7 @@ def test_attention_features_are_the_pooling_of_the_objective() -> None:
         "encoder": encoder(),
         "pool": jax.jit(lambda: pooling.init(config.model, jax.random.key(4)))(),
     }
-    found = feature_extraction.Extractor(config, one_device(), attention=True)(params, batches(1))
+    found = feature_extraction.Extractor(config, one_device(), pool="attention")(params, batches(1))
     got = found.vectors
     pixels = photometric.normalize(batches(1)[0]["views"] / np.float32(255), config.data.augment)
     z_BxTxD = vit.apply(config.model, params["encoder"], vit.patchify(pixels, 8), grid=2)

@@ -52,13 +52,15 @@ def untimed(source: str, name: str) -> list[str]:
                 for n in ast.walk(f)
             }
             body = [n for n in body if id(n) not in inner]
+        last = lambda call: getattr(call.func, "attr", getattr(call.func, "id", ""))
         meets = [
             call.lineno
             for call in body
-            if ast.unparse(call.func) in ("barriers.barrier", "parallel.wait")
+            if last(call) in ("barrier", "wait")
+            and ast.unparse(call.func) in ("barriers.barrier", "parallel.wait")
         ]
         for call in body:
-            what = ast.unparse(call.func).split(".")[-1]
+            what = last(call)
             if what not in WAITS or (
                 what == "assert_equal" and "multihost" not in ast.unparse(call.func)
             ):

@@ -206,12 +206,13 @@ def test_an_evaluation_has_the_running_statistics_of_the_file(files: dict) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", ["dino", "upernet", "mask2former"])
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_a_file_is_evaluated_by_command(
     files: dict, system: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    recipe = f"detect.py:head={system}," if system == "dino" else f"segment.py:head={system},"
+    boxes = system in ("dino", "composite")
+    recipe = "detect.py:head=dino," if boxes else f"segment.py:head={system},"
     values = {
         "data.size": 40, "evaluate.query_limit": 4, "model.dtype": "float32",
         "data.holdout": 0.2, "evaluate.batch_size": 2,
@@ -223,6 +224,6 @@ def test_a_file_is_evaluated_by_command(
     )  # fmt: skip
     assert code == 0
     found: dict[str, Any] = json.loads((tmp_path / "w" / "eval.json").read_text())["results"]
-    name = "eval/box/AP" if system == "dino" else "eval/segmentation/mIoU"
+    name = "eval/box/AP" if boxes else "eval/segmentation/mIoU"
     (metrics,) = (each for each in found.values() if name in each)
     assert 0 <= metrics[name] <= 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.models import decoder, heads, pooling, text, vit
+from m3i_jax.models import captioner, decoder, heads, pooling, text, vit
 from m3i_jax.objective.terms import MlpShape
 
 # widths of encoder and decoder, their blocks, target cells, visible cells, patch elements
@@ -19,6 +19,7 @@ MODEL = schema.Model(
     decoder=schema.Decoder(width=W, depth=M, heads=2),
     pool=schema.Pool(width=20, heads=4),
     text=schema.Text(width=W, depth=M, heads=2, embed=12),
+    captioner=schema.Captioner(width=W, depth=M, heads=2),
     dtype="float32",
 )
 
@@ -192,6 +193,19 @@ def test_text_tower(pool, wanted):
     params = shapes(lambda key: text.init(model, key, vocabulary=50, length=7))
     got = of(lambda p: text.apply(model, p, jnp.zeros((5, 7), int), jnp.full(5, 3)), params)
     assert got == 5 * ((M - 1) * block(7, W) + block(7, W, wanted=wanted) + W * 12)
+
+
+def test_caption_decoder_and_its_backward_pass():
+    """6 captions of 7 tokens of which 6 are predicted, 4 cells, 50 ids."""
+    params = shapes(lambda key: captioner.init(MODEL, key, vocabulary=50, length=7))
+    tokens, z = jnp.zeros((6, 7), int), jnp.zeros((6, K, D))
+    at_once = jnp.zeros(6, bool)
+    run = lambda p, z: captioner.apply(MODEL, p, tokens, z, at_once)
+    attention = 4 * 6 * W**2 + 2 * 6 * 6 * W
+    cross = 2 * 6 * W**2 + 2 * K * D * W + 2 * 6 * K * W
+    forward = 6 * (M * (attention + cross + 8 * 6 * W**2) + 6 * W * 50)
+    assert of(run, params, z) == forward
+    assert of(jax.grad(lambda *a: run(*a).sum(), (0, 1)), params, z) == 3 * forward
 
 
 def test_recomputation_costs_the_blocks_once_more():

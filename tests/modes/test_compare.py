@@ -76,6 +76,7 @@ def test_every_form_and_seed_is_a_run_with_common_settings(ran, tmp_path, capsys
     out = capsys.readouterr().out
     for name in ("compare.md", "compare.json", "compare.png"):
         assert (tmp_path / name).stat().st_size > 100 and str(tmp_path / name) in out
+    assert "Equal images: 20 steps, 320 images, for every objective." in out
     assert (
         "mae, clip" in out.replace("clip, mae", "mae, clip") and "only the objective" in out.lower()
     )
@@ -99,6 +100,34 @@ def test_the_table_has_mean_and_deviation_of_the_last_values(ran, tmp_path) -> N
         "| mim | **40.0 ± 0.0** | **60.0 ± 0.0** | 3.5000 ± 0.7071 |"
         in (tmp_path / "compare.md").read_text()
     )
+
+
+@pytest.mark.parametrize("budget", ["flops", "time"])
+def test_all_rows_have_one_budget(ran, tmp_path, monkeypatch, capsys, budget) -> None:
+    """mae+clip costs twice as much a step as mim and so has half of the steps, also of warm-up."""
+    timed = []
+
+    def time_step(job: jobs.Setup) -> float:
+        timed.append(job.config.objective.forms)
+        return 0.25 * len(job.config.objective.forms)
+
+    monkeypatch.setattr(compare.compare_budget, "time_step", time_step)
+    changes = {"compare__budget": budget, "train__steps": 20, "optim__warmup_steps": 6}
+    assert compare.run(settings(**changes), workdir=str(tmp_path), allow_changes=False) == 0
+    assert [job.config.train.steps for job in ran] == [20, 20, 10, 10]
+    assert [job.config.optim.warmup_steps for job in ran] == [6, 6, 3, 3]
+    said = {
+        "flops": "Equal FLOPs: 0.14 TFLOP a run, those of 20 steps of mim. Steps: mim 20, mae+clip"
+        " 10.",
+        "time": "Equal time: 5 seconds of steps a run, as measured on these devices, those of 20",
+    }[budget]
+    assert said in (tmp_path / "compare.md").read_text() and said in capsys.readouterr().out
+    content = json.loads((tmp_path / "compare.json").read_text())
+    assert content["settings"]["budget"] == budget
+    assert content["settings"]["steps"] == {"mim": 20, "mae+clip": 10}
+    again = settings(**changes)
+    assert compare.run(again, workdir=str(tmp_path), allow_changes=False) == 0
+    assert len(ran) == 4 and len(timed) == (2 if budget == "time" else 0)  # measured once
 
 
 def test_finished_runs_are_not_repeated(ran, tmp_path) -> None:

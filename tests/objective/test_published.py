@@ -32,6 +32,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "ibot": {"epochs": 800, "ema": 0.984, "solarize": (0.0, 0.2, 0.0), "warmup": 10},
     "dinov2": {"epochs": 100, "ema": 0.984, "warmup": 10, "blur": (1.0, 0.1, 0.5)},
     "ijepa": {"epochs": 300, "warmup": 30, "flip": 0.0, "jitter": 0.0, "ema": 0.992016},
+    "dinov3_gram": {"epochs": 400, "decay": 0.04, "b2": 0.99, "ema": 0.999, "flip": 0.0},
+    "capi": {"epochs": 57.7, "decay": 0.1, "ema": 0.99975, "jitter": 0.0, "warmup": 5.77},
     "siamese_im": {"epochs": 1600, "warmup": 40, "decay": 0.05},
     "clip": {"epochs": 25, "warmup": 1, "flip": 0.0, "decay": 0.5, "b2": 0.98, "lowest": 1e-5},
     "slip": {"epochs": 25, "warmup": 1, "flip": 0.5, "decay": 0.1, "b2": 0.98, "lowest": 1e-5},
@@ -41,6 +43,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "lejepa": {"epochs": 800, "decay": 0.05, "blur": (0.5, 0.5)},
     "simdino": {"epochs": 100, "decay": 0.04, "ema": 0.6, "warmup": 10},
     "siglip2": {"epochs": 4, "decay": 1e-4},
+    "cap": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
+    "cappa": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
+    "coca": {"epochs": 5, "decay": 0.01, "b2": 0.999, "jitter": 0.0},
     "tips": {"epochs": 400},
     "siglip": {"epochs": 4, "decay": 1e-4, "b2": 0.95, "flip": 0.0, "jitter": 0.0},
 }

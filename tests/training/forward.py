@@ -69,7 +69,9 @@ def forward(plan: plans.Plan, batch=None, params=None, state=None) -> Forward:
     trees = {
         "ema": jax.tree.map(lambda a: a * 0.9, parts),
         "frozen": jax.tree.map(lambda a: a * 1.1, parts),
+        "snapshot": jax.tree.map(lambda a: a * 1.2, parts),
         "shared": parts,
+        targets.TRAINED: m3i.trained_parts(plan.terms, params),
     }
 
     @jax.jit

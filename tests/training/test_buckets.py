@@ -30,6 +30,9 @@ CANVASES = ((32, 48), (48, 32), (48, 64))
 BUCKETS = {
     "dense__geometry__rule": "buckets",
     "dense__geometry__buckets": "(32,48,48,32,48,64)",
+    "dense__geometry__crop_p": "0.5",
+    "dense__geometry__crop_short": "(40,60)",
+    "dense__geometry__crop_sides": "(24,40)",
     "dense__maps__relative": "none",
     **toy.INTERN,
 }

@@ -154,6 +154,7 @@ def test_canvases_and_limits_of_multi_scale_detection() -> None:
         g = config.dense.geometry
         assert g.rule == "buckets" and (g.buckets[0], g.buckets[-1]) == (first, last)
         assert (config.data.image_size, g.test_short) == limits
+        assert g.crop_p == (0.5 if size == "t" else 0.0)
         assert all(side % 32 == 0 for side in g.buckets)
         image = make_task(config).batch_shapes()["image"].shape
         assert image[1] * image[2] == max(

@@ -1,6 +1,7 @@
 """A dense run that is preempted, killed, and continued with other threads and workers: the same
 metrics and the same bits as of one that was left alone."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -90,9 +92,33 @@ def same(run: pathlib.Path, other: pathlib.Path) -> bool:
     return saved_arrays(run) == saved_arrays(other)
 
 
-@pytest.fixture(scope="module", params=list(HEADS))
+# Segmentation by Mask2Former takes the way of instances, and its data that of test_dense_modes.py.
+FIRST = ("mask_rcnn", "dino", "instances")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(h, marks=() if h in FIRST else pytest.mark.slow) for h in HEADS],
+)
 def head(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Trainers of equal settings share one step: what a run goes on with is its state and its
+    data, and another process, which compiles again, is a slow test here and in test_main.py."""
+    steps, plain = {}, trainer.Trainer.__init__
+
+    def shared(self, config, mesh, *arguments):
+        plain(self, config, mesh, *arguments)
+        free = dataclasses.replace(self.config.data, threads=1, workers=0)
+        key = dataclasses.replace(self.config, data=free), mesh, self.vocabulary
+        self._step = steps.setdefault(str(key), self._step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "__init__", shared)
+        yield
 
 
 @pytest.fixture(scope="module")

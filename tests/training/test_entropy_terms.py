@@ -113,14 +113,17 @@ def test_siglip_starts_at_the_published_scalars():
 
 @pytest.mark.parametrize(("row", "hidden"), [("siglip2", 0.25), ("tips", 2.0)])
 def test_joined_rows_are_their_parts(row, hidden):
-    """Pairs, small views and hidden cells; the last two share one head and their weight."""
+    """Pairs, SigLIP 2's captions, small views and hidden cells; the last two share one head and
+    their weight."""
     views = {"data__small_views": ("2 x 16 at 0.2-0.5",)}
     plan = plan_of(row, **HEAD, **views)
     weights = {t.name: 0.0 for t in plan.terms}
     for t in plan.terms:
         weights[t.name] += t.weight
-    assert weights == {"text": 1, "global": 1, "dense": hidden}
-    assert {t.name: t.group for t in plan.terms} == {"text": "sp", "global": "ssp", "dense": "ssp"}
+    captions = {"caption": 1} if row == "siglip2" else {}
+    assert weights == {"text": 1, **captions, "global": 1, "dense": hidden}
+    groups = {"text": "sp", "global": "ssp", "dense": "ssp"} | dict.fromkeys(captions, "sp")
+    assert {t.name: t.group for t in plan.terms} == groups
     assert [t.reads.view for t in plan.terms if t.name == "global"] == [2, 3]
     assert len(plan.target_passes) == 1 and not plan.entropy_terms
     assert (type(plan.terms[0].posterior).__name__ == "TextSigmoid") == (row == "siglip2")
@@ -245,7 +248,7 @@ def step(forms, shape=(1, 1, 1), **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("forms", ["vicreg,koleo", "lejepa", "simdino", "siglip"])
+@pytest.mark.parametrize("forms", ["vicreg,koleo", "lejepa", "simdino", "siglip", "coca,cappa"])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_eight_devices_are_one(forms, shape):
     one = step(forms)
@@ -253,12 +256,12 @@ def test_eight_devices_are_one(forms, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("forms", ["siglip", "mim,koleo"])
+@pytest.mark.parametrize("forms", ["siglip", "mim,koleo", "coca,cappa"])
 def test_microbatches_are_one_batch(forms):
     """Of all pairs of SigLIP, and of an entropy term that sees the rows of the whole batch."""
     one = step(forms)
     assert step(forms, train__microbatches=2) == pytest.approx(one, rel=1e-4, abs=1e-6)
-    if forms == "siglip":
+    if "koleo" not in forms:
         return
     parts = step(forms, train__microbatches=2, objective__entropy_rows="microbatch")
     assert parts["loss/koleo"] < one["loss/koleo"] - 0.01  # fewer rows have farther neighbours

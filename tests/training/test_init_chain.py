@@ -1,8 +1,10 @@
 """Dense runs that go on from a dense run of other categories, as the chains of the paper's Table 2:
 encoder, pyramid and head are taken, layers of categories restart, and the log says so."""
 
+import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,18 @@ def save(directory: pathlib.Path, task: str) -> dict[str, np.ndarray]:
     return flat(state.params)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[pathlib.Path, dict]]:
+    """(directory, parameters) of a run of a task, saved once."""
+
+    @functools.cache
+    def one(task: str) -> tuple[pathlib.Path, dict]:
+        directory = tmp_path_factory.mktemp(task)
+        return directory, save(directory, task)
+
+    return one
+
+
 @pytest.mark.parametrize("task", ["detect", "segment", "mask2former"])
 @pytest.mark.parametrize(
     ("names", "restarts"),
@@ -66,11 +80,11 @@ def save(directory: pathlib.Path, task: str) -> dict[str, np.ndarray]:
     ids=["same", "other order", "other number"],
 )
 def test_heads_restart_for_other_categories(
-    task: str, names: tuple[str, ...], restarts: bool, tmp_path: pathlib.Path
+    task: str, names: tuple[str, ...], restarts: bool, saved: Callable
 ) -> None:
     """Through the recipe, which takes maps and sizes of the head from the run."""
-    there = save(tmp_path, task)
-    recipe = f"configs/transfer/{task}.py:from={tmp_path},image_size=32,batch_size=8"
+    directory, there = saved(task)
+    recipe = f"configs/transfer/{task}.py:from={directory},image_size=32,batch_size=8"
     if task == "mask2former":
         recipe = recipe.replace("/mask2former.py", "/segment.py") + ",head=mask2former"
     config = configuration.load_config(recipe)
@@ -93,9 +107,9 @@ def test_heads_restart_for_other_categories(
         assert any(path in line[0] for path in OF_CATEGORIES[task]), line
 
 
-def test_the_encoder_alone_is_taken_by_another_task(tmp_path: pathlib.Path) -> None:
-    there = save(tmp_path, "detect")
-    spec = f"configs/transfer/segment.py:from={tmp_path},image_size=64,head=linear"
+def test_the_encoder_alone_is_taken_by_another_task(saved: Callable) -> None:
+    directory, there = saved("detect")
+    spec = f"configs/transfer/segment.py:from={directory},image_size=64,head=linear"
     config = configuration.load_config(spec)
     assert tuple(config.init.only) == ("^encoder/",)
     # the grid of its positions is that of the run, not of its larger images

@@ -21,6 +21,8 @@ def test_a_save_leaks_few_objects(tmp_path: pathlib.Path) -> None:
     training/malloc.py it is 20, and 30 more in the first saves, which fill caches."""
     checkpoints = Checkpoints(tmp_path, 1, log=lambda _: None)
     state = {f"a{i}": jnp.full((3, 5 + i % 7), i) for i in range(ARRAYS)}
+    gc.collect()
+    gc.freeze()  # what earlier tests left: searching it for garbage took most of the time
     blocks = []
     for step in range(1, 2 * SAVES + 1):
         checkpoints.save(step, state, {"samples_seen": step})

@@ -6,8 +6,8 @@ import pytest
 
 from m3i_jax import parallel, published_settings
 from m3i_jax.errors import UserError
+from m3i_jax.objective import joined_terms, terms
 from m3i_jax.objective import published as published_methods
-from m3i_jax.objective import terms
 from m3i_jax.objective.terms import FULL, MASKED, Pass, pooled_term, token_term
 from m3i_jax.training import trainer
 from tests import toy
@@ -16,6 +16,7 @@ from tests.training.forward import plan_of
 NEEDS = {
     "milan": {"objective__target_checkpoint": "x"},
     "feature_distillation": {"objective__target_checkpoint": "x"},
+    "capi": {"data__mask": "inverse_block", "data__mask_ratio": 0.625},
     "ijepa": {"data__mask": "multi_block", "data__mask_ratio": 0.75},
 }
 ROWS = [*terms.FORMS, *published_methods.PUBLISHED]
@@ -79,19 +80,44 @@ def test_sets_share_passes() -> None:
         plan_of("m3i,m3i")
     assert {
         t.image
-        for t in terms.merge(terms.FORMS["m3i"][:2], terms.FORMS["supervised"])
+        for t in joined_terms.merge(terms.FORMS["m3i"][:2], terms.FORMS["supervised"])
         if t.name == "category"
     } == {
         "own",
         "partner",
     }
-    assert plan_of("instance,dense_instance").target_passes == (("ema", 1, 1),)
+    assert plan_of("instance,dense_instance").target_passes == (("ema", 1, 1, 1),)
 
 
 def test_annotations_of_a_row_that_reads_one_input_have_none_of_their_own() -> None:
     with pytest.raises(UserError, match="config.objective.annotation_input: 'own'.*sim,supervised"):
         plan_of("m3i", objective__annotation_input="own")
     assert plan_of("supervised", objective__annotation_input="own").passes == (FULL,)
+
+
+def test_the_feature_of_an_image_is_what_the_objective_compares() -> None:
+    """cls, where images are compared by it alone; the pooling, where annotations train it."""
+    found = {
+        forms: plan_of(forms).image_feature
+        for forms in (
+            "dino",
+            "dinov2,dinov3_gram",
+            "moco_v3",
+            "byol",
+            "byol,dino",
+            "mim",
+            "mim,clip",
+        )
+    }
+    assert found == {
+        "dino": "cls",
+        "dinov2,dinov3_gram": "cls",
+        "moco_v3": "cls",
+        "byol": "mean",
+        "byol,dino": "mean",
+        "mim": "mean",
+        "mim,clip": "attention",
+    }
 
 
 def test_a_target_with_a_gradient_is_a_pass_of_its_own() -> None:

@@ -9,6 +9,7 @@ and listed in its description."""
 import collections
 import dataclasses
 import difflib
+import functools
 import hashlib
 import os
 import stat
@@ -306,6 +307,12 @@ class SubsetSource:
             source.captions,
         )
         self.map_classes = map_classes(source)
+        weights = getattr(source, "record_weights", None)  # see `sampler.records_at`
+        self.record_weights: np.ndarray | None = None if weights is None else weights[indices]
+
+    @functools.cached_property
+    def cumulative_weights(self) -> np.ndarray | None:
+        return None if self.record_weights is None else np.cumsum(self.record_weights)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -359,7 +366,7 @@ def split_by_hash(source: DataSource, holdout: float, part: str) -> DataSource:
     if part not in ("train", "held_out"):
         raise ValueError(f"part must be 'train' or 'held_out', not {part!r}")
     # the weights of a mixture then hold for each part
-    if split_sources := getattr(source, "part", None):
+    if callable(split_sources := getattr(source, "part", None)):
         return split_sources(holdout, part)
     held_out = source_key_hashes(source) / 2.0**64 < holdout
     # 442 million records: 1.8 GB instead of 3.5
@@ -475,7 +482,8 @@ def _zip_member_count(path: str) -> int:
 
 
 def _write_and_rename(path: str, write: Callable[[Any], Any]) -> None:
-    temporary = f"{path}.{os.getpid()}.part"
+    # a random name: containers of several hosts have the same process id
+    temporary = f"{path}.{os.urandom(8).hex()}.part"
     try:
         with open(temporary, "wb") as file:
             write(file)

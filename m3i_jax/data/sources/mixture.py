@@ -212,7 +212,7 @@ class Mixture:
 
     Args:
         sources: to mix.
-        weights: share of the samples of each source; all None for shares by size.
+        weights: share of the samples of each source; all None for shares by size, that of an epoch.
         shared: classes of the same name are one class; else the classes of the sources are
             concatenated.
 
@@ -242,7 +242,8 @@ class Mixture:
     ) -> None:
         self.sources, self.weights, self.shared = list(sources), list(weights), shared
         self.sizes = [len(source) for source in sources]
-        self.shares = integer_shares(weights, self.sizes)
+        self._epoch_sizes = [sampler.epoch_size(source) for source in sources]
+        self.shares = integer_shares(weights, self._epoch_sizes)
         self._ends = np.cumsum(self.sizes)
         self.classes, self._tables = join_classes([source.classes for source in sources], shared)
         self.captions = any(source.captions for source in sources)
@@ -312,7 +313,12 @@ class Mixture:
                     " or hold less out"
                 )
         numbers, records = sampler.sample_mixture_index(
-            seed, positions, self.sizes, self.shares, attempt
+            seed,
+            positions,
+            self.sizes,
+            self.shares,
+            attempt,
+            [getattr(source, "cumulative_weights", None) for source in self.sources],
         )
         return records + (self._ends - self.sizes)[numbers]
 
@@ -347,7 +353,7 @@ class Mixture:
         total = max(sum(self.shares), 1)
         return [
             samples * share / total / max(size, 1)
-            for share, size in zip(self.shares, self.sizes, strict=True)
+            for share, size in zip(self.shares, self._epoch_sizes, strict=True)
         ]
 
     def description(self) -> str:

@@ -6,19 +6,20 @@ B images, N tokens: the cells of all maps, one map after the other, each row by 
 channels of a head, Q queries, L maps (levels), P points.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import parallel
-from m3i_jax.models import dcnv3_tpu
 from m3i_jax.models.dcnv3 import METHODS
 from m3i_jax.models.dcnv3_dense import Samples, widen
-from m3i_jax.models.sampled_sums import SampledSum, kernel_is_trusted, sampled_sum
+from m3i_jax.models.sampled_sums import (
+    SampledSum,
+    kernel_fits,
+    kernel_is_trusted,
+    sampled_sum,
+)
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -45,22 +46,17 @@ class _Located(NamedTuple):
         return Samples(y, x, jnp.moveaxis(weights_BxQxHxP, 1, 3))
 
 
-def _methods(
-    value_BxSxHxC: jax.Array,
-    size: tuple[int, int],
-    queries: int,
-    points: int,
-    trusted: Callable[[], bool] = lambda: True,
-) -> tuple[tuple[str, str], ...]:
-    """The form for each platform. On a CPU it is the loop, on a TPU the kernel where its VMEM holds
-    the map and it is trusted; else products with the whole matrix where that is small, on a TPU
-    also bands of it, on a GPU gathers."""
-    b, cells, heads, c = value_BxSxHxC.shape
-    fits = dcnv3_tpu.fits(size, heads, c, points, value_BxSxHxC.dtype)
-    use_kernel = parallel.kernels(b) and fits and trusted()
-    small = queries * cells <= _SMALL
-    tpu = "kernel" if use_kernel else "dense" if small else "band"
-    return ("cpu", "fused"), ("tpu", tpu), ("default", "dense" if small else "gather")
+def _methods(cells: int, queries: int, use_kernel: bool) -> tuple[tuple[str, str], ...]:
+    """The form for each platform. On a CPU it is the loop, on TPUs and GPUs the kernel where it can
+    be used; else products with the whole matrix where that is small, on a TPU bands of it, on a GPU
+    gathers."""
+    kernel = "kernel" if use_kernel else ""
+    small = "dense" if queries * cells <= _SMALL else ""
+    return (
+        ("cpu", "fused"),
+        ("tpu", kernel or small or "band"),
+        ("default", kernel or small or "gather"),
+    )
 
 
 def deformable_attention(
@@ -125,10 +121,10 @@ def deformable_attention(
         arrays = map_BxSxD, locations[:, :, :, level], weights[:, :, :, level]
         call = SampledSum((("default", method),), size, rows_of_bands, _Located(size))
         if method == "auto":
-            check = functools.partial(kernel_is_trusted, call, _BOUNDS, *arrays)
-            call = call._replace(
-                methods=_methods(map_BxSxHxC, size, expected[1], points, trusted=check)
-            )
+            use_kernel = kernel_fits(
+                map_BxSxD, size, heads, points, expected[1]
+            ) and kernel_is_trusted(call, _BOUNDS, *arrays)
+            call = call._replace(methods=_methods(map_BxSxD.shape[1], expected[1], use_kernel))
         read = sampled_sum(call, *arrays)
         total += read.astype(wide)
     return total.astype(value_BxNxHxC.dtype)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import m3i_jax
-from m3i_jax import parallel
 from m3i_jax.models.dense import deformable_attention as attention
 from m3i_jax.models.dense.deformable_attention import deformable_attention
 
@@ -102,16 +101,13 @@ def test_sums_of_bfloat16_values_are_wide():
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=0, atol=2**-7)
 
 
-def test_the_form_follows_platform_and_size(monkeypatch):
-    def forms(size, queries):
-        value = jax.ShapeDtypeStruct((1, size[0] * size[1], 8, 32), jnp.bfloat16)
-        return dict(attention._methods(value, size, queries, 4))
+def test_the_form_follows_platform_and_size():
+    def forms(cells, queries, use_kernel=False):
+        return dict(attention._methods(cells, queries, use_kernel))
 
-    assert forms((8, 8), 300) == {"cpu": "fused", "tpu": "dense", "default": "dense"}
-    assert forms((25, 40), 20_000) == {"cpu": "fused", "tpu": "band", "default": "gather"}
-    monkeypatch.setattr(parallel, "kernels", lambda batch: True)  # as on TPUs
-    assert forms((25, 40), 20_000)["tpu"] == "kernel"
-    assert forms((150, 250), 50_000)["tpu"] == "band"  # too large a map for VMEM
+    assert forms(64, 300) == {"cpu": "fused", "tpu": "dense", "default": "dense"}
+    assert forms(1000, 20_000) == {"cpu": "fused", "tpu": "band", "default": "gather"}
+    assert forms(1000, 20_000, True) == {"cpu": "fused", "tpu": "kernel", "default": "kernel"}
 
 
 def test_what_does_not_fit_is_refused():

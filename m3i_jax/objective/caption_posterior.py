@@ -1,0 +1,161 @@
+"""The tokens of a caption, one after the other or all at once: the posterior of captioners (Cap and
+CapPa, CoCa, LocCa, SigLIP 2's decoder).
+
+    log P^(z_y | z_x) = sum_t log P^(y_t | y_<t, image)        causal, Cap
+                     or sum_t log P^(y_t | image)              parallel, CapPa: no token is seen
+
+The cross-entropy of a caption bounds H(text | image) from above, so that H(text) minus it is a
+lower bound of the information; of parallel captions it bounds the sum of the entropies of single
+tokens.
+
+R rows (captions), L tokens that are predicted, V token ids.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from m3i_jax.objective import information
+from m3i_jax.objective.numerics import assert_rank, float32
+from m3i_jax.objective.posteriors import Form, LossInputs, LossSum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptionHead:
+    """Prediction of a caption by a text decoder that reads the tokens of its image."""
+
+
+def token_costs(logits_RxLxV: ArrayLike, tokens_RxL: ArrayLike) -> jax.Array:
+    """-log softmax(logits) at the token of each place, float32 [R, L], in nats.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+
+    >>> print(token_costs(jnp.zeros((1, 2, 4)), jnp.array([[3, 0]])) / jnp.log(4))
+    [[1. 1.]]
+    """
+    logits = float32(logits_RxLxV)
+    tokens = jnp.asarray(tokens_RxL)
+    assert_rank(logits, 3, custom_message="logits must be [R, L, V]")
+    if tokens.shape != logits.shape[:2]:
+        raise ValueError(f"tokens have shape {tokens.shape}, logits {logits.shape}: [R, L, V]")
+    picked = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+    return jax.nn.logsumexp(logits, -1) - picked
+
+
+def caption(
+    logits_RxLxV: ArrayLike,
+    tokens_RxL: ArrayLike,
+    where_RxL: ArrayLike | None = None,
+    *,
+    per_token: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of the tokens of captions, each given its image and what the decoder saw.
+
+    Args:
+      logits_RxLxV: of the token at each place.
+      tokens_RxL: the tokens, ids below V.
+      where_RxL: weight of each, 0 for padding; None counts all.
+      per_token: False: the mean over the tokens of a caption, so that captions of any length weigh
+        the same (CapPa). True: every token weighs the same (CoCa).
+
+    Returns:
+      (sum of costs in nats, count of captions or of tokens), float32 scalars; (0, 0) if no token
+      counts. The cost of a token of weight 0 has no gradient, even if it is NaN.
+
+    >>> logits = jnp.log(jnp.array([[[1.0, 1.0], [1.0, 3.0]]]))
+    >>> total, count = caption(logits, jnp.array([[0, 1]]))
+    >>> print(f"{total / count:.4f}")  # (log 2 + log 4/3) / 2
+    0.4904
+    """
+    logits = float32(logits_RxLxV)
+    where = jnp.ones(logits.shape[:2]) if where_RxL is None else float32(where_RxL)
+    cost_RxL = token_costs(jnp.where(where[..., None] > 0, logits, 0.0), tokens_RxL)
+    if per_token:
+        return (where * cost_RxL).sum(), where.sum()
+    length_R = where.sum(1)
+    share_RxL = where / jnp.maximum(length_R, 1e-9)[:, None]
+    return (share_RxL * cost_RxL).sum(), (length_R > 0).sum().astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptionSoftmax(Form):
+    """`caption` as a posterior.
+
+    The marginal of its bits is that of single tokens, their shares in the batch: what image and, in
+    causal captions, the tokens before tell about a caption beyond the frequencies of its tokens, in
+    bits a caption. `figures` has the code length, in bits a token and a caption, of all captions,
+    and of those whose tokens are predicted at once.
+
+    Attributes:
+      parallel: share of the images whose tokens are predicted at once, from mask tokens alone
+        (CapPa: 0.75); 0: none (Cap).
+      per_token: as of `caption`.
+
+    >>> given, tokens = LossInputs(), jnp.array([[1, 2, 0]])
+    >>> where = jnp.array([[1.0, 1, 0]])
+    >>> total = CaptionSoftmax().cost(jnp.zeros((1, 3, 4)), tokens, where, given)
+    >>> print({k: float(v) for k, v in CaptionSoftmax().figures(total.evidence).items()})
+    {'token': 2.0, 'image': 4.0}
+    """
+
+    parallel: float = 0.0
+    per_token: bool = False
+
+    def cost(
+        self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
+    ) -> LossSum:
+        total, count = caption(prediction, target, where, per_token=self.per_token)
+        logits = jax.lax.stop_gradient(jnp.where(where[..., None] > 0, prediction, 0.0))
+        nll_R = (where * token_costs(logits, target)).sum(1)
+        evidence = {
+            "nll": nll_R.sum(),
+            "tokens": where.sum(),
+            "captions": (where.sum(1) > 0).sum().astype(jnp.float32),
+            "counts": jnp.zeros(prediction.shape[-1]).at[target].add(where),
+        }
+        if self.parallel and given.parallel is not None:
+            chosen_R = given.parallel.astype(jnp.float32)
+            evidence["parallel_nll"] = (chosen_R * nll_R).sum()
+            evidence["parallel_tokens"] = (chosen_R * where.sum(1)).sum()
+        return LossSum(total, count, evidence)
+
+    def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array:
+        tokens = jnp.maximum(evidence["tokens"], 1)
+        of_token = information.category_bits(evidence["nll"] / tokens, evidence["counts"])
+        return of_token * tokens / jnp.maximum(evidence["captions"], 1)
+
+    def figures(self, evidence: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Code lengths in bits by name: token, image, and parallel_token where some captions are
+        predicted at once."""
+        bits = evidence["nll"] / math.log(2)
+        out = {
+            "token": bits / jnp.maximum(evidence["tokens"], 1),
+            "image": bits / jnp.maximum(evidence["captions"], 1),
+        }
+        if "parallel_nll" in evidence:
+            count = jnp.maximum(evidence["parallel_tokens"], 1)
+            out["parallel_token"] = evidence["parallel_nll"] / math.log(2) / count
+        return out
+
+
+def with_parallel_captions(terms: Sequence[Any], share: float) -> tuple[Any, ...]:
+    """The terms with another share of captions that are predicted at once; below 0, the method's.
+
+    >>> with_parallel_captions((), 0.5)
+    ()
+    """
+
+    def one(term: Any) -> Any:
+        if share < 0 or not isinstance(term.posterior, CaptionSoftmax):
+            return term
+        return dataclasses.replace(
+            term, posterior=dataclasses.replace(term.posterior, parallel=share)
+        )
+
+    return tuple(one(term) for term in terms)
