@@ -356,8 +356,8 @@ def _match(source: DataSource, path: str, keep: dict[str, Any]) -> dict[str, np.
     named[rows] = True
     indices, weight = np.flatnonzero(found), keep.get("weight")
     if weight is not None:
-        drawn = weight[rows] > 0
-        indices, rows = indices[drawn], rows[drawn]
+        wanted = weight[rows] > 0
+        indices, rows = indices[wanted], rows[wanted]
     if not len(indices):
         why = "all its weights there are 0" if found.any() else "none of its keys is there"
         example = base.source_key(source, 0) if len(source) else ""
