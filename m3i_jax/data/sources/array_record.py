@@ -17,6 +17,7 @@ written again (`shard_length`)."""
 
 import glob
 import hashlib
+import io
 import json
 import logging
 import os
@@ -130,10 +131,10 @@ def write_shard(path: str, records: Iterable[Record], *, writer_name: str = "") 
                 writer.write(packed)
         finally:
             writer.close()
-        _save(
+        base.save_arrays(
             f"{part}.npz",
-            {name: np.array(columns[name], kind) for name, kind in _COLUMNS.items()},
-            content.hexdigest(),
+            digest=np.array(content.hexdigest()),
+            **{name: np.array(columns[name], kind) for name, kind in _COLUMNS.items()},
         )
         os.replace(f"{part}.npz", f"{path}.npz")
         os.replace(part, path)
@@ -329,9 +330,9 @@ class ArrayRecordSource:
         if columns is None:
             columns = self._read_all()
             if cache_path:
-                index = {name: columns[name] for name in _COLUMNS}
+                index = {name: columns[name] for name in (*_COLUMNS, "digest")}
                 try:
-                    _save(cache_path, index, str(columns["digest"]))
+                    base.save_arrays(cache_path, **index)
                 except OSError as error:
                     _log.warning(
                         "the index %r cannot be saved (%s); it will be rebuilt at the next start",
@@ -475,17 +476,11 @@ def _files(path: str) -> list[str]:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    import io
-
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def _save(path: str, columns: dict[str, np.ndarray], digest: str) -> None:
-    base.save_arrays(path, digest=np.array(digest), **columns)
 
 
 def _load(path: str) -> dict[str, np.ndarray] | None:
