@@ -142,3 +142,15 @@ def test_engines(monkeypatch: Any) -> None:
         list(engines.map_items("ray", abs, [1], workers=1))
     with pytest.raises(UserError, match="--engine=spark: is none of local, ray"):
         mode.run(schema.Config(), workdir="/tmp", engine="spark")
+
+
+@pytest.mark.slow
+def test_ray_decides_the_same(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        for engine in engines.ENGINES:
+            assert mode.run(config(data), workdir=str(tmp_path / engine), engine=engine) == 0
+    finally:
+        ray.shutdown()
+    assert left_out(tmp_path / "local") == left_out(tmp_path / "ray")
