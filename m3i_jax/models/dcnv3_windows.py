@@ -93,13 +93,15 @@ class _Kernel(NamedTuple):
         return jnp.minimum(side_by_side, groups - self.lane_block * side_by_side)
 
     def samples(self, g: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """y, x, m of a tile, [P, T]. Those outside stay there, at a finite distance."""
+        """y, x, m of a tile, [P, T]. Those outside stay there, at a finite distance, and a NaN is
+        kept."""
         from jax.experimental import pallas as pl
 
         lanes = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
         y, x, m = (ref[0, g, :, lanes] for ref in (self.y, self.x, self.m))
         height, width = self.plan.padded
-        return jnp.clip(y, -2, height + 1), jnp.clip(x, -2, width + 1), m
+        near = lambda t, size: jnp.where(t < -2, -2.0, jnp.where(t > size + 1, size + 1.0, t))
+        return near(y, height), near(x, width), m
 
     def each(self, body: Any) -> None:
         """`body(g, t)` for every group and tile."""
