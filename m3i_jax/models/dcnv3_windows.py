@@ -241,7 +241,9 @@ def _forward_kernel(
             _, x_PxT, m_PxT = self.samples(g, t)
 
             def columns(number: jax.Array | None) -> None:
-                for p in range(len(x_PxT) if number is not None else 0):
+                if number is None:
+                    return
+                for p in range(len(x_PxT)):
                     hats[p] = m_PxT[p : p + 1] * hat(x_PxT[p : p + 1] - number)
 
             def add(place: tuple[Any, Any], away: list[jax.Array], sums: jax.Array) -> jax.Array:
@@ -412,7 +414,7 @@ def _run(
     copied = steps * size * (map_.dtype.itemsize + (8 if grad else 0))
     copied += 4 * map_.size if grad else 0
     touched = -(-(plan.tile[0] + 2) // plan.window[0]) * -(-(plan.tile[1] + 2) // plan.window[1])
-    blocked = [*samples, *grad, *(like[1:] if grad else like)]
+    blocked: list[Any] = [*samples, *grad, *(like[1:] if grad else like)]
     return pl.pallas_call(
         functools.partial(kernel, plan=plan),
         grid=(b, plan.lane_blocks, down, over),
