@@ -106,6 +106,8 @@ def _kernel(
     if dcnv3_tpu.fits(call.size, *like):
         return dcnv3_tpu, {"size": call.size, "interpret": interpret}, samples
     plan = dcnv3_window_plan.plan_windows(call.size, o, call.columns, *like)
+    if plan is None:
+        raise ValueError(f"no kernel holds {groups} groups of {like[1]} channels side by side")
     if call.columns:
         samples = functools.partial(samples, order=plan.by_tile)
     return dcnv3_windows, {"plan": plan, "interpret": interpret}, samples
@@ -223,7 +225,15 @@ def kernel_is_trusted(
 
 
 def _plain_sum(call: SampledSum, x_BxQxC: jax.Array, *arrays: jax.Array) -> jax.Array:
-    return gathered_sum(x_BxQxC, call.places.cells_last(*arrays), call.size)
+    """One group after the other: at 304 x 504 cells of 320 channels, two images' gathers read
+    14 GB of float32 (`dcnv3`, 9 points)."""
+    at, (b, q, c) = call.places.cells_last(*arrays), x_BxQxC.shape
+    groups = at.y.shape[1]
+    x_GxBxQxD = jnp.moveaxis(x_BxQxC.reshape(b, q, groups, c // groups), 2, 0)
+    at_GxBx1xPxO = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0)[:, :, None], at)
+    one = jax.checkpoint(lambda pair: gathered_sum(pair[0], pair[1], call.size))
+    y_GxBxOxD = jax.lax.map(one, (x_GxBxQxD, at_GxBx1xPxO))
+    return jnp.moveaxis(y_GxBxOxD, 0, 2).reshape(b, -1, c)
 
 
 @jax.custom_vjp
