@@ -69,6 +69,9 @@ def _tiny(config: ConfigDict) -> None:
             "vocabulary_size": 512,
         }
     )
+    if config.data.regions:  # shapes have captions, scenes boxes
+        config.data.update({"source": "mixture", "mixture": ("shapes:20000", "scenes:20000")})
+        config.data.update({"caption_length": 32, "vocabulary_size": 1024})
     if config.data.small_views:
         config.data.small_views = ("4 x 16 at 0.3-0.6",)
     # Smaller crops would often miss the shape.

@@ -57,6 +57,7 @@ _PUBLIC = {
     "entropy_terms": ("EntropyTerm",),
     "pair_posteriors": (),
     "sigmoid_pairs": ("text_sigmoid", "text_sigmoid_sums"),
+    "caption_posterior": ("caption",),
     "contrastive": (
         "assignments",
         "barlow_twins",

@@ -159,6 +159,7 @@ from m3i_jax.objective.segmentation_scores import (
     confusion_matrix as confusion_matrix,
     miou as miou,
 )
+from m3i_jax.objective.caption_posterior import caption as caption
 from m3i_jax.objective.sigmoid_pairs import (
     text_sigmoid as text_sigmoid,
     text_sigmoid_sums as text_sigmoid_sums,

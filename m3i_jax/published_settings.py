@@ -339,6 +339,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "cap": _CAPPA,
     "cappa": _CAPPA,
+    "locca": {**_CAPPA, "data.regions": True},
     # 500,000 steps of 65,536 images, about five times through JFT and ALIGN; recalled, not checked
     # against the paper: rate, decay and length
     "coca": {

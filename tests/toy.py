@@ -89,6 +89,11 @@ def batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:
         out["tokens"] = r.integers(3, VOCABULARY, (b, CAPTION)).astype(np.int32)
         out["length"] = r.integers(3, CAPTION + 1, b).astype(np.int32)
         out["length"][[2, 4]] = 0
+    if config.data.regions:
+        out["regions"] = r.integers(3, VOCABULARY, (b, 2, CAPTION)).astype(np.int32)
+        out["region_length"] = r.integers(5, CAPTION + 1, (b, 2)).astype(np.int32)
+        out["region_given"] = np.tile(np.array([3, 2], np.int32), (b, 1))
+        out["region_length"][[3, 4]] = 0
     if small := len(config.small_views):
         for group in set(config.small_views):
             count = sum(other.size == group.size for other in config.small_views)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import crops, decode, rand_augment
+from m3i_jax.data import crops, decode, rand_augment, region_texts
 from m3i_jax.data.record_batches import Batch, RecordBatchBuilder
 from m3i_jax.data.sources import base
 from m3i_jax.data.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ class BatchBuilder(RecordBatchBuilder):
     """Builds the batches of `pipeline.iterate_batches`."""
 
     # counted in addition to the bad records, so that every cut and every drop is logged
-    notes: ClassVar[tuple[str, ...]] = ("caption_cut", "label_dropped")
+    notes: ClassVar[tuple[str, ...]] = ("caption_cut", "label_dropped", "region_too_long")
     purpose: ClassVar[str] = "that could be used beside its partner"
 
     grid: int  # patches per side
@@ -58,7 +58,13 @@ class BatchBuilder(RecordBatchBuilder):
             )
         else:
             batch["mask"] = self._mask(first)
-        if self.tokenizer:
+        if self.tokenizer and self.data.regions:
+            shape = (self.rows, len(region_texts.TASKS))
+            batch["regions"] = np.zeros((*shape, self.tokenizer.length), np.int32)
+            batch["region_length"] = np.zeros(shape, np.int32)
+            batch["region_given"] = np.zeros(shape, np.int32)
+        if self._captions:
+            assert self.tokenizer
             batch["tokens"] = np.zeros((self.rows, self.tokenizer.length), np.int32)
             batch["length"] = np.zeros(self.rows, np.int32)
         return batch
@@ -89,8 +95,14 @@ class BatchBuilder(RecordBatchBuilder):
         return not (row % 2 and indices[row] == indices[row - 1])
 
     def fill_row(self, record: base.Record, row: int, u: np.ndarray, batch: Batch) -> None:
-        self._cut_views(record, u.tolist(), row, batch)
+        size = self._cut_views(record, u.tolist(), row, batch)
         self._fill_annotations(record, row, batch)
+        if self.tokenizer and self.data.regions:
+            self._fill_regions(record, size, row, batch)
+
+    @property
+    def _captions(self) -> bool:
+        return self.tokenizer is not None and self.data.captions != "no"
 
     def _cut_views(
         self,
@@ -98,9 +110,9 @@ class BatchBuilder(RecordBatchBuilder):
         u: list[list[float]],
         row: int,
         batch: Batch,
-    ) -> None:
-        """Decodes a record once and cuts its views. u is [2][WIDTH or more]: 22 uniforms for the
-        box, one for the flip, and those of RandAugment."""
+    ) -> tuple[int, int]:
+        """Decodes a record once, cuts its views and returns its height and width. u is [2][WIDTH or
+        more]: 22 uniforms for the box, one for the flip, and those of RandAugment."""
         data, views_2xP = self.data, batch["views"][row].reshape(2, -1)
         box, flip = batch["box"][row], batch["flip"][row]
         open_image = decode.open_image if self.resizer == "pillow" else decode.open_jpeg_fast
@@ -142,6 +154,7 @@ class BatchBuilder(RecordBatchBuilder):
             places[group.size] += 1
             options: dict[str, Any] = {"height": height, "width": width, "by": self.resizer}
             crops.cut_view(image, small_box, group.size, out=pixels, **options)
+        return height, width
 
     def _small_boxes(
         self, row: int, batch: Batch, height: int, width: int
@@ -164,10 +177,38 @@ class BatchBuilder(RecordBatchBuilder):
         dropped = self.classes > 0 and record.label >= self.classes
         batch["label"][row] = record.label if 0 <= record.label < self.classes else -1
         self.count(batch, "label_dropped", int(dropped))
-        if self.tokenizer and (text := decode.clean_caption(record.caption)):
+        if self._captions and (text := decode.clean_caption(record.caption)):
+            assert self.tokenizer
             ids = self.tokenizer.ids(text, cleaned=True)
             batch["tokens"][row], batch["length"][row] = self.tokenizer.frame(ids)
             self.count(batch, "caption_cut", int(len(ids) > self.tokenizer.length - 2))
+
+    def _fill_regions(
+        self, record: base.Record, size: tuple[int, int], row: int, batch: Batch
+    ) -> None:
+        """Fills the texts of an object that the input view shows; none where there is no such
+        object, or where the annotations are of another size than the image."""
+        assert self.tokenizer
+        batch["region_length"][row] = 0  # of a record that was replaced
+        objects = record.objects
+        if objects is None or objects.size not in (size, (0, 0)):
+            return
+        high, low = batch["position"][row].tolist()
+        u = rng.uniforms(self.seed, rng.REGION, (high << 32) + low, 1, 1)[0, 0]
+        box, flip = batch["box"][row, 0].tolist(), bool(batch["flip"][row, 0])
+        found = region_texts.object_in_view(objects, box, flip, float(u))
+        if found is None:
+            return
+        label, place = found
+        names, cut = self.source.classes, 0
+        name = decode.clean_caption(names[label]) if label < len(names) else None
+        for k, task in enumerate(region_texts.TASKS):
+            text = region_texts.encode_region(self.tokenizer, task, name or f"class {label}", place)
+            cut += text is None
+            if text is not None:
+                batch["regions"][row, k] = text[0]
+                batch["region_length"][row, k], batch["region_given"][row, k] = text[1:]
+        self.count(batch, "region_too_long", int(cut > 0))
 
     def _mask(self, first: int) -> np.ndarray:
         draw = {

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import crops, shared_buffers
+from m3i_jax.data import crops, region_texts, shared_buffers
 from m3i_jax.data.batch_builder import BatchBuilder
 from m3i_jax.data.record_batches import (
     Batch,
@@ -53,6 +53,18 @@ def uses_captions(data: schema.Data, source: DataSource) -> bool:
             " beside the images"
         )
     return data.captions != "no" and source.captions
+
+
+def require_regions(data: schema.Data, source: DataSource) -> None:
+    """Refuses `data.regions` for a source that annotates no objects.
+
+    >>> require_regions(schema.Data(), [])
+    """
+    if data.regions and not region_texts.has_objects(source):
+        raise UserError(
+            f"data.regions=True, but {source.name} annotates no objects: use false, or a source"
+            " that does, such as coco"
+        )
 
 
 def count_classes(data: schema.Data, source: DataSource) -> int:
@@ -281,6 +293,9 @@ def iterate_batches(
         mask: bool [B, N], True = own image; `config.hidden` False per row, constant in a mask cell.
         blocks: only with data.mask=multi_block, int32 [B, M, K], the cells of the target blocks.
         tokens, length: only with a tokenizer, int32 [B, L] and int32 [B]; length 0 without caption.
+        regions, region_length, region_given: only with a tokenizer and data.regions, int32 [B, 2,
+            L], [B, 2] and [B, 2]: the texts of an object by task, their length (0: none), and how
+            many of their tokens are given.
 
     Raises:
         UserError: the source has fewer than two records, or worker processes lack shared memory;

@@ -8,6 +8,7 @@ import collections
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -345,10 +346,15 @@ def open_tokenizer(data: schema.Data, source: base.DataSource, saved: str = "") 
     if data.tokenizer == "clip":
         tokenizer = clip_tokenizer(data.vocabulary, data.caption_length)
     else:
+        captions = iter(
+            sample_captions(source, missing=data.missing) if data.captions != "no" else ()
+        )
+        if data.regions:
+            from m3i_jax.data.region_texts import region_corpus  # which imports this module
+
+            captions = itertools.chain(captions, region_corpus(source.classes))
         tokenizer = train_tokenizer(
-            progress.track_progress(
-                sample_captions(source, missing=data.missing), "reading captions", unit="captions"
-            ),
+            progress.track_progress(captions, "reading captions", unit="captions"),
             data.vocabulary_size,
             data.caption_length,
         )

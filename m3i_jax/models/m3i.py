@@ -30,6 +30,7 @@ from m3i_jax import schema
 from m3i_jax.models import backbones, captioner, decoder, heads, pooling, text
 from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, Params
+from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.objective.joined_terms import ENCODERS
 from m3i_jax.objective.posteriors import Prototypes
 from m3i_jax.objective.teacher_terms import linear_name
@@ -130,7 +131,7 @@ def init(
             params["scalars"] = scalars
         if len(scalars) < len(trained):
             params["logit_scale"] = jnp.asarray(math.log(_INVERSE_TEMPERATURE), jnp.float32)
-    if "caption" in targets and vocabulary > 0:
+    if targets & set(CAPTIONS) and vocabulary > 0:
         params["captioner"] = captioner.init(
             model, keys["captioner"], vocabulary=vocabulary, length=config.data.caption_length
         )

@@ -48,7 +48,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
     done = jobs.complete_config(config, classes=classes, captions=captions, size=max(len(train), 1))
     words = (
         tokenizer.open_tokenizer(done.data, train, str(directory / "tokenizer.json"))
-        if captions
+        if captions or done.data.regions
         else None
     )
 

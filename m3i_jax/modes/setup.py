@@ -21,6 +21,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.modes import output
+from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.training import scaling
 from m3i_jax.training.plan import Plan, build_plan
 from m3i_jax.training.pretrain_task import Pretrain
@@ -175,6 +176,7 @@ def open_setup(
     train, names = kind.training_records(train), kind.class_names(train)
     count = len(names) if config.data.classes < 0 else config.data.classes
     captions = pipeline.uses_captions(config.data, train)
+    pipeline.require_regions(config.data, train)
     done = complete_config(config, classes=count, captions=captions, size=len(train))
     # refused here, before a vocabulary is learnt
     plans = [build_plan(with_objective(done, forms)) for forms in trains]
@@ -182,14 +184,14 @@ def open_setup(
         captions
         and config.data.captions == "auto"
         and plans
-        and not any(each.where("text", "caption") for each in plans)
+        and not any(each.where("text", *CAPTIONS) for each in plans)
     ):
         captions = False
         done = complete_config(config, classes=count, captions=False, size=len(train))
     with parallel.host0_first("tokenizer"):
         opened = (
             tokenizer.open_tokenizer(done.data, train, str(path / "tokenizer.json"))
-            if captions
+            if captions or done.data.regions
             else None
         )
     return Setup(
@@ -224,15 +226,18 @@ def make_workdir(workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Lock a working directory for one run. It is a kernel lock, which ends with its process and is
-    never stale. The first host holds it for all."""
+def lock_workdir(
+    workdir: pathlib.Path, *, name: str = "run.lock", shared: bool = False
+) -> Iterator[None]:
+    """Lock a working directory for one run, or with `shared` for several that write different
+    files. It is a kernel lock, which ends with its process and is never stale. The first host holds
+    it for all."""
     if jax.process_index():
         yield
         return
-    file, holder = _open_lock(workdir / "run.lock")
+    file, holder = _open_lock(workdir / name)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(file)
         raise UserError(

@@ -15,6 +15,7 @@ from m3i_jax.data.sources.base import DataSource
 from m3i_jax.models import m3i
 from m3i_jax.modes import monitoring, setup
 from m3i_jax.modes.task_views import task_views
+from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.profiling import flops, hardware, this_machine
 from m3i_jax.reporting import text_table
 from m3i_jax.training import scaling, trainer
@@ -66,7 +67,7 @@ def _reads_captions(config: schema.Config) -> bool:
     """Whether a term of the objective reads captions."""
     kind = task_kind(config.task)
     return any(
-        build_plan(setup.with_objective(config, forms)).where("text", "caption")
+        build_plan(setup.with_objective(config, forms)).where("text", *CAPTIONS)
         for forms in kind.objectives(config)
     )
 
@@ -105,7 +106,7 @@ def machine_line(total: float, state: float, mfu: float, dtype: str) -> str:
 
 def vocabulary_size(config: schema.Config) -> int:
     """Entries of the tokenizer of a completed configuration, as far as known without data."""
-    if config.data.captions != "yes":
+    if config.data.captions != "yes" and not config.data.regions:
         return 0
     return ASSUMED["vocabulary"] if config.data.tokenizer == "clip" else config.data.vocabulary_size
 

@@ -17,13 +17,18 @@ def patches_to_images(config: schema.Config, patches_BxNxP: np.ndarray) -> np.nd
 
 
 def decode_captions(job: Setup, batch: dict[str, np.ndarray]) -> list[str]:
-    """The captions of a batch, decoded from the tokens that the model reads."""
+    """The captions of a batch, decoded from the tokens that the model reads; of an image without
+    one, the text of its object."""
+    texts = [""] * len(batch["label"])
     if job.tokenizer is None:
-        return [""] * len(batch["label"])
-    return [
-        job.tokenizer.decode(ids[:length])
-        for ids, length in zip(batch["tokens"], batch["length"], strict=True)
-    ]
+        return texts
+    arrays = [(batch["tokens"], batch["length"])] if "tokens" in batch else []
+    if "regions" in batch:
+        arrays.append((batch["regions"][:, -1], batch["region_length"][:, -1]))
+    for tokens, lengths in arrays:
+        for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
+            texts[row] = texts[row] or job.tokenizer.decode(ids[:length])
+    return texts
 
 
 def label_names(job: Setup, batch: dict[str, np.ndarray]) -> list[str]:

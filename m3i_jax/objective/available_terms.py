@@ -9,7 +9,9 @@ from m3i_jax.objective.terms import Term, Terms
 SMALL = 2  # the view of a pass that stands for every small view; they are numbered from here on
 
 
-def drop_unavailable(terms: Terms, *, categories: bool, captions: bool) -> Terms:
+def drop_unavailable(
+    terms: Terms, *, categories: bool, captions: bool, regions: bool = False
+) -> Terms:
     """The terms without those whose annotation the data source does not have.
 
     Raises:
@@ -20,6 +22,7 @@ def drop_unavailable(terms: Terms, *, categories: bool, captions: bool) -> Terms
     ['intra', 'inter', 'category', 'category']
     """
     present = {"category": categories, "text": captions, "caption": captions}
+    present |= {"box": regions, "region": regions}
     left = tuple(t for t in terms if present.get(t.target.of, True))
     if not left:
         raise ValueError("it predicts only annotations that this data does not have")

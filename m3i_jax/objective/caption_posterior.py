@@ -24,6 +24,10 @@ from m3i_jax.objective import information
 from m3i_jax.objective.numerics import assert_rank, float32
 from m3i_jax.objective.posteriors import Form, LossInputs, LossSum
 
+# Targets that a decoder of captions predicts: a caption; the box of an object, given its name; box
+# and name of an object (LocCa).
+CAPTIONS = ("caption", "box", "region")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionHead:
@@ -146,13 +150,14 @@ class CaptionSoftmax(Form):
 
 def with_parallel_captions(terms: Sequence[Any], share: float) -> tuple[Any, ...]:
     """The terms with another share of captions that are predicted at once; below 0, the method's.
+    Texts of objects are never predicted at once.
 
     >>> with_parallel_captions((), 0.5)
     ()
     """
 
     def one(term: Any) -> Any:
-        if share < 0 or not isinstance(term.posterior, CaptionSoftmax):
+        if share < 0 or term.target.of != "caption":
             return term
         return dataclasses.replace(
             term, posterior=dataclasses.replace(term.posterior, parallel=share)

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.objective.terms import IMAGE_TARGETS, PooledHead, ProjectionHead, Term, Terms
 
 # Target encoders that have no gradient and the shape of the online one.
@@ -106,7 +107,8 @@ def with_options(
       soft_label: joint: both categories of a mixed input are predicted from all of its tokens.
       symmetric: add every self-supervised term with its two views exchanged.
       target_encoder: ema, shared or frozen instead of the terms' own; method keeps theirs.
-      second_group: names of the terms that lambda scales.
+      second_group: names of the terms that lambda scales; text also for what a decoder of captions
+        predicts.
 
     >>> from m3i_jax.objective.terms import FORMS
     >>> [t.hidden for t in with_options(FORMS["m3i"], intra_positions="hidden")][:2]
@@ -114,6 +116,9 @@ def with_options(
     >>> [(t.reads.view, t.target.view) for t in with_options(FORMS["instance"], symmetric=True)]
     [(0, 1), (1, 0)]
     """
+
+    def read_by_decoder(t: Term) -> bool:
+        return t.target.of in CAPTIONS and "text" in second_group
 
     def one(t: Term) -> Term:
         target, head, hidden = t.target, t.head, t.hidden
@@ -133,7 +138,7 @@ def with_options(
             target=target,
             head=head,
             hidden=hidden,
-            group="sp" if t.name in second_group else "ssp",
+            group="sp" if t.name in second_group or read_by_decoder(t) else "ssp",
         )
 
     def exchanged(t: Term) -> Term:

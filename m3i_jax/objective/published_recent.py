@@ -230,6 +230,26 @@ RECENT: dict[str, PublishedMethod] = {
         ),
         left_out=_CAPPA_LEFT_OUT,
     ),
+    # LocCa (arXiv 2403.19596, section 3); its training code is not public
+    "locca": PublishedMethod(
+        terms=(
+            caption_term(CaptionSoftmax(parallel=0.5)),
+            caption_term(CaptionSoftmax(), of="box"),
+            caption_term(CaptionSoftmax(), of="region"),
+        ),
+        kept=(
+            "one decoder for captions, half of them at once, for the box of an object after its"
+            " name, and for box and name, as text with whole numbers from 0 to 500, each a third of"
+            " the loss where an image has all three; of one object of an image, in the coordinates"
+            " of its view; prefixes have no loss"
+        ),
+        left_out=(
+            "captions of regions by a detector with text (here the names of the categories of"
+            " annotated objects), a prefix of captions, its own order of coordinates and texts of"
+            " prefixes, which are not checked against the paper, images that all have both captions"
+            " and boxes (here an image has the terms that its record has), Adafactor"
+        ),
+    ),
     # CoCa (arXiv 2205.01917, section 3.2; mlfoundations/open_clip, src/open_clip/coca_model.py and
     # CoCaLoss of loss.py)
     "coca": PublishedMethod(
@@ -262,9 +282,9 @@ RECENT: dict[str, PublishedMethod] = {
             " not rise; together a quarter of the pairs' weight, as for its B models"
         ),
         left_out=(
-            "boxes and their captions in the decoder's text, self-distillation in the last fifth of"
-            " the run alone and on views of its own (here the pairs read an augmented view, too),"
-            " NaFlex"
+            "boxes and their captions in the decoder's text (siglip2+locca has them),"
+            " self-distillation in the last fifth of the run alone and on views of its own (here"
+            " the pairs read an augmented view, too), NaFlex"
         ),
     ),
     # TIPS (arXiv 2410.16512, section 3)

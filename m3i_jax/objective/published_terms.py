@@ -60,12 +60,13 @@ def ibot_term(head: ProjectionHead, posterior: PrototypeSoftmax) -> Term:
     )
 
 
-def caption_term(posterior: CaptionSoftmax, weight: float = 1.0) -> Term:
-    """A decoder predicts the tokens of the caption from those of the whole image."""
+def caption_term(posterior: CaptionSoftmax, *, of: str = "caption", weight: float = 1.0) -> Term:
+    """A decoder predicts the tokens of the caption, or the text of an object, from the whole
+    image."""
     return Term(
-        name="caption",
+        name=of,
         reads=FULL,
-        target=Target(of="caption"),
+        target=Target(of=of),
         posterior=posterior,
         head=CaptionHead(),
         group="sp",

@@ -27,7 +27,8 @@ GEOMETRY = 14
 BUCKET = 15
 SMALL_CROP = 16
 BLOCKS = 17
-SPARE = range(18, 256)
+REGION = 18
+SPARE = range(19, 256)
 """Purposes that this project does not use: for projects that import `uniforms`."""
 
 _U64 = np.uint64

@@ -14,7 +14,7 @@ input view, view 1 the other view; the paper's table numbers them the other way 
 import dataclasses
 from typing import Any
 
-from m3i_jax.objective.caption_posterior import CaptionHead
+from m3i_jax.objective.caption_posterior import CAPTIONS, CaptionHead
 from m3i_jax.objective.posteriors import (
     Boltzmann,
     CategorySoftmax,
@@ -62,7 +62,7 @@ class Pass:
 # Targets computed from an image; the others are annotations.
 IMAGE_TARGETS = ("pixels", "tokens", "pooled")
 DENSE_TARGETS = ("pixels", "tokens")
-ANNOTATIONS = ("category", "text", "caption")
+ANNOTATIONS = ("category", "text", *CAPTIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -70,7 +70,7 @@ class Target:
     """One target representation, z_y = f_phi(t_y(s)).
 
     Attributes:
-      of: pixels, tokens (dense features), pooled (one vector), category, text, caption (tokens).
+      of: pixels, tokens (dense features), pooled (one vector), category, text, or one of CAPTIONS.
       view: index of the view that the target encoder reads; None for annotations.
       encoder: identity; ema; shared: the online encoder without gradient; online: with gradient, in
         a pass of its own; frozen: from a checkpoint; snapshot: the EMA encoder of an earlier step,
@@ -252,7 +252,7 @@ class Term:
             else ProjectionHead
             if self.target.of == "pooled"
             else CaptionHead
-            if self.target.of == "caption"
+            if self.target.of in CAPTIONS
             else PooledHead
         )
         if not isinstance(self.head, heads):

@@ -206,6 +206,11 @@ class Data:
     captions: str = option(
         "auto", "use captions; auto: if the source has them", "auto", "yes", "no"
     )
+    regions: bool = option(
+        False,
+        "also make texts of annotated objects, box and name, for decoders of captions (LocCa); of a"
+        " source with objects, such as coco",
+    )
     holdout: float = option(
         0.1,
         "share of the images held out for evaluators, chosen by a hash of the record key",

@@ -143,8 +143,9 @@ class Objective:
         NumberLimit(-1.0, 1.0),
     )
     second_group: tuple[str, ...] = option(
-        ("category", "text", "caption"),
-        "names of the terms that lambda scales; all other terms form the first group",
+        ("category", "text"),
+        "names of the terms that lambda scales, text also for those that a decoder of captions"
+        " predicts; all other terms form the first group",
         NAMES,
     )
     weighting: str = option(

@@ -253,12 +253,15 @@ def build_plan(config: schema.Config) -> Plan:
     o, (terms, entropies) = config.objective, _terms_of(config.objective, len(config.small_views))
     try:
         terms = available_terms.drop_unavailable(
-            terms, categories=config.data.classes > 0, captions=config.data.captions == "yes"
+            terms,
+            categories=config.data.classes > 0,
+            captions=config.data.captions == "yes",
+            regions=config.data.regions,
         )
     except ValueError as error:
         raise UserError(
             f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a"
-            " source with categories or captions"
+            " source with categories or captions, or data.regions for boxes"
         ) from None
     terms = with_teachers(terms, teachers.widths(o.teachers), weight=o.teacher_weight)
     plan = Plan(config, terms, entropies)
@@ -277,6 +280,12 @@ def _validate(plan: Plan) -> None:
             "config.objective.annotation_input: 'own' gives the annotations of a set a view of"
             f" their own, and {', '.join(config.objective.forms)} predicts them from its hidden or"
             " mixed input by itself; use shared, or a set such as objective.forms=sim,supervised"
+        )
+    if elsewhere := [t for t in terms if t.target.of in ("box", "region") and t.reads.view]:
+        raise UserError(
+            f"config.objective.forms: {', '.join(config.objective.forms)}: the boxes of"
+            f" {elsewhere[0].name} are those of view 0, and it reads view"
+            f" {elsewhere[0].reads.view}; name a row first that reads view 0"
         )
     if config.data.mask != "multi_block" and any(
         isinstance(t.head, DecoderHead) and t.head.queries == "blocks" for t in terms
@@ -438,6 +447,13 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
             default_config.objective.parallel_captions,
             any(t.target.of == "caption" for t in terms),
             "no decoder of captions (as in cappa)",
+        ),
+        (
+            "data.regions",
+            config.data.regions,
+            False,
+            any(t.target.of in ("box", "region") for t in terms),
+            "no text of an object (as in locca)",
         ),
         (
             "objective.target_checkpoint",

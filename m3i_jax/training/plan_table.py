@@ -9,7 +9,7 @@ import jax
 
 from m3i_jax.models import backbones, text
 from m3i_jax.objective.available_terms import SMALL
-from m3i_jax.objective.caption_posterior import CaptionHead
+from m3i_jax.objective.caption_posterior import CAPTIONS, CaptionHead
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
     IMAGE_TARGETS,
@@ -217,7 +217,7 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
     if pooled := [i for i, t in enumerate(plan.terms) if isinstance(t.head, PooledHead)]:
         pool = functools.partial(predictions.pool_images, plan)
         add("pool", "own tokens of each image", pooled, pool, params, z, inputs)
-    if captions := plan.where("caption"):
+    if captions := plan.where(*CAPTIONS):
         shown = describe_pass(plan.terms[captions[0]].reads, drops)
         decode = functools.partial(predictions.caption_logits, plan, indices=captions)
         add("caption decoder", shown, captions, decode, params, z, inputs)

@@ -271,6 +271,16 @@ def contrastive_embeddings(
     return images, captions
 
 
+def caption_rows(term: Term, inputs: PassInputs) -> tuple[jax.Array, jax.Array, Any]:
+    """(tokens [R, L], their number [R], how many of them are given, [R] or 1) of a caption, or of
+    the text of an object."""
+    rows = inputs.rows[term.image]
+    if term.target.of == "caption":
+        return rows["tokens"], rows["length"], 1
+    task = ("box", "region").index(term.target.of)
+    return tuple(rows[name][:, task] for name in ("regions", "region_length", "region_given"))
+
+
 def parallel_rows(plan: Plan, term: Term, inputs: PassInputs) -> jax.Array | None:
     """Which captions of a term are predicted at once, bool [R]; None: none."""
     assert isinstance(term.posterior, CaptionSoftmax)
@@ -285,7 +295,7 @@ def caption_logits(
     arguments: dict[int, tuple[Any, ...]] = {}
     for i in indices:
         term, read = plan.terms[i], inputs[plan.terms[i].reads]
-        tokens = read.rows[term.image]["tokens"]
+        tokens = caption_rows(term, read)[0]
         memory = visible_tokens(plan, term, z, inputs)[0]
         arguments[i] = tokens, memory, parallel_rows(plan, term, read)
     out: Arrays = {}

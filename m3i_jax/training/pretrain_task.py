@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from m3i_jax import schema
-from m3i_jax.data import pipeline
+from m3i_jax.data import pipeline, region_texts
 from m3i_jax.models import m3i
 from m3i_jax.objective import block_masks
+from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.training import assignments, optimizer, panel, plan, pretrain_gradients
 from m3i_jax.training.state import State
 from m3i_jax.training.task import Batch, StepGradients, Task, register_task
@@ -34,7 +35,7 @@ class Pretrain(Task):
             self.config,
             terms=self.plan.terms,
             classes=self.config.data.classes if self.plan.where("category") else 0,
-            vocabulary=self.vocabulary if self.plan.where("text", "caption") else 0,
+            vocabulary=self.vocabulary if self.plan.where("text", *CAPTIONS) else 0,
             rng=rng,
         )
 
@@ -59,6 +60,10 @@ class Pretrain(Task):
         if config.data.captions == "yes":
             length = config.data.caption_length
             shapes |= {"tokens": ((b, length), "int32"), "length": ((b,), "int32")}
+        if config.data.regions:
+            length, tasks = config.data.caption_length, len(region_texts.TASKS)
+            shapes["regions"] = ((b, tasks, length), "int32")
+            shapes |= dict.fromkeys(("region_length", "region_given"), ((b, tasks), "int32"))
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
     def gradients(self, params: Any, opt: Any, batch: Batch) -> StepGradients:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from m3i_jax import parallel
 from m3i_jax.models import m3i
 from m3i_jax.objective import collapse, mixing
-from m3i_jax.objective.caption_posterior import CaptionSoftmax
+from m3i_jax.objective.caption_posterior import CAPTIONS, CaptionSoftmax
 from m3i_jax.objective.numerics import l2_normalize
 from m3i_jax.objective.posteriors import LossInputs, LossSum
 from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
@@ -38,8 +38,10 @@ def label_weight(term: Term, inputs: PassInputs) -> jax.Array:
     """Weight [R] of each row of an annotation term: 0 where the image has no such annotation; of a
     blended image, its share."""
     rows = inputs.rows[term.image]
-    if term.target.of in ("text", "caption"):
+    if term.target.of == "text":
         return (rows["length"] > 0).astype(jnp.float32)
+    if term.target.of in CAPTIONS:
+        return (predictions.caption_rows(term, inputs)[1] > 0).astype(jnp.float32)
     labelled = (rows["label"] >= 0).astype(jnp.float32)
     if inputs.blend is None:
         return labelled
@@ -48,11 +50,12 @@ def label_weight(term: Term, inputs: PassInputs) -> jax.Array:
 
 
 def token_weight(term: Term, inputs: PassInputs) -> jax.Array:
-    """Weight [R, L - 1] of each token of a caption that is predicted: those after the first, with
-    the end of the caption and without padding."""
-    rows = inputs.rows[term.image]
-    steps = rows["tokens"].shape[1] - 1
-    return (jnp.arange(steps) < rows["length"][:, None] - 1).astype(jnp.float32)
+    """Weight [R, L - 1] of each token of a caption that is predicted: those after the given ones,
+    with the end of the caption and without padding."""
+    tokens_RxL, length_R, given = predictions.caption_rows(term, inputs)
+    place_L = jnp.arange(1, tokens_RxL.shape[1])
+    given_Rx1 = jnp.broadcast_to(given, length_R.shape)[:, None]
+    return ((place_L >= given_Rx1) & (place_L < length_R[:, None])).astype(jnp.float32)
 
 
 def position_weight(term: Term, inputs: PassInputs) -> jax.Array:
@@ -309,7 +312,7 @@ def group_loss(
                 costs[i] = _category_loss(plan, i, heads, vectors, inputs)
             if plan.where("text", group=group):
                 costs |= _text_losses(plan, heads, vectors, batch, inputs, cached)
-        if captions := plan.where("caption", group=group):
+        if captions := plan.where(*CAPTIONS, group=group):
             logits = predictions.caption_logits(plan, heads, z, inputs, captions)
             costs |= {i: _caption_loss(plan, i, logits[i], inputs) for i in captions}
         total = sum((weights[i] * cost.sum for i, cost in costs.items()), jnp.zeros(()))
@@ -331,7 +334,7 @@ def _category_loss(
 def _caption_loss(plan: Plan, i: int, logits: jax.Array, inputs: Inputs) -> LossSum:
     term, read = plan.terms[i], inputs[plan.terms[i].reads]
     given = LossInputs(parallel=predictions.parallel_rows(plan, term, read))
-    tokens = read.rows[term.image]["tokens"][:, 1:]
+    tokens = predictions.caption_rows(term, read)[0][:, 1:]
     return term.posterior.cost(logits, tokens, token_weight(term, read), given)
 
 

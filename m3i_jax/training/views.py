@@ -19,7 +19,10 @@ from m3i_jax.objective.terms import Pass
 DROP_PATH = 0x64726F70  # keeps these draws apart from the photometric ones
 PARALLEL = 0x70617261
 # entries of a batch that terms read row by row
-ROW_ARRAYS = ("label", "length", "tokens", "position", "box", "flip")
+ROW_ARRAYS = (
+    *("label", "length", "tokens", "position", "box", "flip"),
+    *("regions", "region_length", "region_given"),
+)
 
 Batch = dict[str, jax.Array]
 Patches = dict[int, jax.Array]  # {view: [B, N, P]}

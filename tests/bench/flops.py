@@ -23,6 +23,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, published_settings, schema
 from m3i_jax.models import presets
 from m3i_jax.objective import entropy_terms, published, registry, terms
+from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.profiling import flops
 from m3i_jax.reporting import text_table
 from m3i_jax.training.trainer import Trainer, abstract_batch
@@ -51,7 +52,7 @@ def variant(forms: str = "m3i", **changes: str) -> schema.Config:
         if name in published_settings.SETTINGS:
             settings |= {k: str(v) for k, v in published_settings.SETTINGS[name].items()}
     text = (
-        any(getattr(t, "target", None) == terms.TEXT for name in names for t in _terms(name))
+        any(t.target.of in ("text", *CAPTIONS) for name in names for t in _predictions(name))
         and forms != "m3i"
     )
     base = {
@@ -74,8 +75,8 @@ def joint() -> schema.Config:
     return configuration.resolve(config)
 
 
-def _terms(name: str) -> entropy_terms.AnyTerms:
-    return registry.form(name)
+def _predictions(name: str) -> terms.Terms:
+    return entropy_terms.predictions_of(registry.form(name))
 
 
 def measure(config: schema.Config) -> tuple[float, float, float]:

@@ -10,6 +10,7 @@ import dataclasses
 
 from m3i_jax import schema
 from m3i_jax.objective import block_masks
+from m3i_jax.objective.caption_posterior import CaptionHead
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
     ClusterHead,
@@ -142,7 +143,17 @@ def _decoder_of(plan: Plan, term: Term, own: int, n: int) -> int:
     return total
 
 
-def step(plan: Plan) -> float:
+def captions(plan: Plan, term: Term, vocabulary: int) -> int:
+    """Multiply-adds of the decoder of captions for one term: self-attention, attention to the cells
+    of the image, an MLP of ratio 4 and the logits of every token but the first."""
+    c, e, w = plan.config, plan.config.model.encoder, plan.config.model.captioner.width
+    steps, cells = c.data.caption_length - 1, _own(c, term)
+    cross = 2 * steps * w**2 + 2 * cells * e.width * w + 2 * steps * cells * w
+    blocks = c.model.captioner.depth * (block(steps, w) + cross)
+    return 3 * (blocks + steps * w * vocabulary)
+
+
+def step(plan: Plan, vocabulary: int = 49_408) -> float:
     """FLOPs per image of one train step without microbatches.
 
     >>> import dataclasses
@@ -215,6 +226,8 @@ def step(plan: Plan) -> float:
             total += 2 * c.tokens * e.width * c.model.head.prototypes
         elif isinstance(term.head, DecoderHead):
             total += _decoder(plan, term)
+        elif isinstance(term.head, CaptionHead):
+            total += captions(plan, term, vocabulary)
         elif isinstance(term.head, LinearHead):
             total += 3 * n * e.width * (patch if term.target.of == "pixels" else e.width)
         elif isinstance(term.head, ProjectionHead):

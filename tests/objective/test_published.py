@@ -45,6 +45,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "siglip2": {"epochs": 4, "decay": 1e-4},
     "cap": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
     "cappa": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
+    "locca": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
     "coca": {"epochs": 5, "decay": 0.01, "b2": 0.999, "jitter": 0.0},
     "tips": {"epochs": 400},
     "siglip": {"epochs": 4, "decay": 1e-4, "b2": 0.95, "flip": 0.0, "jitter": 0.0},

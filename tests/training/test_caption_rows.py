@@ -14,6 +14,8 @@ from m3i_jax.training import plan_table, term_losses, views
 from tests import toy
 from tests.training.forward import forward, plan_of
 
+TEXTS = {"tokens": "s", "length": "_length"}
+
 
 def norm(x, scale, bias=0.0):
     x = x - x.mean(-1, keepdims=True)
@@ -69,12 +71,13 @@ def nll_of(params, batch, memory, parallel):
 
 @pytest.fixture(scope="module")
 def got():
-    return forward(plan_of("coca,cappa,cap"))
+    return forward(plan_of("coca,cappa,cap,locca", data__regions=True))
 
 
 def test_rows_are_their_formulas(got) -> None:
-    """Of one decoder: CoCa's mean over tokens, Cap's and CapPa's over captions, and their sum with
-    the weights of images, of which two have no caption."""
+    """Of one decoder: CoCa's mean over tokens, that of the others over captions and texts of
+    objects, and their sum with the weights of images, of which two have no caption, two no
+    object."""
     memory = np.asarray(got.z[FULL][:, 1:], np.float64)
     drawn = np.asarray(views.parallel_captions(got.plan.config, got.batch["position"], 0.75))
     assert 0 < drawn.sum() < len(drawn)
@@ -89,8 +92,20 @@ def test_rows_are_their_formulas(got) -> None:
     assert got.losses["loss/caption"] == pytest.approx(tokens.mean(), rel=1e-4)
     assert got.losses["loss/caption_cappa"] == pytest.approx(of_cappa, rel=1e-4)
     assert got.losses["loss/caption_cap"] == pytest.approx(of_cap, rel=1e-4)
-    total = got.losses["loss/text"] + 2 * tokens.mean() + of_cappa + of_cap
-    assert got.losses["loss/sp"] == pytest.approx(total / 5, rel=1e-4)
+    half = np.asarray(views.parallel_captions(got.plan.config, got.batch["position"], 0.5))
+    of_locca = np.mean([n.mean() for n in nll_of(params, got.batch, memory, half) if len(n)])
+    captions = got.losses["loss/text"] + 2 * tokens.mean() + of_cappa + of_cap + of_locca
+    total = len(real) * captions
+    for task, name in enumerate(("box", "region")):
+        texts = {key: got.batch[f"region{end}"][:, task] for key, end in TEXTS.items()}
+        costs = nll_of(params, texts, memory, np.zeros(len(drawn), bool))
+        given = np.asarray(got.batch["region_given"][:, task])
+        of_objects = [n[g - 1 :].mean() for n, g in zip(costs, given, strict=True) if len(n)]
+        assert len(of_objects) == len(drawn) - 2
+        assert got.losses[f"loss/{name}"] == pytest.approx(np.mean(of_objects), rel=1e-4)
+        total += np.sum(of_objects)
+    images = 6 * len(real) + 2 * (len(drawn) - 2)
+    assert got.losses["loss/sp"] == pytest.approx(total / images, rel=1e-4)
     bits = tokens / np.log(2)
     assert got.losses["bits/caption/token"] == pytest.approx(bits.mean(), rel=1e-4)
     assert got.losses["bits/caption_cap/image"] == pytest.approx(bits.sum() / len(real), rel=1e-4)
@@ -178,6 +193,7 @@ def test_a_joined_row_reads_the_input_of_the_first() -> None:
     ("forms", "changes", "words"),
     [
         ("cappa", {"data__captions": "no"}, ("cappa", "annotations that this data does not have")),
+        ("locca", {"data__captions": "no"}, ("locca", "captions, or data.regions for boxes")),
         ("m3i,cap", {"objective__annotation_input": "own"}, ("annotation_input",)),
         ("cap", {"model__captioner__heads": 5}, ("model.captioner.heads", "divide the width")),
     ],
@@ -194,3 +210,5 @@ def test_a_share_that_no_row_reads_is_refused() -> None:
     with pytest.raises(UserError, match="objective.parallel_captions: 0.5 does nothing"):
         plans.reject_unused_settings(config, [("mim",)])
     plans.reject_unused_settings(config, [("mim", "cappa")])
+    with pytest.raises(UserError, match="data.regions: True does nothing.*as in locca"):
+        plans.reject_unused_settings(toy.settings(data__regions=True), [("cappa",)])

@@ -256,12 +256,12 @@ def test_eight_devices_are_one(forms, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("forms", ["siglip", "mim,koleo", "coca,cappa"])
+@pytest.mark.parametrize("forms", ["siglip", "mim,koleo"])
 def test_microbatches_are_one_batch(forms):
     """Of all pairs of SigLIP, and of an entropy term that sees the rows of the whole batch."""
     one = step(forms)
     assert step(forms, train__microbatches=2) == pytest.approx(one, rel=1e-4, abs=1e-6)
-    if "koleo" not in forms:
+    if forms == "siglip":
         return
     parts = step(forms, train__microbatches=2, objective__entropy_rows="microbatch")
     assert parts["loss/koleo"] < one["loss/koleo"] - 0.01  # fewer rows have farther neighbours

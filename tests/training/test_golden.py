@@ -44,6 +44,13 @@ SMALL = {
     "model.dtype": "float32",
     "parallel.mesh": "(1,1,1)",
 }
+CAPTIONERS = {
+    "data.mixture": "shapes:60,scenes:60",
+    "data.caption_length": "32",
+    "data.vocabulary_size": "600",
+    "model.captioner.width": "24",
+    "model.captioner.heads": "2",
+}
 GOLDEN: dict[str, dict[str, float]] = {
     "quickstart": {
         "balance/lambda": 3.0,
@@ -165,12 +172,21 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "tars": f"configs/tars.py:path={root}/tars/*.tar",
         "forms": "configs/forms.py:form=sim_pixel,size=tiny",
         "intern_image": "configs/quickstart.py:size=60,model=internimage_pico",
+        "captioners": "configs/forms.py:form=coca+locca,size=tiny",
     }
 
 
 @pytest.mark.parametrize(
     "name",
-    ["quickstart", "folder", "tars", "forms", pytest.param("intern_image", marks=pytest.mark.slow)],
+    # the terms of a folder are those of the quickstart, its pipeline that of the tars
+    [
+        "quickstart",
+        pytest.param("folder", marks=pytest.mark.slow),
+        "tars",
+        "forms",
+        pytest.param("intern_image", marks=pytest.mark.slow),
+        pytest.param("captioners", marks=pytest.mark.slow),
+    ],
 )
 def test_one_step(
     name: str, places: dict[str, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
@@ -183,6 +199,8 @@ def test_one_step(
         if name == "forms"
         else toy.INTERN_IMAGE
         if name == "intern_image"
+        else CAPTIONERS
+        if name == "captioners"
         else {}
     )
     configuration.apply_overrides(made, [f"{key}={value}" for key, value in small.items()])

@@ -142,6 +142,31 @@ def test_steps_train_the_maps_and_leave_the_teachers(paths) -> None:
     jax.tree.map(np.testing.assert_array_equal, after, kept)
 
 
+@pytest.mark.slow
+def test_fsdp_is_one_device(paths, monkeypatch) -> None:
+    """Teachers and their maps split over eight devices: the losses of one, in two steps."""
+    monkeypatch.setattr(parallel.sharding, "SMALL", 1)
+    found = []
+    for shape in ((1, 1, 1), (1, 8, 1)):
+        config = settings(
+            paths,
+            objective__forms="mim",
+            model__encoder__drop_path="0",
+            model__encoder__depth=1,
+            optim__warmup_steps=0,
+        )
+        devices = jax.devices()[: int(np.prod(shape))]
+        one = trainer.Trainer(config, parallel.make_mesh(shape, devices), toy.VOCABULARY)
+        state = one.init()
+        for k in range(2):
+            batch = parallel.to_global(one.mesh, toy.batch(config, k))
+            state, metrics = one.step(state, batch)
+        found.append({k: float(v) for k, v in metrics.items() if v.ndim == 0})
+        split = [x.sharding.spec for x in jax.tree.leaves(state.opt["teachers"].params)]
+        assert any(any(spec) for spec in split) == (shape[1] > 1)
+    assert found[1] == pytest.approx(found[0], rel=2e-4, abs=1e-5)
+
+
 def test_a_run_is_a_teacher_of_another_size(tmp_path) -> None:
     """A run with fixed positions and another width: its table is that of its own grid, resized."""
     theirs = toy.settings(model__encoder__width="16", model__encoder__patch_size="4")

@@ -18,6 +18,7 @@ NEEDS = {
     "feature_distillation": {"objective__target_checkpoint": "x"},
     "capi": {"data__mask": "inverse_block", "data__mask_ratio": 0.625},
     "ijepa": {"data__mask": "multi_block", "data__mask_ratio": 0.75},
+    "locca": {"data__regions": True},
 }
 ROWS = [*terms.FORMS, *published_methods.PUBLISHED]
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import schema
 from m3i_jax.models.dense.map_sampling import sample_points
@@ -26,6 +27,8 @@ from m3i_jax.objective.mask_matching import (
     uncertain_points,
 )
 from m3i_jax.parallel.mesh import is_single_device, per_device
+
+_KEPT = ("mask2former_query", "mask2former_points")  # for the backward pass
 
 
 class MaskPoints(NamedTuple):
@@ -217,6 +220,7 @@ def set_losses(
         classes_M,
         MatchWeights(own.class_weight, own.mask_weight, own.dice_weight),
     )
+    query_M = checkpoint_name(query_M, _KEPT[0])
     category, _ = query_class_loss(class_logits_QxK1, query_M, classes_M, own.none_weight)
     matched_Mxhxwx1 = jnp.moveaxis(masks_hxwxQ[..., jnp.maximum(query_M, 0)], -1, 0)[..., None]
     read = lambda points_MxPx2: jax.vmap(sample_points)(matched_Mxhxwx1, points_MxPx2)[..., 0]
@@ -226,6 +230,7 @@ def set_losses(
         points.fresh_MxFx2,
         uncertain_count(settings),
     )
+    chosen_MxPx2 = checkpoint_name(chosen_MxPx2, _KEPT[1])
     entropy, overlap, _ = point_mask_loss(
         read(chosen_MxPx2), truth.each(chosen_MxPx2), classes_M >= 0
     )
@@ -243,7 +248,8 @@ def mask2former_losses(
     `set_losses`; and the queries of the true masks, int32 [S, B, M].
 
     The sets are computed one after the other, and again in the backward pass, so that only one has
-    its points in memory; every device matches its own images.
+    what it read at its points in memory; matches and points themselves are kept, as they take long
+    to find. Every device matches its own images.
 
     Args:
       settings: `mask2former` is read.
@@ -277,4 +283,5 @@ def mask2former_losses(
         return None, (sums_Bx3.sum(0), query_BxM)
 
     random = jnp.arange(sets, dtype=jnp.uint32) if points is None else points
-    return jax.lax.scan(jax.checkpoint(one_set), None, (made, random))[1]
+    keep = jax.checkpoint_policies.save_only_these_names(*_KEPT)
+    return jax.lax.scan(jax.checkpoint(one_set, policy=keep), None, (made, random))[1]
