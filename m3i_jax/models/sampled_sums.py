@@ -29,6 +29,7 @@ from m3i_jax.models.dcnv3_dense import Samples, widen
 
 # Platforms of the kernel for Triton: those of a device, and of a topology that is compiled for.
 _GPUS = ("gpu", "cuda")
+_PART = 4096  # outputs that the plain form of a check computes at a time
 _BAND = 2  # rows of a band and of its windows; more rows: fewer turns, more products with zeros
 
 
@@ -225,15 +226,18 @@ def kernel_is_trusted(
 
 
 def _plain_sum(call: SampledSum, x_BxQxC: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """One group after the other: at 304 x 504 cells of 320 channels, two images' gathers read
-    14 GB of float32 (`dcnv3`, 9 points)."""
-    at, (b, q, c) = call.places.cells_last(*arrays), x_BxQxC.shape
-    groups = at.y.shape[1]
-    x_GxBxQxD = jnp.moveaxis(x_BxQxC.reshape(b, q, groups, c // groups), 2, 0)
-    at_GxBx1xPxO = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0)[:, :, None], at)
-    one = jax.checkpoint(lambda pair: gathered_sum(pair[0], pair[1], call.size))
-    y_GxBxOxD = jax.lax.map(one, (x_GxBxQxD, at_GxBx1xPxO))
-    return jnp.moveaxis(y_GxBxOxD, 0, 2).reshape(b, -1, c)
+    """What the kernel must equal; a part of the outputs at a time, since the cells of a large map
+    that all of them read are gigabytes."""
+    at = call.places.cells_last(*arrays)
+    b, g, p, o = at.y.shape
+    if o <= _PART:
+        return gathered_sum(x_BxQxC, at, call.size)
+    more = ((0, 0), (0, 0), (0, 0), (0, -o % _PART))
+    padded = Samples(*(jnp.pad(a, more) for a in at))  # weights of 0
+    parts = Samples(*(jnp.moveaxis(a.reshape(b, g, p, -1, _PART), 3, 0) for a in padded))
+    one = jax.checkpoint(lambda part: gathered_sum(x_BxQxC, part, call.size))
+    y_NxBxOxC = jax.lax.map(one, parts)
+    return jnp.moveaxis(y_NxBxOxC, 0, 1).reshape(b, -1, x_BxQxC.shape[2])[:, :o]
 
 
 @jax.custom_vjp
