@@ -29,6 +29,7 @@ from m3i_jax.models.dcnv3_dense import Samples, widen
 
 # Platforms of the kernel for Triton: those of a device, and of a topology that is compiled for.
 _GPUS = ("gpu", "cuda")
+_PART = 4096  # outputs that the plain form of a check computes at a time
 _BAND = 2  # rows of a band and of its windows; more rows: fewer turns, more products with zeros
 
 
@@ -106,6 +107,8 @@ def _kernel(
     if dcnv3_tpu.fits(call.size, *like):
         return dcnv3_tpu, {"size": call.size, "interpret": interpret}, samples
     plan = dcnv3_window_plan.plan_windows(call.size, o, call.columns, *like)
+    if plan is None:
+        raise ValueError(f"no kernel holds {groups} groups of {like[1]} channels side by side")
     if call.columns:
         samples = functools.partial(samples, order=plan.by_tile)
     return dcnv3_windows, {"plan": plan, "interpret": interpret}, samples
@@ -223,7 +226,18 @@ def kernel_is_trusted(
 
 
 def _plain_sum(call: SampledSum, x_BxQxC: jax.Array, *arrays: jax.Array) -> jax.Array:
-    return gathered_sum(x_BxQxC, call.places.cells_last(*arrays), call.size)
+    """What the kernel must equal; a part of the outputs at a time, since the cells of a large map
+    that all of them read are gigabytes."""
+    at = call.places.cells_last(*arrays)
+    b, g, p, o = at.y.shape
+    if o <= _PART:
+        return gathered_sum(x_BxQxC, at, call.size)
+    more = ((0, 0), (0, 0), (0, 0), (0, -o % _PART))
+    padded = Samples(*(jnp.pad(a, more) for a in at))  # weights of 0
+    parts = Samples(*(jnp.moveaxis(a.reshape(b, g, p, -1, _PART), 3, 0) for a in padded))
+    one = jax.checkpoint(lambda part: gathered_sum(x_BxQxC, part, call.size))
+    y_NxBxOxC = jax.lax.map(one, parts)
+    return jnp.moveaxis(y_NxBxOxC, 0, 1).reshape(b, -1, x_BxQxC.shape[2])[:, :o]
 
 
 @jax.custom_vjp
