@@ -6,7 +6,8 @@ runs of `tests/bench/tables`.
 
 All methods share encoder, views, optimizer and pooling. From a named method's published settings,
 only those that belong to its objective are used (masks, norms, decoder input), but not sizes, rates
-and augmentation of a run of weeks.
+and augmentation of a run of weeks. Evaluation reads the feature that the objective trains: the
+pooling, the cls token (DINO and its successors), or the mean of the patch tokens.
 """
 
 from ml_collections import ConfigDict

@@ -159,6 +159,31 @@ def parser() -> Parser:
         "--format", default="", metavar="NAME", help="export: timm, hf, stablehlo, npz or orbax"
     )
     parser.add_argument("--out", default="", metavar="FILE", help="features: the npz file to write")
+    parser.add_argument(
+        "--shard",
+        default="",
+        metavar="I/N",
+        help="convert: write share I of N, from 0; /N: the I of a Slurm array or an indexed Job",
+    )
+    parser.add_argument(
+        "--size",
+        default="",
+        metavar="PIXELS",
+        help="convert: scale larger images down to this shorter side",
+    )
+    parser.add_argument(
+        "--quality",
+        default="",
+        metavar="Q",
+        help="convert: encode every image again, as a JPEG of this quality (with --size alone: 90,"
+        " and images that are small enough keep their bytes)",
+    )
+    parser.add_argument(
+        "--engine",
+        default="",
+        metavar="NAME",
+        help="curate: local (processes of this machine) or ray (a cluster)",
+    )
     parser.add_argument("--version", action="version", version=f"m3i_jax {__version__}")
     return parser
 
@@ -239,7 +264,7 @@ def _run(arguments: Sequence[str], began: float) -> int:
     mode = MODES[flags.mode]
     foreign = {name for other in MODES.values() for name in other.flags} - set(mode.flags)
     for name in sorted(foreign) + (
-        [] if mode.together else ["coordinator", "processes", "process_id"]
+        [] if mode.together or mode.shares else ["coordinator", "processes", "process_id"]
     ):
         if getattr(flags, name):
             raise UserError(f"--{name.replace('_', '-')}: does not belong to --mode={flags.mode}")
@@ -267,6 +292,8 @@ def _run(arguments: Sequence[str], began: float) -> int:
     options = {name: getattr(flags, name) for name in mode.flags} | (
         {"began": began} if mode.timed else {}
     )
+    if mode.shares:
+        options["hosts"] = (flags.coordinator, flags.processes, flags.process_id)
     error_guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if mode.together:
         from m3i_jax.parallel import distributed, heartbeat

@@ -369,30 +369,19 @@ def test_sigterm_saves_and_exits_42(unbroken: pathlib.Path, tmp_path: pathlib.Pa
     assert logged == expected
 
 
-def test_changed_configuration_does_not_resume(unbroken: pathlib.Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(ROOT)
-    code = command.main(
-        [*QUICK, "--workdir", str(unbroken), "--config.train.steps=12", "--config.seed=7"]
+def test_changed_configuration_does_not_resume(unbroken: pathlib.Path) -> None:
+    code, _, err = finish(
+        *QUICK, "--workdir", str(unbroken), "--config.train.steps=12", "--config.seed=7"
     )
-    _, err = capsys.readouterr()
     assert code == 2 and "seed: 0 -> 7" in err and "--allow-changes" in err and err.count("\n") == 1
 
 
 @pytest.mark.row("D8")
-def test_finished_run_is_reported(unbroken: pathlib.Path, monkeypatch, capsys) -> None:
-    """On more devices than it was trained on."""
-    monkeypatch.chdir(ROOT)
+def test_finished_run_is_reported(unbroken: pathlib.Path) -> None:
     before = lines(unbroken)
-    code = command.main(
-        [
-            *QUICK,
-            "--workdir",
-            str(unbroken),
-            "--config.train.steps=12",
-            "--config.train.save_every=4",
-        ]
+    code, out, err = finish(
+        *QUICK, "--workdir", str(unbroken), "--config.train.steps=12", "--config.train.save_every=4"
     )
-    out, err = capsys.readouterr()
     assert code == 0 and "done" in out, err
     assert lines(unbroken) == before
 

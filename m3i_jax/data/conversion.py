@@ -1,22 +1,26 @@
-"""Converts any source to ArrayRecord shards, in parallel and resumably.
+"""Converts any source to ArrayRecord shards, in parallel, on any number of hosts, and resumably.
 
-A complete shard is renamed into place, so a resumed conversion makes only the missing ones. Every
-record keeps its original bytes and its index, also a bad one: it is counted and replaced when it is
-read, by rules that may improve.
+A shard is a pure function of (source, number of the shard, re-encoding). A complete one is renamed
+into place, so a resumed conversion makes only the missing ones, and hosts need not communicate.
+Every record keeps its index, and its original bytes unless it is encoded again, also a bad one: it
+is counted and replaced when it is read, by rules that may improve.
 
 The worker processes import this module, so it imports little."""
 
 import concurrent.futures
 import concurrent.futures.process
+import dataclasses
 import json
 import math
 import multiprocessing
 import os
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 from m3i_jax import interrupts
+from m3i_jax.data.reencode import UNCHANGED, Reencoding
 from m3i_jax.data.sources import array_record, base
 from m3i_jax.data.sources.base import DataSource, Record
 from m3i_jax.errors import UserError
@@ -57,7 +61,7 @@ def shard_rows(records: int, shard: int, shards: int) -> range:
     return range(shard * records // shards, (shard + 1) * records // shards)
 
 
-def check_plan(source: DataSource, directory: str) -> int:
+def check_plan(source: DataSource, directory: str, reencoding: Reencoding = UNCHANGED) -> int:
     """Writes the plan of a conversion, or checks that a plan in the directory is the same.
 
     Returns:
@@ -78,7 +82,10 @@ def check_plan(source: DataSource, directory: str) -> int:
         "records": len(source),
         "shards": shards,
         "classes": list(source.classes),
+        **({"encoding": reencoding.plan()} if reencoding else {}),
     }
+    # before the plan is looked for: another host writes it before its first shard
+    names = sorted(os.listdir(directory))
     if os.path.exists(path):
         try:
             with open(path, encoding="utf-8") as file:
@@ -88,6 +95,13 @@ def check_plan(source: DataSource, directory: str) -> int:
                 f"--workdir: {path!r} cannot be read ({error}): remove the directory, or choose"
                 " another one"
             ) from error
+        if isinstance(old_plan, dict) and (old := old_plan.get("encoding")) != plan.get("encoding"):
+            raise UserError(
+                f"--workdir {directory}: images there are encoded with {old or 'their own bytes'},"
+                f" here with {plan.get('encoding') or 'their own bytes'}: give the same --size and"
+                " --quality, with the same version of Pillow on all hosts, or choose another"
+                " directory"
+            )
         if old_plan != plan:
             raise UserError(
                 f"--workdir {directory}: another source, or another state of it, is converted there"
@@ -96,9 +110,7 @@ def check_plan(source: DataSource, directory: str) -> int:
             )
     else:
         foreign = [
-            name
-            for name in sorted(os.listdir(directory))
-            if array_record.ENDING in name or name == array_record.INDEX
+            name for name in names if array_record.ENDING in name or name == array_record.INDEX
         ]
         if foreign:
             raise UserError(
@@ -109,12 +121,29 @@ def check_plan(source: DataSource, directory: str) -> int:
     return shards
 
 
-def missing_shards(records: int, directory: str, shards: int) -> list[int]:
-    """Returns the shards that are missing or incomplete; removes the partial files of a killed
-    process."""
+def writer_name(share: tuple[int, int]) -> str:
+    """Returns the name in the partial files of a host.
+
+    >>> writer_name((3, 16))
+    'host-00003-of-00016'
+    """
+    return f"host-{share[0]:05d}-of-{share[1]:05d}"
+
+
+def remove_partial(directory: str, share: tuple[int, int]) -> None:
+    """Removes the partial files of a killed process of this share, and no others: those of other
+    hosts may be in use. A single host also removes those of earlier versions, which name no
+    host."""
+    own = rf"{NAME}-\d+-of-\d+\{array_record.ENDING}\.{writer_name(share)}\..*"
+    if share[1] == 1:
+        own += rf"|{NAME}-\d+-of-\d+\{array_record.ENDING}(\.npz)?\.\d+\.part"
     for name in os.listdir(directory):
-        if name.startswith(f"{NAME}-") and name.endswith(".part"):
+        if re.fullmatch(own, name):
             os.unlink(os.path.join(directory, name))
+
+
+def missing_shards(records: int, directory: str, shards: int) -> list[int]:
+    """Returns the shards that are missing or incomplete."""
     return [
         shard
         for shard in range(shards)
@@ -124,7 +153,14 @@ def missing_shards(records: int, directory: str, shards: int) -> list[int]:
 
 
 def convert(
-    source: DataSource, directory: str, todo: list[int], shards: int, *, processes: int
+    source: DataSource,
+    directory: str,
+    todo: list[int],
+    shards: int,
+    *,
+    processes: int,
+    reencoding: Reencoding = UNCHANGED,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[int]:
     """Writes the shards `todo`, in any order; yields the number of records of each.
 
@@ -134,19 +170,22 @@ def convert(
         todo: numbers of shards.
         shards: number of all shards.
         processes: number of processes; 1 for this process alone.
+        reencoding: of the images.
+        share: (number, count) of this host, for the names of partial files.
 
     Raises:
         UserError: the source cannot be read, the directory cannot be written, or a process died.
     """
+    make = _ShardWriter(source, directory, shards, reencoding, writer_name(share))
     if processes == 1 or len(todo) < 2:
         for shard in todo:
-            yield _write(source, directory, shard, shards)
+            yield make(shard)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
         min(processes, len(todo)),
         multiprocessing.get_context("spawn"),
         _begin_worker,
-        (source, directory, shards),
+        (make,),
     )
     try:
         with interrupts.block_interrupts():  # the processes are started here
@@ -162,12 +201,27 @@ def convert(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_worker(source: DataSource, directory: str, shards: int) -> None:
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _STATE.update(source=source, directory=directory, shards=shards)
+def check_conversion(directory: str, records: int, shards: int) -> None:
+    """Checks all shards of a conversion before they are indexed.
+
+    Raises:
+        UserError: a file does not hold the records that its small file lists.
+    """
+    for shard in range(shards):
+        path = shard_path(directory, shard, shards)
+        if not array_record.check_shard(path, len(shard_rows(records, shard, shards))):
+            raise UserError(
+                f"{path!r} does not hold the records of its .npz file: remove it and run the same"
+                " command again"
+            )
 
 
-def _exit_with_parent() -> None:
+def _begin_worker(make: "_ShardWriter") -> None:
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    _STATE.update(make=make)
+
+
+def exit_with_parent() -> None:
     """Ends a worker whose parent was killed; it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -176,22 +230,33 @@ def _exit_with_parent() -> None:
 
 
 def _write_in_worker(shard: int) -> int:
-    return _write(_STATE["source"], _STATE["directory"], shard, _STATE["shards"])
+    return _STATE["make"](shard)
 
 
-def _write(source: DataSource, directory: str, shard: int, shards: int) -> int:
-    try:
-        return array_record.write_shard(
-            shard_path(directory, shard, shards),
-            _records(source, shard_rows(len(source), shard, shards)),
-        )
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {directory}: {error.strerror or error}; make room and run the same"
-            " command again"
-        ) from error
+@dataclasses.dataclass(frozen=True)
+class _ShardWriter:
+    """Writes one shard of a conversion; pickled to the processes."""
 
+    source: DataSource
+    directory: str
+    shards: int
+    reencoding: Reencoding
+    name: str
 
-def _records(source: DataSource, rows: range) -> Iterator[Record]:
-    for start in range(0, len(rows), _READ_SIZE):
-        yield from base.read_items(source, list(rows[start : start + _READ_SIZE]))
+    def __call__(self, shard: int) -> int:
+        rows = shard_rows(len(self.source), shard, self.shards)
+        path = shard_path(self.directory, shard, self.shards)
+        try:
+            return array_record.write_shard(
+                path, self._records(rows), writer_name=f"{self.name}.{os.getpid()}"
+            )
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.directory}: {error.strerror or error}; make room and run"
+                " the same command again"
+            ) from error
+
+    def _records(self, rows: range) -> Iterator[Record]:
+        for start in range(0, len(rows), _READ_SIZE):
+            records = base.read_items(self.source, list(rows[start : start + _READ_SIZE]))
+            yield from map(self.reencoding, records) if self.reencoding else records

@@ -172,8 +172,9 @@ def bucket_placement(
 
     >>> bucket_placement([0.9] * WIDTH, 480, 640, schema.Geometry(), (800, 1344))
     Placement(source=(480, 640), height=800, width=1067, top=0, left=0, rows=800, columns=1067, ...
-    >>> bucket_placement([0.4] * WIDTH, 480, 640, schema.Geometry(crop_p=0.5), (800, 1344))
-    Placement(source=(480, 640), height=930, width=1241, top=52, left=147, rows=800, columns=874, ...
+    >>> place = bucket_placement([0.4] * WIDTH, 480, 640, schema.Geometry(crop_p=0.5), (800, 1344))
+    >>> place.height, place.width, place.top, place.left, place.rows, place.columns
+    (930, 1241, 52, 147, 800, 874)
     """
     sides, window, corner = (height, width), (height, width), (0, 0)
     if u[0] < geometry.crop_p:

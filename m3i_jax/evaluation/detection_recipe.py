@@ -128,12 +128,17 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
             "shared_heads": False,
             "projection_bias": False,
             "box_noise": 1.0,
-            "denoising": 1000,
+            "denoising": 1000 if _is_large(config) else 100,
         }  # [R]
     )
-    config.optim.layer_decay = 0.9  # [R], InternImage-T and L; H: 0.94
+    config.optim.layer_decay = 0.94 if _is_large(config) else 0.9  # [R]
     config.optim.decayed = "ranks"  # [R]
     config.optim.warmup_steps = min(500, config.train.steps)  # [R]
+
+
+def _is_large(config: ml_collections.ConfigDict) -> bool:
+    """Whether the encoder is an InternImage-H, whose published settings differ."""
+    return bool(config.model.intern_image.width >= 320)
 
 
 def _mask2former(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
@@ -173,7 +178,7 @@ LARGE_BUCKETS = (
 def _resize_to_buckets(config: ml_collections.ConfigDict) -> None:
     """Images of several static sizes, windows of half of them but for InternImage-H, and evaluation
     with the published limits of both sides."""
-    large = config.model.intern_image.width >= 320  # InternImage-H
+    large = _is_large(config)
     config.dense.geometry.update(
         {
             "rule": "buckets",

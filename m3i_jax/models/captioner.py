@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel, schema
 from m3i_jax.models import attention_tpu
-from m3i_jax.models.attention import attend, attend_columns, from_heads, to_heads
+from m3i_jax.models.attention import attend, attend_columns, from_heads, kernel_call, to_heads
 from m3i_jax.models.attention_tpu import MASKED_LOGIT
 from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, LayerNorm, Params, gelu_tanh, layer_norm
@@ -90,8 +90,10 @@ class CaptionBlock(nn.Module):
         (rows, steps, width), patches = query_RxLxW.shape, key_value_RxNx2W.shape[1]
         dtype = jnp.dtype(self.dtype)
         fits = attention_tpu.fits(steps, patches, self.heads, width // self.heads, dtype)
-        if fits and parallel.kernels(rows):
-            return attend_columns(self.heads, (query_RxLxW, key_value_RxNx2W), None)
+        arrays = query_RxLxW, key_value_RxNx2W
+        possible = fits and parallel.kernels(rows)
+        if possible and parallel.trusted(kernel_call(self.heads, arrays, None)):
+            return attend_columns(self.heads, arrays, None)
         (q,), (k, v) = (
             to_heads(query_RxLxW, 1, self.heads),
             to_heads(key_value_RxNx2W, 2, self.heads),

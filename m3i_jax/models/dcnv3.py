@@ -4,7 +4,8 @@ Every output pixel of every group samples its group's channels bilinearly at P p
 network chooses, and adds them with softmax weights. There are four exact forms:
 
 dense    products with the matrix of bilinear weights, for whole maps or bands (`dcnv3_dense`)
-kernel   the same without that matrix in HBM, for TPUs (`dcnv3_tpu`)
+kernel   the same without that matrix in HBM, for TPUs (`dcnv3_tpu`; `dcnv3_windows` for maps that
+         VMEM cannot hold)
 fused    a loop that reads the four cells around each sample where it adds them, for CPUs
          (`dcnv3_cpu`)
 gather   one gather of those cells, packed side by side (as Scenic's deformable attention), which
@@ -16,6 +17,7 @@ weights are float32 for every precision of the input. The caller applies the sof
 B batch, H W input size, I J output size, C channels, G groups, D = C / G, P points, O = I J.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -119,14 +121,22 @@ class _Displaced(NamedTuple):
         y, x = offset[..., 1].astype(dtype), offset[..., 0].astype(dtype)
         return Samples(self.scale * y + rest_y, self.scale * x + rest_x, mask.astype(dtype))
 
-    def cells_last(self, offset: jax.Array, mask: jax.Array) -> Samples:
+    def cells_last(
+        self, offset: jax.Array, mask: jax.Array, order: Callable[[Any], Any] | None = None
+    ) -> Samples:
         """Coordinates and weights [B, G, P, O]: output cells last, where they fill vector
-        registers."""
+        registers. With `order`, a function of arrays [B, O, ...], in that order."""
         dtype = widen(offset.dtype)
-        b, o, g, p, _ = offset.shape
         rest_y, rest_x = (rest.T for rest in self._rest_positions(dtype))
-        moved = jnp.transpose(offset, (0, 2, 4, 3, 1)).astype(dtype)
-        weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o).astype(dtype)
+        if order:
+            rest_y, rest_x = (order(rest.T[None])[0].T for rest in (rest_y, rest_x))
+            offset, mask = order(offset), order(mask)
+        b, o, g, p, _ = offset.shape
+        moved = jnp.transpose(offset, (0, 2, 4, 3, 1))
+        weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o)
+        if order:  # else XLA reorders what it has widened, twice the bytes
+            moved, weight = jax.lax.optimization_barrier((moved, weight))
+        moved, weight = moved.astype(dtype), weight.astype(dtype)
         return Samples(
             self.scale * moved[:, :, 1] + rest_y, self.scale * moved[:, :, 0] + rest_x, weight
         )
@@ -206,7 +216,7 @@ def dcnv3(
         grid=tuple(map(tuple, grid.tolist())),
     )
     x_BxQxC, size = x_BxHxWxC.reshape(b, -1, c), (height, width)
-    call = SampledSum((("default", method),), size, out[0], places)
+    call = SampledSum((("default", method),), size, out[0], places, out[1])
     if method == "auto":
         use_kernel = kernel_fits(
             x_BxQxC, size, groups, len(grid), offset.shape[1]

@@ -107,7 +107,12 @@ def _windows(y_PxO: jax.Array, shape: _Shape) -> tuple[jax.Array, jax.Array]:
     return low, high + 1
 
 
-def _product(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> jax.Array:
+def wide_product(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> jax.Array:
+    """Product over these axes of two matrices, in the type, with sums in float32.
+
+    >>> wide_product(jnp.ones((2, 3)), jnp.ones((3, 1)), (1, 0), jnp.float32).ravel().tolist()
+    [3.0, 3.0]
+    """
     precision = None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     dims = ((over[0],), (over[1],)), ((), ())
     return jax.lax.dot_general(
@@ -168,10 +173,14 @@ def _read(map_: Any, v: Any, window: jax.Array, shape: _Shape) -> jax.Array:
     return map_[cells] if shape.padded else v[0, cells]
 
 
-def _group_lanes(lanes: int, g: jax.Array, shape: _Shape) -> jax.Array:
-    """Mask of the group's lanes, [1, lanes]."""
+def group_lanes(lanes: int, g: jax.Array, depth: int) -> jax.Array:
+    """Mask of the group's lanes, [1, lanes].
+
+    >>> group_lanes(6, 1, 2).astype(int).tolist()
+    [[0, 0, 1, 1, 0, 0]]
+    """
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
-    return (lane >= g * shape.depth) & (lane < (g + 1) * shape.depth)
+    return (lane >= g * depth) & (lane < (g + 1) * depth)
 
 
 def _forward_kernel(
@@ -188,10 +197,12 @@ def _forward_kernel(
 
         def add(window: jax.Array, total_OxC: jax.Array) -> jax.Array:
             _fill_matrix(matrix, _distances(y_PxO, window, shape), hats, shape)
-            return total_OxC + _product(matrix[...], _read(map_, v, window, shape), (0, 0), v.dtype)
+            return total_OxC + wide_product(
+                matrix[...], _read(map_, v, window, shape), (0, 0), v.dtype
+            )
 
         sums_OxC = jax.lax.fori_loop(*_windows(y_PxO, shape), add, jnp.zeros_like(out_OxC))
-        return jnp.where(_group_lanes(out_OxC.shape[1], g, shape), sums_OxC, out_OxC)
+        return jnp.where(group_lanes(out_OxC.shape[1], g, shape.depth), sums_OxC, out_OxC)
 
     out[0] = jax.lax.fori_loop(0, y.shape[1], group, jnp.zeros(out.shape[1:], jnp.float32)).astype(
         out.dtype
@@ -214,7 +225,9 @@ def _backward_kernel(
     def group(g: jax.Array, _: None) -> None:
         y_PxO, x_PxO, m_PxO = y[0, g], x[0, g], m[0, g]
         # the other lanes are zeros, which add nothing to a sum over channels
-        grad_OxC = jnp.where(_group_lanes(grad.shape[2], g, shape), grad[0].astype(jnp.float32), 0)
+        grad_OxC = jnp.where(
+            group_lanes(grad.shape[2], g, shape.depth), grad[0].astype(jnp.float32), 0
+        )
         for p in points:
             hats[p] = m_PxO[p : p + 1] * _by_column(hat, x_PxO[p : p + 1], shape)
         by_hat[...], by_slope[...] = jnp.zeros_like(by_hat), jnp.zeros_like(by_slope)
@@ -222,9 +235,9 @@ def _backward_kernel(
         def add(window: jax.Array, _: None) -> None:
             cells, away = _window_slice(window, shape), _distances(y_PxO, window, shape)
             _fill_matrix(matrix, away, hats, shape)
-            dmap[cells] += _product(matrix[...], grad_OxC, (1, 0), v.dtype)
+            dmap[cells] += wide_product(matrix[...], grad_OxC, (1, 0), v.dtype)
             # from here on `matrix` is the gradient of the matrix
-            matrix[...] = _product(_read(map_, v, window, shape), grad_OxC, (1, 1), v.dtype)
+            matrix[...] = wide_product(_read(map_, v, window, shape), grad_OxC, (1, 1), v.dtype)
             near, steep = [hat(t) for t in away], [slope(t) for t in away]
             for p in points:
                 some = [matrix[_row(r, shape)] for r in range(shape.rows)]
@@ -326,7 +339,7 @@ def _tiles(at: Samples) -> list[jax.Array]:
     return [_pad_outputs(at.y, 3, "edge"), _pad_outputs(at.x, 3, "edge"), _pad_outputs(at.m, 3)]
 
 
-def _like(shape: tuple[int, ...], dtype: Any, rows: jax.Array) -> jax.ShapeDtypeStruct:
+def like_rows(shape: tuple[int, ...], dtype: Any, rows: jax.Array) -> jax.ShapeDtypeStruct:
     """A result that varies over the devices of a mesh as these rows do."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(rows).manual_axis_type)
 
@@ -348,7 +361,7 @@ def forward(
     4.0
     """
     (b, _, c), samples = x_BxQxC.shape, _tiles(at)
-    like = {"outputs": [_like((b, samples[0].shape[3], c), x_BxQxC.dtype, x_BxQxC)]}
+    like = {"outputs": [like_rows((b, samples[0].shape[3], c), x_BxQxC.dtype, x_BxQxC)]}
     shape = _shape(size, c // at.y.shape[1])
     (out,) = _run(
         _forward_kernel,
@@ -384,8 +397,8 @@ def backward(
     """
     samples, outputs = _tiles(at), [_pad_outputs(grad_BxOxC, 1)]
     like = {
-        "map": [_like(x_BxQxC.shape, x_BxQxC.dtype, x_BxQxC)],
-        "samples": [_like(a.shape, jnp.float32, x_BxQxC) for a in samples],
+        "map": [like_rows(x_BxQxC.shape, x_BxQxC.dtype, x_BxQxC)],
+        "samples": [like_rows(a.shape, jnp.float32, x_BxQxC) for a in samples],
     }
     shape = _shape(size, x_BxQxC.shape[2] // at.y.shape[1])
     dx, *parts = _run(

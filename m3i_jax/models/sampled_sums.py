@@ -17,11 +17,19 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import parallel
-from m3i_jax.models import dcnv3_cpu, dcnv3_dense, dcnv3_gpu, dcnv3_tpu
+from m3i_jax.models import (
+    dcnv3_cpu,
+    dcnv3_dense,
+    dcnv3_gpu,
+    dcnv3_tpu,
+    dcnv3_window_plan,
+    dcnv3_windows,
+)
 from m3i_jax.models.dcnv3_dense import Samples, widen
 
 # Platforms of the kernel for Triton: those of a device, and of a topology that is compiled for.
 _GPUS = ("gpu", "cuda")
+_PART = 4096  # outputs that the plain form of a check computes at a time
 _BAND = 2  # rows of a band and of its windows; more rows: fewer turns, more products with zeros
 
 
@@ -32,7 +40,8 @@ class Places(Protocol):
         """Coordinates in pixels and weights, [B, O, G, P]."""
 
     def cells_last(self, *args: Any, **kwargs: Any) -> Samples:
-        """The same, [B, G, P, O]."""
+        """The same, [B, G, P, O]; with `order`, in the order that it gives to arrays [B, O, ...].
+        Only the places of calls with columns get one."""
 
 
 class SampledSum(NamedTuple):
@@ -42,13 +51,15 @@ class SampledSum(NamedTuple):
       methods: (platform, method) pairs; the method of a platform without one is that of default.
       size: rows and columns of the map.
       out_rows: rows of the output, for bands; outputs that do not fill whole rows are padded.
-      places: makes places and weights of the other arrays.
+      places: makes places and weights of the other arrays, [B, O, G, P, ...].
+      columns: of the output where it is a map and neighbours sample neighbours; else 0.
     """
 
     methods: tuple[tuple[str, str], ...]
     size: tuple[int, int]
     out_rows: int
     places: Places
+    columns: int = 0
 
 
 def _cells_last(x_BxOxC: jax.Array, groups: int) -> jax.Array:
@@ -82,20 +93,34 @@ def _by_platform(form: Callable[..., Any], call: SampledSum, *arrays: jax.Array)
         )
 
 
-def _kernel() -> tuple[Any, bool]:
-    """The module of the platform's kernel, and whether it is interpreted."""
+def _kernel(
+    call: SampledSum, x_BxQxC: jax.Array, array_BxOxGxPxN: jax.Array
+) -> tuple[Any, dict[str, Any], Callable[..., Samples]]:
+    """The module of the platform's kernel, its settings, and the function that makes its samples of
+    the arrays."""
+    _, o, groups, points = array_BxOxGxPxN.shape[:4]
+    like = groups, x_BxQxC.shape[2] // groups, points, x_BxQxC.dtype
+    samples = call.places.cells_last
     if parallel.platform() in _GPUS:
-        return dcnv3_gpu, False
-    return dcnv3_tpu, parallel.platform() != "tpu"
+        return dcnv3_gpu, {"size": call.size, "interpret": False}, samples
+    interpret = parallel.platform() != "tpu"
+    if dcnv3_tpu.fits(call.size, *like):
+        return dcnv3_tpu, {"size": call.size, "interpret": interpret}, samples
+    plan = dcnv3_window_plan.plan_windows(call.size, o, call.columns, *like)
+    if plan is None:
+        raise ValueError(f"no kernel holds {groups} groups of {like[1]} channels side by side")
+    if call.columns:
+        samples = functools.partial(samples, order=plan.by_tile)
+    return dcnv3_windows, {"plan": plan, "interpret": interpret}, samples
 
 
 def _value(call: SampledSum, method: str, x_BxQxC: jax.Array, *arrays: jax.Array) -> jax.Array:
     if method == "fused":
         return dcnv3_cpu.forward(x_BxQxC, call.places.channels_last(*arrays), call.size)
     if method == "kernel":
-        module, interpret = _kernel()
-        run = functools.partial(module.forward, size=call.size, interpret=interpret)
-        return parallel.per_device(run, x_BxQxC, call.places.cells_last(*arrays))
+        module, settings, samples = _kernel(call, x_BxQxC, arrays[0])
+        run = functools.partial(module.forward, **settings)
+        return parallel.per_device(run, x_BxQxC, samples(*arrays))
     # Without the barrier the compiler would transpose the coordinates again for every entry of the
     # matrix.
     at = jax.lax.optimization_barrier(call.places.cells_last(*arrays))
@@ -116,6 +141,12 @@ def _gradients(
     *rest: jax.Array,
 ) -> tuple:
     *arrays, grad_BxOxC = rest
+    if method == "kernel":
+        module, settings, samples = _kernel(call, x_BxQxC, arrays[0])
+        at, pull = jax.vjp(samples, *arrays)
+        run = functools.partial(module.backward, **settings)
+        dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
+        return (dx, *pull(dat))
     at, pull = jax.vjp(
         call.places.channels_last if method == "fused" else call.places.cells_last, *arrays
     )
@@ -131,11 +162,6 @@ def _gradients(
         )
         return (dx, *pull(dat))
     groups, rows = at.y.shape[1], _BAND if method == "band" else 0
-    if method == "kernel":
-        module, interpret = _kernel()
-        run = functools.partial(module.backward, size=call.size, interpret=interpret)
-        dx, dat = parallel.per_device(run, x_BxQxC, at, grad_BxOxC)
-        return (dx, *pull(dat))
     at = jax.lax.optimization_barrier(at)
     if method == "gather":
         dx, dat = jax.vjp(lambda x, at: gathered_sum(x, at, call.size), x_BxQxC, at)[1](grad_BxOxC)
@@ -175,7 +201,8 @@ def kernel_fits(
     """Whether the platform has a kernel for a sum, and it supports the shapes."""
     b, _, c = x_BxQxC.shape
     if parallel.kernels(b):
-        return dcnv3_tpu.fits(size, groups, c // groups, points, x_BxQxC.dtype)
+        like = groups, c // groups, points, x_BxQxC.dtype
+        return dcnv3_tpu.fits(size, *like) or dcnv3_window_plan.supports(*like)
     rows = parallel.rows_of_device(b)
     return parallel.kernels(b, _GPUS) and dcnv3_gpu.fits(
         size, c, groups * points, outputs, rows, x_BxQxC.dtype
@@ -199,7 +226,18 @@ def kernel_is_trusted(
 
 
 def _plain_sum(call: SampledSum, x_BxQxC: jax.Array, *arrays: jax.Array) -> jax.Array:
-    return gathered_sum(x_BxQxC, call.places.cells_last(*arrays), call.size)
+    """What the kernel must equal; a part of the outputs at a time, since the cells of a large map
+    that all of them read are gigabytes."""
+    at = call.places.cells_last(*arrays)
+    b, g, p, o = at.y.shape
+    if o <= _PART:
+        return gathered_sum(x_BxQxC, at, call.size)
+    more = ((0, 0), (0, 0), (0, 0), (0, -o % _PART))
+    padded = Samples(*(jnp.pad(a, more) for a in at))  # weights of 0
+    parts = Samples(*(jnp.moveaxis(a.reshape(b, g, p, -1, _PART), 3, 0) for a in padded))
+    one = jax.checkpoint(lambda part: gathered_sum(x_BxQxC, part, call.size))
+    y_NxBxOxC = jax.lax.map(one, parts)
+    return jnp.moveaxis(y_NxBxOxC, 0, 1).reshape(b, -1, x_BxQxC.shape[2])[:, :o]
 
 
 @jax.custom_vjp

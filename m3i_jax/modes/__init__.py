@@ -19,6 +19,8 @@ class Mode(NamedTuple):
       of_run: uses the settings of the run in WORKDIR and needs no --config.
       settings: accepts settings.
       together: runs on all hosts; the others run on one.
+      shares: several processes may run it, each its share, without communication; its `run` takes
+        `hosts`, the flags --coordinator, --processes and --process-id.
       timed: its `run` takes `began`, the start time of the process.
       compiles: keeps compiled programs for the next start.
       reads: prefixes of the settings that it reads; (): all.
@@ -29,6 +31,7 @@ class Mode(NamedTuple):
     of_run: bool = False
     settings: bool = True
     together: bool = False
+    shares: bool = False
     timed: bool = False
     compiles: bool = False
     reads: tuple[str, ...] = ()
@@ -46,7 +49,7 @@ _DATA = tuple(
     f"data.{name}"
     for name in (
         "source", "path", "directory", "mixture", "class_space", "class_names", "annotations",
-        "split", "holdout_split", "size", "holdout", "background", "threads", "missing",
+        "keep", "split", "holdout_split", "size", "holdout", "background", "threads", "missing",
     )
 )  # fmt: skip
 _EVALUATION = ("image_size", "classes", "captions", "caption_length", "augment.mean", "augment.std")
@@ -153,7 +156,15 @@ MODES = {
     ),
     "convert": Mode(
         "write all records of the source as ArrayRecord shards to WORKDIR; the same command"
-        " resumes it"
+        " resumes it; on several hosts each writes its share (--shard)",
+        flags=("shard", "size", "quality"),
+        shares=True,
+    ),
+    "curate": Mode(
+        "write a keep-list without bad records, copies, crops and images of evaluation sets:"
+        " WORKDIR/keep.parquet, and the page WORKDIR/curate.html of what is left out and why",
+        flags=("engine",),
+        reads=("data.", "curate.", "report.private"),
     ),
 }
 

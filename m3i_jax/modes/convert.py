@@ -1,38 +1,69 @@
 """--mode=convert: write all records of a source as ArrayRecord shards to WORKDIR. The same command
-resumes an interrupted conversion."""
+resumes an interrupted conversion.
 
+On several hosts each writes every n-th shard (--shard=i/n). They share the directory and do not
+communicate; the one that finds all shards complete checks them and writes the index."""
+
+import contextlib
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 
 from m3i_jax import interrupts, schema
-from m3i_jax.data import conversion, splits
+from m3i_jax.data import conversion, reencode, splits
 from m3i_jax.data.sources import array_record
+from m3i_jax.modes import host_share
 from m3i_jax.modes import setup as jobs
 from m3i_jax.reporting import text_table
 
 PREEMPTED = 42
 
 
-def run(config: schema.Config, *, workdir: str) -> int:
+def run(
+    config: schema.Config,
+    *,
+    workdir: str,
+    shard: str = "",
+    size: str = "",
+    quality: str = "",
+    hosts: tuple[str, str, str] = ("", "", ""),
+) -> int:
     directory = pathlib.Path(workdir)
+    share = host_share.detect_share(shard, *hosts, environ=os.environ)
+    reencoding = reencode.parse_reencoding(size, quality, config.data.background)
     jobs.make_workdir(directory)
-    with jobs.lock_workdir(directory):
+    own = (share.number, share.count)
+    with _lock(directory, share):
         source = splits.open_source(config.data, cache=str(directory / "index"))
         print(source.description())
-        shards = conversion.check_plan(source, str(directory))
-        todo = conversion.missing_shards(len(source), str(directory), shards)
-        if len(todo) < shards:
-            print(f"{shards - len(todo):,} of {shards:,} shards are already complete")
+        if getattr(source, "record_weights", None) is not None:
+            print("shards hold no weights: train on them with the same data.keep")
+        shards = conversion.check_plan(source, str(directory), reencoding)
+        conversion.remove_partial(str(directory), own)
+        missing = conversion.missing_shards(len(source), str(directory), shards)
+        todo = [number for number in missing if share.has(number)]
+        held = sum(map(share.has, range(shards)))
+        if share.count > 1:
+            print(f"share {share} ({share.source}): {held:,} of {shards:,} shards")
+        if len(todo) < held:
+            print(f"{held - len(todo):,} of {held:,} shards are already complete")
         progress = Progress(
-            sum(len(conversion.shard_rows(len(source), shard, shards)) for shard in todo), len(todo)
+            sum(len(conversion.shard_rows(len(source), number, shards)) for number in todo),
+            len(todo),
         )
         processes = config.data.workers or len(os.sched_getaffinity(0))
         try:
             with interrupts.raise_interrupts():
                 for count in conversion.convert(
-                    source, str(directory), todo, shards, processes=processes
+                    source,
+                    str(directory),
+                    todo,
+                    shards,
+                    processes=processes,
+                    reencoding=reencoding,
+                    share=own,
                 ):
                     progress(count)
         except KeyboardInterrupt:
@@ -43,15 +74,33 @@ def run(config: schema.Config, *, workdir: str) -> int:
                 file=sys.stderr,
             )
             return PREEMPTED
+        if missing := conversion.missing_shards(len(source), str(directory), shards):
+            print(
+                f"share {share} is complete; {len(missing):,} of {shards:,} shards are still to be"
+                " written by other shares, of which the last one writes the index"
+            )
+            return 0
+        conversion.check_conversion(str(directory), len(source), shards)
         count = array_record.write_shard_index(
             str(directory), classes=source.classes, name=source.name
         )
-    size = sum(file.stat().st_size for file in directory.glob(f"*{array_record.ENDING}"))
+    total = sum(file.stat().st_size for file in directory.glob(f"*{array_record.ENDING}"))
     print(
-        f"{count:,} records in {shards:,} shards, {text_table.format_bytes(size)}, in {directory};"
+        f"{count:,} records in {shards:,} shards, {text_table.format_bytes(total)}, in {directory};"
         f" train on them with --config.data.source=array_record --config.data.path={directory}"
     )
     return 0
+
+
+@contextlib.contextmanager
+def _lock(directory: pathlib.Path, share: host_share.HostShare) -> Iterator[None]:
+    """Locks the directory for this process, or for all shares and the share for this process."""
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(jobs.lock_workdir(directory, shared=share.count > 1))
+        if share.count > 1:
+            name = f"share-{share.number:05d}-of-{share.count:05d}.lock"
+            locks.enter_context(jobs.lock_workdir(directory, name=name))
+        yield
 
 
 class Progress:

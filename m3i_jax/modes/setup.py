@@ -226,15 +226,18 @@ def make_workdir(workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Lock a working directory for one run. It is a kernel lock, which ends with its process and is
-    never stale. The first host holds it for all."""
+def lock_workdir(
+    workdir: pathlib.Path, *, name: str = "run.lock", shared: bool = False
+) -> Iterator[None]:
+    """Lock a working directory for one run, or with `shared` for several that write different
+    files. It is a kernel lock, which ends with its process and is never stale. The first host holds
+    it for all."""
     if jax.process_index():
         yield
         return
-    file, holder = _open_lock(workdir / "run.lock")
+    file, holder = _open_lock(workdir / name)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(file)
         raise UserError(

@@ -13,7 +13,7 @@ import jax
 from m3i_jax.errors import UserError
 
 KERNELS = "M3I_JAX_KERNELS"  # environment variable
-PLATFORMS = ("tpu",)  # that have kernels
+PLATFORMS = ("tpu", "gpu")  # that have kernels
 _SETTINGS = ("check", "0", "1")
 
 

@@ -30,9 +30,9 @@ from m3i_jax.errors import one_line
 from m3i_jax.parallel import barriers, kernel_calls
 from m3i_jax.parallel.kernel_calls import KernelCall
 
-# Largest error, relative to the float32 result, that rounding explains. The kernels of this package
-# have 0.005 in bfloat16 and 1e-6 in float32.
-LIMITS = {"bfloat16": 0.03, "float16": 0.01, "float32": 1e-3}
+# Largest error, relative to the float32 result, that rounding explains. In their
+# interpreter, the kernels for TPUs have at most 0.006 in bfloat16 and 3e-7 in float32.
+LIMITS = {"bfloat16": 0.05, "float16": 0.01, "float32": 1e-3}
 _LIMIT = 7200.0  # seconds to wait for the slowest host, as for a compilation
 _STARTS = 3  # a check that never ended in so many starts has ended the process: not again
 _log = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ def _check(call: KernelCall) -> KernelResult:
         return KernelResult(reason=f"fails ({one_line(error)[:300] or type(error).__name__})")
     gradients = float(np.max(errors[1:], initial=0))  # nan if one is
     result = KernelResult(forward=float(errors[0]), gradients=gradients)
-    limit = LIMITS[str(g.dtype)]
+    limit = LIMITS.get(str(g.dtype), 1e-3)
     if result.error <= limit:
         return result
     what = "outputs" if not result.forward <= limit else "gradients"

@@ -63,6 +63,7 @@ class Program:
 
     With one host it is `jax.jit(function, **options)`. Several hosts compile the program for new
     shapes first, and wait until all have. On CPUs they also wait for each other before each call.
+    On platforms that have kernels, those in a program are checked first (`kernel_checks`).
 
     Args:
       function: to be jitted.
@@ -98,12 +99,14 @@ class Program:
         if self._announced and _log:
             _log(f"compiling {self._announced} ...")
             self._announced = ""
-        if kernel_checks.needed() and (signature := _signature(arguments)) not in self._checked:
+        hosts, has_kernels = barriers.host_names(), kernel_checks.needed()
+        signature = _signature(arguments) if hosts > 1 or has_kernels else None
+        if has_kernels and signature not in self._checked:
             # the call below finds the trace
             kernel_checks.settle_kernels(functools.partial(self._jitted.trace, *arguments))
             self._checked.add(signature)
-        if barriers.host_names() > 1:
-            if (signature := _signature(arguments)) not in self._ready:
+        if hosts > 1:
+            if signature not in self._ready:
                 self._jitted.lower(*arguments).compile()  # the call below finds it compiled
                 barriers.barrier(f"compile {self._name}", limit=self._limit)
                 self._ready.add(signature)

@@ -28,7 +28,7 @@ class KernelProfile(NamedTuple):
       result: of its comparison with the plain form.
       forward, backward: seconds; 0: it could not run.
       moved: bytes that it cannot avoid, its inputs and outputs in both directions.
-      flops: that it computes in both.
+      flops: that it computes in both; 0: it does not say.
     """
 
     call: KernelCall
@@ -94,8 +94,8 @@ def kernel_table(profiles: Sequence[KernelProfile]) -> str:
             rates = [
                 f"{each.moved / seconds / 1e9:,.1f}",
                 f"{each.moved / seconds / bandwidth:.0%}" if bandwidth else "-",
-                f"{each.flops / seconds / 1e12:,.2f}",
-                f"{each.flops / seconds / compute:.0%}" if compute else "-",
+                f"{each.flops / seconds / 1e12:,.2f}" if each.flops else "-",
+                f"{each.flops / seconds / compute:.0%}" if compute and each.flops else "-",
             ]
         rows.append(
             (

@@ -48,7 +48,7 @@ def part_of_operation(name: str) -> str:
 
 def traffic_by_part(program: HloProgram) -> dict[str, float]:
     """{part: bytes} whose sum is that of `hbm_traffic.hbm_traffic`, the largest first."""
-    totals: collections.Counter[str] = collections.Counter()
+    totals: dict[str, float] = collections.defaultdict(float)
 
     def walk(name: str, times: int, outer: str) -> None:
         for each in program.computations.get(name, {}).values():
@@ -63,7 +63,8 @@ def traffic_by_part(program: HloProgram) -> dict[str, float]:
                     walk(body, times, part)
 
     walk(program.entry, 1, OTHER)
-    return {part: moved for part, moved in totals.most_common() if moved}
+    largest = sorted(totals, key=lambda part: -totals[part])
+    return {part: totals[part] for part in largest if totals[part]}
 
 
 def _part(each: HloInstruction) -> str:

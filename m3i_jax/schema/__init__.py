@@ -9,6 +9,7 @@ leaves open.
 import dataclasses
 import functools
 
+from m3i_jax.schema.curation import Curate
 from m3i_jax.schema.data import SOURCES, Augment, Data, RandAugment
 from m3i_jax.schema.dense import DensePrediction, Detect, Geometry, Maps, Mask2Former, Segment
 from m3i_jax.schema.dino import Dino
@@ -37,6 +38,7 @@ __all__ = [
     "Captioner",
     "Compare",
     "Config",
+    "Curate",
     "Data",
     "Decoder",
     "DensePrediction",
@@ -86,6 +88,7 @@ class Config:
     train: Train = section(Train)
     evaluate: Evaluate = section(Evaluate)
     compare: Compare = section(Compare)
+    curate: Curate = section(Curate)
     parallel: Parallel = section(Parallel)
     report: Report = section(Report)
 

@@ -8,7 +8,7 @@ from m3i_jax.schema.limits import DEPTH, EVERY, HEADS, SHARE, WIDTH, NumberLimit
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dino:
     """The head dino; its width is `dense.detect.width`. The defaults are those of its authors;
-    InternImage's detectors have other denoising (1000 queries, noise of 1.0), heads of their own
+    InternImage's detectors have other denoising (noise of 1.0; H: 1000 queries), heads of their own
     for every layer, and no biases in the projections."""
 
     queries: int = option(
@@ -26,7 +26,7 @@ class Dino:
     denoising: int = option(
         100,
         "pairs of noised objects per image that the decoder restores in training, in as many groups"
-        " of all objects as fit (InternImage: 1000); 0: none",
+        " of all objects as fit (InternImage-H: 1000); 0: none",
         NumberLimit(0, 100_000),
     )
     label_noise: float = option(

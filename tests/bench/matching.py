@@ -112,7 +112,7 @@ def program(topology: str, sets: int = 14, rows: int = 100) -> dict[str, Any]:
     }
 
 
-def iterations(rows: int, count: int, cases: int = 50) -> float:
+def iterations(rows: int, count: int, cases: int = 20) -> float:
     """Mean steps of the innermost loops, searches and paths, of one matrix of random costs."""
     rng, total = np.random.default_rng(0), 0
     for _ in range(cases):
@@ -137,10 +137,8 @@ def iterations(rows: int, count: int, cases: int = 50) -> float:
             at = nearest
             while at >= 0:
                 owner[at], total = before[at], total + 1
-                at, column[before[at]] = (
-                    -1 if before[at] == row else column[before[at]],
-                    at,
-                )
+                following = -1 if before[at] == row else column[before[at]]
+                column[before[at]], at = at, following
     return total / cases
 
 

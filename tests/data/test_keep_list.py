@@ -1,7 +1,7 @@
 """A keep-list selects, weighs and relabels records; the stream depends on what it says alone."""
 
 import pathlib
-import pickle
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -86,10 +86,9 @@ def test_captions_and_labels_replace_those_of_the_source(tmp_path: pathlib.Path)
     assert (seven.label, seven.caption) == (0, "seven \u00e9".encode()) == (0, kept.caption(2))
     assert kept.captions and "its captions for 67%; its labels for 67%" in kept.description()
     assert base.split_by_hash(kept, 0.0, "train").captions
-    moved = pickle.loads(pickle.dumps(kept))
-    assert (
-        len(pickle.dumps(kept)) < 2000 and moved[2] == seven and moved.indices.tolist() == [1, 4, 7]
-    )
+    sent = ForkingPickler.dumps(kept)
+    moved = ForkingPickler.loads(sent)
+    assert len(sent) < 2000 and moved[2] == seven and moved.indices.tolist() == [1, 4, 7]
 
 
 def test_what_was_found_is_read_again(tmp_path: pathlib.Path, monkeypatch: Any) -> None:

@@ -389,3 +389,13 @@ def test_refusals_of_tars(tmp_path, make):
     )
     (data / "01.tar").write_bytes(b"")
     assert refusal(data / "*.tar").startswith("the 2 tar files that match ")
+
+
+def test_the_fingerprint_is_that_of_earlier_versions(tmp_path, make):
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).write_bytes(make.tar_bytes([("1.jpg", b"x"), ("1.txt", b"text")]))
+    source = TarSource(str(tmp_path), cache=str(tmp_path / "cache"))
+    hashed = ("shard", "offset", "size", "label", "caption_offset", "caption_size", "keys")
+    columns = [source._index[name].tobytes() for name in hashed]
+    assert source.fingerprint() == base.stable_digest("a.tar", "b.tar", *columns)
+    assert not source._index["keys"].flags.owndata  # mapped, not read

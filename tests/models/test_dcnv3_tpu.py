@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel
-from m3i_jax.models import dcnv3, dcnv3_tpu
+from m3i_jax.models import dcnv3, dcnv3_tpu, dcnv3_window_plan
 from tests.models.test_dcnv3 import compare, inputs
 
 
@@ -71,7 +71,9 @@ def test_auto_takes_it_on_a_tpu_where_devices_have_rows_of_their_own(
     assert not taken(batch=6)  # does not divide among eight devices
     assert not taken(mesh=parallel.make_mesh((4, 1, 2)))  # the partitioner divides channels
     monkeypatch.setattr(dcnv3_tpu, "_BYTES", 300_000)
-    assert taken() and not taken(side=16)  # too large a map
+    assert taken() and taken(side=16)  # a map too large for this kernel gets `dcnv3_windows`
+    monkeypatch.setattr(dcnv3_window_plan, "_BYTES", 0)
+    assert taken() and not taken(side=16)
     monkeypatch.setenv("M3I_JAX_KERNELS", "0")
     assert not taken()
 

@@ -155,6 +155,11 @@ def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> 
     reduced = report["collectives"]["all-reduce"]["received_bytes"]
     # the gradient of every trained parameter
     assert reduced >= 2 * 7 / 8 * report["memory"]["params"] * 0.8
+    parts = report["traffic_parts"]
+    assert sum(parts.values()) == pytest.approx(report["traffic_bytes"])
+    named = {part.split("/")[0] for part in parts}
+    assert {"encoder", "target_encoder", "decoder", "losses", "optimizer"} <= named
+    assert parts.get("other", 0) < report["traffic_bytes"] / 2 and "memory traffic of" in out
     assert (
         "does not fit: " in out
         and "temporaries" in out

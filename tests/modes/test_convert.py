@@ -3,6 +3,7 @@ interruption."""
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import time
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import conversion
+from m3i_jax.data import conversion, decode
 from m3i_jax.data.sources import array_record
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UserError
 from m3i_jax.modes import convert as mode
+from m3i_jax.modes import host_share
 from tests import broken
 
 pytest.importorskip("array_record")
@@ -84,6 +86,91 @@ def test_the_shards_partition_all_rows():
         assert [
             i for s in range(shards) for i in conversion.shard_rows(records, s, shards)
         ] == list(range(records))
+
+
+def written(directory: pathlib.Path) -> dict[str, bytes]:
+    """The files of a conversion that are read later."""
+    names = [*directory.glob("pictures-*"), directory / "dataset.json", directory / "convert.json"]
+    return {path.name: path.read_bytes() for path in names if not path.name.endswith(".part")}
+
+
+def test_shares_write_what_one_process_writes(images, tmp_path, capsys):
+    one, shared = tmp_path / "one", tmp_path / "shared"
+    assert mode.run(config(images, 1), workdir=str(one), size="24") == 0
+    shared.mkdir()
+    shutil.copy(one / "convert.json", shared)
+    stem = "pictures-00001-of-00003.array_record.host-0000"
+    own, other = (shared / f"{stem}{i}-of-00002.7.part" for i in (1, 0))
+    own.write_bytes(b"left over"), other.write_bytes(b"in use")
+    assert mode.run(config(images, 1), workdir=str(shared), size="24", shard="1/2") == 0
+    assert "share 1/2 is complete; 2 of 3 shards are still" in capsys.readouterr().out
+    assert not (shared / "dataset.json").exists() and not own.exists() and other.exists()
+    # flags of a training name the share as well; the last one writes the index
+    assert mode.run(config(images, 1), workdir=str(shared), size="24", hosts=("", "2", "0")) == 0
+    assert "620 records in 3 shards" in capsys.readouterr().out and not other.exists()
+    assert written(shared) == written(one)
+    source = array_record.ArrayRecordSource(str(one))
+    before = FolderSource(str(images))
+    good = [i for i in range(620) if before[i].key.startswith("a/0")][:30]
+    sizes = [min(decode.decode_image(source[i].image).shape[:2]) for i in good]
+    assert max(sizes) <= 24 and source.captions
+    unchanged = [i for i in range(620) if source[i].image == before[i].image]
+    assert unchanged  # small ones, and files that no decoder reads
+    with pytest.raises(UserError, match="images there are encoded with .*, here with their own"):
+        mode.run(config(images, 1), workdir=str(shared), shard="0/2")
+    # an incomplete file is not indexed
+    shards = sorted(shared.glob("*.array_record"))
+    shards[0].write_bytes(shards[0].read_bytes()[:-100])
+    with pytest.raises(UserError, match="does not hold the records of its .npz file: remove it"):
+        mode.run(config(images, 1), workdir=str(shared), size="24", shard="1/2")
+
+
+@pytest.mark.parametrize(
+    ("shard", "environ", "expected"),
+    [
+        ("3/16", {"SLURM_ARRAY_TASK_ID": "9"}, (3, 16)),
+        ("/16", {"SLURM_ARRAY_TASK_ID": "9"}, (9, 16)),
+        ("/4", {"JOB_COMPLETION_INDEX": "2"}, (2, 4)),
+        ("", {}, (0, 1)),
+        (
+            "",
+            {"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "1"},
+            (1, 3),
+        ),
+        ("3", {}, "is not i/n"),
+        ("4/4", {}, "must be less than the second"),
+        ("/4", {}, "neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX"),
+        ("", {"JOB_COMPLETION_INDEX": "2"}, "give --shard=/n"),
+        ("", {"SLURM_ARRAY_TASK_ID": "9"}, "not evenly spaced, or not known"),
+    ],
+)
+def test_the_share_of_a_host(shard, environ, expected):
+    environ = {"JAX_PLATFORMS": "cpu", **environ}
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            host_share.detect_share(shard, "", "", "", environ=environ)
+    else:
+        share = host_share.detect_share(shard, "", "", "", environ=environ)
+        assert (share.number, share.count) == expected
+
+
+@pytest.mark.slow
+def test_a_killed_share_is_resumed(images, tmp_path):
+    """Two processes, of which one is killed while it writes and started again."""
+    start = [sys.executable, "-m", "m3i_jax.main", "--config", f"configs/folder.py:path={images}"]
+    start += ["--mode=convert", "--quality=80", "--config.data.workers=1"]
+    assert subprocess.run([*start, "--workdir", str(tmp_path / "one")], check=False).returncode == 0
+    shared = tmp_path / "shared"
+    commands = [[*start, "--workdir", str(shared), f"--shard={i}/2"] for i in range(2)]
+    first, second = (subprocess.Popen(command) for command in commands)
+    while first.poll() is None and not list(shared.glob("*.host-00000-of-00002.*.part")):
+        time.sleep(0.002)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert second.wait() == 0 and not (shared / "dataset.json").exists()
+    assert list(shared.glob("*.host-00000-of-00002.*.part"))
+    assert subprocess.run(commands[0], check=False).returncode == 0
+    assert written(shared) == written(tmp_path / "one") and not list(shared.glob("*.part"))
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ def test_a_tpu_scatters_the_gradients_of_blocks_in_pieces(monkeypatch: pytest.Mo
         ((2, 2, 2), {"scan": True, "remat": "names", "keep_gathered": True}),
         ((1, 8, 1), {}),
         ((1, 8, 1), {"scan": True, "remat": "half"}),
-        ((4, 2, 1), {"remat": "names"}),
+        pytest.param((4, 2, 1), {"remat": "names"}, marks=pytest.mark.slow),
         ((8, 1, 1), {"scan": True, "remat": "half"}),  # replicas alone: the partitioner's work
         # statistics of all rows, which no device holds
         ((1, 8, 1), {"norm": "batch", "scan": True}),

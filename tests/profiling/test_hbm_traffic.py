@@ -46,3 +46,17 @@ ENTRY %main (x: f32[100,8]) -> f32[2,8] {
 }
 """
     assert hbm_traffic.hbm_traffic(hlo.parse_hlo(text)) == 2 * 8 * 4
+
+
+def test_traffic_of_a_kernel_that_reads_windows_of_its_argument_again_is_what_it_states() -> None:
+    for stated, wanted in ((10_000, 10_000), (99, 2 * 100 * 8 * 4)):
+        line = (
+            'f32[100,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config='
+            '{"custom_call_config":{"cost_estimate":{"flops":"1","transcendentals":"0",'
+            f'"bytes_accessed":"{stated}"}}}}}}'
+        )
+        text = (
+            "HloModule m\nENTRY %main (x: f32[100,8]) -> f32[100,8] {\n"
+            f"  %x = f32[100,8]{{1,0}} parameter(0)\n  ROOT %out = {line}\n}}\n"
+        )
+        assert hbm_traffic.hbm_traffic(hlo.parse_hlo(text)) == wanted

@@ -154,7 +154,9 @@ def test_canvases_and_limits_of_multi_scale_detection() -> None:
         g = config.dense.geometry
         assert g.rule == "buckets" and (g.buckets[0], g.buckets[-1]) == (first, last)
         assert (config.data.image_size, g.test_short) == limits
-        assert g.crop_p == (0.5 if size == "t" else 0.0)
+        d, decay = config.dense.detect.dino, config.optim.layer_decay
+        of_size = (0.5, 100, 0.9) if size == "t" else (0.0, 1000, 0.94)
+        assert (g.crop_p, d.denoising, decay) == of_size and d.box_noise == 1.0
         assert all(side % 32 == 0 for side in g.buckets)
         image = make_task(config).batch_shapes()["image"].shape
         assert image[1] * image[2] == max(

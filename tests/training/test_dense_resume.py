@@ -110,8 +110,8 @@ def traced_once() -> Iterator[None]:
     data, and another process, which compiles again, is a slow test here and in test_main.py."""
     steps, plain = {}, trainer.Trainer.__init__
 
-    def shared(self, config, mesh, *arguments):
-        plain(self, config, mesh, *arguments)
+    def shared(self, config, mesh, *arguments, **more):
+        plain(self, config, mesh, *arguments, **more)
         free = dataclasses.replace(self.config.data, threads=1, workers=0)
         key = dataclasses.replace(self.config, data=free), mesh, self.vocabulary
         self._step = steps.setdefault(str(key), self._step)

@@ -178,8 +178,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "name",
+    # the terms of a folder are those of the quickstart, its pipeline that of the tars
     [
-        *("quickstart", "folder", "tars", "forms"),
+        "quickstart",
+        pytest.param("folder", marks=pytest.mark.slow),
+        "tars",
+        "forms",
         pytest.param("intern_image", marks=pytest.mark.slow),
         pytest.param("captioners", marks=pytest.mark.slow),
     ],

@@ -17,6 +17,7 @@ written again (`shard_length`)."""
 
 import glob
 import hashlib
+import io
 import json
 import logging
 import os
@@ -102,19 +103,21 @@ def unpack_record(raw: bytes, key: str = "") -> Record:
     )
 
 
-def write_shard(path: str, records: Iterable[Record]) -> int:
+def write_shard(path: str, records: Iterable[Record], *, writer_name: str = "") -> int:
     """Writes one file of records, and the small file of its keys and labels, both atomically.
 
     Args:
         path: of the new file; ends in ".array_record". Its directory is created.
         records: in their final order.
+        writer_name: of the process, part of the name of its temporary files; "" for its id.
 
     Returns:
         The number of records written.
     """
     array_record = _library()
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part, content = f"{path}.{os.getpid()}.part", hashlib.blake2b(digest_size=8)
+    part = f"{path}.{writer_name or os.getpid()}.part"
+    content = hashlib.blake2b(digest_size=8)
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     try:
         writer = array_record.ArrayRecordWriter(part, "group_size:1,uncompressed")
@@ -128,15 +131,17 @@ def write_shard(path: str, records: Iterable[Record]) -> int:
                 writer.write(packed)
         finally:
             writer.close()
-        _save(
-            f"{path}.npz",
-            {name: np.array(columns[name], kind) for name, kind in _COLUMNS.items()},
-            content.hexdigest(),
+        base.save_arrays(
+            f"{part}.npz",
+            digest=np.array(content.hexdigest()),
+            **{name: np.array(columns[name], kind) for name, kind in _COLUMNS.items()},
         )
+        os.replace(f"{part}.npz", f"{path}.npz")
         os.replace(part, path)
     finally:
-        if os.path.exists(part):
-            os.unlink(part)
+        for left in (part, f"{part}.npz"):
+            if os.path.exists(left):
+                os.unlink(left)
     return len(columns["key"])
 
 
@@ -148,6 +153,22 @@ def shard_length(path: str) -> int | None:
     """
     columns = _load(f"{path}.npz") if os.path.exists(path) else None
     return None if columns is None else len(columns["key"])
+
+
+def check_shard(path: str, count: int) -> bool:
+    """Returns whether a shard is complete: whether its small file has `count` records, and the
+    ArrayRecord file itself states as many.
+
+    >>> check_shard("/no/such.array_record", 3)
+    False
+    """
+    if shard_length(path) != count:
+        return False
+    try:
+        reader = _library().ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+        return bool(reader.ok()) and int(reader.num_records()) == count
+    except (RuntimeError, ValueError):
+        return False
 
 
 def write_shard_index(
@@ -309,9 +330,9 @@ class ArrayRecordSource:
         if columns is None:
             columns = self._read_all()
             if cache_path:
-                index = {name: columns[name] for name in _COLUMNS}
+                index = {name: columns[name] for name in (*_COLUMNS, "digest")}
                 try:
-                    _save(cache_path, index, str(columns["digest"]))
+                    base.save_arrays(cache_path, **index)
                 except OSError as error:
                     _log.warning(
                         "the index %r cannot be saved (%s); it will be rebuilt at the next start",
@@ -455,17 +476,11 @@ def _files(path: str) -> list[str]:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    import io
-
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def _save(path: str, columns: dict[str, np.ndarray], digest: str) -> None:
-    base.save_arrays(path, digest=np.array(digest), **columns)
 
 
 def _load(path: str) -> dict[str, np.ndarray] | None:

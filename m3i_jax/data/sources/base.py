@@ -454,7 +454,7 @@ def load_arrays(path: str) -> dict[str, np.ndarray] | None:
     arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            if _zip_member_count(path) != len(archive.infolist()):
+            if zip_member_count(path) != len(archive.infolist()):
                 return None
             for member in archive.infolist():
                 if member.compress_type != zipfile.ZIP_STORED:
@@ -472,7 +472,7 @@ def load_arrays(path: str) -> dict[str, np.ndarray] | None:
     return arrays
 
 
-def _zip_member_count(path: str) -> int:
+def zip_member_count(path: str) -> int:
     """Returns the member count in the end record of a zip file. Python's zipfile does not compare
     it with the members of the directory, where a damaged entry may hide others."""
     with open(path, "rb") as file:

@@ -130,6 +130,11 @@ class KeptSource(base.SubsetSource):
         new_caption = record.caption if caption is None else caption
         return Record(record.key, record.image, new_label, new_caption, record.objects, record.map)
 
+    @property
+    def replaces(self) -> bool:
+        """Whether captions or labels are those of the list."""
+        return "captioned" in self._arrays or "label" in self._arrays
+
     def _own_caption(self, index: int) -> bytes | None:
         captioned, ends = self._arrays.get("captioned"), self._arrays.get("caption_end")
         if captioned is None or ends is None or not captioned[index]:
@@ -241,11 +246,15 @@ def _check_columns(file: str, columns: Any) -> None:
     def is_text(kind: Any) -> bool:
         return bool(types.is_string(kind) or types.is_large_string(kind))
 
+    def is_key(kind: Any) -> bool:
+        binary = types.is_binary(kind) or types.is_large_binary(kind)
+        return bool(is_text(kind) or types.is_integer(kind) or binary)
+
     def is_number(kind: Any) -> bool:
         return bool(types.is_integer(kind) or types.is_floating(kind))
 
     accepted = {
-        "key": (lambda kind: is_text(kind) or types.is_integer(kind), "text or whole numbers"),
+        "key": (is_key, "text or whole numbers"),
         "weight": (is_number, "numbers"),
         "caption": (is_text, "text"),
         "label": (types.is_integer, "whole numbers"),
@@ -272,8 +281,8 @@ def _read(files: Sequence[str]) -> dict[str, Any]:
                     f"data.keep={file!r}: a row has no `key` (row {count + keys.index(None):,}):"
                     " leave it out"
                 )
-            first = first or (str(keys[0]) if keys else "")
-            hashes = (base.key_hash(str(key)) for key in keys)
+            first = first or (_text(keys[0]) if keys else "")
+            hashes = (base.key_hash(_text(key)) for key in keys)
             parts["hash"].append(np.fromiter(hashes, np.uint64, len(keys)))
             count += len(keys)
             if "weight" in batch.schema.names:
@@ -314,11 +323,15 @@ def _read(files: Sequence[str]) -> dict[str, Any]:
     return {"hash": np.zeros(0, np.uint64), "first": first, "files": files, **arrays}
 
 
+def _text(key: str | bytes | int) -> str:
+    return key.decode("utf-8", "surrogateescape") if isinstance(key, bytes) else str(key)
+
+
 def _key_at(files: Sequence[str], row: int) -> str:
     for file in files:
         for batch in _batches(file):
             if row < len(batch):
-                return str(batch.column("key")[row].as_py())
+                return _text(batch.column("key")[row].as_py())
             row -= len(batch)
     return ""
 
@@ -343,8 +356,8 @@ def _match(source: DataSource, path: str, keep: dict[str, Any]) -> dict[str, np.
     named[rows] = True
     indices, weight = np.flatnonzero(found), keep.get("weight")
     if weight is not None:
-        drawn = weight[rows] > 0
-        indices, rows = indices[drawn], rows[drawn]
+        wanted = weight[rows] > 0
+        indices, rows = indices[wanted], rows[wanted]
     if not len(indices):
         why = "all its weights there are 0" if found.any() else "none of its keys is there"
         example = base.source_key(source, 0) if len(source) else ""
@@ -368,6 +381,32 @@ def _match(source: DataSource, path: str, keep: dict[str, Any]) -> dict[str, np.
         "missing": np.array(len(named) - int(named.sum())),
         "listed": np.array(len(named)),
     }
+
+
+def write_keep_list(path: str, keys: Sequence[str], **columns: np.ndarray | Sequence[Any]) -> None:
+    """Writes a Parquet file of keys and other columns of the same length. Keys that are no UTF-8
+    are written as bytes.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_keep_list(f"{folder}/keep.parquet", ["a", "b"], weight=[1.0, 2.0])
+    ...     print(os.listdir(folder))
+    ['keep.parquet']
+    """
+    arrow = arrow_library()
+    try:
+        column = arrow.array(list(keys), arrow.string())
+    except UnicodeEncodeError:
+        raw = [key.encode("utf-8", "surrogateescape") for key in keys]
+        column = arrow.array(raw, arrow.binary())
+    table = arrow.table({"key": column, **columns})
+    part = f"{path}.{os.urandom(8).hex()}.part"
+    try:
+        arrow.parquet.write_table(table, part, compression="zstd")
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
 
 
 def _caption_arrays(column: Any, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,14 +1,16 @@
 """Reads images in tar files of img2dataset or WebDataset in place, without unpacking.
 
-An index of the members is built once from the headers and the small JSON and label members; an
-image is then one `pread`. Only regular members with a known extension are read. Links, devices,
-absolute names and names with `..` are skipped and counted, and so is a pickle, as a member of an
-unknown extension. Of a damaged or truncated file the valid members are used. Tar files in a bucket
-(gs://, s3://, ...) are read through fsspec: the headers once, then ranges, concurrently for a
-batch."""
+An index of the members is built once from the headers and the small JSON and label members, on
+several threads, and mapped into memory from then on; an image is then one `pread`. Only regular
+members with a known extension are read. Links, devices, absolute names and names with `..` are
+skipped and counted, and so is a pickle, as a member of an unknown extension. Of a damaged or
+truncated file the valid members are used. Tar files in a bucket (gs://, s3://, ...) are read
+through fsspec: the headers once, then ranges, concurrently for a batch."""
 
 import collections
+import concurrent.futures
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -19,13 +21,14 @@ import numpy as np
 
 from m3i_jax import progress
 from m3i_jax.data import decode
-from m3i_jax.data.sources import base, remote, tar_headers
+from m3i_jax.data.sources import base, mapped_arrays, remote, tar_headers
 from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT, Record
 from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UserError
 
-VERSION = 2  # of the index; an index of another version is rebuilt
+VERSION = 3  # of the index; an index of another version is rebuilt
 JSON_LIMIT = 1 << 20
+_THREADS = 16  # that read headers: of files in a bucket, each request waits
 _NONE, _TEXT, _JSON = 0, 1, 2  # where the caption of an image is stored
 _log = logging.getLogger(__name__)
 
@@ -70,8 +73,8 @@ class TarSource:
         index = _load(self._cache_path, self._signature)
         if index is None:
             index = _build(self.files)
-            if self._cache_path:
-                _save(self._cache_path, self._signature, index)
+            if self._cache_path and _save(self._cache_path, self._signature, index):
+                index = _load(self._cache_path, self._signature, verify=False) or index
         self._set_index(index)
         if not len(self):
             kinds = ", ".join(e[1:] for e in EXTENSIONS)
@@ -103,7 +106,7 @@ class TarSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "_index" not in state:
-            index = _load(self._cache_path, self._signature)
+            index = _load(self._cache_path, self._signature, verify=False)
             self._index = _build(self.files) if index is None else index
 
     def __len__(self) -> int:
@@ -162,20 +165,7 @@ class TarSource:
         return self._index["key_hash"]
 
     def fingerprint(self) -> str:
-        names = [os.path.basename(file) for file in self.files]
-        arrays = [
-            self._index[name].tobytes()
-            for name in (
-                "shard",
-                "offset",
-                "size",
-                "label",
-                "caption_offset",
-                "caption_size",
-                "keys",
-            )
-        ]
-        return base.stable_digest(*names, *arrays)
+        return bytes(self._index["fingerprint"]).decode()
 
     def description(self) -> str:
         share = (
@@ -294,28 +284,57 @@ class _Columns:
         self.keys += b"".join(key for key, _ in images)
         self.lengths.append(np.array([len(key) for key, _ in images], np.int64))
 
-    def arrays(self, ignored: dict[str, int]) -> dict[str, np.ndarray]:
+    def arrays(self, ignored: dict[str, int], names: Sequence[str] = ()) -> dict[str, np.ndarray]:
         columns = {name: np.concatenate(parts) for name, parts in self.parts.items()}
         columns["keys"], columns["key_end"] = (
             np.frombuffer(bytes(self.keys), np.uint8),
             np.concatenate(self.lengths).cumsum(),
         )
         columns["ignored"] = np.frombuffer(json.dumps(ignored).encode(), np.uint8)
+        columns["fingerprint"] = np.frombuffer(_fingerprint(names, columns).encode(), np.uint8)
         return columns
+
+
+def _fingerprint(names: Sequence[str], columns: dict[str, np.ndarray]) -> str:
+    """Returns `base.stable_digest` of names and columns, without copies of the columns."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in names:
+        raw = name.encode("utf-8", "surrogateescape")
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    for column in (
+        *("shard", "offset", "size", "label", "caption_offset", "caption_size"),
+        "keys",
+    ):
+        array = np.ascontiguousarray(columns[column])
+        digest.update(array.nbytes.to_bytes(8, "little"))
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _build(files: list[str]) -> dict[str, np.ndarray]:
     columns, ignored = _Columns(), collections.Counter[str]()
-    opened = progress.track_progress(files, "indexing tar files", len(files), "files")
-    for number, file in enumerate(opened):
-        columns.add(number, _scan(file, ignored))
-        if len(files) > 20 and number % (len(files) // 10) == 0:
-            _log.info("indexing tar files: %d of %d", number + 1, len(files))
-    return columns.arrays(ignored)
+    with concurrent.futures.ThreadPoolExecutor(min(_THREADS, len(files))) as pool:
+        scans = [pool.submit(_scan, file) for file in files[: 2 * _THREADS]]
+        opened = progress.track_progress(files, "indexing tar files", len(files), "files")
+        try:
+            for number, _ in enumerate(opened):
+                groups, problems = scans[number].result()
+                scans[number] = None  # type: ignore[call-overload]
+                if number + 2 * _THREADS < len(files):  # few are held at a time
+                    scans.append(pool.submit(_scan, files[number + 2 * _THREADS]))
+                columns.add(number, groups)
+                ignored.update(problems)
+                if len(files) > 20 and number % (len(files) // 10) == 0:
+                    _log.info("indexing tar files: %d of %d", number + 1, len(files))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return columns.arrays(ignored, [os.path.basename(file) for file in files])
 
 
-def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, Any]]:
-    """Returns the members of one tar file by stem, in the order in which the stems appear."""
+def _scan(path: str) -> tuple[dict[str, dict[str, Any]], collections.Counter[str]]:
+    """Returns the members of one tar file by stem, in the order in which the stems appear, and what
+    is ignored."""
     groups: dict[str, dict[str, Any]] = {}
     problems = collections.Counter[str]()
     with remote.open_file(path) if remote.is_remote(path) else open(path, "rb") as file:
@@ -372,16 +391,15 @@ def _scan(path: str, ignored: collections.Counter[str]) -> dict[str, dict[str, A
     problems["captions or labels without an image"] += sum(
         "size" not in group for group in groups.values()
     )
-    ignored.update(problems)
-    return groups
+    return groups, problems
 
 
-def _load(path: str, signature: np.ndarray) -> dict[str, np.ndarray] | None:
-    """Loads a saved index if it is complete, of this version, and of files with the same sizes and
+def _load(path: str, signature: np.ndarray, *, verify: bool = True) -> dict[str, np.ndarray] | None:
+    """Maps a saved index if it is complete, of this version, and of files with the same sizes and
     times."""
     if not path or not os.path.exists(path):
         return None
-    index = base.load_arrays(path)
+    index = mapped_arrays.map_arrays(path, verify=verify)
     if index is None:
         _log.warning("the tar index %r is damaged and is rebuilt", path)
         return None
@@ -392,15 +410,17 @@ def _load(path: str, signature: np.ndarray) -> dict[str, np.ndarray] | None:
     return index
 
 
-def _save(path: str, signature: np.ndarray, index: dict[str, np.ndarray]) -> None:
+def _save(path: str, signature: np.ndarray, index: dict[str, np.ndarray]) -> bool:
     try:
         base.save_arrays(path, version=VERSION, signature=signature, **index)
+        return True
     except OSError as error:
         _log.warning(
             "the tar index cannot be saved to %r (%s); it will be rebuilt at the next start",
             path,
             error.strerror,
         )
+        return False
 
 
 register_source(

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import schema
-from m3i_jax.models.dense.map_sampling import sample_points
 from m3i_jax.models.dense.masked_decoder import QueryPredictions
+from m3i_jax.models.dense.point_sampling import around_points, packed_neighbours, sample_points
 from m3i_jax.objective.mask_matching import (
     MatchWeights,
     match_masks,
@@ -26,6 +27,9 @@ from m3i_jax.objective.mask_matching import (
     uncertain_points,
 )
 from m3i_jax.parallel.mesh import is_single_device, per_device
+
+_NO_CLASS = -2  # outside of a class map; empty slots have -1
+_KEPT = ("mask2former_query", "mask2former_points")  # for the backward pass
 
 
 class MaskPoints(NamedTuple):
@@ -173,20 +177,10 @@ def class_shares(labels_HxW: jax.Array, points_Px2: jax.Array, classes_M: jax.Ar
     >>> class_shares(labels, jnp.array([[0.25, 0.5], [0.5, 0.5]]), jnp.array([7])).ravel().tolist()
     [0.0, 0.5]
     """
-    h, w = labels_HxW.shape
-    x_P, y_P = (points_Px2.astype(jnp.float32) * np.array([w, h], np.float32) - 0.5).T
-    left_P, top_P = jnp.floor(x_P), jnp.floor(y_P)
-    total_PxM = jnp.zeros((len(points_Px2), len(classes_M)))
-    for i in (0, 1):
-        for j in (0, 1):
-            row_P, column_P = top_P + i, left_P + j
-            weight_P = (1 - jnp.abs(y_P - row_P)) * (1 - jnp.abs(x_P - column_P))
-            inside_P = (row_P >= 0) & (row_P < h) & (column_P >= 0) & (column_P < w)
-            cell_P = jnp.clip(row_P, 0, h - 1) * w + jnp.clip(column_P, 0, w - 1)
-            label_P = labels_HxW.reshape(-1)[cell_P.astype(jnp.int32)]
-            hit_PxM = (label_P[:, None] == classes_M) & inside_P[:, None]
-            total_PxM += jnp.where(hit_PxM, weight_P[:, None], 0)
-    return total_PxM
+    index_P, weights_Px4 = around_points(points_Px2, labels_HxW.shape)
+    around = packed_neighbours(labels_HxW.astype(jnp.int32)[..., None], _NO_CLASS)
+    hit_PxMx4 = around[index_P, :, 0][:, None] == classes_M[:, None]
+    return jnp.where(hit_PxMx4, weights_Px4[:, None], 0).sum(-1)
 
 
 def set_losses(
@@ -217,6 +211,7 @@ def set_losses(
         classes_M,
         MatchWeights(own.class_weight, own.mask_weight, own.dice_weight),
     )
+    query_M = checkpoint_name(query_M, _KEPT[0])
     category, _ = query_class_loss(class_logits_QxK1, query_M, classes_M, own.none_weight)
     matched_Mxhxwx1 = jnp.moveaxis(masks_hxwxQ[..., jnp.maximum(query_M, 0)], -1, 0)[..., None]
     read = lambda points_MxPx2: jax.vmap(sample_points)(matched_Mxhxwx1, points_MxPx2)[..., 0]
@@ -226,6 +221,7 @@ def set_losses(
         points.fresh_MxFx2,
         uncertain_count(settings),
     )
+    chosen_MxPx2 = checkpoint_name(chosen_MxPx2, _KEPT[1])
     entropy, overlap, _ = point_mask_loss(
         read(chosen_MxPx2), truth.each(chosen_MxPx2), classes_M >= 0
     )
@@ -243,7 +239,8 @@ def mask2former_losses(
     `set_losses`; and the queries of the true masks, int32 [S, B, M].
 
     The sets are computed one after the other, and again in the backward pass, so that only one has
-    its points in memory; every device matches its own images.
+    what it read at its points in memory; matches and points themselves are kept, as they take long
+    to find. Every device matches its own images.
 
     Args:
       settings: `mask2former` is read.
@@ -277,4 +274,5 @@ def mask2former_losses(
         return None, (sums_Bx3.sum(0), query_BxM)
 
     random = jnp.arange(sets, dtype=jnp.uint32) if points is None else points
-    return jax.lax.scan(jax.checkpoint(one_set), None, (made, random))[1]
+    keep = jax.checkpoint_policies.save_only_these_names(*_KEPT)
+    return jax.lax.scan(jax.checkpoint(one_set, policy=keep), None, (made, random))[1]

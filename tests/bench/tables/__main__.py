@@ -22,6 +22,9 @@ The sets (`sets.py`):
     emoji-8x8, clipart-8x8, mixed-8x8-labelsL-captionsC, fashion-8x8
                   48 pixels in 8 x 8 patches, with rate and decay of the search; evaluated on each
                   other; mixed: of both sets, L % of the images with labels, C % with captions
+    recent        methods since the paper, on both sets with labels and captions, at the settings of
+                  configs/toy.py
+    encoders      M3I with registers, rotary positions, SwiGLU and Muon, each alone and all together
     emoji-4x4     the same in 4 x 4 patches
     ablations, forms, scaling
                   variants of M3I; the other rows of Table 3; widths and budgets
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--protocol", default="epochs", choices=PROTOCOLS)
     flags.add_argument(
         "--sets",
-        default="8x8,emoji-4x4,ablations,forms,scaling",
+        default="8x8,recent,encoders,emoji-4x4,ablations,forms,scaling",
         help="comma-separated; 8x8 and styles are several",
     )
     flags.add_argument("--methods", default="", help="rows, separated by semicolons; default: all")

@@ -130,6 +130,38 @@ ABLATIONS = _by_title(
     _variant("momentum 0.95", optim__ema="0.95"),
 )
 
+# Methods of the years since, with M3I and its initial weights, and M3I on encoders of today.
+RECENT = _by_title(
+    SINGLE_STAGE["M3I"],
+    *(
+        _single(form, form)
+        for form in (
+            *("dinov2", "siglip", "siglip2", "lejepa", "dino", "ibot", "ijepa", "capi"),
+            *("dinov2+dinov3_gram", "vicreg", "simdino", "tips", "cap", "cappa", "coca"),
+        )
+    ),
+    _INITIAL,
+)
+_TODAY = {
+    "registers": {"model.encoder.registers": "4"},
+    "rotary positions": {"model.encoder.positions": "rope"},
+    "SwiGLU": {"model.encoder.activation": "swiglu", "model.encoder.mlp_ratio": "2.6667"},
+    "Muon": {"optim.rule": "muon"},
+}
+ENCODERS = _by_title(
+    SINGLE_STAGE["M3I"],
+    *(
+        Row(f"M3I, {title}", (Stage("m3i"),), settings, method="M3I")
+        for title, settings in _TODAY.items()
+    ),
+    Row(
+        f"M3I, {', '.join(_TODAY)}",
+        (Stage("m3i"),),
+        {key: value for settings in _TODAY.values() for key, value in settings.items()},
+        method="M3I",
+    ),
+)
+
 # Learning rate and weight decay, the same trials for every method.
 RATES = {
     "rate 1e-3": {"optim.lr": "1e-3"},

@@ -13,7 +13,7 @@ from tests.bench.tables import rows as table_rows
 
 ROOT = pathlib.Path(__file__).parents[3]
 STEPS_OF_A_STYLE, STEPS_OF_FINETUNING = 1600, 1000
-STEPS, STEPS_OF_A_TRIAL = 3000, 1000  # of the sets with 8 x 8 patches
+STEPS, STEPS_OF_A_TRIAL, STEPS_OF_A_ROW = 3000, 1000, 1500  # of the sets with 8 x 8 patches
 LABELLED, CAPTIONED = (1.0, 0.3, 0.1), (1.0, 0.3)  # shares of the images with an annotation
 
 COLUMNS = (
@@ -212,9 +212,15 @@ def _sets_of_64_patches(
                 other=("--data", f"tars:{emoji.path}"),
             )
         )
-        out += [
+        mixed = [
             _mixed(grid, table_data.annotation_shares([data, clipart], folder, *shares), shares)
             for shares in itertools.product(LABELLED, CAPTIONED)
+        ]
+        out += mixed
+        settings = {"steps": STEPS_OF_A_ROW, "searched": ""}
+        out += [
+            dataclasses.replace(mixed[0], name="recent", rows=table_rows.RECENT, **settings),
+            dataclasses.replace(mixed[0], name="encoders", rows=table_rows.ENCODERS, **settings),
         ]
     if table_data.fashion(fashion, folder / "fashion"):
         of_fashion = _without_captions("fashion-8x8", folder / "fashion", table_rows.METHODS, STEPS)

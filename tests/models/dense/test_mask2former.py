@@ -15,7 +15,6 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop.mask2former_weights import load_mask2former
 from m3i_jax.models.dense import mask2former, mask2former_task
-from m3i_jax.models.dense.map_sampling import sample_points
 from m3i_jax.models.dense.mask2former_losses import (
     MaskPoints,
     class_masks,
@@ -24,7 +23,9 @@ from m3i_jax.models.dense.mask2former_losses import (
     mask2former_losses,
     present_classes,
 )
+from m3i_jax.models.dense.masked_decoder import QueryPredictions
 from m3i_jax.models.dense.pixel_decoder import decode_pixels
+from m3i_jax.models.dense.point_sampling import sample_points
 from m3i_jax.objective.mask_matching import mask_costs, match_masks
 
 FILE = pathlib.Path(__file__).parents[2] / "data" / "dense" / "mask2former.npz"
@@ -150,6 +151,20 @@ def test_gradients_are_those_of_transformers() -> None:
     assert seen == sum(x.size for x in wanted.values())
     for i, s in enumerate(STRIDES):
         close(of_maps[s].transpose(0, 3, 1, 2), stored()[f"gradient_map/{i}"], 1e-4)
+
+
+def test_the_backward_pass_does_not_match_again() -> None:
+    """One loop over sets in each direction; that of the backward pass reads what was kept."""
+    truth = class_masks(SETTINGS, jnp.zeros((1, 64, 96), jnp.int32), CLASSES)
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    def loss(made: QueryPredictions) -> jax.Array:
+        return mask2former_losses(SETTINGS, made, truth, keys)[0].sum()
+
+    made = QueryPredictions(jnp.zeros((2, 1, 7, 6)), jnp.zeros((2, 1, 16, 24, 7)))
+    traced = str(jax.make_jaxpr(jax.grad(loss))(made))
+    assert traced.count("top_k[") == 1
+    assert traced.count("while[") < 6  # `hungarian` has three
 
 
 def test_masks_at_points_are_maps_at_points() -> None:

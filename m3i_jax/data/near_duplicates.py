@@ -1,0 +1,168 @@
+"""Finds images that are copies of each other, or crops, among many: candidates by bands of
+perceptual hashes, confirmed on thumbnails. Pure functions of arrays, so any engine can run them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from m3i_jax.data import perceptual_hash
+
+BANDS, _BITS = 4, 16  # of a hash
+# values that differ in at most two bits
+_PROBES = np.array(
+    sorted(
+        {1 << i ^ 1 << j for i in range(_BITS) for j in range(_BITS)}
+        | {1 << i for i in range(_BITS)}
+    ),
+    np.int64,
+)
+MOST = 32  # candidates of one image that are confirmed, those with the nearest hashes
+_LOOSE = 1.5  # difference below which the edges of a crop are searched for; 2: unrelated
+
+
+@dataclasses.dataclass(frozen=True)
+class NearFinder:
+    """Finds the images of a set of which an image has a copy, or a crop, in another set.
+
+    Two hashes are compared if at least one of their four bands differs in at most two bits: those
+    that differ in at most 11 of 64 bits always are, others by chance.
+
+    Attributes:
+        hashes: uint64 [N], of the images that are searched, whole.
+        thumbnails: uint8 [N, 32, 32, 3], of them.
+        queries: uint8 [Q, 32, 32, 3], of those whose crops are searched for; `thumbnails` itself
+            for the copies within one set.
+        same: whether both are one set; an image is then no copy of itself.
+        distance: most bits in which hashes differ.
+        difference: most of `perceptual_hash.relative_difference`.
+        crops: whether crops of the queries are searched for, or only whole images.
+    """
+
+    hashes: np.ndarray
+    thumbnails: np.ndarray
+    queries: np.ndarray
+    same: bool
+    distance: int
+    difference: float
+    crops: bool = True
+
+    @functools.cached_property
+    def _tables(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each band, the images by their bits there, and where each value starts."""
+        tables = []
+        for band in range(BANDS):
+            values = _band(self.hashes, band)
+            order = np.argsort(values, kind="stable")
+            starts = np.searchsorted(values[order], np.arange((1 << _BITS) + 1))
+            tables.append((order, starts))
+        return tables
+
+    def __call__(self, rows: Iterable[int]) -> np.ndarray:
+        """Returns the pairs (query, image, difference) of some queries, float64 [P, 3]."""
+        pairs = [pair for row in rows for pair in self._pairs(row)]
+        return np.array(pairs, np.float64).reshape(-1, 3)
+
+    def _pairs(self, row: int) -> list[tuple[int, int, float]]:
+        thumbnail = self.queries[row]
+        asked = perceptual_hash.region_hashes(thumbnail, None if self.crops else 1)
+        regions, images, bits = self._candidates(asked)
+        if self.same:
+            other = images != row
+            regions, images, bits = regions[other], images[other], bits[other]
+        # of each image the region with the nearest hash; the whole image at equal distance
+        order = np.lexsort((regions, bits, images))
+        first = np.ones(len(order), bool)
+        first[1:] = images[order][1:] != images[order][:-1]
+        nearest = order[first]
+        nearest = nearest[np.argsort(bits[nearest], kind="stable")][:MOST]
+        if not nearest.size:
+            return []
+        known = perceptual_hash.crop_regions()
+        guesses = [known[i] for i in regions[nearest].tolist()]
+        found, numbers = self.thumbnails[images[nearest]], images[nearest].tolist()
+        crops = perceptual_hash.crop_thumbnails(thumbnail, guesses)
+        differences = perceptual_hash.relative_difference(crops, found).tolist()
+        pairs = []
+        for guess, part, image, value in zip(guesses, found, numbers, differences, strict=True):
+            if self.crops and self.difference < value <= _LOOSE:
+                value, _ = perceptual_hash.fit_crop(thumbnail, part, guess)
+            if value <= self.difference:
+                pairs.append((row, image, value))
+        return pairs
+
+    def _candidates(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns (region, image, differing bits) of the hashes that may be near, with repeats."""
+        regions, images = [], []
+        for band, (order, starts) in enumerate(self._tables):
+            values = (_band(asked, band)[:, None] ^ _PROBES).ravel()
+            begin = starts[values]
+            count = starts[values + 1] - begin
+            place = np.repeat(begin - count.cumsum() + count, count) + np.arange(count.sum())
+            images.append(order[place])
+            regions.append(np.repeat(np.arange(len(values)) // len(_PROBES), count))
+        region, image = np.concatenate(regions), np.concatenate(images)
+        bits = np.bitwise_count(asked[region] ^ self.hashes[image])
+        near = bits <= self.distance
+        return region[near], image[near], bits[near]
+
+
+def _band(hashes: np.ndarray, band: int) -> np.ndarray:
+    return ((hashes >> np.uint64(band * _BITS)) & np.uint64((1 << _BITS) - 1)).astype(np.int64)
+
+
+def choose_best(count: int, pairs: np.ndarray, rank: Sequence[int]) -> np.ndarray:
+    """Decides which images stay: the first of those that are like each other, in an order.
+
+    An image is left out if it is paired with one that stays, not if it is only paired with one that
+    is left out, so no chain of similar images joins unlike ones.
+
+    Args:
+        count: number of images.
+        pairs: [P, 2 or more], numbers of two images that are like each other.
+        rank: numbers of the images, the best first.
+
+    Returns:
+        int64 [count], -1 of an image that stays, else the one for which it is left out.
+
+    >>> choose_best(4, np.array([[0, 1], [1, 2]]), [0, 1, 2, 3]).tolist()
+    [-1, 0, -1, -1]
+    """
+    neighbours: dict[int, list[int]] = {}
+    for a, b in np.asarray(pairs)[:, :2].astype(int).tolist():
+        neighbours.setdefault(a, []).append(b)
+        neighbours.setdefault(b, []).append(a)
+    result = np.full(count, -1, np.int64)
+    decided = np.zeros(count, bool)
+    for image in rank:
+        if decided[image]:
+            continue
+        decided[image] = True
+        for other in neighbours.get(image, ()):
+            if not decided[other]:
+                decided[other], result[other] = True, image
+    return result
+
+
+def similar_features(features: np.ndarray, rows: Iterable[int], least: float) -> np.ndarray:
+    """Returns the pairs (row, other, 1 - cosine) of rows whose features are at least so similar,
+    exactly, float64 [P, 3]; `other` comes before the row.
+
+    Args:
+        features: float [N, D], of norm 1.
+        rows: of which the neighbours are searched.
+        least: smallest cosine.
+
+    >>> x = np.array([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
+    >>> similar_features(x, range(3), 0.7).round(2).tolist()
+    [[2.0, 0.0, 0.2]]
+    """
+    numbers = np.fromiter(rows, np.int64)
+    if not numbers.size:
+        return np.zeros((0, 3))
+    cosine = features[numbers] @ features[: numbers.max() + 1].T
+    row, other = np.nonzero(cosine >= least)
+    earlier = other < numbers[row]
+    row, other = row[earlier], other[earlier]
+    return np.stack([numbers[row], other, 1 - cosine[row, other]], 1).astype(np.float64)

@@ -1,0 +1,220 @@
+"""--mode=curate: decide which records of a source to train on.
+
+Writes WORKDIR/keep.parquet (a keep-list, for data.keep), left_out.parquet (key, reason, copy_of),
+curate.json and curate.html. Descriptions of the records are kept in WORKDIR/descriptions, so the
+same command goes on where it was stopped, and other rules need not read the images again."""
+
+import collections
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from m3i_jax import interrupts, privacy, progress, schema
+from m3i_jax.data import curation, dataset_scan, decode, engines, splits
+from m3i_jax.data.sources import base, keep_list, mixture, registry
+from m3i_jax.errors import UserError
+from m3i_jax.modes import features as feature_mode
+from m3i_jax.modes import setup as jobs
+from m3i_jax.reporting import curation_page
+from m3i_jax.reporting.atomic_write import write_text_atomic
+
+EXAMPLES = 12  # of each reason on the page
+
+
+def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
+    engine = engine or "local"
+    if engine not in engines.ENGINES:
+        raise UserError(f"--engine={engine[:60]}: is none of {', '.join(engines.ENGINES)}")
+    keep_list.arrow_library()  # before the images are read
+    if config.data.source == "mixture":
+        raise UserError(
+            "data.source='mixture': curate each source by itself, the others as curate.against, and"
+            " give their keep-lists to data.keep"
+        )
+    directory, rules = pathlib.Path(workdir), config.curate
+    workers = config.data.workers or len(os.sched_getaffinity(0))
+
+    def mapper(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        return engines.map_items(engine, function, items, workers=workers)
+
+    jobs.make_workdir(directory)
+    with jobs.lock_workdir(directory), interrupts.raise_interrupts():
+        source = splits.open_source(config.data, cache=str(directory / "index"))
+        print(source.description(), flush=True)
+        facts = _describe(source, config.data, directory, mapper)
+        sources, sets = [], []
+        for text in rules.against:
+            entry = mixture.parse_entry(text)
+            data = dataclasses.replace(config.data, class_names="")
+            against = registry.open_kind(
+                entry.kind, entry.path, entry.split, data, cache=str(directory / "index")
+            )
+            sources.append(against)
+            sets.append(
+                curation.EvaluationSet(against.name, _describe(against, data, directory, mapper))
+            )
+        done = curation.decide(
+            facts, rules, mapper, evaluation=sets, features=_features(source, rules.features)
+        )
+        report = _report(source, rules, done, sets, engine)
+        _write_lists(source, done, sources, directory)
+        write_text_atomic(directory / "curate.json", privacy.json_text(report, indent=1) + "\n")
+        examples = _examples(source, sources, facts, done, config.data)
+        page = curation_page.curation_page_html(report, examples)
+        write_text_atomic(directory / "curate.html", page)
+    for reason, count in report["left_out"].items():
+        print(f"{count:>12,} {reason}")
+    print(
+        f"{report['kept']:>12,} of {report['records']:,} are kept: train on them with"
+        f" --config.data.keep={directory / 'keep.parquet'}\n{directory / 'curate.html'}"
+    )
+    return 0
+
+
+def _describe(
+    source: base.DataSource,
+    data: schema.Data,
+    directory: pathlib.Path,
+    mapper: curation.Mapper,
+) -> dict[str, np.ndarray]:
+    """The descriptions of all records; those of an earlier start are read."""
+    describer = curation.RecordDescriber(source, data.background, data.missing)
+    folder, found = directory / "descriptions" / describer.identity(), {}
+    for chunk in range(describer.chunks()):
+        if (arrays := base.load_arrays(str(folder / f"{chunk:06d}.npz"))) is not None:
+            found[chunk] = arrays
+    todo = [chunk for chunk in range(describer.chunks()) if chunk not in found]
+    described = progress.track_progress(
+        mapper(describer, todo), f"reading {source.name}", len(todo), "chunks"
+    )
+    for chunk, arrays in zip(todo, described, strict=True):
+        base.save_arrays(str(folder / f"{chunk:06d}.npz"), **arrays)
+        found[chunk] = arrays
+    parts = [found[chunk] for chunk in range(describer.chunks())]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _features(source: base.DataSource, path: str) -> np.ndarray | None:
+    """The features of a file by record, of norm 1; zeros where the file has none."""
+    if not path:
+        return None
+    if not os.path.isfile(path):
+        raise UserError(f"curate.features={path!r}: there is no such file; see --mode=features")
+    columns, _ = feature_mode.read_feature_file(path)
+    rows = {key: row for row, key in enumerate(columns["keys"].tolist())}
+    place = np.array([rows.get(base.source_key(source, i), -1) for i in range(len(source))])
+    if (place < 0).all():
+        raise UserError(
+            f"curate.features={path!r}: none of its keys is in {source.name}: write it from this"
+            " source"
+        )
+    table = columns["features"].astype(np.float32)
+    table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+    return np.where(place[:, None] >= 0, table[place], 0)
+
+
+def _report(
+    source: base.DataSource,
+    rules: schema.Curate,
+    done: curation.Decisions,
+    sets: Sequence[curation.EvaluationSet],
+    engine: str,
+) -> dict[str, Any]:
+    counts = collections.Counter(done.reason[done.reason >= 0].tolist())
+    return {
+        "source": source.name,
+        "description": source.description(),
+        "fingerprint": source.fingerprint(),
+        "records": len(source),
+        "kept": len(done.kept),
+        "left_out": {curation.REASONS[i]: counts[i] for i in sorted(counts)},
+        "evaluation": {
+            each.name: {
+                "images": len(each.facts["reason"]),
+                "copies": int((done.evaluation == number).sum()),
+            }
+            for number, each in enumerate(sets)
+        },
+        "rules": dataclasses.asdict(rules),
+        "engine": engine,
+    }
+
+
+def _write_lists(
+    source: base.DataSource,
+    done: curation.Decisions,
+    sources: Sequence[base.DataSource],
+    directory: pathlib.Path,
+) -> None:
+    weights = getattr(source, "record_weights", None)
+    keys: dict[str, float] = {}  # records with the same key are kept together
+    for row in done.kept.tolist():
+        keys.setdefault(base.source_key(source, row), 1.0 if weights is None else weights[row])
+    columns = {} if weights is None else {"weight": np.array(list(keys.values()))}
+    keep_list.write_keep_list(str(directory / "keep.parquet"), list(keys), **columns)
+    out = np.flatnonzero(done.reason >= 0).tolist()
+    copies = [
+        ""
+        if done.of[row] < 0
+        else base.source_key(_source_of(row, source, sources, done), done.of[row])
+        for row in out
+    ]
+    keep_list.write_keep_list(
+        str(directory / "left_out.parquet"),
+        [base.source_key(source, row) for row in out],
+        reason=[curation.REASONS[done.reason[row]] for row in out],
+        copy_of=[copy.encode("utf-8", "replace").decode() for copy in copies],
+        difference=done.difference[out],
+    )
+    if isinstance(source, keep_list.KeptSource) and source.replaces:
+        print("the captions and labels of data.keep are not in keep.parquet: join them by key")
+    same = collections.Counter(base.source_key_hashes(source).tolist())
+    if (shared := len(source) - len(same)) > 0:
+        print(f"{shared:,} records share the key of an earlier one and are kept if one of them is")
+
+
+def _source_of(
+    row: int,
+    source: base.DataSource,
+    sources: Sequence[base.DataSource],
+    done: curation.Decisions,
+) -> base.DataSource:
+    return source if done.evaluation[row] < 0 else sources[done.evaluation[row]]
+
+
+def _examples(
+    source: base.DataSource,
+    sources: Sequence[base.DataSource],
+    facts: dict[str, np.ndarray],
+    done: curation.Decisions,
+    data: schema.Data,
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """A few records of each reason, evenly spread, each with that of which it is a copy."""
+    examples: dict[str, list[list[dict[str, Any]]]] = {}
+    for number, reason in enumerate(curation.REASONS):
+        rows = np.flatnonzero(done.reason == number).tolist()
+        for row in (rows[i] for i in dataset_scan.spread_indices(len(rows), EXAMPLES)):
+            size = f"{facts['width'][row]} x {facts['height'][row]}"
+            shown = [_image(source, row, f"left out, {size}", data)]
+            if done.of[row] >= 0:
+                other = _source_of(row, source, sources, done)
+                note = "kept" if other is source else f"of {other.name}"
+                note += f", difference {done.difference[row]:.3f}"
+                shown.append(_image(other, int(done.of[row]), note, data))
+            examples.setdefault(reason, []).append(shown)
+    return examples
+
+
+def _image(source: base.DataSource, row: int, note: str, data: schema.Data) -> dict[str, Any]:
+    (record,) = decode.read_records(source, [row], data.missing)
+    try:
+        if isinstance(record, decode.BadRecord):
+            raise record
+        jpeg = dataset_scan.thumbnail(record, background=data.background)
+    except decode.BadRecord as error:
+        jpeg, note = None, error.detail
+    return {"jpeg": jpeg, "key": base.source_key(source, row), "note": note}

@@ -1,0 +1,156 @@
+"""--mode=curate: what is left out and why; its list is one that data.keep reads."""
+
+import io
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_jax import schema
+from m3i_jax.data import curation, engines, near_duplicates, perceptual_hash, splits
+from m3i_jax.data.sources import base
+from m3i_jax.errors import UserError
+from m3i_jax.modes import curate as mode
+
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+def photo(seed: int, height: int = 96, width: int = 128) -> Image.Image:
+    """Smooth random colours, unlike those of any other seed."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 255, (6, 8, 3)).astype(np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def save(folder: pathlib.Path, name: str, image: Image.Image, **options: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    image.save(folder / name, **options)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    root = tmp_path_factory.mktemp("curate")
+    train = root / "train"
+    for i in range(12):
+        save(train, f"{i:02d}.png", photo(i))
+    save(train, "crop of 01.jpg", photo(1).crop((10, 5, 118, 90)), quality=80)
+    save(train, "large 02.jpg", photo(2).resize((256, 192)), quality=60)
+    (train / "equal to 03.png").write_bytes((train / "03.png").read_bytes())
+    save(train, "of the test <set>.jpg", photo(100).crop((0, 0, 110, 90)))
+    save(train, "long.png", photo(50, 20, 200))
+    save(train, "tiny.png", photo(51, 17, 17))
+    (train / "broken.jpg").write_bytes(b"<html>")
+    (train / "00.txt").write_text("two words")
+    for i in (100, 101):
+        save(root / "test", f"{i}.png", photo(i))
+    return root
+
+
+def config(data: pathlib.Path, **rules: Any) -> schema.Config:
+    source = schema.Data(source="folder", path=str(data / "train"), split=".", workers=1)
+    return schema.Config(data=source, curate=schema.Curate(**rules))
+
+
+def left_out(directory: pathlib.Path) -> dict[str, tuple[str, str]]:
+    rows = parquet.read_table(directory / "left_out.parquet").to_pylist()
+    return {row["key"]: (row["reason"], row["copy_of"]) for row in rows}
+
+
+def test_a_source_is_curated(data: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    rules = {"min_side": 18, "max_aspect": 3.0, "against": (f"folder:{data / 'test'}",)}
+    assert mode.run(config(data, **rules), workdir=str(tmp_path)) == 0
+    assert left_out(tmp_path) == {
+        "crop of 01.jpg": ("copy or crop", "01.png"),
+        "02.png": ("copy or crop", "large 02.jpg"),
+        "equal to 03.png": ("equal file", "03.png"),
+        "of the test <set>.jpg": ("in an evaluation set", "100.png"),
+        "long.png": ("aspect ratio", ""),
+        "tiny.png": ("too small", ""),
+        "broken.jpg": ("undecodable", ""),
+    }
+    assert "12 of 19 are kept: train on them with" in capsys.readouterr().out
+    report = json.loads((tmp_path / "curate.json").read_text())
+    assert report["kept"] == 12 and report["left_out"]["copy or crop"] == 2
+    page = (tmp_path / "curate.html").read_text()
+    assert "of the test &lt;set&gt;.jpg" in page and "<set>" not in page
+    assert page.count("<figure>") == 3 + 2 * 4 and "http:" not in page
+    keep = (str(tmp_path / "keep.parquet"),)
+    kept = splits.open_source(schema.Data(source="folder", path=str(data / "train"), keep=keep))
+    assert len(kept) == 12 and base.source_key(kept, 11) == "large 02.jpg"
+
+
+def test_descriptions_are_read_again(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+    assert mode.run(config(data, duplicates="none"), workdir=str(tmp_path)) == 0
+    assert set(left_out(tmp_path)) == {"broken.jpg"}
+    monkeypatch.setattr(curation.RecordDescriber, "_describe", None)
+    rules: dict[str, Any] = {"duplicates": "exact", "min_words": 2}
+    assert mode.run(config(data, **rules), workdir=str(tmp_path)) == 0
+    found = left_out(tmp_path)
+    assert "00.png" not in found and found["01.png"] == ("caption length", "")
+
+
+def test_features_find_what_looks_alike(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    keys = [f"{i:02d}.png" for i in range(12)]
+    table = np.eye(12, 5, dtype=np.float32)
+    table[7] = table[4] * 3 + 0.1
+    path = str(tmp_path / "x.npz")
+    np.savez(path, keys=np.array(keys), features=table, about=np.array("{}"))
+    rules = {"duplicates": "exact", "features": path}
+    assert mode.run(config(data, **rules), workdir=str(tmp_path)) == 0
+    assert left_out(tmp_path)["07.png"] == ("like features", "04.png")
+    assert set(left_out(tmp_path)) == {"07.png", "broken.jpg", "equal to 03.png"}
+    with pytest.raises(UserError, match="curate.features='/no': there is no such file"):
+        mode.run(config(data, features="/no"), workdir=str(tmp_path))
+
+
+def test_hashes_survive_compression_and_tell_images_apart() -> None:
+    def compressed(image: Image.Image) -> Image.Image:
+        buffer = io.BytesIO()
+        image.resize((100, 90)).save(buffer, "JPEG", quality=40)
+        return Image.open(buffer)
+
+    one = [perceptual_hash.make_thumbnail(photo(i)) for i in range(40)]
+    two = [perceptual_hash.make_thumbnail(compressed(photo(i))) for i in range(40)]
+    a, b = (np.concatenate([perceptual_hash.region_hashes(t, 1) for t in x]) for x in (one, two))
+    bits = np.bitwise_count(a[:, None] ^ b[None])
+    assert np.diag(bits).max() <= 4 and (bits + 64 * np.eye(40, dtype=int)).min() >= 12
+    # the search by bands finds all that differ in at most 7 bits, compared with all pairs
+    finder = near_duplicates.NearFinder(b, np.stack(two), np.stack(one), False, 7, 0.1, crops=False)
+    pairs = finder(range(40))
+    assert pairs[:, 0].tolist() == pairs[:, 1].tolist() == list(range(40))
+
+
+def test_bands_find_every_hash_within_eleven_bits() -> None:
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**63, 500).astype(np.uint64)
+    flips = np.stack([rng.permutation(64)[:11] for _ in range(500)]).astype(np.uint64)
+    asked = hashes ^ (np.uint64(1) << flips).sum(1, dtype=np.uint64)
+    finder = near_duplicates.NearFinder(hashes, np.zeros(0), np.zeros(0), False, 11, 0.1)
+    region, image, bits = finder._candidates(asked)
+    assert bits.max() == 11 and set(zip(region, image, strict=True)) >= {(i, i) for i in range(500)}
+
+
+def test_engines(monkeypatch: Any) -> None:
+    assert list(engines.map_items("local", abs, [-3, 2], workers=2)) == [3, 2]
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(UserError, match=r"--engine=ray needs the package ray: pip install"):
+        list(engines.map_items("ray", abs, [1], workers=1))
+    with pytest.raises(UserError, match="--engine=spark: is none of local, ray"):
+        mode.run(schema.Config(), workdir="/tmp", engine="spark")
+
+
+@pytest.mark.slow
+def test_ray_decides_the_same(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        for engine in engines.ENGINES:
+            assert mode.run(config(data), workdir=str(tmp_path / engine), engine=engine) == 0
+    finally:
+        ray.shutdown()
+    assert left_out(tmp_path / "local") == left_out(tmp_path / "ray")
