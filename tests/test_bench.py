@@ -33,6 +33,7 @@ def test_benchmarks_are_listed_without_imports() -> None:
     } <= set(rows) and "figures" not in rows
     helpers = {"report", "heap", "m3i_torch", "contestants", "race", "intern_image_torch"}
     helpers |= {"dense_step_torch", "dense_heads_torch", "dense_torch", "upernet_torch"}
+    helpers |= {"dense_queries", "dense_query_torch"}
     assert not helpers & set(rows)
 
 
@@ -154,15 +155,19 @@ def test_internimage_peer_computes_the_same_loss(tmp_path: pathlib.Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["detect_toy", "segment_toy"])
+@pytest.mark.parametrize("name", ["detect_toy", "segment_toy", "dino_toy", "mask2former_toy"])
 def test_dense_peer_computes_the_same_losses(name: str, tmp_path: pathlib.Path) -> None:
-    """Losses of two steps; the peer itself compares the gradients of all parameters."""
+    """Losses of two steps; the peer itself compares the gradients of all parameters. Of heads of
+    queries it is the first, after which one may choose another point or token."""
     pytest.importorskip("torch", reason="the extra bench")
     pytest.importorskip("torchvision", reason="the extra bench")
-    from tests.bench import dense_peer
+    from tests.bench import dense_peer, dense_queries
 
+    of_queries = name.startswith(dense_queries.HEADS)
+    if of_queries:
+        pytest.importorskip("transformers", reason="the extra bench")
     ours, theirs = dense_peer.ours(tmp_path, name), dense_peer.theirs(tmp_path, name)
-    for _ in range(2):
+    for _ in range(1 if of_queries else 2):
         assert ours() == pytest.approx(theirs(), rel=dense_peer.AGREE)
 
 

@@ -10,17 +10,24 @@ import numpy as np
 from m3i_jax.data import perceptual_hash
 
 BANDS, _BITS = 4, 16  # of a hash
-_PROBES = np.array([0, *(1 << bit for bit in range(_BITS))], np.int64)
-MOST = 200  # candidates of one image that are confirmed, those with the nearest hashes
-_LOOSE = 8.0  # times the limit, below which the edges of a crop are searched for
+# values that differ in at most two bits
+_PROBES = np.array(
+    sorted(
+        {1 << i ^ 1 << j for i in range(_BITS) for j in range(_BITS)}
+        | {1 << i for i in range(_BITS)}
+    ),
+    np.int64,
+)
+MOST = 32  # candidates of one image that are confirmed, those with the nearest hashes
+_LOOSE = 1.5  # difference below which the edges of a crop are searched for; 2: unrelated
 
 
 @dataclasses.dataclass(frozen=True)
 class NearFinder:
     """Finds the images of a set of which an image has a copy, or a crop, in another set.
 
-    Two hashes are compared if at least one of their four bands differs in at most one bit: those
-    that differ in at most 7 of 64 bits always are, others by chance.
+    Two hashes are compared if at least one of their four bands differs in at most two bits: those
+    that differ in at most 11 of 64 bits always are, others by chance.
 
     Attributes:
         hashes: uint64 [N], of the images that are searched, whole.
@@ -79,7 +86,7 @@ class NearFinder:
         differences = perceptual_hash.relative_difference(crops, found).tolist()
         pairs = []
         for guess, part, image, value in zip(guesses, found, numbers, differences, strict=True):
-            if self.crops and self.difference < value <= _LOOSE * self.difference:
+            if self.crops and self.difference < value <= _LOOSE:
                 value, _ = perceptual_hash.fit_crop(thumbnail, part, guess)
             if value <= self.difference:
                 pairs.append((row, image, value))

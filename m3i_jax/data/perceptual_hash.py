@@ -2,8 +2,8 @@
 are found after re-encoding, resizing and cropping.
 
 A thumbnail is 32 x 32 RGB whatever the aspect ratio, so a crop of one image, stretched to a square,
-is compared with the whole of another. The hash has the signs of the 63 lowest frequencies (discrete
-cosine transform) of the gray values, without the mean; bit 0 is 0."""
+is compared with the whole of another. The hash states which of the 63 lowest frequencies (discrete
+cosine transform) of the gray values are positive, without the mean; bit 0 is 0."""
 
 import functools
 
@@ -14,6 +14,9 @@ SIDE = 32  # pixels of a thumbnail
 FREQUENCIES = 8  # of the hash, along each axis
 _GRAY = np.array([0.299, 0.587, 0.114], np.float32)
 _FLAT = 36.0  # variance of pixel values below which an image counts as flat
+# A frequency is positive above this share of their root mean square: those that symmetric drawings
+# lack would else be random bits.
+_POSITIVE = 0.03
 _SHIFT = 25.0  # largest difference of the mean of a colour
 _STEPS = (0.04, 0.02, 0.01)  # of the search for the edges of a crop, in shares of the image
 
@@ -84,8 +87,10 @@ def region_hashes(thumbnail: np.ndarray, regions: int | None = None) -> np.ndarr
     """
     rows, columns = (basis[:regions] for basis in _bases())
     gray_HxW = thumbnail.astype(np.float32) @ _GRAY
-    bits = (rows @ gray_HxW @ columns.swapaxes(1, 2) > 0).reshape(len(rows), -1)
-    bits[:, 0] = False  # the mean
+    frequencies = (rows @ gray_HxW @ columns.swapaxes(1, 2)).reshape(len(rows), -1)
+    frequencies[:, 0] = 0  # the mean
+    least = _POSITIVE * np.sqrt((frequencies**2).mean(1, keepdims=True))
+    bits = frequencies > np.maximum(least, 1e-3)
     return np.packbits(bits, 1, bitorder="little").view("<u8")[:, 0]
 
 
@@ -101,6 +106,7 @@ def crop_thumbnails(thumbnail: np.ndarray, regions: list[Region]) -> np.ndarray:
 def relative_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns how much thumbnails differ: the mean squared difference of their colours without the
     mean of each, over the smaller of their variances; infinity if the means differ by a tenth.
+    Squares of 2 x 2 pixels are compared, since a crop is blurred by its enlargement.
 
     Args:
         a, b: [..., 32, 32, 3], values 0..255.
@@ -112,13 +118,19 @@ def relative_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     >>> relative_difference(x, x).item(), relative_difference(x, x[::-1]).round(1).item()
     (0.0, 2.0)
     """
-    a, b = a.astype(np.float32), b.astype(np.float32)
+    a, b = _halved(a), _halved(b)
     mean_a, mean_b = a.mean((-3, -2), keepdims=True), b.mean((-3, -2), keepdims=True)
     a, b = a - mean_a, b - mean_b
     least = np.minimum((a**2).mean((-3, -2, -1)), (b**2).mean((-3, -2, -1)))
     ratio = ((a - b) ** 2).mean((-3, -2, -1)) / np.maximum(least, _FLAT)
     far = np.abs(mean_a - mean_b).max((-3, -2, -1)) > _SHIFT
     return np.where(far, np.inf, ratio)
+
+
+def _halved(x: np.ndarray) -> np.ndarray:
+    *some, height, width, channels = x.shape
+    squares = x.astype(np.float32).reshape(*some, height // 2, 2, width // 2, 2, channels)
+    return squares.mean((-4, -2))
 
 
 def fit_crop(whole: np.ndarray, part: np.ndarray, region: Region) -> tuple[float, Region]:

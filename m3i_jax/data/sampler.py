@@ -76,10 +76,10 @@ def sample_mixture_index(
     count = cycle * share + slot - (ends[source] - share)  # samples of this source before this one
     epoch, rank = np.divmod(count, lengths[source])
     record = permute(rank, lengths[source], hash64(seed, RECORD, source, epoch, attempt))
-    for number, ends in enumerate(weights):
-        if ends is not None and (rows := source == number).any():
+    for number, cumulative in enumerate(weights):
+        if cumulative is not None and (rows := source == number).any():
             record[rows] = repeat_factors.records_at_weighted(
-                ends, seed, count[rows], attempt, number
+                cumulative, seed, count[rows], attempt, number
             )
     return source, record
 

@@ -132,8 +132,11 @@ class _Displaced(NamedTuple):
             rest_y, rest_x = (order(rest.T[None])[0].T for rest in (rest_y, rest_x))
             offset, mask = order(offset), order(mask)
         b, o, g, p, _ = offset.shape
-        moved = jnp.transpose(offset, (0, 2, 4, 3, 1)).astype(dtype)
-        weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o).astype(dtype)
+        moved = jnp.transpose(offset, (0, 2, 4, 3, 1))
+        weight = jnp.moveaxis(mask.reshape(b, o, -1), 1, 2).reshape(b, g, p, o)
+        if order:  # else XLA reorders what it has widened, twice the bytes
+            moved, weight = jax.lax.optimization_barrier((moved, weight))
+        moved, weight = moved.astype(dtype), weight.astype(dtype)
         return Samples(
             self.scale * moved[:, :, 1] + rest_y, self.scale * moved[:, :, 0] + rest_x, weight
         )

@@ -108,6 +108,11 @@ def _windows(y_PxO: jax.Array, shape: _Shape) -> tuple[jax.Array, jax.Array]:
 
 
 def wide_product(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> jax.Array:
+    """Product over these axes of two matrices, in the type, with sums in float32.
+
+    >>> wide_product(jnp.ones((2, 3)), jnp.ones((3, 1)), (1, 0), jnp.float32).ravel().tolist()
+    [3.0, 3.0]
+    """
     precision = None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     dims = ((over[0],), (over[1],)), ((), ())
     return jax.lax.dot_general(

@@ -111,8 +111,20 @@ def _side_by_side(groups: int, depth: int) -> int:
 def plan_windows(
     size: tuple[int, int], out: int, columns: int, groups: int, depth: int, points: int, dtype: Any
 ) -> WindowPlan | None:
-    """The sizes for a map and its outputs, `columns` a row or in no order (0); None where VMEM
-    cannot hold them."""
+    """The sizes for a map, or None where VMEM cannot hold them.
+
+    Args:
+      size: rows and columns of the map.
+      out: number of outputs.
+      columns: of them in a row where neighbours sample neighbours; 0 where they have no order.
+      groups, depth: groups of all channels, and channels of one.
+      points: samples of an output in a group.
+      dtype: of the map.
+
+    >>> plan = plan_windows((304, 504), 304 * 504, 504, 10, 32, 9, jnp.bfloat16)
+    >>> plan.block, plan.tile, plan.chunk, plan.window
+    ((16, 64), (4, 32), (24, 96), (4, 48))
+    """
     height, width = size[0], _up(size[1], ALIGNED)
     tile, window = ((4, 32), (4, 48)) if columns else ((1, LANES), (2, 80))
     shape = (out // columns, columns) if columns else (1, out)

@@ -93,13 +93,15 @@ class _Kernel(NamedTuple):
         return jnp.minimum(side_by_side, groups - self.lane_block * side_by_side)
 
     def samples(self, g: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """y, x, m of a tile, [P, T]. Those outside stay there, at a finite distance."""
+        """y, x, m of a tile, [P, T]. Those outside stay there, at a finite distance, and a NaN is
+        kept."""
         from jax.experimental import pallas as pl
 
         lanes = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
         y, x, m = (ref[0, g, :, lanes] for ref in (self.y, self.x, self.m))
         height, width = self.plan.padded
-        return jnp.clip(y, -2, height + 1), jnp.clip(x, -2, width + 1), m
+        near = lambda t, size: jnp.where(t < -2, -2.0, jnp.where(t > size + 1, size + 1.0, t))
+        return near(y, height), near(x, width), m
 
     def each(self, body: Any) -> None:
         """`body(g, t)` for every group and tile."""
@@ -239,7 +241,9 @@ def _forward_kernel(
             _, x_PxT, m_PxT = self.samples(g, t)
 
             def columns(number: jax.Array | None) -> None:
-                for p in range(len(x_PxT) if number is not None else 0):
+                if number is None:
+                    return
+                for p in range(len(x_PxT)):
                     hats[p] = m_PxT[p : p + 1] * hat(x_PxT[p : p + 1] - number)
 
             def add(place: tuple[Any, Any], away: list[jax.Array], sums: jax.Array) -> jax.Array:
@@ -410,7 +414,7 @@ def _run(
     copied = steps * size * (map_.dtype.itemsize + (8 if grad else 0))
     copied += 4 * map_.size if grad else 0
     touched = -(-(plan.tile[0] + 2) // plan.window[0]) * -(-(plan.tile[1] + 2) // plan.window[1])
-    blocked = [*samples, *grad, *(like[1:] if grad else like)]
+    blocked: list[Any] = [*samples, *grad, *(like[1:] if grad else like)]
     return pl.pallas_call(
         functools.partial(kernel, plan=plan),
         grid=(b, plan.lane_blocks, down, over),

@@ -107,6 +107,8 @@ def _kernel(
     if dcnv3_tpu.fits(call.size, *like):
         return dcnv3_tpu, {"size": call.size, "interpret": interpret}, samples
     plan = dcnv3_window_plan.plan_windows(call.size, o, call.columns, *like)
+    if plan is None:
+        raise ValueError(f"no kernel holds {groups} groups of {like[1]} channels side by side")
     if call.columns:
         samples = functools.partial(samples, order=plan.by_tile)
     return dcnv3_windows, {"plan": plan, "interpret": interpret}, samples

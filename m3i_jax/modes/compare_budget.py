@@ -115,17 +115,20 @@ def plan_budget(
 def _step_seconds(base: jobs.Setup, runs: Mapping[str, jobs.Setup]) -> dict[str, float]:
     """Seconds of a step of every objective, measured once a workdir: a run that goes on must have
     the length that it began with."""
-    path = base.workdir / "compare" / MEASURED
+    path, main = base.workdir / "compare" / MEASURED, jax.process_index() == 0
     known: dict[str, Any] = {}
-    if path.is_file():
+    if main and path.is_file():
         known = run_files.read_run_json(path, "restore it, or begin in an empty workdir")
     if wrong := [x for x in known.values() if not isinstance(x, int | float) or not x > 0]:
         raise UserError(f"{path}: {wrong[0]!r} is no time of a step; begin in an empty workdir")
-    for form, job in runs.items():
-        if form not in known:
+    # every host runs the steps that host 0 has no time of, and all take host 0's times
+    times = parallel.broadcast_from_host0(np.array([known.get(form, 0.0) for form in runs]))
+    for (form, job), seconds in zip(runs.items(), times, strict=True):
+        known[form] = float(seconds)
+        if not seconds:
             print(f"compare: measuring a step of {form}", flush=True)
-            known[form] = float(parallel.broadcast_from_host0(np.float64(time_step(job))))
-    if jax.process_index() == 0:
+            known[form] = float(parallel.broadcast_from_host0(np.array(time_step(job))))
+    if main:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_text_atomic(path, json.dumps(known, indent=1) + "\n", noted=True)
     return {form: float(known[form]) for form in runs}

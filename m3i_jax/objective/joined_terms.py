@@ -2,11 +2,12 @@
 the paper leaves them open."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m3i_jax.objective.available_terms import SMALL
 from m3i_jax.objective.caption_posterior import CAPTIONS
-from m3i_jax.objective.terms import IMAGE_TARGETS, PooledHead, ProjectionHead, Term, Terms
+from m3i_jax.objective.terms import IMAGE_TARGETS, Pass, PooledHead, ProjectionHead, Term, Terms
 
 # Target encoders that have no gradient and the shape of the online one.
 ENCODERS = ("ema", "shared", "frozen", "snapshot")
@@ -68,26 +69,36 @@ def merge(*rows: Terms, annotation_input: str = "shared") -> Terms:
     Args:
       rows: objectives.
       annotation_input: shared: a row of annotations only predicts them from the input of the first
-        self-supervised row; own: from unmasked views, as the row defines.
+        self-supervised row, that of its own annotations if it has some; own: from unmasked views,
+        as the row defines.
 
     >>> from m3i_jax.objective.terms import FORMS
     >>> both = merge(FORMS["sim"], FORMS["supervised"])
     >>> [t.name for t in both], len({t.reads for t in both})
     (['inter', 'category'], 1)
     """
-    learned = [t.reads for row in rows for t in row if t.target.of in IMAGE_TARGETS]
+    shared = _shared_input(rows) if annotation_input == "shared" else None
     out: list[Term] = []
     for row in rows:
         alone = all(t.target.of not in IMAGE_TARGETS for t in row)
-        if alone and learned and annotation_input == "shared":
-            images = ("own", "partner") if learned[0].mixed else ("own",)
+        if alone and shared:
+            images = ("own", "partner") if shared.mixed else ("own",)
             row = tuple(
-                dataclasses.replace(t, reads=learned[0], image=image)
-                for image in images
-                for t in row
+                dataclasses.replace(t, reads=shared, image=image) for image in images for t in row
             )
         out += [t for t in row if t not in out]
     return tuple(out)
+
+
+def _shared_input(rows: Sequence[Terms]) -> Pass | None:
+    """What the first row with self-supervised terms reads its annotations from, or else its first
+    large view; None without such a row."""
+    for row in rows:
+        if images := [t.reads for t in row if t.target.of in IMAGE_TARGETS]:
+            annotations = [t.reads for t in row if t.target.of not in IMAGE_TARGETS]
+            large = [read for read in images if read.view < SMALL]
+            return (annotations or large or images)[0]
+    return None
 
 
 def with_options(

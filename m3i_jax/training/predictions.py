@@ -278,7 +278,7 @@ def caption_rows(term: Term, inputs: PassInputs) -> tuple[jax.Array, jax.Array, 
     if term.target.of == "caption":
         return rows["tokens"], rows["length"], 1
     task = ("box", "region").index(term.target.of)
-    return tuple(rows[name][:, task] for name in ("regions", "region_length", "region_given"))
+    return rows["regions"][:, task], rows["region_length"][:, task], rows["region_given"][:, task]
 
 
 def parallel_rows(plan: Plan, term: Term, inputs: PassInputs) -> jax.Array | None:

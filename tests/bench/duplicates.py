@@ -19,7 +19,6 @@ from PIL import Image
 
 from m3i_jax import schema
 from m3i_jax.data import curation, decode
-from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.modes import curate
 
@@ -75,6 +74,33 @@ def write_images(tars: list[str], count: int, folder: pathlib.Path) -> None:
         taken += 1
 
 
+def print_table(out: pathlib.Path) -> None:
+    """Prints recall by kind and precision of a finished run."""
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(out / "run" / "left_out.parquet").to_pylist()
+    copy_of = {row["key"]: row["copy_of"] for row in rows if row["copy_of"]}
+    found: dict[str, list[bool]] = collections.defaultdict(list)
+    direct: list[bool] = []
+    for path in sorted((out / "images").iterdir()):
+        stem, _, kind = path.stem.partition(" ")
+        if kind:
+            pair = {path.name, f"{stem}.png"}
+            # one of the two is left out; for the other, or for a third that is like both
+            found[kind].append(bool(pair & set(copy_of)))
+            direct.append(any({key, copy_of.get(key)} == pair for key in pair))
+    right = [
+        key.split()[0].split(".")[0] == of.split()[0].split(".")[0] for key, of in copy_of.items()
+    ]
+    print("| copies | number | found % |\n|---|---|---|")
+    for kind in KINDS:
+        print(f"| {kind} | {len(found[kind])} | {100 * np.mean(found[kind] or [0]):.1f} |")
+    every = [value for values in found.values() for value in values]
+    print(f"| all | {len(every)} | {100 * np.mean(every):.1f} |")
+    print(f"{100 * np.mean(direct):.1f} % are left out for each other")
+    print(f"precision: {100 * np.mean(right):.1f} % of {len(right)} images that are left out")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("tars", nargs="+")
@@ -89,26 +115,7 @@ def main() -> None:
     data = schema.Data(source="folder", path=str(out / "images"), split=".", workers=flags.workers)
     rules = schema.Curate(difference=flags.difference)
     curate.run(schema.Config(data=data, curate=rules), workdir=str(out / "run"))
-    import pyarrow.parquet
-
-    rows = pyarrow.parquet.read_table(out / "run" / "left_out.parquet").to_pylist()
-    copy_of = {row["key"]: row["copy_of"] for row in rows if row["copy_of"]}
-    names = [FolderSource(str(out / "images")).key(i) for i in range(flags.images)]
-    found: dict[str, list[bool]] = collections.defaultdict(list)
-    for name in names:
-        stem, _, kind = pathlib.Path(name).stem.partition(" ")
-        if kind:
-            pair = {name, f"{stem}.png"}
-            found[kind].append(any({key, copy_of.get(key)} == pair for key in pair))
-    right = [
-        key.split()[0].split(".")[0] == of.split()[0].split(".")[0] for key, of in copy_of.items()
-    ]
-    print("| copies | number | found % |\n|---|---|---|")
-    for kind in KINDS:
-        print(f"| {kind} | {len(found[kind])} | {100 * np.mean(found[kind] or [0]):.1f} |")
-    every = [value for values in found.values() for value in values]
-    print(f"| all | {len(every)} | {100 * np.mean(every):.1f} |")
-    print(f"precision: {100 * np.mean(right):.1f} % of {len(right)} images that are left out")
+    print_table(out)
     used = resource.getrusage(resource.RUSAGE_SELF)
     chunks = -(-flags.images // curation.CHUNK)
     print(f"processor time {used.ru_utime + used.ru_stime:.0f} s, {chunks} chunks, this process")

@@ -39,6 +39,7 @@ def simulated_index(records: int) -> dict[str, np.ndarray]:
 def opened(path: str, signature: np.ndarray, verify: bool) -> tars.TarSource:
     """A source with the index of a file, whose tar files are not there."""
     source = tars.TarSource.__new__(tars.TarSource)
+    source.name = "simulated"
     index = tars._load(path, signature, verify=verify)
     assert index is not None
     source._set_index(index)

@@ -111,7 +111,8 @@ def test_shares_write_what_one_process_writes(images, tmp_path, capsys):
     assert written(shared) == written(one)
     source = array_record.ArrayRecordSource(str(one))
     before = FolderSource(str(images))
-    sizes = [min(decode.decode_image(source[i].image).shape[:2]) for i in range(300, 330)]
+    good = [i for i in range(620) if before[i].key.startswith("a/0")][:30]
+    sizes = [min(decode.decode_image(source[i].image).shape[:2]) for i in good]
     assert max(sizes) <= 24 and source.captions
     unchanged = [i for i in range(620) if source[i].image == before[i].image]
     assert unchanged  # small ones, and files that no decoder reads

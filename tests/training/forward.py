@@ -12,6 +12,11 @@ from m3i_jax.training import assignments, targets, term_losses, views
 from m3i_jax.training import plan as plans
 from tests import toy
 
+# Jitted as a whole: each operation alone would be compiled alone, a hundred of them in a second.
+augmented_patches = jax.jit(
+    views.augmented_patches, static_argnums=(0, 2), static_argnames=("exact",)
+)
+encode = jax.jit(m3i.encode, static_argnums=(0,), static_argnames=("blocks",))
 SMALL = {
     "model__encoder__depth": 1,
     "model__encoder__drop_path": 0.0,
@@ -38,7 +43,7 @@ def parameters(plan: plans.Plan):
     )
     # Not where heads of zero bias and unit scale start, where many a wrong composition would give
     # the same numbers.
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(jax.device_get(params))
     r = np.random.default_rng(1)
     return jax.tree.unflatten(
         tree, [leaf + 0.02 * r.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
@@ -67,8 +72,8 @@ def forward(plan: plans.Plan, batch=None, params=None, state=None) -> Forward:
     batch, params = batch or batch_of(plan), params or parameters(plan)
     parts = m3i.target_parts(plan.config, plan.terms, params)
     trees = {
-        "ema": jax.tree.map(lambda a: a * 0.9, parts),
-        "frozen": jax.tree.map(lambda a: a * 1.1, parts),
+        "ema": jax.tree.map(lambda a: a * np.float32(0.9), parts),
+        "frozen": jax.tree.map(lambda a: a * np.float32(1.1), parts),
         "snapshot": jax.tree.map(lambda a: a * 1.2, parts),
         "shared": parts,
         targets.TRAINED: m3i.trained_parts(plan.terms, params),

@@ -187,6 +187,11 @@ def test_a_joined_row_reads_the_input_of_the_first() -> None:
         row[:4] for row in plan_table.term_rows(plan)
     }
     assert plan_of("coca").where("caption", group="sp") == (1,)
+    # not the small or the masked view of the self-distillation
+    both = plan_of("siglip2,locca", data__regions=True, data__small_views="2 x 16 at 0.2-0.5")
+    texts = [t for t in both.terms if t.group == "sp"]
+    assert [t.name for t in texts] == ["text", "caption", "box", "region"]
+    assert {t.reads for t in texts} == {FULL}
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ Losses are compared forwards only; test_step.py shows that gradients are those o
 import numpy as np
 import pytest
 
-from m3i_jax.models import decoder, heads, m3i
+from m3i_jax.models import decoder, heads
 from m3i_jax.objective import losses, mixing
 from m3i_jax.objective.terms import FULL
 from m3i_jax.training import plan as plans
-from m3i_jax.training import predictions, views
-from tests.training.forward import forward, plan_of
+from m3i_jax.training import predictions
+from tests.training.forward import augmented_patches, encode, forward, plan_of
 
 
 @pytest.mark.parametrize("temperature", [0.2, 0.5])
@@ -19,12 +19,12 @@ def test_instance_is_infonce_of_two_pooled_projections(temperature: float) -> No
     query = heads.apply_predictor(
         config.model, got.params["heads"]["global"], head, got.z[FULL][:, 1:].mean(1)
     )
-    crops = views.augmented_patches(config, got.batch, (1,))
+    crops = augmented_patches(config, got.batch, (1,))
     key = heads.apply_projector(
         config.model,
         got.trees["ema"]["heads"]["global"],
         head,
-        m3i.encode(config, got.trees["ema"]["encoder"], crops[1])[:, 1:].mean(1),
+        encode(config, got.trees["ema"]["encoder"], crops[1])[:, 1:].mean(1),
     )
     q, k = (
         np.asarray(x, np.float64) / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key)
@@ -43,7 +43,7 @@ def test_instance_is_infonce_of_two_pooled_projections(temperature: float) -> No
 def test_pixels_are_normalised_by_patch_and_only_hidden_ones_count() -> None:
     got = forward(plan_of("mim_pixel"))
     config = got.plan.config
-    crops = views.augmented_patches(config, got.batch, (0,), exact=True)
+    crops = augmented_patches(config, got.batch, (0,), exact=True)
     prediction = predictions.predict_images(got.plan, got.params, got.z, got.inputs, (0,))[0]
     x = np.asarray(crops[0], np.float64)
     want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, ddof=1, keepdims=True) + 1e-6)
@@ -72,8 +72,8 @@ def test_data2vec_averages_blocks_and_reads_mask_tokens() -> None:
     (read,) = plan.passes
     assert read.mask_tokens and got.z[read].shape[1] == 1 + plan.config.tokens
     config = plan.config
-    crops = views.augmented_patches(config, got.batch, (0,))
-    mean = m3i.encode(config, got.trees["ema"]["encoder"], crops[0], blocks=2)[:, 1:]
+    crops = augmented_patches(config, got.batch, (0,))
+    mean = encode(config, got.trees["ema"]["encoder"], crops[0], blocks=2)[:, 1:]
     target = losses.layer_normalize(mean)
     prediction = heads.apply_linear(
         config.model, got.params["heads"]["linear_tokens"], got.z[read][:, 1:]
@@ -120,7 +120,7 @@ def test_siamese_im_projects_the_target_too() -> None:
     got = forward(plan)
     (key,) = plan.target_keys
     assert key.space == "decoder"
-    crops = views.augmented_patches(plan.config, got.batch, (1,))
-    z = m3i.encode(plan.config, got.trees["ema"]["encoder"], crops[1])
+    crops = augmented_patches(plan.config, got.batch, (1,))
+    z = encode(plan.config, got.trees["ema"]["encoder"], crops[1])
     want = decoder.project_targets(plan.config.model, got.trees["ema"]["decoder"], z)[:, 1:]
     np.testing.assert_allclose(got.targets[key], want, atol=1e-5)

@@ -1,16 +1,16 @@
 """I-JEPA as a row: every target block by itself, against the decoder called once a block and numpy
 float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from m3i_jax.errors import UserError
-from m3i_jax.models import decoder, m3i
+from m3i_jax.models import decoder
 from m3i_jax.objective import positions
 from m3i_jax.objective.terms import MASKED
-from m3i_jax.training import views
-from tests.training.forward import forward, plan_of
+from tests.training.forward import augmented_patches, encode, forward, plan_of
 
 SETTINGS = {
     "data__mask": "multi_block",
@@ -33,20 +33,18 @@ def test_each_block_is_predicted_from_the_context_alone() -> None:
         got.params["decoder"],
         jnp.asarray(positions.same_view_positions(4, config.model.decoder.width)),
     )
-    crops = views.augmented_patches(config, got.batch, (0,))
-    z = np.asarray(m3i.encode(config, got.trees["ema"]["encoder"], crops[0]), np.float64)
+    crops = augmented_patches(config, got.batch, (0,))
+    z = np.asarray(encode(config, got.trees["ema"]["encoder"], crops[0]), np.float64)
     target = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-5)
+
+    @jax.jit
+    def predict(params, z, cells, queries):
+        rows = decoder.apply(config.model, params, z, cells, queries, grid=4)
+        return decoder.prediction_head(config.model, params, rows, "tokens")
+
     costs = []
     for m in range(4):
-        rows = decoder.apply(
-            config.model,
-            got.params["decoder"],
-            got.z[MASKED],
-            jnp.asarray(cells),
-            queries[blocks[:, m]],
-            grid=4,
-        )
-        prediction = decoder.prediction_head(config.model, got.params["decoder"], rows, "tokens")
+        prediction = predict(got.params["decoder"], got.z[MASKED], cells, queries[blocks[:, m]])
         d = np.abs(
             np.asarray(prediction, np.float64)
             - np.take_along_axis(target, blocks[:, m, :, None], 1)

@@ -12,9 +12,17 @@ from m3i_jax.models import m3i, pooling, text
 from m3i_jax.objective import joined_terms, mixing, terms
 from m3i_jax.objective.terms import FULL, MIXED, MlpShape, ProjectionHead, pooled_term, token_term
 from m3i_jax.training import plan as plans
-from m3i_jax.training import predictions, pretrain_gradients, term_losses, trainer, views
+from m3i_jax.training import predictions, pretrain_gradients, term_losses, trainer
 from tests import toy
-from tests.training.forward import SMALL, batch_of, forward, parameters, plan_of
+from tests.training.forward import (
+    SMALL,
+    augmented_patches,
+    batch_of,
+    encode,
+    forward,
+    parameters,
+    plan_of,
+)
 
 
 def test_a_mask_of_ones_is_the_unmixed_form() -> None:
@@ -41,7 +49,7 @@ def test_a_mask_of_ones_is_the_unmixed_form() -> None:
 def test_mixing_pixels_is_mixing_patch_embeddings() -> None:
     plan = plan_of((token_term(MIXED, 0),))
     got = forward(plan)
-    crops = views.augmented_patches(plan.config, got.batch, (0,))
+    crops = augmented_patches(plan.config, got.batch, (0,))
     kernel, bias = (got.params["encoder"]["patch_embed"][n] for n in ("kernel", "bias"))
     late = mixing.mix(crops[0] @ kernel + bias, got.batch["mask"])
     early = mixing.mix(crops[0], got.batch["mask"]) @ kernel + bias
@@ -53,9 +61,9 @@ def test_isolated_images_are_two_masked_inputs() -> None:
     got = forward(plan)
     config = plan.config
     own, other = mixing.split(got.batch["mask"], config.tokens - config.hidden)
-    crops = views.augmented_patches(config, got.batch, (0,))
+    crops = augmented_patches(config, got.batch, (0,))
     for index, image in ((own, crops[0]), (other, mixing.partner(crops[0]))):
-        alone = m3i.encode(config, got.params["encoder"], image, index=index)[:, 1:]
+        alone = encode(config, got.params["encoder"], image, index=index)[:, 1:]
         np.testing.assert_allclose(mixing.gather(got.z[MIXED][:, 1:], index), alone, atol=2e-5)
     open_to_both = forward(plan_of((token_term(MIXED, 0),)))
     assert np.abs(np.asarray(open_to_both.z[MIXED] - got.z[MIXED])).max() > 1e-3
@@ -70,7 +78,11 @@ def test_halves_are_every_other_row_of_flip() -> None:
     np.testing.assert_allclose(halves.z[MIXED], flip.z[MIXED][::2], atol=1e-5)
     for i in (0, 1):
         a, b = (
-            predictions.predict_images(f.plan, f.params, f.z, f.inputs, (i,))[i]
+            jax.jit(
+                lambda p, z, inputs, f=f, i=i: predictions.predict_images(
+                    f.plan, p, z, inputs, (i,)
+                )[i]
+            )(f.params, f.z, f.inputs)
             for f in (flip, halves)
         )
         np.testing.assert_allclose(a[::2], b, atol=1e-5)
@@ -91,14 +103,12 @@ def test_halves_are_every_other_row_of_flip() -> None:
 def test_joint_soft_label_reads_all_tokens_once() -> None:
     got = forward(plan_of("m3i", objective__soft_label="joint"))
     config = got.plan.config
-    logits = np.asarray(
-        m3i.category_logits(
-            config,
-            got.params,
-            pooling.apply(config.model, got.params["pool"], got.z[MIXED][:, 1:]),
-        ),
-        np.float64,
+    predict = jax.jit(
+        lambda params, z: m3i.category_logits(
+            config, params, pooling.apply(config.model, params["pool"], z)
+        )
     )
+    logits = np.asarray(predict(got.params, got.z[MIXED][:, 1:]), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     labels = [np.asarray(got.batch["label"]), np.asarray(mixing.partner(got.batch["label"]))]
     costs = [-(0.9 * log_p[np.arange(8), y] + 0.1 * log_p.mean(-1))[y >= 0] for y in labels]
@@ -129,10 +139,12 @@ def test_equal_captions_are_no_negatives() -> None:
         for which in ("negatives", "ignored")
     )
     config, params = kept.plan.config, kept.params
-    u = m3i.image_embedding(
-        config, params, pooling.apply(config.model, params["pool"], kept.z[FULL][:, 1:])
-    )
-    v = text.apply(config.model, params["text"], batch["tokens"], batch["length"])
+    u, v = jax.jit(
+        lambda params, z, batch: (
+            m3i.image_embedding(config, params, pooling.apply(config.model, params["pool"], z)),
+            text.apply(config.model, params["text"], batch["tokens"], batch["length"]),
+        )
+    )(params, kept.z[FULL][:, 1:], batch)
     u, v = (np.asarray(x, np.float64) / np.linalg.norm(x, axis=-1, keepdims=True) for x in (u, v))
     logits = np.exp(float(params["logit_scale"])) * u @ v.T
     for got, absent in ((kept, ()), (ignored, ((0, 3), (3, 0)))):
@@ -146,10 +158,10 @@ def test_equal_captions_are_no_negatives() -> None:
 def test_shared_target_is_the_online_encoder() -> None:
     plan = plan_of("sim", objective__target_encoder="shared")
     got = forward(plan)
-    crops = views.augmented_patches(plan.config, got.batch, (1,))
+    crops = augmented_patches(plan.config, got.batch, (1,))
     (key,) = plan.target_keys
     np.testing.assert_allclose(
-        got.targets[key], m3i.encode(plan.config, got.params["encoder"], crops[1])[:, 1:], atol=1e-5
+        got.targets[key], encode(plan.config, got.params["encoder"], crops[1])[:, 1:], atol=1e-5
     )
 
 
@@ -186,7 +198,9 @@ def _contrast_gradients(count: int):
     plan = plan_of(rows, train__microbatches=count)
     params = parameters(plan)
     trees = {
-        "ema": jax.tree.map(lambda a: a * 0.9, m3i.target_parts(plan.config, plan.terms, params))
+        "ema": jax.tree.map(
+            lambda a: a * np.float32(0.9), m3i.target_parts(plan.config, plan.terms, params)
+        )
     }
     return jax.jit(
         lambda p, t, b: pretrain_gradients.objective_gradients(plan, p, t, b, jnp.float32(1))

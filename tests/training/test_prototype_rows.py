@@ -10,14 +10,13 @@ import pytest
 
 from m3i_jax import parallel, validation
 from m3i_jax.errors import UserError
-from m3i_jax.models import m3i
 from m3i_jax.objective.prototype_targets import PrototypeState
 from m3i_jax.objective.terms import FULL, Pass
 from m3i_jax.training import plan as plans
-from m3i_jax.training import trainer, views
+from m3i_jax.training import trainer
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import toy
-from tests.training.forward import forward, plan_of
+from tests.training.forward import augmented_patches, encode, forward, plan_of
 
 HEAD = {"model__head__prototypes": 12, "model__head__hidden": 20, "model__head__width": 8}
 MASK_TOKENS = Pass(masked=True, mask_tokens=True)
@@ -60,9 +59,9 @@ def cross_entropy(q, z):
 
 
 def teacher_tokens(got):
-    crops = views.augmented_patches(got.plan.config, got.batch, (0, 1))
+    crops = augmented_patches(got.plan.config, got.batch, (0, 1))
     encoder = got.trees["ema"]["encoder"]
-    return [np.asarray(m3i.encode(got.plan.config, encoder, crops[v])) for v in (0, 1)]
+    return [np.asarray(encode(got.plan.config, encoder, crops[v])) for v in (0, 1)]
 
 
 def state_of(centers, rise=0.0):

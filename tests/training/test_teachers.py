@@ -18,6 +18,7 @@ from m3i_jax.profiling import flops
 from m3i_jax.training import plan, plan_table, teachers, trainer, views
 from tests import saved, toy
 from tests.interop.test_modern_encoders import directory
+from tests.training.forward import augmented_patches, encode
 
 # compiling is what takes the time here
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -104,16 +105,19 @@ def test_the_loss_is_smooth_l1_to_normalised_features(paths, form: str) -> None:
     one, state = made(paths, form)
     config, batch = one.config, toy.batch(one.config)
     metrics = jit(one.task.gradients)(state.params, state.opt, batch).metrics
-    patches = views.augmented_patches(config, batch, (0,))[0]
+    patches = augmented_patches(config, batch, (0,))[0]
     inputs = views.pass_inputs(config, one.task.plan.passes, batch)
     term = one.task.plan.terms[-1]
     read = inputs[term.reads]
     index = read.own if term.reads.masked else None
-    z = m3i.encode(config, state.params["encoder"], patches, index=index)[:, 1:]
+    z = encode(config, state.params["encoder"], patches, index=index)[:, 1:]
     head = state.params["heads"]["teacher1"]
     prediction = np.asarray(z @ head["kernel"] + head["bias"], np.float64)
     tree = state.opt["teachers"].params["teacher1"]
-    target = np.asarray(teachers.encode_teacher(config, "teacher1", tree, patches), np.float64)
+    target = np.asarray(
+        jit(lambda t, x: teachers.encode_teacher(config, "teacher1", t, x))(tree, patches),
+        np.float64,
+    )
     target = (target - target.mean(-1, keepdims=True)) / np.sqrt(
         target.var(-1, keepdims=True) + 1e-6
     )
