@@ -203,7 +203,8 @@ def device_text() -> str:
     """The device and the versions that compile for it."""
     device = jax.local_devices()[0]
     version = " ".join(device.client.platform_version.split())
-    return f"{device.device_kind}; jax {jax.__version__}, jaxlib {metadata.version('jaxlib')}; {version}"
+    own = f"jax {jax.__version__}, jaxlib {metadata.version('jaxlib')}"
+    return f"{device.device_kind}; {own}; {version}"
 
 
 @functools.cache
