@@ -362,6 +362,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # 0.25 (small views + 0.25 hidden cells) beside 1 of the pairs and 1 of the captions; the sizes
     # of small views are DINO's, not checked against the paper
     "siglip2": {
+        "model.encoder.cls_token": True,  # also after locca, which has none
         "data.small_views": ("8 x 96 at 0.05-0.4",),
         "model.encoder.drop_path": 0.0,
         "model.encoder.freeze_patch_embed": False,

@@ -282,7 +282,7 @@ RECENT: dict[str, PublishedMethod] = {
             " not rise; together a quarter of the pairs' weight, as for its B models"
         ),
         left_out=(
-            "boxes and their captions in the decoder's text (siglip2+locca has them),"
+            "boxes and their captions in the decoder's text (locca+siglip2 has them),"
             " self-distillation in the last fifth of the run alone and on views of its own (here"
             " the pairs read an augmented view, too), NaFlex"
         ),
