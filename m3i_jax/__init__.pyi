@@ -19,6 +19,7 @@ from m3i_jax.models.dense.map_sampling import (
     roi_align as roi_align,
 )
 from m3i_jax.objective import (
+    caption_posterior as caption_posterior,
     assignment as assignment,
     balance as balance,
     boxes as boxes,

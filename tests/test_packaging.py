@@ -121,7 +121,8 @@ def test_tested_set_satisfies_the_requirements(
     for name, pin in pins.items():
         assert [s.operator for s in pin.specifier] == ["=="], f"{name} is not pinned to one version"
     groups = {"core": setup_arguments["install_requires"], **setup_arguments["extras_require"]}
-    for big in ("bench", "torch"):  # peers of the benchmarks, gigabytes that no test needs
+    # peers of the benchmarks and a cluster: large, and no test of the normal suite needs them
+    for big in ("bench", "ray", "torch"):
         groups.pop(big)
     for group, lines in groups.items():
         for name, requirement in needed(lines, python).items():

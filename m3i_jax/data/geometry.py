@@ -181,27 +181,30 @@ def bucket_placement(
         short = geometry.crop_short[int(u[2] * len(geometry.crop_short))]
         sides = range_sides(height, width, 2**31, short)
         low, high = geometry.crop_sides
-        window = tuple(
+        tall, wide = (
             min(low, side) + int(v * (min(high, side) - min(low, side) + 1))
             for v, side in zip(u[3:5], sides, strict=True)
         )
-        excess = [side - cut for side, cut in zip(sides, window, strict=True)]
-        corner = tuple(int(v * (over + 1)) for v, over in zip(u[5:7], excess, strict=True))
+        window = tall, wide
+        down, over = (
+            int(v * (side - cut + 1)) for v, side, cut in zip(u[5:7], sides, window, strict=True)
+        )
+        corner = down, over
     scale = min(limit / side for limit, side in zip(canvas, window, strict=True))
     rows, columns = (
         min(max(int(side * scale + 0.5), 1), limit)
         for side, limit in zip(window, canvas, strict=True)
     )
-    resized = [
+    tall, wide = (
         max(int(side * scale + 0.5), least)
         for side, least in zip(sides, (rows, columns), strict=True)
-    ]
+    )
     top, left = (
         min(int(first * scale + 0.5), side - cut)
-        for first, side, cut in zip(corner, resized, (rows, columns), strict=True)
+        for first, side, cut in zip(corner, (tall, wide), (rows, columns), strict=True)
     )
     flip = u[1] < geometry.flip_p
-    return Placement((height, width), *resized, top, left, rows, columns, flip, True)
+    return Placement((height, width), tall, wide, top, left, rows, columns, flip, True)
 
 
 def bucket_canvases(geometry: schema.Geometry) -> tuple[tuple[int, int], ...]:

@@ -19,11 +19,11 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 from m3i_jax.errors import one_line
@@ -203,7 +203,8 @@ def device_text() -> str:
     """The device and the versions that compile for it."""
     device = jax.local_devices()[0]
     version = " ".join(device.client.platform_version.split())
-    return f"{device.device_kind}; jax {jax.__version__}, jaxlib {jaxlib.__version__}; {version}"
+    own = f"jax {jax.__version__}, jaxlib {metadata.version('jaxlib')}"
+    return f"{device.device_kind}; {own}; {version}"
 
 
 @functools.cache

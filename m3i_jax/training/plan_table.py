@@ -231,8 +231,8 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
         add("entropy", reads, (i,), cost, features[i], batch)
     if captions := plan.where("text"):
         encode = functools.partial(text.apply, config.model)
-        texts = batch["tokens"], batch["length"]
-        add("text tower", "captions", captions, encode, params["text"], *texts)
+        of_captions = batch["tokens"], batch["length"]
+        add("text tower", "captions", captions, encode, params["text"], *of_captions)
     return rows
 
 

@@ -4,6 +4,7 @@ at 192 pixels.
     python -m tests.bench.dcnv3        # time on this machine
     python -m tests.bench.dcnv3 sizes  # every method by map size, the basis of `dcnv3.choose`
     python -m tests.bench.dcnv3 bytes  # bytes accessed on one TPU v5e chip; needs libtpu, no TPU
+    python -m tests.bench.dcnv3 large  # traffic of a layer at 1,216 x 2,016 pixels on it; minutes
 
 Times are the least of several alternating runs of forward and all gradients, with offsets drawn
 from N(0, spread^2) pixels. The mean of the ratios is weighted by the number of layers per stage.
@@ -217,7 +218,24 @@ def bytes_accessed(batch: int = 16) -> dict[str, float]:
     return ratios | {"all layers": total["auto"] / total["gather"]}
 
 
+def large(stage: int = 0) -> tuple[float, float]:
+    """Of one layer of a stage, one image, bfloat16: GB that the kernel and bands move."""
+    from m3i_jax.profiling import hbm_traffic, hlo
+
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    height, width, groups = 304 // 2**stage, 504 // 2**stage, GROUPS[stage]
+    where = 1, height, width
+    arrays = [((*where, groups * n), jnp.bfloat16) for n in (WIDTH, 18, 9, WIDTH)]
+    kernel, band = (
+        hbm_traffic.hbm_traffic(hlo.parse_hlo(compile_for_v5e(both(m, groups), arrays).as_text()))
+        / 1e9
+        for m in ("kernel", "band")
+    )
+    print(f"{height} x {width}, {groups} groups: kernel {kernel:.2f} GB, bands {band:.1f} GB")
+    return kernel, band
+
+
 if __name__ == "__main__":
-    {"times": times, "sizes": sizes, "bytes": bytes_accessed}[
+    {"times": times, "sizes": sizes, "bytes": bytes_accessed, "large": large}[
         sys.argv[1] if len(sys.argv) > 1 else "times"
     ]()

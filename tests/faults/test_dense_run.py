@@ -25,7 +25,6 @@ from tests.training.test_dense_resume import (
     logged,
     same,
     saved_arrays,
-    traced_once,  # noqa: F401
     unbroken,  # noqa: F401
 )
 

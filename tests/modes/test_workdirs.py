@@ -27,6 +27,7 @@ STARTS = {  # arguments of the modes that need a configuration
     "preview": (),
     "data": (),
     "convert": (),
+    "curate": (),
 }
 OF_RUN = {
     "report": (),

@@ -161,6 +161,8 @@ def _list_files(path: str) -> list[str]:
     expanded = path if remote.is_remote(path) else os.path.expanduser(path)
     if remote.is_remote(path) or os.path.isfile(expanded):
         return [expanded]
+    if not os.path.isdir(expanded) and os.path.exists(expanded):
+        raise UserError(f"data.keep={path!r} is neither a file nor a directory: {_FORMAT}")
     if not os.path.isdir(expanded):
         raise UserError(
             f"data.keep={path!r} does not exist: {base.missing_path_error(expanded)}; {_FORMAT}"

@@ -2,8 +2,7 @@
 
 There are two forms. Separable: the places are a grid of rows and columns, and the result is the
 product of the map with one small matrix for each axis (RoIAlign, pasted masks, resizing, adaptive
-means). Scattered: every place is read by itself, by a gather of the four cells around it; see
-`point_sampling`.
+means). Scattered: every place is read by itself, by a gather of the four cells around it.
 
 Everywhere the value of a cell belongs to its centre: along an axis of `size` cells, place p is at
 the centre of cell p, and a map that spans 0..1 has the place u * size - 0.5 at u (align_corners
@@ -453,3 +452,32 @@ def adaptive_mean(x_BxHxWxC: jax.Array, out: int) -> jax.Array:
     [1.5, 4.0]
     """
     return _along_axes(x_BxHxWxC, *(_mean_matrix(n, out) for n in x_BxHxWxC.shape[1:3]))
+
+
+@jax.jit
+def sample_points(map_HxWxC: jax.Array, points_Px2: jax.Array) -> jax.Array:
+    """A map at single points, [P, C] in the type of the map: bilinear, zeros outside, with
+    gradients for the map and the points.
+
+    Args:
+      map_HxWxC: the map of one image; jax.vmap for several.
+      points_Px2: (x, y); the map spans 0..1 (torch's `grid_sample` at 2 * points - 1 with
+        align_corners False).
+
+    >>> corners = jnp.array([[0.0, 1.0], [2.0, 3.0]])[..., None]
+    >>> sample_points(corners, jnp.array([[0.5, 0.5], [0.0, 0.25]])).ravel().tolist()
+    [1.5, 0.0]
+    """
+    h, w, c = map_HxWxC.shape
+    x, y = (points_Px2.astype(jnp.float32) * np.array([w, h], np.float32) - 0.5).T
+    left, top = jnp.floor(x), jnp.floor(y)
+    total: Any = 0
+    for i in (0, 1):
+        for j in (0, 1):
+            row, column = top + i, left + j
+            weight = (1 - jnp.abs(y - row)) * (1 - jnp.abs(x - column))
+            inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+            index = jnp.clip(row, 0, h - 1) * w + jnp.clip(column, 0, w - 1)
+            cells = map_HxWxC.reshape(-1, c)[index.astype(jnp.int32)]
+            total += jnp.where(inside, weight, 0)[:, None] * cells.astype(jnp.float32)
+    return total.astype(map_HxWxC.dtype)

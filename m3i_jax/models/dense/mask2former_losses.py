@@ -17,8 +17,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import schema
+from m3i_jax.models.dense.map_sampling import sample_points
 from m3i_jax.models.dense.masked_decoder import QueryPredictions
-from m3i_jax.models.dense.point_sampling import around_points, packed_neighbours, sample_points
 from m3i_jax.objective.mask_matching import (
     MatchWeights,
     match_masks,
@@ -28,7 +28,6 @@ from m3i_jax.objective.mask_matching import (
 )
 from m3i_jax.parallel.mesh import is_single_device, per_device
 
-_NO_CLASS = -2  # outside of a class map; empty slots have -1
 _KEPT = ("mask2former_query", "mask2former_points")  # for the backward pass
 
 
@@ -177,10 +176,20 @@ def class_shares(labels_HxW: jax.Array, points_Px2: jax.Array, classes_M: jax.Ar
     >>> class_shares(labels, jnp.array([[0.25, 0.5], [0.5, 0.5]]), jnp.array([7])).ravel().tolist()
     [0.0, 0.5]
     """
-    index_P, weights_Px4 = around_points(points_Px2, labels_HxW.shape)
-    around = packed_neighbours(labels_HxW.astype(jnp.int32)[..., None], _NO_CLASS)
-    hit_PxMx4 = around[index_P, :, 0][:, None] == classes_M[:, None]
-    return jnp.where(hit_PxMx4, weights_Px4[:, None], 0).sum(-1)
+    h, w = labels_HxW.shape
+    x_P, y_P = (points_Px2.astype(jnp.float32) * np.array([w, h], np.float32) - 0.5).T
+    left_P, top_P = jnp.floor(x_P), jnp.floor(y_P)
+    total_PxM = jnp.zeros((len(points_Px2), len(classes_M)))
+    for i in (0, 1):
+        for j in (0, 1):
+            row_P, column_P = top_P + i, left_P + j
+            weight_P = (1 - jnp.abs(y_P - row_P)) * (1 - jnp.abs(x_P - column_P))
+            inside_P = (row_P >= 0) & (row_P < h) & (column_P >= 0) & (column_P < w)
+            cell_P = jnp.clip(row_P, 0, h - 1) * w + jnp.clip(column_P, 0, w - 1)
+            label_P = labels_HxW.reshape(-1)[cell_P.astype(jnp.int32)]
+            hit_PxM = (label_P[:, None] == classes_M) & inside_P[:, None]
+            total_PxM += jnp.where(hit_PxM, weight_P[:, None], 0)
+    return total_PxM
 
 
 def set_losses(

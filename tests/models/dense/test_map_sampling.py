@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel
-from m3i_jax.models.dense import map_sampling, point_sampling
+from m3i_jax.models.dense import map_sampling
 from m3i_jax.profiling.flops import count_flops
 
 FILE = pathlib.Path(__file__).parents[2] / "data" / "dense" / "map_sampling.npz"
@@ -189,7 +189,7 @@ def test_adaptive_mean(out):
 
 def test_points():
     data = stored()
-    y, back = jax.vjp(point_sampling.sample_points, data["x"][0], data["points"])
+    y, back = jax.vjp(map_sampling.sample_points, data["x"][0], data["points"])
     dx, dpoints = back(data["points/g"])
     np.testing.assert_allclose(y, data["points/y"], atol=1e-5)
     np.testing.assert_allclose(dx, data["points/dx"], atol=1e-4)

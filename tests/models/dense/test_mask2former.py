@@ -15,6 +15,7 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop.mask2former_weights import load_mask2former
 from m3i_jax.models.dense import mask2former, mask2former_task
+from m3i_jax.models.dense.map_sampling import sample_points
 from m3i_jax.models.dense.mask2former_losses import (
     MaskPoints,
     class_masks,
@@ -25,7 +26,6 @@ from m3i_jax.models.dense.mask2former_losses import (
 )
 from m3i_jax.models.dense.masked_decoder import QueryPredictions
 from m3i_jax.models.dense.pixel_decoder import decode_pixels
-from m3i_jax.models.dense.point_sampling import sample_points
 from m3i_jax.objective.mask_matching import mask_costs, match_masks
 
 FILE = pathlib.Path(__file__).parents[2] / "data" / "dense" / "mask2former.npz"
