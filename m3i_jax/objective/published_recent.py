@@ -295,8 +295,8 @@ RECENT: dict[str, PublishedMethod] = {
             " the whole view with weight 1, half of the cells hidden and predicted with weight 2"
         ),
         left_out=(
-            "the second cls token with a synthetic caption, sinusoidal positions and scaled"
-            " embeddings of the text tower, rates and length of its runs"
+            "the second cls token with a synthetic caption (a record has one caption), sinusoidal"
+            " positions and scaled embeddings of the text tower, rates and length of its runs"
         ),
     ),
 }
