@@ -3,16 +3,28 @@ object, given its name, or box and name. A box is four whole numbers from 0 to 5
 and bottom of a view."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from m3i_jax.data.sources.base import DataSource, object_table
 from m3i_jax.data.sources.objects import Objects
-from m3i_jax.data.tokenizer import Tokenizer
 
 BINS = 500
 VISIBLE = 0.5  # least share of a box that a view shows
 TASKS = ("box", "region")  # given the name; with the name after it
+
+
+class RegionTokenizer(Protocol):
+    """What a tokenizer needs to encode regions; `Tokenizer` trains on `region_corpus`."""
+
+    length: int
+
+    def ids(self, text: str, *, cleaned: bool = False) -> list[int]:
+        """All ids of a text, without start and end."""
+
+    def frame(self, ids: Sequence[int]) -> tuple[np.ndarray, int]:
+        """(int32 [length], number of real ids): start, as many ids as fit, end, zeros."""
 
 
 def has_objects(source: DataSource) -> bool:
@@ -63,7 +75,7 @@ def object_in_view(
 
 
 def encode_region(
-    tokenizer: Tokenizer, task: str, name: str, box: Iterable[int]
+    tokenizer: RegionTokenizer, task: str, name: str, box: Iterable[int]
 ) -> tuple[np.ndarray, int, int] | None:
     """Encodes an object as a text of a task.
 

@@ -25,6 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m3i_jax import progress, run_files, schema
 from m3i_jax.data.decode import clean_caption, sample_captions
+from m3i_jax.data.region_texts import region_corpus
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 
@@ -350,8 +351,6 @@ def open_tokenizer(data: schema.Data, source: base.DataSource, saved: str = "") 
             sample_captions(source, missing=data.missing) if data.captions != "no" else ()
         )
         if data.regions:
-            from m3i_jax.data.region_texts import region_corpus  # which imports this module
-
             captions = itertools.chain(captions, region_corpus(source.classes))
         tokenizer = train_tokenizer(
             progress.track_progress(captions, "reading captions", unit="captions"),

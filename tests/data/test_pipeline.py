@@ -276,7 +276,7 @@ def test_labels_beyond_the_classes_are_dropped_and_counted(make, classes, kept, 
     batches = pipeline.iterate_batches(config, source, None, start=0)
     label = next(batches)["label"]
     assert set(label) == set(range(-1, kept))
-    assert batches.noted == {"caption_cut": 0, "label_dropped": dropped}
+    assert batches.noted == {"caption_cut": 0, "label_dropped": dropped, "region_too_long": 0}
     assert pipeline.count_classes(config.data, source) == (7 if classes < 0 else classes)
 
 
