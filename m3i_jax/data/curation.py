@@ -19,7 +19,7 @@ from m3i_jax.data.sources.base import DataSource
 VERSION = 1  # of the descriptions
 CHUNK = 1024  # records of one description file
 KEPT = ""
-SMALL, ASPECT, CAPTION = "too small", "aspect ratio", "caption length"
+SMALL, ASPECT, CAPTION = "below min_side", "aspect ratio", "caption length"
 EVALUATION, EXACT, NEAR, LIKE = (
     "in an evaluation set",
     "equal file",

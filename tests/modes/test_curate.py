@@ -68,7 +68,7 @@ def test_a_source_is_curated(data: pathlib.Path, tmp_path: pathlib.Path, capsys:
         "equal to 03.png": ("equal file", "03.png"),
         "of the test <set>.jpg": ("in an evaluation set", "100.png"),
         "long.png": ("aspect ratio", ""),
-        "tiny.png": ("too small", ""),
+        "tiny.png": ("below min_side", ""),
         "broken.jpg": ("undecodable", ""),
     }
     assert "12 of 19 are kept: train on them with" in capsys.readouterr().out
