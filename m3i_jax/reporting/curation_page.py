@@ -19,8 +19,8 @@ def curation_page_html(report: Mapping[str, Any], examples: Mapping[str, Sequenc
         there is one: "jpeg" (bytes, or None if there is no image), "key" and "note".
 
     >>> image = {"jpeg": b"", "key": "<a>", "note": "9 x 9"}
-    >>> report = {"source": "s", "records": 2, "kept": 1, "left_out": {"equal file": 1}, "rules": {}}
-    >>> "&lt;a&gt;" in curation_page_html(report, {"equal file": [[image]]})
+    >>> report = {"source": "s", "records": 2, "kept": 1, "left_out": {"a copy": 1}, "rules": {}}
+    >>> "&lt;a&gt;" in curation_page_html(report, {"a copy": [[image]]})
     True
     """
     total, left_out = report["records"], report["left_out"]
