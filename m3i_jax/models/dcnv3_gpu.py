@@ -61,6 +61,15 @@ def fits(
     return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32) and largest < 2**31
 
 
+def _program(tiles: int) -> tuple[jax.Array, jax.Array]:
+    """The tile and the group, counted over all images, of this program. The grid has one axis:
+    CUDA's others end at 65,535, which groups of a large batch exceed."""
+    from jax.experimental import pallas as pl
+
+    number = pl.program_id(0)
+    return jax.lax.rem(number, jnp.int32(tiles)), jax.lax.div(number, jnp.int32(tiles))
+
+
 def _load(ref: Any, index: jax.Array, mask: jax.Array) -> jax.Array:
     from jax.experimental.pallas import triton
 
@@ -128,10 +137,9 @@ def _of_outputs(sizes: _Sizes, group: Any, tile: Any) -> tuple[jax.Array, jax.Ar
 
 
 def _forward_kernel(y: Any, x: Any, m: Any, v: Any, out: Any, *, sizes: _Sizes) -> None:
-    from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    tile, group = pl.program_id(0), pl.program_id(1)
+    tile, group = _program(sizes.tiles)
 
     def add(p: jax.Array, total_TxD: jax.Array) -> jax.Array:
         point = _point((y, x, m), sizes, group, p, tile)
@@ -152,10 +160,9 @@ def _places_kernel(
     y: Any, x: Any, m: Any, v: Any, grad: Any, dy: Any, dx: Any, dm: Any, *, sizes: _Sizes
 ) -> None:
     """Of every sample what it would read, and the derivatives of that by its row and column."""
-    from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    tile, group = pl.program_id(0), pl.program_id(1)
+    tile, group = _program(sizes.tiles)
     grad_TxD = _load(grad, *_of_outputs(sizes, group, tile)).astype(jnp.float32)
     output = tile * _TILE + jnp.arange(_TILE)
 
@@ -191,13 +198,12 @@ def _map_kernel(
         [B G, tiles, 4].
       first, last: tiles of outputs that may touch a tile of cells, [B G, tiles of cells].
     """
-    from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    of_cells, group = pl.program_id(0), pl.program_id(1)
+    tiles_of_cells = -(-sizes.cells // _TILE)
+    of_cells, group = _program(tiles_of_cells)
     cell = of_cells * _TILE + jnp.arange(_TILE)
     row, column = cell // sizes.width, cell % sizes.width
-    tiles_of_cells = -(-sizes.cells // _TILE)
     top, bottom = (
         of_cells * _TILE // sizes.width,
         (of_cells * _TILE + _TILE - 1) // sizes.width,
@@ -273,7 +279,7 @@ def _spans(at: Samples, sizes: _Sizes) -> tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _call(
-    kernel: Any, grid: tuple[int, int], out: list[jax.ShapeDtypeStruct], arrays: list[jax.Array],
+    kernel: Any, programs: int, out: list[jax.ShapeDtypeStruct], arrays: list[jax.Array],
     interpret: bool,
 ) -> list[jax.Array]:  # fmt: skip
     """A kernel over flat arrays, which it indexes itself."""
@@ -284,7 +290,7 @@ def _call(
     flat = [jax.ShapeDtypeStruct((each.size,), each.dtype, manual_axis_type=vma) for each in out]
     made = pl.pallas_call(
         kernel,
-        grid=grid,
+        grid=(programs,),
         out_shape=flat,
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
@@ -317,7 +323,7 @@ def forward(
     out = jax.ShapeDtypeStruct((b, sizes.outputs, x_BxQxC.shape[2]), x_BxQxC.dtype)
     return _call(
         functools.partial(_forward_kernel, sizes=sizes),
-        (sizes.tiles, b * sizes.groups),
+        sizes.tiles * b * sizes.groups,
         [out],
         [*at, x_BxQxC],
         interpret,
@@ -344,14 +350,14 @@ def backward(
     rows = b * sizes.groups
     parts = _call(
         functools.partial(_places_kernel, sizes=sizes),
-        (sizes.tiles, rows),
+        sizes.tiles * rows,
         [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in at],
         [*at, x_BxQxC, grad_BxOxC],
         interpret,
     )
     (dx,) = _call(
         functools.partial(_map_kernel, sizes=sizes, dtype=x_BxQxC.dtype),
-        (-(-sizes.cells // _TILE), rows),
+        -(-sizes.cells // _TILE) * rows,
         [jax.ShapeDtypeStruct(x_BxQxC.shape, x_BxQxC.dtype)],
         [*at, grad_BxOxC, *_spans(at, sizes)],
         interpret,

@@ -109,3 +109,14 @@ def test_auto_takes_it_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
 def test_arrays_that_32_bits_do_not_index_are_not_taken():
     assert dcnv3_gpu.fits((1000, 1000), 320, 9, 10**6, 6, jnp.bfloat16)
     assert not dcnv3_gpu.fits((1000, 1000), 320, 9, 10**6, 7, jnp.bfloat16)
+
+
+def test_the_grid_has_one_axis():
+    """CUDA's second axis ends at 65,535; here are 70,000 groups."""
+    x, at, _ = call((2, 2), 35, 1, 1, 4, 1.0)
+    many = lambda a: jax.ShapeDtypeStruct((2000, *a.shape[1:]), a.dtype)
+    x, at = many(x), Samples(*map(many, at))
+    ct = jax.ShapeDtypeStruct((2000, 4, 35), x.dtype)
+    text = str(jax.make_jaxpr(lambda *a: dcnv3_gpu.forward(*a, (2, 2)))(x, at))
+    text += str(jax.make_jaxpr(lambda *a: dcnv3_gpu.backward(*a, (2, 2)))(x, at, ct))
+    assert text.count("grid=(70000,)") == 3 == text.count("pallas_call[")
