@@ -77,8 +77,9 @@ def kernel_setting() -> str:
 
 
 def ask(call: KernelCall) -> bool:
-    """Whether a program may contain this call. A call that was not checked is noted, and may: the
-    program is not compiled before it is checked."""
+    """Whether a program may contain this call. A call that was not checked is noted, and may: a
+    `Program` checks it before it is compiled. What is compiled otherwise, such as encoders of
+    `m3i_jax.load` and exported files, contains calls that no `Program` of the process checked."""
     setting = kernel_setting()
     if setting == "check" and call.key not in _settled:
         _pending[call.key] = call
