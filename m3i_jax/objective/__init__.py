@@ -6,8 +6,7 @@ dense tasks as pure functions of arrays, for this project and for others.
 - `contrastive`: losses that compare the images of a batch: dense InfoNCE, NT-Xent, Barlow Twins,
   prototypes
 - `sigmoid_pairs`: the sigmoid loss of images and captions, by a ring over devices
-- `posteriors`, `pair_posteriors`: all of these as values; in the second, those with gradients
-  through both sides
+- `posteriors`: all of these as values
 - `entropy`: estimators of the entropy as losses: KoLeo, VICReg, SIGReg, uniformity, coding rate
 - `entropy_terms`: these as values, and as terms of an objective
 - `terms`: the rows of the paper's Table 1 as data
@@ -24,9 +23,8 @@ dense tasks as pure functions of arrays, for this project and for others.
 - `ema`: the momentum target encoder as an optax transform
 - `boxes`: overlaps, the codec of box regression, anchors, non-maximum suppression
 - `assignment`: labels of anchors by IoU, random samples of fixed size, optimal assignment
-- `box_matching`: predicted boxes and objects as sets (DETR): cost, matching, losses
-- `mask_matching`: predicted masks and true ones as sets (Mask2Former): cost, matching, losses at
-  points
+- `set_matching`: predicted and true boxes (DETR) or masks (Mask2Former) as sets: cost, matching,
+  losses
 - `dense_losses`: losses of segmentation and detection
 - `segmentation_scores`: confusion matrix and mean IoU
 
@@ -42,7 +40,6 @@ __all__ = [
     "contrastive",
     "entropy",
     "entropy_terms",
-    "pair_posteriors",
     "posteriors",
     "sigmoid_pairs",
     "information",
@@ -59,8 +56,7 @@ __all__ = [
     "ema",
     "boxes",
     "assignment",
-    "box_matching",
-    "mask_matching",
+    "set_matching",
     "dense_losses",
     "segmentation_scores",
 ]

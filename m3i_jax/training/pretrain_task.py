@@ -12,7 +12,7 @@ import optax
 from m3i_jax import schema
 from m3i_jax.data import pipeline, region_texts
 from m3i_jax.models import m3i
-from m3i_jax.objective import block_masks
+from m3i_jax.objective import masks
 from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.training import assignments, optimizer, panel, plan, pretrain_gradients
 from m3i_jax.training.state import State
@@ -55,7 +55,7 @@ class Pretrain(Task):
         for size, count in collections.Counter(group.size for group in groups).items():
             shapes[f"views_{size}"] = ((b, count, size, size, 3), "uint8")
         if config.data.mask == "multi_block":
-            cells = block_masks.block_cells(config.grid, config.data.mask_block_share)
+            cells = masks.block_cells(config.grid, config.data.mask_block_share)
             shapes["blocks"] = ((b, config.data.mask_blocks, cells), "int32")
         if config.data.captions == "yes":
             length = config.data.caption_length
