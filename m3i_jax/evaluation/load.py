@@ -27,7 +27,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, hub, load_dense
 from m3i_jax.models import backbones, networks
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_dir, checkpoint_reader, plan, weight_source
+from m3i_jax.training import checkpoint_dir, plan, weight_source
 
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
 _ROWS = 64  # images a device step
@@ -231,7 +231,7 @@ def load(
     ]
     params: dict[str, Any] = {}
     for name, array in source.read(dict.fromkeys(names)).items():
-        checkpoint_reader.set_leaf(params, name, jnp.asarray(array))
+        weight_source.set_leaf(params, name, jnp.asarray(array))
     _check_shapes(config, {name: source.shapes[name] for name in names}, path)
     return LoadedEncoder(config, params, pool, source.name)
 

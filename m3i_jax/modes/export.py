@@ -39,7 +39,7 @@ from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, 
 from m3i_jax.models import backbones
 from m3i_jax.modes import export_dense, model_card, output
 from m3i_jax.reporting.atomic_write import write_text_atomic
-from m3i_jax.training import checkpoint, checkpoint_reader, init_from, weight_source
+from m3i_jax.training import checkpoint, init_from, weight_source
 
 FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
 # largest difference over the largest value; two libraries round differently in every layer
@@ -281,7 +281,7 @@ def _to_orbax(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) 
     )
     tree: dict[str, Any] = {}
     for path, array in source.read(dict.fromkeys(source.shapes)).items():
-        checkpoint_reader.set_leaf(tree, path, array)
+        weight_source.set_leaf(tree, path, array)
     checkpoint.write_tree(directory / "parameters", tree)
     write_text_atomic(directory / "config.txt", configuration.config_to_text(model.config))
     return [

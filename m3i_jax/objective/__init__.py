@@ -23,8 +23,9 @@ dense tasks as pure functions of arrays, for this project and for others.
 - `ema`: the momentum target encoder as an optax transform
 - `boxes`: overlaps, the codec of box regression, anchors, non-maximum suppression
 - `assignment`: labels of anchors by IoU, random samples of fixed size, optimal assignment
-- `set_matching`: predicted and true boxes (DETR) or masks (Mask2Former) as sets: cost, matching,
-  losses
+- `box_matching`: predicted boxes and objects as sets (DETR): cost, matching, losses
+- `mask_matching`: predicted masks and true ones as sets (Mask2Former): cost, matching, losses at
+  points
 - `dense_losses`: losses of segmentation and detection
 - `segmentation_scores`: confusion matrix and mean IoU
 
@@ -56,7 +57,8 @@ __all__ = [
     "ema",
     "boxes",
     "assignment",
-    "set_matching",
+    "box_matching",
+    "mask_matching",
     "dense_losses",
     "segmentation_scores",
 ]

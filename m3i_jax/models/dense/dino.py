@@ -24,7 +24,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.models.dense import denoising, dino_decoder, dino_encoder
 from m3i_jax.models.initializers import fill
 from m3i_jax.models.layers import Params
-from m3i_jax.objective import set_matching
+from m3i_jax.objective import box_matching
 from m3i_jax.objective.boxes import center_boxes, clip_boxes, corner_boxes, nms
 from m3i_jax.objective.dense_losses import federated_categories
 
@@ -301,7 +301,7 @@ def _match(
     arrays = jax.lax.stop_gradient((logits_BxIxQxK, boxes_BxIxQx4, classes_BxM, targets_BxMx4))
 
     def run(*some_Bx: jax.Array) -> jax.Array:
-        return jax.vmap(jax.vmap(set_matching.match_predictions, (0, 0, None, None)))(*some_Bx)
+        return jax.vmap(jax.vmap(box_matching.match_predictions, (0, 0, None, None)))(*some_Bx)
 
     if not parallel.is_single_device(len(classes_BxM)):
         return run(*arrays)
@@ -317,11 +317,11 @@ def _set_losses(
     targets_Mx4: jax.Array,
     kept_K: jax.Array | None,
 ) -> dict[str, jax.Array]:
-    learned_Q = set_matching.matched_classes(match_M, classes_M, len(logits_QxK))
-    l1, giou = set_matching.box_pair_losses(
+    learned_Q = box_matching.matched_classes(match_M, classes_M, len(logits_QxK))
+    l1, giou = box_matching.box_pair_losses(
         boxes_Qx4[jnp.maximum(match_M, 0)], targets_Mx4, match_M >= 0
     )
-    cls = set_matching.focal_class_loss(logits_QxK, learned_Q, None, kept_K)
+    cls = box_matching.focal_class_loss(logits_QxK, learned_Q, None, kept_K)
     return {"cls": cls, "l1": l1, "giou": giou}
 
 
@@ -335,8 +335,8 @@ def _noised_losses(
 ) -> dict[str, jax.Array]:
     """Positive slots learn their object, negative ones background; means over the groups."""
     learned_S = jnp.where(noised.positive_S, classes_M[noised.object_S], -1)
-    cls = set_matching.focal_class_loss(logits_SxK, learned_S, noised.group_S >= 0, kept_K)
-    l1, giou = set_matching.box_pair_losses(
+    cls = box_matching.focal_class_loss(logits_SxK, learned_S, noised.group_S >= 0, kept_K)
+    l1, giou = box_matching.box_pair_losses(
         boxes_Sx4, targets_Mx4[noised.object_S], noised.positive_S
     )
     return {name: x / noised.groups for name, x in (("cls", cls), ("l1", l1), ("giou", giou))}

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from m3i_jax import schema
 from m3i_jax.models.dense.map_sampling import sample_points
 from m3i_jax.models.dense.masked_decoder import QueryPredictions
-from m3i_jax.objective.set_matching import (
+from m3i_jax.objective.mask_matching import (
     MatchWeights,
     match_masks,
     point_mask_loss,

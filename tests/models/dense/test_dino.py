@@ -14,7 +14,7 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop.dino_weights import load_dino
 from m3i_jax.models.dense import denoising, dino, dino_decoder, dino_encoder
-from m3i_jax.objective import set_matching
+from m3i_jax.objective import box_matching
 from m3i_jax.objective.boxes import center_boxes
 from tests.data import dino_reference as case
 
@@ -162,7 +162,7 @@ def test_predictions_of_every_layer_and_their_matches(image: int) -> None:
     close(all_boxes, wanted()[f"{image}/boxes"], 1e-5, "boxes")
     _, size, targets, classes, _ = batch()
     target = center_boxes(targets[image] / np.tile(size[image, ::-1], 2).astype(np.float32))
-    match = jax.jit(jax.vmap(set_matching.match_predictions, (0, 0, None, None)))(
+    match = jax.jit(jax.vmap(box_matching.match_predictions, (0, 0, None, None)))(
         all_logits, all_boxes, classes[image], target
     )
     np.testing.assert_array_equal(match, wanted()[f"{image}/match"])

@@ -9,7 +9,7 @@ import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.models.dense import denoising, dino, dino_decoder
-from m3i_jax.objective import set_matching
+from m3i_jax.objective import box_matching
 from m3i_jax.objective.boxes import center_boxes, corner_boxes
 from m3i_jax.objective.dense_losses import federated_categories
 
@@ -94,7 +94,7 @@ def test_the_federated_loss_counts_the_kept_categories_alone() -> None:
 
     logits, learned = r.normal(size=(4, CLASSES)), np.array([2, -1, 5, -1])
     cost = focal(logits, learned[:, None] == np.arange(CLASSES)) * np.array([[1, 1, 0, 1]]).T
-    got = set_matching.focal_class_loss(logits, learned, np.array([1, 1, 0, 1]), kept[0])
+    got = box_matching.focal_class_loss(logits, learned, np.array([1, 1, 0, 1]), kept[0])
     np.testing.assert_allclose(got, cost[:, kept[0]].sum(), rtol=1e-5)
     counts = [3.0] * CLASSES
     shapes = jax.eval_shape(

@@ -26,7 +26,7 @@ from m3i_jax.models.dense.mask2former_losses import (
 )
 from m3i_jax.models.dense.masked_decoder import QueryPredictions
 from m3i_jax.models.dense.pixel_decoder import decode_pixels
-from m3i_jax.objective.set_matching import mask_costs, match_masks
+from m3i_jax.objective.mask_matching import mask_costs, match_masks
 
 FILE = pathlib.Path(__file__).parents[2] / "data" / "dense" / "mask2former.npz"
 STRIDES, CLASSES = (4, 8, 16, 32), 5
