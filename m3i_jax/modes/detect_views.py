@@ -9,8 +9,7 @@ import numpy as np
 
 from m3i_jax import parallel, schema
 from m3i_jax.data.sources import base
-from m3i_jax.evaluation.detection_results import paste_mask
-from m3i_jax.evaluation.mask_logits import resized_mask
+from m3i_jax.evaluation.detection_results import paste_mask, resized_mask
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.task_views import TaskViews, register_task_views
 from m3i_jax.reporting import dense_panels
