@@ -5,7 +5,7 @@ import dataclasses
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError, shorten
-from m3i_jax.objective import block_masks, registry, terms
+from m3i_jax.objective import masks, registry, terms
 from m3i_jax.schema.limits import check_limits
 
 
@@ -153,7 +153,7 @@ def _validate_masks(c: schema.Config) -> None:
         f" {image}; 0 means one patch",
     )
     if c.data.mask == "multi_block":
-        one = block_masks.block_cells(c.grid, c.data.mask_block_share)
+        one = masks.block_cells(c.grid, c.data.mask_block_share)
         _require(
             c.data.mask_blocks * one <= c.hidden and c.cell == 1,
             "data.mask_ratio",

@@ -4,13 +4,18 @@ import m3i_jax
 model = m3i_jax.load("runs/first")  # or a file of timm, Hugging Face, MAE, SiameseIM, Google,
                                     # InternImage; or hf://OWNER/NAME
 vectors = model.features(images)    # arrays, Pillow images, paths or a directory -> float32 [B, D]
+
+Files of the Hugging Face Hub go to the cache of huggingface_hub, which is read without a network if
+they are there.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
+import importlib
 import itertools
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +29,17 @@ from m3i_jax import progress, schema
 from m3i_jax.data import image_inputs, preprocessing
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import feature_extraction, hub, load_dense
+from m3i_jax.evaluation import feature_extraction, load_dense
 from m3i_jax.models import backbones, networks
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_dir, checkpoint_reader, plan, weight_source
+from m3i_jax.training import checkpoint_dir, plan, weight_source
 
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
 _ROWS = 64  # images a device step
+HUB_PREFIX = "hf://"
+# weights, settings, preprocessing and the description; never code
+HUB_FILES = ("*.safetensors", "*.json", "*.npz", "README.md")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclasses.dataclass(repr=False)
@@ -200,8 +209,8 @@ def load(
     if pool not in POOLS:
         raise UserError(f"load: pool={pool!r} is none of {', '.join(POOLS)}; give one of these")
     given, path = path, os.fspath(path)
-    if path.startswith(hub.PREFIX):
-        path = hub.fetch_weights(path)
+    if path.startswith(HUB_PREFIX):
+        path = fetch_weights(path)
     source = weight_source.open_weights(path, weights=weights, key="load")
     if given != path:
         source.name = source.name.replace(path, str(given))
@@ -231,7 +240,7 @@ def load(
     ]
     params: dict[str, Any] = {}
     for name, array in source.read(dict.fromkeys(names)).items():
-        checkpoint_reader.set_leaf(params, name, jnp.asarray(array))
+        weight_source.set_leaf(params, name, jnp.asarray(array))
     _check_shapes(config, {name: source.shapes[name] for name in names}, path)
     return LoadedEncoder(config, params, pool, source.name)
 
@@ -390,3 +399,42 @@ def _described(
     config.evaluate.crop = stored.get("crop", config.evaluate.crop)
     config.data.background = stored.get("background", config.data.background)
     return config
+
+
+def fetch_weights(location: str, key: str = "load") -> str:
+    """The directory with the files of a repository.
+
+    Args:
+      location: hf://OWNER/NAME, or with @REVISION: a branch, a tag or a commit.
+      key: the flag or function that gave it, for messages.
+
+    Raises:
+      UserError: it is no name of a repository, huggingface_hub is not installed, or the repository
+        cannot be read.
+
+    >>> fetch_weights("hf://first")
+    Traceback (most recent call last):
+    m3i_jax.errors.UserError: load: 'hf://first' names no repository; write hf://OWNER/NAME or ...
+    """
+    name, at, revision = location.removeprefix(HUB_PREFIX).partition("@")
+    if not _HUB_NAME.fullmatch(name) or (at and not revision):
+        raise UserError(
+            f"{key}: {location!r} names no repository; write hf://OWNER/NAME or"
+            " hf://OWNER/NAME@REVISION"
+        )
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise UserError(
+            f"{key}: {location}: needs the package huggingface_hub; pip install 'm3i-jax[hub]'"
+        ) from error
+    try:
+        return str(
+            hub.snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES))
+        )
+    except Exception as error:  # of the network, the server, the cache or the name
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{key}: {location}: cannot be read ({type(error).__name__}: {reason}); check name,"
+            " revision and network, and log in by `hf auth login` if it is private"
+        ) from error

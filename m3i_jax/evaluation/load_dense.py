@@ -21,7 +21,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import detection_results, sliding_windows
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_dir, checkpoint_reader, weight_source
+from m3i_jax.training import checkpoint_dir, weight_source
 from m3i_jax.training.dense_task import DenseTask
 from m3i_jax.training.task import make_task
 
@@ -213,16 +213,16 @@ def load_dense(path: str, config: schema.Config, source: weight_source.WeightSou
     for name, array in source.read(dict.fromkeys(shapes)).items():
         if name == table and array.shape != shapes[name]:
             array = array[:, -shapes[name][1] :]
-        checkpoint_reader.set_leaf(params, name, jnp.asarray(array))
+        weight_source.set_leaf(params, name, jnp.asarray(array))
     if not run:
         theirs = [name for name in source.shapes if name.startswith(weight_source.RUNNING)]
         for name, array in source.read(dict.fromkeys(theirs)).items():
-            checkpoint_reader.set_leaf(params, name, jnp.asarray(array))
+            weight_source.set_leaf(params, name, jnp.asarray(array))
     if run:
-        weights = checkpoint_reader.RunWeights(path, "load")
+        weights = weight_source.RunWeights(path, "load")
         statistics = [name for name in weights.shapes if name.startswith(_STATISTICS)]
         for name, array in weights.read(dict.fromkeys(statistics)).items() if statistics else ():
             part = "running/" + name.removeprefix(_STATISTICS)
-            checkpoint_reader.set_leaf(params, part, jnp.asarray(array))
+            weight_source.set_leaf(params, part, jnp.asarray(array))
     names = source.classes or tuple(map(str, range(config.data.classes)))
     return LoadedDense(config, params, names, source.name)

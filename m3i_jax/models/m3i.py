@@ -31,9 +31,8 @@ from m3i_jax.models import backbones, captioner, decoder, heads, pooling, text
 from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, Params
 from m3i_jax.objective.caption_posterior import CAPTIONS
-from m3i_jax.objective.joined_terms import ENCODERS
+from m3i_jax.objective.derived_terms import ENCODERS, linear_name
 from m3i_jax.objective.posteriors import Prototypes
-from m3i_jax.objective.teacher_terms import linear_name
 from m3i_jax.objective.terms import (
     ClusterHead,
     DecoderHead,

@@ -30,7 +30,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load, registry
 from m3i_jax.evaluation.feature_extraction import EvalContext
 from m3i_jax.models import backbones
-from m3i_jax.modes import eval_data, evaluators, figure_evaluators, output, report
+from m3i_jax.modes import eval_data, evaluators, figure_evaluators, report
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.eval_results import RESULT, Results, earlier_results, result_dir
 from m3i_jax.parallel import distributed
@@ -61,7 +61,7 @@ def run(
     source = merge_results(
         checkpoint or workdir, "--checkpoint" if checkpoint else "--workdir", needed=not checkpoint
     )
-    output.check_writable(
+    jobs.check_writable(
         workdir,
         f"--workdir {workdir}",
         "eval writes its results there; to evaluate this run, give another directory: --workdir DIR"

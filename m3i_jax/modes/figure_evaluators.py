@@ -14,7 +14,7 @@ import numpy as np
 from m3i_jax import privacy
 from m3i_jax.data import eval_batches
 from m3i_jax.data.preprocessing import Preprocessing
-from m3i_jax.evaluation import attention_maps, category_head, knn, registry, zero_shot
+from m3i_jax.evaluation import category_head, feature_extraction, knn, registry, zero_shot
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric, Predictions, extract_set
 from m3i_jax.evaluation.zero_shot import ClassPrompts
 from m3i_jax.modes.setup import Setup
@@ -202,7 +202,7 @@ def attention_figure(writer: FigureWriter, batches: Batches, *, pooled: bool) ->
       batches: record numbers -> batches of their clean views.
       pooled: whether the objective trains an attention pooling, which is then drawn too.
     """
-    compiled = attention_maps.compile_maps(writer.job.config, writer.job.mesh, pooled=pooled)
+    compiled = feature_extraction.compile_maps(writer.job.config, writer.job.mesh, pooled=pooled)
 
     def run(context: EvalContext) -> Iterator[tuple[str, float]]:
         queries = context("queries")

@@ -1,5 +1,5 @@
-"""Setup of the modes that read data: source, splits, tokenizer, completed configuration, and the
-lock of the working directory."""
+"""Setup of the modes that read data: source, splits, tokenizer and completed configuration; the lock
+of the working directory, and a check that it can be written to."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,6 @@ from m3i_jax.data import pipeline, splits, tokenizer
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.modes import output
 from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.training import scaling
 from m3i_jax.training.plan import Plan, build_plan
@@ -222,7 +222,7 @@ def make_workdir(workdir: pathlib.Path) -> None:
             f"--workdir {workdir}: cannot be created ({error.strerror or error}); choose another"
             " directory"
         ) from error
-    output.check_writable(workdir, f"--workdir {workdir}", "choose another directory")
+    check_writable(workdir, f"--workdir {workdir}", "choose another directory")
 
 
 @contextlib.contextmanager
@@ -285,3 +285,32 @@ def _open_lock(path: pathlib.Path) -> tuple[int, str]:
         return file, holder[1].decode()
     os.close(file)
     raise UserError(f"{path}: does not contain the process id of a run; move it away")
+
+
+def check_writable(path: str | os.PathLike[str], flag: str, remedy: str) -> pathlib.Path:
+    """Create a directory and try a temporary file in it, on the first host.
+
+    Args:
+      path: the directory.
+      flag: the flag that names it, with its value, for the message.
+      remedy: what the user can do about it.
+
+    Raises:
+      UserError: it cannot be written to.
+
+    >>> check_writable("/proc/here", "--out=/proc/here/x.npz", "choose another directory")
+    Traceback (most recent call last):
+    m3i_jax.errors.UserError: --out=/proc/here/x.npz: cannot write to '/proc/here' (No such ...
+    """
+    directory = pathlib.Path(path)
+    if jax.process_index():
+        return directory
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{flag}: cannot write to {str(directory)!r} ({error.strerror or error}); {remedy}"
+        ) from error
+    return directory

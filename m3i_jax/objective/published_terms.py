@@ -5,7 +5,7 @@ import dataclasses
 from m3i_jax.objective.caption_posterior import CaptionHead, CaptionSoftmax
 from m3i_jax.objective.entropy_terms import AnyTerms
 from m3i_jax.objective.posteriors import Posterior
-from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
+from m3i_jax.objective.prototype_targets import PrototypeSoftmax
 from m3i_jax.objective.terms import (
     FULL,
     MlpShape,

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from m3i_jax import schema
-from m3i_jax.objective.prototype_posterior import (
+from m3i_jax.objective.prototype_targets import (
     PrototypeSoftmax,
+    PrototypeState,
     prototype_terms,
     space_name,
+    track_centers,
 )
-from m3i_jax.objective.prototype_targets import PrototypeState, track_centers
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training.plan import Plan, TargetKey

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from m3i_jax import library_errors, parallel
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import array_checksums, checkpoint_dir, file_checksums, malloc
+from m3i_jax.training import checkpoint_dir, checksums, malloc
 
 FORMAT = checkpoint_dir.FORMAT
 
@@ -178,7 +178,7 @@ class Checkpoints:
                 checkpoint_dir.remove_leftovers(self._directory)
             self._cleaned = True
             # dispatched before the next step donates the state's buffers, fetched in the background
-            arrays = array_checksums.checksum_arrays(state)
+            arrays = checksums.checksum_arrays(state)
             tree = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=self.FILE_SIZE)
             args = ocp.args.Composite(
                 state=tree, position=ocp.args.JsonSave(position | {"format": FORMAT})
@@ -191,13 +191,13 @@ class Checkpoints:
             done.set_exception(error)
         self._saving = step, position, done
 
-    def _finish(self, step: int, arrays: array_checksums.ArrayChecksums) -> None:
+    def _finish(self, step: int, arrays: checksums.ArrayChecksums) -> None:
         """In the background: wait for the files, write their checksums, rename the step."""
         self._orbax.wait_until_finished()
         if not self._first:
             return
         new = self._directory / f"{step}.new"
-        file_checksums.write_checksums(new, format=FORMAT, step=step, arrays=arrays.read())
+        checksums.write_checksums(new, format=FORMAT, step=step, arrays=arrays.read())
         os.rename(new, self._directory / str(step))
         checkpoint_dir.fsync_dir(self._directory)
         with contextlib.suppress(UserError):  # the note only guards against a lost directory
@@ -313,10 +313,8 @@ class Checkpoints:
     def _verify_arrays(self, step: int, state: Any) -> Any:
         """The state, if its arrays have the checksums that were saved with them; a step of an older
         version has none."""
-        saved = file_checksums.read_checksums(self._directory / str(step)) or {}
-        changed = (
-            array_checksums.changed_arrays(state, saved["arrays"]) if "arrays" in saved else []
-        )
+        saved = checksums.read_checksums(self._directory / str(step)) or {}
+        changed = checksums.changed_arrays(state, saved["arrays"]) if "arrays" in saved else []
         problems = [f"{path}: differs from what was trained" for path in changed]
         counters = [
             leaf

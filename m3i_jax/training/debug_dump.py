@@ -29,8 +29,7 @@ from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import step as step_module
 from m3i_jax.training import targets
 from m3i_jax.training.checkpoint import Checkpoints
-from m3i_jax.training.state import State
-from m3i_jax.training.task import make_task
+from m3i_jax.training.task import State, make_task
 from m3i_jax.training.trainer import Trainer
 
 _REMEDY = "restore the dump, or delete it to replay the one before"

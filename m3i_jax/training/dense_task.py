@@ -25,9 +25,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import composite
 from m3i_jax.models.dense import pyramid
 from m3i_jax.training import optimizer, views
-from m3i_jax.training.microbatches import split_microbatches
-from m3i_jax.training.state import State
-from m3i_jax.training.task import Batch, StepGradients, Task
+from m3i_jax.training.task import Batch, State, StepGradients, Task, split_microbatches
 
 # purposes of random keys, distinct from all others that are keyed by the stream position
 SAMPLING, DROPOUT = 0x73616D70, 0x64726F63

@@ -24,7 +24,7 @@ from m3i_jax.interop import position_tables, vit_weights
 from m3i_jax.models import backbones, composite, relative_bias
 from m3i_jax.models.vit import fixed_positions
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training.state import State
+from m3i_jax.training.task import State
 from m3i_jax.training.weight_source import RUNNING, WeightSource, open_weights, put_array
 
 _RELATIVE = ("encoder/relative/", f"encoder/{composite.SECOND}relative/")

@@ -19,8 +19,7 @@ from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import assignments, teachers
-from m3i_jax.training.muon import muon_or_adam
-from m3i_jax.training.schedule_free import schedule_free
+from m3i_jax.training.update_rules import muon_or_adam, schedule_free
 
 Schedule = Callable[[Any], Any]  # a function of the step
 Mask = Callable[[Any], Any]  # params -> tree of booleans

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from m3i_jax.models import backbones, text
-from m3i_jax.objective.available_terms import SMALL
 from m3i_jax.objective.caption_posterior import CAPTIONS, CaptionHead
+from m3i_jax.objective.derived_terms import SMALL
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
     IMAGE_TARGETS,

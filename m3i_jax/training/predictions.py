@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from m3i_jax.models import captioner, decoder, heads, m3i, pooling, text
 from m3i_jax.objective import mixing, positions
 from m3i_jax.objective.caption_posterior import CaptionSoftmax
+from m3i_jax.objective.derived_terms import linear_name, predicts_visible
 from m3i_jax.objective.entropy_terms import EntropyTerm
-from m3i_jax.objective.teacher_terms import linear_name, predicts_visible
 from m3i_jax.objective.terms import (
     ClusterHead,
     DecoderHead,

@@ -23,11 +23,10 @@ from m3i_jax.objective import balance
 from m3i_jax.objective.ema import SnapshotState
 from m3i_jax.objective.prototype_targets import PrototypeState
 from m3i_jax.training import assignments, entropy_losses, predictions, targets, term_losses, views
-from m3i_jax.training.microbatches import merge_microbatches, split_microbatches
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.predictions import Arrays
-from m3i_jax.training.state import State
 from m3i_jax.training.targets import TargetFeatures
+from m3i_jax.training.task import State, merge_microbatches, split_microbatches
 from m3i_jax.training.term_losses import CachedTextGradients, TargetBundle, TermLosses
 from m3i_jax.training.views import Batch, Inputs, Patches
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from m3i_jax.training import optimizer
-from m3i_jax.training.state import State
-from m3i_jax.training.task import Task
+from m3i_jax.training.task import State, Task
 
 Metrics = dict[str, jax.Array]
 # the run ends after this many steps in a row that were skipped because a value was not finite

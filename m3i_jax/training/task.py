@@ -1,5 +1,5 @@
 """The interface of a task: everything that the trainer, the loop and the pipeline ask of what a run
-trains, as one value, and the registry of tasks.
+trains, as one value; the state of a run, and the registry of tasks.
 
 The tasks of this package are the files training/NAME_task.py, imported when they are first needed.
 Another package adds its own:
@@ -19,17 +19,34 @@ import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import optax
 
-from m3i_jax import schema
+from m3i_jax import parallel, schema
 from m3i_jax.data.pipeline import Batches
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.errors import UserError
-from m3i_jax.training.state import State
 
 Batch = dict[str, Any]
+
+
+@flax.struct.dataclass
+class State:
+    """step: int32 scalar, optimizer steps taken. params: all trained parameters. opt: the state of
+    a named optax chain, so that `opt["target"].params` is the EMA target and `opt["balance"]` the
+    gradient-norm statistics."""
+
+    step: jax.Array
+    params: Any
+    opt: Any
+
+
+def create(params: Any, tx: optax.GradientTransformation) -> State:
+    """A state at step 0. Trace it under `jax.eval_shape` for a template that allocates nothing."""
+    return State(step=jnp.zeros([], jnp.int32), params=params, opt=tx.init(params))
 
 
 class StepGradients(NamedTuple):
@@ -199,3 +216,35 @@ def make_task(
 ) -> Task:
     """The task of a completed configuration."""
     return task_kind(config.task)(config, vocabulary, category_counts)
+
+
+def split_microbatches(tree: Any, count: int, units: int) -> Any:
+    """[B, ...] -> [k, B/k, ...]. Units of B / units neighbouring rows are dealt in turn, so that
+    each device keeps its rows and the rows of a unit stay together on any mesh. Arrays with one row
+    a unit are split in the same way.
+
+    >>> import numpy as np
+    >>> split_microbatches(np.arange(8), 2, 4).tolist()
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        dealt = x.reshape(units // count, count, -1, *x.shape[1:]).swapaxes(0, 1)
+        return parallel.hint(dealt.reshape(count, -1, *x.shape[1:]), None, parallel.DATA)
+
+    return jax.tree.map(one, tree)
+
+
+def merge_microbatches(tree: Any, count: int, units: int) -> Any:
+    """The inverse of `split_microbatches`: rows in the order and with the sharding of the batch.
+
+    >>> import numpy as np
+    >>> merge_microbatches(np.array([[0, 1, 4, 5], [2, 3, 6, 7]]), 2, 4).tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        collected = x.reshape(count, units // count, -1, *x.shape[2:]).swapaxes(0, 1)
+        return parallel.hint(collected.reshape(-1, *x.shape[2:]), parallel.DATA)
+
+    return jax.tree.map(one, tree)

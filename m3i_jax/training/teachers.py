@@ -22,7 +22,7 @@ import numpy as np
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones, vit
-from m3i_jax.objective.teacher_terms import teacher_name
+from m3i_jax.objective.derived_terms import teacher_name
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import weight_source
 
@@ -167,7 +167,7 @@ def encode_teacher(
 
     Args:
       config: settings of the run.
-      name: of a teacher, as of `teacher_terms.teacher_name`.
+      name: of a teacher, as of `derived_terms.teacher_name`.
       params: as of `load_params`.
       patches_BxNxP: normalised patches of the run.
     """

@@ -16,7 +16,7 @@ from m3i_jax.objective import collapse, mixing
 from m3i_jax.objective.caption_posterior import CAPTIONS, CaptionSoftmax
 from m3i_jax.objective.numerics import l2_normalize
 from m3i_jax.objective.posteriors import LossInputs, LossSum
-from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
+from m3i_jax.objective.prototype_targets import PrototypeSoftmax
 from m3i_jax.objective.terms import (
     IMAGE_TARGETS,
     DecoderHead,

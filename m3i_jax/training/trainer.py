@@ -13,9 +13,8 @@ from jax.extend import core
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.schema.limits import INT32
-from m3i_jax.training import checkpoint_reader, init_from, optimizer, scaling, step, teachers
-from m3i_jax.training.state import State, create
-from m3i_jax.training.task import Task, make_task
+from m3i_jax.training import init_from, optimizer, scaling, step, teachers, weight_source
+from m3i_jax.training.task import State, Task, create, make_task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +173,7 @@ class Trainer:
             layout = self.shardings.opt[link].params[part]
             if link == "teachers":
                 return teachers.load_params(run, layout)
-            return checkpoint_reader.load_encoder(run, self.template.params[part], layout)
+            return weight_source.load_encoder(run, self.template.params[part], layout)
 
         return self.task.after_init(state, load)
 

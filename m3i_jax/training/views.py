@@ -13,7 +13,7 @@ from m3i_jax import schema
 from m3i_jax.augment import mixup, photometric
 from m3i_jax.models import backbones, m3i, vit
 from m3i_jax.objective import mixing
-from m3i_jax.objective.available_terms import SMALL
+from m3i_jax.objective.derived_terms import SMALL
 from m3i_jax.objective.terms import Pass
 
 DROP_PATH = 0x64726F70  # keeps these draws apart from the photometric ones

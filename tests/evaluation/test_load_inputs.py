@@ -16,7 +16,7 @@ from m3i_jax import main as command
 from m3i_jax import progress
 from m3i_jax.data import decode, image_inputs
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import hub, load
+from m3i_jax.evaluation import load
 from m3i_jax.modes import model_card
 from tests import saved, toy
 
@@ -172,7 +172,7 @@ def test_refusals_of_the_hub(cache: pathlib.Path, monkeypatch: pytest.MonkeyPatc
         assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'm3i-jax\[hub\]'"):
-        hub.fetch_weights("hf://me/encoder")
+        load.fetch_weights("hf://me/encoder")
 
 
 def test_the_card_names_no_directory_of_this_machine(workdir: pathlib.Path) -> None:

@@ -111,7 +111,7 @@ def test_all_rows_have_one_budget(ran, tmp_path, monkeypatch, capsys, budget) ->
         timed.append(job.config.objective.forms)
         return 0.25 * len(job.config.objective.forms)
 
-    monkeypatch.setattr(compare.compare_budget, "time_step", time_step)
+    monkeypatch.setattr(compare, "time_step", time_step)
     changes = {"compare__budget": budget, "train__steps": 20, "optim__warmup_steps": 6}
     assert compare.run(settings(**changes), workdir=str(tmp_path), allow_changes=False) == 0
     assert [job.config.train.steps for job in ran] == [20, 20, 10, 10]

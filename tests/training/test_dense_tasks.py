@@ -13,8 +13,7 @@ from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.training import step
 from m3i_jax.training.dense_task import RunningState
-from m3i_jax.training.microbatches import split_microbatches
-from m3i_jax.training.task import StepGradients, make_task
+from m3i_jax.training.task import StepGradients, make_task, split_microbatches
 from tests import toy
 from tests.dense_toy import MASK2FORMER, dense_batch, dense_settings, make_trainer
 

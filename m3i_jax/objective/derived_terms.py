@@ -1,16 +1,101 @@
-"""Rows that are trained together: names that they share, one tuple of terms, and its options where
-the paper leaves them open."""
+"""Objectives derived from others: without the terms whose annotation is missing, with one term for
+each small view, several rows trained together, with other options where the paper leaves them open,
+and with a term for each frozen teacher.
 
+AM-RADIO (Ranzinger et al. 2024) and EUPE distil several teachers as `with_teachers` does; here
+every objective can have them, with one pass of its own encoder for both.
+"""
+
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3i_jax.objective.available_terms import SMALL
 from m3i_jax.objective.caption_posterior import CAPTIONS
-from m3i_jax.objective.terms import IMAGE_TARGETS, Pass, PooledHead, ProjectionHead, Term, Terms
+from m3i_jax.objective.posteriors import SmoothL1
+from m3i_jax.objective.terms import (
+    FULL,
+    IMAGE_TARGETS,
+    LinearHead,
+    Pass,
+    PooledHead,
+    ProjectionHead,
+    Target,
+    Term,
+    Terms,
+)
 
+SMALL = 2  # the view of a pass that stands for every small view; they are numbered from here on
 # Target encoders that have no gradient and the shape of the online one.
 ENCODERS = ("ema", "shared", "frozen", "snapshot")
+
+
+def drop_unavailable(
+    terms: Terms, *, categories: bool, captions: bool, regions: bool = False
+) -> Terms:
+    """The terms without those whose annotation the data source does not have.
+
+    Raises:
+      ValueError: no term is left.
+
+    >>> from m3i_jax.objective.terms import FORMS
+    >>> [t.name for t in drop_unavailable(FORMS["m3i"], categories=True, captions=False)]
+    ['intra', 'inter', 'category', 'category']
+    """
+    present = {"category": categories, "text": captions, "caption": captions}
+    present |= {"box": regions, "region": regions}
+    left = tuple(t for t in terms if present.get(t.target.of, True))
+    if not left:
+        raise ValueError("it predicts only annotations that this data does not have")
+    return left
+
+
+def with_small_views(terms: Terms, count: int) -> Terms:
+    """The terms with one copy for each small view in place of those that read view 2, `SMALL`.
+
+    The terms of one name among which there are such share its weight equally (DINO: the mean over
+    all pairs of a predicting and a target view), so that the loss of a name weighs the same beside
+    others for any number of small views.
+
+    Args:
+      terms: the objective, as its row defines it.
+      count: small views of an image; 0: these terms are left out.
+
+    Raises:
+      ValueError: no term is left, or one of them is not of a full small view.
+
+    >>> from m3i_jax.objective.terms import FULL, Pass, pooled_term
+    >>> row = pooled_term(FULL, 1), pooled_term(Pass(view=2), 0)
+    >>> [(t.reads.view, round(t.weight, 3)) for t in with_small_views(row, 3)]
+    [(0, 0.5), (2, 0.5), (3, 0.5), (4, 0.5)]
+    """
+    weights: collections.defaultdict[str, float] = collections.defaultdict(float)
+    copies: collections.Counter[str] = collections.Counter()
+    out: list[Term] = []
+    spread = {t.name for t in terms if t.reads.view >= SMALL}
+    for term in terms:
+        read = term.reads
+        if read.view < SMALL:
+            made = [term]
+        elif read.masked or read.mixed or read.blended:
+            raise ValueError(
+                f"term {term.name}: the mask of an image has the cells of a large view; a small one"
+                " is read as it is"
+            )
+        else:
+            made = [
+                dataclasses.replace(term, reads=dataclasses.replace(read, view=SMALL + k))
+                for k in range(count)
+            ]
+        weights[term.name] += term.weight
+        copies[term.name] += len(made)
+        out += made
+    if not out:
+        raise ValueError("it reads only small views, and data.small_views has none")
+    return tuple(
+        dataclasses.replace(t, weight=weights[t.name] / copies[t.name]) if t.name in spread else t
+        for t in out
+    )
 
 
 def uniquify(rows: Mapping[str, Terms]) -> list[Terms]:
@@ -164,4 +249,81 @@ def with_options(
     if symmetric:
         pairs = [t for t in out if t.target.of in IMAGE_TARGETS and t.reads.view < 2]
         out += [x for t in pairs if (x := exchanged(t)) not in out]
+    return tuple(out)
+
+
+def teacher_name(number: int) -> str:
+    """The name of a teacher as a target encoder.
+
+    >>> teacher_name(0)
+    'teacher0'
+    """
+    return f"teacher{number}"
+
+
+def linear_name(term: Term) -> str:
+    """The name of the linear map of a term with a `LinearHead`: one a teacher, else one a kind of
+    target.
+
+    >>> from m3i_jax.objective.terms import pixel_term
+    >>> linear_name(pixel_term(FULL, 0, head=LinearHead()))
+    'linear_pixels'
+    """
+    encoder = term.target.encoder
+    return encoder if encoder.startswith("teacher") else f"linear_{term.target.of}"
+
+
+def predicts_visible(term: Term) -> bool:
+    """Whether a term predicts a teacher only at the cells that its input shows.
+
+    >>> [term] = with_teachers((), [8])
+    >>> predicts_visible(term)
+    False
+    """
+    reads = term.reads
+    shown = reads.mixed or (reads.masked and not reads.mask_tokens)
+    return shown and term.target.encoder.startswith("teacher")
+
+
+def with_teachers(terms: Terms, widths: Sequence[int], *, weight: float = 1.0) -> Terms:
+    """An objective with a term for every teacher.
+
+    A term that distils a frozen encoder by a linear map (feature distillation) is done for each
+    teacher instead. Without one, a term is added that reads the first pass of the objective, so
+    that no other pass is computed: smooth L1 to the features, normalised without scale and offset.
+
+    Args:
+      terms: the objective.
+      widths: width of the features of each teacher.
+      weight: of each of these terms.
+
+    >>> from m3i_jax.objective.terms import FORMS
+    >>> new = with_teachers(FORMS["m3i"], [768, 1024])[-2:]
+    >>> [(t.name, t.head.width, t.reads.mixed, t.target.view) for t in new]
+    [('teacher0', 768, True, 0), ('teacher1', 1024, True, 0)]
+    """
+    if not widths:
+        return terms
+    distilled = [
+        t for t in terms if t.target.encoder == "frozen" and isinstance(t.head, LinearHead)
+    ]
+    passes = [t.reads for t in terms if t.target.of in IMAGE_TARGETS] + [t.reads for t in terms]
+    reads = next((each for each in passes if not each.blended and each.view < 2), FULL)
+    target = Target(of="tokens", view=reads.view, encoder=teacher_name(0))
+    added = Term(
+        name="teacher", reads=reads, target=target, posterior=SmoothL1(), head=LinearHead()
+    )
+    out = [t for t in terms if t not in distilled]
+    for number, width in enumerate(widths):
+        name = teacher_name(number)
+        out += [
+            dataclasses.replace(
+                t,
+                name=name,
+                weight=weight,
+                target=dataclasses.replace(t.target, encoder=name),
+                head=LinearHead(width=width),
+            )
+            for t in distilled or [added]
+        ]
     return tuple(out)

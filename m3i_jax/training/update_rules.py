@@ -1,13 +1,15 @@
-"""Muon: the momentum of every matrix of the blocks is made nearly orthogonal before it is added
-(Jordan et al. 2024; Liu et al. 2025, "Muon is scalable for LLM training").
+"""Update rules of the optimizer beside AdamW: Muon, and schedule-free AdamW.
 
-The matrices are the kernels of stacked blocks. Each layer is a matrix of its own, and so are query,
-key and value, although they are one array. All else, embeddings, position tables, tokens, norms,
-biases, poolings and heads, is trained with AdamW, at the same learning rate: the update of a matrix
-is scaled to the root mean square of AdamW's.
+Muon (Jordan et al. 2024; Liu et al. 2025, "Muon is scalable for LLM training") makes the momentum
+of every matrix of the blocks nearly orthogonal before it is added. The matrices are the kernels of
+stacked blocks. Each layer is a matrix of its own, and so are query, key and value, although they
+are one array. All else, embeddings, position tables, tokens, norms, biases, poolings and heads, is
+trained with AdamW, at the same learning rate: the update of a matrix is scaled to the root mean
+square of AdamW's. Under an fsdp axis a device needs whole matrices: they are dealt out, some layers
+to every device, orthogonalised there, and the results go back to their shards.
 
-Under an fsdp axis a device needs whole matrices: they are dealt out, some layers to every device,
-orthogonalised there, and the results go back to their shards.
+Schedule-free AdamW (Defazio et al. 2024): the parameters of a run are y, where gradients are taken;
+its state has z, which takes the steps; evaluation reads their average x.
 
 L layers, n matrices, a b rows and columns.
 """
@@ -29,6 +31,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 _EPS = 1e-8
 _MATRIX = re.compile(r"(^|/)(blocks|layers|projector)/(?!.*(offset|mask))(.*/)?kernel$")
+LINK = "schedule_free"
 
 
 def is_matrix(path: str, shape: tuple[int, ...]) -> bool:
@@ -150,3 +153,40 @@ def muon_or_adam(
         "adam": optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
     }
     return optax.partition(rules, labels)
+
+
+def schedule_free(
+    base: optax.GradientTransformation, rate: Callable[[Any], Any], *, b1: float
+) -> optax.GradientTransformationExtraArgs:
+    """`z <- z + base(gradient at y)`, `x <- (1 - c) x + c z`, `y <- b1 x + (1 - b1) z`, with c the
+    share of this step's squared learning rate (the largest so far) in their sum.
+
+    Args:
+      base: a rule without momentum, with its learning rate and decay, which act at y.
+      rate: its learning rate by step: a warm-up, then constant.
+      b1: between 0 and 1, 0 excluded; the part of x in y.
+    """
+    return optax.contrib.schedule_free(base, rate, b1=b1)
+
+
+def averaged_params(opt: Any, params: Any) -> Any:
+    """The average x of a run with this rule; the parameters themselves of any other.
+
+    Args:
+      opt: state of the named chain.
+      params: y.
+
+    >>> averaged_params({"adamw": ()}, {"bias": 1.0})
+    {'bias': 1.0}
+    """
+    state = opt.get(LINK) if hasattr(opt, "get") else None
+    return params if state is None else optax.contrib.schedule_free_eval_params(state, params)
+
+
+def average_of(y: Any, z: Any, b1: float) -> Any:
+    """x from y and z.
+
+    >>> round(average_of(1.0, 2.0, 0.5), 3)
+    0.0
+    """
+    return (y - (1 - b1) * z) / b1
