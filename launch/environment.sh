@@ -29,6 +29,13 @@ usage() {
     done
 }
 
+# quoted COMMAND...: prints a command, such that a shell can read it
+quoted() {
+    printf '%q' "$1"
+    if (($# > 1)); then printf ' %q' "${@:2}"; fi
+    printf '\n'
+}
+
 # works PYTHON [MINOR]: it runs, and is Python 3.11 or newer, or exactly 3.MINOR
 works() {
     "$1" -c 'import sys

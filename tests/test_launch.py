@@ -127,6 +127,8 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
         (["launch/tpu_vm.sh", "delete", "--name", "a", "--zone", "z"], "--project is missing"),
         (["launch/apply.sh", "launch/none.yaml"], "give a file"),
         (["launch/apply.sh", "launch/gke.yaml", "--dry-run"], "M3I_ACCELERATOR"),
+        (["launch/gcluster.sh", "--dry-run"], "M3I_NAME M3I_IMAGE"),
+        (["launch/gcluster.sh", "--queue", "q"], "--queue: unknown flag"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_started(
