@@ -20,6 +20,7 @@ from m3i_jax.parallel.memory import bytes_per_device, device_memory
 from m3i_jax.parallel.mesh import (
     AXES,
     DATA,
+    GPUS,
     allgather_rows,
     check_host_rows,
     data_sharding,
@@ -45,6 +46,7 @@ __all__ = [
     "AXES",
     "DATA",
     "FSDP_GATHERED",
+    "GPUS",
     "RULES",
     "HostMissing",
     "KernelCall",

@@ -16,6 +16,7 @@ from m3i_jax.parallel.programs import Program
 
 AXES = ("replica", "fsdp", "tensor")
 DATA = ("replica", "fsdp")  # the leading axis of a batch is split over both
+GPUS = ("gpu", "cuda")  # platforms: of a device, and of a topology that is compiled for
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
