@@ -22,7 +22,7 @@ from PIL import Image
 
 from m3i_jax import parallel, schema
 from m3i_jax.data import geometry
-from m3i_jax.models.dense.segmentation_heads import segmentation_head
+from m3i_jax.models.dense.task_heads import segmentation_head
 
 _CHUNK = 8  # images whose windows are listed, and counted on all hosts, at a time
 _STRIP = 1 << 24  # numbers of a strip of rows of the final resize

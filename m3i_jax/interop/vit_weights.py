@@ -19,10 +19,11 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from m3i_jax.errors import UserError
-from m3i_jax.interop import intern_image_weights, position_tables, tensor_files
+from m3i_jax.interop import intern_image_weights, tensor_files
 from m3i_jax.interop.layout_entries import IMAGENET, Layout, LayoutEntry
 from m3i_jax.interop.vit_layouts import LAYOUTS, layout_of
 from m3i_jax.interop.vit_names import packed_names, plain_names
+from m3i_jax.objective import positions
 
 Flat = dict[str, np.ndarray]
 _GELUS = {
@@ -214,7 +215,7 @@ def _add_cls_row(flat: Flat) -> list[str]:
     if (
         table is None
         or "encoder/cls_token" not in flat
-        or position_tables.table_grid(table.shape[1]) ** 2 != table.shape[1]
+        or positions.table_grid(table.shape[1]) ** 2 != table.shape[1]
     ):
         return []
     flat["encoder/positions"] = np.concatenate([np.zeros_like(table[:, :1]), table], 1)
@@ -250,7 +251,7 @@ def _shape_settings(flat: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]
     if "encoder/blocks/norm1/bias" not in flat and "encoder/blocks/norm1/scale" in flat:
         out["norm"] = "rms"
     if (table := flat.get("encoder/positions")) is not None:
-        out["image_size"] = position_tables.table_grid(table.shape[1]) * out["patch_size"]
+        out["image_size"] = positions.table_grid(table.shape[1]) * out["patch_size"]
     if layout.name == "google":
         name = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
         out["heads"] = np.asarray(arrays[name]).shape[1]

@@ -1,4 +1,4 @@
-"""Setup of the modes that read data: source, splits, tokenizer and completed configuration; the lock
+"""Setup of the modes that read data: source, splits, tokenizer, completed configuration; the lock
 of the working directory, and a check that it can be written to."""
 
 import contextlib

@@ -12,7 +12,7 @@ from m3i_jax.data import annotated_batches, geometry, pipeline
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models.dense import pyramid
-from m3i_jax.models.dense.detection_heads import CATEGORY_PARAMETERS, DetectionHead, detection_head
+from m3i_jax.models.dense.task_heads import CATEGORY_PARAMETERS, DetectionHead, detection_head
 from m3i_jax.training.dense_task import (
     SAMPLING,
     DenseTask,

@@ -25,7 +25,7 @@ from m3i_jax.models.dense.deformable_layers import (
     valid_tokens,
 )
 from m3i_jax.models.dense.dino_decoder import box_delta, init_query_heads, linear_shapes
-from m3i_jax.models.dense.group_norm import group_norm
+from m3i_jax.models.dense.map_norms import group_norm
 from m3i_jax.models.initializers import InitSpec, fill
 from m3i_jax.models.intern_image_layer import convolve, dense_layer
 from m3i_jax.models.layers import Params

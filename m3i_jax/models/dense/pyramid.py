@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3i_jax.models.dense.batch_norm import initial_statistics, norm_shapes, running_batch_norm
+from m3i_jax.models.dense.map_norms import initial_statistics, norm_shapes, running_batch_norm
 from m3i_jax.models.initializers import InitSpec, fill
 from m3i_jax.models.intern_image_layer import convolve, dense_layer, norm_layer
 from m3i_jax.models.layers import Params, gelu

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.models.dense.batch_norm import initial_statistics, norm_shapes, running_batch_norm
+from m3i_jax.models.dense.map_norms import initial_statistics, norm_shapes, running_batch_norm
 from m3i_jax.models.dense.map_sampling import adaptive_mean, resize_bilinear
 from m3i_jax.models.dense.resized_conv import convolve_resized
 from m3i_jax.models.initializers import InitSpec, fill
