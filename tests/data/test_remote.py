@@ -51,17 +51,29 @@ def test_only_ranges_are_read(bucket, monkeypatch):
     source = TarSource(bucket[0])
     read = []
     files = remote.file_system(bucket[0])
-    original = files.cat_ranges
+    original = files.cat_file
     monkeypatch.setattr(
-        type(files),
-        "cat_ranges",
-        lambda self, p, a, b, **k: read.append((p, a, b)) or original(p, a, b, **k),
+        type(files), "cat_file", lambda self, *a, **k: read.append(a) or original(*a, **k)
     )
-    base.read_items(source, [1, 2, 30])
-    ((paths, starts, ends),) = read  # one call for images and captions of a batch
-    assert len(paths) == 6 and sum(b - a for a, b in zip(starts, ends, strict=True)) == sum(
-        2 * 99 * len(str(i % 20)) for i in (1, 2, 30)
-    )
+    records = base.read_items(source, [1, 33, 2])
+    assert [record.key for record in records] == ["01", "113", "02"]
+    # an image and its caption, and images that are neighbours, are one request
+    assert sorted(path[-5:] for path, *_ in read) == ["0.tar", "1.tar"]
+    assert all(end - start < 4 * 2048 for _, start, end in read)
+    read.clear()
+    monkeypatch.setattr(remote, "JOIN", -1)
+    assert base.read_items(source, [1, 33, 2]) == records and len(read) == 6
+    captions = source.some_captions([39, 3])
+    assert captions == [source.caption(39), source.caption(3)]
+
+
+def test_states_come_with_the_listing(bucket, monkeypatch):
+    listed = remote.glob_urls(bucket[0])
+    asked = []
+    monkeypatch.setattr(remote, "file_state", lambda path: asked.append(path) or (1, "x"))
+    assert remote.file_states(listed, listed) == list(listed.values()) and not asked
+    states = remote.file_states(listed, dict.fromkeys(listed))
+    assert states == [(1, "x")] * 2 and sorted(asked) == list(listed)
 
 
 def test_the_index_is_cached_and_rebuilt(bucket, tmp_path, monkeypatch, make):

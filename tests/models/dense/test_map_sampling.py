@@ -10,6 +10,7 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.models.dense import map_sampling
+from m3i_jax.models.dense.mask_points import read_maps
 from m3i_jax.profiling.flops import count_flops
 
 FILE = pathlib.Path(__file__).parents[2] / "data" / "dense" / "map_sampling.npz"
@@ -194,6 +195,24 @@ def test_points():
     np.testing.assert_allclose(y, data["points/y"], atol=1e-5)
     np.testing.assert_allclose(dx, data["points/dx"], atol=1e-4)
     np.testing.assert_allclose(dpoints, data["points/dpoints"], atol=1e-4)
+
+
+def test_every_map_at_points_of_its_own():
+    """Inside, outside, on the border and on centres of cells: `sample_points` of each map."""
+    r = np.random.default_rng(4)
+    maps, g = r.normal(size=(3, 5, 7)).astype("f4"), r.normal(size=(3, 60)).astype("f4")
+    points = r.uniform(-0.6, 1.6, (3, 60, 2)).astype("f4")
+    points[:, :20] = r.integers(-2, 18, (3, 20, 2)) / np.array([14, 10], "f4")
+    each = jax.vmap(lambda x, at: map_sampling.sample_points(x[..., None], at)[:, 0])
+
+    @jax.jit
+    def both(x):
+        return [jax.vjp(lambda x, f=f: f(x, points), x) for f in (read_maps, each)]
+
+    (y, back), (wanted, wanted_back) = both(maps)
+    assert np.any(wanted == 0) and np.any(wanted != 0)
+    np.testing.assert_allclose(y, wanted, atol=1e-6)
+    np.testing.assert_allclose(back(g)[0], wanted_back(g)[0], atol=1e-5)
 
 
 def test_pasted_masks():
