@@ -1,5 +1,5 @@
-"""The files of a run: which mode writes and reads each, and how a change by another program is
-detected.
+"""The files of a run: which mode writes and reads each, how they are written atomically and without
+secrets, and how a change by another program is detected.
 
 `FILES` lists them. A file that a mode reads back and nothing else protects has its size and digest
 in WORKDIR/digests/NAME, recorded before the file itself is written. The record has the newest two
@@ -15,13 +15,15 @@ import json
 import logging
 import os
 import pathlib
+import socket
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import xxhash
 
+from m3i_jax import privacy
 from m3i_jax.errors import UserError
 
 Mark = tuple[int, str]  # size in bytes and digest of a file, or of its beginning
@@ -373,3 +375,59 @@ def changed_run_files(position: Mapping[str, Any], workdir: pathlib.Path) -> dic
         if mismatch := mark_mismatch(read_bytes(path, 2**32), [mark], beginning=beginning):
             out[name] = mismatch
     return out
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A temporary path to write to, renamed to `path` at the end of the block and removed after an
+    error.
+
+    Raises:
+      UserError: the file cannot be written.
+
+    >>> import tempfile
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+    >>> with atomic_file(target) as temporary:
+    ...     _ = temporary.write_text("content")
+    >>> target.read_text(), len(list(target.parent.iterdir()))
+    ('content', 1)
+    """
+    target = pathlib.Path(path)
+    # with the host's name: hosts of a pod share the directory, and may have equal process ids
+    temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        try:
+            yield temporary
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; make room or choose another"
+            " --workdir"
+        ) from error
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str, *, noted: bool = False) -> None:
+    """Write a UTF-8 file atomically, with secrets redacted and control characters escaped. JSON
+    comes from `privacy.json_text`, which escapes them as JSON does.
+
+    Args:
+      path: of the file.
+      text: its content.
+      noted: record its digest first, for a file that `read_run_file` reads.
+
+    Raises:
+      UserError: the file cannot be written.
+
+    >>> import tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+    >>> write_text_atomic(path, "é")
+    >>> path.read_bytes()
+    b'\\xc3\\xa9'
+    """
+    content = privacy.escape_control(privacy.redact(text)).encode("utf-8", "replace")
+    if noted:
+        note_mark(pathlib.Path(path), file_mark(content))
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)

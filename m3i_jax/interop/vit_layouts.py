@@ -253,8 +253,8 @@ def _scales(block: str) -> list[LayoutEntry]:
 
 
 def _dinov2() -> list[LayoutEntry]:
-    """Registers come after cls and have no position. With SwiGLU `vit_names` takes `weights_in`
-    apart into gate and value."""
+    """Registers come after cls and have no position. With SwiGLU `plain_names` splits `weights_in`
+    into gate and value."""
     block = "encoder.layer.{l}"
     attention = f"{block}.attention.attention"
     return [

@@ -20,9 +20,8 @@ import numpy as np
 
 from m3i_jax.errors import UserError
 from m3i_jax.interop import intern_image_weights, tensor_files
-from m3i_jax.interop.layout_entries import IMAGENET, Layout, LayoutEntry
+from m3i_jax.interop.layout_entries import IMAGENET, Layout, LayoutEntry, packed_names, plain_names
 from m3i_jax.interop.vit_layouts import LAYOUTS, layout_of
-from m3i_jax.interop.vit_names import packed_names, plain_names
 from m3i_jax.objective import positions
 
 Flat = dict[str, np.ndarray]

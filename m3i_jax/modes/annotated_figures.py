@@ -22,8 +22,8 @@ from m3i_jax.evaluation.detection_results import CategoryTable, DetectionResult,
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 from m3i_jax.modes.figure_evaluators import FigureWriter
 from m3i_jax.reporting import dense_figures, figures
-from m3i_jax.reporting.atomic_write import atomic_file
 from m3i_jax.reporting.dense_panels import DrawnObjects
+from m3i_jax.run_files import atomic_file
 
 WORST = 6  # images of the figure of the worst ones
 

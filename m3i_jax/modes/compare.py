@@ -28,7 +28,7 @@ from m3i_jax.modes import monitoring, train
 from m3i_jax.modes import setup as jobs
 from m3i_jax.reporting import compare_table as report
 from m3i_jax.reporting import run_log, text_table
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import loop, plan
 from m3i_jax.training.trainer import Trainer, run_length
 

@@ -20,7 +20,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.modes import features as feature_mode
 from m3i_jax.modes import setup as jobs
 from m3i_jax.reporting import data_page
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 
 EXAMPLES = 12  # of each reason on the page
 

@@ -25,7 +25,7 @@ from m3i_jax.modes import monitoring
 from m3i_jax.modes import setup as jobs
 from m3i_jax.profiling import hardware
 from m3i_jax.reporting import data_page, data_report
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import trainer
 from m3i_jax.training.task import make_task, task_kind
 

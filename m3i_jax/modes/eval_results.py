@@ -13,7 +13,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.modes import eval_data
 from m3i_jax.reporting import text_table
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 
 RESULT = "eval.json"
 Values = dict[str, dict[str, float]]  # of each evaluator: its metrics

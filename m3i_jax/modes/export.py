@@ -44,7 +44,7 @@ from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, 
 from m3i_jax.models import backbones
 from m3i_jax.modes import model_card, setup
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import checkpoint, init_from, weight_source
 
 FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")

@@ -18,8 +18,8 @@ from PIL import Image
 from m3i_jax import privacy, run_files
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import html_page, image_grid
-from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.reporting.image_grid import GAP, INK, MARGIN, MUTED, Color
+from m3i_jax.run_files import write_text_atomic
 
 # pixels of a figure: line height, title, column of lines, their bars, least width
 LINE, HEAD, BESIDE, BAR, LEAST = 17, 32, 260, 60, 480

@@ -14,7 +14,7 @@ import unicodedata
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from m3i_jax.reporting import atomic_write
+from m3i_jax import run_files
 
 TILE = 112  # approximate side of a tile, pixels
 SMALL = 128  # images up to this side are never reduced
@@ -250,5 +250,5 @@ class ImageGrid:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a PNG atomically. Raises UserError if the file cannot be written."""
-        with atomic_write.atomic_file(path) as temporary:
+        with run_files.atomic_file(path) as temporary:
             self.image.save(temporary, format="PNG")

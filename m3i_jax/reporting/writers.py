@@ -22,7 +22,6 @@ import xxhash
 
 from m3i_jax import privacy, run_files, schema
 from m3i_jax.errors import UserError
-from m3i_jax.reporting import atomic_write
 
 Values = dict[str, float]
 
@@ -248,7 +247,7 @@ def truncate_log(path: pathlib.Path, step: int) -> int:
     if len(kept) < len(lines):
         if run_files.noted_marks(path):
             run_files.note_mark(path, run_files.file_mark(b"".join(kept)))
-        with atomic_write.atomic_file(path) as temporary, open(temporary, "wb") as file:
+        with run_files.atomic_file(path) as temporary, open(temporary, "wb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())

@@ -25,7 +25,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, run_files, version
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import step as step_module
 from m3i_jax.training import targets
 from m3i_jax.training.checkpoint import Checkpoints

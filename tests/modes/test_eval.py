@@ -20,7 +20,7 @@ from m3i_jax.interop import tensor_files
 from m3i_jax.modes import eval as evaluate
 from m3i_jax.modes import evaluators, figure_evaluators, train
 from m3i_jax.modes import setup as jobs
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import checkpoint_dir
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.trainer import Trainer

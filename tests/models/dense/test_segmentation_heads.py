@@ -13,7 +13,7 @@ from m3i_jax import schema
 from m3i_jax.models.dense import pixel_heads, pyramid, task_heads, upernet
 from m3i_jax.models.dense.map_sampling import resize_bilinear
 from m3i_jax.models.dense.pyramid import PyramidConfig
-from m3i_jax.models.dense.resized_conv import convolve_resized
+from m3i_jax.models.dense.upernet import convolve_resized
 from m3i_jax.models.intern_image_layer import convolve
 from m3i_jax.profiling.flops import count_flops
 
