@@ -113,7 +113,7 @@ BAD = {
     f"parallel.mesh={'(' * 5000}": "is not a list of numbers",
     f"train.steps={'-' * 20000}1": "is not a whole number",
     "evaluate.shots=5,5": "names 5 twice",
-    "init.only=x(": "is no regular expression",
+    "init.only=x(": "is not a regular expression",
     "report.licence=a\nb": "one line without control characters",
 }
 

@@ -61,8 +61,8 @@ def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
         key, equals, value = line.partition(" = ")
         if key not in table or not equals:
             raise UserError(
-                f"{where}: {shorten(key)} is no setting of this version of m3i_jax; use the version"
-                " that trained the run"
+                f"{where}: {shorten(key)} is not a setting of this version of m3i_jax; use the"
+                " version that trained the run"
             )
         section = config
         *sections, name = key.split(".")
@@ -73,7 +73,8 @@ def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
                 section[name] = typed_value(f"{where}: {key}", table[key][0], python_literal(value))
         except ValueError:
             raise UserError(
-                f"{where}: {key}: {shorten(value)} is no value; the file was changed"
+                f"{where}: {key}: {shorten(value)} is not a valid value; the file was changed by"
+                " hand: restore it"
             ) from None
     return config
 

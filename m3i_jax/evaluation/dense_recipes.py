@@ -372,7 +372,7 @@ def build_detection(
       UserError: the recipe has no schedule for this head; or as of `build_dense_encoder`.
     """
     if head not in HEADS or head not in data.schedules:
-        raise UserError(f"{data.recipe}: head={head} is none of {', '.join(data.schedules)}")
+        raise UserError(f"{data.recipe}: head={head} is not one of {', '.join(data.schedules)}")
     schedule = data.schedules[head]
     batch_size, epochs = batch_size or schedule.batch, epochs or schedule.epochs
     config, flag = default_config(), f"{data.recipe}:from"

@@ -76,8 +76,8 @@ class LoadedEncoder:
         network = networks.network_of(self.config.model, self.config.data.image_size)
         if network is None:
             raise UserError(
-                f"load: {self.name}: the backbone {self.config.model.backbone!r} is none of this"
-                " package; use `function`"
+                f"load: {self.name}: m3i_jax has no backbone {self.config.model.backbone!r}; use"
+                " `function`"
             )
         return network
 
@@ -207,7 +207,7 @@ def load(
         transformer nor an InternImage of a preset, or arrays that do not fit each other.
     """
     if pool not in POOLS:
-        raise UserError(f"load: pool={pool!r} is none of {', '.join(POOLS)}; give one of these")
+        raise UserError(f"load: pool={pool!r} is not one of {', '.join(POOLS)}; give one of these")
     given, path = path, os.fspath(path)
     if path.startswith(HUB_PREFIX):
         path = fetch_weights(path)
@@ -350,9 +350,9 @@ def _described(
     stored, config = dict(source.settings), configuration.default_config()
     if ("detect" in stored or "segment" in stored) and "width" not in stored:
         raise UserError(
-            f"{flag}: {path}: its encoder is none of this package ({source.name}); of its arrays"
-            " only the head can be used, by a run with another encoder:"
-            " --config.init_from=FILE --config.init.only='(\"^head/\",)'"
+            f"{flag}: {path}: m3i_jax has no encoder like its own ({source.name}); of its arrays"
+            " only the head can be used, by a run with another encoder: --config.init_from=FILE"
+            " --config.init.only='(\"^head/\",)'"
         )
     if "width" not in stored or "image_size" not in stored:
         # a backbone with its own section of settings is recognized by the sizes of its presets

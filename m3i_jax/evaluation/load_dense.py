@@ -161,8 +161,8 @@ class LoadedDense:
     def _require(self, task: str) -> None:
         if self.config.task != task:
             raise UserError(
-                f"load: {self.name}: is a run of config.task={self.config.task}, and .{task}() is"
-                f" of {task}; use .{self.config.task}()"
+                f"load: {self.name}: is a run of config.task={self.config.task}, and .{task}()"
+                f" needs a run of {task}; use .{self.config.task}()"
             )
 
 

@@ -1,5 +1,5 @@
-"""Rows of the tables of `vit_layouts`: how arrays of PyTorch become arrays of ours. Names that no
-row can express are replaced beforehand by `plain_names`: two matrices of SwiGLU in one array, layers
+"""Rows of the tables of `vit_layouts`: how arrays of PyTorch become ours. Names that no row can
+express are replaced beforehand by `plain_names`: two matrices of SwiGLU in one array, layers
 numbered within chunks, biases with a mask or of queries and values alone.
 
 L blocks, D width, h heads, p pixels a patch.

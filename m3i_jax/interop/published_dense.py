@@ -256,8 +256,8 @@ def _upernet(table: Mapping[str, Any]) -> dict[str, np.ndarray]:
     pools = count(r"decode_head\.psp_modules\.(\d+)\.")
     if laterals >= len(_STRIDES) or pools > len(_POOLS):
         raise UserError(
-            f"an UperNet of {laterals + 1} maps and {pools} pooled ones is none of InternImage's,"
-            f" which have {len(_STRIDES)} and {len(_POOLS)}"
+            f"an UperNet of {laterals + 1} maps and {pools} pooled ones is not one of"
+            f" InternImage's, which have {len(_STRIDES)} and {len(_POOLS)}"
         )
     layers = _upernet_layers(laterals, pools)
     leaves = {

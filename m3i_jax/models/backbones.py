@@ -86,7 +86,7 @@ def get_backbone(model: schema.Model) -> Backbone:
     near = difflib.get_close_matches(model.backbone, _BACKBONES, 1)
     hint = f"did you mean {near[0]}?" if near else "import the module that registers it"
     raise UserError(
-        f"config.model.backbone: {model.backbone!r} is none of {', '.join(_BACKBONES)}; {hint}"
+        f"config.model.backbone: {model.backbone!r} is not one of {', '.join(_BACKBONES)}; {hint}"
     )
 
 

@@ -356,7 +356,9 @@ def _step_seconds(base: jobs.Setup, runs: Mapping[str, jobs.Setup]) -> dict[str,
     if main and path.is_file():
         known = run_files.read_run_json(path, "restore it, or begin in an empty workdir")
     if wrong := [x for x in known.values() if not isinstance(x, int | float) or not x > 0]:
-        raise UserError(f"{path}: {wrong[0]!r} is no time of a step; begin in an empty workdir")
+        raise UserError(
+            f"{path}: {wrong[0]!r} is not the time of a step; begin in an empty workdir"
+        )
     # every host runs the steps that host 0 has no time of, and all take host 0's times
     times = parallel.broadcast_from_host0(np.array([known.get(form, 0.0) for form in runs]))
     for (form, job), seconds in zip(runs.items(), times, strict=True):

@@ -28,7 +28,7 @@ EXAMPLES = 12  # of each reason on the page
 def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
     engine = engine or "local"
     if engine not in engines.ENGINES:
-        raise UserError(f"--engine={engine[:60]}: is none of {', '.join(engines.ENGINES)}")
+        raise UserError(f"--engine={engine[:60]}: is not one of {', '.join(engines.ENGINES)}")
     keep_list.arrow_library()  # before the images are read
     if config.data.source == "mixture":
         raise UserError(

@@ -58,7 +58,7 @@ _MODEL_PLATFORMS = ("cpu", "cuda", "tpu")
 def run(config: schema.Config, *, workdir: str, format: str) -> int:
     if format not in FORMATS:
         raise UserError(
-            f"--format: {format!r} is none of {', '.join(FORMATS)}; give one of these"
+            f"--format: {format!r} is not one of {', '.join(FORMATS)}; give one of these"
             if format
             else f"--format: is missing; give one of {', '.join(FORMATS)}"
         )

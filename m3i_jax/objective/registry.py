@@ -85,7 +85,7 @@ def form(name: str) -> AnyTerms:
     names = dict.fromkeys([*objective_terms.FORMS, *objective_terms.LETTERS, *_FORMS])
     near = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"{name!r} is none of {', '.join(names)}{hint}")
+    raise ValueError(f"{name!r} is not one of {', '.join(names)}{hint}")
 
 
 def forms() -> dict[str, AnyTerms]:

@@ -206,9 +206,9 @@ class Mask2Former:
         4, "places per level that an attention head of the pixel decoder reads", EVERY
     )
     encoder_depth: int = option(6, "layers of the pixel decoder", NumberLimit(0, 1024))
-    encoder_hidden: int = option(1024, "width of the hidden layer of the pixel decoder's", WIDTH)
+    encoder_hidden: int = option(1024, "width of the hidden layers of the pixel decoder", WIDTH)
     depth: int = option(9, "layers of the masked decoder", DEPTH)
-    hidden: int = option(2048, "width of the hidden layer of the masked decoder's", WIDTH)
+    hidden: int = option(2048, "width of the hidden layers of the masked decoder", WIDTH)
     max_classes: int = option(
         64,
         "segmentation: categories per image that have a mask in the loss; the smallest of more are"

@@ -140,7 +140,7 @@ class TextLimit:
         """The reason why a value is refused; "" if it is accepted.
 
         >>> TextLimit("pattern").wrong("(")[:25], TextLimit("line").wrong("a\\nb")
-        ('is no regular expression ', 'must be one line without control characters')
+        ('is not a regular expression ', 'must be one line without control characters')
         """
         if len(value) > self.most:
             return f"must have at most {self.most:,} characters"
@@ -162,7 +162,7 @@ class TextLimit:
             try:
                 re.compile(value)
             except (re.error, OverflowError, RecursionError) as error:
-                return f"is no regular expression ({error}); use one such as ^encoder/"
+                return f"is not a regular expression ({error}); use one such as ^encoder/"
         return ""
 
 

@@ -88,7 +88,7 @@ class DetectTask(DenseTask):
             )
         if wrong:
             raise UserError(
-                f"config.dense.geometry.buckets: {wrong[0][0]} x {wrong[0][1]} are no multiples of"
+                f"config.dense.geometry.buckets: {wrong[0][0]} x {wrong[0][1]} are not multiples of"
                 f" {coarsest}, the stride of the coarsest map of the encoder; round them up"
             )
         return max(canvases, key=lambda each: each[0] * each[1], default=(side, side))

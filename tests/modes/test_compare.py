@@ -183,7 +183,7 @@ def test_a_run_that_is_not_finite_does_not_stop_the_others(
     [
         (
             {"compare__forms": "mim,mimm"},
-            "config.compare.forms: 'mimm' is none of .*; did you mean mim",
+            "config.compare.forms: 'mimm' is not one of .*; did you mean mim",
         ),
         (
             {"compare__forms": "mim,clip", "data__captions": "no"},

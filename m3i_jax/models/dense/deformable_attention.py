@@ -96,7 +96,7 @@ def deformable_attention(
     sizes = [height * width for height, width in shapes]
     expected = (b, locations_BxQxHxLxPx2.shape[1], heads, len(shapes))
     if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     if sum(sizes) != tokens:
         raise ValueError(
             f"the maps {list(shapes)} have {sum(sizes)} cells and the values {tokens} tokens"
