@@ -35,8 +35,8 @@ def _validate_combinations(c: schema.Config) -> None:
         not d.vocabulary or d.tokenizer == "clip",
         "data.vocabulary",
         d.vocabulary,
-        "does nothing: it applies to data.tokenizer=clip, and the tokenizer is"
-        f" {d.tokenizer}; leave it empty",
+        f"has no effect: it applies to data.tokenizer=clip, and the tokenizer is {d.tokenizer};"
+        " leave it empty",
     )
     for key in ("encoder", "decoder", "text", "captioner", "intern_image"):
         width, ratio = getattr(m, key).width, getattr(m, key).mlp_ratio

@@ -46,7 +46,7 @@ class Reencoding:
         True
         """
         if record.objects is not None or record.map is not None:
-            raise ValueError("annotations are in pixels of the image, which would change")
+            raise ValueError("an image with annotations in pixels cannot be resized")
         try:
             opened = decode.open_image(record.image)
             short = min(opened.height, opened.width)

@@ -84,7 +84,8 @@ class SegmentationCounts:
         """
         if prediction_HxW.shape != label_HxW.shape:
             raise ValueError(
-                f"image {image!r}: prediction of {prediction_HxW.shape}, map of {label_HxW.shape}"
+                f"image {image!r}: the prediction has shape {prediction_HxW.shape}, its map"
+                f" {label_HxW.shape}"
             )
         matrix_KxK = pixel_confusion(prediction_HxW, label_HxW, len(self.names))
         self._confusion_KxK += matrix_KxK

@@ -58,8 +58,8 @@ def prompt_templates(name: str) -> tuple[str, tuple[str, ...]]:
     path = pathlib.Path(name)
     if not path.is_file():
         raise UserError(
-            f"config.evaluate.templates: {name!r} is not one of {', '.join(SETS)} and no file; give"
-            " one of these, or a file with a template a line"
+            f"config.evaluate.templates: {name!r} is neither one of {', '.join(SETS)} nor a file;"
+            " give one of these, or a file with a template a line"
         )
     try:
         text = path.read_text("utf-8")

@@ -89,8 +89,8 @@ def load_published_dense(table: Mapping[str, Any]) -> PublishedWeights | None:
     """
     if any(name in table for name in _DEFORMABLE_DETR):
         raise UserError(
-            "these are weights of Deformable DETR, whose decoder makes its queries of proposals or"
-            " has them without boxes; DINO's are read"
+            "these are weights of Deformable DETR, which m3i_jax does not have (its decoder makes"
+            " queries of proposals, or has them without boxes); give weights of DINO"
         )
     prefix, head = _encoder_prefix(table), dense_head(table)
     if not prefix and not head.endswith(("Transformers", "authors")):

@@ -48,7 +48,10 @@ def axial_angles(centres_Nx2: np.ndarray, head_width: int, base: float) -> np.nd
     [[3.142, 0.314, -3.142, -0.314]]
     """
     if head_width % 4:
-        raise ValueError(f"heads of width {head_width} cannot be turned: a multiple of 4 is needed")
+        raise ValueError(
+            f"heads of width {head_width} cannot have rotary positions: the width"
+            f" must be a multiple of 4"
+        )
     periods = base ** (4 * np.arange(head_width // 4) / head_width)
     return (2 * math.pi * centres_Nx2[:, :, None] / periods).reshape(len(centres_Nx2), -1)
 

@@ -372,7 +372,7 @@ def _mean_of_last(
     """Mean over the normalised outputs of the last `count` blocks, float32."""
     depth = model.encoder.depth
     if count > depth:
-        raise ValueError(f"the mean over the last {count} blocks of an encoder that has {depth}")
+        raise ValueError(f"an encoder of {depth} blocks has no mean over its last {count}")
     _, one = encoder_modules(model)
 
     def run(z: jax.Array, layers: Any) -> jax.Array:

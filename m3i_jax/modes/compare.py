@@ -269,8 +269,8 @@ def compare_notes(
     )
     if methods:
         out.append(
-            f"{', '.join(methods)}: only the objective; configs/forms.py:form=NAME has the"
-            " published settings."
+            f"{', '.join(methods)}: trained with the published objective alone;"
+            " configs/forms.py:form=NAME also has the published settings."
         )
     collapsed = [
         f"{r['form']}, seed {r['seed']}" for r in results if r["values"].get("collapse/alarm")

@@ -169,7 +169,8 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText(
                 "collapse/assignment_bits*",
                 "bits",
-                "mean entropy of the assignments; the difference is what they tell about an image",
+                "mean entropy of the assignments; the difference is their information about an"
+                " image",
                 "below the former",
             ),
             MetricText("collapse/alarm", "", "1: collapsed", "0", note=True),

@@ -476,7 +476,7 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     ):
         if value != default and not is_read:
             raise UserError(
-                f"config.{key}: {value!r} does nothing: there is {reason} in {names}; leave it at"
+                f"config.{key}: {value!r} has no effect: there is {reason} in {names}; leave it at"
                 f" {default!r} or choose another form"
             )
     known = sorted(
