@@ -126,7 +126,7 @@ class FileChanged(UserError):
 
 
 def seal_note(value: Any) -> bytes:
-    """A JSON value on one line, and the CRC-32 of that line on the next.
+    """Returns a JSON value on one line, and the CRC-32 of that line on the next.
 
     >>> unseal_note(seal_note({"a": 1})), unseal_note(seal_note({"a": 1}).replace(b"1", b"2"))
     ({'a': 1}, None)
@@ -136,7 +136,7 @@ def seal_note(value: Any) -> bytes:
 
 
 def unseal_note(content: bytes) -> Any:
-    """The value of the bytes of `seal_note`; None if they are damaged."""
+    """Returns the value of the bytes of `seal_note`; None if they are damaged."""
     line, _, check = content.partition(b"\n")
     if check != b"%08x\n" % zlib.crc32(line):
         return None
@@ -147,7 +147,7 @@ def unseal_note(content: bytes) -> Any:
 
 
 def file_mark(content: bytes) -> Mark:
-    """Size and digest of a content.
+    """Returns the size and digest of a content.
 
     >>> file_mark(b"123456789")
     (9, '72dcb18b67a17dff')
@@ -156,7 +156,7 @@ def file_mark(content: bytes) -> Mark:
 
 
 def parse_marks(value: Any) -> list[Mark] | None:
-    """A list of sizes and digests from parsed JSON; None if it is not one."""
+    """Returns a list of sizes and digests from parsed JSON; None if it is not one."""
     if not isinstance(value, list):
         return None
     out = []
@@ -168,7 +168,7 @@ def parse_marks(value: Any) -> list[Mark] | None:
 
 
 def read_bytes(path: pathlib.Path, limit: int = LARGEST) -> bytes:
-    """The content of a regular file; never blocks on a pipe.
+    """Returns the content of a regular file; never blocks on a pipe.
 
     Raises:
       UserError: it is not a regular file, or is larger than the limit.
@@ -250,7 +250,7 @@ def note_mark(path: pathlib.Path, new: Mark) -> None:
 
 
 def mark_mismatch(content: bytes, known: list[Mark], *, beginning: bool = False) -> str:
-    """How a content differs from its recorded sizes and digests, "" if it does not.
+    """Returns how a content differs from its recorded sizes and digests, "" if it does not.
 
     Args:
       content: of the file.
@@ -279,7 +279,7 @@ def mark_mismatch(content: bytes, known: list[Mark], *, beginning: bool = False)
 
 
 def read_run_file(path: pathlib.Path, remedy: str = "restore it", *, limit: int = LARGEST) -> bytes:
-    """The content of a file of a run, verified against its record.
+    """Returns the content of a file of a run, verified against its record.
 
     Raises:
       FileChanged: it has another content.
@@ -325,8 +325,8 @@ def read_run_json(path: pathlib.Path, remedy: str = "restore it") -> dict[str, A
 def read_log(
     path: pathlib.Path, more: list[Mark] | None = None
 ) -> tuple[list[dict[str, Any]], str]:
-    """The readable lines of a log, in the order of the file, and how its beginning differs from its
-    record ("" if it does not).
+    """Returns the readable lines of a log, in the order of the file, and how its beginning differs
+    from its record ("" if it does not).
 
     Args:
       path: of metrics.jsonl.
@@ -344,7 +344,8 @@ def read_log(
 
 
 def parse_log_line(text: bytes) -> dict[str, Any] | None:
-    """The values of a line of a log; None for a damaged line, such as half a line of a killed run.
+    """Returns the values of a line of a log; None for a damaged line, such as half a line of a
+    killed run.
 
     >>> parse_log_line(b'{"step": 7, "loss": 1.5}'), parse_log_line(b'{"step": 7, "lo')
     ({'step': 7, 'loss': 1.5}, None)
@@ -360,7 +361,8 @@ def parse_log_line(text: bytes) -> dict[str, Any] | None:
 
 
 def changed_run_files(position: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, str]:
-    """{file: mismatch} of the files whose size and digest the position of a checkpoint has."""
+    """Returns {file: mismatch} of the files whose size and digest the position of a checkpoint
+    has."""
     out = {}
     known = position.get("files", {})
     for name, one in known.items() if isinstance(known, dict) else ():
@@ -379,8 +381,8 @@ def changed_run_files(position: Mapping[str, Any], workdir: pathlib.Path) -> dic
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A temporary path to write to, renamed to `path` at the end of the block and removed after an
-    error.
+    """Yields a temporary path to write to, renamed to `path` at the end of the block and removed
+    after an error.
 
     Raises:
       UserError: the file cannot be written.

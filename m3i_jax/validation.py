@@ -234,8 +234,8 @@ def _batch_unit(c: schema.Config, shape: tuple[int, int, int]) -> tuple[int, str
 
 
 def fit_batch_to_mesh(c: schema.Config, shape: tuple[int, int, int]) -> tuple[schema.Config, str]:
-    """The configuration for a mesh of this (replica, fsdp, tensor) shape, with a log line if the
-    batch was rounded up, else "".
+    """Returns the configuration for a mesh of this (replica, fsdp, tensor) shape, with a log line
+    if the batch was rounded up, else "".
 
     Raises:
       UserError: a batch that cannot be split over the mesh, without `train.round_batch`.

@@ -112,7 +112,7 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
 
 
 def resolve(config: ml_collections.ConfigDict) -> schema.Config:
-    """The checked, frozen settings of a ConfigDict.
+    """Returns the checked, frozen settings of a ConfigDict.
 
     Raises:
       UserError: an unknown key, a wrong type or an impossible value; the message names the key,

@@ -96,8 +96,8 @@ class LoadedEncoder:
         )
 
     def features(self, images: Any, *, ready: bool = False) -> np.ndarray:
-        """Features of images, float32, not normalised: [B, D], or [B, T, D] for pool="tokens".
-        Shows a progress bar where stderr is a terminal.
+        """Returns features of images, float32, not normalised: [B, D], or [B, T, D] for
+        pool="tokens". Shows a progress bar where stderr is a terminal.
 
         Args:
           images: one image or several: a path, a Pillow image, or an array [H, W] or [H, W, C] of 1
@@ -182,9 +182,9 @@ def load(
     heads: int = 0,
     dtype: str = "",
 ) -> Any:
-    """The encoder of a run or of a file of weights, a `LoadedEncoder`; of a run of detection or
-    segmentation its whole model, a `load_dense.LoadedDense`, and of a file of detectron2's ViTDet,
-    or of InternImage's detectors with DINO and its segmenters, as well.
+    """Returns the encoder of a run or of a file of weights, a `LoadedEncoder`; of a run of
+    detection or segmentation its whole model, a `load_dense.LoadedDense`, and of a file of
+    detectron2's ViTDet, or of InternImage's detectors with DINO and its segmenters, as well.
 
     Args:
       path: workdir of a run, or a file or directory of timm, Hugging Face ViT, CLIP, SigLIP,
@@ -267,8 +267,8 @@ def _check_shapes(config: schema.Config, shapes: dict[str, tuple[int, ...]], pat
 
 
 def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
-    """The settings of a run, or those that a file of weights implies: `model`, image size, mean and
-    deviation of pixels.
+    """Returns the settings of a run, or those that a file of weights implies: `model`, image size,
+    mean and deviation of pixels.
 
     Args:
       path: see `load`.
@@ -303,8 +303,8 @@ def build_encoder(
 
 
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
-    """The configuration for a file of weights: unchanged if its encoder has the sizes of the file,
-    else with the encoder and the preprocessing of the file.
+    """Returns the configuration for a file of weights: unchanged if its encoder has the sizes of
+    the file, else with the encoder and the preprocessing of the file.
 
     Args:
       config: settings.
@@ -402,7 +402,7 @@ def _described(
 
 
 def fetch_weights(location: str, key: str = "load") -> str:
-    """The directory with the files of a repository.
+    """Returns the directory with the files of a repository.
 
     Args:
       location: hf://OWNER/NAME, or with @REVISION: a branch, a tag or a commit.

@@ -110,7 +110,7 @@ def norm_weights(
 
 
 def linear_weight(theirs: str, ours: str) -> list[LayoutEntry]:
-    """A linear layer of PyTorch, whose weight is [out, in]."""
+    """Returns the entries of a linear layer of PyTorch, whose weight is [out, in]."""
     return [
         single_array(f"{theirs}.weight", f"{ours}/kernel", np.transpose, np.transpose),
         single_array(f"{theirs}.bias", f"{ours}/bias"),
@@ -128,7 +128,8 @@ def query_value_bias(theirs: tuple[str, str], ours: str) -> LayoutEntry:
 
 
 def patch_weight(theirs: str, *, bias: bool = True) -> list[LayoutEntry]:
-    """A convolution of PyTorch [D, 3, p, p] as the matrix [p p 3, D] for `vit.patchify`."""
+    """Returns the entries of a convolution of PyTorch [D, 3, p, p] as the matrix [p p 3, D] for
+    `vit.patchify`."""
     kernel = LayoutEntry(
         (f"{theirs}.weight",),
         "encoder/patch_embed/kernel",
@@ -164,9 +165,9 @@ HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 def plain_names(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The arrays under names of one array each: `mlp.gate`, `mlp.fc1` and `mlp.fc2` of SwiGLU, from
-    DINOv2's files (`w12`, `w3`; in chunks), those of Transformers (`weights_in`, `weights_out`) and
-    of timm (`fc1` with twice the rows). The gate comes first.
+    """Returns the arrays under names of one array each: `mlp.gate`, `mlp.fc1` and `mlp.fc2` of
+    SwiGLU, from DINOv2's files (`w12`, `w3`; in chunks), those of Transformers (`weights_in`,
+    `weights_out`) and of timm (`fc1` with twice the rows). The gate comes first.
 
     Arrays without such names are returned as they are.
 

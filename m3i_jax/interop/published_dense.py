@@ -46,7 +46,8 @@ _FIRST, _SECOND = "backbone.cb_modules.0.", "backbone.cb_modules.1."
 
 
 def dense_head(names: Mapping[str, Any]) -> str:
-    """The head of a file by its names, a key of the table above; "" if it has none of these.
+    """Returns the head of a file by its names, a key of the table above; "" if it has none of
+    these.
 
     >>> dense_head({"decode_head.psp_modules.0.1.conv.weight": 0})
     'upernet'
@@ -55,7 +56,8 @@ def dense_head(names: Mapping[str, Any]) -> str:
 
 
 def dense_task(names: Mapping[str, Any]) -> str:
-    """The task that a whole file of this module is for, detect or segment; "" for other files.
+    """Returns the task that a whole file of this module is for, detect or segment; "" for other
+    files.
 
     >>> dense_task({"bbox_head.transformer.query_embed.weight": 0, f"backbone.{_STEM}": 0})
     'detect'

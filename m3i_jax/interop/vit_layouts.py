@@ -49,8 +49,8 @@ def timm_blocks(theirs: str, ours: str, *, norms: str = "norm{n}.") -> list[Layo
 
 
 def timm_encoder() -> list[LayoutEntry]:
-    """The encoder of timm, MAE and SiameseIM: qkv is one matrix with rows [q | k | v], in the order
-    of our columns."""
+    """Returns the encoder of timm, MAE and SiameseIM: qkv is one matrix with rows [q | k | v], in
+    the order of our columns."""
     entries = [
         *patch_weight("patch_embed.proj"),
         single_array("cls_token", "encoder/cls_token"),
@@ -453,7 +453,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def layout_of(names: Mapping[str, Any]) -> Layout | None:
-    """The layout of a file with these array names, or None.
+    """Returns the layout of a file with these array names, or None.
 
     >>> layout_of({"blocks.0.attn.qkv.weight": 0}).name, layout_of({"fc.weight": 0})
     ('timm', None)

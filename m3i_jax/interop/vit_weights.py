@@ -355,8 +355,8 @@ def _side(size: Any, key: str = "height") -> int:
 
 
 def read_sidecar_configs(path: str) -> dict[str, Any]:
-    """The content of config.json and preprocessor_config.json next to a file of weights, merged,
-    and, under its name, that of our preprocessing.json; {} without such files.
+    """Returns the content of config.json and preprocessor_config.json next to a file of weights,
+    merged, and, under its name, that of our preprocessing.json; {} without such files.
 
     Raises:
       UserError: one of them is not a JSON object.
@@ -405,7 +405,7 @@ def _intern_image(
 
 
 def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix: str = "") -> Flat:
-    """Inverse of `load_vit`: our flat tree under the names of a layout.
+    """Inverts `load_vit`: our flat tree under the names of a layout.
 
     The mask token, `encoder/mask_token`, is left out: no layout has it. Without `encoder/norm`, the
     files for timm and Google have no final norm either; Hugging Face models always have one, which
@@ -463,7 +463,7 @@ def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix
 
 
 def nearest_names(path: str, known: Mapping[str, Any], count: int = 2) -> list[str]:
-    """The known names that are most similar to a path.
+    """Returns the known names that are most similar to a path.
 
     >>> nearest_names("encoder/norm/scale", {"encoder/norm/bias": 0, "x": 0})
     ['encoder/norm/bias']

@@ -26,9 +26,9 @@ _NO_MAPS = schema.Maps()
 
 
 def intern_image_config(model: schema.Model) -> InternImageConfig:
-    """The net's settings in a run: its own section, and width and drop path of `model.encoder`.
-    Where the patch is a cell of the last stage, the dense features are that stage's map, without
-    the fusion.
+    """Returns the net's settings in a run: its own section, and width and drop path of
+    `model.encoder`. Where the patch is a cell of the last stage, the dense features are that
+    stage's map, without the fusion.
 
     >>> encoder = schema.Encoder(width=1024, drop_path=0.2, drop_path_rule="uniform")
     >>> intern_image_config(schema.Model(encoder=encoder)) == InternImageConfig()

@@ -35,8 +35,8 @@ def _write(writer: FigureWriter, kind: str, figure: figures.Figure) -> None:
 
 
 def drawn_objects(result: DetectionResult, *, found: bool, with_masks: bool = True) -> DrawnObjects:
-    """The objects of an image, or its detections, for a figure; beside detections without masks,
-    objects have none either."""
+    """Returns the objects of an image, or its detections, for a figure; beside detections without
+    masks, objects have none either."""
 
     def pixels(masks: Sequence[Rle | None]) -> list[np.ndarray | None]:
         return [m if m is None else detection_results.rle_to_mask(m).astype(bool) for m in masks]

@@ -126,7 +126,7 @@ def usable_cores() -> int:
 
 
 def spread_items(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` items, evenly spread.
+    """Returns at most `count` items, evenly spread.
 
     >>> spread_items("abcdef", 3)
     ['a', 'c', 'e']
@@ -135,7 +135,7 @@ def spread_items(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def chips_fed(config: schema.Config, vocabulary: int, supply: float) -> dict[str, Any]:
-    """How many accelerators `supply` samples a second can feed.
+    """Returns how many accelerators `supply` samples a second can feed.
 
     Args:
       config: completed settings; they determine the FLOPs of a step, and `report.mfu` the share of

@@ -57,7 +57,7 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
 
 
 def bicubic_weights(old: int, new: int) -> np.ndarray:
-    """Matrix [new, old] float64 that resizes one axis, as in `resized`.
+    """Returns the matrix [new, old] float64 that resizes one axis, as in `resized`.
 
     >>> bicubic_weights(3, 3).tolist()
     [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
@@ -77,8 +77,8 @@ def bicubic_weights(old: int, new: int) -> np.ndarray:
 
 
 def resized(table_NxW: np.ndarray, grid: int | tuple[int, int]) -> np.ndarray:
-    """A square position table resized to another number of cells by bicubic interpolation, for
-    images of another size (MAE, DeiT).
+    """Returns a square position table resized to another number of cells by bicubic interpolation,
+    for images of another size (MAE, DeiT).
 
     Equal to torch's bicubic: Keys' kernel with a = -0.75, no antialiasing, half-pixel centres and
     repeated borders.
@@ -136,8 +136,8 @@ def coordinates(
     flip_out_B: ArrayLike,
     grid: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows and columns of the target view's cells in patches of the input view (SiameseIM, for crop
-    first and mirror afterwards).
+    """Returns rows and columns of the target view's cells in patches of the input view (SiameseIM,
+    for crop first and mirror afterwards).
 
     Args:
       box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image;
@@ -196,7 +196,7 @@ def relative_parts(
     grid: int,
     width: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The parts of `relative_positions`: embedded rows, columns and size ratios.
+    """Returns the parts of `relative_positions`: embedded rows, columns and size ratios.
 
     A linear map of the rows of `relative_positions` is the sum of linear maps of these parts, which
     have G + G + 1 rows instead of G * G.
@@ -319,7 +319,7 @@ def _check(grid: int, width: int) -> None:
 
 
 def resize_position_table(table_1xRxD: np.ndarray, grid: int, *, cls: bool) -> np.ndarray:
-    """A position table for another grid, with or without a first row for cls.
+    """Returns a position table for another grid, with or without a first row for cls.
 
     Args:
       table_1xRxD: table of a square grid, R = G * G or, with a row for cls, G * G + 1.
@@ -348,7 +348,7 @@ def resize_position_table(table_1xRxD: np.ndarray, grid: int, *, cls: bool) -> n
 
 
 def table_grid(rows: int) -> int:
-    """Cells a side of a table with this number of rows, with or without one for cls.
+    """Returns cells a side of a table with this number of rows, with or without one for cls.
 
     >>> table_grid(197), table_grid(196)
     (14, 14)

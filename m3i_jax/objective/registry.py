@@ -69,7 +69,7 @@ def register_form(name: str, terms: AnyTerms) -> AnyTerms:
 
 
 def form(name: str) -> AnyTerms:
-    """The terms of an objective by its name, or by its letter in the paper's Table 3.
+    """Returns the terms of an objective by its name, or by its letter in the paper's Table 3.
 
     Raises:
       ValueError: an unknown name; the message has the reason or the closest name.
@@ -89,7 +89,7 @@ def form(name: str) -> AnyTerms:
 
 
 def forms() -> dict[str, AnyTerms]:
-    """All objectives by name, registered ones included.
+    """Returns all objectives by name, registered ones included.
 
     >>> {"m3i", "mae", "finetune"} <= forms().keys()
     True

@@ -15,7 +15,7 @@ Example = Sequence[Mapping[str, Any]]  # an image that is left out, then the one
 def data_page_html(
     report: DataReport, *, images: Sequence[Thumbnail], twins: Sequence[Sequence[Thumbnail]]
 ) -> str:
-    """The HTML page.
+    """Returns the HTML page.
 
     Args:
       report: content of `data.json`.
@@ -144,7 +144,7 @@ def _twins(report: DataReport, twins: Sequence[Sequence[Thumbnail]]) -> str:
 
 
 def curation_page_html(report: Mapping[str, Any], examples: Mapping[str, Sequence[Example]]) -> str:
-    """The HTML page.
+    """Returns the HTML page.
 
     Args:
       report: content of `curate.json`.

@@ -85,7 +85,7 @@ def run_page_html(
     differs: Mapping[str, Sequence[str]],
     figure_sections: Sequence[str] = (),
 ) -> str:
-    """The page.
+    """Returns the HTML page.
 
     Args:
       runs: the run itself first, then those to compare it with.

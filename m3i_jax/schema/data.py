@@ -340,7 +340,7 @@ class ViewGroup:
 
 
 def parse_view_group(text: str, key: str = "config.data.small_views") -> ViewGroup:
-    """The group that an entry of `data.small_views` describes.
+    """Returns the group that an entry of `data.small_views` describes.
 
     Raises:
       UserError: it is no such entry, or its shares are none.

@@ -65,7 +65,8 @@ def initialize_from(
     classes: tuple[str, ...] = (),
     of_categories: tuple[str, ...] = (),
 ) -> Any:
-    """Initial parameters, replaced by the arrays of `config.init_from` that `config.init` selects.
+    """Returns initial parameters, replaced by the arrays of `config.init_from` that `config.init`
+    selects.
 
     Args:
       config: settings of this run.
@@ -116,8 +117,8 @@ def initialize_from(
 
 
 def with_statistics(state: State, location: str) -> State:
-    """The state of a dense task with the running statistics of a file of weights, if it has some,
-    in the place of initial ones: for its evaluation.
+    """Returns the state of a dense task with the running statistics of a file of weights, if it has
+    some, in the place of initial ones: for its evaluation.
 
     Raises:
       UserError: as of `open_weights`.

@@ -24,7 +24,7 @@ _GROUPS = 32
 
 
 def norm_shapes(channels: int) -> dict[str, tuple[int, ...]]:
-    """The parameters of one batch norm, as shapes.
+    """Returns the parameters of one batch norm, as shapes.
 
     >>> norm_shapes(8)
     {'scale': (8,), 'bias': (8,)}
@@ -33,7 +33,7 @@ def norm_shapes(channels: int) -> dict[str, tuple[int, ...]]:
 
 
 def initial_statistics(channels: int) -> dict[str, jax.Array]:
-    """Running statistics before the first step: mean 0, variance 1, float32.
+    """Returns running statistics before the first step: mean 0, variance 1, float32.
 
     >>> initial_statistics(2)["variance"].tolist()
     [1.0, 1.0]

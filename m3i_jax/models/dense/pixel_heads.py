@@ -25,8 +25,8 @@ Values = dict[str, jax.Array]
 def init_linear_classifier(
     settings: schema.Segment, channels: Mapping[int, int], classes: int, rng: jax.Array
 ) -> tuple[Params, Params]:
-    """Parameters, N(0, classifier_std^2) with bias 0; there are no statistics. Arguments as of
-    `upernet.init`.
+    """Returns parameters, N(0, classifier_std^2) with bias 0; there are no statistics. Arguments as
+    of `upernet.init`.
 
     >>> params, statistics = init_linear_classifier(schema.Segment(), {16: 8}, 5, jax.random.key(0))
     >>> params["classifier"]["kernel"].shape, statistics
@@ -46,7 +46,7 @@ def linear_cell_logits(
     train: bool,
     uniform_BxC: jax.Array | None = None,
 ) -> tuple[jax.Array, None, Params]:
-    """Logits [B, H, W, K] of the cells of the coarsest map, float32; no auxiliary ones; the
+    """Returns logits [B, H, W, K] of the cells of the coarsest map, float32; no auxiliary ones; the
     statistics as they are. Arguments as of `upernet.apply`.
 
     >>> settings = schema.Segment()
@@ -59,7 +59,8 @@ def linear_cell_logits(
 
 
 def pixel_divisor(settings: schema.Segment, labels_BxHxW: jax.Array, classes: int) -> jax.Array:
-    """What the sums of both losses are divided by: all pixels or the labelled ones, by `divide_by`.
+    """Returns what the sums of both losses are divided by: all pixels or the labelled ones, by
+    `divide_by`.
 
     >>> labels = jnp.array([[[0, 255]]])
     >>> float(pixel_divisor(schema.Segment(divide_by="labelled"), labels, 3))
@@ -84,7 +85,7 @@ def pixel_accuracy(scores_BxHxWxK: jax.Array, labels_BxHxW: jax.Array) -> jax.Ar
 def pixel_loss(
     apply: Callable[..., Any], dropout_width: Callable[[schema.Segment], int]
 ) -> Callable[..., tuple[Values, Values, Params]]:
-    """The loss of a head of logits per cell, see `task_heads.SegmentationHead`.
+    """Returns the loss of a head of logits per cell, see `task_heads.SegmentationHead`.
 
     Args:
       apply: of the head, as `upernet.apply`.
@@ -118,7 +119,7 @@ def pixel_loss(
 
 
 def pixel_logits(apply: Callable[..., Any]) -> Callable[..., jax.Array]:
-    """The logits at the size of the images, see `task_heads.SegmentationHead`."""
+    """Returns the logits at the size of the images, see `task_heads.SegmentationHead`."""
 
     def logits(
         settings: schema.Segment,

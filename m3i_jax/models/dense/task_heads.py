@@ -94,7 +94,7 @@ CATEGORY_PARAMETERS = tuple(
 
 
 def detection_head(settings: schema.Detect) -> DetectionHead:
-    """The head that the settings name.
+    """Returns the head that the settings name.
 
     Raises:
       UserError: masks are asked of a head that has none, or no masks of one that needs them.
@@ -171,7 +171,7 @@ _SEGMENTATION_HEADS = {
 
 
 def segmentation_head(settings: schema.Segment) -> SegmentationHead:
-    """The head that the settings name.
+    """Returns the head that the settings name.
 
     >>> segmentation_head(schema.Segment(head="linear")).coarsest
     True

@@ -37,7 +37,7 @@ def _layer(*kernel: int) -> dict[str, Any]:
 def upernet_shapes(
     settings: schema.Segment, channels: Mapping[int, int], classes: int
 ) -> dict[str, Any]:
-    """The tree of parameters, as shapes.
+    """Returns the tree of parameters, as shapes.
 
     >>> settings = schema.Segment(strides=(8, 16), width=4, aux_width=0, pool_scales=(1, 2))
     >>> sorted(upernet_shapes(settings, {8: 2, 16: 3}, 5))
@@ -74,7 +74,7 @@ def _first_values(classifier_std: float, path: str, shape: tuple[int, ...]) -> I
 def init(
     settings: schema.Segment, channels: Mapping[int, int], classes: int, rng: jax.Array
 ) -> tuple[Params, Params]:
-    """Parameters, and the running statistics of the batch norms.
+    """Returns parameters, and the running statistics of the batch norms.
 
     Convolutions are N(0, 2 / fan out), classifiers N(0, classifier_std^2), biases 0.
 
@@ -113,7 +113,7 @@ def drop_channels(x_BxHxWxC: jax.Array, uniform_BxC: jax.Array, rate: float) -> 
 
 
 def dropout_width(settings: schema.Segment) -> int:
-    """How many uniform numbers per image `apply` reads for dropout.
+    """Returns how many uniform numbers per image `apply` reads for dropout.
 
     >>> dropout_width(schema.Segment())
     1024
@@ -130,7 +130,7 @@ def apply(
     train: bool,
     uniform_BxC: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Params]:
-    """Logits of every cell.
+    """Returns logits of every cell.
 
     Args:
       settings: also `dropout` and `norm_momentum` are read.
