@@ -35,8 +35,8 @@ def _validate_combinations(c: schema.Config) -> None:
         not d.vocabulary or d.tokenizer == "clip",
         "data.vocabulary",
         d.vocabulary,
-        "does nothing: it applies to data.tokenizer=clip, and the tokenizer is"
-        f" {d.tokenizer}; leave it empty",
+        f"has no effect: it applies to data.tokenizer=clip, and the tokenizer is {d.tokenizer};"
+        " leave it empty",
     )
     for key in ("encoder", "decoder", "text", "captioner", "intern_image"):
         width, ratio = getattr(m, key).width, getattr(m, key).mlp_ratio
@@ -234,8 +234,8 @@ def _batch_unit(c: schema.Config, shape: tuple[int, int, int]) -> tuple[int, str
 
 
 def fit_batch_to_mesh(c: schema.Config, shape: tuple[int, int, int]) -> tuple[schema.Config, str]:
-    """The configuration for a mesh of this (replica, fsdp, tensor) shape, with a log line if the
-    batch was rounded up, else "".
+    """Returns the configuration for a mesh of this (replica, fsdp, tensor) shape, with a log line
+    if the batch was rounded up, else "".
 
     Raises:
       UserError: a batch that cannot be split over the mesh, without `train.round_batch`.

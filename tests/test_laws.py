@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "installation": set(),
     "privacy": set(),
     "progress": set(),
-    "run_files": {"errors"},
+    "run_files": {"errors", "privacy"},
     "schema": {"errors"},
     "objective": set(),
     # the last two for `load` and `roi_align` and the like, when they are asked for

@@ -58,8 +58,8 @@ HEAD_SETTINGS = {
 
 
 def global_blocks(depth: int) -> tuple[int, ...]:
-    """The last block of each quarter of a ViT, as in ViTDet; of each half of one of fewer than
-    eight blocks.
+    """Returns the last block of each quarter of a ViT, as in ViTDet; of each half of one of fewer
+    than eight blocks.
 
     >>> global_blocks(12), global_blocks(4)
     ((2, 5, 8, 11), (1, 3))
@@ -69,8 +69,8 @@ def global_blocks(depth: int) -> tuple[int, ...]:
 
 
 def map_blocks(depth: int, parts: int = 4) -> tuple[int, ...]:
-    """The blocks whose outputs are the maps of mmsegmentation's ViT: 3, 5, 7, 11 of 12; else the
-    last of equal parts, as far as there are enough.
+    """Returns the blocks whose outputs are the maps of mmsegmentation's ViT: 3, 5, 7, 11 of 12;
+    else the last of equal parts, as far as there are enough.
 
     >>> map_blocks(12), map_blocks(24), map_blocks(4), map_blocks(2)
     ((3, 5, 7, 11), (7, 11, 15, 23), (0, 1, 2, 3), ())
@@ -354,7 +354,7 @@ def build_detection(
     image_size: int,
     multi_scale: bool = False,
 ) -> ml_collections.ConfigDict:
-    """Settings of a run of detection on a published data set.
+    """Returns settings of a run of detection on a published data set.
 
     Args:
       data: the data set.
@@ -372,7 +372,7 @@ def build_detection(
       UserError: the recipe has no schedule for this head; or as of `build_dense_encoder`.
     """
     if head not in HEADS or head not in data.schedules:
-        raise UserError(f"{data.recipe}: head={head} is none of {', '.join(data.schedules)}")
+        raise UserError(f"{data.recipe}: head={head} is not one of {', '.join(data.schedules)}")
     schedule = data.schedules[head]
     batch_size, epochs = batch_size or schedule.batch, epochs or schedule.epochs
     config, flag = default_config(), f"{data.recipe}:from"

@@ -72,7 +72,8 @@ class _Tables:
 
 
 def best_detections(found: ImageDetections, most: int) -> ImageDetections:
-    """The `most` detections of the largest scores, in their order; of equal scores, the first.
+    """Returns the `most` detections of the largest scores, in their order; of equal scores, the
+    first.
 
     >>> found = ImageDetections(boxes=np.zeros((3, 4)), scores=np.array([.1, .3, .2]),
     ...                         classes=np.arange(3))
@@ -100,8 +101,8 @@ def _lvis_detections(truth: ImageTruth, found: ImageDetections) -> ImageDetectio
 
 
 def truth_json(truths: Sequence[ImageTruth], categories: CategoryTable) -> dict[str, Any]:
-    """The ground truth in the form of a COCO or LVIS file, with the ids of the annotation file, for
-    sources that are no such file. Objects without a mask have an empty segmentation.
+    """Returns the ground truth in the form of a COCO or LVIS file, with the ids of the annotation
+    file, for sources that are no such file. Objects without a mask have an empty segmentation.
 
     >>> truth_json([], CategoryTable(names=("cat",)))["categories"]
     [{'id': 1, 'name': 'cat'}]
@@ -227,7 +228,8 @@ def _with_masks(truth: ImageTruth, kind: str) -> ImageTruth:
 
 
 def count_maskless(results: Sequence[DetectionResult]) -> int:
-    """Objects without a mask, which an evaluation of masks ignores; crowds are not counted."""
+    """Returns objects without a mask, which an evaluation of masks ignores; crowds are not
+    counted."""
     return sum(
         mask is None and not crowd
         for result in results
@@ -324,8 +326,8 @@ def _metrics(tables: _Tables, frequency: Sequence[str], most: int) -> Iterator[t
 def class_rows(
     scores: DetectionScores, masks: DetectionScores | None = None
 ) -> list[tuple[str, ...]]:
-    """Rows (class, objects, AP, AP50, recall, and mask AP if `masks` are given) for a table, by
-    descending AP, in per cent; classes without objects come last, without numbers."""
+    """Returns rows (class, objects, AP, AP50, recall, and mask AP if `masks` are given) for a
+    table, by descending AP, in per cent; classes without objects come last, without numbers."""
 
     def per_cent(value: float) -> str:
         return "" if np.isnan(value) else f"{100 * value:.1f}"
@@ -348,7 +350,7 @@ class DetectionEvaluation:
 
 
 def detections(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
-    """The detections of an evaluation and their scores, computed once; a collective."""
+    """Returns the detections of an evaluation and their scores, computed once; a collective."""
     return context.once("detections", lambda: _detect(inputs, context))
 
 

@@ -43,7 +43,7 @@ class CategoryTable:
     frequency: tuple[str, ...] = ()
 
     def original(self, label: int) -> int:
-        """The id of a class in the annotation file.
+        """Returns the id of a class in the annotation file.
 
         >>> CategoryTable(names=("a", "b"), ids=(3, 90)).original(1)
         90
@@ -111,7 +111,7 @@ class DetectionResult:
 
 
 def mask_tools() -> Any:
-    """The module `pycocotools.mask`.
+    """Returns the module `pycocotools.mask`.
 
     Raises:
       UserError: it is not installed.
@@ -127,7 +127,7 @@ def mask_tools() -> Any:
 
 
 def mask_to_rle(mask_HxW: np.ndarray) -> Rle:
-    """A binary mask as compressed RLE.
+    """Returns a binary mask as compressed RLE.
 
     >>> mask_to_rle(np.eye(3, dtype=np.uint8))
     {'size': [3, 3], 'counts': '013000'}
@@ -137,7 +137,7 @@ def mask_to_rle(mask_HxW: np.ndarray) -> Rle:
 
 
 def rle_to_mask(rle: Rle) -> np.ndarray:
-    """The mask, bool [H, W], of an RLE.
+    """Returns the mask, bool [H, W], of an RLE.
 
     >>> rle_to_mask(mask_to_rle(np.eye(2, dtype=np.uint8))).astype(int).tolist()
     [[1, 0], [0, 1]]
@@ -148,7 +148,7 @@ def rle_to_mask(rle: Rle) -> np.ndarray:
 
 
 def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> Rle | None:
-    """A mask of an annotation as compressed RLE, None if it is absent or empty.
+    """Returns a mask of an annotation as compressed RLE, None if it is absent or empty.
 
     Polygons are drawn by pycocotools, whose pixels along an outline are those of COCO's own
     evaluation.
@@ -179,7 +179,7 @@ def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> Rle | None:
 
 
 def image_truth(objects: Objects | None, *, record: int, size: tuple[int, int]) -> ImageTruth:
-    """The ground truth of a record.
+    """Returns the ground truth of a record.
 
     Args:
       objects: of the record; None: it has none.
@@ -202,8 +202,8 @@ def image_truth(objects: Objects | None, *, record: int, size: tuple[int, int]) 
 
 
 def category_table(source: DataSource) -> CategoryTable:
-    """The categories of a source, with the ids of its annotation file and LVIS's frequencies where
-    it has them."""
+    """Returns the categories of a source, with the ids of its annotation file and LVIS's
+    frequencies where it has them."""
     holder: Any = source
     while not hasattr(holder, "category_ids") and hasattr(holder, "source"):
         holder = holder.source  # of a subset
@@ -225,8 +225,8 @@ def _text(rle: Mapping[str, Any]) -> Rle:
 
 
 def paste_mask(mask_mxm: np.ndarray, box_4: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The mask of a detection in its image: at each pixel centre, the bilinear sample of the
-    predicted map, zeros outside of it, at least 0.5 (detectron2's).
+    """Returns the mask of a detection in its image: at each pixel centre, the bilinear sample of
+    the predicted map, zeros outside of it, at least 0.5 (detectron2's).
 
     The map has its samples at ((j + .5) / m) of the box. Both directions are small matrices, which
     are built for the pixels of the box alone.
@@ -270,7 +270,8 @@ def original_detections(
     content: tuple[float, float],
     size: tuple[int, int],
 ) -> ImageDetections:
-    """Detections of a model on one resized and padded image, in pixels of the original image.
+    """Returns detections of a model on one resized and padded image, in pixels of the original
+    image.
 
     Boxes are scaled by size / content, clipped to the image, and dropped if they are empty then;
     masks are pasted into the image.
@@ -330,7 +331,7 @@ def _masks_of_logits(
 
 
 def to_xywh(boxes_Nx4: np.ndarray) -> list[list[float]]:
-    """Boxes x0 y0 x1 y1 as COCO's x, y, width, height.
+    """Returns boxes x0 y0 x1 y1 as COCO's x, y, width, height.
 
     >>> to_xywh(np.array([[1.0, 2.0, 4.0, 6.0]]))
     [[1.0, 2.0, 3.0, 4.0]]
@@ -342,8 +343,8 @@ def to_xywh(boxes_Nx4: np.ndarray) -> list[list[float]]:
 def json_detections(
     results: Iterable[DetectionResult], categories: CategoryTable, kind: str
 ) -> list[dict[str, Any]]:
-    """Detections in the form that COCO's and LVIS's own tools read, with the ids of the annotation
-    file, sorted by image.
+    """Returns detections in the form that COCO's and LVIS's own tools read, with the ids of the
+    annotation file, sorted by image.
 
     Entries of masks have no box: with one, pycocotools takes the areas of the boxes, and AP by size
     is that of boxes.
@@ -373,7 +374,7 @@ def json_detections(
 
 
 def sort_results(results: Iterable[DetectionResult]) -> list[DetectionResult]:
-    """Results in the order of their image ids, so that no number depends on the hosts.
+    """Returns results in the order of their image ids, so that no number depends on the hosts.
 
     Raises:
       ValueError: an image occurs twice.
@@ -386,7 +387,7 @@ def sort_results(results: Iterable[DetectionResult]) -> list[DetectionResult]:
 
 
 def gather_results(results: Sequence[DetectionResult]) -> list[DetectionResult]:
-    """The results of all hosts, on every host, sorted by image; a collective."""
+    """Returns the results of all hosts, on every host, sorted by image; a collective."""
     own = zlib.compress(json.dumps([_pack(result) for result in results]).encode(), 1)
     rows = [
         _unpack(row)
@@ -433,7 +434,7 @@ _ARRAYS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
 
 @functools.lru_cache(maxsize=64)
 def axis_weights(cells: int, stride: int, content: int, size: int) -> np.ndarray:
-    """Weights [size, cells] from the cells of an axis to the pixels of the original image.
+    """Returns weights [size, cells] from the cells of an axis to the pixels of the original image.
 
     >>> axis_weights(2, 1, 2, 4).tolist()
     [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
@@ -457,7 +458,7 @@ def _bilinear_weights(size: int, out: int) -> np.ndarray:
 def resized_mask(
     logits_hxw: np.ndarray, stride: int, *, content: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """A mask at the size of the original image, bool [H, W].
+    """Returns a mask at the size of the original image, bool [H, W].
 
     Args:
       logits_hxw: of the padded input, at that stride.

@@ -22,7 +22,7 @@ AttentionMaps = dict[str, jax.Array]
 def extract_features(
     config: schema.Config, pool: str, params: Any, pixels_BxSxSx3: jax.Array
 ) -> jax.Array:
-    """Features of views without augmentation or masking: float32 [B, D], or [B, T, D] for
+    """Returns features of views without augmentation or masking: float32 [B, D], or [B, T, D] for
     pool="tokens", cls first.
 
     Args:
@@ -46,7 +46,8 @@ def extract_features(
 
 
 def drop_cls(config: schema.Config, params: Any, pixels_BxSxSx3: jax.Array) -> jax.Array:
-    """Tokens [B, T, D] of views without augmentation, cls first, in the compute precision."""
+    """Returns tokens [B, T, D] of views without augmentation, cls first, in the compute
+    precision."""
     return m3i.encode(config, params["encoder"], views.plain_patches(config, pixels_BxSxSx3))
 
 
@@ -119,8 +120,8 @@ def extract_set(
     batches: Iterable[dict[str, np.ndarray]],
     poll: Callable[[], None],
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
-    """(outputs, {label, index}) of the valid rows of each batch, on every host. The device computes
-    while the next batch is read. `function` returns an array or a tree of arrays."""
+    """Yields (outputs, {label, index}) of the valid rows of each batch, on every host. The device
+    computes while the next batch is read. `function` returns an array or a tree of arrays."""
 
     def fetch(out: Any, rows: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
         rows = parallel.allgather_rows(mesh, rows)
@@ -187,16 +188,16 @@ class EvalContext:
         return self.once(f"set {name}", extract)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of the first call of `make` under this name."""
+        """Returns the result of the first call of `make` under this name."""
         if name not in self._cache:
             self._cache[name] = make()
         return self._cache[name]
 
 
 def encoder_params(config: schema.Config, state: Any) -> Any:
-    """The parameters of a state that are evaluated: the online ones or, with evaluate.encoder=ema,
-    the average of every part that has one; and `running`, the running statistics of batch norms, if
-    the task has any."""
+    """Returns the parameters of a state that are evaluated: the online ones or, with
+    evaluate.encoder=ema, the average of every part that has one; and `running`, the running
+    statistics of batch norms, if the task has any."""
     link = state.opt.get("running") if hasattr(state.opt, "get") else None
     running = {} if link is None else {"running": link.statistics}
     online = update_rules.averaged_params(state.opt, state.params)
@@ -211,7 +212,7 @@ def encoder_params(config: schema.Config, state: Any) -> Any:
 
 
 def gather_from_hosts(skipped: Mapping[str, int]) -> dict[str, int]:
-    """The counts summed over all hosts."""
+    """Returns the counts summed over all hosts."""
     total: collections.Counter[str] = collections.Counter()
     for text in parallel.exchange_values("evaluation", json.dumps(dict(skipped))):
         total.update(json.loads(text))
@@ -228,8 +229,8 @@ Metric = Callable[[EvalContext], Iterator[tuple[str, float]]]
 
 
 def image_sets(extract: Extractor, batches: Callable[[], Any]) -> ImageSet:
-    """An image set: `batches` gives a fresh iterator, whose attribute `skipped` counts at its end
-    the images that could not be read."""
+    """Returns an image set: `batches` gives a fresh iterator, whose attribute `skipped` counts at
+    its end the images that could not be read."""
 
     def run(params: Any, poll: Callable[[], None]) -> tuple[ImageFeatures, Mapping[str, int]]:
         iterator = batches()
@@ -242,7 +243,7 @@ def image_sets(extract: Extractor, batches: Callable[[], Any]) -> ImageSet:
 def make_evaluator(
     config: schema.Config, image_sets: Mapping[str, ImageSet], metrics: Iterable[Metric]
 ) -> Any:
-    """An evaluation of the online encoder or its EMA (`evaluate.encoder`): (state, poll) ->
+    """Yields an evaluation of the online encoder or its EMA (`evaluate.encoder`): (state, poll) ->
     iterator of (name, value)."""
     metrics = tuple(metrics)
 

@@ -76,8 +76,8 @@ class LoadedEncoder:
         network = networks.network_of(self.config.model, self.config.data.image_size)
         if network is None:
             raise UserError(
-                f"load: {self.name}: the backbone {self.config.model.backbone!r} is none of this"
-                " package; use `function`"
+                f"load: {self.name}: m3i_jax has no backbone {self.config.model.backbone!r}; use"
+                " `function`"
             )
         return network
 
@@ -96,8 +96,8 @@ class LoadedEncoder:
         )
 
     def features(self, images: Any, *, ready: bool = False) -> np.ndarray:
-        """Features of images, float32, not normalised: [B, D], or [B, T, D] for pool="tokens".
-        Shows a progress bar where stderr is a terminal.
+        """Returns features of images, float32, not normalised: [B, D], or [B, T, D] for
+        pool="tokens". Shows a progress bar where stderr is a terminal.
 
         Args:
           images: one image or several: a path, a Pillow image, or an array [H, W] or [H, W, C] of 1
@@ -182,9 +182,9 @@ def load(
     heads: int = 0,
     dtype: str = "",
 ) -> Any:
-    """The encoder of a run or of a file of weights, a `LoadedEncoder`; of a run of detection or
-    segmentation its whole model, a `load_dense.LoadedDense`, and of a file of detectron2's ViTDet,
-    or of InternImage's detectors with DINO and its segmenters, as well.
+    """Returns the encoder of a run or of a file of weights, a `LoadedEncoder`; of a run of
+    detection or segmentation its whole model, a `load_dense.LoadedDense`, and of a file of
+    detectron2's ViTDet, or of InternImage's detectors with DINO and its segmenters, as well.
 
     Args:
       path: workdir of a run, or a file or directory of timm, Hugging Face ViT, CLIP, SigLIP,
@@ -207,7 +207,7 @@ def load(
         transformer nor an InternImage of a preset, or arrays that do not fit each other.
     """
     if pool not in POOLS:
-        raise UserError(f"load: pool={pool!r} is none of {', '.join(POOLS)}; give one of these")
+        raise UserError(f"load: pool={pool!r} is not one of {', '.join(POOLS)}; give one of these")
     given, path = path, os.fspath(path)
     if path.startswith(HUB_PREFIX):
         path = fetch_weights(path)
@@ -267,8 +267,8 @@ def _check_shapes(config: schema.Config, shapes: dict[str, tuple[int, ...]], pat
 
 
 def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
-    """The settings of a run, or those that a file of weights implies: `model`, image size, mean and
-    deviation of pixels.
+    """Returns the settings of a run, or those that a file of weights implies: `model`, image size,
+    mean and deviation of pixels.
 
     Args:
       path: see `load`.
@@ -303,8 +303,8 @@ def build_encoder(
 
 
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
-    """The configuration for a file of weights: unchanged if its encoder has the sizes of the file,
-    else with the encoder and the preprocessing of the file.
+    """Returns the configuration for a file of weights: unchanged if its encoder has the sizes of
+    the file, else with the encoder and the preprocessing of the file.
 
     Args:
       config: settings.
@@ -350,9 +350,9 @@ def _described(
     stored, config = dict(source.settings), configuration.default_config()
     if ("detect" in stored or "segment" in stored) and "width" not in stored:
         raise UserError(
-            f"{flag}: {path}: its encoder is none of this package ({source.name}); of its arrays"
-            " only the head can be used, by a run with another encoder:"
-            " --config.init_from=FILE --config.init.only='(\"^head/\",)'"
+            f"{flag}: {path}: m3i_jax has no encoder like its own ({source.name}); of its arrays"
+            " only the head can be used, by a run with another encoder: --config.init_from=FILE"
+            " --config.init.only='(\"^head/\",)'"
         )
     if "width" not in stored or "image_size" not in stored:
         # a backbone with its own section of settings is recognized by the sizes of its presets
@@ -402,7 +402,7 @@ def _described(
 
 
 def fetch_weights(location: str, key: str = "load") -> str:
-    """The directory with the files of a repository.
+    """Returns the directory with the files of a repository.
 
     Args:
       location: hf://OWNER/NAME, or with @REVISION: a branch, a tag or a commit.

@@ -92,7 +92,7 @@ class LoadedDense:
         return jax.jit(predict)
 
     def detect(self, images: Any) -> list[DetectedObjects]:
-        """The objects of images.
+        """Returns the objects of images.
 
         Args:
           images: RGB uint8 [H, W, 3], or a list of images of any sizes. The long side of each is
@@ -125,7 +125,7 @@ class LoadedDense:
         return out
 
     def segment(self, images: Any) -> list[np.ndarray]:
-        """The class map [H, W] of each image, uint8; `names` has the names of the classes.
+        """Returns the class map [H, W] of each image, uint8; `names` has the names of the classes.
 
         Args:
           images: see `detect`. Each is resized and cut into windows as in the run's evaluations.
@@ -161,13 +161,13 @@ class LoadedDense:
     def _require(self, task: str) -> None:
         if self.config.task != task:
             raise UserError(
-                f"load: {self.name}: is a run of config.task={self.config.task}, and .{task}() is"
-                f" of {task}; use .{self.config.task}()"
+                f"load: {self.name}: is a run of config.task={self.config.task}, and .{task}()"
+                f" needs a run of {task}; use .{self.config.task}()"
             )
 
 
 def as_images(images: Any) -> list[np.ndarray]:
-    """One image, an array of images or a list of images as a list of uint8 [H, W, 3].
+    """Returns one image, an array of images or a list of images as a list of uint8 [H, W, 3].
 
     Raises:
       ValueError: an image of another shape or type.
@@ -187,7 +187,7 @@ def as_images(images: Any) -> list[np.ndarray]:
 
 
 def load_dense(path: str, config: schema.Config, source: weight_source.WeightSource) -> LoadedDense:
-    """The model of a run of detection or segmentation, or of a file with a detector; see
+    """Returns the model of a run of detection or segmentation, or of a file with a detector; see
     `load.load`."""
     task = make_task(config)
     assert isinstance(task, DenseTask)

@@ -84,7 +84,8 @@ class SegmentationCounts:
         """
         if prediction_HxW.shape != label_HxW.shape:
             raise ValueError(
-                f"image {image!r}: prediction of {prediction_HxW.shape}, map of {label_HxW.shape}"
+                f"image {image!r}: the prediction has shape {prediction_HxW.shape}, its map"
+                f" {label_HxW.shape}"
             )
         matrix_KxK = pixel_confusion(prediction_HxW, label_HxW, len(self.names))
         self._confusion_KxK += matrix_KxK
@@ -93,7 +94,7 @@ class SegmentationCounts:
             self._images.append((image, mean))
 
     def scores(self) -> SegmentationScores:
-        """The scores of the images of all hosts, on every host; a collective.
+        """Returns the scores of the images of all hosts, on every host; a collective.
 
         Raises:
           ValueError: an image was counted twice.
@@ -127,7 +128,7 @@ def _sorted_once(images: Iterable[tuple[Any, float]]) -> list[tuple[Any, float]]
 def segmentation_scores(
     confusion_KxK: np.ndarray, names: Sequence[str], images: Sequence[tuple[Any, float]] = ()
 ) -> SegmentationScores:
-    """The scores of pixel counts.
+    """Returns the scores of pixel counts.
 
     Args:
       confusion_KxK: of `pixel_confusion`, summed over the images.
@@ -149,8 +150,8 @@ def segmentation_scores(
 
 
 def segmentation_rows(scores: SegmentationScores) -> list[tuple[str, ...]]:
-    """Rows (class, pixels, IoU, accuracy) for a table, by descending IoU, in per cent; classes that
-    do not occur come last, without numbers."""
+    """Returns rows (class, pixels, IoU, accuracy) for a table, by descending IoU, in per cent;
+    classes that do not occur come last, without numbers."""
 
     def per_cent(value: float) -> str:
         return "" if np.isnan(value) else f"{100 * value:.1f}"
@@ -183,7 +184,7 @@ def segmented_images(
     *,
     at_host0: bool = False,
 ) -> Iterator[SegmentedImage]:
-    """This host's share of the class maps of some held-out images; all hosts must call it.
+    """Returns this host's share of the class maps of some held-out images; all hosts must call it.
 
     Args:
       inputs: of the run.
@@ -229,7 +230,7 @@ def segmented_images(
 
 
 def pixel_scores(inputs: EvalInputs, context: EvalContext) -> SegmentationScores:
-    """The scores of an evaluation, computed once; a collective."""
+    """Returns the scores of an evaluation, computed once; a collective."""
     return context.once("pixels", lambda: _measure(inputs, context))
 
 

@@ -22,8 +22,8 @@ from m3i_jax.evaluation.detection_results import CategoryTable, DetectionResult,
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 from m3i_jax.modes.figure_evaluators import FigureWriter
 from m3i_jax.reporting import dense_figures, figures
-from m3i_jax.reporting.atomic_write import atomic_file
 from m3i_jax.reporting.dense_panels import DrawnObjects
+from m3i_jax.run_files import atomic_file
 
 WORST = 6  # images of the figure of the worst ones
 
@@ -35,8 +35,8 @@ def _write(writer: FigureWriter, kind: str, figure: figures.Figure) -> None:
 
 
 def drawn_objects(result: DetectionResult, *, found: bool, with_masks: bool = True) -> DrawnObjects:
-    """The objects of an image, or its detections, for a figure; beside detections without masks,
-    objects have none either."""
+    """Returns the objects of an image, or its detections, for a figure; beside detections without
+    masks, objects have none either."""
 
     def pixels(masks: Sequence[Rle | None]) -> list[np.ndarray | None]:
         return [m if m is None else detection_results.rle_to_mask(m).astype(bool) for m in masks]

@@ -28,7 +28,7 @@ from m3i_jax.modes import monitoring, train
 from m3i_jax.modes import setup as jobs
 from m3i_jax.reporting import compare_table as report
 from m3i_jax.reporting import run_log, text_table
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import loop, plan
 from m3i_jax.training.trainer import Trainer, run_length
 
@@ -53,7 +53,7 @@ class Budget:
     costs: dict[str, float]
 
     def limit(self, job: jobs.Setup, form: str) -> jobs.Setup:
-        """The run of an objective with its length; as it is for equal images."""
+        """Returns the run of an objective with its length; as it is for equal images."""
         if self.kind == "images":
             return job
         config = job.config
@@ -65,7 +65,7 @@ class Budget:
         return dataclasses.replace(job, config=config)
 
     def description(self, images: int) -> str:
-        """One sentence for the table; `images` a step."""
+        """Returns one sentence for the table; `images` a step."""
         if self.kind == "images":
             steps = max(self.steps.values())
             return f"Equal images: {steps:,} steps, {steps * images:,} images, for every objective."
@@ -160,7 +160,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
 
 
 def is_result(content: dict[str, Any]) -> bool:
-    """Whether the content of a result.json has the right structure."""
+    """Returns whether the content of a result.json has the right structure."""
     values = content.get("values")
     if not isinstance(values, dict) or not isinstance(content.get("fingerprint"), str):
         return False
@@ -176,8 +176,8 @@ def objective_names(form: str) -> tuple[str, ...]:
 
 
 def config_for(base: jobs.Setup, form: str, seed: int) -> jobs.Setup:
-    """The run of one objective and seed: the common settings, with the linear evaluation that the
-    table shows."""
+    """Returns the run of one objective and seed: the common settings, with the linear evaluation
+    that the table shows."""
     config = dataclasses.replace(
         jobs.with_objective(base.config, objective_names(form)),
         seed=seed,
@@ -203,8 +203,8 @@ def run_one(job: jobs.Setup, allow_changes: bool) -> int:
 
 
 def read_outcome(job: jobs.Setup) -> dict[str, float]:
-    """Results of a finished run: its last line of metrics, its last evaluation, and the "seconds"
-    of training, without the first step, which compiles, and without evaluations."""
+    """Returns results of a finished run: its last line of metrics, its last evaluation, and the
+    "seconds" of training, without the first step, which compiles, and without evaluations."""
     lines = run_log.read_log_lines(job.workdir / train.LOG)
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
@@ -217,7 +217,7 @@ def read_outcome(job: jobs.Setup) -> dict[str, float]:
 
 
 def flops_a_step(job: jobs.Setup) -> float:
-    """Matrix FLOPs of the model in one step; they do not depend on the mesh."""
+    """Returns matrix FLOPs of the model in one step; they do not depend on the mesh."""
     trainer = Trainer(
         job.config,
         parallel.make_mesh((1, 1, 1), jax.devices()[:1]),
@@ -232,7 +232,7 @@ def compare_notes(
     failed: list[str],
     budget: Budget,
 ) -> list[str]:
-    """Notes below the table."""
+    """Returns notes below the table."""
     config, count = base.config, base.config.compare.seeds
     out = [
         budget.description(config.train.batch_size),
@@ -269,8 +269,8 @@ def compare_notes(
     )
     if methods:
         out.append(
-            f"{', '.join(methods)}: only the objective; configs/forms.py:form=NAME has the"
-            " published settings."
+            f"{', '.join(methods)}: trained with the published objective alone;"
+            " configs/forms.py:form=NAME also has the published settings."
         )
     collapsed = [
         f"{r['form']}, seed {r['seed']}" for r in results if r["values"].get("collapse/alarm")
@@ -308,8 +308,8 @@ def write_comparison(
 def lengths(
     kind: str, steps: int, warmup: int, costs: Mapping[str, float]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """({objective: steps}, {objective: warm-up}) of runs that cost the same as `steps` steps of the
-    first one.
+    """Returns ({objective: steps}, {objective: warm-up}) of runs that cost the same as `steps`
+    steps of the first one.
 
     >>> lengths("flops", 100, 10, {"mae": 2.0, "dino": 8.0})
     ({'mae': 100, 'dino': 25}, {'mae': 10, 'dino': 2})
@@ -326,7 +326,7 @@ def plan_budget(
     runs: Mapping[str, jobs.Setup],
     flops_a_step: Callable[[jobs.Setup], float],
 ) -> Budget:
-    """The budget of a comparison.
+    """Returns the budget of a comparison.
 
     Args:
       base: of the comparison.
@@ -356,7 +356,9 @@ def _step_seconds(base: jobs.Setup, runs: Mapping[str, jobs.Setup]) -> dict[str,
     if main and path.is_file():
         known = run_files.read_run_json(path, "restore it, or begin in an empty workdir")
     if wrong := [x for x in known.values() if not isinstance(x, int | float) or not x > 0]:
-        raise UserError(f"{path}: {wrong[0]!r} is no time of a step; begin in an empty workdir")
+        raise UserError(
+            f"{path}: {wrong[0]!r} is not the time of a step; begin in an empty workdir"
+        )
     # every host runs the steps that host 0 has no time of, and all take host 0's times
     times = parallel.broadcast_from_host0(np.array([known.get(form, 0.0) for form in runs]))
     for (form, job), seconds in zip(runs.items(), times, strict=True):
@@ -371,7 +373,7 @@ def _step_seconds(base: jobs.Setup, runs: Mapping[str, jobs.Setup]) -> dict[str,
 
 
 def time_step(job: jobs.Setup) -> float:
-    """Median seconds of a step on the run's devices, without compilation and data."""
+    """Returns the median seconds of a step on the run's devices, without compilation and data."""
     trainer = job.make_trainer()
     state, seconds = trainer.init(log=lambda line: None), []
     batches = job.batches(0)
@@ -389,7 +391,7 @@ def time_step(job: jobs.Setup) -> float:
 
 
 def budget_rows(budget: Budget) -> str:
-    """The steps of each objective as text, printed before the first run.
+    """Returns the steps of each objective as text, printed before the first run.
 
     >>> print(budget_rows(Budget("flops", {"a": 10}, {"a": 1}, {"a": 2e12})))
     objective  steps  warm-up  a step

@@ -19,7 +19,7 @@ from m3i_jax.training.trainer import Trainer
 
 
 def few_rows(config: schema.Config, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The first rows of a batch, those of the first host on all hosts."""
+    """Returns the first rows of a batch, those of the first host on all hosts."""
     rows = min(config.report.panel_rows, len(batch["position"]))
     few: dict[str, np.ndarray] = parallel.broadcast_from_host0(
         {name: value[:rows] for name, value in batch.items()}
@@ -28,13 +28,13 @@ def few_rows(config: schema.Config, batch: dict[str, np.ndarray]) -> dict[str, n
 
 
 def content(batch: dict[str, np.ndarray], row: int) -> np.ndarray:
-    """The image of a row without its padding."""
+    """Returns the image of a row without its padding."""
     height, width = batch["size"][row]
     return np.asarray(batch["image"][row, :height, :width])
 
 
 def batch_objects(batch: dict[str, np.ndarray], row: int) -> DrawnObjects:
-    """The objects of a row of a batch, with their masks at the size of the image."""
+    """Returns the objects of a row of a batch, with their masks at the size of the image."""
     keep = np.flatnonzero(batch["classes"][row] >= 0)
     height, width = (int(n) for n in batch["size"][row])
     boxes = batch["boxes"][row][keep]
@@ -48,7 +48,7 @@ def batch_objects(batch: dict[str, np.ndarray], row: int) -> DrawnObjects:
 
 
 def pasted(mask_mxm: np.ndarray, box_4: np.ndarray, size: tuple[int, int]) -> np.ndarray | None:
-    """A mask in the frame of its box, at the size of the image."""
+    """Returns a mask in the frame of its box, at the size of the image."""
     if (box_4[2:] <= box_4[:2]).any():
         return None
     return paste_mask(mask_mxm, box_4, size).astype(bool)
@@ -128,7 +128,7 @@ register_task_views(
 
 
 def content_map(batch: dict[str, np.ndarray], row: int) -> np.ndarray:
-    """The class map of a row without its padding."""
+    """Returns the class map of a row without its padding."""
     height, width = batch["size"][row]
     return np.asarray(batch["map"][row, :height, :width])
 

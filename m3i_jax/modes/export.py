@@ -44,7 +44,7 @@ from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, 
 from m3i_jax.models import backbones
 from m3i_jax.modes import model_card, setup
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import checkpoint, init_from, weight_source
 
 FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
@@ -58,7 +58,7 @@ _MODEL_PLATFORMS = ("cpu", "cuda", "tpu")
 def run(config: schema.Config, *, workdir: str, format: str) -> int:
     if format not in FORMATS:
         raise UserError(
-            f"--format: {format!r} is none of {', '.join(FORMATS)}; give one of these"
+            f"--format: {format!r} is not one of {', '.join(FORMATS)}; give one of these"
             if format
             else f"--format: is missing; give one of {', '.join(FORMATS)}"
         )
@@ -131,15 +131,15 @@ def _preprocessing_line(model: load.LoadedEncoder) -> str:
 
 
 def settings_of(config: schema.Config, workdir: str) -> schema.Config:
-    """The settings of the run, with `evaluate` (encoder, crop) and `report` (licence) from the
-    command line; no other setting may change the trained model."""
+    """Returns the settings of the run, with `evaluate` (encoder, crop) and `report` (licence) from
+    the command line; no other setting may change the trained model."""
     trained = configuration.resolve(configuration.load_from_workdir(workdir, "--workdir"))
     return dataclasses.replace(trained, evaluate=config.evaluate, report=config.report)
 
 
 def tree_of(model: load.LoadedEncoder) -> dict[str, np.ndarray]:
-    """The encoder as the flat tree {path: float32 array} of `interop`, with computed arrays that
-    other projects store, such as the fixed position table of a ViT."""
+    """Returns the encoder as the flat tree {path: float32 array} of `interop`, with computed arrays
+    that other projects store, such as the fixed position table of a ViT."""
     named = jax.tree_util.tree_leaves_with_path({"encoder": model.params["encoder"]})
     flat = {init_from.path_text(path): np.asarray(leaf, np.float32) for path, leaf in named}
     backbone = backbones.get_backbone(model.config.model)

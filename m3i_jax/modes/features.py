@@ -181,6 +181,6 @@ def _part(
 
 
 def read_feature_file(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(columns, about) of a file of features."""
+    """Returns (columns, about) of a file of features."""
     table = dict(tensor_files.read_tensors(path))
     return table, json.loads(str(table.pop("about")))

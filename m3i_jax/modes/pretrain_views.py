@@ -155,8 +155,8 @@ register_task_views(
 
 
 def patches_to_images(config: schema.Config, patches_BxNxP: np.ndarray) -> np.ndarray:
-    """Images, uint8 [B, S, S, 3], of normalised patches [B, N, p * p * 3]: the inverse of the
-    preprocessing of a step."""
+    """Returns images, uint8 [B, S, S, 3], of normalised patches [B, N, p * p * 3]: the inverse of
+    the preprocessing of a step."""
     patch, grid, augment = config.model.encoder.patch_size, config.grid, config.data.augment
     cells = np.asarray(patches_BxNxP, np.float32).reshape(-1, grid, grid, patch, patch, 3)
     pixels = cells.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid * patch, grid * patch, 3)
@@ -165,8 +165,8 @@ def patches_to_images(config: schema.Config, patches_BxNxP: np.ndarray) -> np.nd
 
 
 def decode_captions(job: Setup, batch: dict[str, np.ndarray]) -> list[str]:
-    """The captions of a batch, decoded from the tokens that the model reads; of an image without
-    one, the text of its object."""
+    """Returns the captions of a batch, decoded from the tokens that the model reads; of an image
+    without one, the text of its object."""
     texts = [""] * len(batch["label"])
     if job.tokenizer is None:
         return texts
@@ -180,5 +180,5 @@ def decode_captions(job: Setup, batch: dict[str, np.ndarray]) -> list[str]:
 
 
 def label_names(job: Setup, batch: dict[str, np.ndarray]) -> list[str]:
-    """Category names of a batch, "" without a label."""
+    """Returns category names of a batch, "" without a label."""
     return [job.classes[label] if 0 <= label < len(job.classes) else "" for label in batch["label"]]

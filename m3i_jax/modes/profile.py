@@ -34,7 +34,8 @@ class _NoCheckpoints:
 
 
 def shorten_run(config: schema.Config) -> schema.Config:
-    """The same run with only the steps of a trace, without evaluation, panels and saving."""
+    """Returns the same run with only the steps of a trace, without evaluation, panels and
+    saving."""
     steps = WARM + config.report.profile_steps
     return dataclasses.replace(
         config,
@@ -124,7 +125,7 @@ def print_kernels(config: schema.Config) -> int:
 
 
 def traced_calls(step_trainer: trainer.Trainer) -> list[kernel_calls.KernelCall]:
-    """The calls of kernels in the train step."""
+    """Returns the calls of kernels in the train step."""
     batch = trainer.abstract_batch(step_trainer.config)
     kernel_calls.take_pending()  # of what this process traced before
     with jax.set_mesh(step_trainer.mesh):

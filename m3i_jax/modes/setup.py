@@ -1,4 +1,4 @@
-"""Setup of the modes that read data: source, splits, tokenizer and completed configuration; the lock
+"""Setup of the modes that read data: source, splits, tokenizer, completed configuration; the lock
 of the working directory, and a check that it can be written to."""
 
 import contextlib
@@ -32,8 +32,8 @@ from m3i_jax.training.trainer import Trainer
 def complete_config(
     config: schema.Config, *, classes: int, captions: bool, size: int
 ) -> schema.Config:
-    """The configuration completed from the data: number of categories, whether captions are used,
-    number of training images, and the open settings that follow from it
+    """Returns the configuration completed from the data: number of categories, whether captions are
+    used, number of training images, and the open settings that follow from it
     (`scaling.fill_open_settings`)."""
     data = dataclasses.replace(
         config.data, classes=classes, captions="yes" if captions else "no", size=size
@@ -99,7 +99,7 @@ class Setup:
         return self.tokenizer.vocabulary if self.tokenizer else 0
 
     def make_trainer(self) -> Trainer:
-        """The trainer of the run."""
+        """Returns the trainer of the run."""
         return Trainer(self.config, self.mesh, self.vocabulary, self.task)
 
     def batches(self, start: int, views: tuple[int, ...] = ()) -> Any:
@@ -137,9 +137,9 @@ def _with_rounded_batch(config: schema.Config, workdir: pathlib.Path) -> schema.
 def fit_to_devices(
     config: schema.Config, devices: Sequence[jax.Device] | None = None
 ) -> tuple[schema.Config, jax.sharding.Mesh]:
-    """The configuration, with a rounded batch if so configured, and its mesh on the given devices
-    or on all present ones. Refuses a mesh whose hosts would share rows, and a batch that cannot be
-    split over it."""
+    """Returns the configuration, with a rounded batch if so configured, and its mesh on the given
+    devices or on all present ones. Refuses a mesh whose hosts would share rows, and a batch that
+    cannot be split over it."""
     mesh = parallel.make_mesh(config.parallel.mesh, devices)
     parallel.check_host_rows(mesh)
     config, note = validation.fit_batch_to_mesh(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def fit_to_devices(
 
 
 def with_objective(config: schema.Config, forms: tuple[str, ...]) -> schema.Config:
-    """The same configuration with another objective."""
+    """Returns the same configuration with another objective."""
     return dataclasses.replace(config, objective=dataclasses.replace(config.objective, forms=forms))
 
 

@@ -43,7 +43,7 @@ def register_task_views(name: str, views: TaskViews) -> TaskViews:
 
 
 def task_views(name: str) -> TaskViews:
-    """What the modes show of a task; nothing, if nothing was registered for it.
+    """Returns what the modes show of a task; nothing, if nothing was registered for it.
 
     >>> task_views("pretrain").unit
     'a mixed view'

@@ -33,7 +33,7 @@ ENCODERS = ("ema", "shared", "frozen", "snapshot")
 def drop_unavailable(
     terms: Terms, *, categories: bool, captions: bool, regions: bool = False
 ) -> Terms:
-    """The terms without those whose annotation the data source does not have.
+    """Returns the terms without those whose annotation the data source does not have.
 
     Raises:
       ValueError: no term is left.
@@ -51,7 +51,8 @@ def drop_unavailable(
 
 
 def with_small_views(terms: Terms, count: int) -> Terms:
-    """The terms with one copy for each small view in place of those that read view 2, `SMALL`.
+    """Returns the terms with one copy for each small view in place of those that read view 2,
+    `SMALL`.
 
     The terms of one name among which there are such share its weight equally (DINO: the mean over
     all pairs of a predicting and a target view), so that the loss of a name weighs the same beside
@@ -99,8 +100,8 @@ def with_small_views(terms: Terms, count: int) -> Terms:
 
 
 def uniquify(rows: Mapping[str, Terms]) -> list[Terms]:
-    """Rows renamed so that rows trained together share projection spaces and log names only where
-    these are equal.
+    """Returns rows renamed so that rows trained together share projection spaces and log names only
+    where these are equal.
 
     A space that differs from an earlier row's space of the same name gets a projector of its own:
     `_<row>` is appended to its name. A term is renamed in the same way if its posterior or its
@@ -149,7 +150,7 @@ def _suffixes(
 
 
 def merge(*rows: Terms, annotation_input: str = "shared") -> Terms:
-    """Several rows as one objective, without duplicate terms.
+    """Returns several rows as one objective, without duplicate terms.
 
     Args:
       rows: objectives.
@@ -195,7 +196,7 @@ def with_options(
     target_encoder: str = "method",
     second_group: tuple[str, ...] = ("category", "text"),
 ) -> Terms:
-    """The objective with other choices where the paper leaves them open.
+    """Returns the objective with other choices where the paper leaves them open.
 
     Args:
       terms: the objective.
@@ -253,7 +254,7 @@ def with_options(
 
 
 def teacher_name(number: int) -> str:
-    """The name of a teacher as a target encoder.
+    """Returns the name of a teacher as a target encoder.
 
     >>> teacher_name(0)
     'teacher0'
@@ -262,8 +263,8 @@ def teacher_name(number: int) -> str:
 
 
 def linear_name(term: Term) -> str:
-    """The name of the linear map of a term with a `LinearHead`: one a teacher, else one a kind of
-    target.
+    """Returns the name of the linear map of a term with a `LinearHead`: one a teacher, else one a
+    kind of target.
 
     >>> from m3i_jax.objective.terms import pixel_term
     >>> linear_name(pixel_term(FULL, 0, head=LinearHead()))
@@ -274,7 +275,7 @@ def linear_name(term: Term) -> str:
 
 
 def predicts_visible(term: Term) -> bool:
-    """Whether a term predicts a teacher only at the cells that its input shows.
+    """Returns whether a term predicts a teacher only at the cells that its input shows.
 
     >>> [term] = with_teachers((), [8])
     >>> predicts_visible(term)
@@ -286,7 +287,7 @@ def predicts_visible(term: Term) -> bool:
 
 
 def with_teachers(terms: Terms, widths: Sequence[int], *, weight: float = 1.0) -> Terms:
-    """An objective with a term for every teacher.
+    """Returns an objective with a term for every teacher.
 
     A term that distils a frozen encoder by a linear map (feature distillation) is done for each
     teacher instead. Without one, a term is added that reads the first pass of the objective, so

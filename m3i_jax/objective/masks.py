@@ -164,7 +164,7 @@ def _shuffled(
 
 
 def uniform(seed: int, first: int, rows: int, *, grid: int, hidden: int) -> np.ndarray:
-    """Masks of uniformly drawn cells with an exact count (MAE's random masking).
+    """Returns masks of uniformly drawn cells with an exact count (MAE's random masking).
 
     Args:
       seed: of the run, 0 <= seed < 2^64.
@@ -191,8 +191,8 @@ def uniform(seed: int, first: int, rows: int, *, grid: int, hidden: int) -> np.n
 
 
 def upsample_masks(mask: np.ndarray, factor: int) -> np.ndarray:
-    """The same masks on a grid of smaller patches: a cell becomes `factor` x `factor` of them
-    (SimMIM's cells of 32 pixels).
+    """Returns the same masks on a grid of smaller patches: a cell becomes `factor` x `factor` of
+    them (SimMIM's cells of 32 pixels).
 
     Args:
       mask: bool [rows, G * G], row-major cells.
@@ -221,7 +221,7 @@ def _check(grid: int, hidden: int) -> None:
 
 
 def block_cells(grid: int, share: float) -> int:
-    """Number of cells of a target block: `share` of the grid, at least one.
+    """Returns the number of cells of a target block: `share` of the grid, at least one.
 
     >>> block_cells(14, 0.175)
     34
@@ -230,8 +230,8 @@ def block_cells(grid: int, share: float) -> int:
 
 
 def inverse_block(seed: int, first: int, rows: int, *, grid: int, hidden: int) -> np.ndarray:
-    """Masks that show one block of cells, which goes on at the other side where it leaves the grid,
-    so that every cell is visible equally often (CAPI).
+    """Returns masks that show one block of cells, which goes on at the other side where it leaves
+    the grid, so that every cell is visible equally often (CAPI).
 
     The block is a rectangle, of an aspect ratio that is log-uniform in 1/2..2 as far as the grid
     has room, at a uniform place; its last row is cut to the count.
@@ -285,7 +285,8 @@ def multi_block(
     blocks: int = 4,
     share: float = 0.175,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Masks that show part of one large block, and target blocks that it does not show (I-JEPA).
+    """Returns masks that show part of one large block, and target blocks that it does not show
+    (I-JEPA).
 
     A target block has `block_cells` cells: a rectangle of aspect ratio 3/4 to 3/2 at a uniform
     place, cut to the count in its last or first row. The context is a square of 85 to 100 % of the

@@ -123,7 +123,8 @@ def soft_cross_entropy(
     *,
     temperature: ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of softmax(logits / temperature) with a distribution as target (DINO, iBOT).
+    """Computes the cross-entropy of softmax(logits / temperature) with a distribution as target
+    (DINO, iBOT).
 
     Args:
       logits_MxK: predictions, [..., K].
@@ -165,8 +166,8 @@ def track_centers(
     momentum: float = 0.9,
     rise: Callable[[Any], Any] = lambda step: 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Optax transform that keeps the centres of `centering` and passes the updates through:
-    `center <- momentum * center + (1 - momentum) * mean logits`, from 0.
+    """Returns an optax transform that keeps the centres of `centering` and passes the updates
+    through: `center <- momentum * center + (1 - momentum) * mean logits`, from 0.
 
     The centre of a step thus holds the logits of the steps before it. As optimizer state it is
     saved and restored with the rest.
@@ -264,7 +265,7 @@ class PrototypeSoftmax(Form):
     def assign(
         self, logits_xK: jax.Array, center_K: jax.Array, rise: jax.Array | float
     ) -> jax.Array:
-        """The targets of all rows of a batch, of the target encoder's logits.
+        """Returns the targets of all rows of a batch, of the target encoder's logits.
 
         Args:
           logits_xK: of the whole batch, of all views of a space: [M, K] of images, [M, N, K] of
@@ -283,8 +284,8 @@ class PrototypeSoftmax(Form):
 
 
 def space_name(space: ProjectionHead | ClusterHead, of: str) -> str:
-    """The name under which the assignments of a space are balanced: those of images and those of
-    tokens are two sets, also where they share prototypes.
+    """Returns the name under which the assignments of a space are balanced: those of images and
+    those of tokens are two sets, also where they share prototypes.
 
     >>> space_name(ProjectionHead(name="global", prototypes="unit"), "tokens")
     'global_tokens'
@@ -293,7 +294,7 @@ def space_name(space: ProjectionHead | ClusterHead, of: str) -> str:
 
 
 def prototype_terms(terms: Terms) -> dict[str, Term]:
-    """{name of a space with prototypes: one of the terms that predict in it}.
+    """Returns {name of a space with prototypes: one of the terms that predict in it}.
 
     Raises:
       ValueError: two terms of a space whose posteriors make other targets of the same logits.
@@ -316,7 +317,8 @@ def prototype_terms(terms: Terms) -> dict[str, Term]:
 def with_constraint(
     terms: Terms, *, constraint: str = "method", target_temperature: tuple[float, ...] = ()
 ) -> Terms:
-    """The terms with another constraint or temperature of the assignments that they predict.
+    """Returns the terms with another constraint or temperature of the assignments that they
+    predict.
 
     Args:
       terms: the objective.

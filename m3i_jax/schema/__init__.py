@@ -143,7 +143,7 @@ class Config:
         return tuple(group for group in groups for _ in range(group.count))
 
     def view_size(self, view: int) -> int:
-        """Side of a view in pixels."""
+        """Returns the side of a view in pixels."""
         return self.data.image_size if view < 2 else self.small_views[view - 2].size
 
     @property

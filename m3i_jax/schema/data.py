@@ -340,7 +340,7 @@ class ViewGroup:
 
 
 def parse_view_group(text: str, key: str = "config.data.small_views") -> ViewGroup:
-    """The group that an entry of `data.small_views` describes.
+    """Returns the group that an entry of `data.small_views` describes.
 
     Raises:
       UserError: it is no such entry, or its shares are none.
@@ -351,8 +351,8 @@ def parse_view_group(text: str, key: str = "config.data.small_views") -> ViewGro
     found = _GROUP.fullmatch(text.strip())
     if not found:
         raise UserError(
-            f"{key}: {text[:60]!r} is no group of views; write COUNT x PIXELS at SHARE-SHARE, such"
-            " as 8 x 98 at 0.05-0.32"
+            f"{key}: {text[:60]!r} is not a group of views; write COUNT x PIXELS at SHARE-SHARE,"
+            " such as 8 x 98 at 0.05-0.32"
         )
     count, size = int(found[1]), int(found[2])
     try:

@@ -53,7 +53,7 @@ class Dino:
         NumberLimit(0, 10),
     )
     nms: float = option(
-        1.0, "IoU above which a lower detection of the same class is dropped; 1: none is", SHARE
+        1.0, "IoU above which a lower detection of the same class is dropped; 1: all stay", SHARE
     )
     remat: bool = option(
         False, "compute the layers of both transformers again in the backward pass"
@@ -206,9 +206,9 @@ class Mask2Former:
         4, "places per level that an attention head of the pixel decoder reads", EVERY
     )
     encoder_depth: int = option(6, "layers of the pixel decoder", NumberLimit(0, 1024))
-    encoder_hidden: int = option(1024, "width of the hidden layer of the pixel decoder's", WIDTH)
+    encoder_hidden: int = option(1024, "width of the hidden layers of the pixel decoder", WIDTH)
     depth: int = option(9, "layers of the masked decoder", DEPTH)
-    hidden: int = option(2048, "width of the hidden layer of the masked decoder's", WIDTH)
+    hidden: int = option(2048, "width of the hidden layers of the masked decoder", WIDTH)
     max_classes: int = option(
         64,
         "segmentation: categories per image that have a mask in the loss; the smallest of more are"
@@ -346,14 +346,14 @@ class Detect:
     )
     test_proposals: tuple[int, ...] = option(
         (1000, 1000),
-        "the same at evaluation",
+        "candidates per level, and proposals per image after suppression, at evaluation",
         NumberLimit(1, 10**6, count=ListLimit(fewest=2, most=2)),
     )
     rpn_nms: float = option(
         0.7, "IoU above which a lower proposal of the same level is dropped", SHARE
     )
     rois: int = option(512, "proposals per image in the losses of the heads", EVERY)
-    roi_foreground: float = option(0.25, "largest share of foreground among them", SHARE)
+    roi_foreground: float = option(0.25, "largest share of foreground among these proposals", SHARE)
     box_convs: int = option(4, "3 x 3 convolutions of the box head", NumberLimit(0, 1024))
     box_hidden: int = option(1024, "width of the box head's hidden layer", WIDTH)
     masks: bool = option(True, "predict masks; dino does not, mask2former always does")

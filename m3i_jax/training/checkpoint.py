@@ -88,13 +88,13 @@ class Checkpoints:
     # Listing
 
     def latest(self) -> int | None:
-        """The newest complete step on the disk, damaged or not; None without one."""
+        """Returns the newest complete step on the disk, damaged or not; None without one."""
         return max(checkpoint_dir.complete_steps(self._directory), default=None)
 
     def newest_good(self) -> int | None:
-        """The newest step whose files are as they were written; None if there never was a step.
-        Damaged steps are renamed, with a warning that names the file. Host 0 verifies, and all
-        hosts get its answer.
+        """Returns the newest step whose files are as they were written; None if there never was a
+        step. Damaged steps are renamed, with a warning that names the file. Host 0 verifies, and
+        all hosts get its answer.
 
         Raises: UserError: all steps are damaged, so a person must decide to start again; or a step
           cannot be read.
@@ -148,8 +148,8 @@ class Checkpoints:
             self._start(step, state, position)
 
     def retry(self) -> bool:
-        """Whether a save failed and its retry is due. Several hosts retry with the next regular
-        save, which all of them reach."""
+        """Returns whether a save failed and its retry is due. Several hosts retry with the next
+        regular save, which all of them reach."""
         if self._hosts > 1:
             return False
         if self._saving and self._saving[-1].done() and self._saving[-1].exception():
@@ -245,7 +245,7 @@ class Checkpoints:
     # Restoring
 
     def position(self, step: int) -> dict[str, Any]:
-        """The JSON that was saved with a state. Raises UserError if it cannot be read."""
+        """Returns the JSON that was saved with a state. Raises UserError if it cannot be read."""
         path = self._directory / str(step)
         try:
             saved = checkpoint_dir.retry_read(
@@ -263,7 +263,7 @@ class Checkpoints:
         )
 
     def restore(self, step: int, template: Any, shardings: Any) -> Any:
-        """The state of a step with the shardings of this run, which may have other devices.
+        """Returns the state of a step with the shardings of this run, which may have other devices.
 
         Args:
           step: a complete step.

@@ -55,13 +55,13 @@ def make_checkpoint_dir(directory: pathlib.Path) -> None:
 
 
 def is_run(directory: str) -> bool:
-    """Whether a directory is the workdir of a run."""
+    """Returns whether a directory is the workdir of a run."""
     path = pathlib.Path(directory)
     return (path / "checkpoints").is_dir() or (path / "config.txt").is_file()
 
 
 def position(step: pathlib.Path) -> dict[str, Any]:
-    """The JSON that was saved with the state of a step.
+    """Returns the JSON that was saved with the state of a step.
 
     Raises:
       ValueError: it is damaged or missing.
@@ -77,8 +77,8 @@ def position(step: pathlib.Path) -> dict[str, Any]:
 
 
 def find_damage(step: pathlib.Path, log: Callable[[str], None] = lambda text: None) -> list[str]:
-    """Differences between the files of a step and what its save wrote, `FILE: PROBLEM` each; empty
-    if there are none.
+    """Returns differences between the files of a step and what its save wrote, `FILE: PROBLEM`
+    each; empty if there are none.
 
     Raises:
       UserError: a newer version wrote the step.
@@ -118,8 +118,8 @@ def _has_own_step(step: pathlib.Path, saved: dict[str, Any]) -> bool:
 
 
 def retry_read(read: Callable[[], T], path: pathlib.Path, log: Callable[[str], None]) -> T:
-    """The result of `read`, retried after an OSError: a server may be unavailable for a moment, and
-    the content need not be damaged.
+    """Returns the result of `read`, retried after an OSError: a server may be unavailable for a
+    moment, and the content need not be damaged.
 
     Args:
       read: reads `path`, or files below it.
@@ -154,8 +154,8 @@ def note_newest(directory: pathlib.Path, step: int) -> None:
 
 
 def lost_since(workdir: pathlib.Path, newest: int) -> int:
-    """The last saved step, if it is later than the newest existing one and was not set aside;
-    else 0."""
+    """Returns the last saved step, if it is later than the newest existing one and was not set
+    aside; else 0."""
     directory = workdir / "checkpoints"
     saved = run_files.noted_marks(directory)
     return (

@@ -59,7 +59,7 @@ CURRENT = "xxh3-64"  # the kind that is written
 def file_digest(
     path: pathlib.Path, kind: str = CURRENT, *, written: bool = False
 ) -> tuple[int, str]:
-    """Size in bytes and digest of a file.
+    """Returns the size in bytes and digest of a file.
 
     Args:
       path: of the file.
@@ -147,7 +147,7 @@ def write_checksums(directory: pathlib.Path, **notes: Any) -> None:
 
 
 def read_checksums(directory: pathlib.Path) -> dict[str, Any] | None:
-    """The JSON object of digests.json; None if the file is damaged or missing.
+    """Returns the JSON object of digests.json; None if the file is damaged or missing.
 
     Raises:
       OSError: the file cannot be read.
@@ -187,8 +187,8 @@ def _is_valid(content: Any) -> bool:
 
 
 def verify_checksums(directory: pathlib.Path) -> list[str]:
-    """Differences between the files of a directory and its digests.json, `FILE: PROBLEM` each;
-    empty if there are none. Files that were added later are ignored.
+    """Returns differences between the files of a directory and its digests.json, `FILE: PROBLEM`
+    each; empty if there are none. Files that were added later are ignored.
 
     Raises:
       OSError: a file exists and cannot be read.
@@ -265,7 +265,7 @@ class ArrayChecksums:
     values: jax.Array
 
     def read(self) -> dict[str, str]:
-        """{path: checksum in hexadecimal}; waits for the devices."""
+        """Returns {path: checksum in hexadecimal}; waits for the devices."""
         return {
             path: f"{value:08x}"
             for path, value in zip(self.paths, np.asarray(self.values).tolist(), strict=True)

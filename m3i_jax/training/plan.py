@@ -60,7 +60,8 @@ class Plan:
     entropy_terms: EntropyTerms = ()
 
     def numbered_entropies(self, group: str | None = None) -> dict[int, EntropyTerm]:
-        """{number: entropy term} of a group or of any; numbers go on after those of `terms`."""
+        """Returns {number: entropy term} of a group or of any; numbers go on after those of
+        `terms`."""
         return {
             i: t
             for i, t in enumerate(self.entropy_terms, len(self.terms))
@@ -100,7 +101,8 @@ class Plan:
         return any(t.target.of == "pixels" for t in self.terms)
 
     def where(self, *of: str, group: str | None = None) -> tuple[int, ...]:
-        """Indices of the terms that predict one of these kinds of target, in a group or in any."""
+        """Returns indices of the terms that predict one of these kinds of target, in a group or in
+        any."""
         return tuple(
             i for i, t in enumerate(self.terms) if t.target.of in of and group in (None, t.group)
         )
@@ -111,7 +113,7 @@ class Plan:
         return self.where(*DENSE_TARGETS)
 
     def target_key(self, term: Term) -> TargetKey:
-        """The key of the representation that an image term predicts."""
+        """Returns the key of the representation that an image term predicts."""
         if isinstance(term.space, ClusterHead):
             return TargetKey(term.target, term.space)
         if isinstance(term.head, ProjectionHead):
@@ -149,8 +151,8 @@ class Plan:
         return "cls" if pools == {"cls"} else "mean"
 
     def reads_cls(self, term: Term) -> bool:
-        """Whether the decoder of a term reads the cls token. With decoder.cls=auto it does not in a
-        mixed input, where two images share it."""
+        """Returns whether the decoder of a term reads the cls token. With decoder.cls=auto it does
+        not in a mixed input, where two images share it."""
         cls = self.config.model.decoder.cls
         return self.config.model.encoder.cls_token and (
             cls == "yes" or (cls == "auto" and not term.reads.mixed)
@@ -158,13 +160,14 @@ class Plan:
 
 
 def target_pass(target: Target) -> TargetPass:
-    """The call of a target encoder that computes a target."""
+    """Returns the call of a target encoder that computes a target."""
     assert target.view is not None
     return TargetPass(target.encoder, target.view, target.blocks, target.enlarge)
 
 
 def terms_named(name: str, key: str = "config.objective.forms") -> entropy_terms.AnyTerms:
-    """The terms of one row: a form, its letter in the paper's Table 3, or a published method.
+    """Returns the terms of one row: a form, its letter in the paper's Table 3, or a published
+    method.
 
     Args:
       name: of the row.
@@ -238,7 +241,7 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
 
 
 def build_plan(config: schema.Config) -> Plan:
-    """The plan of a completed configuration (data.classes and data.captions known).
+    """Returns the plan of a completed configuration (data.classes and data.captions known).
 
     Raises:
       UserError: unknown forms, forms without data, or settings that contradict the terms.
@@ -476,7 +479,7 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     ):
         if value != default and not is_read:
             raise UserError(
-                f"config.{key}: {value!r} does nothing: there is {reason} in {names}; leave it at"
+                f"config.{key}: {value!r} has no effect: there is {reason} in {names}; leave it at"
                 f" {default!r} or choose another form"
             )
     known = sorted(

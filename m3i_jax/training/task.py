@@ -45,7 +45,8 @@ class State:
 
 
 def create(params: Any, tx: optax.GradientTransformation) -> State:
-    """A state at step 0. Trace it under `jax.eval_shape` for a template that allocates nothing."""
+    """Returns a state at step 0. Trace it under `jax.eval_shape` for a template that allocates
+    nothing."""
     return State(step=jnp.zeros([], jnp.int32), params=params, opt=tx.init(params))
 
 
@@ -84,11 +85,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def init(self, rng: jax.Array) -> Any:
-        """The tree of initial parameters. The encoder is under "encoder"."""
+        """Returns the tree of initial parameters. The encoder is under "encoder"."""
 
     @abc.abstractmethod
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of one global batch."""
+        """Returns shapes and dtypes of one global batch."""
 
     @abc.abstractmethod
     def gradients(self, params: Any, opt: Any, batch: Batch) -> StepGradients:
@@ -102,7 +103,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def optimizer(self, *, steps: int, warmup: int) -> optax.GradientTransformationExtraArgs:
-        """The named optax chain of a run of this length."""
+        """Returns the named optax chain of a run of this length."""
 
     @abc.abstractmethod
     def batches(
@@ -115,20 +116,20 @@ class Task(abc.ABC):
         hosts: int = 1,
         views: tuple[int, ...] = (),
     ) -> Batches:
-        """This host's share of the batches from sample `start` on (law 5). `views`: what to cut of
-        an image, for tasks with several views; (): what the task reads."""
+        """Returns this host's share of the batches from sample `start` on (law 5). `views`: what to
+        cut of an image, for tasks with several views; (): what the task reads."""
 
     @abc.abstractmethod
     def pullbacks(self, state: State, batch: Batch) -> tuple[Any, list[Any]]:
-        """(arrays that live from the forward pass to the backward, [others of which one set lives
-        at a time]) of a batch that is one microbatch; only their shapes are read."""
+        """Returns (arrays that live from the forward pass to the backward, [others of which one set
+        lives at a time]) of a batch that is one microbatch; only their shapes are read."""
 
     @abc.abstractmethod
     def panel_outputs(self, state: State, batch: Batch) -> dict[str, jax.Array]:
-        """Arrays of a few rows of a batch, for people."""
+        """Returns arrays of a few rows of a batch, for people."""
 
     def waiting(self, state: State, batch: Batch) -> Any:
-        """Arrays that are computed of all microbatches before the first gradient."""
+        """Returns arrays that are computed of all microbatches before the first gradient."""
         return ()
 
     def scheduled(self, step: int, *, steps: int) -> dict[str, float]:
@@ -136,7 +137,7 @@ class Task(abc.ABC):
         return {}
 
     def after_init(self, state: State, load: Callable[[str, Any, Any], Any]) -> State:
-        """The initial state, with what the task loads into its optimizer state."""
+        """Returns the initial state, with what the task loads into its optimizer state."""
         return state
 
     @classmethod
@@ -146,17 +147,17 @@ class Task(abc.ABC):
 
     @classmethod
     def class_names(cls, source: DataSource) -> tuple[str, ...]:
-        """Names of the categories that are predicted."""
+        """Returns names of the categories that are predicted."""
         return source.classes
 
     @classmethod
     def with_annotations(cls, source: DataSource) -> DataSource:
-        """A source, to train on or held out, with the annotations that the task reads."""
+        """Returns a source, to train on or held out, with the annotations that the task reads."""
         return source
 
     @classmethod
     def training_records(cls, source: DataSource) -> DataSource:
-        """The records of a source to train on."""
+        """Returns the records of a source to train on."""
         return source
 
     @classmethod
@@ -195,7 +196,7 @@ def register_task(name: str, kind: type[Task]) -> type[Task]:
 
 
 def task_kind(name: str) -> type[Task]:
-    """The class of a task by its name.
+    """Returns the class of a task by its name.
 
     Raises:
       UserError: no task of that name is registered.
@@ -214,14 +215,14 @@ def task_kind(name: str) -> type[Task]:
 def make_task(
     config: schema.Config, vocabulary: int = 0, category_counts: tuple[int, ...] = ()
 ) -> Task:
-    """The task of a completed configuration."""
+    """Returns the task of a completed configuration."""
     return task_kind(config.task)(config, vocabulary, category_counts)
 
 
 def split_microbatches(tree: Any, count: int, units: int) -> Any:
-    """[B, ...] -> [k, B/k, ...]. Units of B / units neighbouring rows are dealt in turn, so that
-    each device keeps its rows and the rows of a unit stay together on any mesh. Arrays with one row
-    a unit are split in the same way.
+    """Reshapes [B, ...] -> [k, B/k, ...]. Units of B / units neighbouring rows are dealt in turn,
+    so that each device keeps its rows and the rows of a unit stay together on any mesh. Arrays with
+    one row a unit are split in the same way.
 
     >>> import numpy as np
     >>> split_microbatches(np.arange(8), 2, 4).tolist()
@@ -236,7 +237,8 @@ def split_microbatches(tree: Any, count: int, units: int) -> Any:
 
 
 def merge_microbatches(tree: Any, count: int, units: int) -> Any:
-    """The inverse of `split_microbatches`: rows in the order and with the sharding of the batch.
+    """Returns the inverse of `split_microbatches`: rows in the order and with the sharding of the
+    batch.
 
     >>> import numpy as np
     >>> merge_microbatches(np.array([[0, 1, 4, 5], [2, 3, 6, 7]]), 2, 4).tolist()

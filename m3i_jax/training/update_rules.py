@@ -35,7 +35,7 @@ LINK = "schedule_free"
 
 
 def is_matrix(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether Muon trains a parameter: a kernel [L, a, b] of stacked blocks.
+    """Returns whether Muon trains a parameter: a kernel [L, a, b] of stacked blocks.
 
     >>> is_matrix("encoder/blocks/mlp/fc1/kernel", (12, 768, 3072))
     True
@@ -51,8 +51,8 @@ def _parts(path: str) -> int:
 
 
 def orthogonalize(x_nxaxb: jax.Array) -> jax.Array:
-    """Every matrix with singular values of about 1 (0.7 to 1.2): five Newton-Schulz steps, in the
-    type of x, on the side with fewer rows.
+    """Returns every matrix with singular values of about 1 (0.7 to 1.2): five Newton-Schulz steps,
+    in the type of x, on the side with fewer rows.
 
     >>> x = jnp.array([[[3.0, 0.0], [0.0, 0.5]]])
     >>> bool((jnp.abs(jnp.linalg.svd(orthogonalize(x))[1] - 1) < 0.35).all())
@@ -69,8 +69,9 @@ def orthogonalize(x_nxaxb: jax.Array) -> jax.Array:
 
 
 def orthogonal_update(path: str, momentum_Lxaxb: jax.Array, rms: float) -> jax.Array:
-    """The update of a stacked kernel before the learning rate, of the same shape: every matrix of
-    every layer orthogonal, times `rms` sqrt(max(a, b)), so that a number of it has about this size.
+    """Returns the update of a stacked kernel before the learning rate, of the same shape: every
+    matrix of every layer orthogonal, times `rms` sqrt(max(a, b)), so that a number of it has about
+    this size.
 
     >>> orthogonal_update("blocks/attention/qkv/kernel", jnp.ones((2, 4, 12)), 0.2).shape
     (2, 4, 12)
@@ -170,7 +171,7 @@ def schedule_free(
 
 
 def averaged_params(opt: Any, params: Any) -> Any:
-    """The average x of a run with this rule; the parameters themselves of any other.
+    """Returns the average x of a run with this rule; the parameters themselves of any other.
 
     Args:
       opt: state of the named chain.

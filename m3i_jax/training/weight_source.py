@@ -211,8 +211,8 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
 
 
 def class_names(workdir: str) -> tuple[str, ...] | None:
-    """The names of the categories that a run of a dense task predicts; None if it has no file of
-    them."""
+    """Returns the names of the categories that a run of a dense task predicts; None if it has no
+    file of them."""
     file = pathlib.Path(workdir) / CLASSES
     return tuple(map(str, run_files.read_run_json(file)["classes"])) if file.is_file() else None
 
@@ -228,7 +228,7 @@ def _is_finite(array: Any) -> bool:
 
 
 def put_array(array: Any, sharding: Any) -> Any:
-    """A float32 array with a sharding; None: as numpy."""
+    """Returns a float32 array with a sharding; None: as numpy."""
     value = np.asarray(array, np.float32)
     return (
         value
@@ -328,7 +328,7 @@ class RunWeights:
 
 
 def load_encoder(workdir: str, template: Any, shardings: Any) -> Any:
-    """The online encoder of the newest checkpoint of another run, for a frozen target.
+    """Returns the online encoder of the newest checkpoint of another run, for a frozen target.
 
     Args:
       workdir: directory of that run.

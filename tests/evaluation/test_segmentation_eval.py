@@ -307,7 +307,7 @@ def test_two_hosts_score_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_sizes_and_nothing() -> None:
     counts = segmentation_eval.SegmentationCounts(("a", "b"))
-    with pytest.raises(ValueError, match="image 'x': prediction of"):
+    with pytest.raises(ValueError, match="image 'x': the prediction has shape"):
         counts.add("x", np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8))
     counts.add("y", np.zeros((2, 3), np.uint8), np.full((2, 3), 255, np.uint8))
     assert counts.scores().metrics == {} and counts.scores().images == []

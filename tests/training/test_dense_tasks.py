@@ -314,7 +314,7 @@ def test_dino_reads_the_maps_of_a_convolutional_encoder_as_they_are() -> None:
     ("changes", "words"),
     [
         ({"dense__segment__width": 12, "dense__segment__mask2former__heads": 5}, "5 heads do not"),
-        ({"dense__segment__width": 10}, "10, no multiple of 4"),
+        ({"dense__segment__width": 10}, "must be a multiple of 4, not 10"),
         ({"dense__segment__strides": "(8,)"}, "two or more maps"),
     ],
 )

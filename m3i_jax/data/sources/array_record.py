@@ -380,7 +380,9 @@ class ArrayRecordSource:
         """Reads several records with one call per file, tens of times faster than one by one."""
         index_array = np.asarray(indices, np.int64)
         if index_array.size and not 0 <= index_array.min() <= index_array.max() < len(self):
-            raise IndexError(f"{index_array.min()}..{index_array.max()} of {len(self)} records")
+            raise IndexError(
+                f"record numbers {index_array.min()}..{index_array.max()} of {len(self)} records"
+            )
         shards = np.searchsorted(self._ends, index_array, side="right")
         records: dict[int, Record] = {}
         for shard in np.unique(shards).tolist():

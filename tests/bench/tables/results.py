@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax.reporting import compare_table as report
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from tests.bench.tables.paired import compare_with, paired_text
 from tests.bench.tables.sets import RUN_COLUMNS, Set
 

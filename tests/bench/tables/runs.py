@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax.errors import UserError
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from tests.bench.tables.paired import knn_hits, unpack_hits
 from tests.bench.tables.results import machine, run_metrics, version
 from tests.bench.tables.rows import METHODS, UNTRAINED, Row, Stage

@@ -1,9 +1,13 @@
-"""Batch norm with running statistics, which go in and out as a tree beside the parameters: models
-keep no state.
+"""Norms of the channels of maps, in float32: batch norm and group norm.
 
-In training a channel is normalised by the mean and the biased variance of its values in the batch
-(one microbatch, over all devices), and the running statistics move towards the batch's mean and
-unbiased variance; in evaluation it is normalised by the running ones (torch's BatchNorm2d).
+Batch norm has running statistics, which go in and out as a tree beside the parameters: models keep
+no state. In training a channel is normalised by the mean and the biased variance of its values in
+the batch (one microbatch, over all devices), and the running statistics move towards the batch's
+mean and unbiased variance; in evaluation it is normalised by the running ones (torch's
+BatchNorm2d). Group norm normalises the channels of an image in groups over all cells, so an image
+does not depend on its batch.
+
+B images, H W size of the map, C channels.
 """
 
 import functools
@@ -16,10 +20,11 @@ import jax.numpy as jnp
 from m3i_jax.models.layers import Params
 
 _EPS = 1e-5
+_GROUPS = 32
 
 
 def norm_shapes(channels: int) -> dict[str, tuple[int, ...]]:
-    """The parameters of one batch norm, as shapes.
+    """Returns the parameters of one batch norm, as shapes.
 
     >>> norm_shapes(8)
     {'scale': (8,), 'bias': (8,)}
@@ -28,7 +33,7 @@ def norm_shapes(channels: int) -> dict[str, tuple[int, ...]]:
 
 
 def initial_statistics(channels: int) -> dict[str, jax.Array]:
-    """Running statistics before the first step: mean 0, variance 1, float32.
+    """Returns running statistics before the first step: mean 0, variance 1, float32.
 
     >>> initial_statistics(2)["variance"].tolist()
     [1.0, 1.0]
@@ -124,3 +129,23 @@ def running_batch_norm(
         for name, value in batch.items()
     }
     return y_xC, new
+
+
+def group_norm(params: Params, x_BxHxWxC: jax.Array) -> jax.Array:
+    """PyTorch's GroupNorm of 32 groups, or of the greatest common divisor of 32 and C where 32 does
+    not divide C; the type of x.
+
+    Args:
+      params: `scale` and `bias` [C].
+      x_BxHxWxC: the map.
+
+    >>> params = {"scale": jnp.ones(1), "bias": jnp.zeros(1)}
+    >>> group_norm(params, jnp.array([1.0, 3.0]).reshape(1, 1, 2, 1)).ravel().round(3).tolist()
+    [-1.0, 1.0]
+    """
+    b, h, w, c = x_BxHxWxC.shape
+    wide = x_BxHxWxC.astype(jnp.float32).reshape(b, h * w, math.gcd(_GROUPS, c), -1)
+    mean = wide.mean((1, 3), keepdims=True)
+    variance = jnp.square(wide - mean).mean((1, 3), keepdims=True)
+    unit = ((wide - mean) * jax.lax.rsqrt(variance + _EPS)).reshape(x_BxHxWxC.shape)
+    return (unit * params["scale"] + params["bias"]).astype(x_BxHxWxC.dtype)

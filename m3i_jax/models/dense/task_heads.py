@@ -1,5 +1,7 @@
-"""The heads of detection by the name in the settings, each as a value: what the task asks of a
-head, whichever it is."""
+"""The heads of detection and of semantic segmentation as values, by their names in the settings. A
+head has its losses and its inference, and says which maps it reads; no task asks a head by name.
+
+B images, H W their size, M objects, K categories."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,7 +11,16 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
-from m3i_jax.models.dense import dino, dino_encoder, mask2former_instances, mask_rcnn
+from m3i_jax.models.dense import (
+    dino,
+    dino_encoder,
+    mask2former,
+    mask2former_instances,
+    mask2former_task,
+    mask_rcnn,
+    pixel_heads,
+    upernet,
+)
 from m3i_jax.models.layers import Params
 
 Values = dict[str, tuple[jax.Array, jax.Array]]
@@ -47,7 +58,7 @@ class DetectionHead:
     raw_strides: Callable[[schema.Detect], tuple[int, ...]] | None = None
 
 
-_HEADS = {
+_DETECTION_HEADS = {
     "mask_rcnn": DetectionHead(
         init=mask_rcnn.init,
         losses=mask_rcnn.losses,
@@ -77,11 +88,13 @@ _HEADS = {
 }
 
 
-CATEGORY_PARAMETERS = tuple(p for head in _HEADS.values() for p in head.category_parameters)
+CATEGORY_PARAMETERS = tuple(
+    p for head in _DETECTION_HEADS.values() for p in head.category_parameters
+)
 
 
 def detection_head(settings: schema.Detect) -> DetectionHead:
-    """The head that the settings name.
+    """Returns the head that the settings name.
 
     Raises:
       UserError: masks are asked of a head that has none, or no masks of one that needs them.
@@ -89,7 +102,7 @@ def detection_head(settings: schema.Detect) -> DetectionHead:
     >>> detection_head(schema.Detect(head="dino", masks=False)).masks
     'no'
     """
-    head = _HEADS[settings.head]
+    head = _DETECTION_HEADS[settings.head]
     if not settings.masks and head.masks == "always":
         raise UserError(
             f"config.dense.detect.masks: the head {settings.head} learns boxes from masks alone;"
@@ -101,3 +114,66 @@ def detection_head(settings: schema.Detect) -> DetectionHead:
             " dense.detect.masks=false"
         )
     return head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentationHead:
+    """What the task of segmentation needs of a head.
+
+    Attributes:
+      init: (settings, channels {stride: C}, classes, rng) -> (parameters, running statistics).
+      loss: (settings, params, statistics, maps {stride: [B, h, w, C]}, labels int32 [B, H, W], a
+        random key per image) -> (losses with their weights, each a sum; other values, each a sum
+        over images; new statistics). Keys belong to the loss alone.
+      divisor: (settings, labels, classes) -> what the losses are divided by, of the whole batch: a
+        number, or one for each by its name. It depends on the labels alone, so that the parts of a
+        batch add up to the whole.
+      logits: (settings, params, statistics, maps, size) -> [B, H, W, K], whose greatest entry is
+        the category.
+      plain_pyramid: the pyramid that makes maps for it from those of a plain ViT.
+      coarsest: whether it reads the coarsest map of the encoder only.
+      averaged: whether `logits` are scores that are averaged over views of an image as they are;
+        else their softmax is.
+    """
+
+    init: Callable[..., tuple[Params, Params]]
+    loss: Callable[..., tuple[dict[str, jax.Array], dict[str, jax.Array], Params]]
+    divisor: Callable[..., jax.Array | dict[str, jax.Array]]
+    logits: Callable[..., jax.Array]
+    plain_pyramid: str = "rescale"
+    coarsest: bool = False
+    averaged: bool = False
+
+
+_SEGMENTATION_HEADS = {
+    "upernet": SegmentationHead(
+        init=upernet.init,
+        loss=pixel_heads.upernet_loss,
+        divisor=pixel_heads.pixel_divisor,
+        logits=pixel_heads.upernet_logits,
+    ),
+    "linear": SegmentationHead(
+        init=pixel_heads.init_linear_classifier,
+        loss=pixel_heads.linear_loss,
+        divisor=pixel_heads.pixel_divisor,
+        logits=pixel_heads.linear_logits,
+        coarsest=True,
+    ),
+    "mask2former": SegmentationHead(
+        init=mask2former.init,
+        loss=mask2former_task.mask2former_loss,
+        divisor=mask2former_task.mask_divisors,
+        logits=mask2former_task.mask2former_logits,
+        plain_pyramid="simple",
+        averaged=True,
+    ),
+}
+
+
+def segmentation_head(settings: schema.Segment) -> SegmentationHead:
+    """Returns the head that the settings name.
+
+    >>> segmentation_head(schema.Segment(head="linear")).coarsest
+    True
+    """
+    return _SEGMENTATION_HEADS[settings.head]
