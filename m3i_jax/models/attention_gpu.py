@@ -201,8 +201,10 @@ def _backward_kernel(*refs: Any, sizes: _Sizes, parts: list[_Part], masked: bool
     """`parts` are also those of the gradients, which are arrays like the inputs."""
     count = parts[-1].array + 1
     inputs, grads = refs[: len(refs) - count], refs[len(refs) - count :]
-    arrays, (g, total, delta), where = inputs[:count], inputs[count : count + 3], list(
-        inputs[count + 3 :]
+    arrays, (g, total, delta), where = (
+        inputs[:count],
+        inputs[count : count + 3],
+        list(inputs[count + 3 :]),
     )
     query_tiles, key_tiles = -(-sizes.queries // _TILE), -(-sizes.tokens // _TILE)
     image, head, tile = _program(sizes, max(query_tiles, key_tiles))
@@ -294,9 +296,7 @@ def _run(
     ]
     each = 2 * batch * sizes.queries * sizes.tokens * heads * sizes.depth
     run = pl.pallas_call(
-        functools.partial(
-            kernel, sizes=sizes, parts=_parts(arrays), masked=where_BxT is not None
-        ),
+        functools.partial(kernel, sizes=sizes, parts=_parts(arrays), masked=where_BxT is not None),
         grid=(-(-longest // _TILE) * heads * batch,),
         out_shape=flat,
         compiler_params=triton.CompilerParams(
