@@ -20,9 +20,9 @@ from m3i_jax import parallel, schema
 from m3i_jax.models.attention import (
     attend,
     attend_columns,
+    attention_kernel_fits,
     from_heads,
     kernel_call,
-    attention_kernel_fits,
     to_heads,
 )
 from m3i_jax.models.attention_tpu import MASKED_LOGIT

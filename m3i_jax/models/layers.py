@@ -26,10 +26,10 @@ from m3i_jax.models.attention import (
     Relative,
     attend,
     attend_columns,
+    attention_kernel_fits,
     attention_weights,
     from_heads,
     kernel_call,
-    attention_kernel_fits,
     to_heads,
 )
 from m3i_jax.models.cpu_codegen import matmul

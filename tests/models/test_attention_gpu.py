@@ -96,7 +96,8 @@ def kernels_that_run(jaxpr):
         if each.primitive.name == "pallas_call":
             total += any(id(v) in used for v in each.outvars)
         else:
-            total += sum(
+            inner_jaxprs = jax.core.jaxprs_in_params(each.params)
+            total += sum(kernels_that_run(inner) for inner in inner_jaxprs)
                 kernels_that_run(inner) for inner in jax.core.jaxprs_in_params(each.params)
             )
     return total
