@@ -98,8 +98,6 @@ def kernels_that_run(jaxpr):
         else:
             inner_jaxprs = jax.core.jaxprs_in_params(each.params)
             total += sum(kernels_that_run(inner) for inner in inner_jaxprs)
-                kernels_that_run(inner) for inner in jax.core.jaxprs_in_params(each.params)
-            )
     return total
 
 
