@@ -31,8 +31,15 @@ usage() {
 
 # quoted COMMAND...: prints a command, such that a shell can read it
 quoted() {
-    printf '%q' "$1"
-    if (($# > 1)); then printf ' %q' "${@:2}"; fi
+    local word between=''
+    for word in "$@"; do
+        if [[ ! "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
+            # shellcheck disable=SC2001  # quotes in a replacement differ between versions of bash
+            word="'$(sed "s/'/'\\\\''/g" <<<"$word")'"
+        fi
+        printf '%s%s' "$between" "$word"
+        between=' '
+    done
     printf '\n'
 }
 
