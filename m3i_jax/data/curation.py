@@ -226,7 +226,7 @@ def _near(
         rules.difference,
         crops=rules.duplicates == "crops",
     )
-    return np.concatenate([np.zeros((0, 3)), *mapper(finder, _ranges(len(asked)))])
+    return np.concatenate([np.zeros((0, 7)), *mapper(finder, _ranges(len(asked)))])
 
 
 def _ranges(count: int, size: int = 256) -> list[range]:
@@ -265,7 +265,7 @@ def _leave_out_pairs(
     rank = np.lexsort((np.arange(len(rows)), -pixels[rows])).tolist()
     chosen = near_duplicates.choose_best(len(rows), pairs, rank)
     values: dict[tuple[int, int], float] = {}
-    for a, b, value in pairs.tolist():
+    for a, b, value, *_ in pairs.tolist():
         for pair in ((int(a), int(b)), (int(b), int(a))):
             values[pair] = min(value, values.get(pair, np.inf))
     out = np.flatnonzero(chosen >= 0)

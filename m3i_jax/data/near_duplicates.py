@@ -60,11 +60,12 @@ class NearFinder:
         return tables
 
     def __call__(self, rows: Iterable[int]) -> np.ndarray:
-        """Returns the pairs (query, image, difference) of some queries, float64 [P, 3]."""
+        """Returns the pairs of some queries, float64 [P, 7]: query, image, difference, and the
+        region of the query that the image shows."""
         pairs = [pair for row in rows for pair in self._pairs(row)]
-        return np.array(pairs, np.float64).reshape(-1, 3)
+        return np.array(pairs, np.float64).reshape(-1, 7)
 
-    def _pairs(self, row: int) -> list[tuple[int, int, float]]:
+    def _pairs(self, row: int) -> list[tuple[float, ...]]:
         thumbnail = self.queries[row]
         asked = perceptual_hash.region_hashes(thumbnail, None if self.crops else 1)
         regions, images, bits = self._candidates(asked)
@@ -84,12 +85,12 @@ class NearFinder:
         found, numbers = self.thumbnails[images[nearest]], images[nearest].tolist()
         crops = perceptual_hash.crop_thumbnails(thumbnail, guesses)
         differences = perceptual_hash.relative_difference(crops, found).tolist()
-        pairs = []
+        pairs: list[tuple[float, ...]] = []
         for guess, part, image, value in zip(guesses, found, numbers, differences, strict=True):
             if self.crops and self.difference < value <= _LOOSE:
-                value, _ = perceptual_hash.fit_crop(thumbnail, part, guess)
+                value, guess = perceptual_hash.fit_crop(thumbnail, part, guess)
             if value <= self.difference:
-                pairs.append((row, image, value))
+                pairs.append((row, image, value, *guess))
         return pairs
 
     def _candidates(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -43,7 +43,7 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
 
     jobs.make_workdir(directory)
     with jobs.lock_workdir(directory), interrupts.raise_interrupts():
-        source = splits.open_source(config.data, cache=str(directory / "index"))
+        source = splits.open_source(config.data, cache=jobs.index_directory(config.data, directory))
         print(source.description(), flush=True)
         facts = _describe(source, config.data, directory, mapper)
         sources, sets = [], []
@@ -51,7 +51,11 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
             entry = mixture.parse_entry(text)
             data = dataclasses.replace(config.data, class_names="")
             against = registry.open_kind(
-                entry.kind, entry.path, entry.split, data, cache=str(directory / "index")
+                entry.kind,
+                entry.path,
+                entry.split,
+                data,
+                cache=jobs.index_directory(config.data, directory),
             )
             sources.append(against)
             sets.append(

@@ -166,6 +166,12 @@ class Data:
         "file of class names, for WordNet ids or numbers; empty: search beside an ImageNet folder",
         PATH,
     )
+    index: str = option(
+        "",
+        "directory of the indices of tar files and other sources, which runs may share; empty:"
+        " WORKDIR/index",
+        PATH,
+    )
     keep: tuple[str, ...] = option(
         (),
         "keep-list, a Parquet or Arrow file with the columns key and, optionally, weight, caption"

@@ -258,9 +258,7 @@ def test_the_index_is_cached_and_rebuilt(tmp_path, make, monkeypatch):
     )
     built = []
     real = tar_index.IndexBuilder.build
-    monkeypatch.setattr(
-        tar_index.IndexBuilder, "build", lambda self: built.append(1) or real(self)
-    )
+    monkeypatch.setattr(tar_index.IndexBuilder, "build", lambda self: built.append(1) or real(self))
 
     def opened() -> TarSource:
         return splits.open_source(schema.Data(source="tars", path=str(data / "*.tar")), cache=cache)
@@ -348,7 +346,9 @@ def test_an_index_is_built_in_parts(tmp_path, make, monkeypatch):
         members = [(f"{shard}{i}.{kind}", b"%d" % i) for i in range(4) for kind in ("jpg", "txt")]
         (data / f"{shard}.tar").write_bytes(make.tar_bytes([*members, (".hidden.jpg", b"x")]))
     alone = TarSource(str(data), cache=str(tmp_path / "alone"))
-    assert alone.fingerprint() == TarSource(str(data)).fingerprint() and alone.ignored["hidden"] == 5
+    assert (
+        alone.fingerprint() == TarSource(str(data)).fingerprint() and alone.ignored["hidden"] == 5
+    )
     builder = tars.index_builder(str(data), cache=str(tmp_path / "shared"))
     assert builder.missing() == [0, 1, 2] and not builder.finish()
     assert [builder(part) for part in (2, 0)] == [4, 8]  # by two hosts
