@@ -53,3 +53,14 @@ def block_differences(whole: Image.Image, region: Region, part: Image.Image) -> 
             blocks = squares.reshape(BLOCKS, step, BLOCKS, step).mean((1, 3))
             best = np.minimum(best, blocks)
     return best / least
+
+
+def detail_difference(whole: Image.Image, region: Region, part: Image.Image) -> float:
+    """Returns the mean of the four largest `block_differences`.
+
+    >>> image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8))
+    >>> detail_difference(image, (0.0, 1.0, 0.0, 1.0), image)
+    0.0
+    """
+    blocks = block_differences(whole, region, part)
+    return float(np.sort(blocks, axis=None)[-4:].mean())
