@@ -119,6 +119,31 @@ def test_a_network_that_fails(bucket, monkeypatch):
         source[3]
 
 
+def test_a_slow_bucket_with_errors(tmp_path, monkeypatch):
+    from tests.bench import streaming
+
+    monkeypatch.setattr(remote, "BLOCK", 1 << 16)
+    (tmp_path / "x.tar").write_bytes(streaming.tar_content(40))
+    local = TarSource(str(tmp_path))
+    setup = {"latency": 0.002, "errors": 0.05, "stalls": 0.0}
+    with streaming.bucket(2, 40, **setup) as bucket:
+        source = TarSource("gs://b/data", cache=str(tmp_path / "cache"))
+        assert len(source) == 80 and bucket.counts["errors"] > 0
+        bucket.counts.clear()
+        source = TarSource("gs://b/data", cache=str(tmp_path / "cache"))
+        # the next start asks for a listing, and for no file
+        assert bucket.counts["listings"] == 1 and not bucket.counts["ranges"]
+        monkeypatch.setattr(remote, "JOIN", 1 << 10)
+        indices = [3, 79, 0, 41, 22, *range(50, 70, 3), 3]
+        for _ in range(4):
+            records = base.read_items(source, indices)
+            assert records == base.read_items(local, [i % 40 for i in indices])
+        # an image and its caption are one request; all of a batch are made at the same time
+        counts = bucket.counts
+        assert counts["most at once"] == 12 and counts["errors"] > 0
+        assert counts["ranges"] == 4 * 12 + counts["errors"]
+
+
 def test_refusals():
     with pytest.raises(
         UserError, match=r"^no tar file matches data.path='memory://none-[^ ]*': give a glob"
