@@ -7,7 +7,7 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import splits
+from m3i_jax.data import decode, splits
 from m3i_jax.data.sources import base, remote
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
@@ -63,8 +63,6 @@ def test_only_ranges_are_read(bucket, monkeypatch):
     read.clear()
     monkeypatch.setattr(remote, "JOIN", -1)
     assert base.read_items(source, [1, 33, 2]) == records and len(read) == 6
-    captions = source.some_captions([39, 3])
-    assert captions == [source.caption(39), source.caption(3)]
 
 
 def test_states_come_with_the_listing(bucket, monkeypatch):
@@ -142,6 +140,10 @@ def test_a_slow_bucket_with_errors(tmp_path, monkeypatch):
         counts = bucket.counts
         assert counts["most at once"] == 12 and counts["errors"] > 0
         assert counts["ranges"] == 4 * 12 + counts["errors"]
+        counts.clear()
+        captions = list(decode.sample_captions(source))
+        assert captions == 2 * [local.caption(i) for i in range(40)]
+        assert counts["most at once"] > 16
 
 
 def test_refusals():
