@@ -201,8 +201,10 @@ def _backward_kernel(*refs: Any, sizes: _Sizes, parts: list[_Part], masked: bool
     """`parts` are also those of the gradients, which are arrays like the inputs."""
     count = parts[-1].array + 1
     inputs, grads = refs[: len(refs) - count], refs[len(refs) - count :]
-    arrays, (g, total, delta), where = inputs[:count], inputs[count : count + 3], list(
-        inputs[count + 3 :]
+    arrays, (g, total, delta), where = (
+        inputs[:count],
+        inputs[count : count + 3],
+        list(inputs[count + 3 :]),
     )
     query_tiles, key_tiles = -(-sizes.queries // _TILE), -(-sizes.tokens // _TILE)
     image, head, tile = _program(sizes, max(query_tiles, key_tiles))
@@ -294,9 +296,7 @@ def _run(
     ]
     each = 2 * batch * sizes.queries * sizes.tokens * heads * sizes.depth
     run = pl.pallas_call(
-        functools.partial(
-            kernel, sizes=sizes, parts=_parts(arrays), masked=where_BxT is not None
-        ),
+        functools.partial(kernel, sizes=sizes, parts=_parts(arrays), masked=where_BxT is not None),
         grid=(-(-longest // _TILE) * heads * batch,),
         out_shape=flat,
         compiler_params=triton.CompilerParams(
@@ -309,7 +309,11 @@ def _run(
         ),
         interpret=interpret,
     )
-    with jax.named_scope(f"flops={products[0] * each}"):  # for profiling.flops
+    # for profiling.flops and profiling.hlo
+    with (
+        jax.named_scope(f"computed={products[1] * each}"),
+        jax.named_scope(f"flops={products[0] * each}"),
+    ):
         made = run(*(array.reshape(-1) for array in inputs))
     return [array.reshape(out.shape) for array, out in zip(made, outs, strict=True)]
 

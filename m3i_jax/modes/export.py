@@ -38,6 +38,7 @@ from m3i_jax.evaluation import feature_extraction, load
 from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, vit_weights
 from m3i_jax.models import backbones
 from m3i_jax.modes import export_dense, model_card, output
+from m3i_jax.parallel import kernel_calls
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import checkpoint, checkpoint_reader, init_from, weight_source
 
@@ -255,9 +256,10 @@ def _to_stablehlo(directory: pathlib.Path, model: load.LoadedEncoder, workdir: s
             model.config, model.pool, parameters, pixels
         )
     )
-    exported = jax.export.export(function, platforms=_PLATFORMS)(
-        jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
-    )
+    with kernel_calls.without_kernels():
+        exported = jax.export.export(function, platforms=_PLATFORMS)(
+            jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
+        )
     with tensor_files.atomic_replace(directory / "features.stablehlo") as file:
         file.write(exported.serialize())
     again = jax.export.deserialize(bytearray((directory / "features.stablehlo").read_bytes()))

@@ -17,6 +17,7 @@ from m3i_jax.evaluation import load
 from m3i_jax.evaluation.load_dense import LoadedDense
 from m3i_jax.interop import tensor_files
 from m3i_jax.modes import output
+from m3i_jax.parallel import kernel_calls
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.training import checkpoint
@@ -82,10 +83,11 @@ def _to_stablehlo(directory: pathlib.Path, model: LoadedDense) -> list[str]:
         return task.predict(params, params["running"], {"image": images, "size": sizes})
 
     function = jax.jit(predict)
-    exported = jax.export.export(function, platforms=PLATFORMS)(
-        jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
-        jax.ShapeDtypeStruct((1, 2), jnp.int32),
-    )
+    with kernel_calls.without_kernels():
+        exported = jax.export.export(function, platforms=PLATFORMS)(
+            jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
+            jax.ShapeDtypeStruct((1, 2), jnp.int32),
+        )
     file = directory / "model.stablehlo"
     with tensor_files.atomic_replace(file) as out:
         out.write(exported.serialize())

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m3i_jax.errors import UserError
-from m3i_jax.parallel import kernel_calls
+from m3i_jax.parallel import kernel_calls, kernel_checks
 from m3i_jax.parallel.programs import Program
 
 AXES = ("replica", "fsdp", "tensor")
@@ -152,18 +152,21 @@ def is_single_device(rows: int) -> bool:
 
 def kernels(rows: int, platforms: Collection[str] = ("tpu",)) -> bool:
     """Whether Pallas kernels for these platforms can run on that many rows: there, where
-    `is_single_device` holds, unless M3I_JAX_KERNELS=0.
+    `is_single_device` holds, unless M3I_JAX_KERNELS=0 or within `kernel_calls.without_kernels`. A
+    number of rows that a symbol stands for may be anything.
 
     >>> kernels(6) and jax.default_backend() != "tpu"
     False
     """
+    if kernel_calls.excluded() or not isinstance(rows, int):
+        return False
     possible = platform() in platforms and is_single_device(rows)
     return possible and kernel_calls.kernel_setting() != "0"
 
 
 def trusted(call: kernel_calls.KernelCall) -> bool:
-    """Whether the traced program may contain a call that `kernels` allows: it was compared with the
-    plain form on the device, or will be before the program is compiled (`kernel_checks`).
+    """Whether the traced program may contain a call that `kernels` allows: it is compared with the
+    plain form on the device, now or before the program is compiled (`kernel_checks.is_right`).
 
     Args:
       call: with the arrays of all devices, or arrays instead of their shapes.
@@ -172,7 +175,7 @@ def trusted(call: kernel_calls.KernelCall) -> bool:
     def of_device(array: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows_of_device(array.shape[0]), *array.shape[1:]), array.dtype)
 
-    return kernel_calls.ask(call._replace(arrays=jax.tree.map(of_device, call.arrays)))
+    return kernel_checks.is_right(call._replace(arrays=jax.tree.map(of_device, call.arrays)))
 
 
 def per_device(run: Callable[..., Any], *arrays_Bx: Any) -> Any:

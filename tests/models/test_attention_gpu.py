@@ -96,7 +96,9 @@ def kernels_that_run(jaxpr):
         if each.primitive.name == "pallas_call":
             total += any(id(v) in used for v in each.outvars)
         else:
-            total += sum(kernels_that_run(inner) for inner in jax.core.jaxprs_in_params(each.params))
+            total += sum(
+                kernels_that_run(inner) for inner in jax.core.jaxprs_in_params(each.params)
+            )
     return total
 
 
