@@ -1,9 +1,11 @@
 """The mesh, the sharding of data, the only sharding constraint of the project, and programs that
 run on each device separately."""
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -117,6 +119,24 @@ def hold_rows(x_Bx: jax.Array) -> jax.Array:
     return hint(x_Bx, axes) if axes else x_Bx
 
 
+_assumed = contextvars.ContextVar("assumed", default="")
+
+
+@contextlib.contextmanager
+def assumed_platform(name: str) -> Iterator[None]:
+    """Trace for another platform: for estimates, as what is traced is not compiled.
+
+    >>> with assumed_platform("tpu"):
+    ...     platform()
+    'tpu'
+    """
+    before = _assumed.set(name)
+    try:
+        yield
+    finally:
+        _assumed.reset(before)
+
+
 def platform() -> str:
     """Platform that the traced program will run on: that of the mesh (jax.set_mesh), whose devices
     need not be attached, or else the default.
@@ -124,6 +144,8 @@ def platform() -> str:
     >>> platform() == jax.default_backend()
     True
     """
+    if assumed := _assumed.get():
+        return assumed
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
