@@ -309,7 +309,11 @@ def _run(
         ),
         interpret=interpret,
     )
-    with jax.named_scope(f"flops={products[0] * each}"):  # for profiling.flops
+    # for profiling.flops and profiling.hlo
+    with (
+        jax.named_scope(f"computed={products[1] * each}"),
+        jax.named_scope(f"flops={products[0] * each}"),
+    ):
         made = run(*(array.reshape(-1) for array in inputs))
     return [array.reshape(out.shape) for array, out in zip(made, outs, strict=True)]
 
