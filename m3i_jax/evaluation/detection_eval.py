@@ -227,16 +227,6 @@ def _with_masks(truth: ImageTruth, kind: str) -> ImageTruth:
     return dataclasses.replace(truth, crowd=truth.crowd | np.array(absent), masks=masks)
 
 
-def count_maskless(results: Sequence[DetectionResult]) -> int:
-    """Returns objects without a mask, which an evaluation of masks ignores; crowds are not
-    counted."""
-    return sum(
-        mask is None and not crowd
-        for result in results
-        for mask, crowd in zip(result.truth.masks, result.truth.crowd.tolist(), strict=True)
-    )
-
-
 def _coco_tables(
     truth: dict[str, Any], found: list[dict[str, Any]], kind: str, *, classes: bool = True
 ) -> _Tables:
@@ -321,23 +311,6 @@ def _metrics(tables: _Tables, frequency: Sequence[str], most: int) -> Iterator[t
     for name, part in parts:
         if (part > -1).any():
             yield name, float(part[part > -1].mean())
-
-
-def class_rows(
-    scores: DetectionScores, masks: DetectionScores | None = None
-) -> list[tuple[str, ...]]:
-    """Returns rows (class, objects, AP, AP50, recall, and mask AP if `masks` are given) for a
-    table, by descending AP, in per cent; classes without objects come last, without numbers."""
-
-    def per_cent(value: float) -> str:
-        return "" if np.isnan(value) else f"{100 * value:.1f}"
-
-    order = np.argsort(-np.nan_to_num(scores.ap, nan=-1.0), kind="stable").tolist()
-    columns = [scores.ap, scores.ap50, scores.recall] + ([masks.ap] if masks else [])
-    return [
-        (scores.names[k], f"{scores.objects[k]:,}", *(per_cent(float(c[k])) for c in columns))
-        for k in order
-    ]
 
 
 @dataclasses.dataclass(frozen=True)

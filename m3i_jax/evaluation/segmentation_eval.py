@@ -149,25 +149,6 @@ def segmentation_scores(
     )
 
 
-def segmentation_rows(scores: SegmentationScores) -> list[tuple[str, ...]]:
-    """Returns rows (class, pixels, IoU, accuracy) for a table, by descending IoU, in per cent;
-    classes that do not occur come last, without numbers."""
-
-    def per_cent(value: float) -> str:
-        return "" if np.isnan(value) else f"{100 * value:.1f}"
-
-    order = np.argsort(-np.nan_to_num(scores.iou, nan=-1.0), kind="stable").tolist()
-    return [
-        (
-            scores.names[k],
-            f"{scores.pixels[k]:,}",
-            per_cent(float(scores.iou[k])),
-            per_cent(float(scores.accuracy[k])),
-        )
-        for k in order
-    ]
-
-
 @dataclasses.dataclass(frozen=True)
 class SegmentedImage:
     """A held-out image, its map and the predicted one, at full size."""

@@ -1,5 +1,5 @@
-"""Writes the built-in scenes as files in COCO's and in ADE20k's form, so that tests and a first
-look use the readers of real files, with what those are full of."""
+"""Writes the built-in scenes as files in COCO's and in ADE20k's form, so that tests
+use the readers of real files, with what those are full of."""
 
 import json
 import os
