@@ -22,7 +22,7 @@ PROGRAM = {
 
 
 def missing_packages() -> list[str]:
-    """The packages of the extra `train` that are not installed.
+    """Returns the packages of the extra `train` that are not installed.
 
     >>> missing_packages()
     []

@@ -113,11 +113,11 @@ def test_run_time_starts_with_the_process() -> None:
         ),
         (
             ["--config", "configs/quickstart.py", "--workdir", "README.md/x"],
-            "'README.md' is no directory",
+            "'README.md' is not a directory",
         ),
         (
             ["--config", "configs/quickstart.py", "--workdir", "gs://b/x"],
-            "a URL is no directory",
+            "a URL is not a directory",
         ),
         (["--config", "configs/quickstart.py"], "--workdir: is missing"),
         (["--workdir", "W"], "--config: is missing"),

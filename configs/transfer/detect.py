@@ -19,7 +19,7 @@ below 384 channels and 1e-4 above, a cosine schedule, and images scaled by 0.5 t
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_encoder import (
+from m3i_jax.evaluation.dense_recipes import (
     build_dense_encoder,
     continue_dense_run,
     global_blocks,

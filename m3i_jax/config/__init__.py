@@ -104,7 +104,7 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
         if choices and value not in choices:
             near = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
             raise UserError(
-                f"config.{key}: {shorten(value)} is none of {', '.join(map(str, choices))}"
+                f"config.{key}: {shorten(value)} is not one of {', '.join(map(str, choices))}"
                 + (f"; did you mean {near[0]}?" if near else "")
             )
         values[name] = value
@@ -112,7 +112,7 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
 
 
 def resolve(config: ml_collections.ConfigDict) -> schema.Config:
-    """The checked, frozen settings of a ConfigDict.
+    """Returns the checked, frozen settings of a ConfigDict.
 
     Raises:
       UserError: an unknown key, a wrong type or an impossible value; the message names the key,

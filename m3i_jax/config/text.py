@@ -31,8 +31,8 @@ FREE = (
 
 
 def config_to_text(config: schema.Config) -> str:
-    """One line `key = value` per setting, in the order of the schema. It is saved with a run and
-    compared when the run resumes.
+    """Returns one line `key = value` per setting, in the order of the schema. It is saved with a
+    run and compared when the run resumes.
 
     >>> config_to_text(schema.Config()).splitlines()[0]
     'seed = 0'
@@ -43,7 +43,7 @@ def config_to_text(config: schema.Config) -> str:
 
 
 def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
-    """The ConfigDict of a text of `config_to_text`. Settings that the text omits have their
+    """Returns the ConfigDict of a text of `config_to_text`. Settings that the text omits have their
     defaults.
 
     Args:
@@ -61,8 +61,8 @@ def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
         key, equals, value = line.partition(" = ")
         if key not in table or not equals:
             raise UserError(
-                f"{where}: {shorten(key)} is no setting of this version of m3i_jax; use the version"
-                " that trained the run"
+                f"{where}: {shorten(key)} is not a setting of this version of m3i_jax; use the"
+                " version that trained the run"
             )
         section = config
         *sections, name = key.split(".")
@@ -73,13 +73,14 @@ def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
                 section[name] = typed_value(f"{where}: {key}", table[key][0], python_literal(value))
         except ValueError:
             raise UserError(
-                f"{where}: {key}: {shorten(value)} is no value; the file was changed"
+                f"{where}: {key}: {shorten(value)} is not a valid value; the file was changed by"
+                " hand: restore it"
             ) from None
     return config
 
 
 def load_from_workdir(workdir: str, flag: str) -> ml_collections.ConfigDict:
-    """The settings of the run in a directory.
+    """Returns the settings of the run in a directory.
 
     Raises:
       UserError: the directory holds no run; the message begins with `flag`.
@@ -95,8 +96,8 @@ def load_from_workdir(workdir: str, flag: str) -> ml_collections.ConfigDict:
 
 
 def config_difference(old: str, new: str) -> list[str]:
-    """The differences `key: old -> new` between two texts of `config_to_text`, without the keys of
-    FREE. A setting that is missing in the old text had its default.
+    """Returns the differences `key: old -> new` between two texts of `config_to_text`, without the
+    keys of FREE. A setting that is missing in the old text had its default.
 
     >>> config_difference("seed = 0\\ntrain.keep = 2\\n", "seed = 1\\ntrain.keep = 3\\n")
     ['seed: 0 -> 1']
@@ -119,7 +120,7 @@ def config_difference(old: str, new: str) -> list[str]:
 
 
 def help_table() -> str:
-    """Every key with its default, its meaning and its choices, as columns."""
+    """Returns every key with its default, its meaning and its choices, as columns."""
     rows = []
     for key, (_, value, text, choices) in setting_table().items():
         suffix = f" ({' | '.join(map(str, choices))})" if choices else ""

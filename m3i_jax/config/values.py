@@ -29,7 +29,7 @@ def _as_dict(node: Any) -> dict[str, Any]:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The default configuration (the paper's ViT-B/16 run, Table 7) as a locked ConfigDict.
+    """Returns the default configuration (the paper's ViT-B/16 run, Table 7) as a locked ConfigDict.
 
     >>> default_config().optim.lr
     0.001
@@ -40,7 +40,8 @@ def default_config() -> ml_collections.ConfigDict:
 def setting_table(
     node: Any = None, prefix: str = ""
 ) -> dict[str, tuple[Any, Any, str, tuple[Any, ...]]]:
-    """Every setting as {dotted key: (type, value, help, choices)}, in the order of the schema.
+    """Returns every setting as {dotted key: (type, value, help, choices)}, in the order of the
+    schema.
 
     >>> setting_table()["optim.b2"][:2]
     (<class 'float'>, 0.95)
@@ -59,7 +60,7 @@ def setting_table(
 
 
 def item_type(kind: Any) -> type:
-    """The type of the entries of a list type.
+    """Returns the type of the entries of a list type.
 
     >>> item_type(tuple[int, ...])
     <class 'int'>
@@ -75,7 +76,7 @@ def _type_name(kind: Any) -> str:
 def unknown_key_error(
     key: str, known: Iterable[str], where: str = "config.", what: str = "key"
 ) -> UserError:
-    """The error for an unknown key (or other `what`); it suggests the closest known one."""
+    """Returns the error for an unknown key (or other `what`); it suggests the closest known one."""
     known = list(known)
     near = (
         difflib.get_close_matches(key, known, 1, 0.5)
@@ -116,7 +117,7 @@ def typed_value(name: str, kind: Any, value: Any) -> Any:
 
 
 def python_literal(text: str) -> Any:
-    """The value of a Python literal; no name is looked up and nothing is called.
+    """Returns the value of a Python literal; no name is looked up and nothing is called.
 
     Raises:
       ValueError: any other text, and a text too long or nested too deeply for Python's parser.
@@ -133,7 +134,8 @@ def python_literal(text: str) -> Any:
 
 
 def parse_value(name: str, kind: Any, text: str) -> Any:
-    """The value of type `kind` that a command line gives as text, such as `1e-4` or `mim,clip`.
+    """Returns the value of type `kind` that a command line gives as text, such as `1e-4` or
+    `mim,clip`.
 
     Raises:
       UserError: a text that is no value of this type; the message begins with `name`.

@@ -1,7 +1,8 @@
 """What the modes ask of a task beyond training (training/task.py): panels, tables and words
 for people, as one value per task, and their registry.
 
-Those of this package are the files modes/NAME_views.py, imported when they are first needed."""
+Those of this package are in pretrain_views.py and dense_views.py, imported when they are first
+needed."""
 
 import dataclasses
 import importlib
@@ -42,11 +43,12 @@ def register_task_views(name: str, views: TaskViews) -> TaskViews:
 
 
 def task_views(name: str) -> TaskViews:
-    """What the modes show of a task; nothing, if nothing was registered for it.
+    """Returns what the modes show of a task; nothing, if nothing was registered for it.
 
     >>> task_views("pretrain").unit
     'a mixed view'
     """
     if name not in _REGISTRY and name in schema.BUILT_IN_TASKS:
-        importlib.import_module(f"{__package__}.{name}_views")
+        file = "pretrain_views" if name == "pretrain" else "dense_views"
+        importlib.import_module(f"{__package__}.{file}")
     return _REGISTRY.get(name, TaskViews())

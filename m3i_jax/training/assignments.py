@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from m3i_jax import schema
-from m3i_jax.objective.prototype_posterior import (
+from m3i_jax.objective.prototype_targets import (
     PrototypeSoftmax,
+    PrototypeState,
     prototype_terms,
     space_name,
+    track_centers,
 )
-from m3i_jax.objective.prototype_targets import PrototypeState, track_centers
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training.plan import Plan, TargetKey
@@ -33,8 +34,8 @@ MEAN_LOGITS = "mean_logits"
 def center_link(
     config: schema.Config, terms: Terms, steps: int
 ) -> tuple[tuple[str, optax.GradientTransformation], ...]:
-    """The link of the optimizer chain that keeps what assignments to prototypes carry from step to
-    step; none for an objective without prototypes."""
+    """Returns the link of the optimizer chain that keeps what assignments to prototypes carry from
+    step to step; none for an objective without prototypes."""
     names = prototype_terms(terms)
     if not names:
         return ()
@@ -54,8 +55,8 @@ class StartState(NamedTuple):
 
 
 def hold_at_start(steps: float) -> optax.GradientTransformation:
-    """Optax transform that makes the updates of prototypes and of their lengths 0 in the first
-    steps (DINOv2: a learning rate of 0, while the moments go on).
+    """Returns an optax transform that makes the updates of prototypes and of their lengths 0 in the
+    first steps (DINOv2: a learning rate of 0, while the moments go on).
 
     >>> tx = hold_at_start(1)
     >>> tree = {"heads": {"global": {"prototypes": jnp.ones(1), "projector": jnp.ones(1)}}}
@@ -84,7 +85,8 @@ def hold_at_start(steps: float) -> optax.GradientTransformation:
 def start_link(
     config: schema.Config, terms: Terms, steps: int
 ) -> tuple[tuple[str, optax.GradientTransformation], ...]:
-    """The link that holds prototypes at the start of a run, with `optim.freeze_prototypes`."""
+    """Returns the link that holds prototypes at the start of a run, with
+    `optim.freeze_prototypes`."""
     share = config.optim.freeze_prototypes
     return (("start", hold_at_start(share * steps)),) if share and prototype_terms(terms) else ()
 
@@ -92,7 +94,7 @@ def start_link(
 def assign_targets(
     plan: Plan, features: TargetFeatures, state: PrototypeState | None
 ) -> tuple[TargetFeatures, dict[str, Any]]:
-    """The targets of a whole batch with assignments in place of the logits of spaces with
+    """Returns the targets of a whole batch with assignments in place of the logits of spaces with
     prototypes.
 
     The views of a space are one problem, as in DINOv2: the centre is the mean over both, and

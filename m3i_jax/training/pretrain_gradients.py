@@ -23,11 +23,10 @@ from m3i_jax.objective import balance
 from m3i_jax.objective.ema import SnapshotState
 from m3i_jax.objective.prototype_targets import PrototypeState
 from m3i_jax.training import assignments, entropy_losses, predictions, targets, term_losses, views
-from m3i_jax.training.microbatches import merge_microbatches, split_microbatches
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.predictions import Arrays
-from m3i_jax.training.state import State
 from m3i_jax.training.targets import TargetFeatures
+from m3i_jax.training.task import State, merge_microbatches, split_microbatches
 from m3i_jax.training.term_losses import CachedTextGradients, TargetBundle, TermLosses
 from m3i_jax.training.views import Batch, Inputs, Patches
 
@@ -121,7 +120,7 @@ def objective_gradients(
     prototypes: PrototypeState | None = None,
     snapshot: SnapshotState | None = None,
 ) -> tuple[Any, Metrics, tuple[jax.Array, jax.Array]]:
-    """Gradients of L_ssp + weight * L_sp with one encoder backward.
+    """Computes the gradients of L_ssp + weight * L_sp with one encoder backward.
 
     Args:
       plan: the terms and their settings.
@@ -226,7 +225,7 @@ def objective_gradients(
 
 
 def target_encoders(opt: Any) -> dict[str, Any]:
-    """The trees of the target encoders in an optimizer state."""
+    """Returns the trees of the target encoders in an optimizer state."""
     out = {"ema": opt["target"].params}
     if "snapshot" in opt:
         out["snapshot"] = opt["snapshot"].params
@@ -244,14 +243,14 @@ def _shared_encoder(plan: Plan, params: Any) -> dict[str, Any]:
 
 
 def views_and_targets(plan: Plan, state: State, batch: Batch) -> tuple[Patches, TargetFeatures]:
-    """(patches of every view, targets) of a batch. With microbatches, those of all of them are
-    computed before the first gradient."""
+    """Returns (patches of every view, targets) of a batch. With microbatches, those of all of them
+    are computed before the first gradient."""
     teachers = target_encoders(state.opt) | _shared_encoder(plan, state.params)
     return _views_and_targets(plan, teachers, batch)
 
 
 def loss_pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[Any]]:
-    """(pullback of the encoder, [pullback of each group's loss]) of a batch that is one
+    """Returns (pullback of the encoder, [pullback of each group's loss]) of a batch that is one
     microbatch, as trees of the arrays that they keep. The first and one of the others live from the
     forward pass to the backward."""
     patches, features = views_and_targets(plan, state, batch)

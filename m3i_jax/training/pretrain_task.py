@@ -12,11 +12,19 @@ import optax
 from m3i_jax import schema
 from m3i_jax.data import pipeline, region_texts
 from m3i_jax.models import m3i
-from m3i_jax.objective import block_masks
+from m3i_jax.objective import masks
 from m3i_jax.objective.caption_posterior import CAPTIONS
-from m3i_jax.training import assignments, optimizer, panel, plan, pretrain_gradients
-from m3i_jax.training.state import State
-from m3i_jax.training.task import Batch, StepGradients, Task, register_task
+from m3i_jax.training import (
+    assignments,
+    optimizer,
+    plan,
+    predictions,
+    pretrain_gradients,
+    targets,
+    views,
+)
+from m3i_jax.training.plan import Plan
+from m3i_jax.training.task import Batch, State, StepGradients, Task, register_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Pretrain(Task):
         for size, count in collections.Counter(group.size for group in groups).items():
             shapes[f"views_{size}"] = ((b, count, size, size, 3), "uint8")
         if config.data.mask == "multi_block":
-            cells = block_masks.block_cells(config.grid, config.data.mask_block_share)
+            cells = masks.block_cells(config.grid, config.data.mask_block_share)
             shapes["blocks"] = ((b, config.data.mask_blocks, cells), "int32")
         if config.data.captions == "yes":
             length = config.data.caption_length
@@ -105,7 +113,7 @@ class Pretrain(Task):
         return pretrain_gradients.views_and_targets(self.plan, state, batch)
 
     def panel_outputs(self, state: State, batch: Batch) -> dict[str, jax.Array]:
-        return panel.panel_outputs(self.plan, state, batch)
+        return panel_outputs(self.plan, state, batch)
 
     def scheduled(self, step: int, *, steps: int) -> dict[str, float]:
         return {"ema": optimizer.ema_momentum(self.config.optim, steps=steps)(step)}
@@ -135,3 +143,50 @@ class Pretrain(Task):
 
 
 register_task("pretrain", Pretrain)
+
+
+def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array]:
+    """Patches and features [R, N, ...] of a batch for a panel.
+
+    input, input_view       what the first pass reads, and the own view that it is made from
+    <term>/view             the target view of each dense term
+    <term>/picture          predicted pixels, with the mean and deviation of the true patch
+    <term>/prediction, <term>/target    predicted features and those that they are compared with
+    """
+    config = plan.config
+    patches, features = pretrain_gradients.views_and_targets(plan, state, batch)
+    inputs = views.pass_inputs(config, plan.passes, batch)
+    first = plan.passes[0]
+    out = {
+        "input": views.encoder_input(config, first, inputs[first], patches),
+        "input_view": views.image_rows(config, first, "own", patches[first.view]),
+    }
+    indices = tuple(
+        i
+        for i in plan.dense
+        if plan.terms[i].target.encoder != "online"
+        and not targets.has_prototypes(plan.target_key(plan.terms[i]))
+    )
+    z = views.encode_passes(config, inputs, patches, state.params["encoder"])
+    predicted = predictions.predict_images(plan, state.params, z, inputs, indices)
+    for i, prediction in predicted.items():
+        term = plan.terms[i]
+        assert term.target.view is not None
+        raw, view = (
+            views.image_rows(config, term.reads, term.image, x)
+            for x in (features[plan.target_key(term)], patches[term.target.view])
+        )
+        raw = raw.astype(jnp.float32)
+        target = targets.normalize_target(term, raw)
+        cells = predictions.query_cells(term, inputs[term.reads])
+        if cells is not None:  # the others show their target
+            rows = jnp.arange(cells.shape[0])[:, None]
+            prediction = target.at[rows, cells].set(prediction.astype(target.dtype))
+        out[f"{term.name}/view"] = view
+        if term.target.of == "pixels":
+            std, mean = raw.std(-1, ddof=1, keepdims=True), raw.mean(-1, keepdims=True)
+            out[f"{term.name}/picture"] = prediction * std + mean
+        else:
+            out[f"{term.name}/prediction"] = prediction.astype(jnp.float32)
+            out[f"{term.name}/target"] = target
+    return out

@@ -25,8 +25,8 @@ TRAINED = "trained"
 def encode_targets(
     plan: Plan, teachers: dict[str, Any], patches: Patches
 ) -> dict[TargetPass, jax.Array]:
-    """Tokens [B, T, D] of every target pass, cls first; one call for all views that an encoder
-    reads in one way."""
+    """Returns tokens [B, T, D] of every target pass, cls first; one call for all views that an
+    encoder reads in one way."""
     out: dict[TargetPass, jax.Array] = {}
     kinds: dict[tuple[str, int, int, int], list[TargetPass]] = {}
     for p in plan.target_passes:
@@ -45,9 +45,9 @@ def encode_targets(
 def encode_target(
     plan: Plan, target: TargetPass, encoder: Any, patches_BxNxP: jax.Array
 ) -> jax.Array:
-    """Tokens [B, T, D] at the cells of a view, of a target encoder of the run's shape, which may
-    read the view enlarged. Pixels and features are then resized bicubically, as PyTorch does
-    without antialiasing.
+    """Returns tokens [B, T, D] at the cells of a view, of a target encoder of the run's shape,
+    which may read the view enlarged. Pixels and features are then resized bicubically, as PyTorch
+    does without antialiasing.
 
     Args:
       plan: of the run.
@@ -79,7 +79,8 @@ def _resize_square(x_BxGxGxC: jax.Array, side: int) -> jax.Array:
 def project_target(
     plan: Plan, params: Any, space: Any, z_BxTxD: jax.Array, hidden_BxH: jax.Array | None = None
 ) -> jax.Array:
-    """Target features in the space of a key: [B, N, D] of dense terms, [B, D] of pooled ones.
+    """Returns target features in the space of a key: [B, N, D] of dense terms, [B, D] of pooled
+    ones.
 
     Args:
       plan: of the run.
@@ -110,7 +111,7 @@ def project_target(
 def pool_tokens(
     space: ProjectionHead, tokens_RxKxD: jax.Array, cls_RxD: jax.Array | None
 ) -> jax.Array:
-    """The input of a projection: the mean of the tokens, cls, or every token by itself."""
+    """Returns the input of a projection: the mean of the tokens, cls, or every token by itself."""
     if space.pool == "none":
         return tokens_RxKxD
     if space.pool == "cls" and cls_RxD is not None:
@@ -121,8 +122,8 @@ def pool_tokens(
 def target_features(
     plan: Plan, teachers: dict[str, Any], patches: Patches, mask_BxN: jax.Array | None = None
 ) -> TargetFeatures:
-    """Every target of the plan that needs no online pass, [B, N, D] or [B, D], without gradient;
-    [B, H, D] where only hidden tokens are projected, for which `mask_BxN` is read."""
+    """Returns every target of the plan that needs no online pass, [B, N, D] or [B, D], without
+    gradient; [B, H, D] where only hidden tokens are projected, for which `mask_BxN` is read."""
     encoded, hidden = encode_targets(plan, teachers, patches), None
     if mask_BxN is not None and plan.projects_hidden:
         hidden = mixing.split(mask_BxN, plan.config.tokens - plan.config.hidden)[1]
@@ -144,7 +145,7 @@ def target_features(
 
 
 def normalize_target(term: Term, target: jax.Array) -> jax.Array:
-    """A target as the posterior of a term compares it, float32: pixels normalised by patch,
+    """Returns a target as the posterior of a term compares it, float32: pixels normalised by patch,
     features prepared by the posterior."""
     if term.target.of == "pixels":
         return losses.patch_normalize(target)
@@ -152,20 +153,20 @@ def normalize_target(term: Term, target: jax.Array) -> jax.Array:
 
 
 def has_prototypes(key: TargetKey) -> bool:
-    """Whether a target is an assignment to prototypes."""
+    """Returns whether a target is an assignment to prototypes."""
     space = key.space
     return isinstance(space, ClusterHead) or bool(getattr(space, "prototypes", ""))
 
 
 def moment_key(key: TargetKey) -> TargetKey:
-    """The key of a second moment: targets of one encoder in one space share it, whatever the
-    view."""
+    """Returns the key of a second moment: targets of one encoder in one space share it, whatever
+    the view."""
     return key._replace(target=dataclasses.replace(key.target, view=0))
 
 
 def target_moments(plan: Plan, features: TargetFeatures) -> dict[TargetKey, jax.Array]:
-    """Second moment C [D, D] of the learned targets of each kind, over all tokens and views of the
-    batch."""
+    """Computes the second moment C [D, D] of the learned targets of each kind, over all tokens and
+    views of the batch."""
     out: dict[TargetKey, list[jax.Array]] = {}
     # in the order of the terms: a dict that leaves a compiled loop is sorted
     for key in plan.target_keys:

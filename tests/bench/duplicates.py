@@ -22,51 +22,78 @@ from m3i_jax.data import curation, decode
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.modes import curate
 
-KINDS = ("jpeg 40", "webp 60", "half", "double", "crop .9", "crop .8", "crop .7")
+KINDS = ("jpeg 40", "webp 60", "half", "double", "crop .9", "crop .8", "crop .7", "crop .85 half")
 
 
 def make_copy(image: Image.Image, kind: str, rng: np.random.Generator) -> bytes:
     """A copy of an image as the bytes of a file."""
     options = {"format": "JPEG", "quality": 85}
-    width, height = image.size
     if kind == "jpeg 40":
         options["quality"] = 40
     elif kind == "webp 60":
         options = {"format": "WEBP", "quality": 60}
-    elif kind in ("half", "double"):
-        factor = 0.5 if kind == "half" else 2
-        image = image.resize((max(16, int(width * factor)), max(16, int(height * factor))))
-    else:
+    if kind.startswith("crop"):
+        width, height = image.size
         side = float(kind.split()[1]) + rng.uniform(-0.05, 0.05)
         w, h = max(16, int(width * side)), max(16, int(height * side))
         x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
         image = image.crop((x, y, x + w, y + h))
+    if kind.endswith(("half", "double")):
+        factor = 0.5 if kind.endswith("half") else 2
+        image = image.resize(tuple(max(16, int(side * factor)) for side in image.size))
     buffer = io.BytesIO()
     image.save(buffer, **options)
     return buffer.getvalue()
 
 
+def composed(drawings: list[Image.Image], rng: np.random.Generator) -> Image.Image:
+    """An image of its own: some drawings on smooth random colours with noise."""
+    width, height = rng.integers(112, 257, 2).tolist()
+    colours = rng.integers(0, 256, (*rng.integers(2, 6, 2), 3)).astype(np.uint8)
+    smooth = Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+    noise = rng.normal(0, rng.uniform(0, 12), (height, width, 3))
+    image = Image.fromarray((np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8))
+    for _ in range(int(rng.integers(2, 6))):
+        drawing = drawings[int(rng.integers(len(drawings)))]
+        factor = rng.uniform(0.2, 0.6) * min(image.size) / max(drawing.size)
+        drawing = drawing.resize(tuple(max(8, int(side * factor)) for side in drawing.size))
+        place = tuple(int(rng.integers(-8, side - 16)) for side in image.size)
+        image.paste(drawing, place, drawing)
+    return image
+
+
 def write_images(tars: list[str], count: int, folder: pathlib.Path) -> None:
-    """Writes originals `o<i>.png` and copies `o<i> <kind>.<ext>` to a folder."""
+    """Writes originals `o<i>.png` and copies `o<i> <kind>.<ext>` to a folder. Where the tar files
+    have too few, originals are composed from them."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    sources = [TarSource(tar) for tar in tars]
     originals = count - count // 4
     copied = set(rng.permutation(originals)[: count // 4].tolist())
-    taken = 0
+    sources = [TarSource(tar) for tar in tars]
     orders = [iter(rng.permutation(len(source)).tolist()) for source in sources]
+    drawings: list[Image.Image] = []
+    taken = 0
     while taken < originals:
-        place = taken % len(sources)
-        index = next(orders[place], None)
-        if index is None:
-            del sources[place], orders[place]
-            continue
-        try:
-            image = Image.fromarray(decode.decode_image(sources[place][index].image))
-        except decode.BadRecord:  # too small
-            continue
-        if min(image.size) < 32:
-            continue
+        if orders:
+            place = taken % len(sources)
+            index = next(orders[place], None)
+            if index is None:
+                del sources[place], orders[place]
+                continue
+            if "annotations" in sources[place].key(index):  # class maps beside the scenes
+                continue
+            raw = sources[place][index].image
+            try:
+                image = Image.fromarray(decode.decode_image(raw))
+            except decode.BadRecord:  # too small
+                continue
+            if min(image.size) < 32:
+                continue
+            drawing = Image.open(io.BytesIO(raw)).convert("RGBA")
+            if drawing.getextrema()[3][0] < 255:
+                drawings.append(drawing)
+        else:
+            image = composed(drawings, rng)
         image.save(folder / f"o{taken}.png")
         if taken in copied:
             kind = KINDS[int(rng.integers(len(KINDS)))]

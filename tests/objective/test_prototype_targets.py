@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3i_jax.objective.prototype_posterior import PrototypeSoftmax, prototype_terms, with_constraint
 from m3i_jax.objective.prototype_targets import (
+    PrototypeSoftmax,
     centering,
+    prototype_terms,
     sinkhorn,
     soft_cross_entropy,
     track_centers,
+    with_constraint,
 )
 from m3i_jax.objective.registry import form
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from m3i_jax import main as command
-from m3i_jax.training import file_checksums, loop, trainer
+from m3i_jax.training import checksums, loop, trainer
 from tests.dense_toy import DETECT, DINO, INSTANCES, MASK2FORMER, SEGMENT, SHARED
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -86,7 +86,7 @@ def logged(run: pathlib.Path) -> list[dict]:
 
 def saved_arrays(run: pathlib.Path) -> dict[str, str]:
     """Checksums of all arrays of the last checkpoint: parameters, moments, running statistics."""
-    found = file_checksums.read_checksums(run / "checkpoints" / str(STEPS))
+    found = checksums.read_checksums(run / "checkpoints" / str(STEPS))
     assert found
     return found["arrays"]
 

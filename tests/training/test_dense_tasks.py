@@ -13,8 +13,7 @@ from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.training import step
 from m3i_jax.training.dense_task import RunningState
-from m3i_jax.training.microbatches import split_microbatches
-from m3i_jax.training.task import StepGradients, make_task
+from m3i_jax.training.task import StepGradients, make_task, split_microbatches
 from tests import toy
 from tests.dense_toy import MASK2FORMER, dense_batch, dense_settings, make_trainer
 
@@ -315,7 +314,7 @@ def test_dino_reads_the_maps_of_a_convolutional_encoder_as_they_are() -> None:
     ("changes", "words"),
     [
         ({"dense__segment__width": 12, "dense__segment__mask2former__heads": 5}, "5 heads do not"),
-        ({"dense__segment__width": 10}, "10, no multiple of 4"),
+        ({"dense__segment__width": 10}, "must be a multiple of 4, not 10"),
         ({"dense__segment__strides": "(8,)"}, "two or more maps"),
     ],
 )

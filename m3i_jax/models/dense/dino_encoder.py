@@ -25,7 +25,7 @@ from m3i_jax.models.dense.deformable_layers import (
     valid_tokens,
 )
 from m3i_jax.models.dense.dino_decoder import box_delta, init_query_heads, linear_shapes
-from m3i_jax.models.dense.group_norm import group_norm
+from m3i_jax.models.dense.map_norms import group_norm
 from m3i_jax.models.initializers import InitSpec, fill
 from m3i_jax.models.intern_image_layer import convolve, dense_layer
 from m3i_jax.models.layers import Params
@@ -56,8 +56,8 @@ def levels_read(settings: schema.Detect) -> tuple[int, ...]:
 def init_encoder(
     settings: schema.Detect, channels: Mapping[int, int], classes: int, rng: jax.Array
 ) -> dict[str, Any]:
-    """Parameters: `projections/stride_<n>` (`conv` and `norm`), `level_embedding` [L, D],
-    `layers`, and `proposals`: `dense`, `norm` and `heads`.
+    """Returns the initial parameters: `projections/stride_<n>` (`conv` and `norm`),
+    `level_embedding` [L, D], `layers`, and `proposals`: `dense`, `norm` and `heads`.
 
     Convolutions are Xavier-uniform with biases 0, as the dense layer is, the embedding N(0, 1).
 
@@ -108,7 +108,8 @@ def encode_levels(
     maps: Mapping[int, jax.Array],
     size_Bx2: jax.Array,
 ) -> tuple[jax.Array, Shapes, jax.Array]:
-    """(tokens after the encoder [B, N, D], (height, width) of every level, valid cells [B, L, 2]).
+    """Returns (tokens after the encoder [B, N, D], (height, width) of every level, valid cells [B,
+    L, 2]).
 
     Args:
       params: as of `init_encoder`.
@@ -155,9 +156,9 @@ def encode_levels(
 
 
 def token_proposals(shapes: Shapes, valid_BxLx2: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A box around every token, (centre, sides) in shares of the image [B, N, 4], sides doubling
-    from level to level, and which of them may become proposals, bool [B, N]: those of the image's
-    own cells whose numbers are all inside 0.01..0.99.
+    """Returns a box around every token, (centre, sides) in shares of the image [B, N, 4], sides
+    doubling from level to level, and which of them may become proposals, bool [B, N]: those of the
+    image's own cells whose numbers are all inside 0.01..0.99.
 
     >>> boxes, usable = token_proposals(((1, 2),), jnp.array([[[1, 1]]]))
     >>> boxes.round(2).tolist(), usable.tolist()
@@ -183,8 +184,8 @@ def select_tokens(
     shapes: Shapes,
     valid_BxLx2: jax.Array,
 ) -> Selected:
-    """The tokens of the highest class logit, with the boxes that the encoder's head makes of their
-    proposals. The matched queries start from these boxes.
+    """Returns the tokens of the highest class logit, with the boxes that the encoder's head makes
+    of their proposals. The matched queries start from these boxes.
 
     Args:
       params: as of `init_encoder`.

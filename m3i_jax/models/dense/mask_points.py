@@ -47,8 +47,8 @@ def _add(grad_P: jax.Array, points_Px2: jax.Array, h: int, w: int) -> jax.Array:
 
 @jax.custom_vjp
 def read_maps(maps_MxHxW: jax.Array, points_MxPx2: jax.Array) -> jax.Array:
-    """Every map at points of its own, float32 [M, P]: `map_sampling.sample_points` with gradients
-    for the maps alone.
+    """Returns every map at points of its own, float32 [M, P]: `map_sampling.sample_points` with
+    gradients for the maps alone.
 
     Args:
       maps_MxHxW: the maps.

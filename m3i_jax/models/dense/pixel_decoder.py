@@ -17,7 +17,7 @@ from m3i_jax.models.dense.deformable_layers import (
     init_deformable_encoder,
     sine_positions,
 )
-from m3i_jax.models.dense.group_norm import group_norm
+from m3i_jax.models.dense.map_norms import group_norm
 from m3i_jax.models.dense.map_sampling import resize_bilinear
 from m3i_jax.models.initializers import InitSpec, fill
 from m3i_jax.models.intern_image_layer import convolve, dense_layer
