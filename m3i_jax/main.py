@@ -156,14 +156,18 @@ def parser() -> Parser:
         help="profile: time and check every kernel of the train step, without data",
     )
     parser.add_argument(
-        "--format", default="", metavar="NAME", help="export: timm, hf, stablehlo, npz or orbax"
+        "--format",
+        default="",
+        metavar="NAME",
+        help="export: timm, hf, stablehlo, npz or orbax; convert: array_record (default) or tar",
     )
     parser.add_argument("--out", default="", metavar="FILE", help="features: the npz file to write")
     parser.add_argument(
         "--shard",
         default="",
         metavar="I/N",
-        help="convert: write share I of N, from 0; /N: the I of a Slurm array or an indexed Job",
+        help="convert, index: write share I of N, from 0; /N: the I of a Slurm array or an indexed"
+        " Job",
     )
     parser.add_argument(
         "--size",

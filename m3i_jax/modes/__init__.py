@@ -49,7 +49,8 @@ _DATA = tuple(
     f"data.{name}"
     for name in (
         "source", "path", "directory", "mixture", "class_space", "class_names", "annotations",
-        "keep", "split", "holdout_split", "size", "holdout", "background", "threads", "missing",
+        "index", "keep", "split", "holdout_split", "size", "holdout", "background", "threads",
+        "missing",
     )
 )  # fmt: skip
 _EVALUATION = ("image_size", "classes", "captions", "caption_length", "augment.mean", "augment.std")
@@ -154,10 +155,17 @@ MODES = {
         of_run=True,
         settings=False,
     ),
+    "index": Mode(
+        "read the headers of the tar files of the source once, into data.index or WORKDIR/index;"
+        " the same command resumes it; on several hosts each reads its share (--shard)",
+        flags=("shard",),
+        shares=True,
+        reads=("data.",),
+    ),
     "convert": Mode(
-        "write all records of the source as ArrayRecord shards to WORKDIR; the same command"
-        " resumes it; on several hosts each writes its share (--shard)",
-        flags=("shard", "size", "quality"),
+        "write all records of the source as shards to WORKDIR, array_record or tar (--format); the"
+        " same command resumes it; on several hosts each writes its share (--shard)",
+        flags=("shard", "size", "quality", "format"),
         shares=True,
     ),
     "curate": Mode(

@@ -36,7 +36,7 @@ EXAMPLES = 24  # examples on the page
 def run(config: schema.Config, *, workdir: str) -> int:
     directory = pathlib.Path(workdir)
     jobs.make_workdir(directory)
-    opened = splits.open_splits(config.data, cache=str(directory / "index"))
+    opened = splits.open_splits(config.data, cache=jobs.index_directory(config.data, directory))
     kind = task_kind(config.task)
     train, held_out = (kind.with_annotations(part) for part in opened)
     source = dataset_scan.ConcatSource(train, held_out)

@@ -43,6 +43,7 @@ from m3i_jax.evaluation.load_dense import LoadedDense
 from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, vit_weights
 from m3i_jax.models import backbones
 from m3i_jax.modes import model_card, setup
+from m3i_jax.parallel import kernel_calls
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import checkpoint, init_from, weight_source
@@ -262,9 +263,10 @@ def _to_stablehlo(directory: pathlib.Path, model: load.LoadedEncoder, workdir: s
             model.config, model.pool, parameters, pixels
         )
     )
-    exported = jax.export.export(function, platforms=_PLATFORMS)(
-        jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
-    )
+    with kernel_calls.without_kernels():
+        exported = jax.export.export(function, platforms=_PLATFORMS)(
+            jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
+        )
     with tensor_files.atomic_replace(directory / "features.stablehlo") as file:
         file.write(exported.serialize())
     again = jax.export.deserialize(bytearray((directory / "features.stablehlo").read_bytes()))
@@ -410,10 +412,11 @@ def _model_to_stablehlo(directory: pathlib.Path, model: LoadedDense) -> list[str
         return task.predict(params, params["running"], {"image": images, "size": sizes})
 
     function = jax.jit(predict)
-    exported = jax.export.export(function, platforms=_MODEL_PLATFORMS)(
-        jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
-        jax.ShapeDtypeStruct((1, 2), jnp.int32),
-    )
+    with kernel_calls.without_kernels():
+        exported = jax.export.export(function, platforms=_MODEL_PLATFORMS)(
+            jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
+            jax.ShapeDtypeStruct((1, 2), jnp.int32),
+        )
     file = directory / "model.stablehlo"
     with tensor_files.atomic_replace(file) as out:
         out.write(exported.serialize())

@@ -43,7 +43,9 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
     )
     model = _model(config, workdir)
     preprocessing = _preprocessing(config, model)
-    train, held_out = splits.open_splits(config.data, cache=str(directory / "index"))
+    train, held_out = splits.open_splits(
+        config.data, cache=jobs.index_directory(config.data, directory)
+    )
     identity = {
         "weights": model.name,
         "pool": model.pool,

@@ -128,6 +128,6 @@ def traced_calls(step_trainer: trainer.Trainer) -> list[kernel_calls.KernelCall]
     """Returns the calls of kernels in the train step."""
     batch = trainer.abstract_batch(step_trainer.config)
     kernel_calls.take_pending()  # of what this process traced before
-    with jax.set_mesh(step_trainer.mesh):
+    with jax.set_mesh(step_trainer.mesh), kernel_calls.noted_calls():
         jax.eval_shape(step_trainer.trace, step_trainer.template, batch)
     return kernel_calls.take_pending()

@@ -170,7 +170,7 @@ def open_setup(
     make_workdir(path)
     # the first host reads the headers of all files, the others its index
     with parallel.host0_first("index"):
-        train, held_out = splits.open_splits(config.data, cache=str(path / "index"))
+        train, held_out = splits.open_splits(config.data, cache=index_directory(config.data, path))
     kind = task_kind(config.task)
     train, held_out = kind.with_annotations(train), kind.with_annotations(held_out)
     train, names = kind.training_records(train), kind.class_names(train)
@@ -210,6 +210,15 @@ def require_views(config: schema.Config, mode: str, why: str) -> None:
     """Refuse a mode that needs features of whole images for a task that has none."""
     if not config.traits.views:
         raise UserError(f"config.task: {config.task!r} has no --mode={mode}: {why}")
+
+
+def index_directory(data: schema.Data, workdir: pathlib.Path) -> str:
+    """The directory of the indices of the data: data.index, or one in the working directory.
+
+    >>> index_directory(schema.Data(), pathlib.Path("run"))
+    'run/index'
+    """
+    return os.path.expanduser(data.index) or str(workdir / "index")
 
 
 def make_workdir(workdir: pathlib.Path) -> None:

@@ -170,6 +170,14 @@ def curation_page_html(report: Mapping[str, Any], examples: Mapping[str, Sequenc
         html_page.definition_list([(name, str(v)) for name, v in report["rules"].items()]),
         "<h2>Left out</h2>" + html_page.html_table(("reason", "records", "share"), rows, numeric=1),
     ]
+    quantiles = [
+        (name, records, *(f"{value:,.3g}" for value in values))
+        for name, parts in report.get("scores", {}).items()
+        for records, values in parts.items()
+    ]
+    if quantiles:
+        columns = ("score", "records", "least", "1 %", "10 %", "median", "90 %", "99 %", "most")
+        body.append("<h2>Scores</h2>" + html_page.html_table(columns, quantiles, numeric=2))
     for reason, shown in examples.items():
         note = "" if len(shown) == left_out[reason] else f": {len(shown)} of {left_out[reason]:,}"
         figures = "".join(_figure(image) for example in shown for image in example)

@@ -24,19 +24,23 @@ HEADS = {
     "dino": DINO,
     "instances": INSTANCES,
     "mask2former": SEGMENT | {k.replace("__", "."): v for k, v in MASK2FORMER.items()},
+    "upernet": SEGMENT | {"dense.segment.head": "upernet", "dense.segment.divide_by": "all"},
 }
+SEGMENTERS = ("mask2former", "upernet")
 OF_MASKS = tuple(f"{of}{kind}" for of in ("", "auxiliary_") for kind in ("class", "mask", "dice"))
 LOSSES = {
     "mask_rcnn": ("rpn_cls", "rpn_loc", "cls", "box_reg", "mask"),
     "dino": tuple(f"{of}{kind}" for of in ("", "aux_", "enc_", "dn_") for kind in ("cls", "l1")),
     "instances": OF_MASKS,
     "mask2former": OF_MASKS,
+    "upernet": ("pixels", "auxiliary"),
 }
 PARTS = {
     "mask_rcnn": "params/head/mask/",
     "dino": "params/head/decoder/layers/reading/",
     "instances": "params/head/decoder/queries",
     "mask2former": "params/head/decoder/queries",
+    "upernet": "params/head/fuse/",
 }
 VALUES = SHARED | {
     "data.size": 40,
@@ -68,7 +72,7 @@ def arguments(run: pathlib.Path, head: str, **changes: object) -> list[str]:
     texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in values.items()]
     name = "mask2former" if head == "instances" else head
     recipe = f"configs/transfer/detect.py:head={name},masks={str(head != 'dino').lower()}"
-    if head == "mask2former":
+    if head in SEGMENTERS:
         recipe = f"configs/transfer/segment.py:head={head}"
     return ["--config", recipe, "--workdir", str(run), *texts]
 
@@ -92,7 +96,8 @@ def same(run: pathlib.Path, other: pathlib.Path) -> bool:
     return saved_arrays(run) == saved_arrays(other)
 
 
-# Segmentation by Mask2Former takes the way of instances, and its data that of test_dense_modes.py.
+# Segmentation by Mask2Former takes the way of instances, and its data that of test_dense_modes.py,
+# whose run is UperNet's.
 FIRST = ("mask_rcnn", "dino", "instances")
 
 

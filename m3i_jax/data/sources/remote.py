@@ -2,6 +2,8 @@
 without local copies."""
 
 import concurrent.futures
+import io
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -120,11 +122,37 @@ def _state(info: Mapping[str, Any]) -> State | None:
     return (int(info["size"]), str(stamps)) if stamps and info.get("size") is not None else None
 
 
-def open_file(path: str) -> Any:
-    """Opens a URL for sequential reading, with readahead."""
-    return retry_network(
-        path, lambda: file_system(path).open(path, "rb", block_size=BLOCK, cache_type="readahead")
-    )
+def open_file(path: str) -> io.BufferedReader:
+    """Opens a URL for reading, with readahead; a request that fails is tried again."""
+    return io.BufferedReader(_RangeFile(path), BLOCK)
+
+
+class _RangeFile(io.RawIOBase):
+    """A file whose reads are requests for ranges."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._size, self._place = path, file_state(path)[0], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place}.get(whence, self._size)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(min(len(buffer), self._size - self._place), 0)
+        if count:
+            (content,) = _read_requests([(self._path, self._place, self._place + count)])
+            buffer[:count] = content
+        self._place += count
+        return count
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:

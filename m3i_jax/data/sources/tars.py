@@ -121,14 +121,9 @@ class TarSource:
 
     def caption(self, index: int) -> str | bytes | None:
         """Reads a caption without its image, up to the length that is used."""
-        return self.some_captions([index])[0]
-
-    def some_captions(self, indices: Sequence[int]) -> list[str | bytes | None]:
-        """Reads several captions, those in a bucket at the same time."""
-        captioned = [i for i in indices if self._index["caption_kind"][i] != NO_CAPTION]
-        contents = _read_ranges([self._caption_range(i) for i in captioned])
-        captions = dict(zip(captioned, contents, strict=True))
-        return [self._parse_caption(i, captions[i]) if i in captions else None for i in indices]
+        if self._index["caption_kind"][index] == NO_CAPTION:
+            return None
+        return self._parse_caption(index, _read_ranges([self._caption_range(index)])[0])
 
     def _caption_range(self, index: int) -> tuple[str, int, int]:
         x = self._index
