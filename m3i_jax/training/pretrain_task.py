@@ -29,7 +29,6 @@ from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.objective.ema import SnapshotState
 from m3i_jax.objective.prototype_targets import PrototypeState
 from m3i_jax.training import (
-    assignments,
     entropy_losses,
     optimizer,
     plan,
@@ -116,7 +115,7 @@ class Pretrain(Task):
             opt.get("prototypes"),
             opt.get("snapshot"),
         )
-        means: Any = metrics.pop(assignments.MEAN_LOGITS, {})
+        means: Any = metrics.pop(targets.MEAN_LOGITS, {})
         zero = jnp.zeros(())
         loss = metrics.get("loss/ssp", zero) + weight * metrics.get("loss/sp", zero)
         metrics |= {
@@ -324,7 +323,7 @@ def objective_gradients(
 
     Returns:
       (gradients like params, metrics, (norm of dL_ssp/dz, norm of dL_sp/dz)). Beside scalars, the
-      metrics hold a matrix, `targets.MOMENT`, and the centres' input, `assignments.MEAN_LOGITS`,
+      metrics hold a matrix, `targets.MOMENT`, and the centres' input, `targets.MEAN_LOGITS`,
       where the objective has them.
     """
     config, heads = plan.config, {k: v for k, v in params.items() if k != "encoder"}
@@ -371,14 +370,14 @@ def objective_gradients(
 
     if count == 1:
         patches, features = views_and_targets(batch)
-        features, monitors = assignments.assign_targets(plan, features, prototypes)
+        features, monitors = targets.assign_targets(plan, features, prototypes)
         moments = targets.target_moments(plan, features)
         grads, (costs, squares) = microbatch_grads(batch, inputs, patches, features, None, None)
     else:
         parts, part_inputs = split_microbatches((batch, inputs), count, size // 2)
         patches, rows = jax.lax.map(views_and_targets, parts)
         features = merge_microbatches(rows, count, size // 2)
-        features, monitors = assignments.assign_targets(plan, features, prototypes)
+        features, monitors = targets.assign_targets(plan, features, prototypes)
         assigned = {key: x for key, x in features.items() if targets.has_prototypes(key)}
         rows = rows | split_microbatches(assigned, count, size // 2)
         moments = targets.target_moments(plan, features)
@@ -442,7 +441,7 @@ def loss_pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[An
     microbatch, as trees of the arrays that they keep. The first and one of the others live from the
     forward pass to the backward."""
     patches, features = views_and_targets(plan, state, batch)
-    features, _ = assignments.assign_targets(plan, features, state.opt.get("prototypes"))
+    features, _ = targets.assign_targets(plan, features, state.opt.get("prototypes"))
     inputs = views.pass_inputs(plan.config, plan.passes, batch)
     moments = targets.target_moments(plan, features)
     z, pullback = _encode(plan, state.params, inputs, patches)
