@@ -1,5 +1,5 @@
-"""What is installed: the losses and encoders alone (`pip install m3i-jax`), or the program as well
-(`pip install 'm3i-jax[train]'`)."""
+"""Checks which packages are installed: the losses and encoders alone (`pip install m3i-jax`), or
+the program as well (`pip install 'm3i-jax[train]'`)."""
 
 import importlib.util
 import sys

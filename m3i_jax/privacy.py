@@ -231,8 +231,8 @@ def guard_output() -> None:
 
 @contextlib.contextmanager
 def private_umask(private: bool) -> Iterator[None]:
-    """If `private`, files created in the block are accessible to their owner only (0600,
-    directories 0700); otherwise the umask decides."""
+    """Context manager: if `private`, files created in the block are accessible to their owner only
+    (0600, directories 0700); otherwise the umask decides."""
     before = os.umask(0o077)
     os.umask(before | (0o077 if private else 0))
     try:

@@ -23,7 +23,7 @@ AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 class MixupDraws(NamedTuple):
-    """How every row is blended.
+    """Random choices for the blending of every row.
 
     Attributes:
       share: [B] float32, weight of the row's own image.

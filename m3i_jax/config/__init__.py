@@ -25,15 +25,13 @@ from m3i_jax.config.recipes import (
     find_config_file,
     shipped_recipes,
 )
-from m3i_jax.config.text import (
+from m3i_jax.config.values import (
     config_difference,
     config_from_text,
     config_to_text,
+    default_config,
     help_table,
     load_from_workdir,
-)
-from m3i_jax.config.values import (
-    default_config,
     parse_value,
     setting_table,
     typed_value,

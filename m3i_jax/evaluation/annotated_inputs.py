@@ -1,5 +1,5 @@
-"""What evaluators of dense tasks share: the compiled predictions of a run, and its held-out images
-in batches of fixed shape."""
+"""Inputs of the evaluators of dense tasks, shared by all of them: the compiled predictions of a
+run, and its held-out images in batches of fixed shape."""
 
 import dataclasses
 import functools

@@ -1,5 +1,5 @@
-"""What `m3i_jax.load` returns for a run of detection or segmentation: predictions for images of any
-size, as in the evaluations of the run.
+"""Detectors and segmenters as `m3i_jax.load` returns them: predictions for images of any size, as
+in the evaluations of the run.
 
     model = m3i_jax.load("runs/detect")
     found = model.detect([image])[0]    # boxes, scores, classes, masks in pixels of the image
@@ -148,7 +148,8 @@ class LoadedDense:
         return [pixels for _, pixels in maps]
 
     def features(self, images: Any, **_: Any) -> np.ndarray:
-        """Not of these runs: their encoder reads whole images by windows.
+        """Raises, because these runs have no features of images: their encoder reads whole images
+        by windows.
 
         Raises:
           UserError: always.

@@ -42,8 +42,8 @@ HEADS = frozenset({CATEGORY_HEAD, TEXT_TOWER})
 
 @dataclasses.dataclass(kw_only=True)
 class EvalInputs:
-    """What a run gives to its evaluators. Built once a run, so that what evaluators compile from it
-    is compiled once.
+    """Inputs that a run gives to its evaluators. Built once a run, so that what evaluators compile
+    from it is compiled once.
 
     Attributes:
       config: the settings of the run.

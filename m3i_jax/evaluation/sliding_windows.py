@@ -43,7 +43,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlidingSettings:
-    """How images are cut into windows.
+    """Settings of the windows that images are cut into.
 
     Attributes:
       window: side of the model's input in pixels.

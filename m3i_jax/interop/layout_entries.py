@@ -53,7 +53,7 @@ class LayoutEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a project stores a vision transformer.
+    """The layout in which a project stores a vision transformer.
 
     Attributes:
       name: name of the layout.

@@ -1,5 +1,5 @@
-"""How other projects store vision transformers: one table a layout, which maps their arrays to ours
-and back. Numbered layers and our stacked layer axis are converted in `vit_weights`.
+"""Layouts in which other projects store vision transformers: one table a layout, which maps their
+arrays to ours and back. Numbered layers and our stacked layer axis are converted in `vit_weights`.
 
 A tree is flat here: {path: array}, such as `encoder/blocks/attention/qkv/kernel` [L, D, 3 D]. Two
 paths are no parameters of our models but arrays that a file may have: `encoder/positions` [1, R, D]

@@ -32,8 +32,8 @@ def shapes_of(module: nn.Module, *inputs: Any) -> Params:
 def fill(
     rng: jax.Array, shapes: Params, rule: Callable[[str, tuple[int, ...]], InitSpec]
 ) -> dict[str, Any]:
-    """Returns first values of a tree of parameters by a rule, float32. All are slices of one draw:
-    one random call per array would make the program several times as slow to compile.
+    """Returns initial values of a tree of parameters by a rule, float32. All are slices of one
+    draw: one random call per array would make the program several times as slow to compile.
 
     Args:
       rng: key.
@@ -75,7 +75,7 @@ def init_params(
     normal: Mapping[str, float] | None = None,
     values: Mapping[str, float] | None = None,
 ) -> Params:
-    """Returns first values of the parameters of a tower, float32.
+    """Returns initial values of the parameters of a tower, float32.
 
     A `scale` is 1 and a `bias` 0. A `kernel` [in, out] is Xavier-uniform, bound sqrt(6 / (in +
     out)): qkv as one [D, 3 D] matrix (MAE, SiameseIM; MoCo v3 takes the bound of each of q, k and

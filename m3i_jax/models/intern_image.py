@@ -178,7 +178,7 @@ def _stacked(tree: Any, depth: int) -> Any:
 
 
 def parameter_count(model: InternImageConfig) -> int:
-    """Returns parameters without the fusion: the backbone as published.
+    """Counts the parameters without the fusion: the backbone as published.
 
     >>> parameter_count(PRESETS["internimage_t"]), parameter_count(PRESETS["internimage_h"])
     (28754672, 1073122480)

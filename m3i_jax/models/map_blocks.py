@@ -36,7 +36,7 @@ _TOKENS = 4096  # of a chunk: a map of ViTDet; its attention is most of what a b
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapBlock:
-    """What all blocks of a tower on a map have in common.
+    """Settings that all blocks of a tower on a map share.
 
     Attributes:
       block: heads, width of the MLP, precision, norm and activation.

@@ -39,7 +39,7 @@ TIMED = 5  # steps after the one that compiles; their median counts
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What every run may use.
+    """The budget of every run.
 
     Attributes:
       kind: images, flops or time, as `compare.budget`.

@@ -1,5 +1,5 @@
-"""What the modes show of a run of detection or segmentation: panels of objects with detections, or
-of class maps."""
+"""Panels and previews of a run of detection or segmentation for the modes: panels of objects with
+detections, or of class maps."""
 
 import pathlib
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ Values = dict[str, dict[str, float]]  # of each evaluator: its metrics
 
 @dataclasses.dataclass
 class Results:
-    """What an evaluation has measured so far.
+    """Results of an evaluation so far.
 
     Attributes:
       about: weights, data and preprocessing; see `eval.described`.
@@ -39,7 +39,7 @@ class Results:
 
     @property
     def chance(self) -> dict[str, float]:
-        """What guessing yields, of the metrics for which that is defined."""
+        """Values that guessing yields, of the metrics for which that is defined."""
         named = {name: eval_data.chance_of(name, self.classes) for name in flat(self.values)}
         return {name: value for name, value in named.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""What the modes show of a pre-training run: evaluations of its features, panels, tables. For
+"""Output of a pre-training run for the modes: evaluations of its features, panels, tables. For
 panels and the preview, model inputs are converted back to images, captions and class names."""
 
 import pathlib

@@ -70,7 +70,7 @@ class Setup:
 
     @property
     def earlier_fingerprints(self) -> tuple[str, ...]:
-        """What earlier versions saved for the same stream."""
+        """Fingerprints that earlier versions saved for the same stream."""
         return pipeline.earlier_fingerprints(self.config, self.train)
 
     @property

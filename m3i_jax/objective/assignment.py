@@ -1,5 +1,5 @@
-"""Which ground truth a prediction learns: labels of anchors and proposals by IoU, a random sample
-of fixed size from them, and the optimal assignment of a set of predictions.
+"""Assigns ground truth to predictions: labels of anchors and proposals by IoU, a random sample of
+fixed size from them, and the optimal assignment of a set of predictions.
 
 Shapes are static: padding is marked by `valid`, and what is not there has weight 0. Every function
 works under `jax.jit` and `jax.vmap`; nothing has a gradient.

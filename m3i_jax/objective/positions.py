@@ -354,7 +354,7 @@ def table_grid(rows: int) -> int:
     (14, 14)
     """
     for count in (rows, rows - 1):
-        side = round(count**0.5)
+        side = math.isqrt(count)
         if side > 0 and side * side == count:
             return side
     raise ValueError(f"a position table of {rows} rows is not that of a square grid")

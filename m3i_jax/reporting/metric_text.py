@@ -1,4 +1,4 @@
-"""What every metric of a log means: the text of METRICS.md and of the notes below the charts.
+"""The meaning of every metric of a log: the text of METRICS.md and of the notes below the charts.
 
 Lines are in the order of METRICS.md. A test compares them with the names that the code writes."""
 
@@ -266,7 +266,7 @@ def metric_note(name: str) -> str:
 
 
 def is_score(name: str) -> bool:
-    """Returns whether a metric of an evaluation is better the larger it is.
+    """Returns whether larger values of a metric of an evaluation are better.
 
     >>> is_score("eval/linear/top1"), is_score("eval/linear/log10_l2")
     (True, False)

@@ -37,7 +37,7 @@ from m3i_jax.schema.training import Init, Optim, Parallel, Train
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskTraits:
-    """What the settings of a kind of task must satisfy.
+    """Requirements of a kind of task on its settings.
 
     Attributes:
       pairs: the images of a batch are mixed in pairs, so that a device takes an even number of
@@ -123,7 +123,7 @@ class Config:
 
     @property
     def traits(self) -> TaskTraits:
-        """What validation has to know of the task."""
+        """The requirements of the task, for validation."""
         return TASKS[self.task]
 
     @property

@@ -1,5 +1,4 @@
-"""Where records come from, which of them curation leaves out, and how views are cut, masked and
-augmented."""
+"""Settings of the data: sources, curation, and the cutting, masking and augmentation of views."""
 
 import dataclasses
 import re

@@ -115,7 +115,7 @@ class Maps:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How an annotated image is resized, cropped and flipped on the host."""
+    """Resizing, cropping and flipping of annotated images on the host."""
 
     rule: str = option(
         "jitter",

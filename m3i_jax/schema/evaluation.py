@@ -1,4 +1,4 @@
-"""What a run measures, compares and reports."""
+"""Settings of evaluations, comparisons and reports."""
 
 import dataclasses
 

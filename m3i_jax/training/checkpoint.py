@@ -88,7 +88,7 @@ class Checkpoints:
     # Listing
 
     def latest(self) -> int | None:
-        """Returns the newest complete step on the disk, damaged or not; None without one."""
+        """Returns the newest complete step on the disk, even if it is damaged; None without one."""
         return max(checkpoint_dir.complete_steps(self._directory), default=None)
 
     def newest_good(self) -> int | None:

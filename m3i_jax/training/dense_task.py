@@ -1,4 +1,4 @@
-"""What segmentation and detection share as tasks: annotated images, an encoder that makes maps, a
+"""The base of segmentation and detection as tasks: annotated images, an encoder that makes maps, a
 pyramid, a head with losses as sums over images or pixels.
 
 Parameters are {"encoder", "pyramid", "head"}. Running statistics of batch norms are the entry

@@ -1,4 +1,4 @@
-"""What the entropy terms of an objective cost, from features of passes that its predictions read.
+"""Losses of the entropy terms of an objective, from features of passes that its predictions read.
 
 Shapes: R rows of a pass, T rows of features (R, or R times the tokens of a pass), D width."""
 

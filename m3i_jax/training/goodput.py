@@ -1,5 +1,6 @@
-"""Where the seconds of a run go. A run is in exactly one phase at any moment, so that the seconds
-of all phases add up to the wall time of its processes, those before a restart included:
+"""Measures how the seconds of a run are spent, by phase. A run is in exactly one phase at any
+moment, so that the seconds of all phases add up to the wall time of its processes, those before a
+restart included:
 
     start      imports, the connection of hosts, opening data, the trainer, the first state
     restore    reading a checkpoint

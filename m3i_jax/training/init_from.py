@@ -42,7 +42,7 @@ _ATOL = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """How the arrays of a run match those of a source, by path.
+    """Matches of the arrays of a run with those of a source, by path.
 
     Attributes: selected: arrays that `config.init.only` selects. same: of equal shape. differ: of
       another shape. missing: absent from the source. restarted: not selected since they are of
@@ -170,7 +170,7 @@ def _matches(patterns: Iterable[str], path: str) -> bool:
 
 @dataclasses.dataclass
 class PositionTable:
-    """What is taken from a source's position table.
+    """The position table that is taken from a source.
 
     Attributes: value: [1, T, D], for a learned table of this run, or None. message: what was
       changed, for the log. cls: row of the class token, to be added to the token where the table of

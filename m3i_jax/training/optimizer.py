@@ -18,7 +18,7 @@ from m3i_jax.models import composite, m3i
 from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import assignments, teachers
+from m3i_jax.training import targets, teachers
 from m3i_jax.training.update_rules import muon_or_adam, schedule_free
 
 Schedule = Callable[[Any], Any]  # a function of the step
@@ -61,7 +61,7 @@ def build_optimizer(
         first=(("balance", balance.track_balance(config.objective.balance_decay)),),
         last=(
             ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
-            *assignments.start_link(config, terms, steps),
+            *targets.start_link(config, terms, steps),
             ("target", ema.track_target(_momentum(config.optim, steps), parts)),
             *([("frozen", hold_frozen(parts))] if has_frozen else []),
             *([("snapshot", _snapshot(config, steps))] if has_snapshot else []),
@@ -71,7 +71,7 @@ def build_optimizer(
                 if teachers.widths(paths)
                 else []
             ),
-            *assignments.center_link(config, terms, steps),
+            *targets.center_link(config, terms, steps),
         ),
     )
 

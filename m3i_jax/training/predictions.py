@@ -1,5 +1,5 @@
-"""What the terms of an objective predict from the features of their passes. Calls of a decoder or a
-pooling with inputs of equal shape are made together. No method has code of its own here.
+"""Predictions of the terms of an objective from the features of their passes. Calls of a decoder or
+a pooling with inputs of equal shape are made together. No method has code of its own here.
 
 Shapes: B images, R rows of a pass (B, or B / 2 of a batch in halves), N patches, K visible ones, D
 encoder width, W decoder width. Terms are named by their index in `plan.terms`."""

@@ -51,7 +51,7 @@ def create(params: Any, tx: optax.GradientTransformation) -> State:
 
 
 class StepGradients(NamedTuple):
-    """What a task computes of one batch.
+    """Loss, gradients and metrics that a task computes of one batch.
 
     grads: a tree like the parameters. loss: the scalar that decides whether a step is skipped.
     metrics: scalars for the log. extras: keyword arguments of the optimizer chain; each link takes
@@ -65,7 +65,7 @@ class StepGradients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):
-    """What a run trains.
+    """The interface of what a run trains.
 
     Attributes:
       config: completed settings; what they leave open is filled in.

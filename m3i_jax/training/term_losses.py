@@ -1,4 +1,4 @@
-"""What the predictions of the terms cost, and how the costs add up to the two losses.
+"""Losses of the predictions of the terms, and their sums over the two groups.
 
 Shapes: B images, R rows of a pass (B, or B / 2 of a batch in halves), N patches, E width of the
 joint space. Terms are named by their index in `plan.terms`."""

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: its length, shapes, shardings, initial state and compiled
+"""Sets up a run before its first step: its length, shapes, shardings, initial state and compiled
 functions."""
 
 import dataclasses

@@ -29,7 +29,7 @@ Patches = dict[int, jax.Array]  # {view: [B, N, P]}
 
 
 class PassInputs(NamedTuple):
-    """What one encoder pass and its terms read of a batch beside the patches. `pass_inputs`
+    """Arrays that one encoder pass and its terms read of a batch beside the patches. `pass_inputs`
     computes it once a step.
 
     R rows: B, or B / 2 mixed inputs where the batch is in halves.

@@ -14,7 +14,7 @@ from m3i_jax.models import decoder, m3i
 from m3i_jax.objective import masks, positions
 from m3i_jax.objective.terms import MASKED
 from m3i_jax.profiling import flops
-from m3i_jax.training import plan_table, pretrain_gradients, trainer, views
+from m3i_jax.training import plan_table, pretrain_task, trainer, views
 from tests import toy
 from tests.bench import formula
 from tests.training.forward import forward, parameters, plan_of
@@ -87,7 +87,7 @@ def test_only_the_clusters_learn_from_the_clustering() -> None:
 
         @jax.jit
         def run(params, ema, batch, plan=plan):
-            return pretrain_gradients.objective_gradients(
+            return pretrain_task.objective_gradients(
                 plan, params, {"ema": ema}, batch, jnp.ones(())
             )[:2]
 

@@ -12,7 +12,7 @@ from m3i_jax.models import m3i, pooling, text
 from m3i_jax.objective import derived_terms, mixing, terms
 from m3i_jax.objective.terms import FULL, MIXED, MlpShape, ProjectionHead, pooled_term, token_term
 from m3i_jax.training import plan as plans
-from m3i_jax.training import predictions, pretrain_gradients, term_losses, trainer
+from m3i_jax.training import predictions, pretrain_task, term_losses, trainer
 from tests import toy
 from tests.training.forward import (
     SMALL,
@@ -203,7 +203,7 @@ def _contrast_gradients(count: int):
         )
     }
     return jax.jit(
-        lambda p, t, b: pretrain_gradients.objective_gradients(plan, p, t, b, jnp.float32(1))
+        lambda p, t, b: pretrain_task.objective_gradients(plan, p, t, b, jnp.float32(1))
     )(params, trees, batch_of(plan))
 
 

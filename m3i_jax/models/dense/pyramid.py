@@ -35,7 +35,7 @@ Pyramid = Mapping[int, jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PyramidConfig:
-    """What a pyramid makes of which maps.
+    """The maps that a pyramid reads, and those that it makes.
 
     Attributes:
       kind: one of KINDS.

@@ -18,7 +18,7 @@ _SIDE = 16  # of a window, in cells
 
 
 class Weights(NamedTuple):
-    """How boxes read one map.
+    """Weights with which boxes read one map.
 
     Attributes:
       image_N: the image of each box.

@@ -118,7 +118,7 @@ def detection_head(settings: schema.Detect) -> DetectionHead:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentationHead:
-    """What the task of segmentation needs of a head.
+    """The interface of a head of segmentation.
 
     Attributes:
       init: (settings, channels {stride: C}, classes, rng) -> (parameters, running statistics).
