@@ -89,6 +89,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.20"],
     "test": [
         "hypothesis>=6.150",  # the fuzzer, python -m tests.faults.fuzz
+        "jsonschema>=4.23",  # the manifests of launch/
         "mypy>=2.0",
         "packaging>=24",
         "pytest>=9.0",

@@ -255,15 +255,15 @@ def _run(arguments: Sequence[str], began: float) -> int:
         )
     if "://" in (flags.workdir or ""):
         raise UserError(
-            f"--workdir {flags.workdir}: a URL is no directory; give a local directory, such as a"
-            " mounted bucket"
+            f"--workdir {flags.workdir}: a URL is not a directory; give a local directory, such as"
+            " a mounted bucket"
         )
     workdir = pathlib.Path(flags.workdir or ".")
     existing = next(path for path in (workdir, *workdir.parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise UserError(
-            f"--workdir {flags.workdir}: {str(existing)!r} is no directory; name one for the run,"
-            " such as --workdir runs/first"
+            f"--workdir {flags.workdir}: {str(existing)!r} is not a directory; name one for the"
+            " run, such as --workdir runs/first"
         )
     mode = MODES[flags.mode]
     foreign = {name for other in MODES.values() for name in other.flags} - set(mode.flags)

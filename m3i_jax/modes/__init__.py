@@ -192,23 +192,24 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
     >>> mixed = schema.Data(source="mixture", mixture=("folder:/a",), path="/b")
     >>> refuse_unread("eval", ["data.path=/b"], schema.Config(data=mixed))
     Traceback (most recent call last):
-    m3i_jax.errors.UserError: config.data.path: '/b' changes nothing, for data.source='mixture' ...
+    m3i_jax.errors.UserError: config.data.path: '/b' has no effect, because ...
     >>> refuse_unread("export", ["optim.lr=1"], schema.Config())
     Traceback (most recent call last):
-    m3i_jax.errors.UserError: config.optim.lr: changes nothing, for --mode=export does not read ...
+    m3i_jax.errors.UserError: config.optim.lr: has no effect, because --mode=export does ...
     """
     from m3i_jax.data.sources import mixture
 
     reads, keys = MODES[mode].reads, [text.partition("=")[0] for text in overrides]
     if unread := [key for key in keys if reads and not key.startswith(reads)]:
         raise UserError(
-            f"config.{unread[0]}: changes nothing, for --mode={mode} does not read it; leave it out"
+            f"config.{unread[0]}: has no effect, because --mode={mode} does not read it; leave it"
+            " out"
         )
     reasons = mixture.unread(config.data, counted=bool(reads))
     for key in dict.fromkeys([*keys, "data.class_names", "data.directory"]):
         value = getattr(config.data, key.removeprefix("data."), None)
         if key in reasons and value != getattr(schema.Data, key.removeprefix("data.")):
-            raise UserError(f"config.{key}: {value!r} changes nothing, for {reasons[key]}")
+            raise UserError(f"config.{key}: {value!r} has no effect, because {reasons[key]}")
 
 
 def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:

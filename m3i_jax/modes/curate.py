@@ -20,8 +20,8 @@ from m3i_jax.data.sources import base, keep_list, mixture, registry, score_table
 from m3i_jax.errors import UserError
 from m3i_jax.modes import features as feature_mode
 from m3i_jax.modes import setup as jobs
-from m3i_jax.reporting import curation_page
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.reporting import data_page
+from m3i_jax.run_files import write_text_atomic
 
 EXAMPLES = 12  # of each reason on the page
 _READ = ("key", "weight", "caption", "label")  # columns of a keep-list that a training reads
@@ -31,7 +31,7 @@ QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)  # of scores on the page
 def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
     engine = engine or "local"
     if engine not in engines.ENGINES:
-        raise UserError(f"--engine={engine[:60]}: is none of {', '.join(engines.ENGINES)}")
+        raise UserError(f"--engine={engine[:60]}: is not one of {', '.join(engines.ENGINES)}")
     keep_list.arrow_library()  # before the images are read
     if config.data.source == "mixture":
         raise UserError(
@@ -79,7 +79,7 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
         _write_lists(source, done, sources, directory, scores)
         write_text_atomic(directory / "curate.json", privacy.json_text(report, indent=1) + "\n")
         examples = _examples(source, sources, facts, done, config.data)
-        page = curation_page.curation_page_html(report, examples)
+        page = data_page.curation_page_html(report, examples)
         write_text_atomic(directory / "curate.html", page)
     for reason, count in report["left_out"].items():
         print(f"{count:>12,} {reason}")

@@ -168,7 +168,7 @@ def test_grouping_captions_and_labels(tmp_path, make):
     ]
     assert source.classes == ("0", "1", "2", "3", "4", "5") and source.captions
     assert {kind: n for kind, n in source.ignored.items() if n} == {
-        "labels that are no category": 4,
+        "labels that are not a category": 4,
         "images with the key of an earlier one": 1,
         "captions or labels without an image": 1,
         "JSON over 1 MiB": 1,

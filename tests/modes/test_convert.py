@@ -79,7 +79,7 @@ def test_another_source_is_refused(images, tmp_path):
 
 
 def test_a_mixture_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match="mixes nothing"):
+    with pytest.raises(UserError, match="needs data.mixture, which is empty"):
         mode.run(schema.Config(data=schema.Data(source="mixture")), workdir=str(tmp_path))
 
 

@@ -197,7 +197,7 @@ def test_engines(monkeypatch: Any) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(UserError, match=r"--engine=ray needs the package ray: pip install"):
         list(engines.map_items("ray", abs, [1], workers=1))
-    with pytest.raises(UserError, match="--engine=spark: is none of local, ray"):
+    with pytest.raises(UserError, match="--engine=spark: is not one of local, ray"):
         mode.run(schema.Config(), workdir="/tmp", engine="spark")
 
 

@@ -336,7 +336,7 @@ def _members(path: str) -> tuple[dict[str, dict[str, Any]], collections.Counter[
                 group = groups.setdefault(stem, {})
                 if value.get("label") is not None:
                     label = base.parse_label(value["label"])
-                    problems["labels that are no category"] += label is None
+                    problems["labels that are not a category"] += label is None
                     if label is not None:
                         group["label"] = label
                 caption = value.get("caption")
