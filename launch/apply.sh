@@ -3,6 +3,8 @@
 #
 #   M3I_NAME=m3i ... bash launch/apply.sh launch/gke.yaml             # kubectl apply
 #   M3I_NAME=m3i ... bash launch/apply.sh launch/gke.yaml --dry-run   # prints it instead
+#
+# ${M3I_NAME:-VALUE} has a default; a line with an unset ${M3I_NAME:-} is left out.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -14,15 +16,23 @@ file="${1:-}" dry="${2:-}"
 
 text="$(sed '/^ *#/d' "$file")"
 missing=()
-mapfile -t names < <(grep -o '[$][{]M3I_[A-Z]*}' <<<"$text" | grep -o 'M3I_[A-Z]*' | sort -u)
-for name in "${names[@]}"; do
+mapfile -t places < <(grep -oE '[$][{]M3I_[A-Z]+(:-[^}]*)?[}]' <<<"$text" | sort -u)
+for place in "${places[@]}"; do
+    name="${place:2:-1}"
+    name="${name%%:-*}"
     value="${!name:-}"
-    if [[ -z "$value" ]]; then
-        missing+=("$name")
-    elif [[ "$value" == *[\"\\\$]* || "$value" == *$'\n'* ]]; then
+    if [[ "$value" == *[\"\\\$]* || "$value" == *$'\n'* ]]; then
         fail "$name: must not contain quotes, backslashes, dollars or line ends: $value"
+    elif [[ -n "$value" ]]; then
+        text="${text//"$place"/"$value"}"
+    elif [[ "$place" == *":-}" ]]; then
+        text="$(grep -vF "$place" <<<"$text")"
+    elif [[ "$place" == *":-"* ]]; then
+        value="${place#*:-}"
+        text="${text//"$place"/"${value%\}}"}"
+    else
+        missing+=("$name")
     fi
-    text="${text//"\${$name}"/"$value"}"
 done
 ((${#missing[@]} == 0)) ||
     fail "${missing[*]} not set; the comment at the top of $file describes them"

@@ -29,6 +29,20 @@ usage() {
     done
 }
 
+# quoted COMMAND...: prints a command, such that a shell can read it
+quoted() {
+    local word between=''
+    for word in "$@"; do
+        if [[ ! "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
+            # shellcheck disable=SC2001  # quotes in a replacement differ between versions of bash
+            word="'$(sed "s/'/'\\\\''/g" <<<"$word")'"
+        fi
+        printf '%s%s' "$between" "$word"
+        between=' '
+    done
+    printf '\n'
+}
+
 # works PYTHON [MINOR]: it runs, and is Python 3.11 or newer, or exactly 3.MINOR
 works() {
     "$1" -c 'import sys

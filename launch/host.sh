@@ -19,10 +19,12 @@ source "$ROOT/launch/signals.sh"
 venv="${M3I_VENV:-$ROOT/.venv}"
 if [[ "${1:-}" == --dry-run ]]; then
     shift
-    printf '+'
-    printf ' %q' "$venv/bin/python" -m m3i_jax.main "$@"
-    again="$([[ "${M3I_AGAIN:-1}" == 0 ]] && echo no || echo yes)"
-    printf '\n+ again while it exits with 42: %s\n' "$again"
+    command="$(quoted "$venv/bin/python" -m m3i_jax.main "$@")"
+    echo "# installs the project in $venv, unless it is there"
+    if [[ "${M3I_AGAIN:-1}" != 0 ]]; then
+        command="while :; do $command; ((\$? == 42)) || break; done"
+    fi
+    echo "$command"
     exit 0
 fi
 extra="${M3I_EXTRA-$(accelerator)}"

@@ -5,6 +5,7 @@
 #   sbatch --nodes=4 --gpus-per-node=8 --partition=NAME launch/slurm.sh \
 #       --workdir /shared/runs/m3i --config configs/m3i.py:path=/shared/imagenet
 #   bash launch/slurm.sh --dry-run --workdir /shared/runs/m3i --config configs/m3i.py
+#       # prints the commands, to be pasted into a shell
 #
 # Two minutes before the time limit, or when Slurm preempts the job, the run saves and exits with
 # 42, and the job requeues itself. All nodes must see the project and the working directory.
@@ -57,11 +58,14 @@ step=(srun --kill-on-bad-exit=0 --ntasks-per-node=1
     "$@" --coordinator "$coordinator" --processes "$nodes")
 again=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
 if [[ -n "$dry" ]]; then
-    printf '+'
-    printf ' %q' "${step[@]}"
-    printf '\n+ if it exits with 42:'
-    printf ' %q' "${again[@]}"
-    printf '\n'
+    command="export M3I_AGAIN=0; $(printf '%q ' "${step[@]}")||"
+    command+=" { ((\$? != 42)) || ${again[*]}; }"
+    printf 'cd %q\n' "$PWD"
+    if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+        echo "sbatch --nodes=$nodes launch/slurm.sh$(printf ' %q' "$@")"
+        printf '# and the job does, on its nodes:\n# '
+    fi
+    echo "$command"
     exit 0
 fi
 

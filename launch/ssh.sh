@@ -11,7 +11,7 @@
 #   --port N          port of the coordinator (default: 8476)
 #   --coordinator A   address of the first host for the others (default: its name)
 #   --directory DIR   path of the project on the hosts (default: the path here)
-#   --dry-run         print the commands
+#   --dry-run         print the commands, to be pasted into a shell
 #
 # Exits with the first status that is not 0. Ctrl-C saves the run on all hosts; the same command
 # resumes it.
@@ -57,14 +57,17 @@ for i in "${!names[@]}"; do
         command+=" $(printf %q "$argument")"
     done
     if [[ -n "$dry" ]]; then
-        printf '+ ssh %s %q\n' "${names[$i]}" "$command"
+        echo "$(quoted ssh "${names[$i]}" "$command") </dev/null &"
         continue
     fi
     # shellcheck disable=SC2029  # meant to be expanded here
     ssh "${names[$i]}" "$command" </dev/null > >(sed -u "s/^/${names[$i]}: /") 2>&1 &
     pids+=($!)
 done
-if [[ -n "$dry" ]]; then exit 0; fi
+if [[ -n "$dry" ]]; then
+    echo wait
+    exit 0
+fi
 trap stop INT TERM
 status=0
 for pid in "${pids[@]}"; do

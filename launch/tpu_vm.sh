@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# A run on a TPU slice of Google Cloud: requests the slice, copies this project to all workers, runs
-# on all of them, and repeats that after a preemption until the run is done. The workers find each
-# other by the slice's metadata.
+# A run on a TPU slice of Google Cloud: requests the slice, waits until it is there, copies this
+# project to all workers, mounts the data, runs on all workers, and repeats that after a preemption
+# until the run is done. The workers find each other by the slice's metadata.
 #
 #   bash launch/tpu_vm.sh run --name m3i --project P --zone Z \
-#       --type v5litepod-16 --runtime v2-alpha-tpuv5-lite --spot \
-#       --mount 'sudo mkdir -p /mnt/m3i; mountpoint -q /mnt/m3i || sudo mount FS:/share /mnt/m3i' \
+#       --type v5litepod-16 --runtime v2-alpha-tpuv5-lite --spot --data gs://BUCKET \
 #       --workdir /mnt/m3i/runs/first -- --config configs/m3i.py:path=/mnt/m3i/imagenet
 #   bash launch/tpu_vm.sh delete --name m3i --project P --zone Z
 #
@@ -13,21 +12,28 @@
 #   --name, --project, --zone   of the slice
 #   --type, --runtime       accelerator type and software version, as in `gcloud compute tpus`
 #   --spot                  cheaper, may be preempted
-#   --mount COMMAND         runs on every worker before each start, so more than once; mounts the
-#                           file system of data and working directory. `--mount :` if it is mounted
+#   --wait MINUTES          how long to wait for the slice (default: 1440)
+#   --data gs://BUCKET/...  a bucket or a folder of one, which launch/gcsfuse.sh mounts at /mnt/m3i
+#                           on every worker
+#   --data DIR              a directory that every worker must have
+#   --mount COMMAND         runs on every worker before each start, so more than once; mounts other
+#                           file systems of data and working directory. `--mount :` if they are
 #   --workdir DIR           a directory that all workers see
-#   --dry-run               print the commands
+#   --dry-run               print the commands, to be pasted into a shell
 #
 # Exits with 0 when the run is done, and with another status when it failed on a slice that still
 # exists. After a failure it checks the slice for five minutes, since ssh breaks before Google
-# reports a preemption; not if the run refused its settings (2). Only `delete` and a preemption
-# delete the slice: it costs until then. M3I_PAUSE: seconds between two checks (default: 30).
+# reports a preemption; not if the run refused its settings (2) or does not fit (3). Only `delete`, a
+# preemption and a failed request delete the slice: it costs until then. M3I_PAUSE: seconds between
+# two checks (default: 30).
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 usage "$@"
 
-verb="${1:-}" name='' project='' zone='' type='' runtime='' spot='' mount='' workdir='' dry=''
+DATA=/mnt/m3i # where a bucket is mounted
+verb="${1:-}" name='' project='' zone='' type='' runtime='' spot='' data='' mount='' workdir='' dry=''
+wait=1440
 case "$verb" in
     create | run | delete) shift ;;
     *) fail "the first argument must be create, run or delete" ;;
@@ -36,7 +42,7 @@ while (($#)); do
     case "$1" in
         --spot) spot=--spot && shift ;;
         --dry-run) dry=yes && shift ;;
-        --name | --project | --zone | --type | --runtime | --mount | --workdir)
+        --name | --project | --zone | --type | --runtime | --data | --mount | --workdir | --wait)
             [[ -n "${2:-}" ]] || fail "$1 needs a value"
             printf -v "${1#--}" %s "$2"
             shift 2
@@ -51,21 +57,32 @@ if [[ "$verb" == run ]]; then needed+=(workdir); fi
 for flag in "${needed[@]}"; do
     [[ -n "${!flag}" ]] || fail "--$flag is missing"
 done
-# without it every worker would create --workdir on its own disk
-[[ "$verb" != run || -n "$mount" ]] ||
-    fail "--mount is missing: a command after which all workers see --workdir; --mount : if they do"
+[[ "$wait" =~ ^[0-9]{1,6}$ ]] || fail "--wait $wait: give a whole number of minutes"
+case "$data" in
+    '' | /*) ;;
+    gs://*) "$ROOT/launch/gcsfuse.sh" "$data" "$DATA" --dry-run >/dev/null || exit 2 ;;
+    *) fail "--data $data: give gs://BUCKET, or the whole path of a directory of the workers" ;;
+esac
+# else every worker would create --workdir on its own disk
+if [[ "$verb" == run && -z "$mount" ]]; then
+    [[ "$data" == gs://* ]] ||
+        fail "--mount or --data gs://BUCKET is missing: with it all workers see --workdir;" \
+            "--mount : if they do"
+    [[ "$workdir" == "$DATA"/* ]] ||
+        fail "--workdir $workdir: is not in the bucket, which is mounted at $DATA;" \
+            "or say with --mount how all workers see it"
+fi
 pause="${M3I_PAUSE:-30}"
 location=(--project "$project" --zone "$zone")
 
 # prints a command in a dry run, else runs it
 act() {
-    if [[ -n "$dry" ]]; then
-        printf '+'
-        printf ' %q' "$@"
-        printf '\n'
-    else
-        "$@"
-    fi
+    if [[ -n "$dry" ]]; then quoted "$@"; else "$@"; fi
+}
+
+# prints a comment in a dry run
+say() {
+    if [[ -n "$dry" ]]; then printf '# %s\n' "$*"; fi
 }
 
 describe=(gcloud compute tpus queued-resources describe "$name" "${location[@]}"
@@ -89,21 +106,38 @@ delete() {
     act gcloud compute tpus queued-resources delete "$name" "${location[@]}" --force --quiet
 }
 
-# waits until the slice is active, and requests it again if it fails
+# waits until the slice is active, and requests it again after a preemption
 ready() {
-    local now
+    local now last='' begun=$SECONDS told=$SECONDS failures=0 why
+    if [[ -n "$dry" ]]; then
+        say "request the slice, unless it exists, and wait until it is there"
+        create
+        echo "SECONDS=0; until [[ \"\$($(quoted "${describe[@]}"))\" == ACTIVE ]] ||" \
+            "((SECONDS > $wait * 60)); do sleep $pause; done"
+        return
+    fi
     while true; do
         now="$(state)"
         case "$now" in
             ACTIVE) return ;;
-            ABSENT) create ;;
-            FAILED | SUSPENDED | SUSPENDING) delete ;;
+            ABSENT) create || fail "$name could not be requested; see gcloud's message above" ;;
+            SUSPENDED | SUSPENDING) delete ;;
+            FAILED)
+                why="$("${describe[@]:0:$((${#describe[@]} - 1))}" \
+                    'value(state.failedData.error.message)' 2>/dev/null || true)"
+                ((++failures < 3)) ||
+                    fail "the request for $name failed three times: ${why:-no reason is given}"
+                delete
+                ;;
         esac
-        if [[ -n "$dry" ]]; then
-            echo "+ every $pause seconds until it prints ACTIVE:$(printf ' %q' "${describe[@]}")"
-            return
+        if [[ "$now" != "$last" ]] || ((SECONDS - told >= 600)); then
+            echo "tpu_vm.sh: $name is $now; waited $(((SECONDS - begun) / 60)) of at most $wait" \
+                "minutes for it" >&2
+            last="$now" told=$SECONDS
         fi
-        if [[ "$now" != ABSENT ]]; then echo "tpu_vm.sh: $name is $now" >&2; fi
+        ((SECONDS - begun < wait * 60)) ||
+            fail "$name is still $now after $wait minutes; it stays in the queue: the same command" \
+                "waits on, and launch/tpu_vm.sh delete ends the request"
         sleep "$pause"
     done
 }
@@ -124,13 +158,23 @@ on_all_workers() {
 }
 
 copy() {
-    local archive=/tmp/m3i.tar.gz
+    local archive=/tmp/m3i.tar.gz prepared='mkdir -p m3i && tar -C m3i -xzf m3i.tar.gz'
     if [[ -z "$dry" ]]; then archive="$(mktemp --suffix .tar.gz)"; fi
+    say "copy the project to all workers${data:+, and mount or find $data}"
     act tar -C "$ROOT" -czf "$archive" m3i_jax configs launch setup.py pyproject.toml \
-        requirements.txt README.md LICENSE
-    act gcloud compute tpus tpu-vm scp "$archive" "$name:m3i.tar.gz" "${location[@]}" --worker all
+        requirements.txt README.md LICENSE || return
+    act gcloud compute tpus tpu-vm scp "$archive" "$name:m3i.tar.gz" "${location[@]}" \
+        --worker all || return
     if [[ -z "$dry" ]]; then rm -f "$archive"; fi
-    on_all_workers "mkdir -p m3i && tar -C m3i -xzf m3i.tar.gz && { $mount; }"
+    if [[ -n "$mount" ]]; then prepared+=" && { $mount; }"; fi
+    case "$data" in
+        gs://*) prepared+=" && bash m3i/launch/gcsfuse.sh $(printf %q "$data") $DATA" ;;
+        /*)
+            prepared+=" && { test -d $(printf %q "$data") || { echo --data $(printf %q "$data"):"
+            prepared+=" no such directory on \$HOSTNAME >&2; exit 2; }; }"
+            ;;
+    esac
+    on_all_workers "$prepared"
 }
 
 run() {
@@ -139,14 +183,18 @@ run() {
     while true; do
         ready
         status=0
-        copy && on_all_workers "$command" || status=$?
+        copy || status=$?
+        if ((status == 0)); then
+            say "run on all workers"
+            on_all_workers "$command" || status=$?
+        fi
         if [[ -n "$dry" ]]; then
-            echo "+ after a preemption: delete, and all of this again;" \
-                "after exit 42: the last command again"
+            say "after exit 42: the last command again; after a preemption: the next, and all again"
+            say "$(delete)"
             return
         fi
         if ((status == 0)); then return; fi
-        if ((status == 2)) || { ((status != 42)) && ! lost; }; then
+        if ((status == 2 || status == 3)) || { ((status != 42)) && ! lost; }; then
             fail "the run exited with $status on a slice that still exists; the slice is kept"
         fi
         echo "tpu_vm.sh: preempted; starting again" >&2

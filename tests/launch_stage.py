@@ -28,7 +28,10 @@ class Stage:
             "HOME": str(place),
             "LOG": str(self.log),
         }
-        for name in ("gcloud", "kubectl", "ssh", "srun", "scontrol", "sleep"):
+        for name in (
+            *("gcloud", "gcluster", "gcsfuse", "kubectl", "mountpoint", "sbatch", "scontrol"),
+            *("sleep", "srun", "ssh", "sudo"),
+        ):
             self.stand_in(name, "exit 1")
 
     def stand_in(self, name: str, does: str) -> None:

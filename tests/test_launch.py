@@ -3,6 +3,7 @@ for everything that would leave this machine."""
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,7 @@ DRY = {
     "ssh": ["launch/ssh.sh", "--hosts", "me@n1,n2", "--workdir", "/w/a b", "--dry-run", "--", *RUN],
     "slurm": ["launch/slurm.sh", "--dry-run", *RUN, "--workdir", "/w/a b"],
     "tpu_vm": ["launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w/a b", "--dry-run", "--", *RUN],
+    "gcsfuse": ["launch/gcsfuse.sh", "gs://images/a b", "/w/a b", "--dry-run"],
 }
 
 
@@ -51,13 +53,52 @@ DRY = {
 def test_a_dry_run_prints_and_does_nothing(name: str, stage: Stage) -> None:
     status, out, err = stage.run(*DRY[name])
     assert status == 0 and not err and not stage.calls
-    assert all(line.startswith("+ ") for line in out.splitlines())
-    plain = out.replace("\\", "")
-    assert "configs/m3i.py:path=/d/imagenet" in plain and "--workdir" in plain and "/w/a b" in plain
-    assert "42" in out or name == "ssh"  # there each host goes on by itself
-    if name != "host":
+    assert "/w/a b" in out.replace("\\", "")
+    if name != "gcsfuse":
+        assert "configs/m3i.py:path=/d/imagenet" in out and "--workdir" in out
+        assert "42" in out or name == "ssh"  # there each host goes on by itself
+    if name not in ("gcsfuse", "host"):
         # everything else of a host is there, and the same for all
-        assert "bash launch/host.sh" in plain
+        assert "bash launch/host.sh" in out.replace("\\", "")
+
+
+@pytest.mark.parametrize("name", DRY)
+def test_what_a_dry_run_prints_can_be_pasted(name: str, stage: Stage) -> None:
+    """Pasted into a shell, it calls the commands of the run itself, with the same arguments."""
+    stage.python('(($(grep -c m3i_jax.main "$LOG") < 3)) && exit 42; exit 0')
+    for command in ("gcsfuse", "scontrol", "ssh", "sudo", "sleep", "tar"):
+        stage.stand_in(command, "exit 0")
+    stage.stand_in("srun", "exit 42")
+    stage.stand_in("mountpoint", '[[ -e "$HOME/seen" ]] || { touch "$HOME/seen"; exit 1; }')
+    # absent until it is created, and then not yet active for a moment
+    stage.stand_in(
+        "gcloud",
+        """cd "$HOME"
+case "$*" in
+*create*) echo PROVISIONING >state ;;
+*describe*) [[ -e state ]] || exit 1; cat state; echo ACTIVE >state ;;
+esac""",
+    )
+    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    told = stage.run(*DRY[name], **job)[1]
+    results = []
+    for command in (["-c", told], [word for word in DRY[name] if word != "--dry-run"]):
+        status, _, err = stage.run(*command, **job)
+        assert status == (42 if name == "slurm" and command[0] != "-c" else 0), err
+        calls = [re.sub(r"\S*m3i\S*\.tar\.gz|/tmp/tmp\S+gz", "ARCHIVE", c) for c in stage.calls]
+        dropped = ("describe", "sleep", "mountpoint")  # how often it looks
+        results.append([call for call in calls if not any(word in call for word in dropped)])
+        stage.log.unlink()
+        (stage.place / "state").unlink(missing_ok=True)
+    pasted, run = (sorted(calls) if name == "ssh" else calls for calls in results)
+    assert pasted == run and len(run) >= 2, (pasted, run)
+
+
+def test_outside_a_job_the_dry_run_of_slurm_submits_one(stage: Stage) -> None:
+    stage.stand_in("sbatch", "exit 0")
+    assert stage.run("-c", stage.run(*DRY["slurm"])[1])[0] == 0
+    flags = f"{' '.join(RUN)} --workdir /w/a b"
+    assert stage.calls == [f"sbatch --nodes=2 launch/slurm.sh {flags}"]
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in LAUNCH.glob("*.sh")))
@@ -83,11 +124,12 @@ def test_help_is_the_head_of_the_script_and_nothing_else_happens(
 
 def test_dry_runs_say_who_is_who(stage: Stage) -> None:
     ssh = stage.run(*DRY["ssh"])[1].replace("\\", "").splitlines()
-    assert [line.split()[2] for line in ssh] == ["me@n1", "n2"]
+    assert [line.split()[1] for line in ssh[:2]] == ["me@n1", "n2"]
     assert all(
         "--coordinator n1:8476 --processes 2" in line and f"--process-id {i}" in line
-        for i, line in enumerate(ssh)
+        for i, line in enumerate(ssh[:2])
     )
+    assert ssh[2:] == ["wait"]
     job = {"SLURM_JOB_ID": "70001", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "n[1-3]"}
     stage.stand_in("scontrol", "printf 'n1\\nn2\\nn3\\n'")
     slurm = stage.run(*DRY["slurm"], **job)[1]
@@ -100,9 +142,10 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
     assert "--coordinator" not in tpu  # the slice knows
     order = [
         "queued-resources create m3i",
-        "until it prints ACTIVE: gcloud",
+        "queued-resources describe m3i",
+        "== ACTIVE",
         " scp ",
-        "mount\\ /w",
+        "mount /w",
         "launch/host.sh",
     ]
     assert [tpu.find(step) for step in order] == sorted(
@@ -122,11 +165,31 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
         (["launch/tpu_vm.sh", "run", *TPU, "--", *RUN], "--workdir is missing"),
         (
             ["launch/tpu_vm.sh", "run", *TPU[:-2], "--workdir", "w", "--", *RUN],
-            "--mount is missing",
+            "--mount or --data gs://BUCKET is missing",
         ),
+        (
+            ["launch/tpu_vm.sh", "run", *TPU[:-2], "--workdir", "/w", "--data", "gs://images"],
+            "--workdir /w: is not in the bucket, which is mounted at /mnt/m3i",
+        ),
+        (
+            ["launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--data", "images"],
+            "--data images: give gs://BUCKET",
+        ),
+        (
+            ["launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--data", "gs://UPPER"],
+            "gs://UPPER: give a bucket",
+        ),
+        (
+            ["launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--wait", "soon"],
+            "--wait soon: give a whole number of minutes",
+        ),
+        (["launch/gcsfuse.sh"], "nothing: give a bucket or a folder of one"),
+        (["launch/gcsfuse.sh", "gs://images", "data"], "data: give the whole path of a directory"),
         (["launch/tpu_vm.sh", "delete", "--name", "a", "--zone", "z"], "--project is missing"),
         (["launch/apply.sh", "launch/none.yaml"], "give a file"),
         (["launch/apply.sh", "launch/gke.yaml", "--dry-run"], "M3I_ACCELERATOR"),
+        (["launch/gcluster.sh", "--dry-run"], "M3I_NAME M3I_IMAGE"),
+        (["launch/gcluster.sh", "--queue", "q"], "--queue: unknown flag"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_started(
@@ -329,7 +392,86 @@ exit 0""",
     assert not (stage.place / "states").read_text()
 
 
-@pytest.mark.parametrize(("ended", "looks"), [("2", 0), ("1", 10)])  # refused; failed, or ssh did
+def test_the_wait_for_a_tpu_has_a_limit_and_a_reason(stage: Stage) -> None:
+    stage.stand_in("sleep", "exit 0")
+    run = ["launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--wait", "0", "--", *RUN]
+    stage.stand_in("gcloud", 'case "$*" in *describe*) echo WAITING_FOR_RESOURCES ;; esac')
+    status, _, err = stage.run(*run)
+    last = err.splitlines()[-1]
+    assert status == 2 and "m3i is still WAITING_FOR_RESOURCES after 0 minutes" in last
+    assert "the same command waits on" in last and len(stage.calls) == 1
+    # a request that fails is repeated, but not for ever
+    stage.log.unlink()
+    stage.stand_in(
+        "gcloud", """case "$*" in *failedData*) echo No quota. ;; *describe*) echo FAILED ;; esac"""
+    )
+    status, _, err = stage.run(*[word if word != "0" else "60" for word in run])
+    assert status == 2
+    assert err.splitlines()[-1].endswith("the request for m3i failed three times: No quota.")
+    assert sum("delete" in call for call in stage.calls) == 2
+
+
+def test_a_bucket_is_mounted_on_every_worker_before_the_run(stage: Stage) -> None:
+    stage.stand_in("gcloud", 'case "$*" in *describe*) echo ACTIVE ;; esac')
+    run = ["launch/tpu_vm.sh", "run", *TPU[:-2], "--workdir", "/mnt/m3i/runs/1"]
+    assert stage.run(*run, "--data", "gs://images/a b", "--", *RUN)[0] == 0
+    prepare, start = [call for call in stage.calls if " ssh " in call]
+    assert "--worker all" in prepare and start.endswith("--workdir /mnt/m3i/runs/1")
+    assert prepare.endswith("m3i.tar.gz && bash m3i/launch/gcsfuse.sh gs://images/a\\ b /mnt/m3i")
+    # the part of it that a worker without such a directory runs
+    stage.log.unlink()
+    run = ["launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--data", "/no/such", "--", *RUN]
+    assert stage.run(*run)[0] == 0
+    prepare = next(call for call in stage.calls if "tar.gz &&" in call)
+    status, _, err = stage.run("-c", prepare.partition("{ mount /w; } && ")[2])
+    assert status == 2 and err.startswith("--data /no/such: no such directory on ")
+
+
+def test_a_bucket_is_mounted_once_and_gcsfuse_installed_if_it_is_missing(stage: Stage) -> None:
+    mount = ["launch/gcsfuse.sh", "gs://images/train", "/w/m"]
+    mounted = '[[ -e "$HOME/mounted" ]]'
+    stage.stand_in("mountpoint", mounted)
+    stage.stand_in("findmnt", "echo images")
+    stage.stand_in("sudo", "exit 0")
+    stage.stand_in("gcsfuse", 'touch "$HOME/mounted"')
+    flags = {"M3I_GCSFUSE": "--cache-dir=/tmp/c --file-cache-max-size-mb=-1"}
+    assert stage.run(*mount, **flags) == (0, "", "")
+    user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+    assert [call for call in stage.calls if "mountpoint" not in call] == [
+        f"sudo install -d -o {user} /w/m",
+        f"gcsfuse --implicit-dirs --only-dir train {flags['M3I_GCSFUSE']} images /w/m",
+    ]
+    stage.log.unlink()
+    assert stage.run(*mount)[0] == 0 and not any("gcsfuse" in call for call in stage.calls)
+    stage.stand_in("findmnt", "echo others")
+    status, _, err = stage.run(*mount)
+    assert status == 2 and "/w/m: others is mounted there" in err
+    # without a mount after all, and without gcsfuse, which then is installed
+    (stage.place / "mounted").unlink()
+    stage.stand_in("gcsfuse", "exit 0")
+    assert "gs://images/train is not mounted at /w/m" in stage.run(*mount)[2]
+    (stage.place / "gcsfuse").unlink()
+    stage.log.unlink()
+    stage.stand_in("curl", "exit 0")
+    made = 'case "$*" in tee*) cat >/dev/null ;; *gcsfuse) cp "$HOME/ready" "$HOME/gcsfuse" ;; esac'
+    stage.stand_in("ready", 'touch "$HOME/mounted"')
+    stage.stand_in("sudo", made)
+    assert stage.run(*mount) == (0, "", "")
+    steps = [" ".join(call.split()[:2]) for call in stage.calls if "mountpoint" not in call]
+    assert set(steps[:2]) == {"curl -fsS", "sudo tee"} and steps.count("sudo apt-get") == 2
+    stage.stand_in("sudo", "exit 1")
+    for name in ("gcsfuse", "mounted"):
+        (stage.place / name).unlink()
+    status, _, err = stage.run(*mount)
+    assert (
+        status == 2
+        and err == "gcsfuse.sh: gcsfuse could not be installed; see the messages above\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ended", "looks"), [("2", 0), ("3", 0), ("1", 10)]
+)  # refused, does not fit; failed, or ssh did
 def test_a_run_that_fails_on_a_tpu_that_is_there_is_not_repeated(
     ended: str, looks: int, stage: Stage
 ) -> None:

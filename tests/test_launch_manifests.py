@@ -1,14 +1,17 @@
 """The manifests for Kubernetes and SkyPilot: fields of the public references, hosts that find each
-other, and restarts after exit code 42."""
+other, and what happens after each exit code."""
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from m3i_jax.parallel import distributed
-from tests.launch_stage import LAUNCH, Stage, stage  # noqa: F401
+from tests.launch_stage import LAUNCH, ROOT, Stage, stage  # noqa: F401
 
+SCHEMA = ROOT / "tests/data/kubernetes/jobset.json"
 GKE = {
     "NAME": "first",
     "IMAGE": "registry/m3i:1",
@@ -23,44 +26,10 @@ GKE = {
 }
 
 
-# Fields that an object may have, of the public references of JobSet v1alpha2, Kubernetes (batch/v1
-# Job, core/v1 Pod) and SkyPilot's task: NAME!: it must; NAME:KIND: such an object or a list of
-# them; NAME:names: names of the user's own. Others hold plain values.
+# Fields that an object of SkyPilot's task may have, from its public reference: NAME!: it must;
+# NAME:KIND: such an object or a list of them; NAME:names: names of the user's own. Others hold
+# plain values.
 FIELDS = {
-    "JobSet": "apiVersion! kind! metadata!:Metadata spec!:JobSetSpec",
-    "Metadata": "name namespace labels:names annotations:names",
-    "JobSetSpec": (
-        "replicatedJobs!:ReplicatedJob network:Network failurePolicy:FailurePolicy suspend"
-        " managedBy ttlSecondsAfterFinished"
-    ),
-    "Network": "enableDNSHostnames subdomain publishNotReadyAddresses",
-    "FailurePolicy": "maxRestarts restartStrategy rules:FailureRule",
-    "FailureRule": "name! action! onJobFailureReasons targetReplicatedJobs",
-    "ReplicatedJob": "name! replicas groupName template!:Job",
-    "Job": "metadata:Metadata spec!:JobSpec",
-    "JobSpec": (
-        "completionMode completions parallelism backoffLimit activeDeadlineSeconds"
-        " podFailurePolicy:PodFailurePolicy template!:Pod"
-    ),
-    "PodFailurePolicy": "rules!:PodRule",
-    "PodRule": "action! onExitCodes:ExitCodes onPodConditions:PodCondition",
-    "ExitCodes": "containerName operator! values!",
-    "PodCondition": "type! status!",
-    "Pod": "metadata:Metadata spec!:PodSpec",
-    "PodSpec": (
-        "containers!:Container volumes:Volume restartPolicy terminationGracePeriodSeconds"
-        " serviceAccountName nodeSelector:names hostNetwork dnsPolicy"
-    ),
-    "Container": (
-        "name! image command args workingDir env:Variable ports:Port resources:Resources"
-        " volumeMounts:Mount"
-    ),
-    "Variable": "name! value",
-    "Port": "containerPort! name protocol",
-    "Resources": "limits:names requests:names",
-    "Mount": "name! mountPath! subPath readOnly",
-    "Volume": "name! csi:Csi",
-    "Csi": "driver! readOnly volumeAttributes:names",
     "Task": (
         "name workdir num_nodes envs:names secrets:names resources:Machine file_mounts:Storage*"
         " setup run"
@@ -125,61 +94,184 @@ def misspellings(value: Any) -> Iterator[Any]:
             )
 
 
-# Keys of the user's own, which may be spelt in any way: annotations 2, selectors 2, attributes 1,
-# limits 1; variables 3, a mount.
-@pytest.mark.parametrize(
-    ("name", "kind", "free"), [("gke.yaml", "JobSet", 6), ("sky.yaml", "Task", 4)]
-)
-def test_a_misspelt_field_is_found(name: str, kind: str, free: int, stage: Stage) -> None:
+def manifest(stage: Stage, **more: str) -> dict[str, Any]:
+    """What apply.sh would apply; a key may not be given twice, as for Kubernetes."""
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-    values = {f"M3I_{name}": value for name, value in GKE.items()}
-    text = (
-        stage.run("launch/apply.sh", "launch/gke.yaml", "--dry-run", **values)[1]
-        if kind == "JobSet"
-        else (LAUNCH / name).read_text()
-    )
-    whole = yaml.safe_load(text)
-    assert not misspelt(whole, kind), misspelt(whole, kind)
-    wrong = list(misspellings(whole))
-    assert len(wrong) > 3 * free and sum(not misspelt(other, kind) for other in wrong) == free
 
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined, misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep) for key, _ in node.value]
+            assert len(keys) == len(set(keys)), keys
+            return super().construct_mapping(node, deep)
 
-def test_gke_is_a_jobset_that_restarts_after_42(stage: Stage) -> None:
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-    values = {f"M3I_{name}": value for name, value in GKE.items()}
+    values = {f"M3I_{name}": value for name, value in (GKE | more).items()}
     status, out, err = stage.run("launch/apply.sh", "launch/gke.yaml", "--dry-run", **values)
     assert status == 0 and not stage.calls and "${" not in out, err
-    jobset = yaml.safe_load(out)
-    assert (
-        jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
-        and jobset["kind"] == "JobSet"
-        and jobset["metadata"]["name"] == "first"
-    )
+    return yaml.load(out, Loader)  # type: ignore[no-any-return]
+
+
+def test_a_misspelt_field_of_a_task_is_found() -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    whole = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    assert not misspelt(whole, "Task"), misspelt(whole, "Task")
+    wrong = list(misspellings(whole))
+    # names of the user's own, which may be spelt in any way: variables 3, a mount
+    assert len(wrong) > 12 and sum(not misspelt(other, "Task") for other in wrong) == 4
+
+
+def test_a_jobset_is_what_its_published_schema_allows(stage: Stage) -> None:
+    validator = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    check = validator.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    queued = manifest(stage, QUEUE="team.a", PRIORITY="high", RESTARTS="3")
+    for whole in (manifest(stage), queued):
+        assert not [error.message for error in check.iter_errors(whole)]
+    # a letter more in any key is refused, but for the user's own: labels, annotations, selectors,
+    # requests and limits, volume attributes
+    wrong = [other for other in misspellings(queued) if check.is_valid(other)]
+    assert len(wrong) == 3 + 1 + 4 + 2 + 2 + 2
+    for at, value in (
+        (("metadata", "labels", "kueue.x-k8s.io/queue-name"), "-team"),
+        (("metadata", "name"), "Team"),
+        (("spec", "failurePolicy", "rules", 0, "action"), "Fail"),
+        (("spec", "failurePolicy", "rules", 0, "onJobFailureReasons"), ["PodFailure"]),
+        (("spec", "failurePolicy", "maxRestarts"), "3"),
+        (("spec", "successPolicy", "operator"), "One"),
+        (("spec", "replicatedJobs", 0, "template", "spec", "completions"), "four"),
+        (("spec", "replicatedJobs", 0, "template", "spec", "completionMode"), "indexed"),
+    ):
+        other = json.loads(json.dumps(queued))
+        place = other
+        for key in at[:-1]:
+            place = place[key]
+        place[at[-1]] = value
+        assert not check.is_valid(other), at
+
+
+def test_gke_is_a_jobset_with_a_pod_for_each_host(stage: Stage) -> None:
+    jobset = manifest(stage)
+    assert jobset["kind"] == "JobSet" and jobset["metadata"]["name"] == "first"
+    assert jobset["metadata"]["labels"] == {"app.kubernetes.io/name": "m3i"}
+    queued = manifest(stage, QUEUE="team", PRIORITY="high", RESTARTS="3")
+    assert queued["metadata"]["labels"] == {
+        "app.kubernetes.io/name": "m3i",
+        "kueue.x-k8s.io/queue-name": "team",
+        "kueue.x-k8s.io/priority-class": "high",
+    }
+    restarts = [j["spec"]["failurePolicy"]["maxRestarts"] for j in (jobset, queued)]
+    assert restarts == [10, 3] and "suspend" not in queued["spec"]  # Kueue suspends it
     (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert jobset["spec"]["successPolicy"]["targetReplicatedJobs"] == [replicated["name"]]
     job = replicated["template"]["spec"]
     assert (
         job["completions"] == job["parallelism"] == 4
         and job["completionMode"] == "Indexed"
         and replicated["replicas"] == 1
     )
-    rules = job["podFailurePolicy"]["rules"]
-    assert {
-        tuple(r["onExitCodes"]["values"]): r["action"] for r in rules if "onExitCodes" in r
-    } == {(2,): "FailJob", (42,): "Ignore"}
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # a pod failure policy allows no other
     (container,) = pod["containers"]
-    assert all(
-        r["onExitCodes"]["containerName"] == container["name"] for r in rules if "onExitCodes" in r
-    )
+    for rule in job["podFailurePolicy"]["rules"]:
+        if codes := rule.get("onExitCodes"):
+            assert codes["containerName"] == container["name"]  # not the sidecar that mounts
+            assert codes["values"] == sorted(set(codes["values"])) and 0 not in codes["values"]
     assert container["args"] == [
         f"exec bash launch/host.sh {GKE['ARGUMENTS']} --workdir {GKE['WORKDIR']}"
     ]
-    assert container["resources"]["limits"]["google.com/tpu"] == 4
+    resources = container["resources"]
+    assert resources["limits"] == resources["requests"] == {"google.com/tpu": 4}
     # who the hosts are GKE tells a pod of a TPU slice
     assert container["env"] == [{"name": "M3I_AGAIN", "value": "0"}]
     assert container["ports"] == [{"containerPort": distributed.TPU_PORT}]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+
+
+def job_failure(job: dict[str, Any], pods: list[tuple[int, bool]]) -> tuple[str, str] | None:
+    """Reason and message of a failed Job, None if it goes on, by Kubernetes' documentation of the
+    pod failure policy: the first rule that matches a pod acts. A pod is an exit code and whether it
+    was evicted."""
+    counted = 0
+    for number, (code, evicted) in enumerate(pods):
+        for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
+            codes = rule.get("onExitCodes")
+            if codes and code and (code in codes["values"]) == (codes["operator"] == "In"):
+                what = f"Container m3i for pod default/m3i-{number} failed with exit code {code}"
+            elif evicted and "onPodConditions" in rule:
+                what = f"Pod default/m3i-{number} has condition DisruptionTarget"
+            else:
+                continue
+            assert rule["action"] == "FailJob"
+            return "PodFailurePolicy", f"{what} matching FailJob rule at index {index}"
+        counted += code != 0
+    if counted > job["backoffLimit"]:
+        return "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    return None
+
+
+def jobset_action(policy: dict[str, Any], reason: str, message: str) -> str:
+    """What a JobSet does after a failed Job, by its documentation: the first rule whose reasons and
+    message patterns both match acts, and without one all Jobs are restarted, counted."""
+    for rule in policy["rules"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule["onJobFailureReasons"] and any(re.search(p, message) for p in patterns):
+            return str(rule["action"])
+    return "RestartJobSet"
+
+
+REFUSED, AGAIN, COUNTED = "FailJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJobSet"
+
+
+def test_each_exit_code_has_its_consequence(stage: Stage) -> None:
+    spec = manifest(stage)["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    for pods, wanted in (
+        ([(0, False)] * 4, None),
+        ([(0, False), (42, False)], AGAIN),
+        ([(42, True), (42, False)], AGAIN),
+        ([(1, False), (42, False)], AGAIN),
+        ([(137, True)], AGAIN),  # its node is gone
+        ([(143, True), (1, False)], AGAIN),
+        ([(2, False)], REFUSED),
+        ([(1, False), (2, False), (1, False)], REFUSED),  # the others lost that host
+        ([(3, False)], REFUSED),
+        ([(2, True)], REFUSED),
+        ([(1, False)], COUNTED),
+        ([(23, False)], COUNTED),
+        ([(137, False), (1, False)], COUNTED),
+        ([(130, False)], COUNTED),
+    ):
+        failure = job_failure(job, pods)
+        action = jobset_action(spec["failurePolicy"], *failure) if failure else None
+        assert action == wanted, pods
+
+
+def test_gcluster_gets_the_same_variables(stage: Stage) -> None:
+    values = {f"M3I_{name}": value for name, value in GKE.items()}
+    stage.stand_in("gcluster", 'printf "%s|" "$@" >"$HOME/given"')
+    status, printed, err = stage.run("launch/gcluster.sh", "--dry-run", **values)
+    assert status == 0 and not err and not stage.calls
+    assert stage.run("-c", printed)[0] == 0  # what it prints can be pasted
+    given = (stage.place / "given").read_text()
+    assert stage.run("launch/gcluster.sh", **values)[0] == 0
+    assert (stage.place / "given").read_text() == given
+    words = given.split("|")
+    flags = dict(zip(words[2::2], words[3::2], strict=False))
+    assert words[:2] == ["job", "submit"] and flags == {
+        "--name": "first",
+        "--image": "registry/m3i:1",
+        "--compute-type": "tpu-v5-lite-podslice",
+        "--topology": "4x4",
+        "--mount": "gs://pictures:/mnt/m3i:rw",
+        "--service-account": "trainer",
+        "--grace-period": "120s",
+        "--restarts": "100",
+        "--restart-on-exit-codes": "1,42,137,143",
+        "--command": f"cd /m3i && M3I_AGAIN=0 exec bash launch/host.sh {GKE['ARGUMENTS']}"
+        f" --workdir {GKE['WORKDIR']}",
+    }
+    more = values | {"M3I_QUEUE": "team", "M3I_RESTARTS": "3"}
+    printed = stage.run("launch/gcluster.sh", "--dry-run", "--", "--priority", "high", **more)[1]
+    assert "--queue team " in printed and "--restarts 3 " in printed
+    assert printed.endswith(" --priority high\n")
 
 
 def test_apply_refuses_what_would_break_the_file_and_passes_the_rest_on(stage: Stage) -> None:

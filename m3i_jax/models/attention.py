@@ -141,7 +141,7 @@ def _attend_backward(
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def kernel_fits(heads: int, arrays: tuple[jax.Array, ...]) -> bool:
+def attention_kernel_fits(heads: int, arrays: tuple[jax.Array, ...]) -> bool:
     """Whether the platform has a kernel for the arguments of `attend_columns`."""
     (rows, queries, _), (_, tokens, _) = arrays[0].shape, arrays[-1].shape
     if parallel.kernels(rows):

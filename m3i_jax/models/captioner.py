@@ -20,9 +20,9 @@ from m3i_jax import parallel, schema
 from m3i_jax.models.attention import (
     attend,
     attend_columns,
+    attention_kernel_fits,
     from_heads,
     kernel_call,
-    kernel_fits,
     to_heads,
 )
 from m3i_jax.models.attention_tpu import MASKED_LOGIT
@@ -94,7 +94,7 @@ class CaptionBlock(nn.Module):
     def _read(self, query_RxLxW: jax.Array, key_value_RxNx2W: jax.Array) -> jax.Array:
         """Attention of the tokens to the image."""
         arrays = query_RxLxW, key_value_RxNx2W
-        if kernel_fits(self.heads, arrays) and parallel.trusted(
+        if attention_kernel_fits(self.heads, arrays) and parallel.trusted(
             kernel_call(self.heads, arrays, None)
         ):
             return attend_columns(self.heads, arrays, None)

@@ -205,7 +205,7 @@ class Layer(NamedTuple):
     hidden: int
 
     def shapes(self) -> dict[str, Any]:
-        """The parameters of one layer, as shapes.
+        """Returns the parameters of one layer, as shapes.
 
         >>> layer = Layer(8, 2, "pre", 0.0, 1.0, 3, False, 32)
         >>> sorted(layer.shapes()), layer.shapes()["dcn"]["depthwise"]
@@ -296,7 +296,7 @@ def apply(
     keep_Bx2: jax.Array | None = None,
     method: str = "auto",
 ) -> jax.Array:
-    """The two residual branches; `keep_Bx2`: factors of stochastic depth.
+    """Applies the two residual branches; `keep_Bx2`: factors of stochastic depth.
 
     >>> layer = Layer(4, 1, "post", 1e-5, 1.0, 3, True, 8)
     >>> is_shape = lambda node: isinstance(node, tuple)

@@ -26,10 +26,10 @@ from m3i_jax.models.attention import (
     Relative,
     attend,
     attend_columns,
+    attention_kernel_fits,
     attention_weights,
     from_heads,
     kernel_call,
-    kernel_fits,
     to_heads,
 )
 from m3i_jax.models.cpu_codegen import matmul
@@ -297,7 +297,7 @@ class Attention(nn.Module):
         possible = tokens > 1 and not weights and relative is None
         if (
             possible
-            and kernel_fits(self.heads, arrays)
+            and attention_kernel_fits(self.heads, arrays)
             and parallel.trusted(kernel_call(self.heads, arrays, where_BxT))
         ):
             attended_BxTxD = attend_columns(self.heads, arrays, where_BxT)

@@ -74,8 +74,8 @@ def kernel_setting() -> str:
     setting = os.environ.get(KERNELS) or "check"
     if setting not in _SETTINGS:
         raise UserError(
-            f"{KERNELS}={setting}: is none of {', '.join(_SETTINGS)}; check compares every kernel"
-            " with the plain form on the device, 0 uses none, 1 uses them unchecked"
+            f"{KERNELS}={setting}: is not one of {', '.join(_SETTINGS)}; check compares every"
+            " kernel with the plain form on the device, 0 uses none, 1 uses them unchecked"
         )
     return setting
 

@@ -188,7 +188,7 @@ def checked_call(call: KernelCall) -> KernelResult:
         return cached
     before = started.stat().st_size if started.is_file() else 0
     if before >= _STARTS:
-        result = KernelResult(reason=f"{before} checks of it never ended")
+        result = KernelResult(reason=f"{before} earlier checks of it never ended")
     else:
         with contextlib.suppress(OSError), started.open("ab") as marker:
             marker.write(b".")

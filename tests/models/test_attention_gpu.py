@@ -96,9 +96,8 @@ def kernels_that_run(jaxpr):
         if each.primitive.name == "pallas_call":
             total += any(id(v) in used for v in each.outvars)
         else:
-            total += sum(
-                kernels_that_run(inner) for inner in jax.core.jaxprs_in_params(each.params)
-            )
+            inner_jaxprs = jax.core.jaxprs_in_params(each.params)
+            total += sum(kernels_that_run(inner) for inner in inner_jaxprs)
     return total
 
 
@@ -128,12 +127,12 @@ def test_what_a_stack_keeps_and_what_counts_as_work(monkeypatch):
 
 def test_what_it_takes(monkeypatch):
     array = jax.ShapeDtypeStruct((6, 11, 96), jnp.dtype("bfloat16"))
-    assert not attention.kernel_fits(HEADS, (array,))
+    assert not attention.attention_kernel_fits(HEADS, (array,))
     monkeypatch.setattr(parallel.mesh, "platform", lambda: "cuda")
     with jax.set_mesh(parallel.make_mesh((1, 1, 1), jax.devices()[:1])):
-        assert attention.kernel_fits(HEADS, (array,))
+        assert attention.attention_kernel_fits(HEADS, (array,))
     with jax.set_mesh(parallel.make_mesh((4, 1, 1), jax.devices()[:4])):
-        assert not attention.kernel_fits(HEADS, (array,))  # rows that do not divide
+        assert not attention.attention_kernel_fits(HEADS, (array,))  # rows that do not divide
     large = jax.ShapeDtypeStruct((2**12, 4097, 384), jnp.dtype("bfloat16"))
     assert not attention_gpu.fits((large,), HEADS, 2**12)  # 32 bits do not index it
     assert attention_gpu.fits((large,), HEADS, 2**9)

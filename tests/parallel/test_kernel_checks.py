@@ -156,7 +156,7 @@ def test_settings(monkeypatch, checks):
     monkeypatch.setenv("M3I_JAX_KERNELS", "0")
     assert not parallel.kernels(4)
     monkeypatch.setenv("M3I_JAX_KERNELS", "yes")
-    with pytest.raises(UserError, match="M3I_JAX_KERNELS=yes: is none of check, 0, 1"):
+    with pytest.raises(UserError, match="M3I_JAX_KERNELS=yes: is not one of check, 0, 1"):
         start(plain)
 
 
@@ -165,7 +165,7 @@ def test_a_check_that_ends_the_process_is_not_repeated_for_ever(checks, tmp_path
     [file] = (tmp_path / "kernel_checks").glob("*.json")
     file.rename(file.with_suffix(".started0"))  # three bytes or more: so many starts
     out, used, [(line, _)] = start(plain)
-    assert not used and len(checks) == 1 and "checks of it never ended" in line
+    assert not used and len(checks) == 1 and "earlier checks of it never ended" in line
     assert out.tolist() == [[2.0] * 4] * 3
 
 
