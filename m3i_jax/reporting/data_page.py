@@ -183,8 +183,8 @@ def curation_page_html(report: Mapping[str, Any], examples: Mapping[str, Sequenc
         pairs = any(len(example) > 1 for example in shown)
         blocks = ["".join(map(_figure, example)) for example in shown]
         figures = "".join(f"<div>{block}</div>" if pairs else block for block in blocks)
-        classes = ["pictures", *(["pairs"] if pairs else [])]
-        body.append(f'<h2>{_text(reason)}{note}</h2><div class="{' '.join(classes)}">{figures}</div>')
+        kind = " ".join(["pictures", "pairs"] if pairs else ["pictures"])
+        body.append(f'<h2>{_text(reason)}{note}</h2><div class="{kind}">{figures}</div>')
     return html_page.render_page(f"Curation: {report['source']}", body)
 
 
