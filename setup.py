@@ -80,6 +80,7 @@ EXTRAS = {
     "hub": ["huggingface_hub>=1.0"],  # m3i_jax.load("hf://OWNER/NAME")
     "huggingface": ["datasets>=4.0"],
     "maps": ["scikit-learn>=1.7"],
+    "neighbours": ["faiss-cpu>=1.10"],  # --mode=curate with the features of many images
     "ray": ["pyarrow>=18", "ray>=2.40"],  # --mode=curate --engine=ray
     "tensorboard": ["tensorboardX>=2.6.4"],
     "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.3"],

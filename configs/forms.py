@@ -33,7 +33,7 @@ def get_config(
       epochs: 0: as published, 400 for the paper's ablations; the tiny scale runs 400 steps.
     """
     if size not in SIZES:
-        raise ValueError(f"size {size!r} is none of {', '.join(SIZES)}")
+        raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
     config, model = default_config(), model or SIZES[size]
     presets.apply_preset(config, model)
     tiny = model in presets.TOYS

@@ -50,10 +50,10 @@ def get_config(
         cc12m/.
     """
     if data not in EPOCHS:
-        raise UserError(f"configs/m3i.py: data={data} is none of {', '.join(EPOCHS)}")
+        raise UserError(f"configs/m3i.py: data={data} is not one of {', '.join(EPOCHS)}")
     if model not in presets.preset_names():
         names = ", ".join(presets.preset_names())
-        raise UserError(f"configs/m3i.py: model={model} is none of {names}")
+        raise UserError(f"configs/m3i.py: model={model} is not one of {names}")
     config, root = default_config(), path.rstrip("/")
 
     # Model. ViT-B/16 and InternImage-H [P]. For the others, which the paper does not have: four

@@ -55,7 +55,6 @@ _PUBLIC = {
         "variance_covariance_sums",
     ),
     "entropy_terms": ("EntropyTerm",),
-    "pair_posteriors": (),
     "sigmoid_pairs": ("text_sigmoid", "text_sigmoid_sums"),
     "caption_posterior": ("caption",),
     "contrastive": (

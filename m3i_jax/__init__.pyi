@@ -19,10 +19,10 @@ from m3i_jax.models.dense.map_sampling import (
     roi_align as roi_align,
 )
 from m3i_jax.objective import (
-    caption_posterior as caption_posterior,
     assignment as assignment,
     balance as balance,
     boxes as boxes,
+    caption_posterior as caption_posterior,
     collapse as collapse,
     contrastive as contrastive,
     dense_losses as dense_losses,
@@ -33,7 +33,6 @@ from m3i_jax.objective import (
     losses as losses,
     masks as masks,
     mixing as mixing,
-    pair_posteriors as pair_posteriors,
     positions as positions,
     posteriors as posteriors,
     prototype_targets as prototype_targets,

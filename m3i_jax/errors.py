@@ -86,7 +86,7 @@ _LOST = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|DATA_LOSS)\b")
 
 
 def one_line(text: object, most: int = 600) -> str:
-    """A text on one line, cut to at most `most` characters.
+    """Returns a text on one line, cut to at most `most` characters.
 
     >>> one_line("a\\n  b"), one_line("abcdef", 4)
     ('a b', 'abc…')
@@ -99,7 +99,7 @@ def one_line(text: object, most: int = 600) -> str:
 
 
 def shorten(value: object, most: int = 120) -> str:
-    """The `repr` of a value for a message, on one line of at most `most` characters.
+    """Returns the `repr` of a value for a message, on one line of at most `most` characters.
 
     >>> shorten("a" * 200, 8), shorten((1, 2))
     ("'aaaaaa…", '(1, 2)')
@@ -114,7 +114,8 @@ def shorten(value: object, most: int = 120) -> str:
 
 
 def as_refusal(error: BaseException) -> UserError | RunStopped | None:
-    """The error that `main` prints on one line instead of `error`; None for a bug of this package.
+    """Returns the error that `main` prints on one line instead of `error`; None for a bug of this
+    package.
 
     - OSError, UnicodeError, RecursionError: UserError with the path.
     - MemoryError and jax's RESOURCE_EXHAUSTED: DoesNotFit.
@@ -203,7 +204,7 @@ def _refusal(error: BaseException) -> UserError | RunStopped | None:
 
 
 def system_error(error: OSError) -> UserError:
-    """The UserError of an OSError: path, reason and hint.
+    """Returns the UserError of an OSError: path, reason and hint.
 
     >>> str(system_error(OSError(errno.ENAMETOOLONG, "File name too long", "a/" * 3000)))[-44:]
     'a/a/: File name too long; use a shorter path'
@@ -233,8 +234,8 @@ def _frames(trace: TracebackType | None) -> list[TracebackType]:
 
 
 def error_path(error: BaseException) -> str:
-    """The path of the file that was being read or written, taken from the local variables of the
-    innermost call that has one; "" if none has.
+    """Returns the path of the file that was being read or written, taken from the local variables
+    of the innermost call that has one; "" if none has.
 
     Among the variables of a call, an open file comes first, then a path that is no directory, then
     a directory; among equals, the last variable."""
@@ -254,8 +255,8 @@ def error_path(error: BaseException) -> str:
 
 
 def error_location(error: BaseException) -> str:
-    """The innermost line of this package in the error's traceback, as file:line relative to the
-    package."""
+    """Returns the innermost line of this package in the error's traceback, as file:line relative to
+    the package."""
     for trace in _frames(error.__traceback__):
         file = pathlib.Path(trace.tb_frame.f_code.co_filename)
         if file.is_relative_to(_PACKAGE):

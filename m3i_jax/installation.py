@@ -1,5 +1,5 @@
-"""What is installed: the losses and encoders alone (`pip install m3i-jax`), or the program as well
-(`pip install 'm3i-jax[train]'`)."""
+"""Checks which packages are installed: the losses and encoders alone (`pip install m3i-jax`), or
+the program as well (`pip install 'm3i-jax[train]'`)."""
 
 import importlib.util
 import sys
@@ -22,7 +22,7 @@ PROGRAM = {
 
 
 def missing_packages() -> list[str]:
-    """The packages of the extra `train` that are not installed.
+    """Returns the packages of the extra `train` that are not installed.
 
     >>> missing_packages()
     []

@@ -32,7 +32,7 @@ def _files_of(trace: TracebackType | None) -> list[str]:
 
 
 def is_our_frame(trace: TracebackType | None) -> bool:
-    """Whether a traceback has a frame of this package."""
+    """Returns whether a traceback has a frame of this package."""
     return any(name.startswith(_PACKAGE) for name in _files_of(trace))
 
 
@@ -110,8 +110,8 @@ class LibraryErrorHooks:
         self.show(args.exc_type, args.exc_value, args.exc_traceback)
 
     def record(self, factory: Any) -> Any:
-        """A factory of log records without tracebacks: the message ends in the error's name and
-        text instead."""
+        """Returns a factory of log records without tracebacks: the message ends in the error's name
+        and text instead."""
 
         def make(*arguments: Any, **options: Any) -> logging.LogRecord:
             record = factory(*arguments, **options)

@@ -156,14 +156,18 @@ def parser() -> Parser:
         help="profile: time and check every kernel of the train step, without data",
     )
     parser.add_argument(
-        "--format", default="", metavar="NAME", help="export: timm, hf, stablehlo, npz or orbax"
+        "--format",
+        default="",
+        metavar="NAME",
+        help="export: timm, hf, stablehlo, npz or orbax; convert: array_record (default) or tar",
     )
     parser.add_argument("--out", default="", metavar="FILE", help="features: the npz file to write")
     parser.add_argument(
         "--shard",
         default="",
         metavar="I/N",
-        help="convert: write share I of N, from 0; /N: the I of a Slurm array or an indexed Job",
+        help="convert, index: write share I of N, from 0; /N: the I of a Slurm array or an indexed"
+        " Job",
     )
     parser.add_argument(
         "--size",
@@ -251,15 +255,15 @@ def _run(arguments: Sequence[str], began: float) -> int:
         )
     if "://" in (flags.workdir or ""):
         raise UserError(
-            f"--workdir {flags.workdir}: a URL is no directory; give a local directory, such as a"
-            " mounted bucket"
+            f"--workdir {flags.workdir}: a URL is not a directory; give a local directory, such as"
+            " a mounted bucket"
         )
     workdir = pathlib.Path(flags.workdir or ".")
     existing = next(path for path in (workdir, *workdir.parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise UserError(
-            f"--workdir {flags.workdir}: {str(existing)!r} is no directory; name one for the run,"
-            " such as --workdir runs/first"
+            f"--workdir {flags.workdir}: {str(existing)!r} is not a directory; name one for the"
+            " run, such as --workdir runs/first"
         )
     mode = MODES[flags.mode]
     foreign = {name for other in MODES.values() for name in other.flags} - set(mode.flags)

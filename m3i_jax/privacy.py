@@ -72,7 +72,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u
 
 
 def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
-    """The text with every secret replaced by "***".
+    """Returns the text with every secret replaced by "***".
 
     Args:
       text: any.
@@ -115,8 +115,8 @@ def redact_tree(value: Any) -> Any:
 
 
 def escape_control(text: str, *, line: bool = False) -> str:
-    """The text with control characters escaped, so that a terminal does not interpret them. `line`:
-    line ends and tabs too.
+    """Returns the text with control characters escaped, so that a terminal does not interpret them.
+    `line`: line ends and tabs too.
 
     All text from data (names, captions, classes) passes this function before it is written to a
     page, a text file or the log.
@@ -133,7 +133,8 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """A value as JSON text; non-ASCII letters are kept, control characters written as `\\uXXXX`.
+    """Returns a value as JSON text; non-ASCII letters are kept, control characters written as
+    `\\uXXXX`.
 
     >>> print(json_text({"猫": "a\\x1b[31m\\x9b"}))
     {"猫": "a\\u001b[31m\\u009b"}
@@ -148,8 +149,8 @@ CLEAR = "\x1b[K"  # clears to the end of the line, for progress lines
 
 
 def plain_text(text: str) -> str:
-    """The text for a console: without secrets and colours, and with control characters escaped,
-    except CLEAR.
+    """Returns the text for a console: without secrets and colours, and with control characters
+    escaped, except CLEAR.
 
     >>> plain_text("\\x1b[31mred\\x1b[0m \\x1b[2J \\x1b[K")
     'red \\\\x1b[2J \\x1b[K'
@@ -230,8 +231,8 @@ def guard_output() -> None:
 
 @contextlib.contextmanager
 def private_umask(private: bool) -> Iterator[None]:
-    """If `private`, files created in the block are accessible to their owner only (0600,
-    directories 0700); otherwise the umask decides."""
+    """Context manager: if `private`, files created in the block are accessible to their owner only
+    (0600, directories 0700); otherwise the umask decides."""
     before = os.umask(0o077)
     os.umask(before | (0o077 if private else 0))
     try:

@@ -12,7 +12,7 @@ DELAY = 1.0  # seconds before a bar appears
 
 
 def shows_progress() -> bool:
-    """Whether bars are drawn: stderr is a terminal.
+    """Returns whether bars are drawn: stderr is a terminal.
 
     >>> shows_progress()
     False
@@ -27,7 +27,7 @@ def shows_progress() -> bool:
 def progress_bar(
     what: str, total: int | None = None, unit: str = "images"
 ) -> Iterator[Callable[[int], None]]:
-    """A bar around a block, which yields a function that advances it by so many units.
+    """Yields a bar around a block, which yields a function that advances it by so many units.
 
     Args:
       what: the work, such as "features".
@@ -65,7 +65,8 @@ def track_progress(
     unit: str = "images",
     size: Callable[[T], int] = lambda item: 1,
 ) -> Iterator[T]:
-    """The items, with a bar that advances by the size of each when the next one is asked for.
+    """Yields the items, with a bar that advances by the size of each when the next one is asked
+    for.
 
     >>> list(track_progress([3, 4], "features"))
     [3, 4]

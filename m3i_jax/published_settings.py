@@ -391,7 +391,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def published_differences(config: schema.Config) -> dict[str, list[str]]:
-    """{named method of the objective: ["KEY VALUE instead of PUBLISHED" for every difference]}.
+    """Returns {named method of the objective: ["KEY VALUE instead of PUBLISHED" for every
+    difference]}.
 
     Learning rate and momentum also count as published after `config.rescale` to the batch.
 
@@ -449,8 +450,8 @@ def _short(value: Any) -> str:
 
 
 def unpublished_settings_note(config: schema.Config) -> str:
-    """A log line about named methods that are trained with other settings than published; "" if
-    there are none.
+    """Returns a log line about named methods that are trained with other settings than published;
+    "" if there are none.
 
     >>> unpublished_settings_note(schema.Config())
     ''

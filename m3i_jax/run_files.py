@@ -1,5 +1,5 @@
-"""The files of a run: which mode writes and reads each, and how a change by another program is
-detected.
+"""The files of a run: which mode writes and reads each, how they are written atomically and without
+secrets, and how a change by another program is detected.
 
 `FILES` lists them. A file that a mode reads back and nothing else protects has its size and digest
 in WORKDIR/digests/NAME, recorded before the file itself is written. The record has the newest two
@@ -15,13 +15,15 @@ import json
 import logging
 import os
 import pathlib
+import socket
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import xxhash
 
+from m3i_jax import privacy
 from m3i_jax.errors import UserError
 
 Mark = tuple[int, str]  # size in bytes and digest of a file, or of its beginning
@@ -124,7 +126,7 @@ class FileChanged(UserError):
 
 
 def seal_note(value: Any) -> bytes:
-    """A JSON value on one line, and the CRC-32 of that line on the next.
+    """Returns a JSON value on one line, and the CRC-32 of that line on the next.
 
     >>> unseal_note(seal_note({"a": 1})), unseal_note(seal_note({"a": 1}).replace(b"1", b"2"))
     ({'a': 1}, None)
@@ -134,7 +136,7 @@ def seal_note(value: Any) -> bytes:
 
 
 def unseal_note(content: bytes) -> Any:
-    """The value of the bytes of `seal_note`; None if they are damaged."""
+    """Returns the value of the bytes of `seal_note`; None if they are damaged."""
     line, _, check = content.partition(b"\n")
     if check != b"%08x\n" % zlib.crc32(line):
         return None
@@ -145,7 +147,7 @@ def unseal_note(content: bytes) -> Any:
 
 
 def file_mark(content: bytes) -> Mark:
-    """Size and digest of a content.
+    """Returns the size and digest of a content.
 
     >>> file_mark(b"123456789")
     (9, '72dcb18b67a17dff')
@@ -154,7 +156,7 @@ def file_mark(content: bytes) -> Mark:
 
 
 def parse_marks(value: Any) -> list[Mark] | None:
-    """A list of sizes and digests from parsed JSON; None if it is not one."""
+    """Returns a list of sizes and digests from parsed JSON; None if it is not one."""
     if not isinstance(value, list):
         return None
     out = []
@@ -166,7 +168,7 @@ def parse_marks(value: Any) -> list[Mark] | None:
 
 
 def read_bytes(path: pathlib.Path, limit: int = LARGEST) -> bytes:
-    """The content of a regular file; never blocks on a pipe.
+    """Returns the content of a regular file; never blocks on a pipe.
 
     Raises:
       UserError: it is not a regular file, or is larger than the limit.
@@ -248,7 +250,7 @@ def note_mark(path: pathlib.Path, new: Mark) -> None:
 
 
 def mark_mismatch(content: bytes, known: list[Mark], *, beginning: bool = False) -> str:
-    """How a content differs from its recorded sizes and digests, "" if it does not.
+    """Returns how a content differs from its recorded sizes and digests, "" if it does not.
 
     Args:
       content: of the file.
@@ -277,7 +279,7 @@ def mark_mismatch(content: bytes, known: list[Mark], *, beginning: bool = False)
 
 
 def read_run_file(path: pathlib.Path, remedy: str = "restore it", *, limit: int = LARGEST) -> bytes:
-    """The content of a file of a run, verified against its record.
+    """Returns the content of a file of a run, verified against its record.
 
     Raises:
       FileChanged: it has another content.
@@ -323,8 +325,8 @@ def read_run_json(path: pathlib.Path, remedy: str = "restore it") -> dict[str, A
 def read_log(
     path: pathlib.Path, more: list[Mark] | None = None
 ) -> tuple[list[dict[str, Any]], str]:
-    """The readable lines of a log, in the order of the file, and how its beginning differs from its
-    record ("" if it does not).
+    """Returns the readable lines of a log, in the order of the file, and how its beginning differs
+    from its record ("" if it does not).
 
     Args:
       path: of metrics.jsonl.
@@ -342,7 +344,8 @@ def read_log(
 
 
 def parse_log_line(text: bytes) -> dict[str, Any] | None:
-    """The values of a line of a log; None for a damaged line, such as half a line of a killed run.
+    """Returns the values of a line of a log; None for a damaged line, such as half a line of a
+    killed run.
 
     >>> parse_log_line(b'{"step": 7, "loss": 1.5}'), parse_log_line(b'{"step": 7, "lo')
     ({'step': 7, 'loss': 1.5}, None)
@@ -358,7 +361,8 @@ def parse_log_line(text: bytes) -> dict[str, Any] | None:
 
 
 def changed_run_files(position: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, str]:
-    """{file: mismatch} of the files whose size and digest the position of a checkpoint has."""
+    """Returns {file: mismatch} of the files whose size and digest the position of a checkpoint
+    has."""
     out = {}
     known = position.get("files", {})
     for name, one in known.items() if isinstance(known, dict) else ():
@@ -373,3 +377,59 @@ def changed_run_files(position: Mapping[str, Any], workdir: pathlib.Path) -> dic
         if mismatch := mark_mismatch(read_bytes(path, 2**32), [mark], beginning=beginning):
             out[name] = mismatch
     return out
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields a temporary path to write to, renamed to `path` at the end of the block and removed
+    after an error.
+
+    Raises:
+      UserError: the file cannot be written.
+
+    >>> import tempfile
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+    >>> with atomic_file(target) as temporary:
+    ...     _ = temporary.write_text("content")
+    >>> target.read_text(), len(list(target.parent.iterdir()))
+    ('content', 1)
+    """
+    target = pathlib.Path(path)
+    # with the host's name: hosts of a pod share the directory, and may have equal process ids
+    temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        try:
+            yield temporary
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; make room or choose another"
+            " --workdir"
+        ) from error
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str, *, noted: bool = False) -> None:
+    """Write a UTF-8 file atomically, with secrets redacted and control characters escaped. JSON
+    comes from `privacy.json_text`, which escapes them as JSON does.
+
+    Args:
+      path: of the file.
+      text: its content.
+      noted: record its digest first, for a file that `read_run_file` reads.
+
+    Raises:
+      UserError: the file cannot be written.
+
+    >>> import tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+    >>> write_text_atomic(path, "é")
+    >>> path.read_bytes()
+    b'\\xc3\\xa9'
+    """
+    content = privacy.escape_control(privacy.redact(text)).encode("utf-8", "replace")
+    if noted:
+        note_mark(pathlib.Path(path), file_mark(content))
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)

@@ -5,7 +5,7 @@ import dataclasses
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError, shorten
-from m3i_jax.objective import block_masks, registry, terms
+from m3i_jax.objective import masks, registry, terms
 from m3i_jax.schema.limits import check_limits
 
 
@@ -35,8 +35,8 @@ def _validate_combinations(c: schema.Config) -> None:
         not d.vocabulary or d.tokenizer == "clip",
         "data.vocabulary",
         d.vocabulary,
-        "does nothing: it applies to data.tokenizer=clip, and the tokenizer is"
-        f" {d.tokenizer}; leave it empty",
+        f"has no effect: it applies to data.tokenizer=clip, and the tokenizer is {d.tokenizer};"
+        " leave it empty",
     )
     for key in ("encoder", "decoder", "text", "captioner", "intern_image"):
         width, ratio = getattr(m, key).width, getattr(m, key).mlp_ratio
@@ -153,7 +153,7 @@ def _validate_masks(c: schema.Config) -> None:
         f" {image}; 0 means one patch",
     )
     if c.data.mask == "multi_block":
-        one = block_masks.block_cells(c.grid, c.data.mask_block_share)
+        one = masks.block_cells(c.grid, c.data.mask_block_share)
         _require(
             c.data.mask_blocks * one <= c.hidden and c.cell == 1,
             "data.mask_ratio",
@@ -234,8 +234,8 @@ def _batch_unit(c: schema.Config, shape: tuple[int, int, int]) -> tuple[int, str
 
 
 def fit_batch_to_mesh(c: schema.Config, shape: tuple[int, int, int]) -> tuple[schema.Config, str]:
-    """The configuration for a mesh of this (replica, fsdp, tensor) shape, with a log line if the
-    batch was rounded up, else "".
+    """Returns the configuration for a mesh of this (replica, fsdp, tensor) shape, with a log line
+    if the batch was rounded up, else "".
 
     Raises:
       UserError: a batch that cannot be split over the mesh, without `train.round_batch`.

@@ -12,7 +12,7 @@ from m3i_jax import parallel, schema
 from m3i_jax.models import m3i
 from m3i_jax.objective import ema
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import plan, state
+from m3i_jax.training import plan, task
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import toy
 
@@ -41,7 +41,7 @@ def run(
     """A run that saved at step 4 from so many devices; its (parameters, momentum average)."""
     params = random(config, seed)
     average = {"encoder": jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1, params["encoder"])}
-    made = state.State(
+    made = task.State(
         step=jnp.int32(4), params=params, opt={"target": ema.TargetState(jnp.int32(4), average)}
     )
     laid = jax.device_put(

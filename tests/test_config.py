@@ -103,7 +103,7 @@ BAD = {
     "train.epochs=1e300": "at most 1e+06",
     "data.size=1000000000000000": "at most 1,099,511,627,776",
     "objective.forms=m3i,m3i": "names m3i twice",
-    "data.vocabulary=/nope": "does nothing",  # without data.tokenizer=clip
+    "data.vocabulary=/nope": "has no effect",  # without data.tokenizer=clip
     "data.path=~nosuchuser/x": "the home directory of an unknown user, ~nosuchuser",
     "model.text.width=0": "at least 1",
     "model.decoder.width=0": "at least 1",
@@ -113,7 +113,7 @@ BAD = {
     f"parallel.mesh={'(' * 5000}": "is not a list of numbers",
     f"train.steps={'-' * 20000}1": "is not a whole number",
     "evaluate.shots=5,5": "names 5 twice",
-    "init.only=x(": "is no regular expression",
+    "init.only=x(": "is not a regular expression",
     "report.licence=a\nb": "one line without control characters",
 }
 

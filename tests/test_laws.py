@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "installation": set(),
     "privacy": set(),
     "progress": set(),
-    "run_files": {"errors"},
+    "run_files": {"errors", "privacy"},
     "schema": {"errors"},
     "objective": set(),
     # the last two for `load` and `roi_align` and the like, when they are asked for
@@ -67,8 +67,8 @@ ROOMS: dict[str, set[str]] = {
 PURE = {"jax", "jaxlib", "numpy", "optax", "chex"}
 # A library that is kept to one place, so that it can be replaced there.
 KEPT = {
-    "flax": ("models/", "training/state.py"),
-    "orbax": ("training/checkpoint.py", "training/checkpoint_reader.py"),
+    "flax": ("models/", "training/task.py"),
+    "orbax": ("training/checkpoint.py", "training/weight_source.py"),
 }
 # Imported inside the function that needs them, or not at all.
 LAZY = {
@@ -281,7 +281,7 @@ OFFENDERS: list[tuple[str, str, str, str]] = [
     (
         "imports run one way",
         "m3i_jax/reporting/a.py",
-        "from m3i_jax.training.state import State",
+        "from m3i_jax.training.task import State",
         "from m3i_jax.errors import UserError",
     ),
     (
@@ -341,7 +341,7 @@ OFFENDERS: list[tuple[str, str, str, str]] = [
     ),
     (
         "flax and orbax are kept in their places",
-        "m3i_jax/training/state.py",
+        "m3i_jax/training/task.py",
         "import orbax.checkpoint",
         "import flax.struct",
     ),

@@ -23,6 +23,10 @@ PROTOCOLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fits": ("whether the arrays of a Pallas kernel fit the fast memory", ("models/",)),
     "forward": ("one implementation of an operator, without gradient", ("models/",)),
     "backward": ("the gradients of that implementation", ("models/",)),
+    **{
+        name: (f"{name}(path, ...) of one format of converted data", ("data/sources/",))
+        for name in ("write_shard", "shard_length", "check_shard", "write_shard_index")
+    },
     "measure": ("measure(...) -> Metric of one evaluator", ("evaluation/",)),
     "run": ("run(config, ...) -> exit code of one mode", ("modes/",)),
     "main": ("a command line, `python -m MODULE`", ("main.py", "data/tokenizer.py")),

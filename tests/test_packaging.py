@@ -29,6 +29,7 @@ PYTHONS = ("3.11", "3.13")
 # {module: distribution} where the names differ.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "faiss": "faiss-cpu",
     "absl": "absl-py",
     "orbax": "orbax-checkpoint",
     "etils": "etils",

@@ -13,7 +13,7 @@ from m3i_jax import parallel, schema, validation
 from m3i_jax.data.sources import mixture
 from m3i_jax.errors import UserError
 from m3i_jax.modes import show
-from m3i_jax.profiling import flops, hardware
+from m3i_jax.profiling import flops, hardware, traffic_model
 from m3i_jax.training import trainer
 from tests.bench import formula
 
@@ -227,10 +227,20 @@ def test_days_of_the_paper_s_run() -> None:
         hardware.training_days(total, kind="v5e", chips=16, mfu=0.45) == pytest.approx(by_hand)
         and 4.6 < by_hand < 4.7
     )
-    rows = {row[0]: row for row in hardware.slice_rows(total, 0.45)}
+    traffic = dict.fromkeys(("tpu", "cuda"), traffic_model.StepTraffic(2e9, 1e10, 0.0))
+    table = traffic_model.bound_rows(
+        hardware.SLICES, flops=total / 499_200, traffic=traffic, state=2e9, params=150_000_000,
+        images=4096, steps=499_200, mfu=0.45,
+    )  # fmt: skip
+    rows = {row[0]: row for row in table}
     assert (
-        rows["v5e-16"][4] == "4.7" and rows["h100:1"][4] == "14.9" and rows["v6e-256"][4] == "0.06"
+        rows["v5e-16"][3] == "4.7" and rows["h100:1"][3] == "14.9" and rows["v6e-256"][3] == "0.06"
     )
+    # 256 images of 2 GB and 10 GB of state on each of 16 chips, at 819 GB/s
+    assert rows["v5e-16"][4] == f"{522e9 / 819e9 * 499_200 / 86_400:.1f}" == "3.7"
+    # 1.2 GB of sums of gradients, at 200 GB/s; between hosts a GPU has 50 GB/s
+    assert rows["v5e-16"][5] == f"{150e6 * 8 * 15 / 16 / 200e9 * 499_200 / 86_400:.2f}" == "0.03"
+    assert [rows[name][6] for name in ("v5e-16", "v6e-256")] == ["FLOPs", "memory"]
 
 
 def test_slices_are_of_known_chips_and_named_once() -> None:

@@ -9,6 +9,7 @@ import re
 import tarfile
 
 import jax
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,6 +22,7 @@ from tests import xla_flags
 from tests.bench.tables import __main__ as tables
 from tests.bench.tables import data as table_data
 from tests.bench.tables import page as table_page
+from tests.bench.tables import paired
 from tests.bench.tables import results as table_results
 from tests.bench.tables import rows as table_rows
 from tests.bench.tables import runs as table_runs
@@ -124,6 +126,40 @@ def test_table_has_mean_deviation_and_missing_methods(
 def result(protocol: str, image_set: str, form: str, seed: int = 0, **values: float) -> dict:
     named = {key.replace("__", "/"): value for key, value in values.items()}
     return {"protocol": protocol, "set": image_set, "form": form, "seed": seed, "values": named}
+
+
+def test_methods_are_compared_on_the_same_images(tmp_path: pathlib.Path) -> None:
+    """Hits of a file of features, and a difference whose error is that of a paired test."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(60, 8)).astype(np.float32)
+    labels, keys_ = rng.integers(-1, 2, 60), np.array([f"{n:02d}" for n in range(60)])
+    held_out = np.arange(60) >= 40
+    order = rng.permutation(60)
+    found = []
+    for name, at in (("a", np.arange(60)), ("b", order)):
+        columns = {"keys": keys_, "labels": labels, "held_out": held_out, "features": features}
+        np.savez(
+            tmp_path / f"{name}.npz", about=np.array("{}"), **{k: v[at] for k, v in columns.items()}
+        )
+        found.append(paired.knn_hits(tmp_path / f"{name}.npz", k=1, temperature=1.0))
+    assert found[0] == found[1]  # the order of the images does not matter
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    index, queries = (np.flatnonzero((held_out == held) & (labels >= 0)) for held in (0, 1))
+    nearest = index[(unit[queries] @ unit[index].T).argmax(1)]
+    expected = (labels[nearest] == labels[queries]).tolist()
+    assert paired.unpack_hits(found[0]).tolist() == expected
+
+    # McNemar's test has the same statistic up to the variance under equality
+    one, other = rng.random(1000) < 0.6, rng.random(1000) < 0.5
+    more, less = (one & ~other).sum(), (other & ~one).sum()
+    got = paired.paired_difference(one[None], other[None])
+    assert got.difference == pytest.approx((more - less) / 1000)
+    z = (more - less) / (more + less - (more - less) ** 2 / 1000) ** 0.5
+    assert got.difference / got.error == pytest.approx(z, rel=1e-3)
+    assert 0.01 < got.p < 0.02
+    # seeds that differ by more than their images explain make the error larger
+    seeds = np.stack([np.arange(1000) < 700, np.arange(1000) < 500])
+    assert paired.paired_difference(seeds, seeds).error > 0.1
 
 
 def test_the_page_has_every_figure_and_escapes_names(sets: dict[str, table_sets.Set]) -> None:
@@ -288,6 +324,8 @@ def test_short_run_is_reported_and_not_repeated(
         and result["values"]["flops"] > 0
         and 0 <= result["values"]["own/eval/knn/top1"] <= 1
     )
+    hits = paired.unpack_hits(result["hits"])
+    assert hits.mean() == pytest.approx(result["values"]["eval/knn/top1"], abs=2 / len(hits))
     assert str(tmp_path) not in json.dumps(result["commands"]) and str(
         table_sets.ROOT
     ) not in json.dumps(result["commands"])
@@ -306,9 +344,9 @@ def test_equal_flops_and_a_failed_run_is_skipped(
     run = table_runs.Run(image_set, table_rows.METHODS["MAE"], 5, "flops")
     (steps,) = table_runs.steps_of(run, tmp_path)
     assert abs(steps * 3.0 / (image_set.steps * 8.0) - 1) < 0.01
-    first, second = table_runs.commands(run, tmp_path, [steps], 7)
+    first, second, third = table_runs.commands(run, tmp_path, [steps], 7)
     assert f"steps={steps}" in first[3] and "--config.seed=5" in first
-    assert "--config.train.steps=7" in second
+    assert "--config.train.steps=7" in second and "--mode=features" in third
     monkeypatch.setattr(table_runs, "commands", lambda *_: [["-c", "raise SystemExit(3)"]])
     assert table_runs.run_once(run, tmp_path, 1, {}) is None
 

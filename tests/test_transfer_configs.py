@@ -94,7 +94,7 @@ def test_table_9() -> None:
         cfg.model.encoder.freeze,
     ) == (16_384, 90.0, "batch", True)
     assert load("probe.py:path=/images,kind=attentive").model.pool.query == "learned"
-    with pytest.raises(UserError, match="kind=round is none of"):
+    with pytest.raises(UserError, match="kind=round is not one of"):
         load("probe.py:kind=round")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
-from m3i_jax.objective import block_masks, masks
+from m3i_jax.objective import masks
 
 COLORLESS = {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
 CLASSES, VOCABULARY, CAPTION = 5, 300, 8
@@ -74,9 +74,9 @@ def batch(config: schema.Config, seed: int = 0) -> dict[str, np.ndarray]:
     out["label"][[1, 4]] = -1
     if config.data.mask == "inverse_block":
         options = {"grid": config.grid, "hidden": config.hidden}
-        out["mask"] = block_masks.inverse_block(seed, 0, b, **options)
+        out["mask"] = masks.inverse_block(seed, 0, b, **options)
     if config.data.mask == "multi_block":
-        out["mask"], out["blocks"] = block_masks.multi_block(
+        out["mask"], out["blocks"] = masks.multi_block(
             seed,
             0,
             b,

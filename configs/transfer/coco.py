@@ -9,13 +9,13 @@ preset without it. From a run of configs/transfer/objects365.py, as in the paper
 and head are taken, too, and only what belongs to the categories restarts.
 
 The published settings are those of detectron2's ViTDet project, on which the paper builds (see
-m3i_jax/evaluation/detection_recipe.py); [R] marks them. --mode=show prints cost and days; nothing
+m3i_jax/evaluation/dense_recipes.py); [R] marks them. --mode=show prints cost and days; nothing
 of this was trained at its full size by this project.
 """
 
 from ml_collections import ConfigDict
 
-from m3i_jax.evaluation.detection_recipe import DetectionData, Schedule, build_detection
+from m3i_jax.evaluation.dense_recipes import DetectionData, Schedule, build_detection
 
 COCO = DetectionData(
     recipe="configs/transfer/coco.py",

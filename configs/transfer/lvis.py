@@ -14,7 +14,7 @@ fraction anew every epoch.
 
 from ml_collections import ConfigDict
 
-from m3i_jax.evaluation.detection_recipe import DetectionData, Schedule, build_detection
+from m3i_jax.evaluation.dense_recipes import DetectionData, Schedule, build_detection
 
 LVIS = DetectionData(
     recipe="configs/transfer/lvis.py",

@@ -20,7 +20,7 @@ by this project.
 
 from ml_collections import ConfigDict
 
-from m3i_jax.evaluation.detection_recipe import DetectionData, Schedule, build_detection
+from m3i_jax.evaluation.dense_recipes import DetectionData, Schedule, build_detection
 
 # Images of the training set, as Ultralytics' Objects365.yaml of YOLOv5 and YOLOv8 counts them
 # (1,742,289) and https://huggingface.co/datasets/jxu124/objects365 counts the entries of the

@@ -44,7 +44,7 @@ def get_config(
       batch_size: 0: 16,384, or 1,024 for an attentive probe.
     """
     if kind not in ("linear", "attentive"):
-        raise UserError(f"configs/transfer/probe.py: kind={kind} is none of linear, attentive")
+        raise UserError(f"configs/transfer/probe.py: kind={kind} is not one of linear, attentive")
     config, linear = default_config(), kind == "linear"
     if from_:
         build_encoder(config, from_, "configs/transfer/probe.py:from")

@@ -18,7 +18,7 @@ there on, and a cosine schedule.
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_encoder import (
+from m3i_jax.evaluation.dense_recipes import (
     build_dense_encoder,
     continue_dense_run,
     map_blocks,

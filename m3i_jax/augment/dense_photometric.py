@@ -32,7 +32,7 @@ class DistortionDraws(NamedTuple):
 
 
 def draw_distortion(position: jax.Array, *, seed: int) -> DistortionDraws:
-    """Random choices as a function of (seed, stream position), row by row.
+    """Returns random choices as a function of (seed, stream position), row by row.
 
     Args:
       position: uint32 [B, 2], high and low word of the sample's position in the stream.
@@ -159,7 +159,7 @@ def _reciprocal(numerator: int, x: jax.Array) -> jax.Array:
 
 
 def hsv_to_rgb(hsv: jax.Array) -> jax.Array:
-    """The inverse of `rgb_to_hsv`, with fractions cut off.
+    """Returns the inverse of `rgb_to_hsv`, with fractions cut off.
 
     OpenCV cuts them off in its vector instructions, which most pixels of an image of hundreds of
     pixels go through, and rounds them at the end of a row.

@@ -23,7 +23,7 @@ AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 class MixupDraws(NamedTuple):
-    """How every row is blended.
+    """Random choices for the blending of every row.
 
     Attributes:
       share: [B] float32, weight of the row's own image.
@@ -40,7 +40,7 @@ class MixupDraws(NamedTuple):
 def draw_mixup(
     position_Bx2: jax.Array, *, seed: int, size: int, settings: schema.Augment
 ) -> MixupDraws:
-    """Random blending of every row, the same for both of a pair.
+    """Returns random blending of every row, the same for both of a pair.
 
     Args:
       position_Bx2: uint32, high and low word of the stream position.
@@ -75,8 +75,8 @@ def draw_mixup(
 
 
 def cut_box(share: jax.Array, u_y: jax.Array, u_x: jax.Array, size: int) -> jax.Array:
-    """The box [4] of CutMix: sides sqrt(1 - share) of the image's, uniform centre, clipped at the
-    border.
+    """Returns the box [4] of CutMix: sides sqrt(1 - share) of the image's, uniform centre, clipped
+    at the border.
 
     >>> cut_box(jnp.array(0.75), jnp.array(0.5), jnp.array(0.0), 8).tolist()
     [2, 0, 6, 2]
@@ -87,7 +87,8 @@ def cut_box(share: jax.Array, u_y: jax.Array, u_x: jax.Array, size: int) -> jax.
 
 
 def box_mask(box_Bx4: jax.Array, size: int) -> jax.Array:
-    """Mask [B, S, S] bool of the pixels in a box (top, left, bottom, right), the last two excluded.
+    """Returns the mask [B, S, S] bool of the pixels in a box (top, left, bottom, right), the last
+    two excluded.
 
     >>> box_mask(jnp.array([[0, 1, 1, 3]]), 3)[0].tolist()
     [[False, True, True], [False, False, False], [False, False, False]]
@@ -101,8 +102,8 @@ def box_mask(box_Bx4: jax.Array, size: int) -> jax.Array:
 def random_erase(
     images_BxSxSx3: jax.Array, position_Bx2: jax.Array, *, seed: int, probability: float
 ) -> jax.Array:
-    """Random erasing: with `probability`, one box of a normalised image becomes N(0, 1) noise, one
-    number per pixel and channel.
+    """Erases random boxes: with `probability`, one box of a normalised image becomes N(0, 1) noise,
+    one number per pixel and channel.
 
     Up to ten boxes are drawn, of 2 to 33 % of the image and aspects of 0.3 to 1 / 0.3, log-uniform;
     the first that fits is used.

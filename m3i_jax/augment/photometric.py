@@ -145,7 +145,7 @@ def _blur(x: jax.Array, sigma: jax.Array, radius: int) -> jax.Array:
 
 
 def mirror(images: jax.Array, flip: jax.Array) -> jax.Array:
-    """Horizontal flip of the images [B, H, W, C] for which `flip` [B] is true. M3I Table 7:
+    """Flips horizontally the images [B, H, W, C] for which `flip` [B] is true. M3I Table 7:
     RandomHorizontalFlip.
 
     >>> mirror(jnp.arange(4).reshape(2, 1, 2, 1), jnp.array([False, True])).ravel().tolist()
@@ -197,7 +197,7 @@ def hue(images: jax.Array, shift: jax.Array | float) -> jax.Array:
 
 
 def grayscale(images: jax.Array) -> jax.Array:
-    """[..., H, W, 3] with the three channels replaced by 0.299 R + 0.587 G + 0.114 B.
+    """Returns [..., H, W, 3] with the three channels replaced by 0.299 R + 0.587 G + 0.114 B.
 
     >>> [round(v, 3) for v in grayscale(jnp.array([[[1.0, 0.0, 0.0]]]))[0, 0].tolist()]
     [0.299, 0.299, 0.299]
@@ -219,8 +219,8 @@ def solarize(images: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="radius")
 def gaussian_blur(images: jax.Array, sigma: jax.Array | float, radius: int = RADIUS) -> jax.Array:
-    """Gaussian blur of [B, H, W, C] with `sigma` pixels (a scalar or [B]): separable, 2 radius + 1
-    taps, edges repeated.
+    """Blurs [B, H, W, C] with `sigma` pixels (a scalar or [B]): separable, 2 radius + 1 taps, edges
+    repeated.
 
     >>> gaussian_blur(jnp.ones([1, 4, 4, 3]), 1.0)[0, 0, 0].tolist()
     [1.0, 1.0, 1.0]
@@ -265,7 +265,7 @@ class PhotometricDraws(NamedTuple):
 def draw_photometric(
     position: jax.Array, *, seed: int, view: int, settings: schema.Augment
 ) -> PhotometricDraws:
-    """Random choices of one view, a function of (seed, view, stream position), row by row.
+    """Returns random choices of one view, a function of (seed, view, stream position), row by row.
 
     `position` uint32 [B, 2]: high and low word of the sample's position in the stream.
 
@@ -351,7 +351,7 @@ def augment(
 
 
 def normalize(images: jax.Array, settings: schema.Augment) -> jax.Array:
-    """(x - mean) / std by channel of [..., 3] images, uint8 or floats in 0..1, in float32.
+    """Returns (x - mean) / std by channel of [..., 3] images, uint8 or floats in 0..1, in float32.
 
     >>> x = normalize(jnp.array([[[0.485, 0.456, 0.406]]]), schema.Augment())
     >>> [round(v, 4) for v in x[0, 0].tolist()]

@@ -25,15 +25,13 @@ from m3i_jax.config.recipes import (
     find_config_file,
     shipped_recipes,
 )
-from m3i_jax.config.text import (
+from m3i_jax.config.values import (
     config_difference,
     config_from_text,
     config_to_text,
+    default_config,
     help_table,
     load_from_workdir,
-)
-from m3i_jax.config.values import (
-    default_config,
     parse_value,
     setting_table,
     typed_value,
@@ -104,7 +102,7 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
         if choices and value not in choices:
             near = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
             raise UserError(
-                f"config.{key}: {shorten(value)} is none of {', '.join(map(str, choices))}"
+                f"config.{key}: {shorten(value)} is not one of {', '.join(map(str, choices))}"
                 + (f"; did you mean {near[0]}?" if near else "")
             )
         values[name] = value
@@ -112,7 +110,7 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
 
 
 def resolve(config: ml_collections.ConfigDict) -> schema.Config:
-    """The checked, frozen settings of a ConfigDict.
+    """Returns the checked, frozen settings of a ConfigDict.
 
     Raises:
       UserError: an unknown key, a wrong type or an impossible value; the message names the key,

@@ -27,7 +27,7 @@ _CHANGED_DEFAULT = "m3i_jax.config.default_config() with changes"
 
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
-    """The ConfigDict that `get_config` of a configuration file returns.
+    """Returns the ConfigDict that `get_config` of a configuration file returns.
 
     Args:
       spec: `FILE[:name=value,...]`; `find_config_file` finds FILE, and the arguments have the

@@ -24,7 +24,7 @@ _DEVELOPMENT = ("bench.sh", "faults.sh", "soak.sh", "test.sh")
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that ship, as `--config` takes them.
+    """Returns names of the recipes that ship, as `--config` takes them.
 
     >>> shipped_recipes()[:2], "configs/transfer/coco.py" in shipped_recipes()
     (['configs/folder.py', 'configs/forms.py'], True)
@@ -42,8 +42,8 @@ def _closest_first(name: str) -> tuple[list[str], bool]:
 
 
 def find_config_file(spec: str) -> pathlib.Path:
-    """The file that `--config FILE[:name=value,...]` means: the local one if it exists, else the
-    recipe of that name that ships.
+    """Returns the file that `--config FILE[:name=value,...]` means: the local one if it exists,
+    else the recipe of that name that ships.
 
     Raises:
       UserError: FILE is no Python file, or there is neither; the message says where it was looked
@@ -75,7 +75,7 @@ def find_config_file(spec: str) -> pathlib.Path:
 
 
 def describe_config_file(path: pathlib.Path) -> str:
-    """A line for the log: which file `find_config_file` found, and whether it ships.
+    """Returns a line for the log: which file `find_config_file` found, and whether it ships.
 
     >>> describe_config_file(find_config_file("configs/folder.py"))
     'configuration: ...configs/folder.py, which ships with m3i_jax ...'

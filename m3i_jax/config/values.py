@@ -1,17 +1,19 @@
-"""Keys, types and values of settings: the table of all settings and the conversion of values."""
+"""Keys, types and values of settings: the table of all settings, the conversion of values, and
+settings as text: `config.txt` of a run, the differences between two runs, and `--help`."""
 
 import ast
 import dataclasses
 import difflib
 import math
+import pathlib
 import typing
 from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
 
-from m3i_jax import schema
-from m3i_jax.errors import UserError, one_line, shorten
+from m3i_jax import run_files, schema
+from m3i_jax.errors import UserError, one_line, refuse_system_errors, shorten
 
 MAX_VALUE_LENGTH = 100_000  # characters; a list of thousands of paths has fewer
 _EXAMPLE = {
@@ -19,6 +21,26 @@ _EXAMPLE = {
     float: "numbers such as (0.2,1.0)",
     str: "names such as mim,clip",
 }
+# Keys that change output files, speed or memory but no result: a run may resume with other values.
+FREE = (
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "train.panel_every",
+    "train.eval_every",
+    "train.watchdog",
+    "data.threads",
+    "data.workers",
+    "data.patience",
+    "data.missing",
+    "model.remat",
+    "model.scan",
+    "model.keep_gathered",
+    "objective.text_chunk",
+    "evaluate.",
+    "parallel.",
+    "report.",
+)
 
 
 def _as_dict(node: Any) -> dict[str, Any]:
@@ -29,7 +51,7 @@ def _as_dict(node: Any) -> dict[str, Any]:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The default configuration (the paper's ViT-B/16 run, Table 7) as a locked ConfigDict.
+    """Returns the default configuration (the paper's ViT-B/16 run, Table 7) as a locked ConfigDict.
 
     >>> default_config().optim.lr
     0.001
@@ -40,7 +62,8 @@ def default_config() -> ml_collections.ConfigDict:
 def setting_table(
     node: Any = None, prefix: str = ""
 ) -> dict[str, tuple[Any, Any, str, tuple[Any, ...]]]:
-    """Every setting as {dotted key: (type, value, help, choices)}, in the order of the schema.
+    """Returns every setting as {dotted key: (type, value, help, choices)}, in the order of the
+    schema.
 
     >>> setting_table()["optim.b2"][:2]
     (<class 'float'>, 0.95)
@@ -59,7 +82,7 @@ def setting_table(
 
 
 def item_type(kind: Any) -> type:
-    """The type of the entries of a list type.
+    """Returns the type of the entries of a list type.
 
     >>> item_type(tuple[int, ...])
     <class 'int'>
@@ -75,7 +98,7 @@ def _type_name(kind: Any) -> str:
 def unknown_key_error(
     key: str, known: Iterable[str], where: str = "config.", what: str = "key"
 ) -> UserError:
-    """The error for an unknown key (or other `what`); it suggests the closest known one."""
+    """Returns the error for an unknown key (or other `what`); it suggests the closest known one."""
     known = list(known)
     near = (
         difflib.get_close_matches(key, known, 1, 0.5)
@@ -116,7 +139,7 @@ def typed_value(name: str, kind: Any, value: Any) -> Any:
 
 
 def python_literal(text: str) -> Any:
-    """The value of a Python literal; no name is looked up and nothing is called.
+    """Returns the value of a Python literal; no name is looked up and nothing is called.
 
     Raises:
       ValueError: any other text, and a text too long or nested too deeply for Python's parser.
@@ -133,7 +156,8 @@ def python_literal(text: str) -> Any:
 
 
 def parse_value(name: str, kind: Any, text: str) -> Any:
-    """The value of type `kind` that a command line gives as text, such as `1e-4` or `mim,clip`.
+    """Returns the value of type `kind` that a command line gives as text, such as `1e-4` or
+    `mim,clip`.
 
     Raises:
       UserError: a text that is no value of this type; the message begins with `name`.
@@ -155,3 +179,102 @@ def parse_value(name: str, kind: Any, text: str) -> Any:
             if is_list and isinstance(value, (int, float)):
                 value = (value,)
     return typed_value(name, kind, value)
+
+
+def config_to_text(config: schema.Config) -> str:
+    """Returns one line `key = value` per setting, in the order of the schema. It is saved with a
+    run and compared when the run resumes.
+
+    >>> config_to_text(schema.Config()).splitlines()[0]
+    'seed = 0'
+    """
+    return "".join(
+        f"{key} = {value!r}\n" for key, (_, value, _, _) in setting_table(config).items()
+    )
+
+
+def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
+    """Returns the ConfigDict of a text of `config_to_text`. Settings that the text omits have their
+    defaults.
+
+    Args:
+      text: lines `key = value`.
+      where: the file, for error messages.
+
+    Raises:
+      UserError: an unknown key, or a value that is no literal.
+
+    >>> config_from_text("optim.lr = 0.5\\n", "config.txt").optim.lr
+    0.5
+    """
+    config, table = default_config(), setting_table()
+    for line in filter(None, text.splitlines()):
+        key, equals, value = line.partition(" = ")
+        if key not in table or not equals:
+            raise UserError(
+                f"{where}: {shorten(key)} is not a setting of this version of m3i_jax; use the"
+                " version that trained the run"
+            )
+        section = config
+        *sections, name = key.split(".")
+        for part in sections:
+            section = section[part]
+        try:
+            with section.ignore_type():
+                section[name] = typed_value(f"{where}: {key}", table[key][0], python_literal(value))
+        except ValueError:
+            raise UserError(
+                f"{where}: {key}: {shorten(value)} is not a valid value; the file was changed by"
+                " hand: restore it"
+            ) from None
+    return config
+
+
+def load_from_workdir(workdir: str, flag: str) -> ml_collections.ConfigDict:
+    """Returns the settings of the run in a directory.
+
+    Raises:
+      UserError: the directory holds no run; the message begins with `flag`.
+    """
+    file = pathlib.Path(workdir) / "config.txt"
+    if not file.is_file():
+        raise UserError(f"{flag}: {workdir!r} has no config.txt; give the --workdir of a run")
+    with refuse_system_errors():
+        text = run_files.read_run_text(
+            file, "restore it; the command that trained the run writes it anew if it is deleted"
+        )
+        return config_from_text(text, str(file))
+
+
+def config_difference(old: str, new: str) -> list[str]:
+    """Returns the differences `key: old -> new` between two texts of `config_to_text`, without the
+    keys of FREE. A setting that is missing in the old text had its default.
+
+    >>> config_difference("seed = 0\\ntrain.keep = 2\\n", "seed = 1\\ntrain.keep = 3\\n")
+    ['seed: 0 -> 1']
+    """
+    old_values, new_values = (
+        dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line)
+        for text in (old, new)
+    )
+    defaults = {key: repr(value) for key, (_, value, _, _) in setting_table().items()}
+    changed = [
+        key
+        for key in {**old_values, **new_values}
+        if old_values.get(key, defaults.get(key)) != new_values.get(key)
+        and not key.startswith(FREE)
+    ]
+    return [
+        f"{key}: {old_values.get(key, 'absent')} -> {new_values.get(key, 'absent')}"
+        for key in changed
+    ]
+
+
+def help_table() -> str:
+    """Returns every key with its default, its meaning and its choices, as columns."""
+    rows = []
+    for key, (_, value, text, choices) in setting_table().items():
+        suffix = f" ({' | '.join(map(str, choices))})" if choices else ""
+        rows.append((f"--config.{key}", repr(value), text + suffix))
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(f"  {k:<{widths[0]}}  {v:<{widths[1]}}  {t}" for k, v, t in rows)

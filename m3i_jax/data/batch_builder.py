@@ -13,7 +13,7 @@ from m3i_jax.data import crops, decode, rand_augment, region_texts
 from m3i_jax.data.record_batches import Batch, RecordBatchBuilder
 from m3i_jax.data.sources import base
 from m3i_jax.data.tokenizer import Tokenizer
-from m3i_jax.objective import block_masks, masks, rng
+from m3i_jax.objective import masks, rng
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class BatchBuilder(RecordBatchBuilder):
             "label": np.empty(self.rows, np.int32),
         }
         if self.data.mask == "multi_block":
-            batch["mask"], batch["blocks"] = block_masks.multi_block(
+            batch["mask"], batch["blocks"] = masks.multi_block(
                 self.seed,
                 first,
                 self.rows,
@@ -214,7 +214,7 @@ class BatchBuilder(RecordBatchBuilder):
         draw = {
             "blockwise": masks.blockwise,
             "uniform": masks.uniform,
-            "inverse_block": block_masks.inverse_block,
+            "inverse_block": masks.inverse_block,
         }[self.data.mask]
         cells = draw(
             self.seed,

@@ -1,4 +1,5 @@
-"""Converts any source to ArrayRecord shards, in parallel, on any number of hosts, and resumably.
+"""Converts any source to shards, ArrayRecord or tar files, in parallel, on any number of hosts, and
+resumably.
 
 A shard is a pure function of (source, number of the shard, re-encoding). A complete one is renamed
 into place, so a resumed conversion makes only the missing ones, and hosts need not communicate.
@@ -17,11 +18,11 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from m3i_jax import interrupts
 from m3i_jax.data.reencode import UNCHANGED, Reencoding
-from m3i_jax.data.sources import array_record, base
+from m3i_jax.data.sources import array_record, base, tar_shards
 from m3i_jax.data.sources.base import DataSource, Record
 from m3i_jax.errors import UserError
 
@@ -30,6 +31,19 @@ PLAN = "convert.json"
 FULL = 4096  # records per shard of a large source: some hundred MB of photographs
 _READ_SIZE = 64  # records read at a time
 _STATE: dict[str, Any] = {}  # of a worker process
+
+
+class ShardFormat(NamedTuple):
+    """A kind of files: its name, the ending of the files, and the module that writes them."""
+
+    name: str
+    ending: str
+    module: Any
+
+
+ARRAY_RECORD = ShardFormat("array_record", array_record.ENDING, array_record)
+TAR = ShardFormat("tar", tar_shards.ENDING, tar_shards)
+FORMATS = {kind.name: kind for kind in (ARRAY_RECORD, TAR)}
 
 
 def shard_count(records: int) -> int:
@@ -42,13 +56,13 @@ def shard_count(records: int) -> int:
     return max(math.ceil(records / FULL), min(16, math.ceil(records / 256)), 1)
 
 
-def shard_path(directory: str, shard: int, shards: int) -> str:
+def shard_path(directory: str, shard: int, shards: int, form: ShardFormat = ARRAY_RECORD) -> str:
     """Returns the path of one shard.
 
     >>> shard_path("out", 3, 8)
     'out/pictures-00003-of-00008.array_record'
     """
-    return os.path.join(directory, f"{NAME}-{shard:05d}-of-{shards:05d}{array_record.ENDING}")
+    return os.path.join(directory, f"{NAME}-{shard:05d}-of-{shards:05d}{form.ending}")
 
 
 def shard_rows(records: int, shard: int, shards: int) -> range:
@@ -61,19 +75,24 @@ def shard_rows(records: int, shard: int, shards: int) -> range:
     return range(shard * records // shards, (shard + 1) * records // shards)
 
 
-def check_plan(source: DataSource, directory: str, reencoding: Reencoding = UNCHANGED) -> int:
+def check_plan(
+    source: DataSource,
+    directory: str,
+    reencoding: Reencoding = UNCHANGED,
+    form: ShardFormat = ARRAY_RECORD,
+) -> int:
     """Writes the plan of a conversion, or checks that a plan in the directory is the same.
 
     Returns:
         The number of shards.
 
     Raises:
-        UserError: the directory holds another conversion, or other ArrayRecord files; or the source
+        UserError: the directory holds another conversion, or other shards; or the source
             has annotations, which a shard does not hold.
     """
     if base.map_classes(source) or base.object_table(source) is not None:
         raise UserError(
-            f"{source.name} has objects or class maps, which ArrayRecord shards would lose: train"
+            f"{source.name} has objects or class maps, which shards would lose: train"
             " on its files themselves"
         )
     shards, path = shard_count(len(source)), os.path.join(directory, PLAN)
@@ -83,6 +102,7 @@ def check_plan(source: DataSource, directory: str, reencoding: Reencoding = UNCH
         "shards": shards,
         "classes": list(source.classes),
         **({"encoding": reencoding.plan()} if reencoding else {}),
+        **({} if form is ARRAY_RECORD else {"format": form.name}),
     }
     # before the plan is looked for: another host writes it before its first shard
     names = sorted(os.listdir(directory))
@@ -102,6 +122,11 @@ def check_plan(source: DataSource, directory: str, reencoding: Reencoding = UNCH
                 " --quality, with the same version of Pillow on all hosts, or choose another"
                 " directory"
             )
+        if isinstance(old_plan, dict) and old_plan.get("format") != plan.get("format"):
+            raise UserError(
+                f"--workdir {directory}: it holds shards of another --format"
+                f" ({old_plan.get('format', ARRAY_RECORD.name)}): choose another directory"
+            )
         if old_plan != plan:
             raise UserError(
                 f"--workdir {directory}: another source, or another state of it, is converted there"
@@ -109,9 +134,7 @@ def check_plan(source: DataSource, directory: str, reencoding: Reencoding = UNCH
                 " directory"
             )
     else:
-        foreign = [
-            name for name in names if array_record.ENDING in name or name == array_record.INDEX
-        ]
+        foreign = [name for name in names if form.ending in name or name == array_record.INDEX]
         if foreign:
             raise UserError(
                 f"--workdir {directory}: {foreign[0]!r} is not from this conversion: choose another"
@@ -130,24 +153,28 @@ def writer_name(share: tuple[int, int]) -> str:
     return f"host-{share[0]:05d}-of-{share[1]:05d}"
 
 
-def remove_partial(directory: str, share: tuple[int, int]) -> None:
+def remove_partial(
+    directory: str, share: tuple[int, int], form: ShardFormat = ARRAY_RECORD
+) -> None:
     """Removes the partial files of a killed process of this share, and no others: those of other
     hosts may be in use. A single host also removes those of earlier versions, which name no
     host."""
-    own = rf"{NAME}-\d+-of-\d+\{array_record.ENDING}\.{writer_name(share)}\..*"
+    own = rf"{NAME}-\d+-of-\d+\{form.ending}\.{writer_name(share)}\..*"
     if share[1] == 1:
-        own += rf"|{NAME}-\d+-of-\d+\{array_record.ENDING}(\.npz)?\.\d+\.part"
+        own += rf"|{NAME}-\d+-of-\d+\{form.ending}(\.npz)?\.\d+\.part"
     for name in os.listdir(directory):
         if re.fullmatch(own, name):
             os.unlink(os.path.join(directory, name))
 
 
-def missing_shards(records: int, directory: str, shards: int) -> list[int]:
+def missing_shards(
+    records: int, directory: str, shards: int, form: ShardFormat = ARRAY_RECORD
+) -> list[int]:
     """Returns the shards that are missing or incomplete."""
     return [
         shard
         for shard in range(shards)
-        if array_record.shard_length(shard_path(directory, shard, shards))
+        if form.module.shard_length(shard_path(directory, shard, shards, form))
         != len(shard_rows(records, shard, shards))
     ]
 
@@ -161,6 +188,7 @@ def convert(
     processes: int,
     reencoding: Reencoding = UNCHANGED,
     share: tuple[int, int] = (0, 1),
+    form: ShardFormat = ARRAY_RECORD,
 ) -> Iterator[int]:
     """Writes the shards `todo`, in any order; yields the number of records of each.
 
@@ -172,11 +200,12 @@ def convert(
         processes: number of processes; 1 for this process alone.
         reencoding: of the images.
         share: (number, count) of this host, for the names of partial files.
+        form: of the shards.
 
     Raises:
         UserError: the source cannot be read, the directory cannot be written, or a process died.
     """
-    make = _ShardWriter(source, directory, shards, reencoding, writer_name(share))
+    make = _ShardWriter(source, directory, shards, reencoding, writer_name(share), form.name)
     if processes == 1 or len(todo) < 2:
         for shard in todo:
             yield make(shard)
@@ -201,15 +230,17 @@ def convert(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def check_conversion(directory: str, records: int, shards: int) -> None:
+def check_conversion(
+    directory: str, records: int, shards: int, form: ShardFormat = ARRAY_RECORD
+) -> None:
     """Checks all shards of a conversion before they are indexed.
 
     Raises:
         UserError: a file does not hold the records that its small file lists.
     """
     for shard in range(shards):
-        path = shard_path(directory, shard, shards)
-        if not array_record.check_shard(path, len(shard_rows(records, shard, shards))):
+        path = shard_path(directory, shard, shards, form)
+        if not form.module.check_shard(path, len(shard_rows(records, shard, shards))):
             raise UserError(
                 f"{path!r} does not hold the records of its .npz file: remove it and run the same"
                 " command again"
@@ -242,12 +273,13 @@ class _ShardWriter:
     shards: int
     reencoding: Reencoding
     name: str
+    form: str
 
     def __call__(self, shard: int) -> int:
-        rows = shard_rows(len(self.source), shard, self.shards)
-        path = shard_path(self.directory, shard, self.shards)
+        rows, form = shard_rows(len(self.source), shard, self.shards), FORMATS[self.form]
+        path = shard_path(self.directory, shard, self.shards, form)
         try:
-            return array_record.write_shard(
+            return form.module.write_shard(
                 path, self._records(rows), writer_name=f"{self.name}.{os.getpid()}"
             )
         except OSError as error:

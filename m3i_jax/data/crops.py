@@ -94,7 +94,9 @@ def choose_resizer(setting: str = "auto") -> str:
     ('pillow', True)
     """
     if setting.partition(" ")[0] not in ("auto", "pillow", "fast"):
-        raise UserError(f"data.resizer={setting!r} is no resizer: use 'auto', 'pillow' or 'fast'")
+        raise UserError(
+            f"data.resizer={setting!r} is not a resizer: use 'auto', 'pillow' or 'fast'"
+        )
     installed = decode_fast.is_installed("cykooz_resizer")
     if setting.startswith("fast") and not installed:
         raise UserError(

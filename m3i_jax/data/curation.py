@@ -12,21 +12,25 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import decode, near_duplicates, perceptual_hash
+from m3i_jax.data import copy_check, decode, image_quality, near_duplicates, perceptual_hash
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource
+from m3i_jax.errors import UserError
 
-VERSION = 1  # of the descriptions
+VERSION = 2  # of the descriptions
 CHUNK = 1024  # records of one description file
 KEPT = ""
 SMALL, ASPECT, CAPTION = "below min_side", "aspect ratio", "caption length"
+BLURRED, PLAIN, SCORE = "below min_sharpness", "below min_entropy", "below a score of least"
 EVALUATION, EXACT, NEAR, LIKE = (
     "in an evaluation set",
     "equal file",
     "copy or crop",
     "like features",
 )
-REASONS = (*decode.REASONS, SMALL, ASPECT, CAPTION, EVALUATION, EXACT, NEAR, LIKE)
+FILTERS = (SMALL, ASPECT, CAPTION, BLURRED, PLAIN, SCORE)
+REASONS = (*decode.REASONS, *FILTERS, EVALUATION, EXACT, NEAR, LIKE)
+EXACT_FEATURES = 50_000  # images up to which curate.neighbours=auto compares all
 Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 
@@ -49,7 +53,8 @@ class RecordDescriber:
     def __call__(self, chunk: int) -> dict[str, np.ndarray]:
         """Returns arrays of n records: "reason" int8 (index of decode.REASONS, -1: usable),
         "height" and "width" int32, "words" int32 (-1: no caption), "content" uint8 [n, 16] (hash of
-        the file), "hash" uint64 (perceptual) and "thumbnail" uint8 [n, 32, 32, 3]."""
+        the file), "hash" uint64 (perceptual), "sharpness" and "entropy" float32 (`image_quality`)
+        and "thumbnail" uint8 [n, 32, 32, 3]."""
         rows = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.source)))
         facts: dict[str, list[Any]] = collections.defaultdict(list)
         for start in range(0, len(rows), 64):
@@ -58,12 +63,12 @@ class RecordDescriber:
                 for name, value in self._describe(record).items():
                     facts[name].append(value)
         kinds: dict[str, Any] = {"reason": np.int8, "content": np.uint8, "thumbnail": np.uint8}
-        kinds["hash"] = np.uint64
+        kinds |= {"hash": np.uint64, "sharpness": np.float32, "entropy": np.float32}
         return {name: np.array(facts[name], kinds.get(name, np.int32)) for name in facts}
 
     def _describe(self, record: base.Record | decode.BadRecord) -> dict[str, Any]:
         facts: dict[str, Any] = {"reason": -1, "height": 0, "width": 0, "words": -1}
-        facts["hash"] = 0
+        facts |= {"hash": 0, "sharpness": 0.0, "entropy": 0.0}
         facts["content"] = np.zeros(16, np.uint8)
         facts["thumbnail"] = np.zeros((perceptual_hash.SIDE,) * 2 + (3,), np.uint8)
         if isinstance(record, decode.BadRecord):
@@ -80,6 +85,9 @@ class RecordDescriber:
             facts["thumbnail"] = perceptual_hash.make_thumbnail(small)
             facts["hash"] = perceptual_hash.region_hashes(facts["thumbnail"], 1)[0]
             facts["height"], facts["width"] = opened.height, opened.width
+            gray = image_quality.small_gray(small)
+            facts["sharpness"] = image_quality.sharpness(gray)
+            facts["entropy"] = image_quality.entropy(gray)
         except decode.BadRecord as error:
             facts["reason"] = decode.REASONS.index(error.reason)
         return facts
@@ -87,10 +95,12 @@ class RecordDescriber:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
-    """A set of which no copy may be trained on: its name and descriptions."""
+    """A set of which no copy may be trained on: its name, descriptions, and the records, to compare
+    copies at a higher resolution."""
 
     name: str
     facts: dict[str, np.ndarray]
+    source: DataSource | None = None
 
 
 @dataclasses.dataclass
@@ -127,6 +137,8 @@ def decide(
     *,
     evaluation: Sequence[EvaluationSet] = (),
     features: np.ndarray | None = None,
+    scores: dict[str, np.ndarray] | None = None,
+    source: DataSource | None = None,
 ) -> Decisions:
     """Decides which records are kept. The first reason that applies is given, in the order of
     REASONS; of several copies the one with the most pixels stays, then the first.
@@ -137,6 +149,9 @@ def decide(
         mapper: (function, items) -> results in order; see `engines.map_items`.
         evaluation: sets to compare with.
         features: float32 [n, D] of norm 1, rows of zeros where unknown; None for none.
+        scores: columns of numbers of the records, NaN where unknown, for `rules.least`.
+        source: of the records, to compare copies at a higher resolution (`rules.detail`); None not
+            to.
 
     >>> import types
     >>> shades = np.arange(4)[:, None, None, None] + np.zeros((4, 32, 32, 3))
@@ -155,9 +170,9 @@ def decide(
         np.full(count, -1, np.int16),
         np.full(count, np.nan, np.float32),
     )
-    _filter(facts, rules, done)
+    _filter({**facts, **(scores or {})}, rules, done)
     for number, each in enumerate(evaluation):
-        _leave_out_evaluation(facts, each, number, rules, mapper, done)
+        _leave_out_evaluation(facts, each, number, rules, mapper, done, source)
     if rules.duplicates == "none":
         return done
     pixels = facts["height"].astype(np.int64) * facts["width"]
@@ -175,12 +190,17 @@ def decide(
         rows = done.kept
         thumbnails = facts["thumbnail"][rows]
         pairs = _near(facts["hash"][rows], thumbnails, thumbnails, rules, mapper)
+        pairs = _check(pairs, source, rows, source, rows, rules, mapper)
         _leave_out_pairs(rows, pairs, pixels, NEAR, done)
     if features is not None:
         rows = done.kept
         known = rows[np.abs(features[rows]).max(1, initial=0) > 0]
-        search = FeatureSearch(features[known], rules.similarity)
-        pairs = np.concatenate([np.zeros((0, 3)), *mapper(search, _ranges(len(known)))])
+        exact = rules.neighbours == "auto" and len(known) <= EXACT_FEATURES
+        if exact or rules.neighbours == "exact":
+            search = FeatureSearch(features[known], rules.similarity)
+            pairs = np.concatenate([np.zeros((0, 3)), *mapper(search, _ranges(len(known)))])
+        else:
+            pairs = near_duplicates.approximate_features(features[known], rules.similarity)
         _leave_out_pairs(known, pairs, pixels, LIKE, done)
     return done
 
@@ -208,6 +228,35 @@ def _filter(facts: dict[str, np.ndarray], rules: schema.Curate, done: Decisions)
         done.leave_out(np.flatnonzero(words < rules.min_words), CAPTION)
     if rules.max_words:
         done.leave_out(np.flatnonzero(words > rules.max_words), CAPTION)
+    if rules.min_sharpness:
+        done.leave_out(np.flatnonzero(facts["sharpness"] < rules.min_sharpness), BLURRED)
+    if rules.min_entropy:
+        done.leave_out(np.flatnonzero(facts["entropy"] < rules.min_entropy), PLAIN)
+    for name, least in least_scores(rules).items():
+        done.leave_out(np.flatnonzero(~(facts[name] >= least)), SCORE)
+
+
+def least_scores(rules: schema.Curate) -> dict[str, float]:
+    """Returns `curate.least` as numbers.
+
+    Raises:
+        UserError: an entry is not COLUMN=NUMBER.
+
+    >>> least_scores(schema.Curate(least=("similarity=0.28",)))
+    {'similarity': 0.28}
+    """
+    limits = {}
+    for text in rules.least:
+        name, _, number = text.rpartition("=")
+        try:
+            limits[name] = float(number)
+        except ValueError:
+            limits[name] = np.nan
+        if not name or not np.isfinite(limits[name]):
+            raise UserError(
+                f"curate.least={text[:60]!r}: is not COLUMN=NUMBER, such as similarity=0.28"
+            )
+    return limits
 
 
 def _near(
@@ -226,7 +275,67 @@ def _near(
         rules.difference,
         crops=rules.duplicates == "crops",
     )
-    return np.concatenate([np.zeros((0, 3)), *mapper(finder, _ranges(len(asked)))])
+    return np.concatenate([np.zeros((0, 7)), *mapper(finder, _ranges(len(asked)))])
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyChecker:
+    """Compares pairs of `near_duplicates.NearFinder` at a higher resolution: a pure function of
+    some pairs, for an engine."""
+
+    asked: DataSource  # the images of which a region may be shown
+    found: DataSource
+    background: int = 255
+
+    def __call__(self, pairs: np.ndarray) -> list[float]:
+        """Returns `copy_check.detail_difference` of each pair (image, image, difference, region);
+        infinity where one of the two cannot be read."""
+        images: dict[tuple[int, int], Any] = {}
+        for side, source in enumerate((self.asked, self.found)):
+            numbers = sorted(set(pairs[:, side].astype(int).tolist()))
+            for start in range(0, len(numbers), 64):
+                few = numbers[start : start + 64]
+                for number, record in zip(
+                    few, decode.read_records(source, few, "replace"), strict=True
+                ):
+                    images[side, number] = self._image(record)
+        results = []
+        for a, b, _, *region in pairs.tolist():
+            whole, part = images[0, int(a)], images[1, int(b)]
+            known = whole is not None and part is not None
+            results.append(
+                copy_check.detail_difference(whole, tuple(region), part) if known else np.inf
+            )
+        return results
+
+    def _image(self, record: base.Record | decode.BadRecord) -> Any:
+        if isinstance(record, decode.BadRecord):
+            return None
+        try:
+            least = (4.0 * copy_check.SIDE,) * 2
+            return decode.open_image(record.image).rgb(background=self.background, least=least)
+        except decode.BadRecord:
+            return None
+
+
+def _check(
+    pairs: np.ndarray,
+    asked: DataSource | None,
+    asked_rows: np.ndarray,
+    found: DataSource | None,
+    found_rows: np.ndarray,
+    rules: schema.Curate,
+    mapper: Mapper,
+) -> np.ndarray:
+    """Returns the pairs that are copies also at a higher resolution."""
+    if not rules.detail or asked is None or found is None or not len(pairs):
+        return pairs
+    numbered = pairs.copy()
+    numbered[:, 0] = asked_rows[pairs[:, 0].astype(int)]
+    numbered[:, 1] = found_rows[pairs[:, 1].astype(int)]
+    parts = [numbered[rows.start : rows.stop] for rows in _ranges(len(pairs))]
+    differences = np.concatenate([*mapper(CopyChecker(asked, found), parts)])
+    return pairs[differences <= rules.detail]
 
 
 def _ranges(count: int, size: int = 256) -> list[range]:
@@ -240,6 +349,7 @@ def _leave_out_evaluation(
     rules: schema.Curate,
     mapper: Mapper,
     done: Decisions,
+    source: DataSource | None,
 ) -> None:
     """Leaves out the copies of evaluation images, their crops, and images of which they are
     crops; with duplicates=exact or none only equal files."""
@@ -250,9 +360,13 @@ def _leave_out_evaluation(
     if rules.duplicates in ("near", "crops") and rows.size and usable.size:
         own, others = facts["thumbnail"][rows], evaluation.facts["thumbnail"][usable]
         hashes = evaluation.facts["hash"][usable]
-        for pair in _near(hashes, others, own, rules, mapper).tolist():
+        pairs = _near(hashes, others, own, rules, mapper)
+        pairs = _check(pairs, source, rows, evaluation.source, usable, rules, mapper)
+        for pair in pairs.tolist():
             matches.append((rows[int(pair[0])], usable[int(pair[1])], pair[2]))
-        for pair in _near(facts["hash"][rows], own, others, rules, mapper).tolist():
+        pairs = _near(facts["hash"][rows], own, others, rules, mapper)
+        pairs = _check(pairs, evaluation.source, usable, source, rows, rules, mapper)
+        for pair in pairs.tolist():
             matches.append((rows[int(pair[1])], usable[int(pair[0])], pair[2]))
     for row, image, difference in sorted(matches, key=lambda match: -match[2]):  # the nearest last
         done.of[row], done.evaluation[row], done.difference[row] = image, number, difference
@@ -265,7 +379,7 @@ def _leave_out_pairs(
     rank = np.lexsort((np.arange(len(rows)), -pixels[rows])).tolist()
     chosen = near_duplicates.choose_best(len(rows), pairs, rank)
     values: dict[tuple[int, int], float] = {}
-    for a, b, value in pairs.tolist():
+    for a, b, value, *_ in pairs.tolist():
         for pair in ((int(a), int(b)), (int(b), int(a))):
             values[pair] = min(value, values.get(pair, np.inf))
     out = np.flatnonzero(chosen >= 0)

@@ -6,6 +6,7 @@ plain background, palettes are looked up, 16-bit gray is scaled (not clipped), C
 (JPEGs store it inverted, as Adobe does), and an animation gives its first frame. Embedded colour
 profiles are not applied."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import html
@@ -34,6 +35,7 @@ EMPTY, UNDECODABLE, TRUNCATED, TOO_SMALL, TOO_LARGE, UNREADABLE = REASONS = (
 MIN_SIDE = 16  # pixels
 PIXEL_LIMIT = 64_000_000
 CAPTION_LIMIT = 8192  # bytes; 77 tokens need far less
+_CAPTION_THREADS = 32
 # A JPEG is decoded at 1/2, 1/4 or 1/8 only if each crop keeps this many times the pixels per side
 # of its view.
 GAP = 3.0
@@ -118,7 +120,7 @@ def sample_captions(
     source: DataSource, limit: int = 200_000, *, missing: str = "stop"
 ) -> Iterator[str | bytes]:
     """Yields the captions of at most `limit` records, evenly spread over the source, always the
-    same ones.
+    same ones. They are read on several threads, since those in a bucket take a request each.
 
     Raises:
         UnreadableError: a caption cannot be read, with missing="stop"; else it is left out.
@@ -126,12 +128,18 @@ def sample_captions(
     >>> list(sample_captions([Record(str(i), b"", caption=f"number {i}") for i in range(9)], 3))
     ['number 0', 'number 3', 'number 6']
     """
-    for i in range(0, len(source), -(-len(source) // limit)):
-        caption = None
+
+    def read(index: int) -> str | bytes | None:
         with contextlib.suppress(BadRecord), replaceable(missing):
-            caption = base.source_caption(source, i)
-        if caption is not None:
-            yield caption
+            return base.source_caption(source, index)
+        return None
+
+    indices = range(0, len(source), -(-len(source) // limit))
+    with concurrent.futures.ThreadPoolExecutor(_CAPTION_THREADS) as pool:
+        for start in range(0, len(indices), 1024):
+            for caption in pool.map(read, indices[start : start + 1024]):
+                if caption is not None:
+                    yield caption
 
 
 @dataclasses.dataclass

@@ -39,7 +39,9 @@ def decode_map(encoded: bytes | np.ndarray, classes: int) -> np.ndarray:
     counts[UNLABELLED] = 0
     if counts[classes:].any():
         worst = int(np.flatnonzero(counts)[-1])
-        raise BadRecord(MAP_CLASS, f"class {worst}, the source has {classes} (0 to {classes - 1})")
+        raise BadRecord(
+            MAP_CLASS, f"class {worst} in the map; the source has {classes} (0 to {classes - 1})"
+        )
     return map_HxW
 
 
@@ -54,7 +56,7 @@ def read_map(encoded: bytes) -> np.ndarray:
         if image.width * image.height > decode.PIXEL_LIMIT:
             raise BadRecord(decode.TOO_LARGE, f"a map of {image.width} x {image.height} pixels")
         if image.mode not in _MODES:
-            raise BadRecord(NO_MAP, f"its map has the mode {image.mode}, not one channel")
+            raise BadRecord(NO_MAP, f"its map has the mode {image.mode} instead of one channel")
         numbers = np.asarray(image)
     except BadRecord:
         raise
@@ -63,5 +65,7 @@ def read_map(encoded: bytes) -> np.ndarray:
             NO_MAP, f"its map cannot be decoded: {type(error).__name__}: {error}"[:200]
         ) from error
     if numbers.dtype != np.uint8 and (numbers.min() < 0 or numbers.max() > UNLABELLED):
-        raise BadRecord(MAP_CLASS, f"class {int(numbers.max())} of a map, at most 255")
+        raise BadRecord(
+            MAP_CLASS, f"class {int(numbers.max())} in the map; at most 255 can be read"
+        )
     return numbers.astype(np.uint8)

@@ -238,15 +238,6 @@ def range_sides(height: int, width: int, long: int, short: int) -> tuple[int, in
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
-def fit_sides(height: int, width: int, size: int) -> tuple[int, int]:
-    """Returns the (height, width) of an image whose long side is scaled to `size`.
-
-    >>> fit_sides(480, 640, 1024), fit_sides(333, 500, 1024)
-    ((768, 1024), (682, 1024))
-    """
-    return range_sides(height, width, size, size)
-
-
 def whole_placement(source: tuple[int, int], sides: tuple[int, int], *, smooth: bool) -> Placement:
     """Returns the placement of an image that is resized and not cut."""
     return _placement(source, sides, [0, 0], max(sides), False, smooth)

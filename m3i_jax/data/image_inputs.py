@@ -85,7 +85,7 @@ def _decode_file(path: pathlib.Path, background: int) -> np.ndarray:
     except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
     except decode.BadRecord as error:
-        raise ValueError(f"{str(path)!r} is no usable image: {error}") from error
+        raise ValueError(f"{str(path)!r} is not a usable image: {error}") from error
 
 
 def image_files(directory: str | os.PathLike[str]) -> list[pathlib.Path]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from m3i_jax.data import perceptual_hash
+from m3i_jax.errors import UserError
 
 BANDS, _BITS = 4, 16  # of a hash
 # values that differ in at most two bits
@@ -19,6 +20,8 @@ _PROBES = np.array(
     np.int64,
 )
 MOST = 32  # candidates of one image that are confirmed, those with the nearest hashes
+_PROBED = 32  # clusters that are searched for like features
+_QUERIES = 4096  # images whose like features are searched for at a time
 _LOOSE = 1.5  # difference below which the edges of a crop are searched for; 2: unrelated
 
 
@@ -60,11 +63,12 @@ class NearFinder:
         return tables
 
     def __call__(self, rows: Iterable[int]) -> np.ndarray:
-        """Returns the pairs (query, image, difference) of some queries, float64 [P, 3]."""
+        """Returns the pairs of some queries, float64 [P, 7]: query, image, difference, and the
+        region of the query that the image shows."""
         pairs = [pair for row in rows for pair in self._pairs(row)]
-        return np.array(pairs, np.float64).reshape(-1, 3)
+        return np.array(pairs, np.float64).reshape(-1, 7)
 
-    def _pairs(self, row: int) -> list[tuple[int, int, float]]:
+    def _pairs(self, row: int) -> list[tuple[float, ...]]:
         thumbnail = self.queries[row]
         asked = perceptual_hash.region_hashes(thumbnail, None if self.crops else 1)
         regions, images, bits = self._candidates(asked)
@@ -84,12 +88,12 @@ class NearFinder:
         found, numbers = self.thumbnails[images[nearest]], images[nearest].tolist()
         crops = perceptual_hash.crop_thumbnails(thumbnail, guesses)
         differences = perceptual_hash.relative_difference(crops, found).tolist()
-        pairs = []
+        pairs: list[tuple[float, ...]] = []
         for guess, part, image, value in zip(guesses, found, numbers, differences, strict=True):
             if self.crops and self.difference < value <= _LOOSE:
-                value, _ = perceptual_hash.fit_crop(thumbnail, part, guess)
+                value, guess = perceptual_hash.fit_crop(thumbnail, part, guess)
             if value <= self.difference:
-                pairs.append((row, image, value))
+                pairs.append((row, image, value, *guess))
         return pairs
 
     def _candidates(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -166,3 +170,41 @@ def similar_features(features: np.ndarray, rows: Iterable[int], least: float) ->
     earlier = other < numbers[row]
     row, other = row[earlier], other[earlier]
     return np.stack([numbers[row], other, 1 - cosine[row, other]], 1).astype(np.float64)
+
+
+def approximate_features(features: np.ndarray, least: float) -> np.ndarray:
+    """Returns the pairs of `similar_features` that faiss finds in the nearest of about 4 sqrt(N)
+    clusters: the cosines are exact, some pairs are missing.
+
+    Args:
+        features: float32 [N, D], of norm 1.
+        least: smallest cosine.
+
+    Raises:
+        UserError: faiss is not installed.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise UserError(
+            "curate.neighbours='approximate' needs the package faiss: pip install"
+            " 'm3i-jax[neighbours]'; or set curate.neighbours=exact"
+        ) from None
+    x = np.ascontiguousarray(features, np.float32)
+    clusters = max(int(4 * len(x) ** 0.5), 1)
+    if len(x) < 40 * clusters:  # k-means asks for 39 vectors a cluster
+        clusters = max(len(x) // 40, 1)
+    quantizer = faiss.IndexFlatIP(x.shape[1])
+    index = faiss.IndexIVFFlat(quantizer, x.shape[1], clusters, faiss.METRIC_INNER_PRODUCT)
+    index.nprobe = min(_PROBED, clusters)
+    index.train(x[:: max(len(x) // (64 * clusters), 1)])
+    index.add(x)
+    parts = [np.zeros((0, 3))]
+    for start in range(0, len(x), _QUERIES):
+        asked = x[start : start + _QUERIES]
+        limits, cosines, others = index.range_search(asked, least)
+        rows = start + np.repeat(np.arange(len(asked)), np.diff(limits.astype(np.int64)))
+        earlier = others < rows
+        found = (rows[earlier], others[earlier], 1 - cosines[earlier])
+        parts.append(np.stack(found, 1).astype(np.float64))
+    return np.concatenate(parts)

@@ -326,7 +326,7 @@ def iterate_batches(
         )
     if tokenizer and tokenizer.length != data.caption_length:
         raise ValueError(
-            f"the tokenizer makes {tokenizer.length} ids, data.caption_length is"
+            f"the tokenizer pads captions to {tokenizer.length} ids, but data.caption_length is"
             f" {data.caption_length}"
         )
     rows = batch // hosts

@@ -46,7 +46,7 @@ class Reencoding:
         True
         """
         if record.objects is not None or record.map is not None:
-            raise ValueError("annotations are in pixels of the image, which would change")
+            raise ValueError("an image with annotations in pixels cannot be resized")
         try:
             opened = decode.open_image(record.image)
             short = min(opened.height, opened.width)
@@ -90,6 +90,6 @@ def parse_reencoding(size: str, quality: str, background: int) -> Reencoding:
     numbers = {}
     for flag, text, least, most in (("size", size, 16, 8192), ("quality", quality, 1, 100)):
         if text and not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-            raise UserError(f"--{flag}={text[:60]}: is no whole number from {least} to {most}")
+            raise UserError(f"--{flag}={text[:60]}: is not a whole number from {least} to {most}")
         numbers[flag] = int(text or 0)
     return Reencoding(**numbers, background=background)

@@ -1,5 +1,5 @@
-"""What evaluators of dense tasks share: the compiled predictions of a run, and its held-out images
-in batches of fixed shape."""
+"""Inputs of the evaluators of dense tasks, shared by all of them: the compiled predictions of a
+run, and its held-out images in batches of fixed shape."""
 
 import dataclasses
 import functools
@@ -47,13 +47,13 @@ class Predictor:
 
 
 def predictor(inputs: EvalInputs) -> Predictor:
-    """The predictor of a run, built once."""
+    """Returns the predictor of a run, built once."""
     made: Predictor = inputs.once("predictor", functools.partial(Predictor, inputs))
     return made
 
 
 def queries(inputs: EvalInputs) -> list[int]:
-    """Numbers of the held-out records that are evaluated, evenly spread."""
+    """Returns numbers of the held-out records that are evaluated, evenly spread."""
     count = min(inputs.config.evaluate.query_limit, len(inputs.held_out))
     return [i * len(inputs.held_out) // count for i in range(count)]
 
@@ -74,7 +74,8 @@ def predicted_images(
     poll: Callable[[], None],
     skipped: dict[str, int],
 ) -> Iterator[PredictedImage]:
-    """This host's share of the predictions for some held-out images, scaled to `data.image_size`.
+    """Returns this host's share of the predictions for some held-out images, scaled to
+    `data.image_size`.
 
     Args:
       inputs: of the run.

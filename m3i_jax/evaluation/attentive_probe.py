@@ -50,7 +50,7 @@ class AttentiveProbe:
         self._cls_tokens = int(config.model.encoder.cls_token)
 
     def start(self, classes: int) -> Any:
-        """The head before training: {"pool", "kernel", "bias"}."""
+        """Returns the head before training: {"pool", "kernel", "bias"}."""
         pool = jax.jit(lambda: pooling.init(self._model, jax.random.key(self._config.seed)))()
         return {
             "pool": pool,
@@ -59,7 +59,7 @@ class AttentiveProbe:
         }
 
     def logits(self, head: Any, tokens_BxTxD: jax.Array) -> jax.Array:
-        """[B, C] float32 of tokens, cls first."""
+        """Returns [B, C] float32 of tokens, cls first."""
         pooled = pooling.apply(
             self._model, head["pool"], tokens_BxTxD[:, self._cls_tokens :]
         ).astype(jnp.float32)
@@ -75,8 +75,8 @@ class AttentiveProbe:
         batch: int,
         poll: Callable[[], None],
     ) -> Any:
-        """The head after `evaluate.attentive_epochs` epochs of AdamW. `batch` is a multiple of the
-        data shards. An epoch of fewer rows than a batch repeats some of them in it."""
+        """Returns the head after `evaluate.attentive_epochs` epochs of AdamW. `batch` is a multiple
+        of the data shards. An epoch of fewer rows than a batch repeats some of them in it."""
         settings, rows = self._config.evaluate, len(tokens_NxTxD)
         steps = max(rows // batch, 1)
         rate = optimizer.lr_schedule(

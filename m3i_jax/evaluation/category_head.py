@@ -15,8 +15,8 @@ _ROWS = 4096  # features a call of the head
 
 
 def top_k_hits(logits_QxC: np.ndarray, label_Q: np.ndarray) -> np.ndarray:
-    """Number of wrong classes [Q] whose logit is at least that of the right one: 0 is a hit. A tie
-    counts as wrong, so that equal logits score 0; a NaN logit is never a hit.
+    """Returns the number of wrong classes [Q] whose logit is at least that of the right one: 0 is a
+    hit. A tie counts as wrong, so that equal logits score 0; a NaN logit is never a hit.
 
     >>> top_k_hits(np.array([[2.0, 1.0, 3.0], [1.0, 1.0, 0.0]]), np.array([0, 0])).tolist()
     [1, 1]
@@ -26,7 +26,7 @@ def top_k_hits(logits_QxC: np.ndarray, label_Q: np.ndarray) -> np.ndarray:
 
 
 def head_accuracy(rank_Q: np.ndarray, classes: int) -> Iterator[tuple[str, float]]:
-    """("top1", share) and, with more than five classes, ("top5", share) of the ranks that
+    """Yields ("top1", share) and, with more than five classes, ("top5", share) of the ranks that
     `top_k_hits` gives."""
     for top in (1, 5):
         if top == 1 or classes > 5:
@@ -36,8 +36,8 @@ def head_accuracy(rank_Q: np.ndarray, classes: int) -> Iterator[tuple[str, float
 def head_predictions(
     config: schema.Config, *, image_set: str = "queries", statistics_set: str = ""
 ) -> Callable[[EvalContext], tuple[Predictions, np.ndarray]]:
-    """Predictions of the head for the images of a set whose category it has, and the ranks of the
-    right classes; computed once an evaluation.
+    """Returns predictions of the head for the images of a set whose category it has, and the ranks
+    of the right classes; computed once an evaluation.
 
     Args:
       config: settings of the run.

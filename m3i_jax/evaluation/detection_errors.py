@@ -14,8 +14,8 @@ RECALLS = np.linspace(0, 1, 101)
 def match_detections(
     truth: ImageTruth, found: ImageDetections, *, iou: float = 0.5, by_class: bool = True
 ) -> np.ndarray:
-    """The object that each detection finds: int [D], an index of `truth`, MISSED (-1) for none,
-    IGNORED (-2) for a detection in a crowd.
+    """Returns the object that each detection finds: int [D], an index of `truth`, MISSED (-1) for
+    none, IGNORED (-2) for a detection in a crowd.
 
     In the order of the scores, a detection takes the free object of the largest IoU, at least
     `iou`; else it is ignored if a crowd covers that share of it.
@@ -61,7 +61,8 @@ def _overlaps(a_Dx4: np.ndarray, b_Mx4: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def average_precision(scores_D: np.ndarray, right_D: np.ndarray, objects: int) -> float:
-    """Area under the precision-recall curve at 101 recalls, precision made non-increasing (COCO's).
+    """Returns the area under the precision-recall curve at 101 recalls, precision made
+    non-increasing (COCO's).
 
     Args:
       scores_D: of the detections that count.
@@ -84,8 +85,9 @@ def average_precision(scores_D: np.ndarray, right_D: np.ndarray, objects: int) -
 def image_precisions(
     results: Iterable[DetectionResult], *, iou: float = 0.5
 ) -> list[tuple[int | str, float]]:
-    """(image, AP at an IoU) of every image with objects, its classes in one curve: a detection is
-    right if class and box are. Sorts images from worst to best if sorted by the second."""
+    """Returns (image, AP at an IoU) of every image with objects, its classes in one curve: a
+    detection is right if class and box are. Sorts images from worst to best if sorted by the
+    second."""
     rows = []
     for result in results:
         objects = int((~result.truth.crowd).sum())
@@ -101,8 +103,8 @@ def image_precisions(
 def confused_classes(
     results: Sequence[DetectionResult], classes: int, *, iou: float = 0.5, score: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(true class, predicted class), each int [P]: one pair for each object, with `classes` as
-    prediction if no detection finds it, and one for each detection that finds no object, with
+    """Returns (true class, predicted class), each int [P]: one pair for each object, with `classes`
+    as prediction if no detection finds it, and one for each detection that finds no object, with
     `classes` as true class.
 
     Args:

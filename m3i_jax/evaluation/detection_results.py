@@ -2,9 +2,15 @@
 conversions: masks to run lengths (RLE), detections to COCO's JSON, results of all hosts to a list.
 
 Masks stay encoded: one full-size mask is in memory at a time. Polygons are drawn by pycocotools,
-which is imported when it is needed (extra `dense`)."""
+which is imported when it is needed (extra `dense`).
+
+Mask logits of the whole input (Mask2Former) of stride s are resized to the input, cut to the
+content, resized to the original image, and then compared with 0, both steps bilinear. Both are one
+product from either side, of which only the rows and columns are computed that the mask can reach.
+"""
 
 import dataclasses
+import functools
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +23,6 @@ from m3i_jax.data.sources import segmentations
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.sources.objects import Objects, empty_objects
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation.mask_logits import resized_mask
 
 Rle = dict[str, Any]  # {"size": [height, width], "counts": text}, COCO's compressed form
 
@@ -38,7 +43,7 @@ class CategoryTable:
     frequency: tuple[str, ...] = ()
 
     def original(self, label: int) -> int:
-        """The id of a class in the annotation file.
+        """Returns the id of a class in the annotation file.
 
         >>> CategoryTable(names=("a", "b"), ids=(3, 90)).original(1)
         90
@@ -106,7 +111,7 @@ class DetectionResult:
 
 
 def mask_tools() -> Any:
-    """The module `pycocotools.mask`.
+    """Returns the module `pycocotools.mask`.
 
     Raises:
       UserError: it is not installed.
@@ -122,7 +127,7 @@ def mask_tools() -> Any:
 
 
 def mask_to_rle(mask_HxW: np.ndarray) -> Rle:
-    """A binary mask as compressed RLE.
+    """Returns a binary mask as compressed RLE.
 
     >>> mask_to_rle(np.eye(3, dtype=np.uint8))
     {'size': [3, 3], 'counts': '013000'}
@@ -132,7 +137,7 @@ def mask_to_rle(mask_HxW: np.ndarray) -> Rle:
 
 
 def rle_to_mask(rle: Rle) -> np.ndarray:
-    """The mask, bool [H, W], of an RLE.
+    """Returns the mask, bool [H, W], of an RLE.
 
     >>> rle_to_mask(mask_to_rle(np.eye(2, dtype=np.uint8))).astype(int).tolist()
     [[1, 0], [0, 1]]
@@ -143,7 +148,7 @@ def rle_to_mask(rle: Rle) -> np.ndarray:
 
 
 def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> Rle | None:
-    """A mask of an annotation as compressed RLE, None if it is absent or empty.
+    """Returns a mask of an annotation as compressed RLE, None if it is absent or empty.
 
     Polygons are drawn by pycocotools, whose pixels along an outline are those of COCO's own
     evaluation.
@@ -174,7 +179,7 @@ def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> Rle | None:
 
 
 def image_truth(objects: Objects | None, *, record: int, size: tuple[int, int]) -> ImageTruth:
-    """The ground truth of a record.
+    """Returns the ground truth of a record.
 
     Args:
       objects: of the record; None: it has none.
@@ -197,8 +202,8 @@ def image_truth(objects: Objects | None, *, record: int, size: tuple[int, int]) 
 
 
 def category_table(source: DataSource) -> CategoryTable:
-    """The categories of a source, with the ids of its annotation file and LVIS's frequencies where
-    it has them."""
+    """Returns the categories of a source, with the ids of its annotation file and LVIS's
+    frequencies where it has them."""
     holder: Any = source
     while not hasattr(holder, "category_ids") and hasattr(holder, "source"):
         holder = holder.source  # of a subset
@@ -220,8 +225,8 @@ def _text(rle: Mapping[str, Any]) -> Rle:
 
 
 def paste_mask(mask_mxm: np.ndarray, box_4: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The mask of a detection in its image: at each pixel centre, the bilinear sample of the
-    predicted map, zeros outside of it, at least 0.5 (detectron2's).
+    """Returns the mask of a detection in its image: at each pixel centre, the bilinear sample of
+    the predicted map, zeros outside of it, at least 0.5 (detectron2's).
 
     The map has its samples at ((j + .5) / m) of the box. Both directions are small matrices, which
     are built for the pixels of the box alone.
@@ -265,7 +270,8 @@ def original_detections(
     content: tuple[float, float],
     size: tuple[int, int],
 ) -> ImageDetections:
-    """Detections of a model on one resized and padded image, in pixels of the original image.
+    """Returns detections of a model on one resized and padded image, in pixels of the original
+    image.
 
     Boxes are scaled by size / content, clipped to the image, and dropped if they are empty then;
     masks are pasted into the image.
@@ -325,7 +331,7 @@ def _masks_of_logits(
 
 
 def to_xywh(boxes_Nx4: np.ndarray) -> list[list[float]]:
-    """Boxes x0 y0 x1 y1 as COCO's x, y, width, height.
+    """Returns boxes x0 y0 x1 y1 as COCO's x, y, width, height.
 
     >>> to_xywh(np.array([[1.0, 2.0, 4.0, 6.0]]))
     [[1.0, 2.0, 3.0, 4.0]]
@@ -337,8 +343,8 @@ def to_xywh(boxes_Nx4: np.ndarray) -> list[list[float]]:
 def json_detections(
     results: Iterable[DetectionResult], categories: CategoryTable, kind: str
 ) -> list[dict[str, Any]]:
-    """Detections in the form that COCO's and LVIS's own tools read, with the ids of the annotation
-    file, sorted by image.
+    """Returns detections in the form that COCO's and LVIS's own tools read, with the ids of the
+    annotation file, sorted by image.
 
     Entries of masks have no box: with one, pycocotools takes the areas of the boxes, and AP by size
     is that of boxes.
@@ -368,7 +374,7 @@ def json_detections(
 
 
 def sort_results(results: Iterable[DetectionResult]) -> list[DetectionResult]:
-    """Results in the order of their image ids, so that no number depends on the hosts.
+    """Returns results in the order of their image ids, so that no number depends on the hosts.
 
     Raises:
       ValueError: an image occurs twice.
@@ -381,7 +387,7 @@ def sort_results(results: Iterable[DetectionResult]) -> list[DetectionResult]:
 
 
 def gather_results(results: Sequence[DetectionResult]) -> list[DetectionResult]:
-    """The results of all hosts, on every host, sorted by image; a collective."""
+    """Returns the results of all hosts, on every host, sorted by image; a collective."""
     own = zlib.compress(json.dumps([_pack(result) for result in results]).encode(), 1)
     rows = [
         _unpack(row)
@@ -424,3 +430,60 @@ _ARRAYS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
     ("crowd", bool, ()),
     ("area", np.float64, ()),
 )
+
+
+@functools.lru_cache(maxsize=64)
+def axis_weights(cells: int, stride: int, content: int, size: int) -> np.ndarray:
+    """Returns weights [size, cells] from the cells of an axis to the pixels of the original image.
+
+    >>> axis_weights(2, 1, 2, 4).tolist()
+    [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    """
+    up = _bilinear_weights(cells, cells * stride)[:content]
+    weights = (_bilinear_weights(content, size) @ up).astype(np.float32)
+    weights.flags.writeable = False
+    return weights
+
+
+def _bilinear_weights(size: int, out: int) -> np.ndarray:
+    """Weights [out, size] of bilinear resizing without a wider filter, aligned at the borders."""
+    place = np.clip((np.arange(out) + 0.5) * (size / out) - 0.5, 0, size - 1)
+    low = np.floor(place).astype(np.int64)
+    weights = np.zeros((out, size))
+    np.add.at(weights, (np.arange(out), low), 1 - (place - low))
+    np.add.at(weights, (np.arange(out), np.minimum(low + 1, size - 1)), place - low)
+    return weights
+
+
+def resized_mask(
+    logits_hxw: np.ndarray, stride: int, *, content: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """Returns a mask at the size of the original image, bool [H, W].
+
+    Args:
+      logits_hxw: of the padded input, at that stride.
+      stride: pixels of the input per cell.
+      content: (height, width) of the input without its padding.
+      size: (height, width) of the original image.
+
+    >>> resized_mask(np.array([[-1.0, 1.0]]), 1, content=(1, 2), size=(1, 4)).tolist()
+    [[False, False, True, True]]
+    """
+    out = np.zeros(size, bool)
+    used = logits_hxw > 0
+    if not used.any():
+        return out
+    pixels, cells, weights = [], [], []
+    for axis in (0, 1):
+        all_weights = axis_weights(logits_hxw.shape[axis], stride, content[axis], size[axis])
+        reached = (all_weights[:, used.any(1 - axis)] > 0).any(1)
+        rows = np.flatnonzero(reached)
+        if not len(rows):
+            return out  # only in the padding
+        pixels.append(slice(rows[0], rows[-1] + 1))
+        read = np.flatnonzero((all_weights[pixels[axis]] > 0).any(0))
+        cells.append(slice(read[0], read[-1] + 1))
+        weights.append(all_weights[pixels[axis], cells[axis]])
+    values = weights[0] @ logits_hxw[cells[0], cells[1]].astype(np.float32) @ weights[1].T
+    out[pixels[0], pixels[1]] = values > 0
+    return out

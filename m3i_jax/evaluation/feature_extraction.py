@@ -1,5 +1,6 @@
 """Frozen features of whole data sets, the input of every evaluator. Each set of images is read and
-encoded once an evaluation, however many evaluators use it."""
+encoded once an evaluation, however many evaluators use it. Also attention maps and dense features
+of single images, for figures."""
 
 import collections
 import functools
@@ -12,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import parallel, progress, schema
-from m3i_jax.models import m3i, pooling
-from m3i_jax.training import schedule_free, views
+from m3i_jax.models import backbones, m3i, pooling
+from m3i_jax.training import update_rules, views
+
+AttentionMaps = dict[str, jax.Array]
 
 
 def extract_features(
     config: schema.Config, pool: str, params: Any, pixels_BxSxSx3: jax.Array
 ) -> jax.Array:
-    """Features of views without augmentation or masking: float32 [B, D], or [B, T, D] for
+    """Returns features of views without augmentation or masking: float32 [B, D], or [B, T, D] for
     pool="tokens", cls first.
 
     Args:
@@ -43,7 +46,8 @@ def extract_features(
 
 
 def drop_cls(config: schema.Config, params: Any, pixels_BxSxSx3: jax.Array) -> jax.Array:
-    """Tokens [B, T, D] of views without augmentation, cls first, in the compute precision."""
+    """Returns tokens [B, T, D] of views without augmentation, cls first, in the compute
+    precision."""
     return m3i.encode(config, params["encoder"], views.plain_patches(config, pixels_BxSxSx3))
 
 
@@ -116,8 +120,8 @@ def extract_set(
     batches: Iterable[dict[str, np.ndarray]],
     poll: Callable[[], None],
 ) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
-    """(outputs, {label, index}) of the valid rows of each batch, on every host. The device computes
-    while the next batch is read. `function` returns an array or a tree of arrays."""
+    """Yields (outputs, {label, index}) of the valid rows of each batch, on every host. The device
+    computes while the next batch is read. `function` returns an array or a tree of arrays."""
 
     def fetch(out: Any, rows: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
         rows = parallel.allgather_rows(mesh, rows)
@@ -184,19 +188,19 @@ class EvalContext:
         return self.once(f"set {name}", extract)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of the first call of `make` under this name."""
+        """Returns the result of the first call of `make` under this name."""
         if name not in self._cache:
             self._cache[name] = make()
         return self._cache[name]
 
 
 def encoder_params(config: schema.Config, state: Any) -> Any:
-    """The parameters of a state that are evaluated: the online ones or, with evaluate.encoder=ema,
-    the average of every part that has one; and `running`, the running statistics of batch norms, if
-    the task has any."""
+    """Returns the parameters of a state that are evaluated: the online ones or, with
+    evaluate.encoder=ema, the average of every part that has one; and `running`, the running
+    statistics of batch norms, if the task has any."""
     link = state.opt.get("running") if hasattr(state.opt, "get") else None
     running = {} if link is None else {"running": link.statistics}
-    online = schedule_free.averaged_params(state.opt, state.params)
+    online = update_rules.averaged_params(state.opt, state.params)
     if config.evaluate.encoder == "online":
         return {**online, **running} if running else online
     average = state.opt["target"].params
@@ -208,7 +212,7 @@ def encoder_params(config: schema.Config, state: Any) -> Any:
 
 
 def gather_from_hosts(skipped: Mapping[str, int]) -> dict[str, int]:
-    """The counts summed over all hosts."""
+    """Returns the counts summed over all hosts."""
     total: collections.Counter[str] = collections.Counter()
     for text in parallel.exchange_values("evaluation", json.dumps(dict(skipped))):
         total.update(json.loads(text))
@@ -225,8 +229,8 @@ Metric = Callable[[EvalContext], Iterator[tuple[str, float]]]
 
 
 def image_sets(extract: Extractor, batches: Callable[[], Any]) -> ImageSet:
-    """An image set: `batches` gives a fresh iterator, whose attribute `skipped` counts at its end
-    the images that could not be read."""
+    """Returns an image set: `batches` gives a fresh iterator, whose attribute `skipped` counts at
+    its end the images that could not be read."""
 
     def run(params: Any, poll: Callable[[], None]) -> tuple[ImageFeatures, Mapping[str, int]]:
         iterator = batches()
@@ -239,7 +243,7 @@ def image_sets(extract: Extractor, batches: Callable[[], Any]) -> ImageSet:
 def make_evaluator(
     config: schema.Config, image_sets: Mapping[str, ImageSet], metrics: Iterable[Metric]
 ) -> Any:
-    """An evaluation of the online encoder or its EMA (`evaluate.encoder`): (state, poll) ->
+    """Yields an evaluation of the online encoder or its EMA (`evaluate.encoder`): (state, poll) ->
     iterator of (name, value)."""
     metrics = tuple(metrics)
 
@@ -251,3 +255,44 @@ def make_evaluator(
             yield f"data/skipped/evaluation/{reason}", count
 
     return run
+
+
+def attention_maps(
+    config: schema.Config, pooled: bool, params: Any, views_BxSxSx3: jax.Array
+) -> AttentionMaps:
+    """Maps over the cells of clean uint8 views, float32.
+
+    features [B, N, D]: output of the encoder for every cell.
+    pooling [B, N]: attention weights of the attention pooling, mean over its heads; if `pooled`.
+    last [B, N]: attention weights of the last block, mean over its heads, from the cls token or,
+      without one, from all tokens; if the backbone has attention.
+
+    Args:
+      config: settings of the run.
+      pooled: whether the objective trains an attention pooling.
+      params: with `encoder` and, if pooled, `pool`.
+      views_BxSxSx3: images of the model's size.
+    """
+    model, first = config.model, int(config.model.encoder.cls_token)
+    x_BxNxD = drop_cls(config, params, views_BxSxSx3)[:, first:]
+    out = {"features": x_BxNxD.astype(jnp.float32)}
+    if pooled:
+        out["pooling"] = pooling.pooling_weights(model, params["pool"], x_BxNxD).mean(1)
+    if attention := backbones.get_backbone(model).attention:
+        weights_BxTxT = attention(
+            model, params["encoder"], views.plain_patches(config, views_BxSxSx3), grid=config.grid
+        ).mean(1)
+        out["last"] = weights_BxTxT[:, 0, first:] if first else weights_BxTxT.mean(1)
+    return out
+
+
+def compile_maps(
+    config: schema.Config, mesh: jax.sharding.Mesh, *, pooled: bool
+) -> Callable[[Any, jax.Array], AttentionMaps]:
+    """`attention_maps` as a compiled function of (params, views). Rows are split over the data axes
+    of the mesh; results are replicated."""
+    return parallel.Program(
+        functools.partial(attention_maps, config, pooled),
+        name="maps",
+        out_shardings=parallel.replicated(mesh),
+    )

@@ -19,8 +19,8 @@ BIAS = 100.0  # large, so that its weight is small and hardly regularised
 
 
 def whiten_features(x_NxD: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-    """All arrays standardised by the mean and deviation of the first, with the constant feature
-    appended: float64 [., D + 1].
+    """Returns all arrays standardised by the mean and deviation of the first, with the constant
+    feature appended: float64 [., D + 1].
 
     >>> whiten_features(np.array([[1.0], [3.0]]))[0].round(3).tolist()
     [[-1.0, 100.0], [1.0, 100.0]]
@@ -33,7 +33,7 @@ def whiten_features(x_NxD: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
 
 
 def solve_ridge(x_NxD: np.ndarray, y_NxC: np.ndarray, l2: float) -> np.ndarray:
-    """The weights [D, C] that minimise |x w - y|^2 + l2 |w|^2, in the smaller of the two
+    """Returns the weights [D, C] that minimise |x w - y|^2 + l2 |w|^2, in the smaller of the two
     dimensions.
 
     >>> solve_ridge(np.eye(2), np.array([[2.0], [0.0]]), 1.0).tolist()
@@ -46,8 +46,8 @@ def solve_ridge(x_NxD: np.ndarray, y_NxC: np.ndarray, l2: float) -> np.ndarray:
 
 
 def draw_shots(label_N: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Rows [M] of at most `shots` random images of every class, ascending; rows without a label are
-    not drawn.
+    """Returns rows [M] of at most `shots` random images of every class, ascending; rows without a
+    label are not drawn.
 
     >>> rows = draw_shots(np.array([0, 1, 0, -1, 1, 1]), 2, seed=0).tolist()
     >>> rows in ([0, 1, 2, 4], [0, 1, 2, 5], [0, 2, 4, 5])
@@ -68,8 +68,8 @@ def few_shot_accuracy(
     seeds: int = 3,
     l2: float = L2,
 ) -> Iterator[tuple[str, float]]:
-    """("1", top-1), ("5", top-1), ... of queries (features, labels), classified by so many images a
-    class of an index (features, labels); means over the seeds.
+    """Yields ("1", top-1), ("5", top-1), ... of queries (features, labels), classified by so many
+    images a class of an index (features, labels); means over the seeds.
 
     A number of shots that no class of the index has is left out: it would repeat the one before.
     Rows without a label (-1) are left out on both sides."""

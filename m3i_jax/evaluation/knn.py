@@ -23,8 +23,8 @@ def knn_votes(
     classes: int,
     temperature: float,
 ) -> jax.Array:
-    """Votes [Q, C] of the k nearest rows of the index, each weighted by exp(cosine / temperature),
-    scaled so that the nearest has weight 1.
+    """Returns votes [Q, C] of the k nearest rows of the index, each weighted by exp(cosine /
+    temperature), scaled so that the nearest has weight 1.
 
     Args:
       queries_QxD: L2-normalised features to classify.
@@ -54,8 +54,8 @@ KnnIndex = tuple[np.ndarray, np.ndarray]  # features [n, D] and labels [n]
 def rank_classes(
     queries: KnnIndex, index: KnnIndex, *, k: int, temperature: float, chunk: int = 1024
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(labels [Q], classes sorted by their votes [Q, C], most votes first) of the queries with a
-    label, by the rows of an index with a label.
+    """Returns (labels [Q], classes sorted by their votes [Q, C], most votes first) of the queries
+    with a label, by the rows of an index with a label.
 
     >>> some = (np.eye(2, dtype=np.float32), np.array([1, -1]))
     >>> [x.tolist() for x in rank_classes(some, some, k=1, temperature=1.0)]
@@ -78,7 +78,7 @@ def rank_classes(
 
 
 def knn_top_accuracy(label_Q: np.ndarray, order_QxC: np.ndarray) -> Iterator[tuple[str, float]]:
-    """("top1", share) and, with more than five classes, ("top5", share) of the ranking that
+    """Yields ("top1", share) and, with more than five classes, ("top5", share) of the ranking that
     `rank_classes` gives; nothing if it has no rows."""
     for top in (1, 5):
         if len(label_Q) and (top == 1 or order_QxC.shape[1] > 5):
@@ -88,8 +88,8 @@ def knn_top_accuracy(label_Q: np.ndarray, order_QxC: np.ndarray) -> Iterator[tup
 def knn_accuracy(
     queries: KnnIndex, index: KnnIndex, *, k: int, temperature: float, chunk: int = 1024
 ) -> Iterator[tuple[str, float]]:
-    """("top1", share) and, with more than five classes, ("top5", share) of queries (features,
-    labels) among an index (features, labels).
+    """Yields ("top1", share) and, with more than five classes, ("top5", share) of queries
+    (features, labels) among an index (features, labels).
 
     Rows without a label (-1) are left out on both sides; nothing is yielded if no row is left.
     """
@@ -101,8 +101,8 @@ def knn_accuracy(
 def knn_predictions(
     config: schema.Config,
 ) -> Callable[[EvalContext], tuple[Predictions, np.ndarray]]:
-    """Predictions for the queries by their neighbours in the index, and the first classes by votes;
-    computed once an evaluation."""
+    """Returns predictions for the queries by their neighbours in the index, and the first classes
+    by votes; computed once an evaluation."""
 
     def run(context: EvalContext) -> tuple[Predictions, np.ndarray]:
         queries, index, settings = context("queries"), context("index"), config.evaluate

@@ -39,7 +39,7 @@ class LinearProbe(NamedTuple):
 
 
 def probe_logits(probe: LinearProbe, x_NxD: jax.Array) -> jax.Array:
-    """Logits [N, C] of features [N, D], by the running statistics."""
+    """Returns logits [N, C] of features [N, D], by the running statistics."""
     unit_NxD = (x_NxD - probe.mean) * jax.lax.rsqrt(probe.variance + EPS)
     return (
         jnp.matmul(unit_NxD, probe.weights["kernel"], precision=jax.lax.Precision.HIGHEST)
@@ -50,7 +50,7 @@ def probe_logits(probe: LinearProbe, x_NxD: jax.Array) -> jax.Array:
 def probe_step(
     tx: optax.GradientTransformation, probe: LinearProbe, x_BxD: jax.Array, label_B: jax.Array
 ) -> LinearProbe:
-    """One step of LARS on one batch."""
+    """Takes one step of LARS on one batch."""
     mean_D, variance_D = x_BxD.mean(0), x_BxD.var(0)
     unit_BxD = (x_BxD - mean_D) * jax.lax.rsqrt(variance_D + EPS)
 
@@ -141,8 +141,9 @@ def linear_probe_accuracy(
     poll: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> Iterator[tuple[str, float]]:
-    """("top1", share) and, with more than five classes, ("top5", share) of queries (features,
-    labels), by a probe trained on an index (features, labels). `options` go to `fit_linear_probe`.
+    """Yields ("top1", share) and, with more than five classes, ("top5", share) of queries
+    (features, labels), by a probe trained on an index (features, labels). `options` go to
+    `fit_linear_probe`.
 
     Rows without a label (-1) are left out on both sides; nothing is yielded if no query or fewer
     than two rows of the index are left."""

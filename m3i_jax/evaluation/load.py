@@ -4,13 +4,18 @@ import m3i_jax
 model = m3i_jax.load("runs/first")  # or a file of timm, Hugging Face, MAE, SiameseIM, Google,
                                     # InternImage; or hf://OWNER/NAME
 vectors = model.features(images)    # arrays, Pillow images, paths or a directory -> float32 [B, D]
+
+Files of the Hugging Face Hub go to the cache of huggingface_hub, which is read without a network if
+they are there.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
+import importlib
 import itertools
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +29,17 @@ from m3i_jax import progress, schema
 from m3i_jax.data import image_inputs, preprocessing
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import feature_extraction, hub, load_dense
+from m3i_jax.evaluation import feature_extraction, load_dense
 from m3i_jax.models import backbones, networks
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_dir, checkpoint_reader, plan, weight_source
+from m3i_jax.training import checkpoint_dir, plan, weight_source
 
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
 _ROWS = 64  # images a device step
+HUB_PREFIX = "hf://"
+# weights, settings, preprocessing and the description; never code
+HUB_FILES = ("*.safetensors", "*.json", "*.npz", "README.md")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclasses.dataclass(repr=False)
@@ -67,8 +76,8 @@ class LoadedEncoder:
         network = networks.network_of(self.config.model, self.config.data.image_size)
         if network is None:
             raise UserError(
-                f"load: {self.name}: the backbone {self.config.model.backbone!r} is none of this"
-                " package; use `function`"
+                f"load: {self.name}: m3i_jax has no backbone {self.config.model.backbone!r}; use"
+                " `function`"
             )
         return network
 
@@ -87,8 +96,8 @@ class LoadedEncoder:
         )
 
     def features(self, images: Any, *, ready: bool = False) -> np.ndarray:
-        """Features of images, float32, not normalised: [B, D], or [B, T, D] for pool="tokens".
-        Shows a progress bar where stderr is a terminal.
+        """Returns features of images, float32, not normalised: [B, D], or [B, T, D] for
+        pool="tokens". Shows a progress bar where stderr is a terminal.
 
         Args:
           images: one image or several: a path, a Pillow image, or an array [H, W] or [H, W, C] of 1
@@ -107,7 +116,7 @@ class LoadedEncoder:
         >>> encoder = schema.Encoder(patch_size=8, width=8, depth=1, heads=2)
         >>> model = schema.Model(encoder=encoder, dtype="float32")
         >>> config = schema.Config(model=model, data=schema.Data(image_size=32))
-        >>> params = {"encoder": vit.init(model, jax.random.key(0))}
+        >>> params = {"encoder": jax.jit(lambda key: vit.init(model, key))(jax.random.key(0))}
         >>> loaded = LoadedEncoder(config, params, "mean", "")
         >>> loaded.features([np.zeros((40, 60), np.uint8), np.ones((32, 32, 3))]).shape
         (2, 8)
@@ -173,9 +182,9 @@ def load(
     heads: int = 0,
     dtype: str = "",
 ) -> Any:
-    """The encoder of a run or of a file of weights, a `LoadedEncoder`; of a run of detection or
-    segmentation its whole model, a `load_dense.LoadedDense`, and of a file of detectron2's ViTDet,
-    or of InternImage's detectors with DINO and its segmenters, as well.
+    """Returns the encoder of a run or of a file of weights, a `LoadedEncoder`; of a run of
+    detection or segmentation its whole model, a `load_dense.LoadedDense`, and of a file of
+    detectron2's ViTDet, or of InternImage's detectors with DINO and its segmenters, as well.
 
     Args:
       path: workdir of a run, or a file or directory of timm, Hugging Face ViT, CLIP, SigLIP,
@@ -198,10 +207,10 @@ def load(
         transformer nor an InternImage of a preset, or arrays that do not fit each other.
     """
     if pool not in POOLS:
-        raise UserError(f"load: pool={pool!r} is none of {', '.join(POOLS)}; give one of these")
+        raise UserError(f"load: pool={pool!r} is not one of {', '.join(POOLS)}; give one of these")
     given, path = path, os.fspath(path)
-    if path.startswith(hub.PREFIX):
-        path = hub.fetch_weights(path)
+    if path.startswith(HUB_PREFIX):
+        path = fetch_weights(path)
     source = weight_source.open_weights(path, weights=weights, key="load")
     if given != path:
         source.name = source.name.replace(path, str(given))
@@ -231,7 +240,7 @@ def load(
     ]
     params: dict[str, Any] = {}
     for name, array in source.read(dict.fromkeys(names)).items():
-        checkpoint_reader.set_leaf(params, name, jnp.asarray(array))
+        weight_source.set_leaf(params, name, jnp.asarray(array))
     _check_shapes(config, {name: source.shapes[name] for name in names}, path)
     return LoadedEncoder(config, params, pool, source.name)
 
@@ -258,8 +267,8 @@ def _check_shapes(config: schema.Config, shapes: dict[str, tuple[int, ...]], pat
 
 
 def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
-    """The settings of a run, or those that a file of weights implies: `model`, image size, mean and
-    deviation of pixels.
+    """Returns the settings of a run, or those that a file of weights implies: `model`, image size,
+    mean and deviation of pixels.
 
     Args:
       path: see `load`.
@@ -294,8 +303,8 @@ def build_encoder(
 
 
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
-    """The configuration for a file of weights: unchanged if its encoder has the sizes of the file,
-    else with the encoder and the preprocessing of the file.
+    """Returns the configuration for a file of weights: unchanged if its encoder has the sizes of
+    the file, else with the encoder and the preprocessing of the file.
 
     Args:
       config: settings.
@@ -341,9 +350,9 @@ def _described(
     stored, config = dict(source.settings), configuration.default_config()
     if ("detect" in stored or "segment" in stored) and "width" not in stored:
         raise UserError(
-            f"{flag}: {path}: its encoder is none of this package ({source.name}); of its arrays"
-            " only the head can be used, by a run with another encoder:"
-            " --config.init_from=FILE --config.init.only='(\"^head/\",)'"
+            f"{flag}: {path}: m3i_jax has no encoder like its own ({source.name}); of its arrays"
+            " only the head can be used, by a run with another encoder: --config.init_from=FILE"
+            " --config.init.only='(\"^head/\",)'"
         )
     if "width" not in stored or "image_size" not in stored:
         # a backbone with its own section of settings is recognized by the sizes of its presets
@@ -390,3 +399,42 @@ def _described(
     config.evaluate.crop = stored.get("crop", config.evaluate.crop)
     config.data.background = stored.get("background", config.data.background)
     return config
+
+
+def fetch_weights(location: str, key: str = "load") -> str:
+    """Returns the directory with the files of a repository.
+
+    Args:
+      location: hf://OWNER/NAME, or with @REVISION: a branch, a tag or a commit.
+      key: the flag or function that gave it, for messages.
+
+    Raises:
+      UserError: it is no name of a repository, huggingface_hub is not installed, or the repository
+        cannot be read.
+
+    >>> fetch_weights("hf://first")
+    Traceback (most recent call last):
+    m3i_jax.errors.UserError: load: 'hf://first' names no repository; write hf://OWNER/NAME or ...
+    """
+    name, at, revision = location.removeprefix(HUB_PREFIX).partition("@")
+    if not _HUB_NAME.fullmatch(name) or (at and not revision):
+        raise UserError(
+            f"{key}: {location!r} names no repository; write hf://OWNER/NAME or"
+            " hf://OWNER/NAME@REVISION"
+        )
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise UserError(
+            f"{key}: {location}: needs the package huggingface_hub; pip install 'm3i-jax[hub]'"
+        ) from error
+    try:
+        return str(
+            hub.snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES))
+        )
+    except Exception as error:  # of the network, the server, the cache or the name
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{key}: {location}: cannot be read ({type(error).__name__}: {reason}); check name,"
+            " revision and network, and log in by `hf auth login` if it is private"
+        ) from error

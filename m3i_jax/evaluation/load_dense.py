@@ -1,5 +1,5 @@
-"""What `m3i_jax.load` returns for a run of detection or segmentation: predictions for images of any
-size, as in the evaluations of the run.
+"""Detectors and segmenters as `m3i_jax.load` returns them: predictions for images of any size, as
+in the evaluations of the run.
 
     model = m3i_jax.load("runs/detect")
     found = model.detect([image])[0]    # boxes, scores, classes, masks in pixels of the image
@@ -21,7 +21,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import detection_results, sliding_windows
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_dir, checkpoint_reader, weight_source
+from m3i_jax.training import checkpoint_dir, weight_source
 from m3i_jax.training.dense_task import DenseTask
 from m3i_jax.training.task import make_task
 
@@ -92,7 +92,7 @@ class LoadedDense:
         return jax.jit(predict)
 
     def detect(self, images: Any) -> list[DetectedObjects]:
-        """The objects of images.
+        """Returns the objects of images.
 
         Args:
           images: RGB uint8 [H, W, 3], or a list of images of any sizes. The long side of each is
@@ -125,7 +125,7 @@ class LoadedDense:
         return out
 
     def segment(self, images: Any) -> list[np.ndarray]:
-        """The class map [H, W] of each image, uint8; `names` has the names of the classes.
+        """Returns the class map [H, W] of each image, uint8; `names` has the names of the classes.
 
         Args:
           images: see `detect`. Each is resized and cut into windows as in the run's evaluations.
@@ -148,7 +148,8 @@ class LoadedDense:
         return [pixels for _, pixels in maps]
 
     def features(self, images: Any, **_: Any) -> np.ndarray:
-        """Not of these runs: their encoder reads whole images by windows.
+        """Raises, because these runs have no features of images: their encoder reads whole images
+        by windows.
 
         Raises:
           UserError: always.
@@ -161,13 +162,13 @@ class LoadedDense:
     def _require(self, task: str) -> None:
         if self.config.task != task:
             raise UserError(
-                f"load: {self.name}: is a run of config.task={self.config.task}, and .{task}() is"
-                f" of {task}; use .{self.config.task}()"
+                f"load: {self.name}: is a run of config.task={self.config.task}, and .{task}()"
+                f" needs a run of {task}; use .{self.config.task}()"
             )
 
 
 def as_images(images: Any) -> list[np.ndarray]:
-    """One image, an array of images or a list of images as a list of uint8 [H, W, 3].
+    """Returns one image, an array of images or a list of images as a list of uint8 [H, W, 3].
 
     Raises:
       ValueError: an image of another shape or type.
@@ -187,7 +188,7 @@ def as_images(images: Any) -> list[np.ndarray]:
 
 
 def load_dense(path: str, config: schema.Config, source: weight_source.WeightSource) -> LoadedDense:
-    """The model of a run of detection or segmentation, or of a file with a detector; see
+    """Returns the model of a run of detection or segmentation, or of a file with a detector; see
     `load.load`."""
     task = make_task(config)
     assert isinstance(task, DenseTask)
@@ -213,16 +214,16 @@ def load_dense(path: str, config: schema.Config, source: weight_source.WeightSou
     for name, array in source.read(dict.fromkeys(shapes)).items():
         if name == table and array.shape != shapes[name]:
             array = array[:, -shapes[name][1] :]
-        checkpoint_reader.set_leaf(params, name, jnp.asarray(array))
+        weight_source.set_leaf(params, name, jnp.asarray(array))
     if not run:
         theirs = [name for name in source.shapes if name.startswith(weight_source.RUNNING)]
         for name, array in source.read(dict.fromkeys(theirs)).items():
-            checkpoint_reader.set_leaf(params, name, jnp.asarray(array))
+            weight_source.set_leaf(params, name, jnp.asarray(array))
     if run:
-        weights = checkpoint_reader.RunWeights(path, "load")
+        weights = weight_source.RunWeights(path, "load")
         statistics = [name for name in weights.shapes if name.startswith(_STATISTICS)]
         for name, array in weights.read(dict.fromkeys(statistics)).items() if statistics else ():
             part = "running/" + name.removeprefix(_STATISTICS)
-            checkpoint_reader.set_leaf(params, part, jnp.asarray(array))
+            weight_source.set_leaf(params, part, jnp.asarray(array))
     names = source.classes or tuple(map(str, range(config.data.classes)))
     return LoadedDense(config, params, names, source.name)

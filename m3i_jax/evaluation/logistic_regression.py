@@ -74,12 +74,12 @@ def fit_logistic(
 
 
 def zero_weights(width: int, classes: int) -> Weights:
-    """Initial weights of a fit."""
+    """Returns initial weights of a fit."""
     return {"kernel": jnp.zeros((width, classes)), "bias": jnp.zeros(classes)}
 
 
 def standardize_features(x_NxD: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-    """All arrays shifted and scaled so that the first has mean 0 and deviation 1 in every
+    """Returns all arrays shifted and scaled so that the first has mean 0 and deviation 1 in every
     dimension; a constant dimension becomes 0.
 
     >>> first, second = np.array([[1., 5.], [3., 5.]]), np.array([[5., 7.]])
@@ -98,9 +98,9 @@ def logistic_accuracy(
     index: tuple[np.ndarray, np.ndarray],
     poll: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, float]]:
-    """("top1", share), with more than five classes ("top5", share), and ("log10_l2", exponent of
-    the chosen weight decay) of queries (features [Q, D], labels [Q]) by a classifier fitted to an
-    index (features, labels).
+    """Yields ("top1", share), with more than five classes ("top5", share), and ("log10_l2",
+    exponent of the chosen weight decay) of queries (features [Q, D], labels [Q]) by a classifier
+    fitted to an index (features, labels).
 
     The weight decay is the one of `L2` with the highest accuracy on a fixed random fifth of the
     index; among equals, the strongest. The classifier is then fitted to the whole index. Rows

@@ -42,8 +42,8 @@ HEADS = frozenset({CATEGORY_HEAD, TEXT_TOWER})
 
 @dataclasses.dataclass(kw_only=True)
 class EvalInputs:
-    """What a run gives to its evaluators. Built once a run, so that what evaluators compile from it
-    is compiled once.
+    """Inputs that a run gives to its evaluators. Built once a run, so that what evaluators compile
+    from it is compiled once.
 
     Attributes:
       config: the settings of the run.
@@ -83,7 +83,8 @@ class EvalInputs:
     _cache: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of the first call of `make` under this name: several evaluators share it."""
+        """Returns the result of the first call of `make` under this name: several evaluators share
+        it."""
         if name not in self._cache:
             self._cache[name] = make()
         return self._cache[name]
@@ -113,7 +114,7 @@ class Evaluator:
     last_only: bool = False
 
     def enabled(self, settings: schema.Evaluate) -> bool:
-        """Whether the settings of a run enable it."""
+        """Returns whether the settings of a run enable it."""
         return not self.setting or bool(getattr(settings, self.setting))
 
 
@@ -171,7 +172,7 @@ def _load_builtin() -> None:
 
 
 def evaluators() -> tuple[Evaluator, ...]:
-    """All registered evaluators in the order in which they run: that of their settings in
+    """Returns all registered evaluators in the order in which they run: that of their settings in
     `schema.Evaluate`, then those without a setting."""
     _load_builtin()
     position = {setting: number for number, setting in enumerate(_SETTINGS)}

@@ -27,8 +27,8 @@ _UNREADABLE = -1  # length of a caption that cannot be read, in the exchange bet
 def retrieval_ranks(
     queries_QxE: jax.Array, candidates_CxE: jax.Array, right_QxC: jax.Array
 ) -> jax.Array:
-    """Number of wrong candidates [Q] at least as similar to a query as its most similar right one:
-    0 is a hit.
+    """Returns the number of wrong candidates [Q] at least as similar to a query as its most similar
+    right one: 0 is a hit.
 
     Args:
       queries_QxE, candidates_CxE: L2-normalised.
@@ -51,7 +51,7 @@ def recall_at(
     chunk: int = 1024,
     poll: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, float]]:
-    """("text_to_image/r1", share), ..., ("image_to_text/r10", share).
+    """Yields ("text_to_image/r1", share), ..., ("image_to_text/r10", share).
 
     Args:
       images_NxE: L2-normalised embeddings of N images.

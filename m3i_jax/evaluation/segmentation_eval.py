@@ -1,14 +1,19 @@
-"""Scores of semantic segmentation over a whole data set: mIoU, mAcc, aAcc and the numbers of each
-class, from pixel counts that all hosts add up."""
+"""Evaluation of segmentation on the held-out images by sliding windows: mIoU, mAcc, aAcc and the
+numbers of each class, from pixel counts that all hosts add up."""
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from m3i_jax import parallel
+from m3i_jax.data import annotated_eval
+from m3i_jax.evaluation import annotated_inputs, sliding_windows
+from m3i_jax.evaluation.feature_extraction import gather_from_hosts
+from m3i_jax.evaluation.registry import EvalContext, EvalInputs, Evaluator, Metric, register_builtin
 from m3i_jax.objective.segmentation_scores import miou
 
 
@@ -79,7 +84,8 @@ class SegmentationCounts:
         """
         if prediction_HxW.shape != label_HxW.shape:
             raise ValueError(
-                f"image {image!r}: prediction of {prediction_HxW.shape}, map of {label_HxW.shape}"
+                f"image {image!r}: the prediction has shape {prediction_HxW.shape}, its map"
+                f" {label_HxW.shape}"
             )
         matrix_KxK = pixel_confusion(prediction_HxW, label_HxW, len(self.names))
         self._confusion_KxK += matrix_KxK
@@ -88,7 +94,7 @@ class SegmentationCounts:
             self._images.append((image, mean))
 
     def scores(self) -> SegmentationScores:
-        """The scores of the images of all hosts, on every host; a collective.
+        """Returns the scores of the images of all hosts, on every host; a collective.
 
         Raises:
           ValueError: an image was counted twice.
@@ -122,7 +128,7 @@ def _sorted_once(images: Iterable[tuple[Any, float]]) -> list[tuple[Any, float]]
 def segmentation_scores(
     confusion_KxK: np.ndarray, names: Sequence[str], images: Sequence[tuple[Any, float]] = ()
 ) -> SegmentationScores:
-    """The scores of pixel counts.
+    """Returns the scores of pixel counts.
 
     Args:
       confusion_KxK: of `pixel_confusion`, summed over the images.
@@ -143,20 +149,88 @@ def segmentation_scores(
     )
 
 
-def segmentation_rows(scores: SegmentationScores) -> list[tuple[str, ...]]:
-    """Rows (class, pixels, IoU, accuracy) for a table, by descending IoU, in per cent; classes that
-    do not occur come last, without numbers."""
+@dataclasses.dataclass(frozen=True)
+class SegmentedImage:
+    """A held-out image, its map and the predicted one, at full size."""
 
-    def per_cent(value: float) -> str:
-        return "" if np.isnan(value) else f"{100 * value:.1f}"
+    shown: annotated_eval.MappedImage
+    prediction: np.ndarray
 
-    order = np.argsort(-np.nan_to_num(scores.iou, nan=-1.0), kind="stable").tolist()
-    return [
-        (
-            scores.names[k],
-            f"{scores.pixels[k]:,}",
-            per_cent(float(scores.iou[k])),
-            per_cent(float(scores.accuracy[k])),
-        )
-        for k in order
-    ]
+
+def segmented_images(
+    inputs: EvalInputs,
+    context: EvalContext,
+    records: list[int],
+    skipped: dict[str, int],
+    *,
+    at_host0: bool = False,
+) -> Iterator[SegmentedImage]:
+    """Returns this host's share of the class maps of some held-out images; all hosts must call it.
+
+    Args:
+      inputs: of the run.
+      context: of the evaluation.
+      records: numbers of the records, the same on all hosts.
+      skipped: receives {reason: images of this host that could not be read}.
+      at_host0: the first host's share is all of them.
+    """
+    if at_host0 and jax.process_index():
+        records = []
+    config, predict = inputs.config, annotated_inputs.predictor(inputs)
+    settings = sliding_windows.sliding_settings(
+        config, classes=len(inputs.classes), batch=inputs.batch_size // jax.process_count()
+    )
+    size_of, resize = sliding_windows.resize_rule(config)
+    images = annotated_eval.segmentation_eval_images(
+        inputs.held_out,
+        records,
+        background=config.data.background,
+        threads=max(1, config.data.threads),
+        missing=config.data.missing,
+        host=0 if at_host0 else jax.process_index(),
+        hosts=1 if at_host0 else jax.process_count(),
+    )
+    waiting: dict[int, annotated_eval.MappedImage] = {}
+
+    def pixels() -> Iterator[tuple[Any, np.ndarray]]:
+        for image in images:
+            waiting[image.index] = image
+            yield image.index, image.image
+
+    found = sliding_windows.class_maps(
+        lambda image, size: predict(context.params, image, size)["logits"],
+        pixels(),
+        settings,
+        size_of=size_of,
+        resize=resize,
+        poll=context.poll,
+    )
+    for index, prediction in found:
+        yield SegmentedImage(waiting.pop(index), prediction)
+    skipped.update({reason: n for reason, n in images.skipped.items() if n})
+
+
+def pixel_scores(inputs: EvalInputs, context: EvalContext) -> SegmentationScores:
+    """Returns the scores of an evaluation, computed once; a collective."""
+    return context.once("pixels", lambda: _measure(inputs, context))
+
+
+def _measure(inputs: EvalInputs, context: EvalContext) -> SegmentationScores:
+    counts, skipped = SegmentationCounts(inputs.classes), dict[str, int]()
+    for image in segmented_images(inputs, context, annotated_inputs.queries(inputs), skipped):
+        counts.add(image.shown.index, image.prediction, image.shown.map)
+    context.skipped.update(gather_from_hosts(skipped))
+    return counts.scores()
+
+
+def _build(inputs: EvalInputs) -> Metric:
+    def measure(context: EvalContext) -> Iterator[tuple[str, float]]:
+        for name, value in pixel_scores(inputs, context).metrics.items():
+            yield f"eval/segmentation/{name}", value
+
+    return measure
+
+
+register_builtin(
+    Evaluator(name="segmentation", setting="segmentation", build=_build, tasks=("segment",))
+)

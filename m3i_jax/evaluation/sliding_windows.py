@@ -22,7 +22,7 @@ from PIL import Image
 
 from m3i_jax import parallel, schema
 from m3i_jax.data import geometry
-from m3i_jax.models.dense.segmentation_heads import segmentation_head
+from m3i_jax.models.dense.task_heads import segmentation_head
 
 _CHUNK = 8  # images whose windows are listed, and counted on all hosts, at a time
 _STRIP = 1 << 24  # numbers of a strip of rows of the final resize
@@ -31,8 +31,8 @@ Predict = Callable[[np.ndarray, np.ndarray], Any]
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """First pixels of the windows along one axis: multiples of the stride, the last moved back to
-    the end; one window if the axis is shorter.
+    """Returns first pixels of the windows along one axis: multiples of the stride, the last moved
+    back to the end; one window if the axis is shorter.
 
     >>> window_starts(683, 512, 256), window_starts(512, 512, 256), window_starts(300, 512, 256)
     ([0, 171], [0], [0])
@@ -43,7 +43,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlidingSettings:
-    """How images are cut into windows.
+    """Settings of the windows that images are cut into.
 
     Attributes:
       window: side of the model's input in pixels.
@@ -73,7 +73,7 @@ class SlidingSettings:
 
 
 def sliding_settings(config: schema.Config, *, classes: int, batch: int) -> SlidingSettings:
-    """The windows that a run's settings ask for: dense.segment.test_*, data.image_size.
+    """Returns the windows that a run's settings ask for: dense.segment.test_*, data.image_size.
 
     >>> sliding_settings(schema.Config(), classes=150, batch=4).stride
     112
@@ -95,10 +95,10 @@ def sliding_settings(config: schema.Config, *, classes: int, batch: int) -> Slid
 def resize_rule(
     config: schema.Config,
 ) -> tuple[Callable[[Size, float], Size], Callable[[np.ndarray, Size], np.ndarray]]:
-    """(size_of, resize) of `class_maps` as the run's training resizes images, without the random
-    factor: to dense.geometry.long and short for the rule "range", to a long side of data.image_size
-    for the rule "jitter"; each times the scale and rounded down. With `dense.segment.test_whole`,
-    the sides are then rounded up to its multiples.
+    """Returns (size_of, resize) of `class_maps` as the run's training resizes images, without the
+    random factor: to dense.geometry.long and short for the rule "range", to a long side of
+    data.image_size for the rule "jitter"; each times the scale and rounded down. With
+    `dense.segment.test_whole`, the sides are then rounded up to its multiples.
 
     >>> size_of, resize = resize_rule(schema.Config())
     >>> size_of((480, 640), 1.0), resize(np.zeros((480, 640, 3), np.uint8), (168, 224)).shape
@@ -144,7 +144,7 @@ class _View:
         self._sum: np.ndarray | None = None
 
     def cut(self, resize: Callable[[np.ndarray, Size], np.ndarray], at: Size) -> np.ndarray:
-        """The pixels of a window, smaller than it at the border of a small image."""
+        """Returns the pixels of a window, smaller than it at the border of a small image."""
         if self._image is None:
             image = resize(self.owner.image, self.size)
             self._image = image[:, ::-1] if self.flip else image
@@ -158,7 +158,7 @@ class _View:
         self.left -= 1
 
     def mean_logits(self) -> np.ndarray:
-        """[height, width, K], not mirrored any more."""
+        """Returns [height, width, K], not mirrored any more."""
         assert self._sum is not None
         rows, columns = self._counts
         mean = self._sum
@@ -226,8 +226,8 @@ class _Canvas:
 
 
 def resized_strips(map_hxwxK: np.ndarray, size: Size) -> Iterator[tuple[slice, np.ndarray]]:
-    """(rows, their values) of a map that is resized bilinearly with half-pixel centres and without
-    antialiasing, strip by strip.
+    """Yields (rows, their values) of a map that is resized bilinearly with half-pixel centres and
+    without antialiasing, strip by strip.
 
     >>> ((rows, values),) = resized_strips(np.array([[[0.0], [1.0]]]), (1, 4))
     >>> values[0, :, 0].tolist()
@@ -277,7 +277,7 @@ def class_maps(
     resize: Callable[[np.ndarray, Size], np.ndarray],
     poll: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """The class map of each image at its original size, in their order.
+    """Yields the class map of each image at its original size, in their order.
 
     Logits of overlapping windows are averaged, resized to the original size, and the largest is
     taken; with several scales or mirrored images, the mean of the resized logits' softmax, or of

@@ -46,17 +46,17 @@ class TextEmbedder:
         )
 
     def images(self, params: Any, pooled_NxW: np.ndarray, poll: Callable[[], None]) -> np.ndarray:
-        """[N, E] of pooled features, normalised or not: the projection has no bias."""
+        """Returns [N, E] of pooled features, normalised or not: the projection has no bias."""
         return self._run(functools.partial(self._images, params), poll, pooled_NxW)
 
     def tokens(
         self, params: Any, ids_MxL: np.ndarray, length_M: np.ndarray, poll: Callable[[], None]
     ) -> np.ndarray:
-        """[M, E] of token ids, start and end included."""
+        """Returns [M, E] of token ids, start and end included."""
         return self._run(functools.partial(self._texts, params), poll, ids_MxL, length_M)
 
     def texts(self, params: Any, texts: list[str], poll: Callable[[], None]) -> np.ndarray:
-        """[M, E] of texts, which are cleaned as captions are."""
+        """Returns [M, E] of texts, which are cleaned as captions are."""
         encoded = [self.words.encode(decode.clean_caption(text) or text) for text in texts]
         ids, lengths = (np.stack(x).astype(np.int32) for x in zip(*encoded, strict=True))
         return self.tokens(params, ids, lengths, poll)
@@ -77,7 +77,7 @@ class TextEmbedder:
 
 
 def shared_embedder(inputs: registry.EvalInputs) -> TextEmbedder:
-    """The embedder of a run, compiled once for all evaluators that use it."""
+    """Returns the embedder of a run, compiled once for all evaluators that use it."""
     assert inputs.tokenizer is not None
     tokenizer = inputs.tokenizer
     return inputs.once(

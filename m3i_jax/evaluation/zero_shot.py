@@ -44,8 +44,8 @@ SETS = {"7": SEVEN, "80": EIGHTY}
 
 
 def prompt_templates(name: str) -> tuple[str, tuple[str, ...]]:
-    """(name for metrics, templates) of a set: "7", "80", or a file with a template a line or a JSON
-    list of templates.
+    """Returns (name for metrics, templates) of a set: "7", "80", or a file with a template a line
+    or a JSON list of templates.
 
     Raises:
       UserError: no such set or file, or a template without exactly one {} for the class name.
@@ -58,7 +58,7 @@ def prompt_templates(name: str) -> tuple[str, tuple[str, ...]]:
     path = pathlib.Path(name)
     if not path.is_file():
         raise UserError(
-            f"config.evaluate.templates: {name!r} is none of {', '.join(SETS)} and no file;"
+            f"config.evaluate.templates: {name!r} is neither one of {', '.join(SETS)} nor a file;"
             " give one of these, or a file with a template a line"
         )
     try:
@@ -89,7 +89,7 @@ def prompt_templates(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def prompt_tokens(name: str) -> str:
-    """The name of a class as it is written in a prompt.
+    """Returns the name of a class as it is written in a prompt.
 
     >>> prompt_tokens("tabby_cat"), prompt_tokens("hot dog, red hot")
     ('tabby cat', 'hot dog, red hot')
@@ -98,8 +98,8 @@ def prompt_tokens(name: str) -> str:
 
 
 def ensemble_embeddings(embedded_TxCxE: np.ndarray) -> np.ndarray:
-    """Class representations [C, E]: the normalised mean over T templates of the normalised prompt
-    embeddings.
+    """Returns class representations [C, E]: the normalised mean over T templates of the normalised
+    prompt embeddings.
 
     >>> ensemble_embeddings(np.array([[[3.0, 0.0]], [[0.0, 1.0]]])).round(3).tolist()
     [[0.707, 0.707]]
@@ -129,7 +129,7 @@ class ClassPrompts:
         self.sets = dict(prompt_templates(name) for name in sets)
 
     def classes(self, context: EvalContext) -> dict[str, np.ndarray]:
-        """{template set: class representations [C, E]}, computed once an evaluation."""
+        """Returns {template set: class representations [C, E]}, computed once an evaluation."""
 
         def make() -> dict[str, np.ndarray]:
             prompts = list(
@@ -154,8 +154,8 @@ class ClassPrompts:
     def probabilities(
         self, context: EvalContext, vectors_QxW: np.ndarray
     ) -> tuple[str, np.ndarray]:
-        """(name of the first template set, class probabilities [Q, C]): softmax of the cosines at
-        the temperature of the model."""
+        """Returns (name of the first template set, class probabilities [Q, C]): softmax of the
+        cosines at the temperature of the model."""
         name, classes_CxE = next(iter(self.classes(context).items()))
         cosine_QxC = self.embed.images(context.params, vectors_QxW, context.poll) @ classes_CxE.T
         scale = np.exp(np.asarray(m3i.text_log_scale(context.params), np.float64))
@@ -165,7 +165,7 @@ class ClassPrompts:
 
 
 def shared_prompts(inputs: registry.EvalInputs) -> ClassPrompts:
-    """The prompts of a run, shared by all evaluators that use them."""
+    """Returns the prompts of a run, shared by all evaluators that use them."""
     return inputs.once(
         "class prompts",
         lambda: ClassPrompts(

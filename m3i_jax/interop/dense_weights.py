@@ -130,7 +130,7 @@ def _rename(name: str, of: str, to: str, shift: int) -> str | None:
 
 
 def load_mask_rcnn(state: Mapping[str, Any]) -> Tree:
-    """Weights of detectron2 as a tree with `pyramid` and `head`, those that the table has.
+    """Returns weights of detectron2 as a tree with `pyramid` and `head`, those that the table has.
 
     Args:
       state: {name: array}, or the content of a file, with this table under `model`.
@@ -172,8 +172,8 @@ def load_mask_rcnn(state: Mapping[str, Any]) -> Tree:
 
 
 def has_mask_rcnn(names: Mapping[str, Any]) -> bool:
-    """Whether a table of detectron2 has a whole Faster or Mask R-CNN, and not an encoder alone, or
-    a cascade of heads.
+    """Returns whether a table of detectron2 has a whole Faster or Mask R-CNN, and not an encoder
+    alone, or a cascade of heads.
 
     >>> has_mask_rcnn({"backbone.net.blocks.0.attn.rel_pos_h": 0})
     False
@@ -182,8 +182,9 @@ def has_mask_rcnn(names: Mapping[str, Any]) -> bool:
 
 
 def mask_rcnn_settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Settings that the names and shapes of a table of `has_mask_rcnn` imply, with the values of
-    detectron2's ViTDet project where they imply none: anchors, canonical box and thresholds.
+    """Returns settings that the names and shapes of a table of `has_mask_rcnn` imply, with the
+    values of detectron2's ViTDet project where they imply none: anchors, canonical box and
+    thresholds.
 
     Args:
       shapes: {name: shape}.
@@ -221,7 +222,7 @@ def mask_rcnn_settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def store_mask_rcnn(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Inverse of `load_mask_rcnn`: pyramid and head under detectron2's names. RPN heads of one
+    """Inverts `load_mask_rcnn`: pyramid and head under detectron2's names. RPN heads of one
     convolution number it all the same.
 
     Args:

@@ -50,7 +50,7 @@ class _Table:
         return {"conv": {"kernel": kernel} | bias, "norm": self.norm(norm)}
 
     def numbers(self, pattern: str) -> list[int]:
-        """The different values of a group in names, rising."""
+        """Returns the different values of a group in names, rising."""
         found = (re.match(pattern, name) for name in self.state)
         return sorted({int(match[1]) for match in found if match})
 
@@ -129,8 +129,8 @@ def _layers(table: _Table, part: str, read: Any) -> Tree:
 
 
 def load_dino(state: Mapping[str, Any], *, finest: int = 8) -> Tree:
-    """Weights of IDEA-Research/DINO as a tree with `head`, for `dense.detect.head=dino` with
-    `shared_heads`. Those of the backbone are left out.
+    """Returns weights of IDEA-Research/DINO as a tree with `head`, for `dense.detect.head=dino`
+    with `shared_heads`. Those of the backbone are left out.
 
     Args:
       state: {name: array}, or the content of a file, with this table under `model`.
@@ -207,8 +207,8 @@ def _mmdet_decoder_layer(table: _Table, name: str) -> Tree:
 
 
 def load_mmdet_dino(state: Mapping[str, Any], *, finest: int = 8) -> Tree:
-    """Weights of neck and head of mmdetection's DINO, as in InternImage's detectors, as a tree with
-    `head`, for `dense.detect.head=dino` without `shared_heads`.
+    """Returns weights of neck and head of mmdetection's DINO, as in InternImage's detectors, as a
+    tree with `head`, for `dense.detect.head=dino` without `shared_heads`.
 
     Args:
       state: {name: array} of `neck.` and `bbox_head.`; a neck of a composite backbone is `neck.0.`.

@@ -52,7 +52,7 @@ def _no_names(format: str, name: str, value: Any) -> UserError:
 
 
 def timm_arguments(encoder: Mapping[str, Any], image_size: int) -> tuple[str, dict[str, Any]]:
-    """(name, arguments) of `timm.create_model` for an encoder with these settings of
+    """Returns (name, arguments) of `timm.create_model` for an encoder with these settings of
     `model.encoder`.
 
     The output of the model is the mean of the patch tokens. An eps other than timm's 1e-6 needs
@@ -122,7 +122,7 @@ def timm_config(
 
 
 def crop_pct(image_size: int, short_side: int) -> float:
-    """The `crop_pct` of timm with which floor(image_size / crop_pct) is this short side.
+    """Returns the `crop_pct` of timm with which floor(image_size / crop_pct) is this short side.
 
     >>> crop_pct(224, 256), math.floor(32 / crop_pct(32, 37)), math.floor(49 / crop_pct(49, 49))
     (0.875, 37, 49)
@@ -236,8 +236,8 @@ def _library(name: str) -> Any:
 def timm_output(
     directory: pathlib.Path, encoder: Mapping[str, Any], image_size: int, normal_BxSxSx3: np.ndarray
 ) -> np.ndarray | None:
-    """Tokens [B, T, D] of normalised images, computed by timm from the exported file; None if timm
-    is not installed."""
+    """Returns tokens [B, T, D] of normalised images, computed by timm from the exported file; None
+    if timm is not installed."""
     torch, library = _library("torch"), _library("timm")
     if torch is None or library is None:
         return None
@@ -260,9 +260,9 @@ def timm_output(
 def hugging_face_output(
     directory: pathlib.Path, kind: str, final_norm: bool, normal_BxSxSx3: np.ndarray
 ) -> np.ndarray | None:
-    """Tokens [B, T, D] of normalised images, computed by Transformers from the exported directory:
-    the last hidden state for an encoder with a final norm, else the state before the final norm.
-    None if Transformers is not installed."""
+    """Returns tokens [B, T, D] of normalised images, computed by Transformers from the exported
+    directory: the last hidden state for an encoder with a final norm, else the state before the
+    final norm. None if Transformers is not installed."""
     torch, library = _library("torch"), _library("transformers")
     if torch is None or library is None:
         return None

@@ -119,7 +119,8 @@ _OURS = [(_pattern(entry.ours), entry) for entry in _TABLE]
 
 
 def published_name(name: str) -> str:
-    """The PyTorch name of a name in a Hugging Face file; PyTorch names are returned unchanged.
+    """Returns the PyTorch name of a name in a Hugging Face file; PyTorch names are returned
+    unchanged.
 
     >>> published_name("model.levels.0.blocks.1.layer_scale1"), published_name("head.bias")
     ('levels.0.blocks.1.gamma1', 'head.bias')
@@ -128,7 +129,7 @@ def published_name(name: str) -> str:
 
 
 def hugging_face_name(name: str) -> str:
-    """Inverse of `published_name`.
+    """Inverts `published_name`.
 
     >>> hugging_face_name("levels.0.blocks.1.gamma1")
     'model.levels.0.blocks.1.layer_scale1'
@@ -222,9 +223,8 @@ def load_intern_image(state: Mapping[str, Any]) -> Tree:
 def store_intern_image(
     tree: Mapping[str, Any], *, hugging_face: bool = False
 ) -> dict[str, np.ndarray]:
-    """Inverse of `load_intern_image`: a tree of `encoder`, and `pool` and `classifier` if given, as
-    a table with published names. The mask token, which the published net does not have, is left
-    out.
+    """Inverts `load_intern_image`: a tree of `encoder`, and `pool` and `classifier` if given, as a
+    table with published names. The mask token, which the published net does not have, is left out.
 
     Args:
       tree: parts with arrays that numpy can read.

@@ -46,7 +46,8 @@ _FIRST, _SECOND = "backbone.cb_modules.0.", "backbone.cb_modules.1."
 
 
 def dense_head(names: Mapping[str, Any]) -> str:
-    """The head of a file by its names, a key of the table above; "" if it has none of these.
+    """Returns the head of a file by its names, a key of the table above; "" if it has none of
+    these.
 
     >>> dense_head({"decode_head.psp_modules.0.1.conv.weight": 0})
     'upernet'
@@ -55,7 +56,8 @@ def dense_head(names: Mapping[str, Any]) -> str:
 
 
 def dense_task(names: Mapping[str, Any]) -> str:
-    """The task that a whole file of this module is for, detect or segment; "" for other files.
+    """Returns the task that a whole file of this module is for, detect or segment; "" for other
+    files.
 
     >>> dense_task({"bbox_head.transformer.query_embed.weight": 0, f"backbone.{_STEM}": 0})
     'detect'
@@ -89,8 +91,8 @@ def load_published_dense(table: Mapping[str, Any]) -> PublishedWeights | None:
     """
     if any(name in table for name in _DEFORMABLE_DETR):
         raise UserError(
-            "these are weights of Deformable DETR, whose decoder makes its queries of proposals or"
-            " has them without boxes; DINO's are read"
+            "these are weights of Deformable DETR, which m3i_jax does not have (its decoder makes"
+            " queries of proposals, or has them without boxes); give weights of DINO"
         )
     prefix, head = _encoder_prefix(table), dense_head(table)
     if not prefix and not head.endswith(("Transformers", "authors")):
@@ -256,8 +258,8 @@ def _upernet(table: Mapping[str, Any]) -> dict[str, np.ndarray]:
     pools = count(r"decode_head\.psp_modules\.(\d+)\.")
     if laterals >= len(_STRIDES) or pools > len(_POOLS):
         raise UserError(
-            f"an UperNet of {laterals + 1} maps and {pools} pooled ones is none of InternImage's,"
-            f" which have {len(_STRIDES)} and {len(_POOLS)}"
+            f"an UperNet of {laterals + 1} maps and {pools} pooled ones is not one of"
+            f" InternImage's, which have {len(_STRIDES)} and {len(_POOLS)}"
         )
     layers = _upernet_layers(laterals, pools)
     leaves = {

@@ -78,8 +78,8 @@ class TensorFile(Mapping[str, np.ndarray]):
 
 
 def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
-    """The arrays of a file, or of a Hugging Face directory with `model.safetensors` (in one file or
-    several) or `pytorch_model.bin`.
+    """Returns the arrays of a file, or of a Hugging Face directory with `model.safetensors` (in one
+    file or several) or `pytorch_model.bin`.
 
     Raises:
       UserError: no such file, an unknown kind, a damaged file, or a PyTorch file without PyTorch.
@@ -120,7 +120,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_json(path: pathlib.Path, longest: int = _MAX_JSON) -> dict[str, Any]:
-    """The JSON object in a file next to weights, of at most `longest` bytes.
+    """Returns the JSON object in a file next to weights, of at most `longest` bytes.
 
     Raises:
       UserError: the file cannot be read, is too long, or contains something else.
@@ -190,8 +190,8 @@ def _sharded(path: pathlib.Path, index: pathlib.Path) -> TensorFile:
 
 
 def weights(name: str, array: Any) -> np.ndarray:
-    """An array checked as weights: floating point of at least 16 bits, all values finite. Its type
-    is kept.
+    """Returns an array checked as weights: floating point of at least 16 bits, all values finite.
+    Its type is kept.
 
     Args:
       name: name of the array, for messages.
@@ -272,7 +272,7 @@ def _npz(path: pathlib.Path) -> TensorFile:
 
 
 def import_torch(why: str) -> Any:
-    """The module torch, needed for `why`. Raises UserError if it is not installed."""
+    """Returns the module torch, needed for `why`. Raises UserError if it is not installed."""
     try:
         return importlib.import_module("torch")
     except ImportError:

@@ -19,10 +19,10 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from m3i_jax.errors import UserError
-from m3i_jax.interop import intern_image_weights, position_tables, tensor_files
-from m3i_jax.interop.layout_entries import IMAGENET, Layout, LayoutEntry
+from m3i_jax.interop import intern_image_weights, tensor_files
+from m3i_jax.interop.layout_entries import IMAGENET, Layout, LayoutEntry, packed_names, plain_names
 from m3i_jax.interop.vit_layouts import LAYOUTS, layout_of
-from m3i_jax.interop.vit_names import packed_names, plain_names
+from m3i_jax.objective import positions
 
 Flat = dict[str, np.ndarray]
 _GELUS = {
@@ -214,7 +214,7 @@ def _add_cls_row(flat: Flat) -> list[str]:
     if (
         table is None
         or "encoder/cls_token" not in flat
-        or position_tables.table_grid(table.shape[1]) ** 2 != table.shape[1]
+        or positions.table_grid(table.shape[1]) ** 2 != table.shape[1]
     ):
         return []
     flat["encoder/positions"] = np.concatenate([np.zeros_like(table[:, :1]), table], 1)
@@ -250,7 +250,7 @@ def _shape_settings(flat: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]
     if "encoder/blocks/norm1/bias" not in flat and "encoder/blocks/norm1/scale" in flat:
         out["norm"] = "rms"
     if (table := flat.get("encoder/positions")) is not None:
-        out["image_size"] = position_tables.table_grid(table.shape[1]) * out["patch_size"]
+        out["image_size"] = positions.table_grid(table.shape[1]) * out["patch_size"]
     if layout.name == "google":
         name = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
         out["heads"] = np.asarray(arrays[name]).shape[1]
@@ -355,8 +355,8 @@ def _side(size: Any, key: str = "height") -> int:
 
 
 def read_sidecar_configs(path: str) -> dict[str, Any]:
-    """The content of config.json and preprocessor_config.json next to a file of weights, merged,
-    and, under its name, that of our preprocessing.json; {} without such files.
+    """Returns the content of config.json and preprocessor_config.json next to a file of weights,
+    merged, and, under its name, that of our preprocessing.json; {} without such files.
 
     Raises:
       UserError: one of them is not a JSON object.
@@ -405,7 +405,7 @@ def _intern_image(
 
 
 def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix: str = "") -> Flat:
-    """Inverse of `load_vit`: our flat tree under the names of a layout.
+    """Inverts `load_vit`: our flat tree under the names of a layout.
 
     The mask token, `encoder/mask_token`, is left out: no layout has it. Without `encoder/norm`, the
     files for timm and Google have no final norm either; Hugging Face models always have one, which
@@ -463,7 +463,7 @@ def store_vit(tree: Mapping[str, np.ndarray], layout: str, *, heads: int, prefix
 
 
 def nearest_names(path: str, known: Mapping[str, Any], count: int = 2) -> list[str]:
-    """The known names that are most similar to a path.
+    """Returns the known names that are most similar to a path.
 
     >>> nearest_names("encoder/norm/scale", {"encoder/norm/bias": 0, "x": 0})
     ['encoder/norm/bias']

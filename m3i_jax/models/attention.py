@@ -2,7 +2,7 @@
 
 `attend` takes heads apart, [B, H, T, E], and keeps q, k, v and the attention weights in the compute
 precision for the backward pass. `attend_columns` takes heads side by side, [B, T, H E], and calls
-the Pallas kernel of `attention_tpu`, which keeps no weights.
+the Pallas kernels of `attention_tpu` or `attention_gpu`, which keep no weights.
 
 B batch, Q query rows, T tokens, D = H E width, H heads, E width of a head; keys on a grid of R rows
 and C columns, T = R C.
@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel
-from m3i_jax.models import attention_tpu
+from m3i_jax.models import attention_gpu, attention_tpu
 from m3i_jax.models.attention_tpu import MASKED_LOGIT, Columns
 
 LogitBias = tuple[jax.Array, ...]
@@ -140,11 +141,27 @@ def _attend_backward(
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+def attention_kernel_fits(heads: int, arrays: tuple[jax.Array, ...]) -> bool:
+    """Whether the platform has a kernel for the arguments of `attend_columns`."""
+    (rows, queries, _), (_, tokens, _) = arrays[0].shape, arrays[-1].shape
+    if parallel.kernels(rows):
+        depth = arrays[-1].shape[2] // (4 - len(arrays)) // heads
+        return attention_tpu.fits(queries, tokens, heads, depth, arrays[-1].dtype)
+    return parallel.kernels(rows, parallel.GPUS) and attention_gpu.fits(
+        arrays, heads, parallel.rows_of_device(rows)
+    )
+
+
+def _is_gpu() -> bool:
+    return parallel.platform() in parallel.GPUS
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend_columns(
     heads: int, arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None
 ) -> jax.Array:
-    """`attend` by the TPU kernel, of heads that are side by side: [B, Q, D].
+    """`attend` by the kernel of the platform, of heads that are side by side: [B, Q, D]. Where it
+    is differentiated, the result has the name `attended` of `scan_blocks.NAMES`.
 
     Args:
       heads: H.
@@ -152,9 +169,20 @@ def attend_columns(
         values [B, T, 2 D]; or an array each.
       where_BxT: as of `attend`.
     """
-    return parallel.per_device(
-        functools.partial(_kernel, heads, attention_tpu.forward), arrays, where_BxT
-    )
+    return _forward(heads, arrays, where_BxT)[0]
+
+
+def _forward(heads: int, arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None) -> Any:
+    """(the result,), and what the backward pass of a GPU needs."""
+    if _is_gpu():
+        run = functools.partial(attention_gpu.forward, heads, interpret=_interpret())
+        return parallel.per_device(run, arrays, where_BxT)
+    run = functools.partial(_kernel, heads, attention_tpu.forward)
+    return (parallel.per_device(run, arrays, where_BxT),)
+
+
+def _interpret() -> bool:
+    return parallel.platform() == "cpu"
 
 
 def _kernel(
@@ -166,13 +194,25 @@ def _kernel(
 ) -> Any:
     width = arrays[-1].shape[2] // (4 - len(arrays))
     parts = [Columns(array, first) for array in arrays for first in range(0, array.shape[2], width)]
-    return run(heads, width, *parts, where_BxT, *g_BxQxD, interpret=parallel.platform() != "tpu")
+    return run(heads, width, *parts, where_BxT, *g_BxQxD, interpret=_interpret())
+
+
+def _attend_columns_forward(
+    heads: int, arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    # The names are here, as a GPU's backward pass reads both: it would be kept twice if the result
+    # got its name outside.
+    made = tuple(checkpoint_name(each, "attended") for each in _forward(heads, arrays, where_BxT))
+    return made[0], (arrays, where_BxT, made if len(made) > 1 else ())
 
 
 def _attend_columns_backward(
     heads: int, residuals: Any, g_BxQxD: jax.Array
 ) -> tuple[tuple[jax.Array, ...], None]:
-    arrays, where_BxT = residuals
+    arrays, where_BxT, made = residuals
+    if made:
+        run = functools.partial(attention_gpu.backward, heads, interpret=_interpret())
+        return tuple(parallel.per_device(run, arrays, where_BxT, *made, g_BxQxD)), None
     dq, dk, dv = parallel.per_device(
         functools.partial(_kernel, heads, attention_tpu.backward), arrays, where_BxT, g_BxQxD
     )
@@ -183,9 +223,7 @@ def _attend_columns_backward(
     return (dq, jnp.concatenate([dk, dv], 2)), None
 
 
-attend_columns.defvjp(
-    lambda heads, *inputs: (attend_columns(heads, *inputs), inputs), _attend_columns_backward
-)
+attend_columns.defvjp(_attend_columns_forward, _attend_columns_backward)
 
 
 def attend_plainly(

@@ -126,7 +126,7 @@ class Backbone:
 
 
 def as_toy(preset: Preset, *, decoder: int, heads: int) -> dict[str, Any]:
-    """A preset with the small decoder and text tower of the toys, in float32.
+    """Returns a preset with the small decoder and text tower of the toys, in float32.
 
     >>> as_toy({"scan": False}, decoder=96, heads=3)["decoder"]
     {'width': 96, 'depth': 2, 'heads': 3}

@@ -64,7 +64,7 @@ register_backbone("intern_image", INTERN_IMAGE)
 
 
 def registered_backbones() -> dict[str, Backbone]:
-    """All backbones by name.
+    """Returns all backbones by name.
 
     >>> {"vit", "intern_image"} <= registered_backbones().keys()
     True
@@ -73,7 +73,7 @@ def registered_backbones() -> dict[str, Backbone]:
 
 
 def get_backbone(model: schema.Model) -> Backbone:
-    """The backbone of these settings.
+    """Returns the backbone of these settings.
 
     Raises:
       UserError: no backbone has the name `model.backbone`.
@@ -86,7 +86,7 @@ def get_backbone(model: schema.Model) -> Backbone:
     near = difflib.get_close_matches(model.backbone, _BACKBONES, 1)
     hint = f"did you mean {near[0]}?" if near else "import the module that registers it"
     raise UserError(
-        f"config.model.backbone: {model.backbone!r} is none of {', '.join(_BACKBONES)}; {hint}"
+        f"config.model.backbone: {model.backbone!r} is not one of {', '.join(_BACKBONES)}; {hint}"
     )
 
 
@@ -99,8 +99,8 @@ def validate_backbone(config: schema.Config) -> None:
 
 
 def recognize_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Settings of an encoder by its parameters, as of `Backbone.recognize`; {} for none that is
-    known.
+    """Returns settings of an encoder by its parameters, as of `Backbone.recognize`; {} for none
+    that is known.
 
     Args:
       shapes: {path below the encoder: shape}.
@@ -122,7 +122,7 @@ def section_names() -> tuple[str, ...]:
 
 
 def backbone_drop_rates(model: schema.Model) -> np.ndarray:
-    """Rate of stochastic depth of every layer, [L] float32.
+    """Returns the rate of stochastic depth of every layer, [L] float32.
 
     >>> backbone_drop_rates(schema.Model(encoder=schema.Encoder(depth=3, drop_path=0.25))).tolist()
     [0.0, 0.125, 0.25]

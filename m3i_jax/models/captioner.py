@@ -17,8 +17,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel, schema
-from m3i_jax.models import attention_tpu
-from m3i_jax.models.attention import attend, attend_columns, from_heads, kernel_call, to_heads
+from m3i_jax.models.attention import (
+    attend,
+    attend_columns,
+    attention_kernel_fits,
+    from_heads,
+    kernel_call,
+    to_heads,
+)
 from m3i_jax.models.attention_tpu import MASKED_LOGIT
 from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, LayerNorm, Params, gelu_tanh, layer_norm
@@ -79,7 +85,7 @@ class CaptionBlock(nn.Module):
 
         query = checkpoint_name(dense(width, "query", ScaleNorm(name="norm2")(x_RxLxW)), "qkv")
         key_value = checkpoint_name(dense(2 * width, "key_value", memory_RxNxD), "qkv")
-        attended = checkpoint_name(self._read(query, key_value), "attended")
+        attended = self._read(query, key_value)
         x_RxLxW = checkpoint_name(x_RxLxW + dense(width, "cross_out", attended), "middle")
 
         h = checkpoint_name(dense(self.hidden, "fc1", ScaleNorm(name="norm3")(x_RxLxW)), "fc1")
@@ -87,18 +93,16 @@ class CaptionBlock(nn.Module):
 
     def _read(self, query_RxLxW: jax.Array, key_value_RxNx2W: jax.Array) -> jax.Array:
         """Attention of the tokens to the image."""
-        (rows, steps, width), patches = query_RxLxW.shape, key_value_RxNx2W.shape[1]
-        dtype = jnp.dtype(self.dtype)
-        fits = attention_tpu.fits(steps, patches, self.heads, width // self.heads, dtype)
         arrays = query_RxLxW, key_value_RxNx2W
-        possible = fits and parallel.kernels(rows)
-        if possible and parallel.trusted(kernel_call(self.heads, arrays, None)):
+        if attention_kernel_fits(self.heads, arrays) and parallel.trusted(
+            kernel_call(self.heads, arrays, None)
+        ):
             return attend_columns(self.heads, arrays, None)
         (q,), (k, v) = (
             to_heads(query_RxLxW, 1, self.heads),
             to_heads(key_value_RxNx2W, 2, self.heads),
         )
-        return from_heads(attend(q, k, v))
+        return checkpoint_name(from_heads(attend(q, k, v)), "attended")
 
 
 def _block(model: schema.Model) -> CaptionBlock:

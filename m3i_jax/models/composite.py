@@ -38,7 +38,7 @@ StageMaps = tuple[jax.Array, ...]
 
 
 def of_run(config: schema.Config) -> Backbone:
-    """The backbone of a dense run: composed if `dense.maps.composite` says so.
+    """Returns the backbone of a dense run: composed if `dense.maps.composite` says so.
 
     Raises:
       UserError: the composition is to be frozen.
@@ -60,7 +60,7 @@ def of_run(config: schema.Config) -> Backbone:
 
 
 def compose(backbone: Backbone, maps: schema.Maps, *, size: int) -> Backbone:
-    """The composition of two copies of a backbone. Its `copies` gives the maps of both.
+    """Returns the composition of two copies of a backbone. Its `copies` gives the maps of both.
 
     Args:
       backbone: one with `stages`.
@@ -157,8 +157,8 @@ def _init_links(rng: jax.Array, channels: tuple[int, ...]) -> dict[str, Any]:
 
 
 def nearest(x_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """A map at another (height, width), each cell the value of the cell that it lies in (torch's
-    `interpolate` with mode nearest).
+    """Returns a map at another (height, width), each cell the value of the cell that it lies in
+    (torch's `interpolate` with mode nearest).
 
     >>> nearest(jnp.array([1.0, 2.0]).reshape(1, 1, 2, 1), (2, 4))[0, :, :, 0].tolist()
     [[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]]

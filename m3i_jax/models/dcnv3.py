@@ -199,7 +199,7 @@ def dcnv3(
     if c % groups:
         raise ValueError(f"{c} channels do not divide into {groups} groups")
     if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     for name, array, last in (("offset", offset_BxIxJxGxPx2, 2), ("mask", mask_BxIxJxGxP, 1)):
         expected = (b, *out, groups, len(grid), 2)[: 4 + last]
         if array.shape[:3] != expected[:3] or np.prod(array.shape[3:]) != np.prod(expected[3:]):

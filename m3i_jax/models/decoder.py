@@ -42,10 +42,10 @@ def _pixel_head(model: schema.Model) -> Dense:
 
 
 def init(model: schema.Model, rng: jax.Array, *, of: Iterable[str] = ("tokens",)) -> Params:
-    """Parameters: `embed` [D, W], `mask_token` [1, 1, W], `position_map` [2 W, W] unless positions
-    are absolute, `blocks` stacked on [L, ...], `projector` stacked the same way if it has blocks,
-    and the heads: `head` [W, D] of tokens ([W, W] behind a projector), `pixel_norm` and
-    `pixel_head` [W, P].
+    """Returns the initial parameters: `embed` [D, W], `mask_token` [1, 1, W], `position_map` [2 W,
+    W] unless positions are absolute, `blocks` stacked on [L, ...], `projector` stacked the same way
+    if it has blocks, and the heads: `head` [W, D] of tokens ([W, W] behind a projector),
+    `pixel_norm` and `pixel_head` [W, P].
 
     Dense layers are Xavier-uniform with zero biases, the mask token N(0, 0.02^2). The first values
     of a part do not depend on which other parts exist.
@@ -92,7 +92,8 @@ def init(model: schema.Model, rng: jax.Array, *, of: Iterable[str] = ("tokens",)
 
 
 def decoder_queries(model: schema.Model, params: Params, raw_xNx2W: jax.Array) -> jax.Array:
-    """Queries of target positions: the mask token plus a learned map of their raw embedding.
+    """Returns queries of target positions: the mask token plus a learned map of their raw
+    embedding.
 
     With `decoder.positions=absolute` they are the mask token plus the first W numbers of the raw
     embedding, without a map. For equal views those are the rows of the fixed table (MAE's decoder);
@@ -124,8 +125,8 @@ def decoder_queries(model: schema.Model, params: Params, raw_xNx2W: jax.Array) -
 
 
 def project_targets(model: schema.Model, params: Params, z_BxTxD: jax.Array) -> jax.Array:
-    """Features in the space that a decoder with a projector reads and predicts: embedding, then the
-    projector's blocks (SiameseIM).
+    """Returns features in the space that a decoder with a projector reads and predicts: embedding,
+    then the projector's blocks (SiameseIM).
 
     The target goes through the momentum copies of both, with every token of its clean view, cls
     included; the caller drops cls afterwards.
@@ -219,7 +220,7 @@ def apply(
 def prediction_head(
     model: schema.Model, params: Params, rows_BxNxW: jax.Array, of: str
 ) -> jax.Array:
-    """Predictions from the rows of `apply`.
+    """Returns predictions from the rows of `apply`.
 
     Args:
       model: settings.

@@ -31,8 +31,8 @@ def _dense(model: schema.Model, mlp: MlpShape, layer: int, width: int) -> Dense:
 def init_mlp(
     model: schema.Model, rng: jax.Array, mlp: MlpShape, width_in: int, width_out: int
 ) -> Params:
-    """Parameters of a projector or predictor: `layer_0`, `norm_0`, `layer_1`, ...; the last norm
-    has none.
+    """Returns parameters of a projector or predictor: `layer_0`, `norm_0`, `layer_1`, ...; the last
+    norm has none.
 
     Matrices are Xavier-uniform or, with `std`, normal; biases 0. Layers before a batch norm have no
     bias.
@@ -93,8 +93,8 @@ def apply_mlp(model: schema.Model, params: Params, mlp: MlpShape, x_xD: jax.Arra
 def init_projection(
     model: schema.Model, rng: jax.Array, projection: ProjectionHead, prototypes: bool
 ) -> Params:
-    """Parameters of an embedding space: those of `projector`, `predictor` and `prototypes` [K, W]
-    that it has.
+    """Returns parameters of an embedding space: those of `projector`, `predictor` and `prototypes`
+    [K, W] that it has.
 
     Prototypes are uniform within 1 / sqrt(W) (MSN, DINO); where their length is trained, it starts
     at 1, `prototype_norms` [K]. Without a projector the space is that of the encoder's features.
@@ -123,8 +123,8 @@ def init_projection(
 def prototype_logits(
     model: schema.Model, params: Params, projection: ProjectionHead, x_xW: jax.Array
 ) -> jax.Array:
-    """Similarities [..., K] float32 of embeddings, scaled to length 1, to prototypes of length 1 or
-    of a trained length. The product is in `model.dtype`.
+    """Returns similarities [..., K] float32 of embeddings, scaled to length 1, to prototypes of
+    length 1 or of a trained length. The product is in `model.dtype`.
 
     >>> params = {"prototypes": jnp.array([[0.0, 3.0], [4.0, 0.0]])}
     >>> space, x = ProjectionHead(prototypes="unit"), jnp.array([[0.0, 5.0]])
@@ -146,8 +146,8 @@ def prototype_logits(
 def apply_projector(
     model: schema.Model, params: Params, projection: ProjectionHead, x_xD: jax.Array
 ) -> jax.Array:
-    """Projection of a target or prediction: [..., W] float32, or x itself without a projector; in a
-    space with prototypes, the similarities to them, [..., K].
+    """Returns the projection of a target or prediction: [..., W] float32, or x itself without a
+    projector; in a space with prototypes, the similarities to them, [..., K].
 
     >>> apply_projector(schema.Model(), {}, ProjectionHead(), jnp.zeros((2, 768))).shape
     (2, 768)
@@ -160,7 +160,7 @@ def apply_projector(
 def apply_predictor(
     model: schema.Model, params: Params, projection: ProjectionHead, x_xD: jax.Array
 ) -> jax.Array:
-    """The prediction, [..., W]: projector and predictor, as far as the space has them.
+    """Returns the prediction, [..., W]: projector and predictor, as far as the space has them.
 
     >>> head = ProjectionHead(projector=MlpShape(layers=2))
     >>> model, x = schema.Model(), jnp.zeros((2, 768))
@@ -178,9 +178,9 @@ def apply_predictor(
 
 
 def init_clusters(model: schema.Model, rng: jax.Array, width: int) -> Params:
-    """Parameters of online clustering (CAPI): `clusters`, the linear map of the target encoder's
-    tokens, normal with deviation 1; and, where a decoder of this width predicts the assignments,
-    its `prototypes` [K, width] and their trained lengths.
+    """Returns parameters of online clustering (CAPI): `clusters`, the linear map of the target
+    encoder's tokens, normal with deviation 1; and, where a decoder of this width predicts the
+    assignments, its `prototypes` [K, width] and their trained lengths.
 
     >>> call = lambda key: init_clusters(schema.Model(), key, 512)
     >>> shapes = jax.eval_shape(call, jax.random.key(0))
@@ -203,7 +203,8 @@ def init_clusters(model: schema.Model, rng: jax.Array, width: int) -> Params:
 
 
 def cluster_logits(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> jax.Array:
-    """Logits [B, N, K] float32 of tokens, scaled to length 1. The product is in `model.dtype`.
+    """Returns logits [B, N, K] float32 of tokens, scaled to length 1. The product is in
+    `model.dtype`.
 
     >>> clusters = {"kernel": jnp.eye(2), "bias": jnp.array([0.0, 1.0])}
     >>> x = jnp.array([[[3.0, 0.0]]])
@@ -226,8 +227,8 @@ def _uniform_prototypes(rng: jax.Array, count: int, width: int) -> jax.Array:
 
 
 def init_linear(model: schema.Model, rng: jax.Array, of: str, width: int = 0) -> Params:
-    """Parameters of a linear map, `kernel` and `bias`: to D for tokens, or to `width` if that is
-    not 0; to 3 p p for pixels.
+    """Returns parameters of a linear map, `kernel` and `bias`: to D for tokens, or to `width` if
+    that is not 0; to 3 p p for pixels.
 
     >>> call = lambda key: init_linear(schema.Model(), key, "pixels")
     >>> jax.eval_shape(call, jax.random.key(0))["kernel"].shape
@@ -243,7 +244,7 @@ def init_linear(model: schema.Model, rng: jax.Array, of: str, width: int = 0) ->
 
 
 def apply_linear(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> jax.Array:
-    """Predictions at the cells of the encoder's own tokens, in `model.dtype`.
+    """Returns predictions at the cells of the encoder's own tokens, in `model.dtype`.
 
     >>> model, x = schema.Model(), jnp.zeros((2, 4, 768))
     >>> shapes = jax.eval_shape(lambda key: init_linear(model, key, "tokens"), jax.random.key(0))

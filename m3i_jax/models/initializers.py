@@ -20,7 +20,7 @@ InitSpec = tuple[Literal["constant", "uniform", "normal"], float]
 
 
 def shapes_of(module: nn.Module, *inputs: Any) -> Params:
-    """The parameters of a module as a tree of shapes.
+    """Returns the parameters of a module as a tree of shapes.
 
     >>> from m3i_jax.models.layers import Dense
     >>> shapes_of(Dense(3, jnp.float32), jnp.zeros((1, 2)))["kernel"].shape
@@ -32,8 +32,8 @@ def shapes_of(module: nn.Module, *inputs: Any) -> Params:
 def fill(
     rng: jax.Array, shapes: Params, rule: Callable[[str, tuple[int, ...]], InitSpec]
 ) -> dict[str, Any]:
-    """First values of a tree of parameters by a rule, float32. All are slices of one draw: one
-    random call per array would make the program several times as slow to compile.
+    """Returns initial values of a tree of parameters by a rule, float32. All are slices of one
+    draw: one random call per array would make the program several times as slow to compile.
 
     Args:
       rng: key.
@@ -75,7 +75,7 @@ def init_params(
     normal: Mapping[str, float] | None = None,
     values: Mapping[str, float] | None = None,
 ) -> Params:
-    """First values of the parameters of a tower, float32.
+    """Returns initial values of the parameters of a tower, float32.
 
     A `scale` is 1 and a `bias` 0. A `kernel` [in, out] is Xavier-uniform, bound sqrt(6 / (in +
     out)): qkv as one [D, 3 D] matrix (MAE, SiameseIM; MoCo v3 takes the bound of each of q, k and
@@ -122,8 +122,8 @@ def init_blocks(
     normal: Mapping[str, float] | None = None,
     values: Mapping[str, float] | None = None,
 ) -> Params:
-    """Parameters of `depth` blocks, drawn independently and stacked on a leading axis: every leaf
-    is [L, ...]. `normal` and `values` as of `init_params`.
+    """Returns parameters of `depth` blocks, drawn independently and stacked on a leading axis:
+    every leaf is [L, ...]. `normal` and `values` as of `init_params`.
 
     >>> from m3i_jax.models.layers import block
     >>> one = block(8, 2, 4.0, "float32")

@@ -135,7 +135,7 @@ def _affine(width: int, *leading: int) -> dict[str, tuple[int, ...]]:
 
 
 def shapes(model: InternImageConfig) -> dict[str, Any]:
-    """The tree of parameters, as shapes.
+    """Returns the tree of parameters, as shapes.
 
     >>> tree = shapes(PRESETS["internimage_t"])
     >>> sorted(tree), tree["stage2"]["layers"]["dcn"]["offsets"]["kernel"]
@@ -178,7 +178,7 @@ def _stacked(tree: Any, depth: int) -> Any:
 
 
 def parameter_count(model: InternImageConfig) -> int:
-    """Parameters without the fusion: the backbone as published.
+    """Counts the parameters without the fusion: the backbone as published.
 
     >>> parameter_count(PRESETS["internimage_t"]), parameter_count(PRESETS["internimage_h"])
     (28754672, 1073122480)
@@ -220,8 +220,8 @@ def _init_spec(
 
 
 def init(model: InternImageConfig, rng: jax.Array, *, mask_token: bool = False) -> Params:
-    """Parameters: `stem`, `stage0` to `stage3` (`layers` stacked on [L, ...], `extra_norms`,
-    `norm_layer`, `down`), `fusion`.
+    """Returns the initial parameters: `stem`, `stage0` to `stage3` (`layers` stacked on [L, ...],
+    `extra_norms`, `norm_layer`, `down`), `fusion`.
 
     As published: dense N(0, `mlp_std`^2), in and out of DCNv3 Xavier-uniform, convolutions and
     their biases uniform with bound 1 / sqrt(fan in); offsets, masks and centre scale 0, so that
@@ -258,7 +258,7 @@ def init(model: InternImageConfig, rng: jax.Array, *, mask_token: bool = False) 
 
 
 def init_dcn(layer: Layer, rng: jax.Array) -> Params:
-    """Parameters of the DCNv3 of one layer, as `init` draws them.
+    """Returns parameters of the DCNv3 of one layer, as `init` draws them.
 
     >>> layer = Layer(8, 2, "pre", 0.0, 1.0, 3, False, 32)
     >>> float(init_dcn(layer, jax.random.key(0))["offsets"]["kernel"].max())  # a box filter
@@ -269,8 +269,8 @@ def init_dcn(layer: Layer, rng: jax.Array) -> Params:
 
 
 def pixel_shuffle(x_BxHxWx4D: jax.Array) -> jax.Array:
-    """[B, H, W, 4 D] -> [B, 2 H, 2 W, D]: channel 4 d + 2 a + b of a cell is channel d of its
-    sub-cell (a, b).
+    """Rearranges [B, H, W, 4 D] -> [B, 2 H, 2 W, D]: channel 4 d + 2 a + b of a cell is channel d
+    of its sub-cell (a, b).
 
     >>> pixel_shuffle(jnp.arange(8).reshape(1, 1, 1, 8))[0, :, :, 0].tolist()
     [[0, 1], [2, 3]]
@@ -284,7 +284,7 @@ def pixel_shuffle(x_BxHxWx4D: jax.Array) -> jax.Array:
 
 
 def unpatchify(patches_BxNxP: jax.Array, grid: int) -> jax.Array:
-    """Inverse of `vit.patchify` for images of three channels: [B, grid p, grid p, 3].
+    """Inverts `vit.patchify` for images of three channels: [B, grid p, grid p, 3].
 
     >>> unpatchify(jnp.arange(12).reshape(1, 4, 3), 2)[0, :, :, 0].tolist()
     [[0, 3], [6, 9]]
@@ -334,8 +334,8 @@ def feature_maps(
     method: str = "auto",
     before: Callable[[int, jax.Array], jax.Array] | None = None,
 ) -> list[jax.Array]:
-    """The maps at the ends of the four stages, [B, H, W, C 2^i], each half as large as the one
-    before.
+    """Returns the maps at the ends of the four stages, [B, H, W, C 2^i], each half as large as the
+    one before.
 
     Args:
       model, params: as of `init`.
@@ -417,8 +417,8 @@ def feature_maps(
 
 
 def fuse(model: InternImageConfig, params: Params, maps: list[jax.Array]) -> jax.Array:
-    """Dense features [B, N, D], row-major, of the last two maps of `feature_maps`, at the size of
-    the third.
+    """Returns dense features [B, N, D], row-major, of the last two maps of `feature_maps`, at the
+    size of the third.
 
     Raises:
       ValueError: a model without the fusion.
@@ -444,8 +444,8 @@ def fuse(model: InternImageConfig, params: Params, maps: list[jax.Array]) -> jax
 def apply(
     model: InternImageConfig, params: Params, images_BxSxSx3: jax.Array, **settings: Any
 ) -> jax.Array:
-    """Dense features of every cell of `model.stride` pixels, row-major: [B, N, D], 144 x 1024 for
-    InternImage-H at 192 pixels; without the fusion the last stage's map, 36 x 2560.
+    """Returns dense features of every cell of `model.stride` pixels, row-major: [B, N, D], 144 x
+    1024 for InternImage-H at 192 pixels; without the fusion the last stage's map, 36 x 2560.
 
     Arguments and errors as of `feature_maps` and `fuse`.
 

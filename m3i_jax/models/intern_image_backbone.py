@@ -26,9 +26,9 @@ _NO_MAPS = schema.Maps()
 
 
 def intern_image_config(model: schema.Model) -> InternImageConfig:
-    """The net's settings in a run: its own section, and width and drop path of `model.encoder`.
-    Where the patch is a cell of the last stage, the dense features are that stage's map, without
-    the fusion.
+    """Returns the net's settings in a run: its own section, and width and drop path of
+    `model.encoder`. Where the patch is a cell of the last stage, the dense features are that
+    stage's map, without the fusion.
 
     >>> encoder = schema.Encoder(width=1024, drop_path=0.2, drop_path_rule="uniform")
     >>> intern_image_config(schema.Model(encoder=encoder)) == InternImageConfig()
@@ -65,8 +65,7 @@ def _apply(
 ) -> jax.Array:
     if blocks > 1:
         raise ValueError(
-            "InternImage's layers differ in width and stride: there is no mean over the last of"
-            " them"
+            "InternImage's layers differ in width and stride: their outputs cannot be averaged"
         )
     if index_BxK is not None and hidden_BxN is not None:
         raise ValueError(
@@ -180,8 +179,8 @@ def _validate_encoder(e: schema.Encoder) -> None:
     ):
         value, default = getattr(e, key), getattr(plain, key)
         why = (
-            f"is of the ViT and does nothing {_WHERE}, whose settings are model.intern_image; leave"
-            f" it at {default}"
+            f"is a setting of the ViT and has no effect {_WHERE}, whose settings are"
+            f" model.intern_image; leave it at {default}"
         )
         _require(value == default, f"encoder.{key}", value, why)
     for key, what in {
@@ -198,8 +197,8 @@ def _validate_maps(maps: schema.Maps) -> None:
         value, default = getattr(maps, field.name), getattr(_NO_MAPS, field.name)
         if value != default and not field.name.startswith("composite"):
             raise UserError(
-                f"config.dense.maps.{field.name}: {value!r} is of the ViT and does nothing"
-                f" {_WHERE}, whose maps are those of its four stages; leave it at {default}"
+                f"config.dense.maps.{field.name}: {value!r} is a setting of the ViT and has no"
+                f" effect {_WHERE}, whose maps are those of its four stages; leave it at {default}"
             )
 
 

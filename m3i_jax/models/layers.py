@@ -22,11 +22,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel
-from m3i_jax.models import attention_tpu
 from m3i_jax.models.attention import (
     Relative,
     attend,
     attend_columns,
+    attention_kernel_fits,
     attention_weights,
     from_heads,
     kernel_call,
@@ -293,12 +293,13 @@ class Attention(nn.Module):
             if rotation is not None and rows is not None:
                 of_rows = rotation[0][:, rows], rotation[1][:, rows]
             arrays = change("q", q_BxQxD, of_rows), change("k", k_BxTxD, rotation), v_BxTxD
-        fits = attention_tpu.fits(
-            arrays[0].shape[1], tokens, self.heads, width // self.heads, jnp.dtype(self.dtype)
-        )
         # one token, the shape that parameters are made with, is no work for a kernel
-        possible = fits and tokens > 1 and not weights and relative is None and parallel.kernels(b)
-        if possible and parallel.trusted(kernel_call(self.heads, arrays, where_BxT)):
+        possible = tokens > 1 and not weights and relative is None
+        if (
+            possible
+            and attention_kernel_fits(self.heads, arrays)
+            and parallel.trusted(kernel_call(self.heads, arrays, where_BxT))
+        ):
             attended_BxTxD = attend_columns(self.heads, arrays, where_BxT)
         else:
             q, k, v = (
@@ -309,10 +310,10 @@ class Attention(nn.Module):
             if weights:
                 return attention_weights(q, k, where_BxT)
             q, k, added = relative(q, k) if relative else (q, k, ())
-            attended_BxTxD = from_heads(
-                attend(q, k, v, where_BxT, added, (width // self.heads) ** -0.5)
+            attended_BxTxD = checkpoint_name(
+                from_heads(attend(q, k, v, where_BxT, added, (width // self.heads) ** -0.5)),
+                "attended",
             )
-        attended_BxTxD = checkpoint_name(attended_BxTxD, "attended")
         return Dense(width, self.dtype, name="out")(attended_BxTxD)
 
 

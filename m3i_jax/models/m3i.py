@@ -31,9 +31,8 @@ from m3i_jax.models import backbones, captioner, decoder, heads, pooling, text
 from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, Params
 from m3i_jax.objective.caption_posterior import CAPTIONS
-from m3i_jax.objective.joined_terms import ENCODERS
+from m3i_jax.objective.derived_terms import ENCODERS, linear_name
 from m3i_jax.objective.posteriors import Prototypes
-from m3i_jax.objective.teacher_terms import linear_name
 from m3i_jax.objective.terms import (
     ClusterHead,
     DecoderHead,
@@ -70,8 +69,8 @@ def _image_projection(model: schema.Model) -> Dense:
 def init(
     config: schema.Config, rng: jax.Array, terms: Terms, *, classes: int, vocabulary: int
 ) -> dict[str, Any]:
-    """All parameters that an objective trains, float32. The initial values of a part do not depend
-    on which other parts exist.
+    """Returns all parameters that an objective trains, float32. The initial values of a part do not
+    depend on which other parts exist.
 
     Args:
       config: settings; `config.model` and `config.data.caption_length` are read.
@@ -146,8 +145,8 @@ def _scalars(term: Term) -> dict[str, jax.Array]:
 
 
 def text_log_scale(params: Params) -> jax.Array:
-    """The logarithm of the scale of the similarities of images and captions, that of the first term
-    by name if several have their own.
+    """Returns the logarithm of the scale of the similarities of images and captions, that of the
+    first term by name if several have their own.
 
     >>> print(text_log_scale({"scalars": {"text": {"logit_scale": jnp.ones(())}}}))
     1.0
@@ -194,8 +193,8 @@ def _init_heads(model: schema.Model, rng: jax.Array, terms: Terms) -> dict[str, 
 
 
 def target_parts(config: schema.Config, terms: Terms, params: Params) -> dict[str, Any]:
-    """The parameters that a target encoder has a copy of: the encoder, and the modules that its
-    features go through to become targets.
+    """Returns the parameters that a target encoder has a copy of: the encoder, and the modules that
+    its features go through to become targets.
 
     These are the decoder's embedding and projector, if it has a projector and predicts tokens, and
     the projectors of the spaces of targets without gradient, with their prototypes where the space
@@ -243,8 +242,8 @@ def target_parts(config: schema.Config, terms: Terms, params: Params) -> dict[st
 
 
 def trained_parts(terms: Terms, params: Params) -> dict[str, Any]:
-    """The heads that make targets as they are trained, of which no target encoder has a copy: the
-    clusters of `ClusterHead`.
+    """Returns the heads that make targets as they are trained, of which no target encoder has a
+    copy: the clusters of `ClusterHead`.
 
     >>> trained_parts((), {})
     {'heads': {}}
@@ -254,7 +253,7 @@ def trained_parts(terms: Terms, params: Params) -> dict[str, Any]:
 
 
 def parameter_table(params: Params) -> list[tuple[str, int]]:
-    """(part, number of parameters) of every top-level part, of arrays or of their shapes.
+    """Returns (part, number of parameters) of every top-level part, of arrays or of their shapes.
 
     >>> encoder = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}
     >>> parameter_table({"encoder": encoder, "logit_scale": jnp.zeros(())})
@@ -277,8 +276,8 @@ def encode(
     hidden: jax.Array | None = None,
     blocks: int = 1,
 ) -> jax.Array:
-    """Features [B, T, D] of every token, cls first where there is one. No gradient reaches a frozen
-    encoder (`model.encoder.freeze`).
+    """Returns features [B, T, D] of every token, cls first where there is one. No gradient reaches
+    a frozen encoder (`model.encoder.freeze`).
 
     Args:
       config: settings.
@@ -314,8 +313,8 @@ def encode(
 
 
 def category_logits(config: schema.Config, params: Params, pooled_BxW: jax.Array) -> jax.Array:
-    """Logits [B, C] of the category posterior, float32: rounded logits would round the loss (M3I
-    section 3.4).
+    """Returns logits [B, C] of the category posterior, float32: rounded logits would round the loss
+    (M3I section 3.4).
 
     >>> from m3i_jax.objective.terms import FORMS
     >>> config = schema.Config()
@@ -330,7 +329,8 @@ def category_logits(config: schema.Config, params: Params, pooled_BxW: jax.Array
 
 
 def image_embedding(config: schema.Config, params: Params, pooled_BxW: jax.Array) -> jax.Array:
-    """Image embeddings [B, E] of the text posterior, float32, not normalised (M3I section 3.4).
+    """Returns image embeddings [B, E] of the text posterior, float32, not normalised (M3I section
+    3.4).
 
     >>> from m3i_jax.objective.terms import FORMS
     >>> config, terms = schema.Config(), FORMS["weakly_supervised"]

@@ -36,7 +36,7 @@ _TOKENS = 4096  # of a chunk: a map of ViTDet; its attention is most of what a b
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapBlock:
-    """What all blocks of a tower on a map have in common.
+    """Settings that all blocks of a tower on a map share.
 
     Attributes:
       block: heads, width of the MLP, precision, norm and activation.
@@ -108,8 +108,8 @@ class MapBlock:
 
 
 def to_windows(x_BxTxD: jax.Array, grid: tuple[int, int], window: int) -> jax.Array:
-    """A map of n x m cells as windows, row by row: [B W, w w, D]. What is missing to whole windows
-    is zeros at the bottom and at the right.
+    """Returns a map of n x m cells as windows, row by row: [B W, w w, D]. What is missing to whole
+    windows is zeros at the bottom and at the right.
 
     >>> to_windows(jnp.arange(1, 7).reshape(1, 6, 1), (2, 3), 2)[..., 0].tolist()
     [[1, 2, 4, 5], [3, 0, 6, 0]]
@@ -123,7 +123,7 @@ def to_windows(x_BxTxD: jax.Array, grid: tuple[int, int], window: int) -> jax.Ar
 
 
 def from_windows(x_WxTxD: jax.Array, grid: tuple[int, int], window: int) -> jax.Array:
-    """Inverse of `to_windows`, without the padding: [B, n m, D].
+    """Inverts `to_windows`, without the padding: [B, n m, D].
 
     >>> x = jnp.arange(6).reshape(1, 6, 1)
     >>> from_windows(to_windows(x, (2, 3), 2), (2, 3), 2)[0, :, 0].tolist()
@@ -155,7 +155,7 @@ class Stretch:
 
 
 def stretches(windows: Sequence[int], ends: Sequence[int], *, scan: bool) -> list[Stretch]:
-    """How blocks are run: up to each block whose output is wanted.
+    """Returns how blocks are run: up to each block whose output is wanted.
 
     Args:
       windows: side of the windows of every block, 0 for the whole map.

@@ -31,7 +31,7 @@ class Network:
     """A network as a function of its parameters and its input."""
 
     def init(self, rng: jax.Array) -> Params:
-        """Initial parameters, nested dicts of float32 arrays."""
+        """Returns initial parameters, nested dicts of float32 arrays."""
         raise NotImplementedError
 
     def __call__(self, params: Params, x_BxHxWxC: jax.Array) -> jax.Array:
@@ -39,7 +39,7 @@ class Network:
         raise NotImplementedError
 
     def linen(self, name: str | None = None) -> "LinenNetwork":
-        """A module of flax Linen; the parameters are `variables["params"]["network"]`.
+        """Returns a module of flax Linen; the parameters are `variables["params"]["network"]`.
 
         >>> module = DCNv3Layer(width=8, groups=2).linen()
         >>> x = jax.numpy.ones((1, 4, 4, 8))
@@ -50,7 +50,7 @@ class Network:
         return LinenNetwork(self, name=name)
 
     def nnx(self, rngs: Any) -> Any:
-        """A module of flax NNX; `parameters` is the tree, with an `nnx.Param` at each leaf.
+        """Returns a module of flax NNX; `parameters` is the tree, with an `nnx.Param` at each leaf.
 
         Args:
           rngs: `nnx.Rngs` with a stream for params.
@@ -113,7 +113,7 @@ class ViTNetwork(Network):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ViTNetwork":
-        """A size by name, such as vit_b16, with changes.
+        """Returns a size by name, such as vit_b16, with changes.
 
         >>> ViTNetwork.preset("vit_s16", image_size=96).width
         384
@@ -159,7 +159,7 @@ class InternImageNetwork(Network):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "InternImageNetwork":
-        """A size by name, such as internimage_t, with changes of its `config`.
+        """Returns a size by name, such as internimage_t, with changes of its `config`.
 
         >>> InternImageNetwork.preset("internimage_t", fused=0).config.stride
         32
@@ -175,7 +175,7 @@ class InternImageNetwork(Network):
         )
 
     def maps(self, params: Params, images_BxHxWx3: jax.Array) -> list[jax.Array]:
-        """The maps of the four stages, [B, H / s, W / s, C] each."""
+        """Returns the maps of the four stages, [B, H / s, W / s, C] each."""
         return intern_image.feature_maps(
             self.config, params, images_BxHxWx3, dtype=self.dtype, scan=self.scan
         )
@@ -230,8 +230,8 @@ class DCNv3Layer(Network):
 
 
 def network_of(model: schema.Model, image_size: int) -> Network | None:
-    """The network of settings of the package; None for a backbone that is neither a ViT nor an
-    InternImage.
+    """Returns the network of settings of the package; None for a backbone that is neither a ViT nor
+    an InternImage.
 
     >>> network_of(schema.Model(), 224).width
     768

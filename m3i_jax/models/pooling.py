@@ -23,8 +23,8 @@ PROBE_EPS = 1e-6  # of the batch norm of linear probes (MAE, M3I Table 9)
 
 
 def mean_token(x_BxKxD: jax.Array, mask_BxK: jax.Array | None = None) -> jax.Array:
-    """Mean [B, D] float32 of the tokens of the mask; of all without one. Zeros where the mask is
-    empty.
+    """Returns the mean [B, D] float32 of the tokens of the mask; of all without one. Zeros where
+    the mask is empty.
 
     >>> print(mean_token(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[True, True, False]])))
     [[2.]]
@@ -111,10 +111,10 @@ def _token(model: schema.Model) -> TokenPool:
 
 
 def init(model: schema.Model, rng: jax.Array) -> Params:
-    """Parameters. Attention: `query`, `key`, `value` [D, D], each with a `norm_...` before it,
-    `query_token` [1, 1, D] if it is learned, and `out` [D, W] with a projection. Mean and cls:
-    `norm`, if it is a layer norm, and `out`. Matrices N(0, `pool.std`^2), or N(0, 1 / D) where that
-    is 0, tokens N(0, 0.02^2), biases 0.
+    """Returns the initial parameters. Attention: `query`, `key`, `value` [D, D], each with a
+    `norm_...` before it, `query_token` [1, 1, D] if it is learned, and `out` [D, W] with a
+    projection. Mean and cls: `norm`, if it is a layer norm, and `out`. Matrices N(0, `pool.std`^2),
+    or N(0, 1 / D) where that is 0, tokens N(0, 0.02^2), biases 0.
 
     >>> sorted(jax.eval_shape(lambda key: init(schema.Model(), key), jax.random.key(0)))
     ['key', 'norm_key', 'norm_query', 'norm_value', 'out', 'query', 'value']
@@ -139,7 +139,7 @@ def apply(
     mask_BxK: jax.Array | None = None,
     cls_BxD: jax.Array | None = None,
 ) -> jax.Array:
-    """One vector per image.
+    """Returns one vector per image.
 
     Args:
       model: settings; `model.pool` and `model.dtype` are read.
@@ -180,7 +180,7 @@ def apply(
 
 
 def pooling_weights(model: schema.Model, params: Params, x_BxKxD: jax.Array) -> jax.Array:
-    """Weights of every head of an attention pooling over the tokens, [B, H, K] float32.
+    """Returns weights of every head of an attention pooling over the tokens, [B, H, K] float32.
 
     Args:
       model: settings, `model.pool.kind` attention.

@@ -16,7 +16,7 @@ TOYS = ("vit_tiny", "internimage_pico")
 
 
 def preset_names() -> list[str]:
-    """Names of all presets, those of registered backbones included.
+    """Returns names of all presets, those of registered backbones included.
 
     >>> "vit_b16" in preset_names() and "internimage_h" in preset_names()
     True
@@ -25,7 +25,7 @@ def preset_names() -> list[str]:
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The settings of a size, for `config.model.update(...)`.
+    """Returns the settings of a size, for `config.model.update(...)`.
 
     Raises:
       KeyError: an unknown name; with the known ones.

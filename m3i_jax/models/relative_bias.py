@@ -28,7 +28,7 @@ from m3i_jax.models.layers import Params
 def table_shapes(
     rule: str, side: int, *, heads: int, depth: int, cls: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tables of a block.
+    """Returns shapes of the tables of a block.
 
     Args:
       rule: none, decomposed or table.
@@ -51,8 +51,8 @@ def table_shapes(
 def relative_positions_of(
     tables: Params, grid: tuple[int, int], *, cls: bool
 ) -> Callable[[jax.Array, jax.Array], Relative] | None:
-    """Relative positions on a map, as `layers.Attention` takes them: a function of queries and keys
-    [B, H, T, E] before the queries are scaled; None for no tables.
+    """Returns relative positions on a map, as `layers.Attention` takes them: a function of queries
+    and keys [B, H, T, E] before the queries are scaled; None for no tables.
 
     Args:
       tables: of one block, with the names of `table_shapes`.
@@ -107,7 +107,7 @@ def _places(grid: tuple[int, int]) -> np.ndarray:
 
 
 def by_offset(table: jax.Array) -> jax.Array:
-    """[2 n - 1, ...] -> [n, n, ...]: entry (y, k) is that of the offset y - k, y - k + n - 1.
+    """Maps [2 n - 1, ...] -> [n, n, ...]: entry (y, k) is that of the offset y - k, y - k + n - 1.
 
     By copies, a reshape and a slice, so that the gradient is a sum in a fixed order and no scatter.
 
@@ -123,8 +123,8 @@ def by_offset(table: jax.Array) -> jax.Array:
 
 
 def resize_offsets(table: jax.Array, n: int, axis: int = 0) -> jax.Array:
-    """A table of 2 S - 1 offsets for n cells a side: [2 n - 1, ...], float32, linear, half-pixel
-    centres, no antialiasing (torch's `interpolate`).
+    """Returns a table of 2 S - 1 offsets for n cells a side: [2 n - 1, ...], float32, linear,
+    half-pixel centres, no antialiasing (torch's `interpolate`).
 
     >>> resize_offsets(jnp.array([0.0, 3.0, 6.0]), 3).round(1).tolist()
     [0.0, 1.2, 3.0, 4.8, 6.0]
@@ -139,7 +139,7 @@ def resize_offsets(table: jax.Array, n: int, axis: int = 0) -> jax.Array:
 
 
 def resize_table(name: str, table: jax.Array, rows: int) -> jax.Array:
-    """A table of a block for a map of another size, as it would be read there.
+    """Returns a table of a block for a map of another size, as it would be read there.
 
     Args:
       name: of `table_shapes`: rows, columns or table.

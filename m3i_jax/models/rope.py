@@ -25,7 +25,7 @@ Rotation = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
 
 
 def patch_centres(grid: int | tuple[int, int]) -> np.ndarray:
-    """(row, column) of the centre of every patch in -1..1, [N, 2] float64, row by row.
+    """Returns (row, column) of the centre of every patch in -1..1, [N, 2] float64, row by row.
 
     >>> patch_centres((1, 2)).tolist()
     [[0.0, -0.5], [0.0, 0.5]]
@@ -36,8 +36,8 @@ def patch_centres(grid: int | tuple[int, int]) -> np.ndarray:
 
 
 def axial_angles(centres_Nx2: np.ndarray, head_width: int, base: float) -> np.ndarray:
-    """Angles [N, E / 2]: those of the row, then those of the column. The period of angle j is
-    base^(4 j / E), where a side of the view is 2.
+    """Returns angles [N, E / 2]: those of the row, then those of the column. The period of angle j
+    is base^(4 j / E), where a side of the view is 2.
 
     Args:
       centres_Nx2: as of `patch_centres`.
@@ -48,7 +48,10 @@ def axial_angles(centres_Nx2: np.ndarray, head_width: int, base: float) -> np.nd
     [[3.142, 0.314, -3.142, -0.314]]
     """
     if head_width % 4:
-        raise ValueError(f"heads of width {head_width} cannot be turned: a multiple of 4 is needed")
+        raise ValueError(
+            f"heads of width {head_width} cannot have rotary positions: the width"
+            f" must be a multiple of 4"
+        )
     periods = base ** (4 * np.arange(head_width // 4) / head_width)
     return (2 * math.pi * centres_Nx2[:, :, None] / periods).reshape(len(centres_Nx2), -1)
 
@@ -61,7 +64,7 @@ def axial_rotation(
     prefix: int = 0,
     index_BxK: jax.Array | None = None,
 ) -> Rotation:
-    """Cosines and sines of the tokens of a view.
+    """Returns cosines and sines of the tokens of a view.
 
     Args:
       grid: patches a side, or (rows, columns).
@@ -92,8 +95,8 @@ def axial_rotation(
 
 
 def turn_heads(x_BxTxHxE: jax.Array, rotation: Rotation) -> jax.Array:
-    """Queries or keys, turned: the numbers j and j + E / 2 of a head are a point of a plane, which
-    is turned by angle j. In float32; the type of x.
+    """Turns queries or keys: the numbers j and j + E / 2 of a head are a point of a plane, which is
+    turned by angle j. In float32; the type of x.
 
     >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
     >>> turn_heads(x, (np.zeros((1, 1, 1)), np.ones((1, 1, 1)))).ravel().tolist()

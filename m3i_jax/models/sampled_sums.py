@@ -27,8 +27,6 @@ from m3i_jax.models import (
 )
 from m3i_jax.models.dcnv3_dense import Samples, widen
 
-# Platforms of the kernel for Triton: those of a device, and of a topology that is compiled for.
-_GPUS = ("gpu", "cuda")
 _PART = 4096  # outputs that the plain form of a check computes at a time
 _BAND = 2  # rows of a band and of its windows; more rows: fewer turns, more products with zeros
 
@@ -101,7 +99,7 @@ def _kernel(
     _, o, groups, points = array_BxOxGxPxN.shape[:4]
     like = groups, x_BxQxC.shape[2] // groups, points, x_BxQxC.dtype
     samples = call.places.cells_last
-    if parallel.platform() in _GPUS:
+    if parallel.platform() in parallel.GPUS:
         return dcnv3_gpu, {"size": call.size, "interpret": False}, samples
     interpret = parallel.platform() != "tpu"
     if dcnv3_tpu.fits(call.size, *like):
@@ -204,7 +202,7 @@ def kernel_fits(
         like = groups, c // groups, points, x_BxQxC.dtype
         return dcnv3_tpu.fits(size, *like) or dcnv3_window_plan.supports(*like)
     rows = parallel.rows_of_device(b)
-    return parallel.kernels(b, _GPUS) and dcnv3_gpu.fits(
+    return parallel.kernels(b, parallel.GPUS) and dcnv3_gpu.fits(
         size, c, groups * points, outputs, rows, x_BxQxC.dtype
     )
 

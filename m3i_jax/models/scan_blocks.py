@@ -42,7 +42,7 @@ POLICIES: dict[str, Callable[..., bool]] = {
 
 
 def block_kwargs(model: schema.Model) -> dict[str, Any]:
-    """The arguments of `run_blocks` that are settings.
+    """Returns the arguments of `run_blocks` that are settings.
 
     >>> block_kwargs(schema.Model())
     {'scan': False, 'remat': 'none', 'keep_gathered': False}
@@ -78,8 +78,8 @@ def with_remat(
 
 
 def split_blocks(tree: Any, sizes: list[int]) -> list[Any]:
-    """Consecutive parts of the leading axis. The gradient of `lax.split` is one concatenation; that
-    of indexing adds up padded arrays.
+    """Returns consecutive parts of the leading axis. The gradient of `lax.split` is one
+    concatenation; that of indexing adds up padded arrays.
 
     >>> import jax.numpy as jnp
     >>> [part["kernel"].shape for part in split_blocks({"kernel": jnp.zeros((3, 8))}, [1, 2])]
@@ -91,8 +91,8 @@ def split_blocks(tree: Any, sizes: list[int]) -> list[Any]:
 
 
 def chunk_count(rows: int, at_once: float = 0.0) -> int:
-    """Number of equal chunks in which a device takes its rows: those nearest to `at_once` rows, or
-    to ROWS.
+    """Returns the number of equal chunks in which a device takes its rows: those nearest to
+    `at_once` rows, or to ROWS.
 
     >>> [chunk_count(rows) for rows in (2, 64, 96, 128, 254, 512)]
     [1, 2, 3, 4, 2, 16]
@@ -106,8 +106,8 @@ def chunk_count(rows: int, at_once: float = 0.0) -> int:
 
 
 def deal_rows(tree: Any, count: int, axis: int = 0) -> Any:
-    """[B, ...] -> [P, B / P, ...] with stride P, so that every device keeps its rows; as it is for
-    one chunk.
+    """Reshapes [B, ...] -> [P, B / P, ...] with stride P, so that every device keeps its rows; as
+    it is for one chunk.
 
     Args:
       tree: of arrays with rows.
@@ -130,7 +130,7 @@ def deal_rows(tree: Any, count: int, axis: int = 0) -> Any:
 
 
 def join_rows(x: jax.Array, count: int) -> jax.Array:
-    """Inverse of `deal_rows` for one array with rows on its first axis.
+    """Inverts `deal_rows` for one array with rows on its first axis.
 
     >>> join_rows(deal_rows(jnp.arange(6), 2), 2).tolist()
     [0, 1, 2, 3, 4, 5]

@@ -25,8 +25,8 @@ def _modules(model: schema.Model) -> tuple[Block, Dense]:
 
 
 def init(model: schema.Model, rng: jax.Array, *, vocabulary: int, length: int) -> Params:
-    """Parameters: `token_table` [V, W], `positions` [L, W], `blocks` stacked on [layers, ...],
-    `norm`, `projection` [W, E] without bias.
+    """Returns the initial parameters: `token_table` [V, W], `positions` [L, W], `blocks` stacked on
+    [layers, ...], `norm`, `projection` [W, E] without bias.
 
     Initialised as CLIP's text tower: tables N(0, 0.02^2) and N(0, 0.01^2), matrices normal and
     scaled by width and depth, biases 0.
@@ -70,7 +70,7 @@ def init(model: schema.Model, rng: jax.Array, *, vocabulary: int, length: int) -
 def apply(
     model: schema.Model, params: Params, tokens_BxL: jax.Array, length_B: jax.Array
 ) -> jax.Array:
-    """Embeddings of captions, not normalised.
+    """Returns embeddings of captions, not normalised.
 
     Args:
       model: settings; `model.text`, `model.dtype` and those of `scan_blocks.block_kwargs` are read.

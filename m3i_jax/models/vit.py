@@ -23,7 +23,8 @@ from m3i_jax.objective import losses, mixing, positions
 
 
 def patchify(images_BxSxSx3: jax.Array, patch: int) -> jax.Array:
-    """Images as rows of patches: [B, N, P], patches row-major, inside one (row, column, channel).
+    """Returns images as rows of patches: [B, N, P], patches row-major, inside one (row, column,
+    channel).
 
     Args:
       images_BxSxSx3: [B, S, S, C] of any type.
@@ -46,7 +47,7 @@ def patchify(images_BxSxSx3: jax.Array, patch: int) -> jax.Array:
 
 
 def encoder_modules(model: schema.Model) -> tuple[Dense, Block]:
-    """The patch embedding and the block of these settings.
+    """Returns the patch embedding and the block of these settings.
 
     >>> encoder_modules(schema.Model())[1].hidden
     3072
@@ -68,7 +69,7 @@ def encoder_modules(model: schema.Model) -> tuple[Dense, Block]:
 
 
 def token_prefix(encoder: schema.Encoder) -> int:
-    """Tokens before the patches inside the encoder: cls and registers.
+    """Returns tokens before the patches inside the encoder: cls and registers.
 
     >>> token_prefix(schema.Encoder(registers=4))
     5
@@ -77,7 +78,8 @@ def token_prefix(encoder: schema.Encoder) -> int:
 
 
 def without_registers(encoder: schema.Encoder, z_BxTxD: jax.Array) -> jax.Array:
-    """Tokens of a block as everything outside the encoder reads them: cls, then the patches.
+    """Returns tokens of a block as everything outside the encoder reads them: cls, then the
+    patches.
 
     >>> without_registers(schema.Encoder(registers=2), jnp.arange(5).reshape(1, 5, 1)).ravel()
     Array([0, 3, 4], dtype=int32)
@@ -91,7 +93,7 @@ def without_registers(encoder: schema.Encoder, z_BxTxD: jax.Array) -> jax.Array:
 
 
 def apply_norm(encoder: schema.Encoder, params: Params, z_BxTxD: jax.Array) -> jax.Array:
-    """The norm of the encoder's kind, with these parameters.
+    """Returns the norm of the encoder's kind, with these parameters.
 
     >>> encoder = schema.Encoder(norm="rms")
     >>> apply_norm(encoder, {"scale": jnp.ones(2)}, jnp.array([[7.0, 1.0]])).round(1).tolist()
@@ -112,9 +114,10 @@ def _rotation(
 
 
 def fixed_positions(encoder: schema.Encoder, grid: int | tuple[int, int]) -> np.ndarray:
-    """Position table [N, D] of an encoder whose positions are not learned: `positions.sincos_2d`,
-    or with the rule sincos_columns MAE's, whose halves are exchanged. With `position_grid` it is
-    the table of that grid, resized. With the rule rope nothing is added: zeros.
+    """Returns the position table [N, D] of an encoder whose positions are not learned:
+    `positions.sincos_2d`, or with the rule sincos_columns MAE's, whose halves are exchanged. With
+    `position_grid` it is the table of that grid, resized. With the rule rope nothing is added:
+    zeros.
 
     Args:
       encoder: settings.
@@ -138,9 +141,10 @@ def fixed_positions(encoder: schema.Encoder, grid: int | tuple[int, int]) -> np.
 
 
 def init(model: schema.Model, rng: jax.Array, *, mask_token: bool = False, grid: int = 0) -> Params:
-    """Parameters: `patch_embed`, `cls_token` [1, 1, D] if there is one, `registers` [1, R, D] if
-    there are any, `positions` [1, T, D] if they are learned, T without registers, `embedding_norm`
-    if there is one, `blocks` stacked on [L, ...], `norm` if there is one.
+    """Returns the initial parameters: `patch_embed`, `cls_token` [1, 1, D] if there is one,
+    `registers` [1, R, D] if there are any, `positions` [1, T, D] if they are learned, T without
+    registers, `embedding_norm` if there is one, `blocks` stacked on [L, ...], `norm` if there is
+    one.
 
     Dense layers are Xavier-uniform on their two-dimensional shapes, the patch embedding as a [P, D]
     matrix; biases 0, tokens N(0, 0.02^2).
@@ -198,7 +202,7 @@ def apply(
     hidden_BxN: jax.Array | None = None,
     blocks: int = 1,
 ) -> jax.Array:
-    """Features of every token.
+    """Returns features of every token.
 
     Args:
       model: settings; `model.encoder`, `model.dtype` and those of `scan_blocks.block_kwargs` are
@@ -255,9 +259,9 @@ def apply(
 def last_attention(
     model: schema.Model, params: Params, patches_BxNxP: jax.Array, *, grid: int
 ) -> jax.Array:
-    """Attention weights of every head of the last block, [B, H, T, T] float32: of every token (row)
-    over all, cls first where there is one. Registers are cut off: their weight is what is missing
-    to a sum of 1.
+    """Returns attention weights of every head of the last block, [B, H, T, T] float32: of every
+    token (row) over all, cls first where there is one. Registers are cut off: their weight is what
+    is missing to a sum of 1.
 
     Arguments as of `apply`.
 
@@ -320,8 +324,8 @@ def embed_patches(
     index_BxK: jax.Array | None = None,
     hidden_BxN: jax.Array | None = None,
 ) -> jax.Array:
-    """Input of the first block: patch embedding, mask tokens, positions, cls token, registers,
-    norm.
+    """Returns the input of the first block: patch embedding, mask tokens, positions, cls token,
+    registers, norm.
 
     Args:
       model, params, patches_BxNxP, index_BxK, hidden_BxN: as of `apply`.
@@ -372,7 +376,7 @@ def _mean_of_last(
     """Mean over the normalised outputs of the last `count` blocks, float32."""
     depth = model.encoder.depth
     if count > depth:
-        raise ValueError(f"the mean over the last {count} blocks of an encoder that has {depth}")
+        raise ValueError(f"an encoder of {depth} blocks has no mean over its last {count}")
     _, one = encoder_modules(model)
 
     def run(z: jax.Array, layers: Any) -> jax.Array:

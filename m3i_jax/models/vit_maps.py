@@ -32,7 +32,7 @@ _NO_MAPS = schema.Maps()
 
 
 def keeps_cls(model: schema.Model, maps: schema.Maps) -> bool:
-    """Whether the cls token, if the encoder has one, takes part in attention.
+    """Returns whether the cls token, if the encoder has one, takes part in attention.
 
     >>> model = schema.Model()
     >>> keeps_cls(model, schema.Maps()), keeps_cls(model, schema.Maps(relative="decomposed"))
@@ -42,8 +42,8 @@ def keeps_cls(model: schema.Model, maps: schema.Maps) -> bool:
 
 
 def map_prefix(model: schema.Model, maps: schema.Maps) -> int:
-    """Tokens before those of the map: cls and, unless there are windows or relative positions,
-    registers.
+    """Returns tokens before those of the map: cls and, unless there are windows or relative
+    positions, registers.
 
     >>> model = schema.Model(encoder=schema.Encoder(registers=4))
     >>> map_prefix(model, schema.Maps()), map_prefix(model, schema.Maps(window=7))
@@ -57,7 +57,7 @@ def _registers(model: schema.Model, maps: schema.Maps) -> int:
 
 
 def window_sides(model: schema.Model, maps: schema.Maps) -> list[int]:
-    """Side of the windows of every block in patches, 0 for the whole map.
+    """Returns the side of the windows of every block in patches, 0 for the whole map.
 
     >>> encoder = schema.Encoder(depth=4)
     >>> window_sides(schema.Model(encoder=encoder), schema.Maps(window=14, global_blocks=(1, 3)))
@@ -68,7 +68,7 @@ def window_sides(model: schema.Model, maps: schema.Maps) -> list[int]:
 
 
 def map_strides(model: schema.Model, maps: schema.Maps) -> tuple[int, ...]:
-    """Stride of each map of `stages` in pixels.
+    """Returns the stride of each map of `stages` in pixels.
 
     >>> map_strides(schema.Model(), schema.Maps(blocks=(5, 11)))
     (16, 16)
@@ -77,11 +77,11 @@ def map_strides(model: schema.Model, maps: schema.Maps) -> tuple[int, ...]:
 
 
 def init_maps(model: schema.Model, maps: schema.Maps, params: Params, *, size: int) -> Params:
-    """The encoder's parameters of a dense run, made of those of `vit.init`: with `blocks/gamma1`
-    and `gamma2` [L, D] for layer scale; with `relative/block<l>` for relative positions, {rows,
-    columns} [2 S - 1, D / heads] or {table} [(2 S - 1)^2, heads], three rows more with cls, S the
-    side of the block's windows or that of the map; without `cls_token` and `registers` where they
-    take no part. Layer scale that the encoder already has keeps its values.
+    """Returns the encoder's parameters of a dense run, made of those of `vit.init`: with
+    `blocks/gamma1` and `gamma2` [L, D] for layer scale; with `relative/block<l>` for relative
+    positions, {rows, columns} [2 S - 1, D / heads] or {table} [(2 S - 1)^2, heads], three rows more
+    with cls, S the side of the block's windows or that of the map; without `cls_token` and
+    `registers` where they take no part. Layer scale that the encoder already has keeps its values.
 
     Args:
       model, maps: settings; `maps.blocks` and `maps.global_blocks` are below the depth.
@@ -127,8 +127,8 @@ def stages(
     keep_BxLx2: jax.Array | None = None,
     before: Callable[[int, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:
-    """The maps of the blocks `maps.blocks`, or that of the last one, [B, H / p, W / p, D] in
-    `model.dtype`. The final norm, if the encoder has one, is applied to the last block's.
+    """Returns the maps of the blocks `maps.blocks`, or that of the last one, [B, H / p, W / p, D]
+    in `model.dtype`. The final norm, if the encoder has one, is applied to the last block's.
 
     Args:
       model: settings; as of `vit.apply`.
@@ -217,8 +217,8 @@ def _run_blocks(
 def position_table(
     model: schema.Model, params: Params, trained: int, grid: tuple[int, int]
 ) -> np.ndarray | jax.Array:
-    """Positions [N, D] of a grid of (rows, columns): of a learned table, resized from its own grid;
-    otherwise resized from `trained` cells a side. Bicubic, as `positions.resized`.
+    """Returns positions [N, D] of a grid of (rows, columns): of a learned table, resized from its
+    own grid; otherwise resized from `trained` cells a side. Bicubic, as `positions.resized`.
 
     >>> model = schema.Model(encoder=schema.Encoder(width=8))
     >>> position_table(model, {}, 2, (2, 3)).shape

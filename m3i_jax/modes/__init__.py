@@ -49,7 +49,8 @@ _DATA = tuple(
     f"data.{name}"
     for name in (
         "source", "path", "directory", "mixture", "class_space", "class_names", "annotations",
-        "keep", "split", "holdout_split", "size", "holdout", "background", "threads", "missing",
+        "index", "keep", "split", "holdout_split", "size", "holdout", "background", "threads",
+        "missing",
     )
 )  # fmt: skip
 _EVALUATION = ("image_size", "classes", "captions", "caption_length", "augment.mean", "augment.std")
@@ -154,10 +155,17 @@ MODES = {
         of_run=True,
         settings=False,
     ),
+    "index": Mode(
+        "read the headers of the tar files of the source once, into data.index or WORKDIR/index;"
+        " the same command resumes it; on several hosts each reads its share (--shard)",
+        flags=("shard",),
+        shares=True,
+        reads=("data.",),
+    ),
     "convert": Mode(
-        "write all records of the source as ArrayRecord shards to WORKDIR; the same command"
-        " resumes it; on several hosts each writes its share (--shard)",
-        flags=("shard", "size", "quality"),
+        "write all records of the source as shards to WORKDIR, array_record or tar (--format); the"
+        " same command resumes it; on several hosts each writes its share (--shard)",
+        flags=("shard", "size", "quality", "format"),
         shares=True,
     ),
     "curate": Mode(
@@ -184,23 +192,24 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
     >>> mixed = schema.Data(source="mixture", mixture=("folder:/a",), path="/b")
     >>> refuse_unread("eval", ["data.path=/b"], schema.Config(data=mixed))
     Traceback (most recent call last):
-    m3i_jax.errors.UserError: config.data.path: '/b' changes nothing, for data.source='mixture' ...
+    m3i_jax.errors.UserError: config.data.path: '/b' has no effect, because ...
     >>> refuse_unread("export", ["optim.lr=1"], schema.Config())
     Traceback (most recent call last):
-    m3i_jax.errors.UserError: config.optim.lr: changes nothing, for --mode=export does not read ...
+    m3i_jax.errors.UserError: config.optim.lr: has no effect, because --mode=export does ...
     """
     from m3i_jax.data.sources import mixture
 
     reads, keys = MODES[mode].reads, [text.partition("=")[0] for text in overrides]
     if unread := [key for key in keys if reads and not key.startswith(reads)]:
         raise UserError(
-            f"config.{unread[0]}: changes nothing, for --mode={mode} does not read it; leave it out"
+            f"config.{unread[0]}: has no effect, because --mode={mode} does not read it; leave it"
+            " out"
         )
     reasons = mixture.unread(config.data, counted=bool(reads))
     for key in dict.fromkeys([*keys, "data.class_names", "data.directory"]):
         value = getattr(config.data, key.removeprefix("data."), None)
         if key in reasons and value != getattr(schema.Data, key.removeprefix("data.")):
-            raise UserError(f"config.{key}: {value!r} changes nothing, for {reasons[key]}")
+            raise UserError(f"config.{key}: {value!r} has no effect, because {reasons[key]}")
 
 
 def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:

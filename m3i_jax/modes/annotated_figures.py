@@ -16,14 +16,14 @@ from m3i_jax.evaluation import (
     detection_eval,
     detection_results,
     registry,
-    segmentation_metrics,
+    segmentation_eval,
 )
 from m3i_jax.evaluation.detection_results import CategoryTable, DetectionResult, Rle
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 from m3i_jax.modes.figure_evaluators import FigureWriter
 from m3i_jax.reporting import dense_figures, figures
-from m3i_jax.reporting.atomic_write import atomic_file
 from m3i_jax.reporting.dense_panels import DrawnObjects
+from m3i_jax.run_files import atomic_file
 
 WORST = 6  # images of the figure of the worst ones
 
@@ -35,8 +35,8 @@ def _write(writer: FigureWriter, kind: str, figure: figures.Figure) -> None:
 
 
 def drawn_objects(result: DetectionResult, *, found: bool, with_masks: bool = True) -> DrawnObjects:
-    """The objects of an image, or its detections, for a figure; beside detections without masks,
-    objects have none either."""
+    """Returns the objects of an image, or its detections, for a figure; beside detections without
+    masks, objects have none either."""
 
     def pixels(masks: Sequence[Rle | None]) -> list[np.ndarray | None]:
         return [m if m is None else detection_results.rle_to_mask(m).astype(bool) for m in masks]
@@ -125,8 +125,8 @@ def _original_image(inputs: registry.EvalInputs, record: int) -> np.ndarray:
 
 def _draw_maps(
     inputs: registry.EvalInputs,
-    scores: segmentation_metrics.SegmentationScores,
-    worst: list[segmentation_metrics.SegmentedImage],
+    scores: segmentation_eval.SegmentationScores,
+    worst: list[segmentation_eval.SegmentedImage],
 ) -> None:
     writer, names = inputs.figures, scores.names
     table = dense_figures.class_table_figure(
@@ -168,10 +168,10 @@ def _build_detection(inputs: registry.EvalInputs) -> Metric:
 
 def _build_segmentation(inputs: registry.EvalInputs) -> Metric:
     def draw(context: EvalContext) -> Iterator[tuple[str, float]]:
-        scores = segmentation_metrics.pixel_scores(inputs, context)
+        scores = segmentation_eval.pixel_scores(inputs, context)
         records = [int(key) for key in dense_figures.worst_first(scores.images, WORST)]
         worst = list(
-            segmentation_metrics.segmented_images(inputs, context, records, {}, at_host0=True)
+            segmentation_eval.segmented_images(inputs, context, records, {}, at_host0=True)
         )
         inputs.figures.draw(lambda: _draw_maps(inputs, scores, worst))
         yield from ()

@@ -22,10 +22,10 @@ class CompileTrial:
 
 
 def largest_batch(attempt: Callable[[int], CompileTrial], start: int) -> int:
-    """The largest size that fits, 0 if 1 does not; exact up to 16, above it to a sixteenth and
-    among round sizes. A step splits a round number of rows into pieces of the size that it prefers
-    (models/scan_blocks.py); a prime number it cannot split, and needs more memory than for the next
-    larger round number.
+    """Returns the largest size that fits, 0 if 1 does not; exact up to 16, above it to a sixteenth
+    and among round sizes. A step splits a round number of rows into pieces of the size that it
+    prefers (models/scan_blocks.py); a prime number it cannot split, and needs more memory than for
+    the next larger round number.
 
     Memory grows about linearly with size, so the next size is a little above the point where a line
     through the known sizes meets the limit: a TPU's compiler refuses a program that is too large
@@ -69,8 +69,9 @@ def _line(known: dict[int, CompileTrial], size: int) -> int | None:
 
 
 def with_batch(config: schema.Config, images: int) -> schema.Config:
-    """The configuration with another batch size, data of at least one batch, and no warm-up: the
-    run could have fewer steps than its warm-up, and the memory of a step does not depend on it."""
+    """Returns the configuration with another batch size, data of at least one batch, and no
+    warm-up: the run could have fewer steps than its warm-up, and the memory of a step does not
+    depend on it."""
     data, optim = (
         dataclasses.replace(config.data, size=max(config.data.size, images)),
         dataclasses.replace(config.optim, warmup_steps=0),
@@ -81,9 +82,9 @@ def with_batch(config: schema.Config, images: int) -> schema.Config:
 
 
 def memory_savers(config: schema.Config, devices: int) -> Iterator[tuple[str, schema.Config]]:
-    """(flags, configuration), cheapest change first: rematerialisation costs one per cent by names,
-    a tenth by half and a sixth in full, microbatches run smaller kernels, and a sharded state needs
-    the network. Only configurations that can be split over the devices."""
+    """Yields (flags, configuration), cheapest change first: rematerialisation costs one per cent by
+    names, a tenth by half and a sixth in full, microbatches run smaller kernels, and a sharded
+    state needs the network. Only configurations that can be split over the devices."""
     some = [("model.remat", "names")] if config.model.remat == "none" else []
     half = [("model.remat", "half")] if config.model.remat not in ("half", "full") else []
     full = [("model.remat", "full")] if config.model.remat != "full" else []
@@ -130,7 +131,7 @@ def memory_savers(config: schema.Config, devices: int) -> Iterator[tuple[str, sc
 
 
 def changed_settings(config: schema.Config, changes: dict[str, str]) -> schema.Config:
-    """The configuration with some keys changed, given as on the command line."""
+    """Returns the configuration with some keys changed, given as on the command line."""
     defaults = configuration.default_config()
     configuration.apply_overrides(defaults, [f"{key}={value}" for key, value in changes.items()])
     parsed = configuration.resolve(defaults)
@@ -144,5 +145,5 @@ def changed_settings(config: schema.Config, changes: dict[str, str]) -> schema.C
 
 
 def data_shards(mesh: parallel.mesh.Mesh) -> int:
-    """The number of shards of a batch."""
+    """Returns the number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in parallel.DATA)

@@ -2,31 +2,82 @@
 one table of their results.
 
 Every objective and seed is an ordinary run in WORKDIR/compare/NAME-SEED; the data are opened once.
-All have one budget: equal images, FLOPs or time (`compare_budget`). A finished run has a
-result.json and is not repeated; an interrupted one is resumed. After each run the table is
-rewritten: WORKDIR/compare.md, .json and .png."""
+All have one budget: equal images, FLOPs or time. The first objective trains as long as the settings
+say, and what that costs is the budget of all. Every learning rate rises and falls over the length
+of its own run, with an equal share of warm-up. A finished run has a result.json and is not
+repeated; an interrupted one is resumed. After each run the table is rewritten: WORKDIR/compare.md,
+.json and .png."""
 
 import dataclasses
 import gc
 import itertools
 import json
 import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from m3i_jax import parallel, published_settings, run_files, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.modes import compare_budget, monitoring, train
+from m3i_jax.modes import monitoring, train
 from m3i_jax.modes import setup as jobs
 from m3i_jax.reporting import compare_table as report
-from m3i_jax.reporting import run_log
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.reporting import run_log, text_table
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import loop, plan
-from m3i_jax.training.trainer import Trainer
+from m3i_jax.training.trainer import Trainer, run_length
 
 RESULT = "result.json"
+MEASURED = "step_seconds.json"
+TIMED = 5  # steps after the one that compiles; their median counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The budget of every run.
+
+    Attributes:
+      kind: images, flops or time, as `compare.budget`.
+      steps, warmup: {objective: steps of its run}, {objective: those of them that warm up}.
+      costs: {objective: FLOPs or seconds of one step}; {} for equal images.
+    """
+
+    kind: str
+    steps: dict[str, int]
+    warmup: dict[str, int]
+    costs: dict[str, float]
+
+    def limit(self, job: jobs.Setup, form: str) -> jobs.Setup:
+        """Returns the run of an objective with its length; as it is for equal images."""
+        if self.kind == "images":
+            return job
+        config = job.config
+        config = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, steps=self.steps[form]),
+            optim=dataclasses.replace(config.optim, warmup_steps=self.warmup[form]),
+        )
+        return dataclasses.replace(job, config=config)
+
+    def description(self, images: int) -> str:
+        """Returns one sentence for the table; `images` a step."""
+        if self.kind == "images":
+            steps = max(self.steps.values())
+            return f"Equal images: {steps:,} steps, {steps * images:,} images, for every objective."
+        first = next(iter(self.steps))
+        total = self.steps[first] * self.costs[first]
+        whole = (
+            f"Equal FLOPs: {total / 1e12:,.4g} TFLOP a run"
+            if self.kind == "flops"
+            else f"Equal time: {total:,.4g} seconds of steps a run, as measured on these devices"
+        )
+        each = ", ".join(f"{form} {steps:,}" for form, steps in self.steps.items())
+        return f"{whole}, those of {self.steps[first]:,} steps of {first}. Steps: {each}."
 
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
@@ -40,9 +91,9 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     main = jax.process_index() == 0
     with jobs.lock_workdir(base.workdir):
         firsts = {form: config_for(base, form, config.seed) for form in config.compare.forms}
-        budget = compare_budget.plan_budget(base, firsts, flops_a_step)
+        budget = plan_budget(base, firsts, flops_a_step)
         if budget.costs and main:
-            print(compare_budget.budget_rows(budget), flush=True)
+            print(budget_rows(budget), flush=True)
         runs = [
             (form, seed, budget.limit(config_for(base, form, seed), form))
             for form in config.compare.forms
@@ -109,7 +160,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
 
 
 def is_result(content: dict[str, Any]) -> bool:
-    """Whether the content of a result.json has the right structure."""
+    """Returns whether the content of a result.json has the right structure."""
     values = content.get("values")
     if not isinstance(values, dict) or not isinstance(content.get("fingerprint"), str):
         return False
@@ -125,8 +176,8 @@ def objective_names(form: str) -> tuple[str, ...]:
 
 
 def config_for(base: jobs.Setup, form: str, seed: int) -> jobs.Setup:
-    """The run of one objective and seed: the common settings, with the linear evaluation that the
-    table shows."""
+    """Returns the run of one objective and seed: the common settings, with the linear evaluation
+    that the table shows."""
     config = dataclasses.replace(
         jobs.with_objective(base.config, objective_names(form)),
         seed=seed,
@@ -152,8 +203,8 @@ def run_one(job: jobs.Setup, allow_changes: bool) -> int:
 
 
 def read_outcome(job: jobs.Setup) -> dict[str, float]:
-    """Results of a finished run: its last line of metrics, its last evaluation, and the "seconds"
-    of training, without the first step, which compiles, and without evaluations."""
+    """Returns results of a finished run: its last line of metrics, its last evaluation, and the
+    "seconds" of training, without the first step, which compiles, and without evaluations."""
     lines = run_log.read_log_lines(job.workdir / train.LOG)
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
@@ -166,7 +217,7 @@ def read_outcome(job: jobs.Setup) -> dict[str, float]:
 
 
 def flops_a_step(job: jobs.Setup) -> float:
-    """Matrix FLOPs of the model in one step; they do not depend on the mesh."""
+    """Returns matrix FLOPs of the model in one step; they do not depend on the mesh."""
     trainer = Trainer(
         job.config,
         parallel.make_mesh((1, 1, 1), jax.devices()[:1]),
@@ -179,9 +230,9 @@ def compare_notes(
     base: jobs.Setup,
     results: list[dict[str, Any]],
     failed: list[str],
-    budget: compare_budget.Budget,
+    budget: Budget,
 ) -> list[str]:
-    """Notes below the table."""
+    """Returns notes below the table."""
     config, count = base.config, base.config.compare.seeds
     out = [
         budget.description(config.train.batch_size),
@@ -218,8 +269,8 @@ def compare_notes(
     )
     if methods:
         out.append(
-            f"{', '.join(methods)}: only the objective; configs/forms.py:form=NAME has the"
-            " published settings."
+            f"{', '.join(methods)}: trained with the published objective alone;"
+            " configs/forms.py:form=NAME also has the published settings."
         )
     collapsed = [
         f"{r['form']}, seed {r['seed']}" for r in results if r["values"].get("collapse/alarm")
@@ -235,7 +286,7 @@ def write_comparison(
     base: jobs.Setup,
     results: list[dict[str, Any]],
     failed: list[str],
-    budget: compare_budget.Budget,
+    budget: Budget,
 ) -> None:
     """Write WORKDIR/compare.md, compare.json and compare.png with the results so far."""
     rows, notes = report.compare_rows(results), compare_notes(base, results, failed, budget)
@@ -252,3 +303,110 @@ def write_comparison(
     chance = 1 / len(base.classes) if base.classes else None
     title = f"{base.train.name}, {base.config.train.batch_size} images a step"
     report.write_bar_chart(directory / "compare.png", rows, title=title, chance=chance)
+
+
+def lengths(
+    kind: str, steps: int, warmup: int, costs: Mapping[str, float]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns ({objective: steps}, {objective: warm-up}) of runs that cost the same as `steps`
+    steps of the first one.
+
+    >>> lengths("flops", 100, 10, {"mae": 2.0, "dino": 8.0})
+    ({'mae': 100, 'dino': 25}, {'mae': 10, 'dino': 2})
+    """
+    if kind == "images":
+        return dict.fromkeys(costs, steps), dict.fromkeys(costs, warmup)
+    first = next(iter(costs.values()))
+    made = {form: max(1, round(steps * first / cost)) for form, cost in costs.items()}
+    return made, {form: min(round(warmup * n / steps), n) for form, n in made.items()}
+
+
+def plan_budget(
+    base: jobs.Setup,
+    runs: Mapping[str, jobs.Setup],
+    flops_a_step: Callable[[jobs.Setup], float],
+) -> Budget:
+    """Returns the budget of a comparison.
+
+    Args:
+      base: of the comparison.
+      runs: {objective: its first run, with the length that the settings give}, in order.
+      flops_a_step: counts the FLOPs of a step.
+
+    Raises:
+      UserError: times of another comparison in the workdir.
+    """
+    kind = base.config.compare.budget
+    length = run_length(next(iter(runs.values())).config)
+    if kind == "images":
+        costs = dict.fromkeys(runs, 1.0)
+    elif kind == "flops":
+        costs = {form: flops_a_step(job) for form, job in runs.items()}
+    else:
+        costs = _step_seconds(base, runs)
+    steps, warmup = lengths(kind, length.steps, length.warmup, costs)
+    return Budget(kind, steps, warmup, {} if kind == "images" else costs)
+
+
+def _step_seconds(base: jobs.Setup, runs: Mapping[str, jobs.Setup]) -> dict[str, float]:
+    """Seconds of a step of every objective, measured once a workdir: a run that goes on must have
+    the length that it began with."""
+    path, main = base.workdir / "compare" / MEASURED, jax.process_index() == 0
+    known: dict[str, Any] = {}
+    if main and path.is_file():
+        known = run_files.read_run_json(path, "restore it, or begin in an empty workdir")
+    if wrong := [x for x in known.values() if not isinstance(x, int | float) or not x > 0]:
+        raise UserError(
+            f"{path}: {wrong[0]!r} is not the time of a step; begin in an empty workdir"
+        )
+    # every host runs the steps that host 0 has no time of, and all take host 0's times
+    times = parallel.broadcast_from_host0(np.array([known.get(form, 0.0) for form in runs]))
+    for (form, job), seconds in zip(runs.items(), times, strict=True):
+        known[form] = float(seconds)
+        if not seconds:
+            print(f"compare: measuring a step of {form}", flush=True)
+            known[form] = float(parallel.broadcast_from_host0(np.array(time_step(job))))
+    if main:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_text_atomic(path, json.dumps(known, indent=1) + "\n", noted=True)
+    return {form: float(known[form]) for form in runs}
+
+
+def time_step(job: jobs.Setup) -> float:
+    """Returns the median seconds of a step on the run's devices, without compilation and data."""
+    trainer = job.make_trainer()
+    state, seconds = trainer.init(log=lambda line: None), []
+    batches = job.batches(0)
+    try:
+        batch = parallel.to_global(trainer.mesh, next(iter(batches)))
+        for _ in range(1 + TIMED):
+            began = time.perf_counter()
+            state, metrics = trainer.step(state, batch)
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - began)
+    finally:
+        batches.close()
+    jax.clear_caches()  # the next objective compiles other programs
+    return statistics.median(seconds[1:])
+
+
+def budget_rows(budget: Budget) -> str:
+    """Returns the steps of each objective as text, printed before the first run.
+
+    >>> print(budget_rows(Budget("flops", {"a": 10}, {"a": 1}, {"a": 2e12})))
+    objective  steps  warm-up  a step
+    ---------  -----  -------  -------
+    a             10        1  2 TFLOP
+    """
+    unit = {"images": "", "flops": " TFLOP", "time": " s"}[budget.kind]
+    scale = 1e-12 if budget.kind == "flops" else 1.0
+    rows = [
+        (
+            form,
+            f"{steps:,}",
+            f"{budget.warmup[form]:,}",
+            f"{budget.costs[form] * scale:,.4g}{unit}" if budget.costs else "-",
+        )
+        for form, steps in budget.steps.items()
+    ]
+    return text_table.text_table(rows, ("objective", "steps", "warm-up", "a step"))

@@ -19,13 +19,12 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from m3i_jax import parallel, schema
+from m3i_jax import parallel, run_files, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.modes import batch_search, monitoring, setup, show
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.profiling import compile_report, flops, hardware, libtpu_dump
 from m3i_jax.profiling import topology as topologies
-from m3i_jax.reporting import atomic_write
 from m3i_jax.training import trainer
 
 GPU_POOL = 0.75  # share of GPU memory that JAX allocates by default
@@ -354,7 +353,7 @@ def run(
     else:
         report = report_program(done, target, vocabulary)
     content = report | {"assumed": assumed, "largest_batch": largest or None, "tried": rows}
-    atomic_write.write_text_atomic(
+    run_files.write_text_atomic(
         directory / "compile.json",
         json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n",
     )

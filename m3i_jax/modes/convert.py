@@ -1,5 +1,5 @@
-"""--mode=convert: write all records of a source as ArrayRecord shards to WORKDIR. The same command
-resumes an interrupted conversion.
+"""--mode=convert: write all records of a source as shards to WORKDIR, ArrayRecord or tar files
+(--format). The same command resumes an interrupted conversion.
 
 On several hosts each writes every n-th shard (--shard=i/n). They share the directory and do not
 communicate; the one that finds all shards complete checks them and writes the index."""
@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 from m3i_jax import interrupts, schema
 from m3i_jax.data import conversion, reencode, splits
-from m3i_jax.data.sources import array_record
+from m3i_jax.data.sources import tar_shards
+from m3i_jax.errors import UserError
 from m3i_jax.modes import host_share
 from m3i_jax.modes import setup as jobs
 from m3i_jax.reporting import text_table
@@ -28,21 +29,27 @@ def run(
     shard: str = "",
     size: str = "",
     quality: str = "",
+    format: str = "",
     hosts: tuple[str, str, str] = ("", "", ""),
 ) -> int:
     directory = pathlib.Path(workdir)
+    form = conversion.FORMATS.get(format or conversion.ARRAY_RECORD.name)
+    if form is None:
+        raise UserError(
+            f"--format={format[:60]}: is none of {', '.join(conversion.FORMATS)}; give one of these"
+        )
     share = host_share.detect_share(shard, *hosts, environ=os.environ)
     reencoding = reencode.parse_reencoding(size, quality, config.data.background)
     jobs.make_workdir(directory)
     own = (share.number, share.count)
     with _lock(directory, share):
-        source = splits.open_source(config.data, cache=str(directory / "index"))
+        source = splits.open_source(config.data, cache=jobs.index_directory(config.data, directory))
         print(source.description())
         if getattr(source, "record_weights", None) is not None:
             print("shards hold no weights: train on them with the same data.keep")
-        shards = conversion.check_plan(source, str(directory), reencoding)
-        conversion.remove_partial(str(directory), own)
-        missing = conversion.missing_shards(len(source), str(directory), shards)
+        shards = conversion.check_plan(source, str(directory), reencoding, form)
+        conversion.remove_partial(str(directory), own, form)
+        missing = conversion.missing_shards(len(source), str(directory), shards, form)
         todo = [number for number in missing if share.has(number)]
         held = sum(map(share.has, range(shards)))
         if share.count > 1:
@@ -64,30 +71,34 @@ def run(
                     processes=processes,
                     reencoding=reencoding,
                     share=own,
+                    form=form,
                 ):
                     progress(count)
         except KeyboardInterrupt:
-            missing = conversion.missing_shards(len(source), str(directory), shards)
+            missing = conversion.missing_shards(len(source), str(directory), shards, form)
             print(
                 f"\nstopped: {shards - len(missing):,} of {shards:,} shards are complete; run the"
                 " same command again to continue",
                 file=sys.stderr,
             )
             return PREEMPTED
-        if missing := conversion.missing_shards(len(source), str(directory), shards):
+        if missing := conversion.missing_shards(len(source), str(directory), shards, form):
             print(
                 f"share {share} is complete; {len(missing):,} of {shards:,} shards are still to be"
                 " written by other shares, of which the last one writes the index"
             )
             return 0
-        conversion.check_conversion(str(directory), len(source), shards)
-        count = array_record.write_shard_index(
+        conversion.check_conversion(str(directory), len(source), shards, form)
+        count = form.module.write_shard_index(
             str(directory), classes=source.classes, name=source.name
         )
-    total = sum(file.stat().st_size for file in directory.glob(f"*{array_record.ENDING}"))
+    total = sum(file.stat().st_size for file in directory.glob(f"*{form.ending}"))
+    kind = "tars" if form is conversion.TAR else form.name
+    names = directory / tar_shards.CLASS_NAMES
+    named = f" --config.data.class_names={names}" if kind == "tars" and source.classes else ""
     print(
         f"{count:,} records in {shards:,} shards, {text_table.format_bytes(total)}, in {directory};"
-        f" train on them with --config.data.source=array_record --config.data.path={directory}"
+        f" train on them with --config.data.source={kind} --config.data.path={directory}{named}"
     )
     return 0
 

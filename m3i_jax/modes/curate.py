@@ -1,8 +1,9 @@
 """--mode=curate: decide which records of a source to train on.
 
-Writes WORKDIR/keep.parquet (a keep-list, for data.keep), left_out.parquet (key, reason, copy_of),
-curate.json and curate.html. Descriptions of the records are kept in WORKDIR/descriptions, so the
-same command goes on where it was stopped, and other rules need not read the images again."""
+Writes WORKDIR/keep.parquet (a keep-list, for data.keep, with the scores of each record),
+left_out.parquet (key, reason, copy_of, scores), curate.json and curate.html. Descriptions of the
+records are kept in WORKDIR/descriptions, so the same command goes on where it was stopped, and
+other rules need not read the images again."""
 
 import collections
 import dataclasses
@@ -15,20 +16,22 @@ import numpy as np
 
 from m3i_jax import interrupts, privacy, progress, schema
 from m3i_jax.data import curation, dataset_scan, decode, engines, splits
-from m3i_jax.data.sources import base, keep_list, mixture, registry
+from m3i_jax.data.sources import base, keep_list, mixture, registry, score_table
 from m3i_jax.errors import UserError
 from m3i_jax.modes import features as feature_mode
 from m3i_jax.modes import setup as jobs
-from m3i_jax.reporting import curation_page
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.reporting import data_page
+from m3i_jax.run_files import write_text_atomic
 
 EXAMPLES = 12  # of each reason on the page
+_READ = ("key", "weight", "caption", "label")  # columns of a keep-list that a training reads
+QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)  # of scores on the page
 
 
 def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
     engine = engine or "local"
     if engine not in engines.ENGINES:
-        raise UserError(f"--engine={engine[:60]}: is none of {', '.join(engines.ENGINES)}")
+        raise UserError(f"--engine={engine[:60]}: is not one of {', '.join(engines.ENGINES)}")
     keep_list.arrow_library()  # before the images are read
     if config.data.source == "mixture":
         raise UserError(
@@ -43,7 +46,7 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
 
     jobs.make_workdir(directory)
     with jobs.lock_workdir(directory), interrupts.raise_interrupts():
-        source = splits.open_source(config.data, cache=str(directory / "index"))
+        source = splits.open_source(config.data, cache=jobs.index_directory(config.data, directory))
         print(source.description(), flush=True)
         facts = _describe(source, config.data, directory, mapper)
         sources, sets = [], []
@@ -51,20 +54,32 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
             entry = mixture.parse_entry(text)
             data = dataclasses.replace(config.data, class_names="")
             against = registry.open_kind(
-                entry.kind, entry.path, entry.split, data, cache=str(directory / "index")
+                entry.kind,
+                entry.path,
+                entry.split,
+                data,
+                cache=jobs.index_directory(config.data, directory),
             )
             sources.append(against)
-            sets.append(
-                curation.EvaluationSet(against.name, _describe(against, data, directory, mapper))
-            )
+            described = _describe(against, data, directory, mapper)
+            sets.append(curation.EvaluationSet(against.name, described, against))
+        scores = _scores(source, rules)
         done = curation.decide(
-            facts, rules, mapper, evaluation=sets, features=_features(source, rules.features)
+            facts,
+            rules,
+            mapper,
+            evaluation=sets,
+            features=_features(source, rules.features),
+            scores=scores,
+            source=source,
         )
+        scores = {name: facts[name] for name in ("sharpness", "entropy")} | scores
         report = _report(source, rules, done, sets, engine)
-        _write_lists(source, done, sources, directory)
+        report["scores"] = {name: _quantiles(scores[name], done.kept) for name in scores}
+        _write_lists(source, done, sources, directory, scores)
         write_text_atomic(directory / "curate.json", privacy.json_text(report, indent=1) + "\n")
         examples = _examples(source, sources, facts, done, config.data)
-        page = curation_page.curation_page_html(report, examples)
+        page = data_page.curation_page_html(report, examples)
         write_text_atomic(directory / "curate.html", page)
     for reason, count in report["left_out"].items():
         print(f"{count:>12,} {reason}")
@@ -96,6 +111,28 @@ def _describe(
         found[chunk] = arrays
     parts = [found[chunk] for chunk in range(describer.chunks())]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _scores(source: base.DataSource, rules: schema.Curate) -> dict[str, np.ndarray]:
+    """The columns of curate.scores by record."""
+    names = list(curation.least_scores(rules))
+    if rules.scores:
+        return score_table.read_scores(source, rules.scores, names)
+    if names:
+        raise UserError(
+            f"curate.least names {names[0]!r}, and curate.scores no file with that column"
+        )
+    return {}
+
+
+def _quantiles(values: np.ndarray, kept: np.ndarray) -> dict[str, list[float]]:
+    """The quantiles QUANTILES of all records and of those that are kept."""
+    rows = {"all": values[np.isfinite(values)], "kept": values[kept][np.isfinite(values[kept])]}
+    return {
+        name: [round(float(value), 3) for value in np.quantile(each, QUANTILES)]
+        for name, each in rows.items()
+        if each.size
+    }
 
 
 def _features(source: base.DataSource, path: str) -> np.ndarray | None:
@@ -149,12 +186,16 @@ def _write_lists(
     done: curation.Decisions,
     sources: Sequence[base.DataSource],
     directory: pathlib.Path,
+    scores: dict[str, np.ndarray],
 ) -> None:
     weights = getattr(source, "record_weights", None)
-    keys: dict[str, float] = {}  # records with the same key are kept together
+    keys: dict[str, int] = {}  # records with the same key are kept together
     for row in done.kept.tolist():
-        keys.setdefault(base.source_key(source, row), 1.0 if weights is None else weights[row])
-    columns = {} if weights is None else {"weight": np.array(list(keys.values()))}
+        keys.setdefault(base.source_key(source, row), row)
+    rows = np.array(list(keys.values()), np.int64)
+    columns = {name: scores[name][rows] for name in scores if name not in _READ}
+    if weights is not None:
+        columns["weight"] = weights[rows]
     keep_list.write_keep_list(str(directory / "keep.parquet"), list(keys), **columns)
     out = np.flatnonzero(done.reason >= 0).tolist()
     copies = [
@@ -169,6 +210,7 @@ def _write_lists(
         reason=[curation.REASONS[done.reason[row]] for row in out],
         copy_of=[copy.encode("utf-8", "replace").decode() for copy in copies],
         difference=done.difference[out],
+        **{name: scores[name][out] for name in scores if name not in _READ},
     )
     if isinstance(source, keep_list.KeptSource) and source.replaces:
         print("the captions and labels of data.keep are not in keep.parquet: join them by key")

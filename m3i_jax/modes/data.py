@@ -25,7 +25,7 @@ from m3i_jax.modes import monitoring
 from m3i_jax.modes import setup as jobs
 from m3i_jax.profiling import hardware
 from m3i_jax.reporting import data_page, data_report
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import trainer
 from m3i_jax.training.task import make_task, task_kind
 
@@ -36,7 +36,7 @@ EXAMPLES = 24  # examples on the page
 def run(config: schema.Config, *, workdir: str) -> int:
     directory = pathlib.Path(workdir)
     jobs.make_workdir(directory)
-    opened = splits.open_splits(config.data, cache=str(directory / "index"))
+    opened = splits.open_splits(config.data, cache=jobs.index_directory(config.data, directory))
     kind = task_kind(config.task)
     train, held_out = (kind.with_annotations(part) for part in opened)
     source = dataset_scan.ConcatSource(train, held_out)
@@ -126,7 +126,7 @@ def usable_cores() -> int:
 
 
 def spread_items(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` items, evenly spread.
+    """Returns at most `count` items, evenly spread.
 
     >>> spread_items("abcdef", 3)
     ['a', 'c', 'e']
@@ -135,7 +135,7 @@ def spread_items(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def chips_fed(config: schema.Config, vocabulary: int, supply: float) -> dict[str, Any]:
-    """How many accelerators `supply` samples a second can feed.
+    """Returns how many accelerators `supply` samples a second can feed.
 
     Args:
       config: completed settings; they determine the FLOPs of a step, and `report.mfu` the share of

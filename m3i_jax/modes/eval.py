@@ -30,7 +30,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load, registry
 from m3i_jax.evaluation.feature_extraction import EvalContext
 from m3i_jax.models import backbones
-from m3i_jax.modes import eval_data, evaluators, figure_evaluators, output, report
+from m3i_jax.modes import eval_data, evaluators, figure_evaluators, report
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.eval_results import RESULT, Results, earlier_results, result_dir
 from m3i_jax.parallel import distributed
@@ -61,7 +61,7 @@ def run(
     source = merge_results(
         checkpoint or workdir, "--checkpoint" if checkpoint else "--workdir", needed=not checkpoint
     )
-    output.check_writable(
+    jobs.check_writable(
         workdir,
         f"--workdir {workdir}",
         "eval writes its results there; to evaluate this run, give another directory: --workdir DIR"
@@ -158,8 +158,8 @@ def _ignore(line: str) -> None:
 
 
 def described(job: jobs.Setup, checkpoint: str, step: int) -> dict[str, Any]:
-    """The header of the results: weights, data, preprocessing, and a digest of all settings that
-    they depend on."""
+    """Returns the header of the results: weights, data, preprocessing, and a digest of all settings
+    that they depend on."""
     same = SAME if job.config.traits.views else (*SAME, "dense.")
     settings = [
         line
@@ -179,8 +179,8 @@ def described(job: jobs.Setup, checkpoint: str, step: int) -> dict[str, Any]:
 
 
 def other_data(job: jobs.Setup, run: pathlib.Path) -> list[str]:
-    """How the images of a job differ from those of the run in a directory, a line each. [] if there
-    is no run, or if the same images only have another path now."""
+    """Returns how the images of a job differ from those of the run in a directory, a line each. []
+    if there is no run, or if the same images only have another path now."""
     file = run / "data.txt"
     if not file.is_file():
         return []
@@ -286,9 +286,9 @@ def _one_step(config: schema.Config) -> schema.Config:
 
 
 def evaluate_weights(config: schema.Config, path: str) -> schema.Config:
-    """The configuration that evaluates a file of weights, read as `init_from` reads it: the mean
-    features of the online encoder, since such files have no heads of pre-training; of a dense task,
-    the whole model, of which nothing may be missing."""
+    """Returns the configuration that evaluates a file of weights, read as `init_from` reads it: the
+    mean features of the online encoder, since such files have no heads of pre-training; of a dense
+    task, the whole model, of which nothing may be missing."""
     settings = dataclasses.replace(config.evaluate, features="mean", encoder="online")
     init = dataclasses.replace(config.init, only=("^encoder/",))
     if not config.traits.views:
@@ -367,8 +367,8 @@ def evaluate(
 
 
 def merge_results(where: str, flag: str, *, needed: bool = True) -> tuple[pathlib.Path, int] | None:
-    """(checkpoint directory, step) of a run, of its checkpoint directory, or of one checkpoint.
-    None for another existing path, unless a checkpoint is `needed`.
+    """Returns (checkpoint directory, step) of a run, of its checkpoint directory, or of one
+    checkpoint. None for another existing path, unless a checkpoint is `needed`.
 
     Raises:
       UserError: there is no complete checkpoint.

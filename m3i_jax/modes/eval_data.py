@@ -73,7 +73,7 @@ def use_data(
 
 
 def entry_of(data: schema.Data) -> MixtureEntry:
-    """The single source of settings that `use_data` has changed.
+    """Returns the single source of settings that `use_data` has changed.
 
     >>> entry_of(schema.Data(source="folder", path="/b", holdout_split="val")).held_out
     'val'
@@ -82,7 +82,7 @@ def entry_of(data: schema.Data) -> MixtureEntry:
 
 
 def find_source(text: str, entries: Iterable[str] = (), *, task: str = "pretrain") -> MixtureEntry:
-    """The source that a value of --data names.
+    """Returns the source that a value of --data names.
 
     Args:
       text: see the module.
@@ -152,7 +152,8 @@ def _kind_of_path(path: str, task: str) -> str:
 
 
 def data_name(entry: MixtureEntry) -> str:
-    """A short name of a source for files and tables: the last part of its path, and its split.
+    """Returns a short name of a source for files and tables: the last part of its path, and its
+    split.
 
     >>> data_name(MixtureEntry("folder", "/data/my sketch/", "val")), data_name(
     ...     MixtureEntry("tars", "/x/cc3m/*.tar"))
@@ -170,7 +171,8 @@ def data_name(entry: MixtureEntry) -> str:
 
 
 def chance_of(metric: str, classes: int) -> float | None:
-    """What guessing a class at random yields, or None for a metric that is no accuracy of classes.
+    """Returns what guessing a class at random yields, or None for a metric that is no accuracy of
+    classes.
 
     >>> chance_of("eval/knn/top1", 8), chance_of("eval/zero_shot/7/top5", 4)
     (0.125, 1.0)

@@ -13,7 +13,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.modes import eval_data
 from m3i_jax.reporting import text_table
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 
 RESULT = "eval.json"
 Values = dict[str, dict[str, float]]  # of each evaluator: its metrics
@@ -21,7 +21,7 @@ Values = dict[str, dict[str, float]]  # of each evaluator: its metrics
 
 @dataclasses.dataclass
 class Results:
-    """What an evaluation has measured so far.
+    """Results of an evaluation so far.
 
     Attributes:
       about: weights, data and preprocessing; see `eval.described`.
@@ -39,7 +39,7 @@ class Results:
 
     @property
     def chance(self) -> dict[str, float]:
-        """What guessing yields, of the metrics for which that is defined."""
+        """Values that guessing yields, of the metrics for which that is defined."""
         named = {name: eval_data.chance_of(name, self.classes) for name in flat(self.values)}
         return {name: value for name, value in named.items() if value is not None}
 
@@ -54,7 +54,7 @@ class Results:
         write_text_atomic(path, json.dumps(content, indent=1) + "\n", noted=True)
 
     def text(self) -> str:
-        """Weights, data and all values as a table."""
+        """Returns weights, data and all values as a table."""
         about, chance, untrained = self.about, self.chance, flat(self.untrained)
         data = "; ".join(
             f"{name} {part['pictures']:,} of {part['name']}, {part['fingerprint']}"
@@ -79,7 +79,7 @@ class Results:
 
 
 def flat(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of all evaluators as one dict.
+    """Returns the metrics of all evaluators as one dict.
 
     >>> flat({"knn": {"eval/knn/top1": 0.5}, "probe": {}})
     {'eval/knn/top1': 0.5}
@@ -90,7 +90,7 @@ def flat(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def result_dir(
     workdir: pathlib.Path, about: Mapping[str, Any], *, began: bool, name: str, of_run: bool
 ) -> pathlib.Path:
-    """The directory of results that are not those of the run in a working directory.
+    """Returns the directory of results that are not those of the run in a working directory.
 
     Args:
       workdir: the working directory.
@@ -119,8 +119,8 @@ def _of_same(path: pathlib.Path, about: Mapping[str, Any], keys: tuple[str, ...]
 
 
 def earlier_results(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The content of a result file whose header equals `about`; {} without a readable file, None if
-    the header differs."""
+    """Returns the content of a result file whose header equals `about`; {} without a readable file,
+    None if the header differs."""
     if not path.is_file():
         return {}
     try:

@@ -21,21 +21,21 @@ Log = Callable[[str], None]
 
 
 def eval_rows(job: Setup) -> int:
-    """Images a device step of evaluation: `evaluate.batch_size`, rounded up to a multiple of the
-    data shards."""
+    """Returns images a device step of evaluation: `evaluate.batch_size`, rounded up to a multiple
+    of the data shards."""
     shards = job.mesh.shape["replica"] * job.mesh.shape["fsdp"]
     return -(-job.config.evaluate.batch_size // shards) * shards
 
 
 def host_eval_batches(job: Setup, source: Any, limit: int) -> eval_batches.EvaluationBatches:
-    """This host's share of the clean views of at most `limit` images, spread evenly over the
-    source."""
+    """Returns this host's share of the clean views of at most `limit` images, spread evenly over
+    the source."""
     count = min(limit, len(source))
     return chosen_batches(job, source, [i * len(source) // count for i in range(count)])
 
 
 def chosen_batches(job: Setup, source: Any, indices: list[int]) -> eval_batches.EvaluationBatches:
-    """This host's share of the clean views of the given records."""
+    """Returns this host's share of the clean views of the given records."""
     data = job.config.data
     return eval_batches.evaluation_batches(
         source,
@@ -71,8 +71,8 @@ def _unmet_needs(job: Setup, *, heads: bool) -> dict[str, str]:
 def enabled_evaluators(
     job: Setup, log: Log, *, thorough: bool = True, heads: bool = True
 ) -> list[registry.Evaluator]:
-    """The evaluators that the settings enable and that have what they need; logs a line for those
-    that lack something.
+    """Returns the evaluators that the settings enable and that have what they need; logs a line for
+    those that lack something.
 
     Args:
       job: the run.
@@ -112,7 +112,7 @@ def enabled_metrics(
     thorough: bool = True,
     heads: bool = True,
 ) -> tuple[dict[str, feature_extraction.Metric], dict[str, feature_extraction.ImageSet]]:
-    """({name of an evaluator: its metric}, {name: image set}) of `enabled_evaluators`.
+    """Returns ({name of an evaluator: its metric}, {name: image set}) of `enabled_evaluators`.
 
     Args:
       job: the run.
@@ -198,9 +198,9 @@ def _feature_inputs(
 def make_evaluators(
     job: Setup, log: Log, total: int, attempt: Callable[[Callable[[], None]], None]
 ) -> list[Any]:
-    """The evaluation of a run of `total` steps: [(state, poll) -> iterator of (name, value)], or []
-    if no evaluator is enabled. All evaluators share the features. Those with `last_only` run at the
-    last step alone; `attempt` calls what draws a figure."""
+    """Returns the evaluation of a run of `total` steps: [(state, poll) -> iterator of (name,
+    value)], or [] if no evaluator is enabled. All evaluators share the features. Those with
+    `last_only` run at the last step alone; `attempt` calls what draws a figure."""
     step, encoder = [0], job.config.evaluate.encoder
     figures = figure_evaluators.FigureWriter(
         job, lambda: f"{step[0]:08d}", lambda: f"step {step[0]:,}, {encoder} parameters", attempt

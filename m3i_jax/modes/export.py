@@ -1,5 +1,5 @@
-"""--mode=export --format=NAME: write the encoder of a run for other libraries to
-WORKDIR/export/NAME, with a model card.
+"""--mode=export --format=NAME: write the encoder of a run, or the whole model of a run of detection
+or segmentation, for other libraries to WORKDIR/export/NAME, with a model card.
 
 timm: model.safetensors and config.json, for timm.create_model(...).load_state_dict. Not for an
   InternImage, which timm does not have.
@@ -13,6 +13,9 @@ stablehlo: features.stablehlo, images [b, S, S, 3] uint8 -> features [b, D] for 
   jax.export; runs without this package.
 orbax: parameters, the parameter tree of this package, by Orbax.
 
+A detector or segmenter is written by the last three: as one program, suppression included, or as
+its arrays.
+
 Each directory also has preprocessing.json, the preprocessing of the run's evaluations; the files
 for timm and Hugging Face describe the same preprocessing. README.md is the model card, without
 paths of this machine, so that the directory can be pushed to a hub as it is:
@@ -21,6 +24,7 @@ paths of this machine, so that the directory can be pushed to a hub as it is:
 
 import dataclasses
 import importlib.util
+import json
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -35,23 +39,27 @@ from m3i_jax import progress, schema
 from m3i_jax.augment import photometric
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load
+from m3i_jax.evaluation.load_dense import LoadedDense
 from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, vit_weights
 from m3i_jax.models import backbones
-from m3i_jax.modes import export_dense, model_card, output
-from m3i_jax.reporting.atomic_write import write_text_atomic
-from m3i_jax.training import checkpoint, checkpoint_reader, init_from, weight_source
+from m3i_jax.modes import model_card, setup
+from m3i_jax.parallel import kernel_calls
+from m3i_jax.parallel.sharding import path_text
+from m3i_jax.run_files import write_text_atomic
+from m3i_jax.training import checkpoint, init_from, weight_source
 
 FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
 # largest difference over the largest value; two libraries round differently in every layer
 _CLOSE = 1e-4
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _LARGEST = 2**31 - 2**24  # bytes of one exported program
+_MODEL_PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def run(config: schema.Config, *, workdir: str, format: str) -> int:
     if format not in FORMATS:
         raise UserError(
-            f"--format: {format!r} is none of {', '.join(FORMATS)}; give one of these"
+            f"--format: {format!r} is not one of {', '.join(FORMATS)}; give one of these"
             if format
             else f"--format: is missing; give one of {', '.join(FORMATS)}"
         )
@@ -61,7 +69,7 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
         )
     config = settings_of(config, workdir)
     if not config.traits.views:
-        return export_dense.run(config, workdir=workdir, format=format)
+        return export_model(config, workdir=workdir, format=format)
     write = {**_FORMATS, **_FORMATS_OF_LAYOUT[backbones.get_backbone(config.model).layout]}
     if format not in write:
         raise UserError(
@@ -69,7 +77,7 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
             f" {', '.join(write)}"
         )
     directory = pathlib.Path(workdir) / "export" / format
-    output.check_writable(
+    setup.check_writable(
         directory.parent,
         f"--workdir {workdir}",
         "exports are written to WORKDIR/export; copy config.txt and checkpoints to another"
@@ -124,15 +132,15 @@ def _preprocessing_line(model: load.LoadedEncoder) -> str:
 
 
 def settings_of(config: schema.Config, workdir: str) -> schema.Config:
-    """The settings of the run, with `evaluate` (encoder, crop) and `report` (licence) from the
-    command line; no other setting may change the trained model."""
+    """Returns the settings of the run, with `evaluate` (encoder, crop) and `report` (licence) from
+    the command line; no other setting may change the trained model."""
     trained = configuration.resolve(configuration.load_from_workdir(workdir, "--workdir"))
     return dataclasses.replace(trained, evaluate=config.evaluate, report=config.report)
 
 
 def tree_of(model: load.LoadedEncoder) -> dict[str, np.ndarray]:
-    """The encoder as the flat tree {path: float32 array} of `interop`, with computed arrays that
-    other projects store, such as the fixed position table of a ViT."""
+    """Returns the encoder as the flat tree {path: float32 array} of `interop`, with computed arrays
+    that other projects store, such as the fixed position table of a ViT."""
     named = jax.tree_util.tree_leaves_with_path({"encoder": model.params["encoder"]})
     flat = {init_from.path_text(path): np.asarray(leaf, np.float32) for path, leaf in named}
     backbone = backbones.get_backbone(model.config.model)
@@ -255,9 +263,10 @@ def _to_stablehlo(directory: pathlib.Path, model: load.LoadedEncoder, workdir: s
             model.config, model.pool, parameters, pixels
         )
     )
-    exported = jax.export.export(function, platforms=_PLATFORMS)(
-        jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
-    )
+    with kernel_calls.without_kernels():
+        exported = jax.export.export(function, platforms=_PLATFORMS)(
+            jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
+        )
     with tensor_files.atomic_replace(directory / "features.stablehlo") as file:
         file.write(exported.serialize())
     again = jax.export.deserialize(bytearray((directory / "features.stablehlo").read_bytes()))
@@ -281,7 +290,7 @@ def _to_orbax(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) 
     )
     tree: dict[str, Any] = {}
     for path, array in source.read(dict.fromkeys(source.shapes)).items():
-        checkpoint_reader.set_leaf(tree, path, array)
+        weight_source.set_leaf(tree, path, array)
     checkpoint.write_tree(directory / "parameters", tree)
     write_text_atomic(directory / "config.txt", configuration.config_to_text(model.config))
     return [
@@ -344,3 +353,111 @@ def _difference(what: str, ours: np.ndarray, theirs: np.ndarray) -> str:
         f"{what} and those of the run differ by at most {difference:.2g}, the largest value is"
         f" {largest:.2g}: equal"
     )
+
+
+def export_model(config: schema.Config, *, workdir: str, format: str) -> int:
+    """Write WORKDIR/export/<format>.
+
+    Args:
+      config: settings of the run; `evaluate.encoder` chooses the weights.
+      workdir: of the run.
+      format: stablehlo, npz or orbax.
+
+    Raises:
+      UserError: another format, which has no place for pyramid and head.
+    """
+    if format not in _WRITERS:
+        raise UserError(
+            f"--format={format}: has no place for the head of config.task={config.task}; use"
+            f" {', '.join(_WRITERS)}"
+        )
+    directory = pathlib.Path(workdir) / "export" / format
+    setup.check_writable(
+        directory.parent,
+        f"--workdir {workdir}",
+        "exports are written to WORKDIR/export; copy config.txt and checkpoints to another"
+        " directory and export from there",
+    )
+    model = load.load(workdir, weights=config.evaluate.encoder)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    lines = _WRITERS[format](directory, model)
+    write_text_atomic(directory / "config.txt", configuration.config_to_text(model.config))
+    described = {"classes": model.names, "task": config.task, "input": _input(model)}
+    write_text_atomic(directory / "model.json", json.dumps(described, indent=1) + "\n")
+    print(f"{model.name} -> {directory}")
+    for line in lines:
+        print(line)
+    return 0
+
+
+def _input(model: LoadedDense) -> str:
+    side = model.config.data.image_size
+    return (
+        f"RGB uint8 [1, {side}, {side}, 3], zeros at the right and at the bottom, and the size of"
+        " the content, int32 [1, 2] (height, width)"
+    )
+
+
+def _model_to_stablehlo(directory: pathlib.Path, model: LoadedDense) -> list[str]:
+    params, task, side = model.params, model.task, model.config.data.image_size
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if total > _LARGEST:
+        raise UserError(
+            f"--format=stablehlo: {total / 2**30:.1f} GiB of weights do not go into one program of"
+            " 2 GiB; use orbax and jax.export"
+        )
+
+    def predict(images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+        return task.predict(params, params["running"], {"image": images, "size": sizes})
+
+    function = jax.jit(predict)
+    with kernel_calls.without_kernels():
+        exported = jax.export.export(function, platforms=_MODEL_PLATFORMS)(
+            jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
+            jax.ShapeDtypeStruct((1, 2), jnp.int32),
+        )
+    file = directory / "model.stablehlo"
+    with tensor_files.atomic_replace(file) as out:
+        out.write(exported.serialize())
+    again = jax.export.deserialize(bytearray(file.read_bytes()))
+    images = np.random.default_rng(0).integers(0, 256, (1, side, side, 3)).astype(np.uint8)
+    sizes = np.array([[side, side]], np.int32)
+    ours, theirs = function(images, sizes), again.call(images, sizes)
+    largest = max(
+        float(jnp.abs(ours[name].astype(jnp.float32) - theirs[name].astype(jnp.float32)).max())
+        for name in ours
+    )
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in ours.items())
+    return [
+        f"{_input(model)} -> {shapes}, for {', '.join(_MODEL_PLATFORMS)}",
+        "run it with: jax.export.deserialize(bytearray(open('model.stablehlo',"
+        " 'rb').read())).call(images, sizes)",
+        f"largest difference of the exported program from the model: {largest:.3g}",
+    ]
+
+
+def _flat(model: LoadedDense) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(model.params)
+    return {path_text(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _model_to_npz(directory: pathlib.Path, model: LoadedDense) -> list[str]:
+    arrays = _flat(model)
+    tensor_files.write_npz(directory / "model.npz", arrays)
+    return [f"{len(arrays)} arrays by their paths, running statistics below running/"]
+
+
+def _model_to_orbax(directory: pathlib.Path, model: LoadedDense) -> list[str]:
+    checkpoint.write_tree(directory / "parameters", jax.tree.map(np.asarray, model.params))
+    return [
+        f"{len(_flat(model))} arrays; read them with"
+        " orbax.checkpoint.StandardCheckpointer().restore(DIRECTORY)"
+    ]
+
+
+_WRITERS: dict[str, Callable[[pathlib.Path, LoadedDense], list[str]]] = {
+    "stablehlo": _model_to_stablehlo,
+    "npz": _model_to_npz,
+    "orbax": _model_to_orbax,
+}

@@ -22,7 +22,6 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.interop import tensor_files
-from m3i_jax.modes import output
 from m3i_jax.modes import setup as jobs
 from m3i_jax.training import checkpoint_dir
 
@@ -36,15 +35,17 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
     target = pathlib.Path(out)
     if target.suffix != ".npz" or target.is_dir():
         raise UserError(f"--out: {out!r} must be a file that ends in .npz")
-    output.check_writable(target.parent, f"--out={out}", "choose another directory for the file")
-    directory = output.check_writable(
+    jobs.check_writable(target.parent, f"--out={out}", "choose another directory for the file")
+    directory = jobs.check_writable(
         workdir,
         f"--workdir {workdir}",
         "the data index is written there; choose another --workdir, and give the run as init_from",
     )
     model = _model(config, workdir)
     preprocessing = _preprocessing(config, model)
-    train, held_out = splits.open_splits(config.data, cache=str(directory / "index"))
+    train, held_out = splits.open_splits(
+        config.data, cache=jobs.index_directory(config.data, directory)
+    )
     identity = {
         "weights": model.name,
         "pool": model.pool,
@@ -182,6 +183,6 @@ def _part(
 
 
 def read_feature_file(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(columns, about) of a file of features."""
+    """Returns (columns, about) of a file of features."""
     table = dict(tensor_files.read_tensors(path))
     return table, json.loads(str(table.pop("about")))

@@ -14,7 +14,7 @@ import numpy as np
 from m3i_jax import privacy
 from m3i_jax.data import eval_batches
 from m3i_jax.data.preprocessing import Preprocessing
-from m3i_jax.evaluation import attention_maps, category_head, knn, registry, zero_shot
+from m3i_jax.evaluation import category_head, feature_extraction, knn, registry, zero_shot
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric, Predictions, extract_set
 from m3i_jax.evaluation.zero_shot import ClassPrompts
 from m3i_jax.modes.setup import Setup
@@ -56,7 +56,7 @@ class FigureWriter:
         )
 
     def tiles(self, records: Sequence[int]) -> list[image_grid.Image.Image]:
-        """The evaluation views of the readable ones of these records, as tiles."""
+        """Returns the evaluation views of the readable ones of these records, as tiles."""
         data = self.job.config.data
         batches = eval_batches.evaluation_batches(
             self.job.held_out,
@@ -70,16 +70,16 @@ class FigureWriter:
         return [image_grid.image_tile(view, side) for view in next(batches)["views"]]
 
     def class_name(self, label: int) -> str:
-        """The name of a category, "" without one."""
+        """Returns the name of a category, "" without one."""
         return self.job.classes[label] if 0 <= label < len(self.job.classes) else ""
 
     def count_images(self, count: int) -> str:
-        """The number of images, for a caption."""
+        """Returns the number of images, for a caption."""
         return f"{count:,} held-out image" + "s" * (count != 1)
 
 
 def spread_rows(count: int, limit: int) -> list[int]:
-    """At most `limit` of `count` rows, evenly spread.
+    """Returns at most `limit` of `count` rows, evenly spread.
 
     >>> spread_rows(10, 3), spread_rows(2, 3)
     ([0, 3, 6], [0, 1])
@@ -152,7 +152,7 @@ def confusion_figure(
     predict: Callable[[EvalContext], tuple[Predictions, np.ndarray]],
     classifier: str,
 ) -> Metric:
-    """A figure of the errors of a classifier: confusion matrix and most frequent confusions.
+    """Yields a figure of the errors of a classifier: confusion matrix and most frequent confusions.
 
     Args:
       writer: writes it.
@@ -194,7 +194,7 @@ def _draw_confusion(writer: FigureWriter, predictions: Predictions, classifier: 
 
 
 def attention_figure(writer: FigureWriter, batches: Batches, *, pooled: bool) -> Metric:
-    """A figure of the attention of the encoder in some images, and of its dense features as
+    """Yields a figure of the attention of the encoder in some images, and of its dense features as
     colours.
 
     Args:
@@ -202,7 +202,7 @@ def attention_figure(writer: FigureWriter, batches: Batches, *, pooled: bool) ->
       batches: record numbers -> batches of their clean views.
       pooled: whether the objective trains an attention pooling, which is then drawn too.
     """
-    compiled = attention_maps.compile_maps(writer.job.config, writer.job.mesh, pooled=pooled)
+    compiled = feature_extraction.compile_maps(writer.job.config, writer.job.mesh, pooled=pooled)
 
     def run(context: EvalContext) -> Iterator[tuple[str, float]]:
         queries = context("queries")
@@ -257,7 +257,7 @@ def _draw_attention(
 
 
 def zero_shot_figure(writer: FigureWriter, prompts: ClassPrompts, *, image_set: str) -> Metric:
-    """A figure of some images and the class names that fit them best, as captions.
+    """Yields a figure of some images and the class names that fit them best, as captions.
 
     Args:
       writer: writes it.

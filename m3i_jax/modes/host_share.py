@@ -20,7 +20,7 @@ class HostShare:
     source: str = "alone"
 
     def has(self, item: int) -> bool:
-        """Whether an item, by its number, belongs to this share.
+        """Returns whether an item, by its number, belongs to this share.
 
         >>> [item for item in range(7) if HostShare(1, 3).has(item)]
         [1, 4]

@@ -21,8 +21,8 @@ _LIBRARY = {"timm": "timm", "hf": "transformers"}
 
 
 def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) -> str:
-    """Markdown: metadata, encoder, preprocessing, use, data with fingerprint, metrics, licence, and
-    every setting that is not at its default."""
+    """Returns Markdown: metadata, encoder, preprocessing, use, data with fingerprint, metrics,
+    licence, and every setting that is not at its default."""
     c = model.config
     e, a = c.model.encoder, c.data.augment
     licence = c.report.licence or (
@@ -89,7 +89,7 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
 
 
 def without_directories(text: str, paths: Iterable[str] = ()) -> str:
-    """The text with the last part of each path of this machine in place of the path.
+    """Returns the text with the last part of each path of this machine in place of the path.
 
     Args:
       text: to change.
@@ -106,7 +106,7 @@ def without_directories(text: str, paths: Iterable[str] = ()) -> str:
 
 
 def configured_paths(c: schema.Config) -> set[str]:
-    """The paths of this machine that the settings name."""
+    """Returns the paths of this machine that the settings name."""
     given = [c.data.path, c.data.directory, c.data.class_names, c.data.vocabulary, c.init_from]
     given += [*c.data.keep, c.objective.target_checkpoint, *c.objective.teachers, *c.report.beside]
     given += [entry.partition(":")[2].rpartition("=")[0] for entry in c.data.mixture]

@@ -21,7 +21,7 @@ from m3i_jax.training.watchdog import Watchdog
 
 
 def without_remat(config: schema.Config) -> schema.Config:
-    """The configuration that computes nothing again in the backward pass, heads included.
+    """Returns the configuration that computes nothing again in the backward pass, heads included.
 
     >>> detect = schema.Detect(dino=schema.Dino(remat=True))
     >>> config = schema.Config(dense=schema.DensePrediction(detect=detect))
@@ -41,8 +41,8 @@ def without_remat(config: schema.Config) -> schema.Config:
 
 
 def model_flops(trainer: Trainer) -> float:
-    """Matrix FLOPs of one step of the model, without those that rematerialisation and microbatches
-    add."""
+    """Returns matrix FLOPs of one step of the model, without those that rematerialisation and
+    microbatches add."""
     plain = without_remat(trainer.config)
     plain = dataclasses.replace(plain, train=dataclasses.replace(plain.train, microbatches=1))
     run = functools.partial(
@@ -54,8 +54,8 @@ def model_flops(trainer: Trainer) -> float:
 def make_clock(
     trainer: Trainer, log: Callable[[str], None], **options: Any
 ) -> goodput.GoodputClock:
-    """The clock of a run on the devices of its mesh. Logs the peak that MFU refers to, or why MFU
-    is not reported; nothing on a CPU, for which no peak is listed."""
+    """Returns the clock of a run on the devices of its mesh. Logs the peak that MFU refers to, or
+    why MFU is not reported; nothing on a CPU, for which no peak is listed."""
     config, devices = trainer.config, list(trainer.mesh.devices.flat)
     kind = devices[0].device_kind
     peak = hardware.find_chip(kind, len(devices))
@@ -82,7 +82,7 @@ def make_clock(
 
 
 def log_metrics(log: pathlib.Path) -> dict[str, float]:
-    """Seconds by phase of the last line of a log that has them; {} without such a line."""
+    """Returns seconds by phase of the last line of a log that has them; {} without such a line."""
     if not log.is_file():
         return {}
     for values in reversed(run_files.read_log(log, [])[0]):
@@ -149,7 +149,8 @@ def monitored(
 
 
 def log_top_ops(log: Callable[[str], None]) -> Callable[[pathlib.Path, int], None]:
-    """A function that logs the costliest operations of a trace, and writes the table next to it."""
+    """Returns a function that logs the costliest operations of a trace, and writes the table next
+    to it."""
 
     def log_table(directory: pathlib.Path, steps: int) -> None:
         ops = trace.trace_operations(directory)

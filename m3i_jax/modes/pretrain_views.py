@@ -1,4 +1,5 @@
-"""What the modes show of a pre-training run: evaluations of its features, panels, tables."""
+"""Output of a pre-training run for the modes: evaluations of its features, panels, tables. For
+panels and the preview, model inputs are converted back to images, captions and class names."""
 
 import pathlib
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from m3i_jax import parallel, published_settings, schema
 from m3i_jax.data import decode
 from m3i_jax.data.sources import base
 from m3i_jax.modes import setup as jobs
-from m3i_jax.modes import unnormalize
+from m3i_jax.modes.setup import Setup
 from m3i_jax.modes.task_views import TaskViews, register_task_views
 from m3i_jax.profiling import flops
 from m3i_jax.reporting import panels, preview_sheet, text_table
@@ -56,13 +57,13 @@ def _draw_panel(
 
     read, kinds = plan.passes[0], ("input", "input_view", "view", "picture")
     images = {
-        name: unnormalize.patches_to_images(config, arrays[name])
+        name: patches_to_images(config, arrays[name])
         for name in arrays
         if name.split("/")[-1] in kinds
     }
     captions, labels, mask = (
-        unnormalize.decode_captions(job, rows_of_batch),
-        unnormalize.label_names(job, rows_of_batch),
+        decode_captions(job, rows_of_batch),
+        label_names(job, rows_of_batch),
         np.asarray(rows_of_batch["mask"]),
     )
     halves = read.mixed and config.objective.pairing == "halves"
@@ -102,7 +103,7 @@ def _draw_preview(
     """Write a sheet of model inputs next to their original images."""
     patches_by_view = jax.jit(lambda b: views.augmented_patches(job.config, b, (0, 1)))(batch)
     colored = {
-        view: unnormalize.patches_to_images(job.config, np.asarray(patches, np.float32))
+        view: patches_to_images(job.config, np.asarray(patches, np.float32))
         for view, patches in patches_by_view.items()
     }
     # with the colour augmentation of the device
@@ -119,8 +120,8 @@ def _draw_preview(
                 patches,
             )
         )(batch, patches_by_view)
-        inputs = unnormalize.patches_to_images(job.config, np.asarray(blended_patches, np.float32))
-    captions = unnormalize.decode_captions(job, batch)
+        inputs = patches_to_images(job.config, np.asarray(blended_patches, np.float32))
+    captions = decode_captions(job, batch)
     originals = [
         decode.decode_image(record.image, background=job.config.data.background)
         for record in records
@@ -151,3 +152,33 @@ register_task_views(
         unit="a mixed view",
     ),
 )
+
+
+def patches_to_images(config: schema.Config, patches_BxNxP: np.ndarray) -> np.ndarray:
+    """Returns images, uint8 [B, S, S, 3], of normalised patches [B, N, p * p * 3]: the inverse of
+    the preprocessing of a step."""
+    patch, grid, augment = config.model.encoder.patch_size, config.grid, config.data.augment
+    cells = np.asarray(patches_BxNxP, np.float32).reshape(-1, grid, grid, patch, patch, 3)
+    pixels = cells.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid * patch, grid * patch, 3)
+    std, mean = np.asarray(augment.std, np.float32), np.asarray(augment.mean, np.float32)
+    return (np.clip(pixels * std + mean, 0, 1) * 255).round().astype(np.uint8)
+
+
+def decode_captions(job: Setup, batch: dict[str, np.ndarray]) -> list[str]:
+    """Returns the captions of a batch, decoded from the tokens that the model reads; of an image
+    without one, the text of its object."""
+    texts = [""] * len(batch["label"])
+    if job.tokenizer is None:
+        return texts
+    arrays = [(batch["tokens"], batch["length"])] if "tokens" in batch else []
+    if "regions" in batch:
+        arrays.append((batch["regions"][:, -1], batch["region_length"][:, -1]))
+    for tokens, lengths in arrays:
+        for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
+            texts[row] = texts[row] or job.tokenizer.decode(ids[:length])
+    return texts
+
+
+def label_names(job: Setup, batch: dict[str, np.ndarray]) -> list[str]:
+    """Returns category names of a batch, "" without a label."""
+    return [job.classes[label] if 0 <= label < len(job.classes) else "" for label in batch["label"]]

@@ -1,6 +1,7 @@
 """--mode=profile: run a few steps of a training on its data and devices, and trace the last of
 them. Writes WORKDIR/profile; checkpoints and metrics in the same directory stay unchanged. With
---kernels: a table of its kernels instead (`kernel_table`)."""
+--kernels: a table of the kernels that the train step would run on this device instead, each by
+itself: time, error and share of the peaks. That reads no data and trains nothing."""
 
 import dataclasses
 from typing import Any
@@ -9,11 +10,12 @@ import jax
 
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
-from m3i_jax.modes import kernel_table, monitoring
+from m3i_jax.modes import monitoring, show
 from m3i_jax.modes import setup as jobs
-from m3i_jax.parallel import distributed
+from m3i_jax.parallel import distributed, kernel_calls
+from m3i_jax.profiling import kernel_profile
 from m3i_jax.reporting import writers
-from m3i_jax.training import loop
+from m3i_jax.training import loop, trainer
 
 WARM = 3  # steps before the trace: the first compiles, the others fill the queue of batches
 
@@ -32,7 +34,8 @@ class _NoCheckpoints:
 
 
 def shorten_run(config: schema.Config) -> schema.Config:
-    """The same run with only the steps of a trace, without evaluation, panels and saving."""
+    """Returns the same run with only the steps of a trace, without evaluation, panels and
+    saving."""
     steps = WARM + config.report.profile_steps
     return dataclasses.replace(
         config,
@@ -47,7 +50,7 @@ def run(
     config: schema.Config, *, workdir: str, kernels: bool = False, began: float | None = None
 ) -> int:
     if kernels:
-        return kernel_table.print_kernels(config)
+        return print_kernels(config)
     job = jobs.open_setup(shorten_run(config), workdir, trains=[config.objective.forms])
     distributed.assert_same_on_all_hosts("data", {"data": job.identity})
     with jobs.lock_workdir(job.workdir):
@@ -98,3 +101,33 @@ def profile(job: jobs.Setup, began: float | None) -> int:
             " gives the reason"
         )
     return code
+
+
+def print_kernels(config: schema.Config) -> int:
+    """Print the table; returns 0, or 1 if a kernel is wrong."""
+    if (setting := kernel_calls.kernel_setting()) != "check":
+        raise UserError(
+            f"{kernel_calls.KERNELS}={setting}: --mode=profile --kernels checks all kernels; unset"
+            " it"
+        )
+    config, mesh = jobs.fit_to_devices(show.assume_data(config)[0])
+    calls = traced_calls(trainer.Trainer(config, mesh, show.vocabulary_size(config)))
+    first = not jax.process_index()
+    if not calls:
+        if first:
+            kind = jax.local_devices()[0].device_kind
+            print(f"the train step of this configuration has no kernel on {kind}")
+        return 0
+    profiles = [kernel_profile.profile_call(call) for call in calls]
+    if first:
+        print(kernel_profile.kernel_table(profiles))
+    return int(any(each.result.reason for each in profiles))
+
+
+def traced_calls(step_trainer: trainer.Trainer) -> list[kernel_calls.KernelCall]:
+    """Returns the calls of kernels in the train step."""
+    batch = trainer.abstract_batch(step_trainer.config)
+    kernel_calls.take_pending()  # of what this process traced before
+    with jax.set_mesh(step_trainer.mesh), kernel_calls.noted_calls():
+        jax.eval_shape(step_trainer.trace, step_trainer.template, batch)
+    return kernel_calls.take_pending()

@@ -10,7 +10,7 @@ from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import figures, run_log, run_page
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 
 
 def run(config: schema.Config, *, workdir: str) -> int:

@@ -1,5 +1,5 @@
-"""Setup of the modes that read data: source, splits, tokenizer, completed configuration, and the
-lock of the working directory."""
+"""Setup of the modes that read data: source, splits, tokenizer, completed configuration; the lock
+of the working directory, and a check that it can be written to."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,6 @@ from m3i_jax.data import pipeline, splits, tokenizer
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.modes import output
 from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.training import scaling
 from m3i_jax.training.plan import Plan, build_plan
@@ -32,8 +32,8 @@ from m3i_jax.training.trainer import Trainer
 def complete_config(
     config: schema.Config, *, classes: int, captions: bool, size: int
 ) -> schema.Config:
-    """The configuration completed from the data: number of categories, whether captions are used,
-    number of training images, and the open settings that follow from it
+    """Returns the configuration completed from the data: number of categories, whether captions are
+    used, number of training images, and the open settings that follow from it
     (`scaling.fill_open_settings`)."""
     data = dataclasses.replace(
         config.data, classes=classes, captions="yes" if captions else "no", size=size
@@ -70,7 +70,7 @@ class Setup:
 
     @property
     def earlier_fingerprints(self) -> tuple[str, ...]:
-        """What earlier versions saved for the same stream."""
+        """Fingerprints that earlier versions saved for the same stream."""
         return pipeline.earlier_fingerprints(self.config, self.train)
 
     @property
@@ -99,7 +99,7 @@ class Setup:
         return self.tokenizer.vocabulary if self.tokenizer else 0
 
     def make_trainer(self) -> Trainer:
-        """The trainer of the run."""
+        """Returns the trainer of the run."""
         return Trainer(self.config, self.mesh, self.vocabulary, self.task)
 
     def batches(self, start: int, views: tuple[int, ...] = ()) -> Any:
@@ -137,9 +137,9 @@ def _with_rounded_batch(config: schema.Config, workdir: pathlib.Path) -> schema.
 def fit_to_devices(
     config: schema.Config, devices: Sequence[jax.Device] | None = None
 ) -> tuple[schema.Config, jax.sharding.Mesh]:
-    """The configuration, with a rounded batch if so configured, and its mesh on the given devices
-    or on all present ones. Refuses a mesh whose hosts would share rows, and a batch that cannot be
-    split over it."""
+    """Returns the configuration, with a rounded batch if so configured, and its mesh on the given
+    devices or on all present ones. Refuses a mesh whose hosts would share rows, and a batch that
+    cannot be split over it."""
     mesh = parallel.make_mesh(config.parallel.mesh, devices)
     parallel.check_host_rows(mesh)
     config, note = validation.fit_batch_to_mesh(config, tuple(mesh.shape[a] for a in parallel.AXES))  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def fit_to_devices(
 
 
 def with_objective(config: schema.Config, forms: tuple[str, ...]) -> schema.Config:
-    """The same configuration with another objective."""
+    """Returns the same configuration with another objective."""
     return dataclasses.replace(config, objective=dataclasses.replace(config.objective, forms=forms))
 
 
@@ -170,7 +170,7 @@ def open_setup(
     make_workdir(path)
     # the first host reads the headers of all files, the others its index
     with parallel.host0_first("index"):
-        train, held_out = splits.open_splits(config.data, cache=str(path / "index"))
+        train, held_out = splits.open_splits(config.data, cache=index_directory(config.data, path))
     kind = task_kind(config.task)
     train, held_out = kind.with_annotations(train), kind.with_annotations(held_out)
     train, names = kind.training_records(train), kind.class_names(train)
@@ -212,6 +212,15 @@ def require_views(config: schema.Config, mode: str, why: str) -> None:
         raise UserError(f"config.task: {config.task!r} has no --mode={mode}: {why}")
 
 
+def index_directory(data: schema.Data, workdir: pathlib.Path) -> str:
+    """The directory of the indices of the data: data.index, or one in the working directory.
+
+    >>> index_directory(schema.Data(), pathlib.Path("run"))
+    'run/index'
+    """
+    return os.path.expanduser(data.index) or str(workdir / "index")
+
+
 def make_workdir(workdir: pathlib.Path) -> None:
     """Create a working directory if it does not exist. Raises UserError if that fails, or if the
     first host cannot write to it."""
@@ -222,7 +231,7 @@ def make_workdir(workdir: pathlib.Path) -> None:
             f"--workdir {workdir}: cannot be created ({error.strerror or error}); choose another"
             " directory"
         ) from error
-    output.check_writable(workdir, f"--workdir {workdir}", "choose another directory")
+    check_writable(workdir, f"--workdir {workdir}", "choose another directory")
 
 
 @contextlib.contextmanager
@@ -285,3 +294,32 @@ def _open_lock(path: pathlib.Path) -> tuple[int, str]:
         return file, holder[1].decode()
     os.close(file)
     raise UserError(f"{path}: does not contain the process id of a run; move it away")
+
+
+def check_writable(path: str | os.PathLike[str], flag: str, remedy: str) -> pathlib.Path:
+    """Create a directory and try a temporary file in it, on the first host.
+
+    Args:
+      path: the directory.
+      flag: the flag that names it, with its value, for the message.
+      remedy: what the user can do about it.
+
+    Raises:
+      UserError: it cannot be written to.
+
+    >>> check_writable("/proc/here", "--out=/proc/here/x.npz", "choose another directory")
+    Traceback (most recent call last):
+    m3i_jax.errors.UserError: --out=/proc/here/x.npz: cannot write to '/proc/here' (No such ...
+    """
+    directory = pathlib.Path(path)
+    if jax.process_index():
+        return directory
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{flag}: cannot write to {str(directory)!r} ({error.strerror or error}); {remedy}"
+        ) from error
+    return directory

@@ -2,6 +2,7 @@
 settings, plan of a step, parameters, FLOPs, memory, days on this machine and on common
 accelerators."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -13,16 +14,18 @@ from m3i_jax import parallel, schema, validation
 from m3i_jax.data import pipeline, splits
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.models import m3i
-from m3i_jax.modes import monitoring, setup
+from m3i_jax.modes import batch_search, monitoring, setup
 from m3i_jax.modes.task_views import task_views
 from m3i_jax.objective.caption_posterior import CAPTIONS
-from m3i_jax.profiling import flops, hardware, this_machine
+from m3i_jax.profiling import flops, hardware, this_machine, traffic_model
+from m3i_jax.profiling.traffic_model import StepTraffic
 from m3i_jax.reporting import text_table
-from m3i_jax.training import scaling, trainer
+from m3i_jax.training import scaling, step, trainer
 from m3i_jax.training.plan import build_plan
 from m3i_jax.training.task import task_kind
 
 # of ImageNet-1k and CLIP, in place of values that only the data determine
+_ROWS = 64  # images that the estimate of the memory traffic traces
 ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}
 
 
@@ -121,6 +124,33 @@ def _rounded(config: schema.Config, shards: list[int]) -> list[tuple[int, str]]:
     return [(batch, f"{', '.join(map(str, on))} data shards") for batch, on in rounded.items()]
 
 
+def estimated_traffic(step_trainer: trainer.Trainer, state: float) -> dict[str, StepTraffic]:
+    """What a step moves to and from memory on a TPU and on a GPU, by `profiling.traffic_model`.
+
+    Args:
+      step_trainer: its blocks are traced once, by a scan, with a part of its batch.
+      state: bytes of the state.
+    """
+    config = step_trainer.config
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, scan=True),
+        train=dataclasses.replace(config.train, microbatches=1),
+    )
+    some = batch_search.with_batch(config, min(config.train.batch_size, _ROWS))
+    run = functools.partial(
+        step.train_step, dataclasses.replace(step_trainer.task, config=some), step_trainer.tx
+    )
+    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step_trainer.template.params))
+    return {
+        platform: traffic_model.step_traffic(
+            run, step_trainer.template, trainer.abstract_batch(some),
+            images=some.train.batch_size, state=state, params=params, platform=platform,
+        )
+        for platform in ("tpu", "cuda")
+    }  # fmt: skip
+
+
 def run(config: schema.Config, *, workdir: str | None) -> int:
     from clu import parameter_overview
 
@@ -195,11 +225,22 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
     print(text_table.text_table(rows, ("what", "how much")))
     mfu = done.report.mfu
     print(
-        f"\nby FLOPs alone, at {mfu:.0%} of the peak (report.mfu), without evaluation and input"
-        " stalls; memory traffic may bind instead, as for InternImage: --mode=compile says which of"
-        " them binds, and computes memory and time of a step"
+        f"\nby FLOPs at {mfu:.0%} of the peak (report.mfu), by memory traffic and by network at"
+        " their peaks, without evaluation and input stalls; the longest binds. Traffic is estimated"
+        " from the traced step (profiling/traffic_model.py): --mode=compile counts it in the"
+        " compiled program"
     )
-    print(text_table.text_table(hardware.slice_rows(total * length.steps, mfu), hardware.HEADERS))
+    rows = traffic_model.bound_rows(
+        hardware.SLICES,
+        flops=total,
+        traffic=estimated_traffic(step_trainer, state),
+        state=state,
+        params=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step_trainer.template.params)),
+        images=images,
+        steps=length.steps,
+        mfu=mfu,
+    )
+    print(text_table.text_table(rows, traffic_model.HEADERS))
     print(machine_line(total * length.steps, state, mfu, done.model.dtype))
     for line in scaling.scaling_warnings(done, steps=length.steps, warmup=length.warmup):
         print(line)

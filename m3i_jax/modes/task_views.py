@@ -1,7 +1,8 @@
-"""What the modes ask of a task beyond training (training/task.py): panels, tables and words
-for people, as one value per task, and their registry.
+"""The interface of a task for the modes, beside that for training (training/task.py): panels,
+tables and words for people, as one value per task, and their registry.
 
-Those of this package are the files modes/NAME_views.py, imported when they are first needed."""
+Those of this package are in pretrain_views.py and dense_views.py, imported when they are first
+needed."""
 
 import dataclasses
 import importlib
@@ -13,7 +14,7 @@ from m3i_jax import schema
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskViews:
-    """What the modes show of a task.
+    """Panels, tables and words of a task for the modes.
 
     Attributes:
       draw_panel: (setup, trainer, step, state, host batch) writes WORKDIR/panels/<step>.png.
@@ -36,17 +37,18 @@ _REGISTRY: dict[str, TaskViews] = {}
 
 
 def register_task_views(name: str, views: TaskViews) -> TaskViews:
-    """Sets what the modes show of a task. Registering the same name again replaces it."""
+    """Registers what the modes show of a task. Registering the same name again replaces it."""
     _REGISTRY[name] = views
     return views
 
 
 def task_views(name: str) -> TaskViews:
-    """What the modes show of a task; nothing, if nothing was registered for it.
+    """Returns what the modes show of a task; nothing, if nothing was registered for it.
 
     >>> task_views("pretrain").unit
     'a mixed view'
     """
     if name not in _REGISTRY and name in schema.BUILT_IN_TASKS:
-        importlib.import_module(f"{__package__}.{name}_views")
+        file = "pretrain_views" if name == "pretrain" else "dense_views"
+        importlib.import_module(f"{__package__}.{file}")
     return _REGISTRY.get(name, TaskViews())

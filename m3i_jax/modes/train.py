@@ -17,7 +17,7 @@ from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.task_views import task_views
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import run_log, writers
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import checkpoint_dir, debug_dump, goodput, loop, scaling, weight_source
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, SavesFailed
 from m3i_jax.training.task import task_kind
@@ -101,7 +101,7 @@ def _difference(data: pathlib.Path, identity: str) -> list[str]:
 
 
 def checked_position(position: dict[str, Any], step: int) -> dict[str, Any]:
-    """The position stored in a checkpoint, checked.
+    """Returns the position stored in a checkpoint, checked.
 
     Raises:
       UserError: it has another structure, although its checksum is right.
@@ -285,7 +285,7 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
 
 
 def evaluations_done(log: pathlib.Path) -> frozenset[int]:
-    """Steps with an evaluation in a log."""
+    """Returns steps with an evaluation in a log."""
     lines = run_files.read_log(log, [])[0] if log.is_file() else []
     return frozenset(
         line["step"] for line in lines if any(name.startswith("eval/") for name in line)
@@ -293,7 +293,7 @@ def evaluations_done(log: pathlib.Path) -> frozenset[int]:
 
 
 def tokenizer_of(workdir: pathlib.Path) -> dict[str, run_files.Mark]:
-    """The entry for the tokenizer of the run in the position of a checkpoint."""
+    """Returns the entry for the tokenizer of the run in the position of a checkpoint."""
     path = workdir / "tokenizer.json"
     return {path.name: run_files.file_mark(run_files.read_run_file(path))} if path.is_file() else {}
 

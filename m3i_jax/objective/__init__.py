@@ -6,8 +6,7 @@ dense tasks as pure functions of arrays, for this project and for others.
 - `contrastive`: losses that compare the images of a batch: dense InfoNCE, NT-Xent, Barlow Twins,
   prototypes
 - `sigmoid_pairs`: the sigmoid loss of images and captions, by a ring over devices
-- `posteriors`, `pair_posteriors`: all of these as values; in the second, those with gradients
-  through both sides
+- `posteriors`: all of these as values
 - `entropy`: estimators of the entropy as losses: KoLeo, VICReg, SIGReg, uniformity, coding rate
 - `entropy_terms`: these as values, and as terms of an objective
 - `terms`: the rows of the paper's Table 1 as data
@@ -42,7 +41,6 @@ __all__ = [
     "contrastive",
     "entropy",
     "entropy_terms",
-    "pair_posteriors",
     "posteriors",
     "sigmoid_pairs",
     "information",

@@ -1,5 +1,5 @@
-"""Which ground truth a prediction learns: labels of anchors and proposals by IoU, a random sample
-of fixed size from them, and the optimal assignment of a set of predictions.
+"""Assigns ground truth to predictions: labels of anchors and proposals by IoU, a random sample of
+fixed size from them, and the optimal assignment of a set of predictions.
 
 Shapes are static: padding is marked by `valid`, and what is not there has weight 0. Every function
 works under `jax.jit` and `jax.vmap`; nothing has a gradient.
@@ -108,7 +108,7 @@ def sample_labels(
         raise ValueError("there is no label to sample from")
 
     def draw(kind: int, most: int) -> tuple[jax.Array, jax.Array]:
-        """(indices, how many of them are of this kind)."""
+        """Returns (indices, how many of them are of this kind)."""
         score_N = jnp.where(label_N == kind, uniform_N, -1.0)
         score, index = jax.lax.top_k(score_N, min(max(most, 1), size))
         return index, (score >= 0)[:most].sum()
@@ -127,8 +127,8 @@ def sample_labels(
 
 
 def hungarian(cost_RxC: ArrayLike, valid_R: ArrayLike | None = None) -> jax.Array:
-    """The assignment of least total cost: a column of its own for every valid row (the Hungarian
-    algorithm as shortest augmenting paths; Crouse, IEEE TAES 2016).
+    """Returns the assignment of least total cost: a column of its own for every valid row (the
+    Hungarian algorithm as shortest augmenting paths; Crouse, IEEE TAES 2016).
 
     Rows are added one after the other; padded rows cost no time. Each step of a path is one vector
     operation over all columns, so make the smaller side, the objects, the rows. The result is exact

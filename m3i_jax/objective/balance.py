@@ -28,8 +28,8 @@ class BalanceState(NamedTuple):
 
 
 def track_balance(decay: float) -> optax.GradientTransformationExtraArgs:
-    """Optax transform that averages the two feature-gradient norms (M3I appendix B.1) and passes
-    the updates through unchanged.
+    """Returns an optax transform that averages the two feature-gradient norms (M3I appendix B.1)
+    and passes the updates through unchanged.
 
     `update(..., feature_grad_norms=(ssp, sp))` takes the norms of this step, two scalars >= 0. The
     first norm of a group initialises its average, so there is no bias towards zero. A norm that is

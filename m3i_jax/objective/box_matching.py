@@ -61,8 +61,8 @@ def box_matching_cost(
 def match_predictions(
     logits_QxK: ArrayLike, boxes_Qx4: ArrayLike, classes_M: ArrayLike, targets_Mx4: ArrayLike
 ) -> jax.Array:
-    """The prediction of every object in the matching of least total cost, int32 [M]; -1 where there
-    is no object.
+    """Returns the prediction of every object in the matching of least total cost, int32 [M]; -1
+    where there is no object.
 
     Args: as of `box_matching_cost`; M <= Q.
 
@@ -75,8 +75,8 @@ def match_predictions(
 
 
 def matched_classes(match_M: ArrayLike, classes_M: ArrayLike, count: int) -> jax.Array:
-    """The class that each of `count` predictions learns, int32 [Q]: that of the object which is
-    matched with it; -1, background, for the others.
+    """Returns the class that each of `count` predictions learns, int32 [Q]: that of the object
+    which is matched with it; -1, background, for the others.
 
     >>> matched_classes(jnp.array([2, -1]), jnp.array([7, -1]), 4).tolist()
     [-1, -1, 7, -1]

@@ -24,7 +24,7 @@ _BITS = 32  # of a word
 
 
 def box_area(boxes_Nx4: ArrayLike) -> jax.Array:
-    """Area of each box, in square pixels.
+    """Returns the area of each box, in square pixels.
 
     Args:
       boxes_Nx4: boxes, with any leading axes.
@@ -44,7 +44,7 @@ def box_area(boxes_Nx4: ArrayLike) -> jax.Array:
 
 
 def box_iou(a_Nx4: ArrayLike, b_Mx4: ArrayLike) -> jax.Array:
-    """Intersection over union of every box of a with every box of b.
+    """Computes the intersection over union of every box of a with every box of b.
 
     The value of a pair is rounded as torch and numpy round it, and is the same wherever a program
     computes it: no product is fused into a sum. So comparisons with a threshold, and for equality,
@@ -69,9 +69,9 @@ def box_iou(a_Nx4: ArrayLike, b_Mx4: ArrayLike) -> jax.Array:
 
 
 def generalized_box_iou(a_Nx4: ArrayLike, b_Mx4: ArrayLike) -> jax.Array:
-    """Generalised IoU (Rezatofighi et al., CVPR 2019) of every box of a with every box of b: IoU
-    minus the share of their common bounding box that neither covers. Unlike IoU it has a gradient
-    where boxes do not overlap; `1 - generalized_box_iou` is the loss of DETR and DINO.
+    """Computes the generalised IoU (Rezatofighi et al., CVPR 2019) of every box of a with every box
+    of b: IoU minus the share of their common bounding box that neither covers. Unlike IoU it has a
+    gradient where boxes do not overlap; `1 - generalized_box_iou` is the loss of DETR and DINO.
 
     Args:
       a_Nx4: boxes, with any leading axes.
@@ -100,7 +100,7 @@ def encode_boxes(
     anchors_Nx4: ArrayLike,
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
 ) -> jax.Array:
-    """The targets of box regression: how to move and scale each anchor onto its box (R-CNN,
+    """Returns the targets of box regression: how to move and scale each anchor onto its box (R-CNN,
     Girshick et al. 2014): `(dx / w, dy / h, ln(w' / w), ln(h' / h))` times the weights, where w and
     h are of the anchor, w' and h' of the box, dx and dy between the centres.
 
@@ -133,8 +133,8 @@ def decode_boxes(
     anchors_Nx4: ArrayLike,
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
 ) -> jax.Array:
-    """The boxes that predicted deltas mean: the inverse of `encode_boxes`. A log of width or height
-    is at most ln(1000 / 16); it has no lower limit.
+    """Returns the boxes that predicted deltas mean: the inverse of `encode_boxes`. A log of width
+    or height is at most ln(1000 / 16); it has no lower limit.
 
     Args:
       deltas_Nx4: predictions.
@@ -160,7 +160,8 @@ def decode_boxes(
 
 
 def center_boxes(boxes_Nx4: ArrayLike) -> jax.Array:
-    """Boxes as centre and sides, (x, y, width, height), the form in which DETR predicts them.
+    """Returns boxes as centre and sides, (x, y, width, height), the form in which DETR predicts
+    them.
 
     >>> center_boxes([[0, 0, 4, 2]]).tolist()
     [[2.0, 1.0, 4.0, 2.0]]
@@ -170,7 +171,7 @@ def center_boxes(boxes_Nx4: ArrayLike) -> jax.Array:
 
 
 def corner_boxes(centers_Nx4: ArrayLike) -> jax.Array:
-    """The inverse of `center_boxes`.
+    """Returns the inverse of `center_boxes`.
 
     >>> corner_boxes([[2, 1, 4, 2]]).tolist()
     [[0.0, 0.0, 4.0, 2.0]]
@@ -181,7 +182,7 @@ def corner_boxes(centers_Nx4: ArrayLike) -> jax.Array:
 
 
 def clip_boxes(boxes_Nx4: ArrayLike, size_2: ArrayLike) -> jax.Array:
-    """Boxes cut to an image. A box outside becomes one of no area on the border.
+    """Returns boxes cut to an image. A box outside becomes one of no area on the border.
 
     Args:
       boxes_Nx4: boxes.
@@ -204,7 +205,8 @@ def clip_boxes(boxes_Nx4: ArrayLike, size_2: ArrayLike) -> jax.Array:
 def anchors(
     grid: tuple[int, int], stride: int, sizes: Sequence[float], ratios: Sequence[float]
 ) -> jax.Array:
-    """The anchors of one map: boxes of fixed sizes and shapes around the place of every cell.
+    """Returns the anchors of one map: boxes of fixed sizes and shapes around the place of every
+    cell.
 
     Cell (row i, column j) has its anchors around x = j stride, y = i stride: the offset 0 of
     detectron2, where the first anchors lie around the corner of the image. An anchor of size s and
@@ -237,8 +239,8 @@ def nms(
     groups_N: ArrayLike | None = None,
     valid_N: ArrayLike | None = None,
 ) -> jax.Array:
-    """Non-maximum suppression: which boxes stay if, from the best score to the worst, each box that
-    stays removes the later ones whose IoU with it is above the threshold.
+    """Applies non-maximum suppression: which boxes stay if, from the best score to the worst, each
+    box that stays removes the later ones whose IoU with it is above the threshold.
 
     The result is that of the sequential algorithm (torchvision's `nms`), also with equal scores, of
     which the first box comes first. It is found as a fixed point: all boxes are tried at once

@@ -59,7 +59,8 @@ def caption(
     *,
     per_token: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of the tokens of captions, each given its image and what the decoder saw.
+    """Computes the cross-entropy of the tokens of captions, each given its image and what the
+    decoder saw.
 
     Args:
       logits_RxLxV: of the token at each place.
@@ -149,8 +150,8 @@ class CaptionSoftmax(Form):
 
 
 def with_parallel_captions(terms: Sequence[Any], share: float) -> tuple[Any, ...]:
-    """The terms with another share of captions that are predicted at once; below 0, the method's.
-    Texts of objects are never predicted at once.
+    """Returns the terms with another share of captions that are predicted at once; below 0, the
+    method's. Texts of objects are never predicted at once.
 
     >>> with_parallel_captions((), 0.5)
     ()

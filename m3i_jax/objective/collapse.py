@@ -29,7 +29,7 @@ from m3i_jax.objective.numerics import (
 
 
 def target_std(target_TxD: ArrayLike, where_T: ArrayLike | None = None) -> jax.Array:
-    """Standard deviation of the targets over tokens, averaged over the D dimensions.
+    """Computes the standard deviation of the targets over tokens, averaged over the D dimensions.
 
     Pass targets *before* layer norm: normalised targets have a large deviation within a token even
     if all tokens are equal.
@@ -57,8 +57,8 @@ def target_std(target_TxD: ArrayLike, where_T: ArrayLike | None = None) -> jax.A
 
 
 def effective_rank(moment_DxD: ArrayLike) -> jax.Array:
-    """Effective rank of the targets: the exponential of the entropy of the normalised eigenvalues
-    of their second moment.
+    """Computes the effective rank of the targets: the exponential of the entropy of the normalised
+    eigenvalues of their second moment.
 
     The eigenvalue decomposition costs about D^3: call it at log intervals, not in every step.
 
@@ -86,7 +86,7 @@ def effective_rank(moment_DxD: ArrayLike) -> jax.Array:
 
 
 def centered_energy(mean_D: ArrayLike, moment_DxD: ArrayLike) -> jax.Array:
-    """Share of the targets' energy that varies over tokens: `1 - |mean|^2 / trace(C)`.
+    """Returns the share of the targets' energy that varies over tokens: `1 - |mean|^2 / trace(C)`.
 
     It has no unit, unlike the standard deviation, so one threshold serves all models, and it shows
     a collapse in spite of layer norm.
@@ -115,8 +115,8 @@ def centered_energy(mean_D: ArrayLike, moment_DxD: ArrayLike) -> jax.Array:
 
 
 def alignment(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = None) -> jax.Array:
-    """Alignment of Wang and Isola: mean squared distance of two views of an image on the unit
-    sphere.
+    """Computes alignment of Wang and Isola: mean squared distance of two views of an image on the
+    unit sphere.
 
     Args:
       a_BxD: global features of one view, of any length; they are scaled to length 1.
@@ -143,8 +143,8 @@ def alignment(a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = No
 
 
 def uniformity(x_BxD: ArrayLike, where_B: ArrayLike | None = None, t: float = 2.0) -> jax.Array:
-    """Uniformity of Wang and Isola: `log mean exp(-t |u - v|^2)` over all pairs of different images
-    on the unit sphere. `entropy.uniformity_loss` is the same value as a loss.
+    """Computes uniformity of Wang and Isola: `log mean exp(-t |u - v|^2)` over all pairs of
+    different images on the unit sphere. `entropy.uniformity_loss` is the same value as a loss.
 
     Args:
       x_BxD: global features of the images, of any length; they are scaled to length 1.

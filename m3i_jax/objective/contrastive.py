@@ -38,8 +38,8 @@ def dense_boltzmann(
     normalize: bool = True,
     stop_gradient: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dense InfoNCE: a token's positive against the targets at the same position of the other
-    images (M3I Table 1, dense instance discrimination).
+    """Computes dense InfoNCE: a token's positive against the targets at the same position of the
+    other images (M3I Table 1, dense instance discrimination).
 
     Equal to `losses.boltzmann` mapped over positions, computed as one batched product: logits [N,
     B, K], no gather. Their memory, 4 N B K bytes, limits the batch: 13 GB for 196 positions of 4096
@@ -104,7 +104,7 @@ def densecl(
     where_K: ArrayLike | None = None,
     temperature: ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dense InfoNCE of DenseCL: a token's own target against one key of every other image.
+    """Computes dense InfoNCE of DenseCL: a token's own target against one key of every other image.
 
     Everything is scaled to length 1 first, so a negative that is the mean of an image's
     *un-normalised* dense targets is DenseCL's key. Its queue of 65536 keys is the batch here. Only
@@ -162,8 +162,8 @@ def densecl(
 def nt_xent(
     a_BxD: ArrayLike, b_BxD: ArrayLike, where_B: ArrayLike | None = None, *, temperature: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """NT-Xent of SimCLR: each view picks its twin among the 2B - 1 other views of the batch; both
-    views receive gradients.
+    """Computes NT-Xent of SimCLR: each view picks its twin among the 2B - 1 other views of the
+    batch; both views receive gradients.
 
     Args:
       a_BxD: one view of each image.
@@ -203,8 +203,8 @@ def barlow_twins(
     off_diagonal: float = 0.0051,
     eps: float = 1e-5,
 ) -> tuple[jax.Array, jax.Array]:
-    """Redundancy reduction of Barlow Twins: `sum_d (C_dd - 1)^2 + off_diagonal * sum_{d != e}
-    C_de^2`.
+    """Computes the redundancy reduction of Barlow Twins: `sum_d (C_dd - 1)^2 + off_diagonal *
+    sum_{d != e} C_de^2`.
 
     C is the cross-correlation of the two views over the counted images, each dimension standardised
     by its mean and biased variance there. Both views receive gradients. It is a function of the
@@ -315,8 +315,8 @@ def assignments(
     sharpening: float = 0.25,
     sinkhorn: int = 3,
 ) -> jax.Array:
-    """The targets of `prototypes`: sharpened softmax over the prototypes, balanced by Sinkhorn
-    steps (MSN).
+    """Returns the targets of `prototypes`: sharpened softmax over the prototypes, balanced by
+    Sinkhorn steps (MSN).
 
     One step scales every prototype to an equal share of the batch, then every image back to its
     weight. Computed on logarithms, so that a prototype far from all images causes no division by 0.

@@ -27,7 +27,7 @@ from m3i_jax.objective.numerics import (
 def pixel_cross_entropy(
     logits_BxHxWxK: ArrayLike, labels_BxHxW: ArrayLike, ignore: int = 255
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Softmax cross-entropy of semantic segmentation.
+    """Computes the softmax cross-entropy of semantic segmentation.
 
     Two divisors are in use: mmsegmentation divides by all pixels, ignored ones included, others by
     the labelled ones. The first makes an image of few labelled pixels count less.
@@ -64,7 +64,7 @@ def pixel_cross_entropy(
 def binary_cross_entropy(
     logits: ArrayLike, targets: ArrayLike, where: ArrayLike | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of independent yes-no predictions: objectness, masks, points.
+    """Computes the cross-entropy of independent yes-no predictions: objectness, masks, points.
 
     Args:
       logits: predictions, any shape.
@@ -95,8 +95,8 @@ def sigmoid_focal(
     alpha: float = 0.25,
     gamma: float = 2.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Focal loss (Lin et al., ICCV 2017): binary cross-entropy times `(1 - p_t)^gamma` with p_t the
-    probability given to the truth, so that the many easy negatives count little.
+    """Computes the focal loss (Lin et al., ICCV 2017): binary cross-entropy times `(1 - p_t)^gamma`
+    with p_t the probability given to the truth, so that the many easy negatives count little.
 
     Args:
       logits: predictions, one per category, any shape.
@@ -132,8 +132,8 @@ def sigmoid_focal(
 def dice(
     logits_TxP: ArrayLike, targets_TxP: ArrayLike, where_T: ArrayLike | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Dice loss of masks: `1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1)` with p the sigmoid
-    (MaskFormer). A small mask weighs as much as a large one.
+    """Computes the Dice loss of masks: `1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1)` with p the
+    sigmoid (MaskFormer). A small mask weighs as much as a large one.
 
     Args:
       logits_TxP: predictions at P pixels or points of T masks; any number of axes before the last.
@@ -170,8 +170,8 @@ def federated_categories(
     count: int = 50,
     power: float = 0.5,
 ) -> jax.Array:
-    """The categories that the federated loss of an image covers: those of its regions, and others
-    drawn without replacement, in proportion to a power of their frequency.
+    """Returns the categories that the federated loss of an image covers: those of its regions, and
+    others drawn without replacement, in proportion to a power of their frequency.
 
     In LVIS an image is annotated exhaustively for a few categories only: most others are not known
     to be absent. As in detectron2, background is one of the `count` categories if a region has it:
@@ -230,9 +230,9 @@ def federated_cross_entropy(
     count: int = 50,
     power: float = 0.5,
 ) -> tuple[jax.Array, jax.Array]:
-    """Federated loss of LVIS (Zhou et al., Probabilistic two-stage detection, 2021): the binary
-    cross-entropy of the regions of one image in the categories of `federated_categories`; the other
-    columns cost nothing.
+    """Computes the federated loss of LVIS (Zhou et al., Probabilistic two-stage detection, 2021):
+    the binary cross-entropy of the regions of one image in the categories of
+    `federated_categories`; the other columns cost nothing.
 
     Args:
       logits_RxK: predictions, without a column for background.

@@ -28,8 +28,8 @@ class TargetState(NamedTuple):
 def track_target(
     momentum: float | Schedule, select: Callable[[Any], Any] = lambda params: params
 ) -> optax.GradientTransformationExtraArgs:
-    """Optax transform that keeps an exponential moving average of parameters (M3I section 3.4;
-    Table 7) and passes the updates through.
+    """Returns an optax transform that keeps an exponential moving average of parameters (M3I
+    section 3.4; Table 7) and passes the updates through.
 
     The average starts as a copy of the parameters. Update number k (from 1) sets it to `m(k) * old
     + (1 - m(k)) * new`, new being the parameters *after* the update: put the transform last in the
@@ -101,8 +101,8 @@ class SnapshotState(NamedTuple):
 def hold_snapshot(
     steps: Sequence[int], select: Callable[[Any], Any], *, taken: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Optax transform that keeps a target encoder as it was at one of `steps`, the last that has
-    passed (the Gram teacher of DINOv3), and passes the updates through.
+    """Returns an optax transform that keeps a target encoder as it was at one of `steps`, the last
+    that has passed (the Gram teacher of DINOv3), and passes the updates through.
 
     Args:
       steps: updates, from 1, at which the snapshot is taken again.
@@ -156,8 +156,8 @@ def _average(old: jax.Array, new: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def cosine_momentum(start: float, steps: int) -> Schedule:
-    """Momentum of the target from `start` to 1 along a half cosine (M3I Table 7: "0.995, cosine";
-    BYOL).
+    """Returns the momentum of the target from `start` to 1 along a half cosine (M3I Table 7:
+    "0.995, cosine"; BYOL).
 
     `m(k) = 1 - (1 - start) (1 + cos(pi k / steps)) / 2`, and 1 from step `steps` on.
 

@@ -37,8 +37,8 @@ SIGREG_FLOOR = 1.0525
 def koleo(
     features_TxD: ArrayLike, where_T: ArrayLike | None = None, *, group: int = 0, eps: float = 1e-8
 ) -> tuple[jax.Array, jax.Array]:
-    """Kozachenko-Leonenko estimator of the differential entropy on the unit sphere: minus the
-    logarithm of the distance to the nearest other row (KoLeo of DINOv2).
+    """Computes the Kozachenko-Leonenko estimator of the differential entropy on the unit sphere:
+    minus the logarithm of the distance to the nearest other row (KoLeo of DINOv2).
 
     `H = -(D - 1) L + log(n - 1) + log V + 0.5772` nats with L the mean cost, n the rows of a group
     and V the volume of the unit ball of D - 1 dimensions: a consistent estimate, too high in many
@@ -83,8 +83,8 @@ def koleo(
 
 
 def sphere_log_area(width: int) -> float:
-    """Logarithm of the area of the unit sphere in `width` dimensions: the largest differential
-    entropy on it, in nats.
+    """Computes the logarithm of the area of the unit sphere in `width` dimensions: the largest
+    differential entropy on it, in nats.
 
     >>> print(f"{sphere_log_area(3):.4f}")  # log 4 pi
     2.5310
@@ -93,7 +93,7 @@ def sphere_log_area(width: int) -> float:
 
 
 def nearest_entropy(cost: ArrayLike, count: ArrayLike, width: int) -> jax.Array:
-    """Differential entropy on the unit sphere from the mean cost of `koleo`, in nats.
+    """Computes the differential entropy on the unit sphere from the mean cost of `koleo`, in nats.
 
     Args:
       cost: mean of a row, L.
@@ -117,8 +117,8 @@ def variance_covariance(
     covariance: float = 2.0,
     eps: float = 1e-4,
 ) -> tuple[jax.Array, jax.Array]:
-    """Variance and covariance terms of VICReg: `variance * mean_d relu(1 - sqrt(C_dd + eps)) +
-    covariance / D * sum_{d != e} C_de^2`, C the unbiased covariance of the rows.
+    """Computes the variance and covariance terms of VICReg: `variance * mean_d relu(1 - sqrt(C_dd +
+    eps)) + covariance / D * sum_{d != e} C_de^2`, C the unbiased covariance of the rows.
 
     A second-order surrogate of the entropy of a Gaussian at unit variances, `H = D / 2 log(2 pi e)
     + 1/2 log det C`: there `1/2 log det C = 1/2 sum_d log C_dd - 1/4 sum_{d != e} C_de^2` up to
@@ -209,8 +209,8 @@ def sigreg(
     knots: int = 17,
     reach: float = 3.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sketched isotropic Gaussian regularisation of LeJEPA: the Epps-Pulley statistic of normality,
-    averaged over random one-dimensional projections.
+    """Computes the sketched isotropic Gaussian regularisation of LeJEPA: the Epps-Pulley statistic
+    of normality, averaged over random one-dimensional projections.
 
     `T = n int_{-reach}^{reach} |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt` with phi the empirical
     characteristic function of a projection, by the trapezoid rule. It estimates no entropy: it is
@@ -271,8 +271,8 @@ def sigreg(
 def uniformity_loss(
     features_TxD: ArrayLike, where_T: ArrayLike | None = None, *, t: float = 2.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Uniformity of Wang and Isola: `log mean exp(-t |u - v|^2)` over all pairs of different rows
-    on the unit sphere.
+    """Computes uniformity of Wang and Isola: `log mean exp(-t |u - v|^2)` over all pairs of
+    different rows on the unit sphere.
 
     Minus the Renyi entropy of order 2 of a kernel density estimate with Gaussians of variance
     1 / (4 t): `H_2 = -U + D / 2 log(pi / t)` nats. 0 if all rows are equal; -4 is the limit for
@@ -320,8 +320,8 @@ def coding_rate(
     group: int = 0,
     scaled: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Minus the coding rate of MCR2, as SimDINO computes it: `R = 1/2 log det(1 + D / (m eps) Z'Z)`
-    of m unit vectors.
+    """Computes minus the coding rate of MCR2, as SimDINO computes it: `R = 1/2 log det(1 + D / (m
+    eps) Z'Z)` of m unit vectors.
 
     The information I(z; z + n) of Gaussian features with noise n of variance eps / D, an upper
     bound for others: `H(z + n) = R + D / 2 log(2 pi e eps / D)` nats. The moment is not centred. R
@@ -374,8 +374,8 @@ def moment_energy(
     *,
     moment_DxD: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Energy of the rows in their second moment, `z' C z / D`: SiameseIM's anti-collapse term by
-    itself, which `losses.gaussian(..., second_moment=w)` adds with weight w.
+    """Computes the energy of the rows in their second moment, `z' C z / D`: SiameseIM's
+    anti-collapse term by itself, which `losses.gaussian(..., second_moment=w)` adds with weight w.
 
     With C the moment of the rows themselves, their mean energy is tr(C^2), the mean squared product
     of two rows. Over tr(C)^2 it is exp(-H_2), with H_2 the Renyi entropy of order 2 of the spectrum

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax.objective import entropy
-from m3i_jax.objective.available_terms import SMALL
+from m3i_jax.objective.derived_terms import SMALL
 from m3i_jax.objective.posteriors import LossSum
 from m3i_jax.objective.terms import FULL, IMAGE_TARGETS, Pass, ProjectionHead, Term, Terms
 
@@ -57,7 +57,7 @@ class Estimator:
 
 
 def entropy_sum(loss: tuple[jax.Array, jax.Array], nats: Any = None) -> LossSum:
-    """A loss with an estimate of the entropy as evidence, which parts of a batch average.
+    """Returns a loss with an estimate of the entropy as evidence, which parts of a batch average.
 
     >>> entropy_sum((jnp.zeros(()), jnp.ones(()))).evidence
     {}
@@ -225,25 +225,25 @@ AnyTerms = tuple[Term | EntropyTerm, ...]
 
 
 def predictions_of(terms: Sequence[Term | EntropyTerm]) -> Terms:
-    """The prediction terms of an objective."""
+    """Returns the prediction terms of an objective."""
     return tuple(t for t in terms if isinstance(t, Term))
 
 
 def entropies_of(terms: Sequence[Term | EntropyTerm]) -> EntropyTerms:
-    """The entropy terms of an objective."""
+    """Returns the entropy terms of an objective."""
     return tuple(t for t in terms if isinstance(t, EntropyTerm))
 
 
 def join_entropies(rows: Mapping[str, AnyTerms], renamed: Mapping[str, Terms]) -> EntropyTerms:
-    """The entropy terms of rows that are trained together.
+    """Returns the entropy terms of rows that are trained together.
 
-    A term follows the space of its row to the name that `joined_terms.uniquify` gave it, and gets
+    A term follows the space of its row to the name that `derived_terms.uniquify` gave it, and gets
     `_<row>` appended to its own name if an earlier row has another term of that name. A row of
     entropy terms alone reads the pass of the first self-supervised term.
 
     Args:
       rows: {name of a row: its terms}, in order.
-      renamed: the prediction terms of these rows after `joined_terms.uniquify`.
+      renamed: the prediction terms of these rows after `derived_terms.uniquify`.
 
     Raises:
       ValueError: a projector that no prediction term of the row has, or no term to join.
@@ -294,9 +294,9 @@ def join_entropies(rows: Mapping[str, AnyTerms], renamed: Mapping[str, Terms]) -
 
 
 def entropies_of_small_views(terms: EntropyTerms, count: int) -> EntropyTerms:
-    """Entropy terms with one copy for each small view in place of those that read view 2, `SMALL`;
-    those of one name among which there are such share its weight equally, as in
-    `available_terms.with_small_views`.
+    """Returns entropy terms with one copy for each small view in place of those that read view 2,
+    `SMALL`; those of one name among which there are such share its weight equally, as in
+    `derived_terms.with_small_views`.
 
     >>> row = [EntropyTerm(name="a", estimator=Koleo(), reads=Pass(view=v)) for v in (0, 2)]
     >>> [(t.reads.view, t.weight) for t in entropies_of_small_views(tuple(row), 3)]
@@ -321,7 +321,7 @@ def entropies_of_small_views(terms: EntropyTerms, count: int) -> EntropyTerms:
 def entropies_with_options(
     terms: EntropyTerms, *, symmetric: bool, second_group: tuple[str, ...]
 ) -> EntropyTerms:
-    """Entropy terms with the options of `joined_terms.with_options`.
+    """Returns entropy terms with the options of `derived_terms.with_options`.
 
     Args:
       terms: the entropy terms of the objective.

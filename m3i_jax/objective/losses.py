@@ -38,7 +38,8 @@ def gaussian(
     second_moment: ArrayLike = 0.0,
     moment_DxD: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dense Gaussian posterior: squared error per element, with an optional anti-collapse term.
+    """Computes the dense Gaussian posterior: squared error per element, with an optional
+    anti-collapse term.
 
     A row costs `(|p - t|^2 + w p' C p) / D`. The first part is the Gaussian of M3I section 3.1 (the
     paper's 1 / (2 sigma^2) is 1 / D here); the second, with C the second moment of the targets, is
@@ -119,8 +120,8 @@ _energy.defvjp(_energy_forward, _energy_backward)
 
 
 def second_moment(target_TxD: ArrayLike, where_T: ArrayLike | None = None) -> jax.Array:
-    """Second moment of the targets, `C = sum_t w t t' / sum_t w` (SiameseIM's anti-collapse term),
-    without a T x T product.
+    """Computes the second moment of the targets, `C = sum_t w t t' / sum_t w` (SiameseIM's
+    anti-collapse term), without a T x T product.
 
     Take it over all targets of the global batch together: the average of C over parts is C only if
     the parts have equal weight.
@@ -164,8 +165,8 @@ def boltzmann(
     normalize: bool = True,
     stop_gradient: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Boltzmann posterior over given targets: `-log( exp(p.k_index / tau) / sum_k exp(p.k / tau)
-    )`, M3I section 3.1; InfoNCE.
+    """Computes the Boltzmann posterior over given targets: `-log( exp(p.k_index / tau) / sum_k
+    exp(p.k / tau) )`, M3I section 3.1; InfoNCE.
 
     The keys are the target representations that the denominator runs over: those of the batch stand
     for those of the training set. For dense targets whose negatives are the same position of the
@@ -222,8 +223,8 @@ def category(
     *,
     smoothing: ArrayLike = 0.1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Category posterior: softmax cross-entropy with label smoothing; the targets are the rows of
-    the classifier (M3I section 3.2).
+    """Computes the category posterior: softmax cross-entropy with label smoothing; the targets are
+    the rows of the classifier (M3I section 3.2).
 
     `(1 - s) (-log p_label) + s (-mean_c log p_c)`: the smoothed part is spread over all C classes,
     the right one included. M3I uses s = 0.1 (Table 7).
@@ -274,8 +275,8 @@ def text(
     group_B: ArrayLike | None = None,
     chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Text posterior: the symmetric contrastive loss of CLIP over the whole batch (M3I section 3.2,
-    weakly-supervised).
+    """Computes the text posterior: the symmetric contrastive loss of CLIP over the whole batch (M3I
+    section 3.2, weakly-supervised).
 
     With u, v the embeddings scaled to length 1 and s = exp(log_scale), a pair costs the mean of two
     cross-entropies over `s u v'`: its caption among all captions and its image among all images. On

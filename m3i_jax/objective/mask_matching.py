@@ -21,6 +21,7 @@ from m3i_jax.objective.numerics import (
     float32,
     select_logit,
 )
+from m3i_jax.objective.partial_selection import smallest_indices
 
 
 class MatchWeights(NamedTuple):
@@ -144,7 +145,7 @@ def uncertain_points(
     """
     logits_MxN = jax.lax.stop_gradient(float32(logits_MxN))
     candidates_MxNx2 = float32(candidates_MxNx2)
-    _, index_MxU = jax.lax.top_k(-jnp.abs(logits_MxN), count)
+    index_MxU = smallest_indices(jnp.abs(logits_MxN), count)
     taken_MxUx2 = jnp.take_along_axis(candidates_MxNx2, index_MxU[..., None], 1)
     return jnp.concatenate([taken_MxUx2, float32(fresh_MxFx2)], 1)
 

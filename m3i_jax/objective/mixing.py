@@ -18,7 +18,7 @@ from m3i_jax.objective.numerics import assert_rank, assert_shape
 
 
 def partner(x: ArrayLike) -> jax.Array:
-    """The partner of each row: rows 2k and 2k + 1 of the first axis are exchanged.
+    """Returns the partner of each row: rows 2k and 2k + 1 of the first axis are exchanged.
 
     Args:
       x: [B, ...], B even.
@@ -42,7 +42,7 @@ def partner(x: ArrayLike) -> jax.Array:
 
 
 def mix(x_BxN: ArrayLike, mask_BxN: ArrayLike) -> jax.Array:
-    """The mixed input: cell n of row b is its own where the mask is True and its partner's
+    """Returns the mixed input: cell n of row b is its own where the mask is True and its partner's
     elsewhere (M3I section 3.4).
 
     Args:
@@ -69,7 +69,7 @@ def mix(x_BxN: ArrayLike, mask_BxN: ArrayLike) -> jax.Array:
 
 
 def split(mask_BxN: ArrayLike, own: int) -> tuple[jax.Array, jax.Array]:
-    """Indices of the cells that show the own image, and of those that show the partner.
+    """Returns indices of the cells that show the own image, and of those that show the partner.
 
     Args:
       mask_BxN: bool [B, N] with exactly `own` True a row, as the functions of `masks` guarantee;
@@ -100,7 +100,7 @@ def split(mask_BxN: ArrayLike, own: int) -> tuple[jax.Array, jax.Array]:
 
 
 def gather(x_BxT: ArrayLike, index_BxK: ArrayLike) -> jax.Array:
-    """Tokens of given indices: `out[b, k] = x[b, index[b, k]]`.
+    """Returns tokens of given indices: `out[b, k] = x[b, index[b, k]]`.
 
     Args:
       x_BxT: [B, T, ...].
@@ -126,7 +126,7 @@ def gather(x_BxT: ArrayLike, index_BxK: ArrayLike) -> jax.Array:
 
 
 def unmix(x_BxN: ArrayLike, mask_BxN: ArrayLike, own: int) -> tuple[jax.Array, jax.Array]:
-    """The tokens of a mixed sequence, separated by image.
+    """Returns the tokens of a mixed sequence, separated by image.
 
     Equal to gathering both index sets of `split`, but computed as one permutation, whose backward
     pass is the inverse permutation and needs no scatter.

@@ -23,7 +23,7 @@ EXACT = jax.lax.Precision.HIGHEST
 
 
 def float32(x: ArrayLike) -> jax.Array:
-    """The array cast to float32.
+    """Returns the array cast to float32.
 
     >>> print(float32(jnp.ones(2, jnp.bfloat16)).dtype)
     float32
@@ -34,7 +34,7 @@ def float32(x: ArrayLike) -> jax.Array:
 def zero_masked_rows(
     a_TxD: jax.Array, b_TxD: jax.Array, where_T: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both arrays with rows of weight 0 set to 0, and the weights.
+    """Returns both arrays with rows of weight 0 set to 0, and the weights.
 
     Without it, a NaN in a row of weight 0 would reach the sum and the gradient: 0 * NaN is NaN.
 
@@ -51,8 +51,8 @@ def zero_masked_rows(
 
 
 def l2_normalize(x_TxD: jax.Array) -> jax.Array:
-    """Rows scaled to length 1. A zero row stays zero and gets no gradient; dividing it by a tiny
-    length would give a huge one.
+    """Returns rows scaled to length 1. A zero row stays zero and gets no gradient; dividing it by a
+    tiny length would give a huge one.
 
     >>> l2_normalize(jnp.array([[2.0, 0.0], [0.0, 0.0]])).tolist()
     [[1.0, 0.0], [0.0, 0.0]]

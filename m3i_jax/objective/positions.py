@@ -9,7 +9,10 @@ B pairs of views, G cells a side, N = G * G positions in row-major order, W widt
 multiple of 4.
 
 Each number x is embedded as `[sin(x w_k), cos(x w_k)]` with `w_k = 10000^(-k / (W / 4))`, k =
-0..W/4-1; rows come before columns."""
+0..W/4-1; rows come before columns.
+
+Position tables are resized to another grid by `resized`; `resize_position_table` keeps the row for
+cls of an encoder's table."""
 
 import math
 
@@ -54,7 +57,7 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
 
 
 def bicubic_weights(old: int, new: int) -> np.ndarray:
-    """Matrix [new, old] float64 that resizes one axis, as in `resized`.
+    """Returns the matrix [new, old] float64 that resizes one axis, as in `resized`.
 
     >>> bicubic_weights(3, 3).tolist()
     [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
@@ -74,8 +77,8 @@ def bicubic_weights(old: int, new: int) -> np.ndarray:
 
 
 def resized(table_NxW: np.ndarray, grid: int | tuple[int, int]) -> np.ndarray:
-    """A square position table resized to another number of cells by bicubic interpolation, for
-    images of another size (MAE, DeiT).
+    """Returns a square position table resized to another number of cells by bicubic interpolation,
+    for images of another size (MAE, DeiT).
 
     Equal to torch's bicubic: Keys' kernel with a = -0.75, no antialiasing, half-pixel centres and
     repeated borders.
@@ -133,8 +136,8 @@ def coordinates(
     flip_out_B: ArrayLike,
     grid: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows and columns of the target view's cells in patches of the input view (SiameseIM, for crop
-    first and mirror afterwards).
+    """Returns rows and columns of the target view's cells in patches of the input view (SiameseIM,
+    for crop first and mirror afterwards).
 
     Args:
       box_in_Bx4: (top, left, height, width) of the input view, pixels of the un-mirrored image;
@@ -193,7 +196,7 @@ def relative_parts(
     grid: int,
     width: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The parts of `relative_positions`: embedded rows, columns and size ratios.
+    """Returns the parts of `relative_positions`: embedded rows, columns and size ratios.
 
     A linear map of the rows of `relative_positions` is the sum of linear maps of these parts, which
     have G + G + 1 rows instead of G * G.
@@ -313,3 +316,45 @@ def _check(grid: int, width: int) -> None:
             f"width is {width}; it must be a positive multiple of 4: sine and cosine of row and"
             " column"
         )
+
+
+def resize_position_table(table_1xRxD: np.ndarray, grid: int, *, cls: bool) -> np.ndarray:
+    """Returns a position table for another grid, with or without a first row for cls.
+
+    Args:
+      table_1xRxD: table of a square grid, R = G * G or, with a row for cls, G * G + 1.
+      grid: cells a side of the result.
+      cls: whether the result has a row for cls: copied from the table, or zeros.
+
+    Returns:
+      float32 [1, grid * grid + cls, D].
+
+    Raises:
+      ValueError: the number of rows is not that of a square grid, with or without cls.
+
+    >>> resize_position_table(np.ones((1, 5, 3)), 4, cls=True).shape
+    (1, 17, 3)
+    >>> resize_position_table(np.ones((1, 4, 3)), 2, cls=True)[0, :2, 0].tolist()
+    [0.0, 1.0]
+    """
+    rows, width = table_1xRxD.shape[1:]
+    old = table_grid(rows)
+    cls_rows = rows - old * old
+    first = np.zeros((1, 1, width), np.float32)
+    if cls_rows:
+        first = np.asarray(table_1xRxD[:, :cls_rows], np.float32)
+    cells = resized(np.asarray(table_1xRxD[0, cls_rows:], np.float32), grid)[None]
+    return np.concatenate([first, cells], 1) if cls else cells
+
+
+def table_grid(rows: int) -> int:
+    """Returns cells a side of a table with this number of rows, with or without one for cls.
+
+    >>> table_grid(197), table_grid(196)
+    (14, 14)
+    """
+    for count in (rows, rows - 1):
+        side = math.isqrt(count)
+        if side > 0 and side * side == count:
+            return side
+    raise ValueError(f"a position table of {rows} rows is not that of a square grid")

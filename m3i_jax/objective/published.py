@@ -16,7 +16,7 @@ from m3i_jax.objective.posteriors import (
     Prototypes,
     SmoothL1,
 )
-from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
+from m3i_jax.objective.prototype_targets import PrototypeSoftmax
 from m3i_jax.objective.published_recent import RECENT
 from m3i_jax.objective.published_terms import (
     DINO,

@@ -14,9 +14,8 @@ from m3i_jax.objective.entropy_terms import (
     Sigreg,
     VarianceCovariance,
 )
-from m3i_jax.objective.pair_posteriors import SquaredError, TextSigmoid
-from m3i_jax.objective.posteriors import Cosine, TokenSimilarity
-from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
+from m3i_jax.objective.posteriors import Cosine, SquaredError, TextSigmoid, TokenSimilarity
+from m3i_jax.objective.prototype_targets import PrototypeSoftmax
 from m3i_jax.objective.published_terms import (
     DINO,
     MASK_TOKENS,

@@ -69,7 +69,7 @@ def register_form(name: str, terms: AnyTerms) -> AnyTerms:
 
 
 def form(name: str) -> AnyTerms:
-    """The terms of an objective by its name, or by its letter in the paper's Table 3.
+    """Returns the terms of an objective by its name, or by its letter in the paper's Table 3.
 
     Raises:
       ValueError: an unknown name; the message has the reason or the closest name.
@@ -85,11 +85,11 @@ def form(name: str) -> AnyTerms:
     names = dict.fromkeys([*objective_terms.FORMS, *objective_terms.LETTERS, *_FORMS])
     near = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"{name!r} is none of {', '.join(names)}{hint}")
+    raise ValueError(f"{name!r} is not one of {', '.join(names)}{hint}")
 
 
 def forms() -> dict[str, AnyTerms]:
-    """All objectives by name, registered ones included.
+    """Returns all objectives by name, registered ones included.
 
     >>> {"m3i", "mae", "finetune"} <= forms().keys()
     True

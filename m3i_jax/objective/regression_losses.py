@@ -27,7 +27,7 @@ def smooth_l1(
     *,
     beta: float = 2.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Smooth-L1 loss: squared near the target, absolute far from it (data2vec, Feature
+    """Computes the smooth-L1 loss: squared near the target, absolute far from it (data2vec, Feature
     Distillation).
 
     An element at distance d costs `d^2 / (2 beta)` where |d| < beta and `|d| - beta / 2` beyond; a
@@ -68,8 +68,8 @@ def smooth_l1(
 def cosine(
     prediction_TxD: ArrayLike, target_TxD: ArrayLike, where_T: ArrayLike | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Squared distance of the directions, `2 - 2 cos(p, t)` (BYOL): the Gaussian of vectors scaled
-    to length 1.
+    """Computes the squared distance of the directions, `2 - 2 cos(p, t)` (BYOL): the Gaussian of
+    vectors scaled to length 1.
 
     BYOL adds up the losses of both directions of a pair of views; that is left to the caller.
 
@@ -100,9 +100,9 @@ def cosine(
 def squared_error(
     a_TxD: ArrayLike, b_TxD: ArrayLike, where_T: ArrayLike | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Squared error per element, `|a - b|^2 / D`, with gradient through both sides: the invariance
-    of VICReg, and of LeJEPA, where the mean squared distance of two views from their mean is a
-    quarter of it.
+    """Computes the squared error per element, `|a - b|^2 / D`, with gradient through both sides:
+    the invariance of VICReg, and of LeJEPA, where the mean squared distance of two views from their
+    mean is a quarter of it.
 
     By itself it is smallest where both are constant; an entropy term keeps them apart (`entropy`).
 
@@ -128,8 +128,8 @@ def squared_error(
 def token_similarity(
     prediction_BxNxD: ArrayLike, target_BxNxD: ArrayLike, where_BxN: ArrayLike | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Squared error of the cosines of all pairs of tokens of an image (Gram anchoring of DINOv3): a
-    Gaussian on how similar the tokens are to each other, whatever their directions.
+    """Computes the squared error of the cosines of all pairs of tokens of an image (Gram anchoring
+    of DINOv3): a Gaussian on how similar the tokens are to each other, whatever their directions.
 
     A token costs the mean over all tokens j of its image of `(cos(p_i, p_j) - cos(t_i, t_j))^2`,
     weighted by the weights of j; the pair of a token with itself counts and costs 0.

@@ -42,7 +42,8 @@ def confusion_matrix(
 
 
 def miou(matrix: ArrayLike) -> dict[str, Any]:
-    """Mean IoU, mean accuracy and accuracy of pixels, from the confusion matrix of a data set.
+    """Returns mean IoU, mean accuracy and accuracy of pixels, from the confusion matrix of a data
+    set.
 
     A category that no pixel has and none was predicted as has no IoU (NaN) and does not count in
     the mean; one that was predicted but never occurs has IoU 0 and no accuracy. This is

@@ -43,8 +43,8 @@ def text_sigmoid(
     chunk: int = 0,
     axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
-    """Sigmoid posterior of captions: every pair of an image and a caption is a binary decision
-    whether they belong together (SigLIP).
+    """Computes the sigmoid posterior of captions: every pair of an image and a caption is a binary
+    decision whether they belong together (SigLIP).
 
     `sum_j -log sigmoid(s_ij l_ij)` an image, with `l = exp(log_scale) u.v + bias` of embeddings u,
     v of length 1 and s = 1 for its own caption, -1 for all others. The sum runs over all captions

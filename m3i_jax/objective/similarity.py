@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
 
 
 def similarities(u_BxE: jax.Array, v_CxE: jax.Array, of_B: Pairs, of_C: Pairs) -> jax.Array:
-    """Dot products [B, C] in float32; ABSENT where no pair exists.
+    """Returns dot products [B, C] in float32; ABSENT where no pair exists.
 
     >>> row = Pairs(jnp.arange(2), group=jnp.array([5, 5]))
     >>> (similarities(jnp.eye(2), jnp.eye(2), row, row) > ABSENT / 2).tolist()
@@ -48,8 +48,8 @@ def similarities(u_BxE: jax.Array, v_CxE: jax.Array, of_B: Pairs, of_C: Pairs) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked_cross_entropy(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> jax.Array:
-    """Mean of two cross-entropies of every row over the products `u v'`: its v among all v, and its
-    u among all u.
+    """Returns the mean of two cross-entropies of every row over the products `u v'`: its v among
+    all v, and its u among all u.
 
     Equal to `numerics.softmax_cross_entropy` of the whole matrix and of its transpose. At most
     [B, chunk] similarities are in memory at a time. With u split over devices by rows,

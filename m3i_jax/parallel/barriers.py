@@ -99,7 +99,7 @@ def exchange_values(name: str, text: str, *, limit: float = LIMIT) -> list[str]:
         with _log_waits(name, prefix):
             client.wait_at_barrier(f"m3i/{name}/{round_}", int(limit * 1000))
     except Exception as error:
-        hosts = ", ".join(map(host_label, _missing(prefix))) or "no host, but one of them failed"
+        hosts = ", ".join(map(host_label, _missing(prefix))) or "a host that failed"
         if host == 0:
             # the store ends with this process, and the others still read who is missing
             time.sleep(1.0)

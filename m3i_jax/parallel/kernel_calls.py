@@ -1,11 +1,15 @@
 """The calls of kernels that traced programs contain, and which of them a run trusts.
 
 The code that chooses between a kernel and the plain form describes the call by a `KernelCall` and
-asks `trusted` (`parallel/mesh.py`) while it is traced. That notes the call, whatever the model, and
-`parallel/kernel_checks.py` checks it on the device before the program is compiled."""
+asks `trusted` (`parallel/mesh.py`) while it is traced, whatever the model. Where a `Program` is
+traced, that notes the call, and `parallel/kernel_checks.py` checks it on the device before the
+program is compiled, with the other hosts. Elsewhere, as in a function that a caller jits, it is
+checked at once; several hosts, which cannot agree there, use the plain form."""
 
+import contextlib
+import contextvars
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -70,22 +74,60 @@ def kernel_setting() -> str:
     setting = os.environ.get(KERNELS) or "check"
     if setting not in _SETTINGS:
         raise UserError(
-            f"{KERNELS}={setting}: is none of {', '.join(_SETTINGS)}; check compares every kernel"
-            " with the plain form on the device, 0 uses none, 1 uses them unchecked"
+            f"{KERNELS}={setting}: is not one of {', '.join(_SETTINGS)}; check compares every"
+            " kernel with the plain form on the device, 0 uses none, 1 uses them unchecked"
         )
     return setting
 
 
-def ask(call: KernelCall) -> bool:
-    """Whether a program may contain this call. A call that was not checked is noted, and may: a
-    `Program` checks it before it is compiled. What is compiled otherwise, such as encoders of
-    `m3i_jax.load` and exported files, contains calls that no `Program` of the process checked."""
+_noted = contextvars.ContextVar("noted", default=False)
+_excluded = contextvars.ContextVar("excluded", default=False)
+
+
+@contextlib.contextmanager
+def noted_calls() -> Iterator[None]:
+    """Note calls that were not checked, which are assumed to be right, for `take_pending`."""
+    before = _noted.set(True)
+    try:
+        yield
+    finally:
+        _noted.reset(before)
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Trace no kernels: for a program that runs on other platforms, too.
+
+    >>> with without_kernels():
+    ...     excluded()
+    True
+    """
+    before = _excluded.set(True)
+    try:
+        yield
+    finally:
+        _excluded.reset(before)
+
+
+def is_noted() -> bool:
+    """Whether this is within `noted_calls`."""
+    return _noted.get()
+
+
+def excluded() -> bool:
+    """Whether this is within `without_kernels`."""
+    return _excluded.get()
+
+
+def answer(call: KernelCall) -> bool | None:
+    """Whether a program may contain this call, None if that was not checked."""
     setting = kernel_setting()
-    if setting == "check" and call.key not in _settled:
-        _pending[call.key] = call
-    if setting != "check":
-        return setting == "1"
-    return _settled.get(call.key, True)
+    return _settled.get(call.key) if setting == "check" else setting == "1"
+
+
+def note(call: KernelCall) -> None:
+    """Keep a call that was not checked, for `take_pending`."""
+    _pending[call.key] = call
 
 
 def take_pending() -> list[KernelCall]:

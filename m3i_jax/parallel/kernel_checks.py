@@ -4,7 +4,11 @@ compiled: outputs and gradients at the shapes of the program, against the plain 
 A kernel that is wrong, or that the compiler refuses, is not used: one warning says so, and all
 hosts use the plain form, also those on which it was right. Results are kept in the directory of
 compiled programs under the kind of device, the versions of JAX and of its compiler, the source of
-the kernels, and the shapes, so that a second start does not check again."""
+the kernels, and the shapes, so that a second start does not check again.
+
+What is traced outside a `Program`, such as `m3i_jax.load` and a caller's own `jax.jit`, is checked
+while it is traced, on one host. On several, where a process may trace alone what the others do not,
+it uses the plain form."""
 
 import concurrent.futures
 import contextlib
@@ -82,11 +86,36 @@ def needed() -> bool:
     return jax.default_backend() in kernel_calls.PLATFORMS
 
 
+def is_right(call: KernelCall) -> bool:
+    """Whether the program that is traced may contain a call: within `kernel_calls.noted_calls`, and
+    for devices that are not attached, a call that was not checked may; else it is checked now, on
+    one host, or not used, on several."""
+    known = kernel_calls.answer(call)
+    if known is not None:
+        return known
+    if kernel_calls.is_noted() or not needed():
+        kernel_calls.note(call)
+        return True
+    if barriers.host_names() > 1:
+        return False
+    start = time.perf_counter()
+    result = checked_call(call)
+    kernel_calls.settle(call.key, not result.reason)
+    _report_checks(
+        [call],
+        {call.key: result},
+        {call.key: result.reason} if result.reason else {},
+        time.perf_counter() - start,
+    )
+    return not result.reason
+
+
 def settle_kernels(trace: Callable[[], Any]) -> None:
     """Trace a program, and check the calls of kernels in it that were not checked. All hosts call
     this for the same programs in the same order. Where a kernel is refused, all traces are
     forgotten, so that the program is traced again when it is called."""
-    trace()
+    with kernel_calls.noted_calls():
+        trace()
     calls, start = kernel_calls.take_pending(), time.perf_counter()
     found = dict(zip([call.key for call in calls], map(checked_call, calls), strict=True))
     own = {key: result.reason for key, result in found.items() if result.reason}
@@ -97,21 +126,22 @@ def settle_kernels(trace: Callable[[], Any]) -> None:
         kernel_calls.settle(key, False)
     if refused:
         jax.clear_caches()  # of this program and of its parts, which contain the kernels
-    if not found and not refused:
-        return
-    seconds = time.perf_counter() - start
+    if found or refused:
+        _report_checks(calls, found, refused, time.perf_counter() - start)
+
+
+def _report_checks(
+    calls: list[KernelCall], found: dict[str, KernelResult], refused: dict[str, str], seconds: float
+) -> None:
     values = {
         "kernels/used": float(len([key for key in found if key not in refused])),
         "kernels/refused": float(len(refused)),
         "kernels/error": max((result.error for result in found.values()), default=math.nan),
     }
-    _tell(_line(calls, found, refused, seconds), values, warn=bool(refused))
-
-
-def _tell(line: str, values: dict[str, float], *, warn: bool) -> None:
+    line = _line(calls, found, refused, seconds)
     if _report:
         _report(line, values)
-    elif warn:
+    elif refused:
         _log.warning("%s", line)
 
 
@@ -158,7 +188,7 @@ def checked_call(call: KernelCall) -> KernelResult:
         return cached
     before = started.stat().st_size if started.is_file() else 0
     if before >= _STARTS:
-        result = KernelResult(reason=f"{before} checks of it never ended")
+        result = KernelResult(reason=f"{before} earlier checks of it never ended")
     else:
         with contextlib.suppress(OSError), started.open("ab") as marker:
             marker.write(b".")

@@ -1,9 +1,11 @@
 """The mesh, the sharding of data, the only sharding constraint of the project, and programs that
 run on each device separately."""
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +13,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m3i_jax.errors import UserError
-from m3i_jax.parallel import kernel_calls
+from m3i_jax.parallel import kernel_calls, kernel_checks
 from m3i_jax.parallel.programs import Program
 
 AXES = ("replica", "fsdp", "tensor")
 DATA = ("replica", "fsdp")  # the leading axis of a batch is split over both
+GPUS = ("gpu", "cuda")  # platforms: of a device, and of a topology that is compiled for
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -116,6 +119,24 @@ def hold_rows(x_Bx: jax.Array) -> jax.Array:
     return hint(x_Bx, axes) if axes else x_Bx
 
 
+_assumed = contextvars.ContextVar("assumed", default="")
+
+
+@contextlib.contextmanager
+def assumed_platform(name: str) -> Iterator[None]:
+    """Trace for another platform: for estimates, as what is traced is not compiled.
+
+    >>> with assumed_platform("tpu"):
+    ...     platform()
+    'tpu'
+    """
+    before = _assumed.set(name)
+    try:
+        yield
+    finally:
+        _assumed.reset(before)
+
+
 def platform() -> str:
     """Platform that the traced program will run on: that of the mesh (jax.set_mesh), whose devices
     need not be attached, or else the default.
@@ -123,6 +144,8 @@ def platform() -> str:
     >>> platform() == jax.default_backend()
     True
     """
+    if assumed := _assumed.get():
+        return assumed
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
@@ -151,18 +174,21 @@ def is_single_device(rows: int) -> bool:
 
 def kernels(rows: int, platforms: Collection[str] = ("tpu",)) -> bool:
     """Whether Pallas kernels for these platforms can run on that many rows: there, where
-    `is_single_device` holds, unless M3I_JAX_KERNELS=0.
+    `is_single_device` holds, unless M3I_JAX_KERNELS=0 or within `kernel_calls.without_kernels`. A
+    number of rows that a symbol stands for may be anything.
 
     >>> kernels(6) and jax.default_backend() != "tpu"
     False
     """
+    if kernel_calls.excluded() or not isinstance(rows, int):
+        return False
     possible = platform() in platforms and is_single_device(rows)
     return possible and kernel_calls.kernel_setting() != "0"
 
 
 def trusted(call: kernel_calls.KernelCall) -> bool:
-    """Whether the traced program may contain a call that `kernels` allows: it was compared with the
-    plain form on the device, or will be before the program is compiled (`kernel_checks`).
+    """Whether the traced program may contain a call that `kernels` allows: it is compared with the
+    plain form on the device, now or before the program is compiled (`kernel_checks.is_right`).
 
     Args:
       call: with the arrays of all devices, or arrays instead of their shapes.
@@ -171,7 +197,7 @@ def trusted(call: kernel_calls.KernelCall) -> bool:
     def of_device(array: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows_of_device(array.shape[0]), *array.shape[1:]), array.dtype)
 
-    return kernel_calls.ask(call._replace(arrays=jax.tree.map(of_device, call.arrays)))
+    return kernel_checks.is_right(call._replace(arrays=jax.tree.map(of_device, call.arrays)))
 
 
 def per_device(run: Callable[..., Any], *arrays_Bx: Any) -> Any:

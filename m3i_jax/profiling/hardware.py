@@ -5,8 +5,6 @@ import dataclasses
 import re
 from typing import NamedTuple
 
-EXA = 1e18
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -84,7 +82,6 @@ SLICES = (
     ("h200:8", "h200", 8),
     ("b200:8", "b200", 8),
 )
-HEADERS = ("slice", "chips", "exaFLOP/s", "memory a chip", "days")
 
 
 class ChipPeak(NamedTuple):
@@ -116,25 +113,3 @@ def training_days(total: float, *, kind: str, chips: int, mfu: float) -> float:
     2.0
     """
     return total / (CHIPS[kind].peak * chips * mfu) / 86_400
-
-
-def slice_rows(total: float, mfu: float) -> list[tuple[str, str, str, str, str]]:
-    """One row per slice, for `text_table.text_table` with HEADERS.
-
-    >>> slice_rows(1e21, 0.45)[1]
-    ('v5e-16', '16', '0.0032', '17.2 GB', '8.2')
-    """
-    out = []
-    for name, kind, chips in SLICES:
-        chip, time = CHIPS[kind], training_days(total, kind=kind, chips=chips, mfu=mfu)
-        days = f"{time:,.1f}" if time >= 1 else f"{time:.2f}"
-        out.append(
-            (
-                name,
-                str(chips),
-                f"{chip.peak * chips / EXA:.4f}",
-                f"{chip.memory / 1e9:.1f} GB",
-                days,
-            )
-        )
-    return out

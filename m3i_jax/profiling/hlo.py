@@ -380,6 +380,9 @@ def _flops(program: HloProgram, each: HloInstruction) -> float:
         return 2.0 * math.prod(each.arrays[0].shape) * math.prod(left[d] for d in dims)
     if stated := re.search(r'"cost_estimate":\{"flops":"(\d+)"', each.text):
         return float(stated[1])
+    if "__gpu$xla.gpu.triton" in each.text:  # which has no estimate, but the scopes of its call
+        stated = re.search(r'op_name="[^"]*\bcomputed=(\d+)', each.text)
+        return float(stated[1]) if stated else 0.0
     call = re.search(r'"__cudnn\$conv(\w+)"', each.text)
     if each.opcode != "convolution" and not call:
         return 0.0

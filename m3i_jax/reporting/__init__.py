@@ -1,2 +1,2 @@
-"""What a person sees of a run: log lines, images, tables, counts. Knows arrays, numbers and names,
+"""Output of a run for people: log lines, images, tables, counts. Knows arrays, numbers and names,
 no model and no data."""

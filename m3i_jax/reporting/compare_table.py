@@ -68,7 +68,7 @@ class CompareRow:
 
 
 def compare_rows(results: Sequence[Mapping[str, Any]]) -> list[CompareRow]:
-    """Rows from the results of runs, in the order of their objectives.
+    """Returns rows from the results of runs, in the order of their objectives.
 
     Args:
       results: {"form": str, "seed": int, "values": {name: number}} of every finished run.
@@ -93,12 +93,12 @@ def compare_rows(results: Sequence[Mapping[str, Any]]) -> list[CompareRow]:
 
 
 def used_columns(rows: Sequence[CompareRow]) -> list[CompareColumn]:
-    """The columns that any row has."""
+    """Returns the columns that any row has."""
     return [c for c in COLUMNS if any(c.key in row.figures for row in rows)]
 
 
 def table_cell(column: CompareColumn, figure: MetricStats | None) -> str:
-    """Mean and spread as text.
+    """Returns the mean and spread as text.
 
     >>> table_cell(COLUMNS[0], MetricStats(0.5, 0.012, (0.49, 0.51)))
     '50.0 ± 1.2'
@@ -118,7 +118,7 @@ def table_cell(column: CompareColumn, figure: MetricStats | None) -> str:
 
 
 def compare_text(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
-    """The table for a console, notes below."""
+    """Returns the table for a console, notes below."""
     shown = used_columns(rows)
     table = text_table.text_table(
         [(r.form, *(table_cell(c, r.figures.get(c.key)) for c in shown)) for r in rows],
@@ -128,7 +128,7 @@ def compare_text(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
 
 
 def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
-    """The table as Markdown, the best of each evaluation bold, notes below."""
+    """Returns the table as Markdown, the best of each evaluation bold, notes below."""
     shown = used_columns(rows)
     finite_means = {
         c.key: [
@@ -159,7 +159,7 @@ def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
 def compare_json(
     rows: Sequence[CompareRow], notes: Sequence[str], settings: Mapping[str, Any]
 ) -> str:
-    """All metrics of the last lines as JSON; numbers that are not finite are null."""
+    """Returns all metrics of the last lines as JSON; numbers that are not finite are null."""
 
     def number(x: float | None) -> float | None:
         return x if x is not None and math.isfinite(x) else None

@@ -33,8 +33,8 @@ def count_confusions(label_Q: np.ndarray, guess_Q: np.ndarray) -> ConfusionCount
 
 
 def shown_classes(counts: ConfusionCounts, most: int = MOST) -> list[int]:
-    """The classes to show, in the order of their indices: all that occur, or the `most` with the
-    most errors, as label or prediction.
+    """Returns the classes to show, in the order of their indices: all that occur, or the `most`
+    with the most errors, as label or prediction.
 
     >>> shown_classes(count_confusions(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2])), most=2)
     [0, 2]
@@ -48,8 +48,8 @@ def shown_classes(counts: ConfusionCounts, most: int = MOST) -> list[int]:
 
 
 def row_shares(counts: ConfusionCounts, classes: list[int]) -> np.ndarray:
-    """[c, c + 1]: the share of a class's images (row) predicted as each of the classes, and as any
-    other.
+    """Returns [c, c + 1]: the share of a class's images (row) predicted as each of the classes, and
+    as any other.
 
     >>> counts = count_confusions(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2]))
     >>> row_shares(counts, [0, 1]).tolist()
@@ -66,7 +66,7 @@ def row_shares(counts: ConfusionCounts, classes: list[int]) -> np.ndarray:
 
 
 def confused_pairs(counts: ConfusionCounts, most: int = PAIRS) -> list[tuple[int, int, float]]:
-    """(class, predicted class, share of its images) of the most frequent errors.
+    """Returns (class, predicted class, share of its images) of the most frequent errors.
 
     >>> confused_pairs(count_confusions(np.array([0, 0, 1]), np.array([1, 0, 1])))
     [(0, 1, 0.5)]
@@ -86,8 +86,8 @@ def confused_pairs(counts: ConfusionCounts, most: int = PAIRS) -> list[tuple[int
 
 
 def confusion_image(share_CxG: np.ndarray, names: list[str], others: bool) -> Image.Image:
-    """The matrix as an image: one row for each class, one column for each prediction in the same
-    order and, with `others`, one for all other classes."""
+    """Returns the matrix as an image: one row for each class, one column for each prediction in the
+    same order and, with `others`, one for all other classes."""
     columns = [*names, "any other"] if others else names
     side = max(CELL, 200 // max(len(names), 1))
     room = min(

@@ -12,7 +12,7 @@ OBJECT_SIDE, OBJECT_CLASS = "side of an object, pixels", "class of objects"
 
 
 def format_share(part: float, total: float) -> str:
-    """A share in per cent, with two or three significant digits.
+    """Returns a share in per cent, with two or three significant digits.
 
     >>> format_share(1, 3), format_share(1, 30000), format_share(5, 5), format_share(0, 0)
     ('33.3 %', '0.0033 %', '100 %', '-')
@@ -26,7 +26,7 @@ def format_share(part: float, total: float) -> str:
 
 
 def format_rate(value: float) -> str:
-    """A rate with three significant digits.
+    """Returns a rate with three significant digits.
 
     >>> format_rate(1234.5), format_rate(56.78), format_rate(0.1234)
     ('1,234', '56.8', '0.123')
@@ -35,7 +35,7 @@ def format_rate(value: float) -> str:
 
 
 def report_facts(report: DataReport) -> list[tuple[str, str]]:
-    """(name, value) of the facts at the top of the report."""
+    """Returns (name, value) of the facts at the top of the report."""
     source, sample, counts = report["source"], report["sample"], report["pictures"]
     examined, good = counts["looked_at"], counts["usable"]
     sizes, captions, categories, twice = (
@@ -70,7 +70,8 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
                 "categories",
                 f"{categories['used']:,} used of {categories['in_source']:,}; images in each:"
                 f" {categories['smallest']:,} to {categories['largest']:,}, median"
-                f" {categories['median']:g}; as uncertain as {categories['effective']:g} equal ones"
+                f" {categories['median']:g}; their entropy is that of {categories['effective']:g}"
+                " equally frequent ones"
                 + (f"; {empty:,} have no image" if empty else "")
                 + (f"; {dropped:,} labels dropped" if dropped else ""),
             )
@@ -102,7 +103,7 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
 
 
 def has_annotations_alone(report: DataReport) -> bool:
-    """Whether images have objects or maps, and none has a label or a caption.
+    """Returns whether images have objects or maps, and none has a label or a caption.
 
     >>> has_annotations_alone({"pictures": {"with_label": 0, "with_caption": 0}})
     False
@@ -128,7 +129,7 @@ def _label_facts(report: DataReport) -> list[tuple[str, str]]:
 
 
 def annotation_facts(report: DataReport) -> list[tuple[str, str]]:
-    """(name, value) of the facts about objects and maps; [] if there are none.
+    """Returns (name, value) of the facts about objects and maps; [] if there are none.
 
     >>> annotation_facts({})
     []
@@ -187,8 +188,8 @@ def annotation_facts(report: DataReport) -> list[tuple[str, str]]:
 
 
 def feeding_lines(report: DataReport) -> tuple[str, list[tuple[str, str, str, str]]]:
-    """A paragraph with what was measured and assumed, and rows of (chip, peak, images a second that
-    it needs, number of chips that this machine feeds)."""
+    """Returns a paragraph with what was measured and assumed, and rows of (chip, peak, images a
+    second that it needs, number of chips that this machine feeds)."""
     speed, feeds = report["speed"], report["feeds"]
     if not speed["pipeline"]:
         return "The speed was not measured: it needs two usable images.", []
@@ -211,7 +212,7 @@ def feeding_lines(report: DataReport) -> tuple[str, list[tuple[str, str, str, st
 
 
 def report_text(report: DataReport) -> str:
-    """The report for a console: facts, histograms, bad records, duplicates, speed."""
+    """Returns the report for a console: facts, histograms, bad records, duplicates, speed."""
     parts = [
         report["source"]["description"],
         text_table.text_table(report_facts(report), ("of the source", "")),
@@ -261,8 +262,8 @@ def _name(text: str) -> str:
 
 
 def histogram_lines(report: DataReport, most: int = 12) -> list[tuple[str, list[tuple[str, int]]]]:
-    """(title, bars) of every histogram that is not empty; of many categories only the largest and
-    smallest.
+    """Returns (title, bars) of every histogram that is not empty; of many categories only the
+    largest and smallest.
 
     >>> bars = [(str(i), 9 - i) for i in range(9)]
     >>> report = {"sizes": {"short_side": [], "aspect": []}, "captions": {}}
@@ -293,7 +294,7 @@ def histogram_lines(report: DataReport, most: int = 12) -> list[tuple[str, list[
 
 
 def histogram_unit(title: str, bars: Sequence[tuple[str, int]], images: int) -> tuple[str, int]:
-    """What a histogram counts, and how many there are of it.
+    """Returns what a histogram counts, and how many there are of it.
 
     >>> histogram_unit("width : height", [("1:1", 3)], 9)
     ('images', 9)

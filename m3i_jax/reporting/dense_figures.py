@@ -22,8 +22,8 @@ _ROW, _NAME, _COUNT, _VALUE, _BAR, _PAD = 18, 178, 76, 92, 46, 8  # pixels of a 
 
 
 def precision_recall_image(curves_KxR: np.ndarray, colored: Sequence[int]) -> Image.Image:
-    """Precision over recall: the mean of the classes in black, some in their colours, the others
-    faint.
+    """Draws precision over recall: the mean of the classes in black, some in their colours, the
+    others faint.
 
     Args:
       curves_KxR: precision at R recalls from 0 to 1; NaN for a class without objects.
@@ -105,8 +105,8 @@ def curves_figure(
 def class_table_image(
     headers: Sequence[str], names: Sequence[str], counts: np.ndarray, values_KxC: np.ndarray
 ) -> Image.Image:
-    """A table of classes with bars: best first, by the first column of values; of many classes the
-    best and the worst.
+    """Returns a table of classes with bars: best first, by the first column of values; of many
+    classes the best and the worst.
 
     Args:
       headers: of the count and of the C columns of values.
@@ -206,7 +206,7 @@ def class_confusion_figure(
 
 
 def confusion_of_matrix(matrix_KxK: np.ndarray) -> ConfusionCounts:
-    """The counts of a dense matrix, rows are true classes.
+    """Returns the counts of a dense matrix, rows are true classes.
 
     >>> confusion_of_matrix(np.array([[0, 2], [0, 0]]))
     ConfusionCounts(true=array([0]), guessed=array([1]), count=array([2]))
@@ -224,7 +224,7 @@ def worst_detections_figure(
     keys: Sequence[str],
     values: Sequence[float],
 ) -> Figure:
-    """Images with their objects and their detections beside them, in the given order.
+    """Returns images with their objects and their detections beside them, in the given order.
 
     Args:
       title: of the figure.
@@ -257,8 +257,8 @@ def worst_maps_figure(
     keys: Sequence[str],
     values: Sequence[float],
 ) -> Figure:
-    """Images with their class maps, the predicted ones and where these are wrong, in the given
-    order.
+    """Returns images with their class maps, the predicted ones and where these are wrong, in the
+    given order.
 
     Args:
       title: of the figure.
@@ -302,7 +302,8 @@ def worst_maps_figure(
 
 
 def worst_first(scores: Sequence[tuple[str | int, float]], most: int) -> list[str | int]:
-    """The keys of the images of the lowest scores, the worst first; of equal scores, the first.
+    """Returns the keys of the images of the lowest scores, the worst first; of equal scores, the
+    first.
 
     >>> worst_first([("a", 0.5), ("b", 0.1), ("c", 0.3)], 2)
     ['b', 'c']

@@ -32,8 +32,8 @@ _FIRST: tuple[Color, ...] = (
 
 @functools.cache
 def category_color(label: int) -> Color:
-    """The colour of a class, the same in every figure; the first 20 are chosen, the others have
-    hues in steps of the golden angle, in three lightnesses.
+    """Returns the colour of a class, the same in every figure; the first 20 are chosen, the others
+    have hues in steps of the golden angle, in three lightnesses.
 
     >>> category_color(0), category_color(0) == category_color(20)
     ((52, 118, 196), False)
@@ -76,8 +76,8 @@ class DrawnObjects:
 
 
 def shown_detections(found: DrawnObjects, *, score: float = 0.5, most: int = 12) -> DrawnObjects:
-    """The detections to draw, by descending score: at most `most` of at least `score`; if there are
-    none, the three best.
+    """Returns the detections to draw, by descending score: at most `most` of at least `score`; if
+    there are none, the three best.
 
     >>> found = DrawnObjects(boxes=np.zeros((4, 4)), classes=np.arange(4),
     ...                      scores=np.array([.1, .6, .9, .2]))
@@ -99,8 +99,8 @@ def shown_detections(found: DrawnObjects, *, score: float = 0.5, most: int = 12)
 
 
 def fitted_size(height: int, width: int, room: int, tallest: int = 0) -> tuple[int, int]:
-    """(width, height) of an image that is as wide as the room, or as high as `tallest` (0: 1.25
-    times the room).
+    """Returns (width, height) of an image that is as wide as the room, or as high as `tallest` (0:
+    1.25 times the room).
 
     >>> fitted_size(96, 128, 240), fitted_size(400, 100, 240)
     ((240, 180), (75, 300))
@@ -115,7 +115,7 @@ def objects_tile(
     names: Sequence[str],
     room: int,
 ) -> Image.Image:
-    """An image with its objects: translucent masks, boxes, names and scores.
+    """Returns an image with its objects: translucent masks, boxes, names and scores.
 
     Args:
       image_HxWx3: uint8.
@@ -243,7 +243,7 @@ def _label(
 
 
 def map_tile(image_HxWx3: np.ndarray, map_HxW: np.ndarray, room: int) -> Image.Image:
-    """A class map over its image in grey; unknown pixels are striped."""
+    """Returns a class map over its image in grey; unknown pixels are striped."""
     size = fitted_size(map_HxW.shape[0], map_HxW.shape[1], room)
     labels = np.asarray(Image.fromarray(map_HxW.astype(np.uint8)).resize(size, 0))
     palette = np.array([category_color(k) for k in range(256)], np.float64)
@@ -260,7 +260,7 @@ def _stripes(width: int, height: int) -> np.ndarray:
 
 
 def error_tile(truth_HxW: np.ndarray, found_HxW: np.ndarray, room: int) -> Image.Image:
-    """Where a class map is wrong (red); unknown pixels are striped."""
+    """Returns where a class map is wrong (red); unknown pixels are striped."""
     size = fitted_size(truth_HxW.shape[0], truth_HxW.shape[1], room)
     pixels = np.where((truth_HxW == found_HxW)[..., None], np.array(_RIGHT), np.array(_WRONG))
     tile = np.asarray(Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.BOX))

@@ -18,8 +18,8 @@ NONE: Color = (170, 172, 176)  # points without a class
 def nearest_neighbors(
     vectors_NxD: np.ndarray, rows_Q: Sequence[int], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows [Q, K], cosines [Q, K]) of the nearest neighbours of some vectors, without the vector
-    itself, the nearest first.
+    """Returns (rows [Q, K], cosines [Q, K]) of the nearest neighbours of some vectors, without the
+    vector itself, the nearest first.
 
     Args:
       vectors_NxD: L2-normalised.
@@ -40,8 +40,8 @@ def nearest_neighbors(
 def neighbor_agreement(
     vectors_NxD: np.ndarray, label_N: np.ndarray, chunk: int = 1024
 ) -> float | None:
-    """Share of the labelled vectors whose nearest labelled neighbour has their label; None if there
-    are fewer than two.
+    """Returns the share of the labelled vectors whose nearest labelled neighbour has their label;
+    None if there are fewer than two.
 
     >>> neighbor_agreement(np.eye(3)[[0, 0, 1]], np.array([5, 5, 6]))
     0.6666666666666666
@@ -57,7 +57,8 @@ def neighbor_agreement(
 
 
 def project_to_2d(vectors_NxD: np.ndarray, how: str = "pca") -> np.ndarray:
-    """Points [N, 2] for the vectors: the first two principal components, or t-SNE of scikit-learn.
+    """Returns points [N, 2] for the vectors: the first two principal components, or t-SNE of
+    scikit-learn.
 
     Raises:
       UserError: scikit-learn is missing.
@@ -87,7 +88,7 @@ def project_to_2d(vectors_NxD: np.ndarray, how: str = "pca") -> np.ndarray:
 
 
 def class_color(number: int, count: int) -> Color:
-    """The colour of a class: hues evenly around the circle.
+    """Returns the colour of a class: hues evenly around the circle.
 
     >>> class_color(0, 3) != class_color(1, 3)
     True
@@ -100,8 +101,8 @@ def class_color(number: int, count: int) -> Color:
 def embedding_image(
     points_Nx2: np.ndarray, label_N: np.ndarray, names: Sequence[str]
 ) -> tuple[Image.Image, list[tuple[str, Color]]]:
-    """A map with one dot for each image in the colour of its class, and its legend of at most
-    LEGEND classes.
+    """Returns a map with one dot for each image in the colour of its class, and its legend of at
+    most LEGEND classes.
 
     >>> points = np.array([[0.0, 0.0], [1.0, 2.0]])
     >>> image, legend = embedding_image(points, np.array([0, -1]), ["cat"])

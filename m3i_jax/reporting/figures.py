@@ -18,8 +18,8 @@ from PIL import Image
 from m3i_jax import privacy, run_files
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import html_page, image_grid
-from m3i_jax.reporting.atomic_write import write_text_atomic
 from m3i_jax.reporting.image_grid import GAP, INK, MARGIN, MUTED, Color
+from m3i_jax.run_files import write_text_atomic
 
 # pixels of a figure: line height, title, column of lines, their bars, least width
 LINE, HEAD, BESIDE, BAR, LEAST = 17, 32, 260, 60, 480
@@ -106,7 +106,7 @@ def write_figure(directory: str | os.PathLike[str], name: str, figure: Figure) -
 
 
 def newest_figures(directory: str | os.PathLike[str]) -> list[pathlib.Path]:
-    """The newest figure of every kind, STEP-KIND.json, in the order of the kinds.
+    """Returns the newest figure of every kind, STEP-KIND.json, in the order of the kinds.
 
     Raises:
       UserError: a file is not a figure.
@@ -120,7 +120,7 @@ def newest_figures(directory: str | os.PathLike[str]) -> list[pathlib.Path]:
 
 
 def figure_html(file: pathlib.Path) -> str:
-    """A figure as a section of a page.
+    """Returns a figure as a section of a page.
 
     Raises:
       UserError: the file is not a figure, or its PNG is missing.
@@ -220,7 +220,7 @@ def _tone(right: bool | None) -> str:
 
 
 def format_percent(share: float) -> str:
-    """A share in per cent, in few characters.
+    """Returns a share in per cent, in few characters.
 
     >>> format_percent(0.123), format_percent(0.004), format_percent(0.0)
     ('12 %', '0.4 %', '0 %')
@@ -231,7 +231,8 @@ def format_percent(share: float) -> str:
 def draw_figure(
     figure: Figure,
 ) -> tuple[image_grid.ImageGrid, list[list[tuple[int, int, int, int]]]]:
-    """The figure as an image, and the boxes (left, top, width, height) of the images of every row.
+    """Returns the figure as an image, and the boxes (left, top, width, height) of the images of
+    every row.
 
     >>> draw_figure(Figure("", "", [FigureRow([FigureTile(Image.new("RGB", (8, 9)))])]))[1]
     [[(24, 56, 8, 9)]]

@@ -49,6 +49,8 @@ td { padding: .2rem .5rem .2rem 0; vertical-align: top; }
   margin-top: .2rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr));
   gap: 1rem .8rem; }
+.pairs { grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); }
+.pairs > div { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
 figure { margin: 0; } figcaption { font-size: .8rem; line-height: 1.35; margin-top: .3rem; }
 figure img { display: block; width: 100%; height: 8.5rem; object-fit: contain;
   background: var(--card); border: 1px solid var(--rule);
@@ -62,7 +64,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def render_page(title: str, body: Sequence[str], style: str = "") -> str:
-    """The document.
+    """Returns the HTML document.
 
     Args:
       title: plain text.
@@ -82,7 +84,7 @@ def render_page(title: str, body: Sequence[str], style: str = "") -> str:
 
 
 def with_toc(body: Sequence[str], after: int) -> list[str]:
-    """A body with links to its headings (h2) after the first `after` parts.
+    """Returns a body with links to its headings (h2) after the first `after` parts.
 
     >>> with_toc(["<h1>a</h1>", "<h2>b</h2>"], after=1)
     ['<h1>a</h1>', '<nav><a href="#s1">b</a></nav>', '<h2 id="s1">b</h2>']
@@ -109,7 +111,7 @@ def escape_html(value: object) -> str:
 
 
 def headline(numbers: Sequence[tuple[str, str]]) -> str:
-    """Numbers in boxes: (number, description).
+    """Returns HTML with numbers in boxes: (number, description).
 
     >>> headline([("7", "records")])
     '<div class="big"><div><b>7</b><span>records</span></div></div>'
@@ -125,7 +127,7 @@ def headline(numbers: Sequence[tuple[str, str]]) -> str:
 
 
 def definition_list(rows: Sequence[tuple[str, str]]) -> str:
-    """A list of terms and definitions.
+    """Returns a list of terms and definitions.
 
     >>> definition_list([("seed", "0")])
     '<dl><dt>seed</dt><dd>0</dd></dl>'
@@ -138,7 +140,7 @@ def definition_list(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: int) -> str:
-    """An HTML table; columns from `numeric` on are aligned right.
+    """Returns an HTML table; columns from `numeric` on are aligned right.
 
     >>> html_table(("chip", "peak"), [("v5e", "197")], numeric=1).count("class=number")
     2
@@ -159,7 +161,7 @@ def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: i
 
 
 def embed_image(content: bytes, alt: str, kind: str = "png") -> str:
-    """An image inside the page.
+    """Returns an image inside the page.
 
     >>> embed_image(b"\\x00", "nothing")
     '<img alt="nothing" src="data:image/png;base64,AA==">'

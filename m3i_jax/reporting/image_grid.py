@@ -14,7 +14,7 @@ import unicodedata
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from m3i_jax.reporting import atomic_write
+from m3i_jax import run_files
 
 TILE = 112  # approximate side of a tile, pixels
 SMALL = 128  # images up to this side are never reduced
@@ -52,7 +52,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def square_side(cells: int) -> int:
-    """Side of a square grid of cells.
+    """Returns the side of a square grid of cells.
 
     >>> square_side(196)
     14
@@ -64,8 +64,8 @@ def square_side(cells: int) -> int:
 
 
 def side_of_tile(size: int, grid: int) -> int:
-    """Side in pixels of the tiles for images of side `size` with grid x grid cells: about TILE, and
-    a multiple of the grid.
+    """Returns the side in pixels of the tiles for images of side `size` with grid x grid cells:
+    about TILE, and a multiple of the grid.
 
     >>> side_of_tile(224, 14), side_of_tile(384, 24), side_of_tile(32, 4)
     (112, 120, 128)
@@ -76,7 +76,7 @@ def side_of_tile(size: int, grid: int) -> int:
 
 
 def image_tile(pixels_SxSx3: np.ndarray, side: int) -> Image.Image:
-    """An image, uint8, as a tile."""
+    """Returns an image, uint8, as a tile."""
     image, size = Image.fromarray(np.ascontiguousarray(pixels_SxSx3)), pixels_SxSx3.shape[0]
     integer = side % size == 0
     return image.resize(
@@ -85,7 +85,8 @@ def image_tile(pixels_SxSx3: np.ndarray, side: int) -> Image.Image:
 
 
 def upsample_cells(cells_Nx: np.ndarray, side: int) -> np.ndarray:
-    """Cells [N, ...] of a row-major grid as an image [side, side, ...], each a uniform square.
+    """Returns cells [N, ...] of a row-major grid as an image [side, side, ...], each a uniform
+    square.
 
     >>> upsample_cells(np.arange(4), 4)
     array([[0, 0, 1, 1],
@@ -99,8 +100,8 @@ def upsample_cells(cells_Nx: np.ndarray, side: int) -> np.ndarray:
 
 
 def color_tile(rgb_Nx3: np.ndarray, side: int) -> Image.Image:
-    """A map of cell colours, 0..1, as a tile: a square a cell, or, of fewer than COARSE x COARSE
-    cells, interpolated between their centres, so that it can be compared with the image.
+    """Returns a map of cell colours, 0..1, as a tile: a square a cell, or, of fewer than COARSE x
+    COARSE cells, interpolated between their centres, so that it can be compared with the image.
 
     >>> color_tile(np.eye(3)[[0, 0, 2, 2]], 8).getpixel((0, 4))
     (96, 0, 159)
@@ -119,7 +120,8 @@ def _map_tile(colour_Nx3: np.ndarray, side: int) -> Image.Image:
 def mask_tile(
     mask_N: np.ndarray, side: int, own: Color = OWN, other: Color = PARTNER
 ) -> Image.Image:
-    """A mask as a tile (True: the own image), with grid lines if the cells are wide enough."""
+    """Returns a mask as a tile (True: the own image), with grid lines if the cells are wide
+    enough."""
     pixels = upsample_cells(
         np.where(mask_N[:, None], np.array(own, np.uint8), np.array(other, np.uint8)), side
     )
@@ -137,8 +139,8 @@ _HEAT = np.array(
 
 
 def heat_tile(share: float) -> Color:
-    """The colour of a share in 0..1, from light grey through orange to violet, with decreasing
-    lightness.
+    """Returns the colour of a share in 0..1, from light grey through orange to violet, with
+    decreasing lightness.
 
     >>> heat_tile(0.0), heat_tile(1.0)
     ((244, 244, 240), (72, 20, 84))
@@ -157,14 +159,14 @@ def _heat(share_N: np.ndarray) -> np.ndarray:
 
 
 def weight_tile(weight_N: np.ndarray, side: int) -> Image.Image:
-    """A map of weights as a tile like those of `color_tile`; the largest has the darkest colour, 0
-    the lightest."""
+    """Returns a map of weights as a tile like those of `color_tile`; the largest has the darkest
+    colour, 0 the lightest."""
     largest = np.nanmax(weight_N) if np.isfinite(weight_N).any() else 0
     return _map_tile(_heat(weight_N / largest if largest > 0 else np.zeros_like(weight_N)), side)
 
 
 def ink_color(text: str) -> str:
-    """Text on one line, with characters that the font has.
+    """Returns text on one line, with characters that the font has.
 
     >>> ink_color("Café – Straße\\nün 猫")
     'Cafe - Strasse un ?'
@@ -177,7 +179,7 @@ def ink_color(text: str) -> str:
 
 
 def elide_text(text: str, width: float, face: ImageFont.FreeTypeFont) -> str:
-    """The text, or its longest beginning with an ellipsis that fits a width in pixels.
+    """Returns the text, or its longest beginning with an ellipsis that fits a width in pixels.
 
     >>> elide_text("a dog on a beach", 60, font(12))
     'a dog on…'
@@ -197,7 +199,7 @@ def elide_text(text: str, width: float, face: ImageFont.FreeTypeFont) -> str:
 
 
 def wrap_text(text: str, width: float, face: ImageFont.FreeTypeFont) -> list[str]:
-    """The text as lines that fit a width in pixels; a wider word gets its own line.
+    """Returns the text as lines that fit a width in pixels; a wider word gets its own line.
 
     >>> wrap_text("a dog on a beach", 60, font(12))
     ['a dog on a', 'beach']
@@ -250,5 +252,5 @@ class ImageGrid:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a PNG atomically. Raises UserError if the file cannot be written."""
-        with atomic_write.atomic_file(path) as temporary:
+        with run_files.atomic_file(path) as temporary:
             self.image.save(temporary, format="PNG")

@@ -1,4 +1,4 @@
-"""What every metric of a log means: the text of METRICS.md and of the notes below the charts.
+"""The meaning of every metric of a log: the text of METRICS.md and of the notes below the charts.
 
 Lines are in the order of METRICS.md. A test compares them with the names that the code writes."""
 
@@ -169,7 +169,8 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText(
                 "collapse/assignment_bits*",
                 "bits",
-                "mean entropy of the assignments; the difference is what they tell about an image",
+                "mean entropy of the assignments; the difference is their information about an"
+                " image",
                 "below the former",
             ),
             MetricText("collapse/alarm", "", "1: collapsed", "0", note=True),
@@ -245,7 +246,7 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
 
 
 def metric_text(name: str) -> MetricText | None:
-    """The text of a metric; None if there is none, as for one of another package.
+    """Returns the text of a metric; None if there is none, as for one of another package.
 
     >>> metric_text("eval/knn/top1").unit, metric_text("loss/ssp").note, metric_text("mine/x")
     ('share', True, None)
@@ -255,7 +256,7 @@ def metric_text(name: str) -> MetricText | None:
 
 
 def metric_note(name: str) -> str:
-    """The note below the chart of a metric; "" if it has none.
+    """Returns the note below the chart of a metric; "" if it has none.
 
     >>> metric_note("collapse/alarm"), metric_note("lr")
     ('1: collapsed', '')
@@ -265,7 +266,7 @@ def metric_note(name: str) -> str:
 
 
 def is_score(name: str) -> bool:
-    """Whether a metric of an evaluation is better the larger it is.
+    """Returns whether larger values of a metric of an evaluation are better.
 
     >>> is_score("eval/linear/top1"), is_score("eval/linear/log10_l2")
     (True, False)
@@ -275,7 +276,7 @@ def is_score(name: str) -> bool:
 
 
 def metrics_markdown(sections: Sequence[tuple[str, Sequence[MetricText]]] = METRICS) -> str:
-    """All metrics as a page of Markdown, one table a section.
+    """Returns all metrics as a page of Markdown, one table a section.
 
     >>> metrics_markdown([("A", [MetricText("a", "s", "time", "low")])]).splitlines()[-1]
     '| `a` | s | time | low |'

@@ -34,7 +34,7 @@ class _Group:
 
 
 def feature_rgb(features: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Colours of features by principal components.
+    """Returns colours of features by principal components.
 
     The first array gives the basis (the three directions of largest variance, signed so that the
     largest coordinate is positive) and the range (2nd and 98th percentile of each component become

@@ -21,8 +21,8 @@ BOXES = ((24, 144, 96), (196, 58, 148))  # frames of the input and of the target
 
 
 def mix_images(views_RxSxSx3: np.ndarray, mask_RxN: np.ndarray) -> np.ndarray:
-    """The mixed inputs of a batch (M3I section 3.4): the own image where the mask is True, else
-    that of row r ^ 1; R must be even.
+    """Returns the mixed inputs of a batch (M3I section 3.4): the own image where the mask is True,
+    else that of row r ^ 1; R must be even.
 
     >>> views = np.stack([np.full((2, 2, 3), 10, np.uint8), np.full((2, 2, 3), 20, np.uint8)])
     >>> mix_images(views, np.array([[True, False, False, True], [True] * 4]))[0, :, :, 0]
@@ -39,7 +39,7 @@ def mix_images(views_RxSxSx3: np.ndarray, mask_RxN: np.ndarray) -> np.ndarray:
 def frame_boxes(
     original_HxWx3: np.ndarray, box_2x4: np.ndarray, flip_2: np.ndarray, side: int
 ) -> Image.Image:
-    """An image fitted into a tile, with the frames of its views.
+    """Returns an image fitted into a tile, with the frames of its views.
 
     Args:
       original_HxWx3: uint8, in its final orientation.

@@ -42,7 +42,7 @@ class RunLog:
     others: dict[str, LogLine] = dataclasses.field(default_factory=dict)
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric.
+        """Returns steps and values of a metric.
 
         >>> RunLog("a", [{"step": 1, "loss": 2.0}, {"step": 2}], "", "", [], {}).curve("loss")
         ([1], [2.0])
@@ -55,7 +55,7 @@ class RunLog:
         return [step for step, _ in points], [value for _, value in points]
 
     def last(self, name: str) -> float | None:
-        """The last value of a metric, or None."""
+        """Returns the last value of a metric, or None."""
         values = self.curve(name)[1]
         return values[-1] if values else None
 
@@ -73,7 +73,7 @@ class RunLog:
 
 
 def run_names(workdirs: Sequence[str | pathlib.Path]) -> list[str]:
-    """Distinct names of runs: each directory's name, with as many parents as that takes.
+    """Returns distinct names of runs: each directory's name, with as many parents as that takes.
 
     >>> run_names(["a/first", "b"]), run_names(["a/k", "b/k"])
     (['first', 'b'], ['a/k', 'b/k'])
@@ -127,8 +127,8 @@ def load_run_log(workdir: str | pathlib.Path, key: str = "--workdir") -> RunLog:
 
 
 def read_log_lines(log: pathlib.Path) -> list[LogLine]:
-    """The readable lines of a metrics.jsonl, with a warning if it differs from what the run wrote;
-    none if the file is absent.
+    """Returns the readable lines of a metrics.jsonl, with a warning if it differs from what the run
+    wrote; none if the file is absent.
 
     Raises:
       OSError: the file cannot be read.
@@ -162,7 +162,7 @@ def _text(path: pathlib.Path) -> str:
 
 
 def read_png(path: pathlib.Path) -> bytes:
-    """The bytes of an undamaged PNG file; b"" with a warning for a damaged one."""
+    """Returns the bytes of an undamaged PNG file; b"" with a warning for a damaged one."""
     try:
         content = run_files.read_bytes(path)
     except (OSError, UserError) as error:
@@ -175,7 +175,7 @@ def read_png(path: pathlib.Path) -> bytes:
 
 
 def is_complete_png(content: bytes) -> bool:
-    """Whether all chunks of a PNG are present and have their checksums.
+    """Returns whether all chunks of a PNG are present and have their checksums.
 
     >>> end = bytes(4) + b"IEND" + zlib.crc32(b"IEND").to_bytes(4, "big")
     >>> is_complete_png(_PNG), is_complete_png(_PNG + end)

@@ -11,8 +11,8 @@ from m3i_jax.reporting.run_log import RunLog, read_png
 from m3i_jax.reporting.svg_charts import SvgCurve
 
 DENSE_LOSSES = (
-    "All fall, those of classes last; a loss that stays at its first value is not learnt, such as"
-    " that of boxes with which no object is matched."
+    "All losses fall, classification last. A loss that stays at its first value is not learnt, such"
+    " as a box loss if no object is ever matched."
 )
 PANELS = 5  # shown of a run
 TONES = 8
@@ -85,7 +85,7 @@ def run_page_html(
     differs: Mapping[str, Sequence[str]],
     figure_sections: Sequence[str] = (),
 ) -> str:
-    """The page.
+    """Returns the HTML page.
 
     Args:
       runs: the run itself first, then those to compare it with.

@@ -25,7 +25,8 @@ class SvgCurve:
 
 
 def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from low to high, inclusive, with a step of 1, 2 or 5 times a power of ten.
+    """Returns round numbers from low to high, inclusive, with a step of 1, 2 or 5 times a power of
+    ten.
 
     >>> axis_ticks(0.0, 1.0), axis_ticks(3.0, 3.0)
     ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [3.0])
@@ -40,7 +41,7 @@ def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_label(value: float, step: float = 0.0) -> str:
-    """A number in few characters, but distinct from one that differs by `step`.
+    """Returns a number in few characters, but distinct from one that differs by `step`.
 
     >>> [tick_label(v) for v in (0.0, 0.25, 1000.0, 12000.0, 2.5e6, 3e-5, -1.5)]
     ['0', '0.25', '1000', '12k', '2.5M', '3e-5', '-1.5']
@@ -66,7 +67,7 @@ def tick_label(value: float, step: float = 0.0) -> str:
 def thin_points(
     x: Sequence[float], y: Sequence[float], most: int = _MOST
 ) -> tuple[list[float], list[float]]:
-    """At most `most` points: means over consecutive finite points.
+    """Returns at most `most` points: means over consecutive finite points.
 
     >>> thin_points([0, 1, 2, 3], [1.0, 3.0, float("nan"), 5.0], most=2)
     ([0.5, 3.0], [2.0, 5.0])
@@ -82,7 +83,7 @@ def thin_points(
 def svg_chart(
     title: str, curves: Sequence[SvgCurve], *, last: float, note: str = "", linear: bool = False
 ) -> str:
-    """A figure with one chart.
+    """Returns a figure with one chart.
 
     Args:
       title: above the chart.

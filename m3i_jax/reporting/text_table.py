@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def text_table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> str:
-    """A table with aligned columns; columns of numbers and empty cells are aligned right.
+    """Returns a table with aligned columns; columns of numbers and empty cells are aligned right.
 
     >>> print(text_table([("encoder", "1,024"), ("text", "7")], ("part", "parameters")))
     part     parameters
@@ -31,7 +31,7 @@ def text_table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in binary units.
+    """Returns bytes in binary units.
 
     >>> format_bytes(3 * 2**30), format_bytes(1000)
     ('3.00 GiB', '1000 B')

@@ -22,7 +22,6 @@ import xxhash
 
 from m3i_jax import privacy, run_files, schema
 from m3i_jax.errors import UserError
-from m3i_jax.reporting import atomic_write
 
 Values = dict[str, float]
 
@@ -78,7 +77,7 @@ class JsonLines:
         self._content.update(line)
 
     def mark(self) -> run_files.Mark:
-        """Size and digest of the log so far; also recorded for `run_files.read_log`."""
+        """Returns the size and digest of the log so far; also recorded for `run_files.read_log`."""
         now = self._size, self._content.hexdigest()
         with contextlib.suppress(UserError):  # a full disk: the earlier record still holds
             if self._path.is_file():
@@ -153,7 +152,7 @@ class Console:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as text of two units.
+    """Returns seconds as text of two units.
 
     >>> format_duration(59), format_duration(3700), format_duration(200_000)
     ('59s', '1h01m', '2d07h')
@@ -248,7 +247,7 @@ def truncate_log(path: pathlib.Path, step: int) -> int:
     if len(kept) < len(lines):
         if run_files.noted_marks(path):
             run_files.note_mark(path, run_files.file_mark(b"".join(kept)))
-        with atomic_write.atomic_file(path) as temporary, open(temporary, "wb") as file:
+        with run_files.atomic_file(path) as temporary, open(temporary, "wb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
@@ -291,7 +290,8 @@ class Writers:
             self._lost(name, "file(s)", error)
 
     def mark(self) -> dict[str, run_files.Mark]:
-        """{name: size and digest} of the log so far; {} on a process that does not write."""
+        """Returns {name: size and digest} of the log so far; {} on a process that does not
+        write."""
         return {
             name: sink.mark() for name, sink in self._sinks.items() if isinstance(sink, JsonLines)
         }

@@ -9,10 +9,16 @@ leaves open.
 import dataclasses
 import functools
 
-from m3i_jax.schema.curation import Curate
-from m3i_jax.schema.data import SOURCES, Augment, Data, RandAugment
-from m3i_jax.schema.dense import DensePrediction, Detect, Geometry, Maps, Mask2Former, Segment
-from m3i_jax.schema.dino import Dino
+from m3i_jax.schema.data import (
+    SOURCES,
+    Augment,
+    Curate,
+    Data,
+    RandAugment,
+    ViewGroup,
+    parse_view_group,
+)
+from m3i_jax.schema.dense import DensePrediction, Detect, Dino, Geometry, Maps, Mask2Former, Segment
 from m3i_jax.schema.evaluation import Compare, Evaluate, Report
 from m3i_jax.schema.limits import PATH, NumberLimit, option, section
 from m3i_jax.schema.model import (
@@ -26,9 +32,32 @@ from m3i_jax.schema.model import (
     Text,
 )
 from m3i_jax.schema.objective import Objective
-from m3i_jax.schema.tasks import BUILT_IN_TASKS, TASKS, TaskTraits
 from m3i_jax.schema.training import Init, Optim, Parallel, Train
-from m3i_jax.schema.view_groups import ViewGroup, parse_view_group
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskTraits:
+    """Requirements of a kind of task on its settings.
+
+    Attributes:
+      pairs: the images of a batch are mixed in pairs, so that a device takes an even number of
+        them, and are masked by cells of patches.
+      views: an image is read as square views of `data.image_size`; else batches hold annotated
+        images.
+    """
+
+    pairs: bool = False
+    views: bool = False
+
+
+# Values of `task`; training/task.py adds those that other packages register.
+TASKS = {
+    "pretrain": TaskTraits(pairs=True, views=True),
+    "segment": TaskTraits(),
+    "detect": TaskTraits(),
+}
+BUILT_IN_TASKS = tuple(TASKS)
+
 
 __all__ = [
     "BUILT_IN_TASKS",
@@ -94,7 +123,7 @@ class Config:
 
     @property
     def traits(self) -> TaskTraits:
-        """What validation has to know of the task."""
+        """The requirements of the task, for validation."""
         return TASKS[self.task]
 
     @property
@@ -114,7 +143,7 @@ class Config:
         return tuple(group for group in groups for _ in range(group.count))
 
     def view_size(self, view: int) -> int:
-        """Side of a view in pixels."""
+        """Returns the side of a view in pixels."""
         return self.data.image_size if view < 2 else self.small_views[view - 2].size
 
     @property

@@ -1,8 +1,11 @@
-"""Where records come from and how views are cut, masked and augmented."""
+"""Settings of the data: sources, curation, and the cutting, masking and augmentation of views."""
 
 import dataclasses
+import re
 
+from m3i_jax.errors import UserError
 from m3i_jax.schema.limits import (
+    LINE,
     PATH,
     SHARE,
     STD,
@@ -166,6 +169,12 @@ class Data:
         "file of class names, for WordNet ids or numbers; empty: search beside an ImageNet folder",
         PATH,
     )
+    index: str = option(
+        "",
+        "directory of the indices of tar files and other sources, which runs may share; empty:"
+        " WORKDIR/index",
+        PATH,
+    )
     keep: tuple[str, ...] = option(
         (),
         "keep-list, a Parquet or Arrow file with the columns key and, optionally, weight, caption"
@@ -312,3 +321,142 @@ class Data:
     )
     augment: Augment = section(Augment)
     rand_augment: RandAugment = section(RandAugment)
+
+
+_GROUP = re.compile(r"(\d{1,3}) ?x ?(\d{1,4}) at (\d?\.?\d{1,6}) ?- ?(\d?\.?\d{1,6})")
+MOST = 64  # small views of an image
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViewGroup:
+    """Views of one size.
+
+    Attributes:
+      count: views of an image.
+      size: side in pixels.
+      scale: range of the area of their crops as a share of the image.
+    """
+
+    count: int
+    size: int
+    scale: tuple[float, float]
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.size} at {self.scale[0]:g}-{self.scale[1]:g}"
+
+
+def parse_view_group(text: str, key: str = "config.data.small_views") -> ViewGroup:
+    """Returns the group that an entry of `data.small_views` describes.
+
+    Raises:
+      UserError: it is no such entry, or its shares are none.
+
+    >>> print(parse_view_group("8x98 at .05-.32"))
+    8 x 98 at 0.05-0.32
+    """
+    found = _GROUP.fullmatch(text.strip())
+    if not found:
+        raise UserError(
+            f"{key}: {text[:60]!r} is not a group of views; write COUNT x PIXELS at SHARE-SHARE,"
+            " such as 8 x 98 at 0.05-0.32"
+        )
+    count, size = int(found[1]), int(found[2])
+    try:
+        low, high = float(found[3]), float(found[4])
+    except ValueError:
+        low = high = -1.0
+    if not 0 < low <= high <= 1:
+        raise UserError(
+            f"{key}: {text[:60]!r} cuts crops from {found[3]} to {found[4]} of an image; give two"
+            " shares above 0 and up to 1, the smaller first"
+        )
+    if not 1 <= count <= MOST or size < 1:
+        raise UserError(
+            f"{key}: {text[:60]!r} has {count} views of {size} pixels; 1 to {MOST} of at least one"
+            " pixel work"
+        )
+    return ViewGroup(count=count, size=size, scale=(low, high))
+
+
+_COUNT = NumberLimit(0, 2**31 - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curate:
+    """Filters of `--mode=curate`, which writes a keep-list (`data.keep`). Images that cannot be
+    decoded are always left out."""
+
+    min_side: int = option(0, "smallest shorter side in pixels; 0: any", _COUNT)
+    max_aspect: float = option(
+        0.0,
+        "largest longer side over the shorter one; 0: any",
+        NumberLimit(0, 1e6, natural=True),
+    )
+    min_words: int = option(0, "fewest words of a caption; 0: a caption may be missing", _COUNT)
+    max_words: int = option(0, "most words of a caption; 0: any", _COUNT)
+    min_sharpness: float = option(
+        0.0,
+        "smallest standard deviation of the Laplacian of the gray values 0..255, at no more than"
+        " 128 pixels of the shorter side; 0: any",
+        NumberLimit(0, 1e4, natural=True),
+    )
+    min_entropy: float = option(
+        0.0,
+        "fewest bits of entropy of the histogram of gray values; 0: any",
+        NumberLimit(0, 8, natural=True),
+    )
+    scores: str = option(
+        "",
+        "Parquet or Arrow file, or a directory of them, with the column key and numbers, such as"
+        " the similarity of image and caption in the metadata of LAION",
+        PATH,
+    )
+    least: tuple[str, ...] = option(
+        (),
+        "smallest scores that are kept, COLUMN=NUMBER; a record without a score is left out",
+        LINE,
+    )
+    duplicates: str = option(
+        "crops",
+        "which copies are left out: exact (equal files), near (after re-encoding or resizing) or"
+        " crops (also after cropping)",
+        "none",
+        "exact",
+        "near",
+        "crops",
+    )
+    distance: int = option(
+        12, "bits of 64 in which perceptual hashes of candidates differ at most", NumberLimit(0, 32)
+    )
+    difference: float = option(
+        0.2,
+        "largest squared difference of the thumbnails of copies, over their variance",
+        NumberLimit(0, 2, natural=True),
+    )
+    detail: float = option(
+        0.2,
+        "largest such difference of the parts of a copy at 64 pixels; 0: copies are not compared at"
+        " that size, which reads them again",
+        NumberLimit(0, 1e3, natural=True),
+    )
+    against: tuple[str, ...] = option(
+        (),
+        "evaluation sets KIND:PATH[@SPLIT], of which no copy or crop is kept",
+        PATH,
+    )
+    features: str = option(
+        "",
+        "npz of --mode=features of the same source: images with like features are left out too",
+        PATH,
+    )
+    similarity: float = option(
+        0.96, "cosine from which features are alike", NumberLimit(0, 1, natural=True, above=True)
+    )
+    neighbours: str = option(
+        "auto",
+        "how like features are found; approximate: by faiss, which misses some; auto: exactly up to"
+        " 50,000 images",
+        "auto",
+        "exact",
+        "approximate",
+    )

@@ -4,7 +4,6 @@ UperNet on ADE20k; recipes in configs/transfer set what differs."""
 
 import dataclasses
 
-from m3i_jax.schema.dino import Dino
 from m3i_jax.schema.limits import (
     DEPTH,
     EVERY,
@@ -18,6 +17,48 @@ from m3i_jax.schema.limits import (
     option,
     section,
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dino:
+    """The head dino; its width is `dense.detect.width`. The defaults are those of its authors;
+    InternImage's detectors have other denoising (noise of 1.0; H: 1000 queries), heads of their own
+    for every layer, and no biases in the projections."""
+
+    queries: int = option(
+        900, "boxes that are predicted per image; at least `dense.geometry.max_objects`", EVERY
+    )
+    heads: int = option(8, "attention heads of both transformers; they divide the width", HEADS)
+    sampled: int = option(4, "places per level that a head of deformable attention reads", EVERY)
+    encoder_depth: int = option(6, "layers of the encoder", DEPTH)
+    depth: int = option(6, "layers of the decoder", DEPTH)
+    hidden: int = option(2048, "width of the hidden layers of both transformers", WIDTH)
+    shared_heads: bool = option(
+        True, "one class and one box head for all layers of the decoder, instead of one per layer"
+    )
+    projection_bias: bool = option(True, "biases of the convolutions that read the maps")
+    denoising: int = option(
+        100,
+        "pairs of noised objects per image that the decoder restores in training, in as many groups"
+        " of all objects as fit (InternImage-H: 1000); 0: none",
+        NumberLimit(0, 100_000),
+    )
+    label_noise: float = option(
+        0.25, "share of the noised objects that begin with the embedding of a random class", SHARE
+    )
+    box_noise: float = option(
+        0.4,
+        "largest move of a corner of a restored box, in half sides; twice that for boxes to be"
+        " rejected (InternImage: 1.0)",
+        NumberLimit(0, 10),
+    )
+    nms: float = option(
+        1.0, "IoU above which a lower detection of the same class is dropped; 1: all stay", SHARE
+    )
+    remat: bool = option(
+        False, "compute the layers of both transformers again in the backward pass"
+    )
+
 
 SIDES = NumberLimit(1, 2**16)
 OPEN_BLOCKS = NumberLimit(0, 1024, count=ListLimit(most=64, rising=True, unique=True, open=True))
@@ -74,7 +115,7 @@ class Maps:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How an annotated image is resized, cropped and flipped on the host."""
+    """Resizing, cropping and flipping of annotated images on the host."""
 
     rule: str = option(
         "jitter",
@@ -165,9 +206,9 @@ class Mask2Former:
         4, "places per level that an attention head of the pixel decoder reads", EVERY
     )
     encoder_depth: int = option(6, "layers of the pixel decoder", NumberLimit(0, 1024))
-    encoder_hidden: int = option(1024, "width of the hidden layer of the pixel decoder's", WIDTH)
+    encoder_hidden: int = option(1024, "width of the hidden layers of the pixel decoder", WIDTH)
     depth: int = option(9, "layers of the masked decoder", DEPTH)
-    hidden: int = option(2048, "width of the hidden layer of the masked decoder's", WIDTH)
+    hidden: int = option(2048, "width of the hidden layers of the masked decoder", WIDTH)
     max_classes: int = option(
         64,
         "segmentation: categories per image that have a mask in the loss; the smallest of more are"
@@ -305,14 +346,14 @@ class Detect:
     )
     test_proposals: tuple[int, ...] = option(
         (1000, 1000),
-        "the same at evaluation",
+        "candidates per level, and proposals per image after suppression, at evaluation",
         NumberLimit(1, 10**6, count=ListLimit(fewest=2, most=2)),
     )
     rpn_nms: float = option(
         0.7, "IoU above which a lower proposal of the same level is dropped", SHARE
     )
     rois: int = option(512, "proposals per image in the losses of the heads", EVERY)
-    roi_foreground: float = option(0.25, "largest share of foreground among them", SHARE)
+    roi_foreground: float = option(0.25, "largest share of foreground among these proposals", SHARE)
     box_convs: int = option(4, "3 x 3 convolutions of the box head", NumberLimit(0, 1024))
     box_hidden: int = option(1024, "width of the box head's hidden layer", WIDTH)
     masks: bool = option(True, "predict masks; dino does not, mask2former always does")

@@ -1,4 +1,4 @@
-"""What a run measures, compares and reports."""
+"""Settings of evaluations, comparisons and reports."""
 
 import dataclasses
 
@@ -159,7 +159,7 @@ class Compare:
     )
     budget: str = option(
         "images",
-        "what all runs have the same of: images seen; matrix FLOPs of the model; or time of steps,"
+        "budget that all runs share: images seen; matrix FLOPs of the model; or time of steps,"
         " measured on these devices before the first run. The first objective has the length that"
         " the settings say",
         "images",

@@ -37,7 +37,7 @@ class ListLimit:
     open: bool = False
 
     def wrong(self, values: Sequence[Any]) -> str:
-        """The reason why a list is refused; "" if it is accepted."""
+        """Returns the reason why a list is refused; "" if it is accepted."""
         if self.open and not values:
             return ""
         what, names = (
@@ -84,7 +84,7 @@ class NumberLimit:
     count: ListLimit = dataclasses.field(default=ListLimit(), kw_only=True)
 
     def wrong(self, value: float) -> str:
-        """The reason why a value is refused; "" if it is accepted.
+        """Returns the reason why a value is refused; "" if it is accepted.
 
         >>> NumberLimit(0, 1, natural=True, below=True).wrong(1), NumberLimit(0, 9).wrong(-1)
         ('must lie in 0..1, 1 excluded', 'must not be negative')
@@ -137,10 +137,10 @@ class TextLimit:
     count: ListLimit = dataclasses.field(default=ListLimit(), kw_only=True)
 
     def wrong(self, value: str) -> str:
-        """The reason why a value is refused; "" if it is accepted.
+        """Returns the reason why a value is refused; "" if it is accepted.
 
         >>> TextLimit("pattern").wrong("(")[:25], TextLimit("line").wrong("a\\nb")
-        ('is no regular expression ', 'must be one line without control characters')
+        ('is not a regular expression ', 'must be one line without control characters')
         """
         if len(value) > self.most:
             return f"must have at most {self.most:,} characters"
@@ -162,7 +162,7 @@ class TextLimit:
             try:
                 re.compile(value)
             except (re.error, OverflowError, RecursionError) as error:
-                return f"is no regular expression ({error}); use one such as ^encoder/"
+                return f"is not a regular expression ({error}); use one such as ^encoder/"
         return ""
 
 
@@ -175,7 +175,7 @@ def _figure(number: float) -> str:
 
 
 def option(default: Any, text: str, *takes: Any) -> Any:
-    """A dataclass field for one setting.
+    """Returns a dataclass field for one setting.
 
     Args:
       default: default value.
@@ -198,7 +198,7 @@ def option(default: Any, text: str, *takes: Any) -> Any:
 
 
 def section(cls: type) -> Any:
-    """A dataclass field for a section of settings."""
+    """Returns a dataclass field for a section of settings."""
     return dataclasses.field(default_factory=cls)
 
 

@@ -1,4 +1,4 @@
-"""How a run starts, is optimized, logged and spread over devices."""
+"""Settings of initial weights, optimizer, training loop and mesh."""
 
 import dataclasses
 

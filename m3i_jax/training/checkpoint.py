@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from m3i_jax import library_errors, parallel
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import array_checksums, checkpoint_dir, file_checksums, malloc
+from m3i_jax.training import checkpoint_dir, checksums, malloc
 
 FORMAT = checkpoint_dir.FORMAT
 
@@ -88,13 +88,13 @@ class Checkpoints:
     # Listing
 
     def latest(self) -> int | None:
-        """The newest complete step on the disk, damaged or not; None without one."""
+        """Returns the newest complete step on the disk, even if it is damaged; None without one."""
         return max(checkpoint_dir.complete_steps(self._directory), default=None)
 
     def newest_good(self) -> int | None:
-        """The newest step whose files are as they were written; None if there never was a step.
-        Damaged steps are renamed, with a warning that names the file. Host 0 verifies, and all
-        hosts get its answer.
+        """Returns the newest step whose files are as they were written; None if there never was a
+        step. Damaged steps are renamed, with a warning that names the file. Host 0 verifies, and
+        all hosts get its answer.
 
         Raises: UserError: all steps are damaged, so a person must decide to start again; or a step
           cannot be read.
@@ -148,8 +148,8 @@ class Checkpoints:
             self._start(step, state, position)
 
     def retry(self) -> bool:
-        """Whether a save failed and its retry is due. Several hosts retry with the next regular
-        save, which all of them reach."""
+        """Returns whether a save failed and its retry is due. Several hosts retry with the next
+        regular save, which all of them reach."""
         if self._hosts > 1:
             return False
         if self._saving and self._saving[-1].done() and self._saving[-1].exception():
@@ -178,7 +178,7 @@ class Checkpoints:
                 checkpoint_dir.remove_leftovers(self._directory)
             self._cleaned = True
             # dispatched before the next step donates the state's buffers, fetched in the background
-            arrays = array_checksums.checksum_arrays(state)
+            arrays = checksums.checksum_arrays(state)
             tree = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=self.FILE_SIZE)
             args = ocp.args.Composite(
                 state=tree, position=ocp.args.JsonSave(position | {"format": FORMAT})
@@ -191,13 +191,13 @@ class Checkpoints:
             done.set_exception(error)
         self._saving = step, position, done
 
-    def _finish(self, step: int, arrays: array_checksums.ArrayChecksums) -> None:
+    def _finish(self, step: int, arrays: checksums.ArrayChecksums) -> None:
         """In the background: wait for the files, write their checksums, rename the step."""
         self._orbax.wait_until_finished()
         if not self._first:
             return
         new = self._directory / f"{step}.new"
-        file_checksums.write_checksums(new, format=FORMAT, step=step, arrays=arrays.read())
+        checksums.write_checksums(new, format=FORMAT, step=step, arrays=arrays.read())
         os.rename(new, self._directory / str(step))
         checkpoint_dir.fsync_dir(self._directory)
         with contextlib.suppress(UserError):  # the note only guards against a lost directory
@@ -245,7 +245,7 @@ class Checkpoints:
     # Restoring
 
     def position(self, step: int) -> dict[str, Any]:
-        """The JSON that was saved with a state. Raises UserError if it cannot be read."""
+        """Returns the JSON that was saved with a state. Raises UserError if it cannot be read."""
         path = self._directory / str(step)
         try:
             saved = checkpoint_dir.retry_read(
@@ -263,7 +263,7 @@ class Checkpoints:
         )
 
     def restore(self, step: int, template: Any, shardings: Any) -> Any:
-        """The state of a step with the shardings of this run, which may have other devices.
+        """Returns the state of a step with the shardings of this run, which may have other devices.
 
         Args:
           step: a complete step.
@@ -313,10 +313,8 @@ class Checkpoints:
     def _verify_arrays(self, step: int, state: Any) -> Any:
         """The state, if its arrays have the checksums that were saved with them; a step of an older
         version has none."""
-        saved = file_checksums.read_checksums(self._directory / str(step)) or {}
-        changed = (
-            array_checksums.changed_arrays(state, saved["arrays"]) if "arrays" in saved else []
-        )
+        saved = checksums.read_checksums(self._directory / str(step)) or {}
+        changed = checksums.changed_arrays(state, saved["arrays"]) if "arrays" in saved else []
         problems = [f"{path}: differs from what was trained" for path in changed]
         counters = [
             leaf

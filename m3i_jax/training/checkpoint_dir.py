@@ -22,7 +22,7 @@ import numpy as np
 
 from m3i_jax import run_files
 from m3i_jax.errors import UserError
-from m3i_jax.training import array_checksums, file_checksums
+from m3i_jax.training import checksums
 
 # format of a checkpoint; 1: no checksums, 2: CRC-32, 3: the checksums do not have the step number
 FORMAT = 4
@@ -55,13 +55,13 @@ def make_checkpoint_dir(directory: pathlib.Path) -> None:
 
 
 def is_run(directory: str) -> bool:
-    """Whether a directory is the workdir of a run."""
+    """Returns whether a directory is the workdir of a run."""
     path = pathlib.Path(directory)
     return (path / "checkpoints").is_dir() or (path / "config.txt").is_file()
 
 
 def position(step: pathlib.Path) -> dict[str, Any]:
-    """The JSON that was saved with the state of a step.
+    """Returns the JSON that was saved with the state of a step.
 
     Raises:
       ValueError: it is damaged or missing.
@@ -77,14 +77,14 @@ def position(step: pathlib.Path) -> dict[str, Any]:
 
 
 def find_damage(step: pathlib.Path, log: Callable[[str], None] = lambda text: None) -> list[str]:
-    """Differences between the files of a step and what its save wrote, `FILE: PROBLEM` each; empty
-    if there are none.
+    """Returns differences between the files of a step and what its save wrote, `FILE: PROBLEM`
+    each; empty if there are none.
 
     Raises:
       UserError: a newer version wrote the step.
       OSError: a file exists and cannot be read.
     """
-    saved = file_checksums.read_checksums(step)
+    saved = checksums.read_checksums(step)
     if saved is not None:
         if saved.get("format", 0) > FORMAT:
             raise UserError(
@@ -93,8 +93,8 @@ def find_damage(step: pathlib.Path, log: Callable[[str], None] = lambda text: No
             )
         if not _has_own_step(step, saved):
             owner = f"checkpoint {saved['step']}" if "step" in saved else "another checkpoint"
-            return [f"{file_checksums.NAME}: belongs to {owner}, which was copied or renamed"]
-    elif not os.path.lexists(step / file_checksums.NAME):
+            return [f"{checksums.NAME}: belongs to {owner}, which was copied or renamed"]
+    elif not os.path.lexists(step / checksums.NAME):
         try:
             old = "format" not in position(step)
         except ValueError as error:
@@ -105,7 +105,7 @@ def find_damage(step: pathlib.Path, log: Callable[[str], None] = lambda text: No
                 " it is used unverified"
             )
             return []
-    return file_checksums.verify_checksums(step)
+    return checksums.verify_checksums(step)
 
 
 def _has_own_step(step: pathlib.Path, saved: dict[str, Any]) -> bool:
@@ -114,14 +114,12 @@ def _has_own_step(step: pathlib.Path, saved: dict[str, Any]) -> bool:
     number, arrays = int(step.name), saved.get("arrays", {})
     if "step" in saved or "step" not in arrays:
         return saved.get("step", number) == number
-    return (
-        arrays["step"] == array_checksums.checksum_arrays({"step": np.int32(number)}).read()["step"]
-    )
+    return arrays["step"] == checksums.checksum_arrays({"step": np.int32(number)}).read()["step"]
 
 
 def retry_read(read: Callable[[], T], path: pathlib.Path, log: Callable[[str], None]) -> T:
-    """The result of `read`, retried after an OSError: a server may be unavailable for a moment, and
-    the content need not be damaged.
+    """Returns the result of `read`, retried after an OSError: a server may be unavailable for a
+    moment, and the content need not be damaged.
 
     Args:
       read: reads `path`, or files below it.
@@ -156,8 +154,8 @@ def note_newest(directory: pathlib.Path, step: int) -> None:
 
 
 def lost_since(workdir: pathlib.Path, newest: int) -> int:
-    """The last saved step, if it is later than the newest existing one and was not set aside;
-    else 0."""
+    """Returns the last saved step, if it is later than the newest existing one and was not set
+    aside; else 0."""
     directory = workdir / "checkpoints"
     saved = run_files.noted_marks(directory)
     return (
@@ -209,7 +207,7 @@ def refuse_lost(workdir: pathlib.Path, log: list[dict[str, Any]]) -> None:
 def hold_step(step: pathlib.Path) -> Iterator[None]:
     """Hold a shared lock on a step, so that a run that continues does not delete it."""
     try:
-        file = os.open(step / file_checksums.NAME, _FLAGS)
+        file = os.open(step / checksums.NAME, _FLAGS)
     except OSError:  # of an older version, or damaged
         yield
         return
@@ -227,7 +225,7 @@ def delete_step(step: pathlib.Path) -> bool:
     trash = step.with_name(f"{step.name}.old")
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(FileNotFoundError):
-            file = os.open(step / file_checksums.NAME, _FLAGS)
+            file = os.open(step / checksums.NAME, _FLAGS)
             stack.callback(os.close, file)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -269,7 +267,7 @@ def quarantine_step(step: pathlib.Path, problems: list[str]) -> str:
 def fsync_dir(directory: pathlib.Path) -> None:
     """Flush the entries of a directory to the disk."""
     with contextlib.suppress(OSError):  # some file systems cannot
-        file_checksums.fsync_path(directory)
+        checksums.fsync_path(directory)
 
 
 def remove_leftovers(directory: pathlib.Path) -> None:

@@ -25,12 +25,11 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, run_files, version
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import step as step_module
 from m3i_jax.training import targets
 from m3i_jax.training.checkpoint import Checkpoints
-from m3i_jax.training.state import State
-from m3i_jax.training.task import make_task
+from m3i_jax.training.task import State, make_task
 from m3i_jax.training.trainer import Trainer
 
 _REMEDY = "restore the dump, or delete it to replay the one before"
@@ -93,7 +92,7 @@ def write_dump(
 
 
 def newest_dump(workdir: pathlib.Path) -> pathlib.Path:
-    """The newest complete dump of a run.
+    """Returns the newest complete dump of a run.
 
     Raises:
       UserError: the run has no dump.
@@ -112,7 +111,7 @@ def newest_dump(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def nonfinite_arrays(tree: Any) -> dict[str, str]:
-    """{path: counts of NaN and Inf} of the arrays of a tree that are not finite everywhere.
+    """Returns {path: counts of NaN and Inf} of the arrays of a tree that are not finite everywhere.
 
     >>> nonfinite_arrays({"a": np.array([1.0, np.nan, -np.inf]), "b": np.zeros(2)})
     {'a': '1 NaN and 1 Inf of 3'}
@@ -157,7 +156,7 @@ def replay_step(
 
 
 def same_outcome(before: Mapping[str, str], after: Mapping[str, float]) -> bool:
-    """Whether the same metrics are not finite in a replayed step as in the dump.
+    """Returns whether the same metrics are not finite in a replayed step as in the dump.
 
     >>> same_outcome({"loss": "nan", "lr": "0.1"}, {"loss": math.nan})
     True
@@ -174,7 +173,8 @@ def same_outcome(before: Mapping[str, str], after: Mapping[str, float]) -> bool:
 def load_dump(
     dump: pathlib.Path, log: Callable[[str], None]
 ) -> tuple[dict[str, Any], Trainer, State, dict[str, jax.Array]]:
-    """(contents of step.json, trainer, state, global batch) of a dump, on the current devices.
+    """Returns (contents of step.json, trainer, state, global batch) of a dump, on the current
+    devices.
 
     Raises:
       UserError: the dump has no readable state.

@@ -1,4 +1,4 @@
-"""What segmentation and detection share as tasks: annotated images, an encoder that makes maps, a
+"""The base of segmentation and detection as tasks: annotated images, an encoder that makes maps, a
 pyramid, a head with losses as sums over images or pixels.
 
 Parameters are {"encoder", "pyramid", "head"}. Running statistics of batch norms are the entry
@@ -25,9 +25,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import composite
 from m3i_jax.models.dense import pyramid
 from m3i_jax.training import optimizer, views
-from m3i_jax.training.microbatches import split_microbatches
-from m3i_jax.training.state import State
-from m3i_jax.training.task import Batch, StepGradients, Task
+from m3i_jax.training.task import Batch, State, StepGradients, Task, split_microbatches
 
 # purposes of random keys, distinct from all others that are keyed by the stream position
 SAMPLING, DROPOUT = 0x73616D70, 0x64726F63
@@ -44,7 +42,7 @@ class RunningState(NamedTuple):
 
 
 def track_running(initial: Any) -> optax.GradientTransformationExtraArgs:
-    """A link that holds running statistics and takes their new values from the step.
+    """Returns a link that holds running statistics and takes their new values from the step.
 
     `update` passes updates through and replaces the statistics by the keyword argument
     `running_statistics`.
@@ -80,7 +78,7 @@ def normalize_images(
 
 
 def image_keys(config: schema.Config, position_Bx2: jax.Array, purpose: int) -> jax.Array:
-    """A random key per image [B], a function of (seed, purpose, stream position)."""
+    """Returns a random key per image [B], a function of (seed, purpose, stream position)."""
     base = jax.random.fold_in(jax.random.key(config.seed), purpose)
 
     def one(words_2: jax.Array) -> jax.Array:
@@ -95,31 +93,31 @@ class DenseTask(Task):
 
     @abc.abstractmethod
     def pyramid_config(self, sources: tuple[tuple[int, int], ...]) -> pyramid.PyramidConfig:
-        """The pyramid for maps of these (stride, channels)."""
+        """Returns the pyramid for maps of these (stride, channels)."""
 
     @abc.abstractmethod
     def init_head(self, rng: jax.Array) -> tuple[Any, Any]:
-        """(parameters, running statistics) of the head."""
+        """Returns (parameters, running statistics) of the head."""
 
     @abc.abstractmethod
     def annotation_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """{array of a batch: (shape, dtype)} beside image, size and position."""
+        """Returns {array of a batch: (shape, dtype)} beside image, size and position."""
 
     @abc.abstractmethod
     def divisor(self, batch: Batch) -> Divisor:
-        """What the sums of the losses of a batch are divided by: one number, or one for each loss
-        by its name. It depends on annotations alone."""
+        """Returns what the sums of the losses of a batch are divided by: one number, or one for
+        each loss by its name. It depends on annotations alone."""
 
     @abc.abstractmethod
     def loss_sums(
         self, params: Any, statistics: Any, maps: Maps, batch: Batch
     ) -> tuple[Values, Values, Any]:
-        """(losses with their weights, each a sum; other values, each a sum over images; new
+        """Returns (losses with their weights, each a sum; other values, each a sum over images; new
         statistics) of a batch."""
 
     @abc.abstractmethod
     def predict(self, params: Any, statistics: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Predictions for the images of a batch, of which image and size are read."""
+        """Returns predictions for the images of a batch, of which image and size are read."""
 
     @functools.cached_property
     def sources(self) -> tuple[tuple[int, int], ...]:
@@ -138,7 +136,7 @@ class DenseTask(Task):
         return tuple(zip(strides, (x.shape[-1] for x in maps), strict=True))
 
     def pyramid(self) -> pyramid.PyramidConfig:
-        """The pyramid of this run.
+        """Returns the pyramid of this run.
 
         Raises:
           UserError: the encoder's maps cannot give the strides that the head reads.
@@ -160,7 +158,7 @@ class DenseTask(Task):
         }
 
     def init_statistics(self) -> Any:
-        """Running statistics before the first step."""
+        """Returns running statistics before the first step."""
         rng = jax.random.key(0)
         return {"pyramid": pyramid.init(self.pyramid(), rng)[1], "head": self.init_head(rng)[1]}
 
@@ -255,7 +253,7 @@ class DenseTask(Task):
         return values, counts, {"pyramid": of_pyramid, "head": of_head}
 
     def images(self, batch: Batch, *, train: bool) -> jax.Array:
-        """Normalised images of a batch, float32; in training, after changes of colour."""
+        """Returns normalised images of a batch, float32; in training, after changes of colour."""
         images = batch["image"]
         if train and self.config.dense.geometry.photometric:
             images = dense_photometric.dense_photometric(
@@ -264,15 +262,15 @@ class DenseTask(Task):
         return normalize_images(self.config, images, batch["size"])
 
     def maps(self, params: Any, statistics: Any, batch: Batch, *, train: bool) -> tuple[Maps, Any]:
-        """(maps that the head reads, new statistics of the pyramid)."""
+        """Returns (maps that the head reads, new statistics of the pyramid)."""
         last = self.encoder_maps(params, batch, train=train)[-1]
         return self._pyramid_maps(params, statistics, last, train=train)
 
     def encoder_maps(
         self, params: Any, batch: Batch, *, train: bool
     ) -> tuple[tuple[jax.Array, ...], ...]:
-        """The maps of the encoder; of two composed copies in training, those of each, the maps that
-        predictions read last."""
+        """Returns the maps of the encoder; of two composed copies in training, those of each, the
+        maps that predictions read last."""
         config, encoder = self.config, params["encoder"]
         if config.model.encoder.freeze:
             encoder = jax.lax.stop_gradient(encoder)
@@ -328,7 +326,7 @@ class DenseTask(Task):
 
 
 def one_stride(sources: tuple[tuple[int, int], ...]) -> bool:
-    """Whether all maps of an encoder have one stride, as a ViT's.
+    """Returns whether all maps of an encoder have one stride, as a ViT's.
 
     >>> one_stride(((16, 768), (16, 768))), one_stride(((4, 64), (8, 128)))
     (True, False)
@@ -348,5 +346,5 @@ def divide(values: Values, divisor: Divisor) -> Values:
 
 
 def sum_images(values: Mapping[str, tuple[jax.Array, jax.Array]]) -> Values:
-    """The sums of {name: (sum over images, images)}."""
+    """Returns the sums of {name: (sum over images, images)}."""
     return {name: total for name, (total, _) in values.items()}

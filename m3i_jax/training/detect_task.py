@@ -12,7 +12,7 @@ from m3i_jax.data import annotated_batches, geometry, pipeline
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models.dense import pyramid
-from m3i_jax.models.dense.detection_heads import CATEGORY_PARAMETERS, DetectionHead, detection_head
+from m3i_jax.models.dense.task_heads import CATEGORY_PARAMETERS, DetectionHead, detection_head
 from m3i_jax.training.dense_task import (
     SAMPLING,
     DenseTask,
@@ -88,7 +88,7 @@ class DetectTask(DenseTask):
             )
         if wrong:
             raise UserError(
-                f"config.dense.geometry.buckets: {wrong[0][0]} x {wrong[0][1]} are no multiples of"
+                f"config.dense.geometry.buckets: {wrong[0][0]} x {wrong[0][1]} are not multiples of"
                 f" {coarsest}, the stride of the coarsest map of the encoder; round them up"
             )
         return max(canvases, key=lambda each: each[0] * each[1], default=(side, side))

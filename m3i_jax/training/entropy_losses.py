@@ -1,4 +1,4 @@
-"""What the entropy terms of an objective cost, from features of passes that its predictions read.
+"""Losses of the entropy terms of an objective, from features of passes that its predictions read.
 
 Shapes: R rows of a pass, T rows of features (R, or R times the tokens of a pass), D width."""
 
@@ -22,8 +22,8 @@ ENTROPY = 0x656E7472  # keeps the keys of estimators apart from other draws
 
 
 def entropy_key(seed: int, batch: Batch) -> jax.Array:
-    """The random key of the estimators in a step, from the position of its first image: equal on
-    all devices and after a restart.
+    """Returns the random key of the estimators in a step, from the position of its first image:
+    equal on all devices and after a restart.
 
     >>> entropy_key(0, {"position": jnp.zeros((4, 2), jnp.uint32)}).shape
     ()
@@ -34,7 +34,8 @@ def entropy_key(seed: int, batch: Batch) -> jax.Array:
 
 
 def entropy_rows(plan: Plan, term: EntropyTerm, inputs: Inputs) -> int:
-    """Number of rows that an entropy term counts: images, or the tokens of an image in a pass."""
+    """Returns the number of rows that an entropy term counts: images, or the tokens of an image in
+    a pass."""
     read = inputs[term.reads]
     rows, tokens = read.mask.shape
     if term.head.pool != "none":
@@ -65,8 +66,8 @@ class OnlineProjections:
                 self._known[_key(term.reads, term.image, term.head)] = x
 
     def of_target(self, term: Term) -> jax.Array:
-        """[B, D] or [B, N, D]: the target of a term with a gradient, in its projection space; the
-        mean of those of several views."""
+        """Returns [B, D] or [B, N, D]: the target of a term with a gradient, in its projection
+        space; the mean of those of several views."""
         assert isinstance(term.head, ProjectionHead) and term.target.view is not None
         projected = []
         for view in (term.target.view, *term.target.others):
@@ -93,7 +94,7 @@ class OnlineProjections:
 
 
 def entropy_features(plan: Plan, params: Any, z: Features, inputs: Inputs) -> Arrays:
-    """{entropy term: its features, float32}, without those of other predictions."""
+    """Returns {entropy term: its features, float32}, without those of other predictions."""
     project = OnlineProjections(plan, params, z, inputs, {})
     return {i: project(t).astype(jnp.float32) for i, t in plan.numbered_entropies().items()}
 
@@ -106,7 +107,7 @@ def _key(read: Pass, image: str, head: ProjectionHead) -> Any:
 
 
 def entropy_cost(plan: Plan, term: EntropyTerm, features: jax.Array, batch: Batch) -> LossSum:
-    """The cost of one entropy term: every row counts once.
+    """Returns the cost of one entropy term: every row counts once.
 
     Args:
       plan: of the run.

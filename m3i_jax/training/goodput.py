@@ -1,5 +1,6 @@
-"""Where the seconds of a run go. A run is in exactly one phase at any moment, so that the seconds
-of all phases add up to the wall time of its processes, those before a restart included:
+"""Measures how the seconds of a run are spent, by phase. A run is in exactly one phase at any
+moment, so that the seconds of all phases add up to the wall time of its processes, those before a
+restart included:
 
     start      imports, the connection of hosts, opening data, the trainer, the first state
     restore    reading a checkpoint
@@ -86,7 +87,7 @@ class GoodputClock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Seconds of the block go to `name`, and not to the phase around it."""
+        """Yields seconds of the block go to `name`, and not to the phase around it."""
         self._settle()
         self._stack.append(name)
         try:
@@ -101,7 +102,7 @@ class GoodputClock:
         self._stack[0] = name
 
     def beat(self) -> None:
-        """A sign of life within a phase that may be long."""
+        """Reports a sign of life within a phase that may be long."""
         self.alive = time.monotonic()
 
     def step_ended(self) -> None:
@@ -128,7 +129,7 @@ class GoodputClock:
         self._seconds["compile"] += more
 
     def total(self) -> dict[str, float]:
-        """Seconds by phase so far, of all starts of the run."""
+        """Returns seconds by phase so far, of all starts of the run."""
         self._settle()
         return dict(self._seconds)
 
@@ -155,8 +156,8 @@ class GoodputClock:
         return out | self._lines(total)
 
     def summary(self) -> tuple[dict[str, float], str]:
-        """(metrics, one line for the log) of the whole run: the share of its wall time spent in
-        steps, and the other phases."""
+        """Returns (metrics, one line for the log) of the whole run: the share of its wall time
+        spent in steps, and the other phases."""
         total = self.total()
         wall = sum(total.values())
         values = {
@@ -199,7 +200,8 @@ class InputStallAlarm:
         self.alarm, self._row, self._before = False, 0, 0.0
 
     def see(self, values: Mapping[str, float]) -> str:
-        """The warning to log if the alarm rises with a reading of `GoodputClock.read`, else "".
+        """Returns the warning to log if the alarm rises with a reading of `GoodputClock.read`, else
+        "".
 
         >>> alarm = InputStallAlarm()
         >>> readings = (0.9, 4.0), (0.8, 8.0), (0.9, 12.0), (0.1, 12.1), (0.9, 16.0), (0.9, 22.0)
@@ -230,7 +232,7 @@ class InputStallAlarm:
 
 
 def resumed_seconds(saved: Mapping[str, float], logged: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by phase of a resumed run.
+    """Returns seconds by phase of a resumed run.
 
     Args:
       saved: those at its checkpoint.

@@ -20,11 +20,12 @@ import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
-from m3i_jax.interop import position_tables, vit_weights
+from m3i_jax.interop import vit_weights
 from m3i_jax.models import backbones, composite, relative_bias
 from m3i_jax.models.vit import fixed_positions
+from m3i_jax.objective import positions
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training.state import State
+from m3i_jax.training.task import State
 from m3i_jax.training.weight_source import RUNNING, WeightSource, open_weights, put_array
 
 _RELATIVE = ("encoder/relative/", f"encoder/{composite.SECOND}relative/")
@@ -41,7 +42,7 @@ _ATOL = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """How the arrays of a run match those of a source, by path.
+    """Matches of the arrays of a run with those of a source, by path.
 
     Attributes: selected: arrays that `config.init.only` selects. same: of equal shape. differ: of
       another shape. missing: absent from the source. restarted: not selected since they are of
@@ -64,7 +65,8 @@ def initialize_from(
     classes: tuple[str, ...] = (),
     of_categories: tuple[str, ...] = (),
 ) -> Any:
-    """Initial parameters, replaced by the arrays of `config.init_from` that `config.init` selects.
+    """Returns initial parameters, replaced by the arrays of `config.init_from` that `config.init`
+    selects.
 
     Args:
       config: settings of this run.
@@ -115,8 +117,8 @@ def initialize_from(
 
 
 def with_statistics(state: State, location: str) -> State:
-    """The state of a dense task with the running statistics of a file of weights, if it has some,
-    in the place of initial ones: for its evaluation.
+    """Returns the state of a dense task with the running statistics of a file of weights, if it has
+    some, in the place of initial ones: for its evaluation.
 
     Raises:
       UserError: as of `open_weights`.
@@ -168,7 +170,7 @@ def _matches(patterns: Iterable[str], path: str) -> bool:
 
 @dataclasses.dataclass
 class PositionTable:
-    """What is taken from a source's position table.
+    """The position table that is taken from a source.
 
     Attributes: value: [1, T, D], for a learned table of this run, or None. message: what was
       changed, for the log. cls: row of the class token, to be added to the token where the table of
@@ -183,7 +185,7 @@ class PositionTable:
 def _own_grid(config: schema.Config, target: Mapping[str, Any]) -> int:
     """Patches a side for which this run has its positions."""
     if TABLE in target:
-        return position_tables.table_grid(target[TABLE].shape[1])
+        return positions.table_grid(target[TABLE].shape[1])
     size = config.dense.maps.image_size or config.data.image_size
     return size // config.model.encoder.patch_size
 
@@ -222,19 +224,19 @@ def _position_table(config: schema.Config, source: WeightSource, own_grid: int) 
                 dataclasses.replace(encoder, positions=kind, position_grid=grid), own_grid
             )
             return PositionTable(
-                position_tables.resize_position_table(fixed[None], own_grid, cls=encoder.cls_token),
+                positions.resize_position_table(fixed[None], own_grid, cls=encoder.cls_token),
                 f"{TABLE} starts as the source's fixed table of {grid} x {grid}",
             )
         if TABLE not in source.shapes:
             return PositionTable(None, "")
         table_1xTxD = source.read({TABLE: None})[TABLE]
-        grid = position_tables.table_grid(table_1xTxD.shape[1])
+        grid = positions.table_grid(table_1xTxD.shape[1])
         resized = (
             f"{TABLE} was resized from {grid} x {grid} to {own_grid} x {own_grid} by bicubic"
             " interpolation"
         )
         return PositionTable(
-            position_tables.resize_position_table(table_1xTxD, own_grid, cls=encoder.cls_token),
+            positions.resize_position_table(table_1xTxD, own_grid, cls=encoder.cls_token),
             resized if grid != own_grid else "",
         )
     if kind != "learned":
@@ -250,7 +252,7 @@ def _position_table(config: schema.Config, source: WeightSource, own_grid: int) 
     if TABLE not in source.shapes:
         return PositionTable(None, "")
     table_1xTxD = source.read({TABLE: None})[TABLE]
-    grid = position_tables.table_grid(table_1xTxD.shape[1])
+    grid = positions.table_grid(table_1xTxD.shape[1])
     cls_rows = table_1xTxD.shape[1] - grid * grid
     for fixed_kind in ("sincos", "sincos_columns"):
         fixed = fixed_positions(

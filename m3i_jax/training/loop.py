@@ -20,9 +20,9 @@ from m3i_jax import parallel
 from m3i_jax.objective import collapse
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 from m3i_jax.training.goodput import GoodputClock, InputStallAlarm
-from m3i_jax.training.state import State
 from m3i_jax.training.step import MOST_NOT_FINITE
 from m3i_jax.training.targets import MOMENT
+from m3i_jax.training.task import State
 from m3i_jax.training.trainer import Trainer
 
 DONE, FAILED, PREEMPTED = 0, 1, 42

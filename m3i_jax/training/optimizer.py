@@ -18,9 +18,8 @@ from m3i_jax.models import composite, m3i
 from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import assignments, teachers
-from m3i_jax.training.muon import muon_or_adam
-from m3i_jax.training.schedule_free import schedule_free
+from m3i_jax.training import targets, teachers
+from m3i_jax.training.update_rules import muon_or_adam, schedule_free
 
 Schedule = Callable[[Any], Any]  # a function of the step
 Mask = Callable[[Any], Any]  # params -> tree of booleans
@@ -46,8 +45,8 @@ MIN_SPREAD = 1e-3  # of the median: a smaller deviation is rounding, not a spike
 def build_optimizer(
     config: schema.Config, terms: Terms, *, steps: int, warmup: int
 ) -> optax.GradientTransformationExtraArgs:
-    """The chain for a run of `steps` optimizer steps. `update` takes `feature_grad_norms=(ssp,
-    sp)`, the norms of Eq. 13."""
+    """Returns the chain for a run of `steps` optimizer steps. `update` takes
+    `feature_grad_norms=(ssp, sp)`, the norms of Eq. 13."""
 
     def parts(params: Any) -> Any:
         return params if config.optim.ema_of == "all" else m3i.target_parts(config, terms, params)
@@ -62,7 +61,7 @@ def build_optimizer(
         first=(("balance", balance.track_balance(config.objective.balance_decay)),),
         last=(
             ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
-            *assignments.start_link(config, terms, steps),
+            *targets.start_link(config, terms, steps),
             ("target", ema.track_target(_momentum(config.optim, steps), parts)),
             *([("frozen", hold_frozen(parts))] if has_frozen else []),
             *([("snapshot", _snapshot(config, steps))] if has_snapshot else []),
@@ -72,7 +71,7 @@ def build_optimizer(
                 if teachers.widths(paths)
                 else []
             ),
-            *assignments.center_link(config, terms, steps),
+            *targets.center_link(config, terms, steps),
         ),
     )
 
@@ -87,7 +86,7 @@ def _snapshot(config: schema.Config, steps: int) -> optax.GradientTransformation
 
 
 def average_link(optim: schema.Optim, *, steps: int) -> tuple[NamedLink, ...]:
-    """The link that keeps an average of all parameters, if `optim.ema_of` is all."""
+    """Returns the link that keeps an average of all parameters, if `optim.ema_of` is all."""
     if optim.ema_of != "all":
         return ()
     return (("target", ema.track_target(_momentum(optim, steps), lambda params: params)),)
@@ -101,7 +100,7 @@ def build_chain(
     first: Sequence[NamedLink] = (),
     last: Sequence[NamedLink] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """The named chain of any task for a run of `steps` optimizer steps: its `first` links,
+    """Returns the named chain of any task for a run of `steps` optimizer steps: its `first` links,
     clipping, the rule with learning rates by layer and decay by name, its `last` links, and the
     window of spikes if they are skipped. `update` takes the keyword arguments that any link
     knows."""
@@ -192,14 +191,14 @@ def lars(
 
 
 def matrix_mask(params: Any) -> Any:
-    """A tree of booleans: which parameters have more than one axis."""
+    """Returns a tree of booleans: which parameters have more than one axis."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] = ()) -> Any:
-    """A tree of booleans: which parameters are decayed, by `optim.decayed`; none whose path begins
-    with a prefix of `frozen`. Stacked blocks have a leading layer axis, which is no axis of a
-    parameter.
+    """Returns a tree of booleans: which parameters are decayed, by `optim.decayed`; none whose path
+    begins with a prefix of `frozen`. Stacked blocks have a leading layer axis, which is no axis of
+    a parameter.
 
     >>> params = {"encoder": {"norm": {"scale": np.ones(2)}, "cls_token": np.ones((1, 1, 2))}}
     >>> [
@@ -229,8 +228,8 @@ def _fan_in(path: str, shape: tuple[int, ...]) -> int:
 
 
 def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> Any:
-    """The factor of a parameter's learning rate: a number, or an array [L] with one a layer of a
-    stacked parameter.
+    """Returns the factor of a parameter's learning rate: a number, or an array [L] with one a layer
+    of a stacked parameter.
 
     The product of those that apply:
     - in the encoder, `optim.encoder_lr`, and `optim.layer_decay` to the power of the layers above;
@@ -288,7 +287,8 @@ def scale_by_lr_factor(config: schema.Config) -> optax.GradientTransformation:
 
 
 def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
-    """Learning rate as a function of the step: linear warm-up, then by `optim.schedule`.
+    """Returns the learning rate as a function of the step: linear warm-up, then by
+    `optim.schedule`.
 
     cosine: from `lr` to `min_lr` (M3I Table 7). wsd: constant, then over the last `decay_share` of
     the run linearly to `min_lr` (warm-up, stable, decay; Hu et al. 2024). constant: `lr`. steps: a
@@ -335,7 +335,7 @@ def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
 
 
 def ema_momentum(optim: schema.Optim, *, steps: int) -> Callable[[int], float]:
-    """Momentum of the EMA target at a step, as a plain number for the log."""
+    """Returns the momentum of the EMA target at a step, as a plain number for the log."""
     schedule = _momentum(optim, steps)
     return lambda step: float(schedule(step))
 
@@ -392,8 +392,8 @@ class SpikeState(NamedTuple):
 
 
 def watch_spikes() -> optax.GradientTransformation:
-    """The window of losses and gradient norms as a link, so that it is saved and a resumed run
-    decides as an unbroken one. Updates pass through; `skip_update` fills it.
+    """Returns the window of losses and gradient norms as a link, so that it is saved and a resumed
+    run decides as an unbroken one. Updates pass through; `skip_update` fills it.
 
     The spread is 1.4826 times the median distance from the median: a standard deviation of normal
     noise that no single spike can move. All finite steps enter the window, skipped ones too: after
@@ -407,8 +407,8 @@ def watch_spikes() -> optax.GradientTransformation:
 
 
 def is_spike(state: SpikeState, loss: jax.Array, norm: jax.Array, sigmas: float) -> jax.Array:
-    """Whether the loss or the gradient norm is more than `sigmas` deviations above the median of
-    its window; never before the window is full.
+    """Returns whether the loss or the gradient norm is more than `sigmas` deviations above the
+    median of its window; never before the window is full.
 
     >>> state = watch_spikes().init(None)
     >>> for k in range(SPIKE_WINDOW):
@@ -426,7 +426,7 @@ def is_spike(state: SpikeState, loss: jax.Array, norm: jax.Array, sigmas: float)
 def push_window(
     state: SpikeState, loss: jax.Array, norm: jax.Array, skipped: jax.Array
 ) -> SpikeState:
-    """The window with the newest step in place of the oldest."""
+    """Returns the window with the newest step in place of the oldest."""
     seen = state.seen.at[:, state.steps % SPIKE_WINDOW].set(
         jnp.stack([loss, norm]).astype(jnp.float32)
     )
@@ -436,7 +436,7 @@ def push_window(
 def skip_update(
     old: Any, new: Any, loss: jax.Array, norm: jax.Array, finite: jax.Array, sigmas: float
 ) -> tuple[Any, Any]:
-    """Keep the old parameters and optimizer state where a step is not finite or a spike.
+    """Keeps the old parameters and optimizer state where a step is not finite or a spike.
 
     Returns ((params, opt) after the step, metrics).
 

@@ -10,17 +10,11 @@ from typing import Any, NamedTuple
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
-from m3i_jax.objective import (
-    available_terms,
-    entropy_terms,
-    joined_terms,
-    prototype_posterior,
-    registry,
-)
+from m3i_jax.objective import derived_terms, entropy_terms, prototype_targets, registry
 from m3i_jax.objective import terms as objective_terms
 from m3i_jax.objective.caption_posterior import with_parallel_captions
+from m3i_jax.objective.derived_terms import with_teachers
 from m3i_jax.objective.entropy_terms import EntropyTerm, EntropyTerms
-from m3i_jax.objective.teacher_terms import with_teachers
 from m3i_jax.objective.terms import (
     ANNOTATIONS,
     DENSE_TARGETS,
@@ -66,7 +60,8 @@ class Plan:
     entropy_terms: EntropyTerms = ()
 
     def numbered_entropies(self, group: str | None = None) -> dict[int, EntropyTerm]:
-        """{number: entropy term} of a group or of any; numbers go on after those of `terms`."""
+        """Returns {number: entropy term} of a group or of any; numbers go on after those of
+        `terms`."""
         return {
             i: t
             for i, t in enumerate(self.entropy_terms, len(self.terms))
@@ -106,7 +101,8 @@ class Plan:
         return any(t.target.of == "pixels" for t in self.terms)
 
     def where(self, *of: str, group: str | None = None) -> tuple[int, ...]:
-        """Indices of the terms that predict one of these kinds of target, in a group or in any."""
+        """Returns indices of the terms that predict one of these kinds of target, in a group or in
+        any."""
         return tuple(
             i for i, t in enumerate(self.terms) if t.target.of in of and group in (None, t.group)
         )
@@ -117,7 +113,7 @@ class Plan:
         return self.where(*DENSE_TARGETS)
 
     def target_key(self, term: Term) -> TargetKey:
-        """The key of the representation that an image term predicts."""
+        """Returns the key of the representation that an image term predicts."""
         if isinstance(term.space, ClusterHead):
             return TargetKey(term.target, term.space)
         if isinstance(term.head, ProjectionHead):
@@ -155,8 +151,8 @@ class Plan:
         return "cls" if pools == {"cls"} else "mean"
 
     def reads_cls(self, term: Term) -> bool:
-        """Whether the decoder of a term reads the cls token. With decoder.cls=auto it does not in a
-        mixed input, where two images share it."""
+        """Returns whether the decoder of a term reads the cls token. With decoder.cls=auto it does
+        not in a mixed input, where two images share it."""
         cls = self.config.model.decoder.cls
         return self.config.model.encoder.cls_token and (
             cls == "yes" or (cls == "auto" and not term.reads.mixed)
@@ -164,13 +160,14 @@ class Plan:
 
 
 def target_pass(target: Target) -> TargetPass:
-    """The call of a target encoder that computes a target."""
+    """Returns the call of a target encoder that computes a target."""
     assert target.view is not None
     return TargetPass(target.encoder, target.view, target.blocks, target.enlarge)
 
 
 def terms_named(name: str, key: str = "config.objective.forms") -> entropy_terms.AnyTerms:
-    """The terms of one row: a form, its letter in the paper's Table 3, or a published method.
+    """Returns the terms of one row: a form, its letter in the paper's Table 3, or a published
+    method.
 
     Args:
       name: of the row.
@@ -207,7 +204,7 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
         for name in names
         if (found := entropy_terms.predictions_of(named[name]))
     }
-    rows = joined_terms.uniquify(predictions)
+    rows = derived_terms.uniquify(predictions)
     try:
         entropies = entropy_terms.join_entropies(named, dict(zip(predictions, rows, strict=True)))
     except ValueError as error:
@@ -219,16 +216,16 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
         for old, new in zip(before, after, strict=True)
         if old.name in o.second_group and old.target.of not in IMAGE_TARGETS
     )
-    terms = joined_terms.merge(*rows, annotation_input=o.annotation_input)
-    terms = prototype_posterior.with_constraint(
+    terms = derived_terms.merge(*rows, annotation_input=o.annotation_input)
+    terms = prototype_targets.with_constraint(
         terms, constraint=o.prototype_targets, target_temperature=o.target_temperature
     )
     try:
-        prototype_posterior.prototype_terms(terms)
-        terms = available_terms.with_small_views(terms, small_views)
+        prototype_targets.prototype_terms(terms)
+        terms = derived_terms.with_small_views(terms, small_views)
     except ValueError as error:
         raise UserError(f"config.objective.forms: {', '.join(o.forms)}: {error}") from None
-    terms = joined_terms.with_options(
+    terms = derived_terms.with_options(
         terms,
         intra_positions=o.intra_positions,
         soft_label=o.soft_label,
@@ -244,7 +241,7 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
 
 
 def build_plan(config: schema.Config) -> Plan:
-    """The plan of a completed configuration (data.classes and data.captions known).
+    """Returns the plan of a completed configuration (data.classes and data.captions known).
 
     Raises:
       UserError: unknown forms, forms without data, or settings that contradict the terms.
@@ -252,7 +249,7 @@ def build_plan(config: schema.Config) -> Plan:
     backbones.validate_backbone(config)
     o, (terms, entropies) = config.objective, _terms_of(config.objective, len(config.small_views))
     try:
-        terms = available_terms.drop_unavailable(
+        terms = derived_terms.drop_unavailable(
             terms,
             categories=config.data.classes > 0,
             captions=config.data.captions == "yes",
@@ -324,7 +321,7 @@ def _validate(plan: Plan) -> None:
             " predicts would stay at random values; give shares of the run such as 0.5,0.75, or"
             " objective.target_checkpoint"
         )
-    if config.model.head.prototypes < 2 and prototype_posterior.prototype_terms(terms):
+    if config.model.head.prototypes < 2 and prototype_targets.prototype_terms(terms):
         raise UserError(
             f"config.model.head.prototypes: {config.model.head.prototypes} leaves nothing to"
             " predict: every assignment is the same; use at least 2"
@@ -416,14 +413,14 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     names = ", ".join("+".join(forms) for forms in objectives)
     mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
     a, b = config.data.augment, default_config.data.augment
-    by_prototypes = bool(prototype_posterior.prototype_terms(tuple(terms)))
+    by_prototypes = bool(prototype_targets.prototype_terms(tuple(terms)))
     no_prototypes = "no assignment to prototypes (as in dino)"
     for key, value, default, is_read, reason in (
         (
             "data.small_views",
             config.data.small_views,
             (),
-            any(t.reads.view >= available_terms.SMALL for t in terms),
+            any(t.reads.view >= derived_terms.SMALL for t in terms),
             "no small view",
         ),
         (
@@ -482,7 +479,7 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     ):
         if value != default and not is_read:
             raise UserError(
-                f"config.{key}: {value!r} does nothing: there is {reason} in {names}; leave it at"
+                f"config.{key}: {value!r} has no effect: there is {reason} in {names}; leave it at"
                 f" {default!r} or choose another form"
             )
     known = sorted(

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from m3i_jax.models import backbones, text
-from m3i_jax.objective.available_terms import SMALL
 from m3i_jax.objective.caption_posterior import CAPTIONS, CaptionHead
+from m3i_jax.objective.derived_terms import SMALL
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
     IMAGE_TARGETS,
@@ -32,8 +32,8 @@ HEADERS_CALLS = ("call", "reads", "used by", "GFLOP an image, forward")
 
 
 def describe_pass(read: Pass, drops: bool = True) -> str:
-    """What an encoder pass reads. `drops`: whether the backbone drops hidden cells; otherwise it
-    reads mask tokens there.
+    """Returns what an encoder pass reads. `drops`: whether the backbone drops hidden cells;
+    otherwise it reads mask tokens there.
 
     >>> describe_pass(Pass(mixed=True)), describe_pass(Pass(view=1, masked=True))
     ('view 0 mixed with the partner', 'view 1, own cells')
@@ -52,7 +52,7 @@ def describe_pass(read: Pass, drops: bool = True) -> str:
 
 
 def describe_target(term: Term) -> str:
-    """What a term predicts."""
+    """Returns what a term predicts."""
     t = term.target
     if t.view is None:
         return t.of
@@ -88,7 +88,7 @@ def describe_posterior(term: Term) -> str:
 
 
 def describe_space(term: EntropyTerm) -> str:
-    """The features that an entropy term reads.
+    """Returns the features that an entropy term reads.
 
     >>> from m3i_jax.objective.entropy_terms import Koleo
     >>> describe_space(EntropyTerm(name="koleo", estimator=Koleo()))
@@ -107,7 +107,7 @@ def describe_head(term: Term) -> str:
 
 
 def term_rows(plan: Plan) -> list[PlanRow]:
-    """One row a term."""
+    """Returns one row a term."""
     drops = backbones.get_backbone(plan.config.model).can_drop_tokens
     rows: list[PlanRow] = [
         (
@@ -137,8 +137,8 @@ def term_rows(plan: Plan) -> list[PlanRow]:
 
 
 def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow]:
-    """One row a call, with its forward matrix products in GFLOP an image. `params` and `batch` may
-    be shapes."""
+    """Returns one row a call, with its forward matrix products in GFLOP an image. `params` and
+    `batch` may be shapes."""
     config, images = plan.config, jax.tree.leaves(batch)[0].shape[0]
     drops = backbones.get_backbone(config.model).can_drop_tokens
     rows: list[PlanRow] = []
@@ -237,7 +237,7 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
 
 
 def encoder_calls(plan: Plan) -> list[list[Pass]]:
-    """The passes of each call of the online encoder: small views of one size share one."""
+    """Returns the passes of each call of the online encoder: small views of one size share one."""
     calls: dict[Any, list[Pass]] = {}
     for read in plan.passes:
         size = plan.config.view_size(read.view) if read.view >= SMALL else read
@@ -246,7 +246,7 @@ def encoder_calls(plan: Plan) -> list[list[Pass]]:
 
 
 def decoder_groups(plan: Plan, params: Any, z: Any, inputs: Any) -> list[list[int]]:
-    """Indices of the terms of each decoder call."""
+    """Returns indices of the terms of each decoder call."""
     shapes = jax.eval_shape(
         functools.partial(predictions.decoder_inputs, plan, indices=plan.dense), params, z, inputs
     )

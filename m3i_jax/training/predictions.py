@@ -1,5 +1,5 @@
-"""What the terms of an objective predict from the features of their passes. Calls of a decoder or a
-pooling with inputs of equal shape are made together. No method has code of its own here.
+"""Predictions of the terms of an objective from the features of their passes. Calls of a decoder or
+a pooling with inputs of equal shape are made together. No method has code of its own here.
 
 Shapes: B images, R rows of a pass (B, or B / 2 of a batch in halves), N patches, K visible ones, D
 encoder width, W decoder width. Terms are named by their index in `plan.terms`."""
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from m3i_jax.models import captioner, decoder, heads, m3i, pooling, text
 from m3i_jax.objective import mixing, positions
 from m3i_jax.objective.caption_posterior import CaptionSoftmax
+from m3i_jax.objective.derived_terms import linear_name, predicts_visible
 from m3i_jax.objective.entropy_terms import EntropyTerm
-from m3i_jax.objective.teacher_terms import linear_name, predicts_visible
 from m3i_jax.objective.terms import (
     ClusterHead,
     DecoderHead,
@@ -39,18 +39,18 @@ Features = dict[Pass, jax.Array]
 
 
 def predicts_hidden_only(term: Term) -> bool:
-    """Whether a term predicts only the cells that its input hides."""
+    """Returns whether a term predicts only the cells that its input hides."""
     return isinstance(term.head, DecoderHead | ProjectionHead) and term.head.queries == "hidden"
 
 
 def predicts_blocks(term: Term) -> bool:
-    """Whether a term predicts each target block of a multi-block mask by itself."""
+    """Returns whether a term predicts each target block of a multi-block mask by itself."""
     return isinstance(term.head, DecoderHead) and term.head.queries == "blocks"
 
 
 def query_cells(term: Term, inputs: PassInputs) -> jax.Array | None:
-    """The cells [R, H] that a term predicts, those of target blocks one after the other; None: all
-    cells."""
+    """Returns the cells [R, H] that a term predicts, those of target blocks one after the other;
+    None: all cells."""
     if predicts_hidden_only(term):
         return inputs.hidden_cells(term.image)
     if predicts_blocks(term):
@@ -64,7 +64,8 @@ def query_cells(term: Term, inputs: PassInputs) -> jax.Array | None:
 def visible_tokens(
     plan: Plan, term: Term | EntropyTerm, z: Features, inputs: Inputs
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(tokens [R, K, D] that show the term's image, their cells [R, K], cls [R, D] or None)."""
+    """Returns (tokens [R, K, D] that show the term's image, their cells [R, K], cls [R, D] or
+    None)."""
     z_RxTxD, read = z[term.reads], inputs[term.reads]
     first = int(plan.config.model.encoder.cls_token)
     cls, z_RxTxD = (z_RxTxD[:, 0] if first else None), z_RxTxD[:, first:]
@@ -106,7 +107,7 @@ def _queries(plan: Plan, params: Any, term: Term, inputs: PassInputs) -> jax.Arr
 def decoder_inputs(
     plan: Plan, params: Any, z: Features, inputs: Inputs, indices: tuple[int, ...]
 ) -> dict[int, tuple[Any, ...]]:
-    """{term: (tokens, cells, queries, cls or None)} of those terms that have a decoder."""
+    """Returns {term: (tokens, cells, queries, cls or None)} of those terms that have a decoder."""
     out = {}
     for i in indices:
         term = plan.terms[i]
@@ -170,7 +171,8 @@ def _head_rows(
 def predict_clusters(
     plan: Plan, params: Any, targets: TargetFeatures, indices: tuple[int, ...]
 ) -> Arrays:
-    """Logits [B, N, K] of those of these terms whose head clusters the target encoder's tokens."""
+    """Returns logits [B, N, K] of those of these terms whose head clusters the target encoder's
+    tokens."""
     out: Arrays = {}
     for i in indices:
         head = plan.terms[i].head
@@ -183,8 +185,8 @@ def predict_clusters(
 def predict_images(
     plan: Plan, params: Any, z: Features, inputs: Inputs, indices: tuple[int, ...]
 ) -> Arrays:
-    """Predictions of these image terms: [R, N, D] of dense ones at the positions of their target
-    view, [R, D] of pooled ones."""
+    """Returns predictions of these image terms: [R, N, D] of dense ones at the positions of their
+    target view, [R, D] of pooled ones."""
     model = plan.config.model
     out = _decode(plan, params, decoder_inputs(plan, params, z, inputs, indices))
     for i in indices:
@@ -231,14 +233,14 @@ def _project(
 
 
 def pool_key(term: Term) -> Any:
-    """(pass, image, whether all tokens are pooled): annotation terms with equal keys read one
-    pooled vector."""
+    """Returns (pass, image, whether all tokens are pooled): annotation terms with equal keys read
+    one pooled vector."""
     everything = isinstance(term.head, PooledHead) and term.head.everything
     return term.reads, "own" if everything else term.image, everything
 
 
 def pool_images(plan: Plan, params: Any, z: Features, inputs: Inputs) -> dict[Any, jax.Array]:
-    """Pooled features [R, pool width] by `pool_key` of every annotation term, each once."""
+    """Returns pooled features [R, pool width] by `pool_key` of every annotation term, each once."""
     arguments = {
         pool_key(t): visible_tokens(plan, t, z, inputs)
         for t in plan.terms
@@ -257,8 +259,8 @@ def pool_images(plan: Plan, params: Any, z: Features, inputs: Inputs) -> dict[An
 def contrastive_embeddings(
     plan: Plan, params: Any, vectors: dict[Any, jax.Array], batch: Batch
 ) -> tuple[Arrays, jax.Array | None]:
-    """Image embeddings [R, E] of every text term, and the text embeddings [B, E] of the batch's
-    captions, each encoded once; ({}, None) without text terms."""
+    """Returns image embeddings [R, E] of every text term, and the text embeddings [B, E] of the
+    batch's captions, each encoded once; ({}, None) without text terms."""
     indices = plan.where("text")
     if not indices:
         return {}, None
@@ -272,8 +274,8 @@ def contrastive_embeddings(
 
 
 def caption_rows(term: Term, inputs: PassInputs) -> tuple[jax.Array, jax.Array, Any]:
-    """(tokens [R, L], their number [R], how many of them are given, [R] or 1) of a caption, or of
-    the text of an object."""
+    """Returns (tokens [R, L], their number [R], how many of them are given, [R] or 1) of a caption,
+    or of the text of an object."""
     rows = inputs.rows[term.image]
     if term.target.of == "caption":
         return rows["tokens"], rows["length"], 1
@@ -282,7 +284,7 @@ def caption_rows(term: Term, inputs: PassInputs) -> tuple[jax.Array, jax.Array, 
 
 
 def parallel_rows(plan: Plan, term: Term, inputs: PassInputs) -> jax.Array | None:
-    """Which captions of a term are predicted at once, bool [R]; None: none."""
+    """Returns which captions of a term are predicted at once, bool [R]; None: none."""
     assert isinstance(term.posterior, CaptionSoftmax)
     position = inputs.rows[term.image]["position"]
     return parallel_captions(plan.config, position, term.posterior.parallel)
@@ -291,7 +293,7 @@ def parallel_rows(plan: Plan, term: Term, inputs: PassInputs) -> jax.Array | Non
 def caption_logits(
     plan: Plan, params: Any, z: Features, inputs: Inputs, indices: tuple[int, ...]
 ) -> Arrays:
-    """Logits [R, L - 1, V] of these caption terms; inputs of equal shape share a call."""
+    """Returns logits [R, L - 1, V] of these caption terms; inputs of equal shape share a call."""
     arguments: dict[int, tuple[Any, ...]] = {}
     for i in indices:
         term, read = plan.terms[i], inputs[plan.terms[i].reads]

@@ -62,8 +62,8 @@ INTERN_IMAGE = Reference(lr=4e-5, batch=1024, samples=30.0 * IMAGENET, most=1e-3
 
 
 def scaling_strength(reference: Reference, samples: float) -> float:
-    """Share of the reference's augmentation strength: 0 up to SHORT_RUN samples, 1 from the
-    reference's number of samples, linear in the logarithm between.
+    """Returns the share of the reference's augmentation strength: 0 up to SHORT_RUN samples, 1 from
+    the reference's number of samples, linear in the logarithm between.
 
     >>> [round(scaling_strength(PRETRAINING, n), 2) for n in (6e4, 1e6, 2e7, 1e9)]
     [0.0, 0.0, 0.48, 1.0]
@@ -98,8 +98,9 @@ def scaled_lr(reference: Reference, *, batch: int, samples: float, width: int) -
 
 
 def scaled_momentum(*, batch: int, steps: float, ema: float = 0.995) -> float:
-    """Initial momentum of the EMA target. Its memory of 1 / (1 - m) steps covers as many samples as
-    the paper's at a batch of 4,096, but at most a twentieth of the run and at least ten steps.
+    """Returns the initial momentum of the EMA target. Its memory of 1 / (1 - m) steps covers as
+    many samples as the paper's at a batch of 4,096, but at most a twentieth of the run and at least
+    ten steps.
 
     >>> runs = ((4096, 125_000), (1024, 2e6), (64, 924), (64, 50))
     >>> [round(scaled_momentum(batch=b, steps=s), 6) for b, s in runs]
@@ -109,9 +110,9 @@ def scaled_momentum(*, batch: int, steps: float, ema: float = 0.995) -> float:
 
 
 def scaled_crop_scale(share: float, *, size: int) -> tuple[float, float]:
-    """Range of a crop's area as a share of the image. The lower end is 0.5 at strength 0 and the
-    reference's 0.08 at strength 1, and leaves at least 16 pixels a side, unless half of the image
-    has fewer.
+    """Returns the range of a crop's area as a share of the image. The lower end is 0.5 at strength
+    0 and the reference's 0.08 at strength 1, and leaves at least 16 pixels a side, unless half of
+    the image has fewer.
 
     >>> scaled_crop_scale(1.0, size=224), scaled_crop_scale(0.0, size=224)
     ((0.08, 1.0), (0.5, 1.0))
@@ -122,7 +123,7 @@ def scaled_crop_scale(share: float, *, size: int) -> tuple[float, float]:
 
 
 def scaled_blur_sigma(size: int) -> tuple[float, float]:
-    """Range of the blur in pixels, in proportion to the image: 0.1 to 2 of 224.
+    """Returns the range of the blur in pixels, in proportion to the image: 0.1 to 2 of 224.
 
     >>> scaled_blur_sigma(224), scaled_blur_sigma(32)
     ((0.1, 2.0), (0.0143, 0.2857))
@@ -131,7 +132,7 @@ def scaled_blur_sigma(size: int) -> tuple[float, float]:
 
 
 def reference(config: schema.Config) -> Reference:
-    """The published run from which a configuration is scaled."""
+    """Returns the published run from which a configuration is scaled."""
     if not any(name in terms.TRANSFER for name in config.objective.forms):
         return PRETRAINING
     if not config.init_from:
@@ -140,7 +141,7 @@ def reference(config: schema.Config) -> Reference:
 
 
 def fill_open_settings(config: schema.Config) -> schema.Config:
-    """The configuration with values for its open settings. `data.size` must be known.
+    """Returns the configuration with values for its open settings. `data.size` must be known.
 
     >>> optim, train = schema.Optim(lr=0.0, ema=-1.0), schema.Train(epochs=400.0)
     >>> config = schema.Config(data=schema.Data(size=IMAGENET), optim=optim, train=train)

@@ -1,4 +1,4 @@
-"""Semantic segmentation as a task: a head of `segmentation_heads` on the maps of any encoder."""
+"""Semantic segmentation as a task: a head of `task_heads` on the maps of any encoder."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from m3i_jax import schema
 from m3i_jax.data import annotated_batches, pipeline, rendered_maps
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
-from m3i_jax.models.dense import pyramid, segmentation_heads
+from m3i_jax.models.dense import pyramid, task_heads
 from m3i_jax.training.dense_task import (
     DROPOUT,
     DenseTask,
@@ -31,9 +31,9 @@ class SegmentTask(DenseTask):
     category_parameters = ("^head/(aux_)?classifier/", "^head/decoder/classes/")
 
     @property
-    def head(self) -> segmentation_heads.SegmentationHead:
+    def head(self) -> task_heads.SegmentationHead:
         """The head of this run."""
-        return segmentation_heads.segmentation_head(self.config.dense.segment)
+        return task_heads.segmentation_head(self.config.dense.segment)
 
     def pyramid_config(self, sources: tuple[tuple[int, int], ...]) -> pyramid.PyramidConfig:
         settings = self.config.dense.segment

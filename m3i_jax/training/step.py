@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from m3i_jax.training import optimizer
-from m3i_jax.training.state import State
-from m3i_jax.training.task import Task
+from m3i_jax.training.task import State, Task
 
 Metrics = dict[str, jax.Array]
 # the run ends after this many steps in a row that were skipped because a value was not finite
@@ -20,8 +19,8 @@ MOST_NOT_FINITE = 3
 def train_step(
     task: Task, tx: optax.GradientTransformationExtraArgs, state: State, batch: dict[str, jax.Array]
 ) -> tuple[State, Metrics]:
-    """One optimizer step on one global batch. A step whose loss or gradient is not finite, or that
-    is a spike to skip, changes only `step` and is counted in the metrics."""
+    """Takes one optimizer step on one global batch. A step whose loss or gradient is not finite, or
+    that is a spike to skip, changes only `step` and is counted in the metrics."""
     grads, loss, metrics, extras = task.gradients(state.params, state.opt, batch)
     with jax.named_scope("optimizer"):  # scopes are the parts of profiling/traffic_parts.py
         updates, opt = tx.update(grads, state.opt, state.params, **extras)

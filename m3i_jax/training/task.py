@@ -1,5 +1,5 @@
 """The interface of a task: everything that the trainer, the loop and the pipeline ask of what a run
-trains, as one value, and the registry of tasks.
+trains, as one value; the state of a run, and the registry of tasks.
 
 The tasks of this package are the files training/NAME_task.py, imported when they are first needed.
 Another package adds its own:
@@ -19,21 +19,39 @@ import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import optax
 
-from m3i_jax import schema
+from m3i_jax import parallel, schema
 from m3i_jax.data.pipeline import Batches
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.errors import UserError
-from m3i_jax.training.state import State
 
 Batch = dict[str, Any]
 
 
+@flax.struct.dataclass
+class State:
+    """step: int32 scalar, optimizer steps taken. params: all trained parameters. opt: the state of
+    a named optax chain, so that `opt["target"].params` is the EMA target and `opt["balance"]` the
+    gradient-norm statistics."""
+
+    step: jax.Array
+    params: Any
+    opt: Any
+
+
+def create(params: Any, tx: optax.GradientTransformation) -> State:
+    """Returns a state at step 0. Trace it under `jax.eval_shape` for a template that allocates
+    nothing."""
+    return State(step=jnp.zeros([], jnp.int32), params=params, opt=tx.init(params))
+
+
 class StepGradients(NamedTuple):
-    """What a task computes of one batch.
+    """Loss, gradients and metrics that a task computes of one batch.
 
     grads: a tree like the parameters. loss: the scalar that decides whether a step is skipped.
     metrics: scalars for the log. extras: keyword arguments of the optimizer chain; each link takes
@@ -47,7 +65,7 @@ class StepGradients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):
-    """What a run trains.
+    """The interface of what a run trains.
 
     Attributes:
       config: completed settings; what they leave open is filled in.
@@ -67,11 +85,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def init(self, rng: jax.Array) -> Any:
-        """The tree of initial parameters. The encoder is under "encoder"."""
+        """Returns the tree of initial parameters. The encoder is under "encoder"."""
 
     @abc.abstractmethod
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of one global batch."""
+        """Returns shapes and dtypes of one global batch."""
 
     @abc.abstractmethod
     def gradients(self, params: Any, opt: Any, batch: Batch) -> StepGradients:
@@ -85,7 +103,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def optimizer(self, *, steps: int, warmup: int) -> optax.GradientTransformationExtraArgs:
-        """The named optax chain of a run of this length."""
+        """Returns the named optax chain of a run of this length."""
 
     @abc.abstractmethod
     def batches(
@@ -98,20 +116,20 @@ class Task(abc.ABC):
         hosts: int = 1,
         views: tuple[int, ...] = (),
     ) -> Batches:
-        """This host's share of the batches from sample `start` on (law 5). `views`: what to cut of
-        an image, for tasks with several views; (): what the task reads."""
+        """Returns this host's share of the batches from sample `start` on (law 5). `views`: what to
+        cut of an image, for tasks with several views; (): what the task reads."""
 
     @abc.abstractmethod
     def pullbacks(self, state: State, batch: Batch) -> tuple[Any, list[Any]]:
-        """(arrays that live from the forward pass to the backward, [others of which one set lives
-        at a time]) of a batch that is one microbatch; only their shapes are read."""
+        """Returns (arrays that live from the forward pass to the backward, [others of which one set
+        lives at a time]) of a batch that is one microbatch; only their shapes are read."""
 
     @abc.abstractmethod
     def panel_outputs(self, state: State, batch: Batch) -> dict[str, jax.Array]:
-        """Arrays of a few rows of a batch, for people."""
+        """Returns arrays of a few rows of a batch, for people."""
 
     def waiting(self, state: State, batch: Batch) -> Any:
-        """Arrays that are computed of all microbatches before the first gradient."""
+        """Returns arrays that are computed of all microbatches before the first gradient."""
         return ()
 
     def scheduled(self, step: int, *, steps: int) -> dict[str, float]:
@@ -119,7 +137,7 @@ class Task(abc.ABC):
         return {}
 
     def after_init(self, state: State, load: Callable[[str, Any, Any], Any]) -> State:
-        """The initial state, with what the task loads into its optimizer state."""
+        """Returns the initial state, with what the task loads into its optimizer state."""
         return state
 
     @classmethod
@@ -129,17 +147,17 @@ class Task(abc.ABC):
 
     @classmethod
     def class_names(cls, source: DataSource) -> tuple[str, ...]:
-        """Names of the categories that are predicted."""
+        """Returns names of the categories that are predicted."""
         return source.classes
 
     @classmethod
     def with_annotations(cls, source: DataSource) -> DataSource:
-        """A source, to train on or held out, with the annotations that the task reads."""
+        """Returns a source, to train on or held out, with the annotations that the task reads."""
         return source
 
     @classmethod
     def training_records(cls, source: DataSource) -> DataSource:
-        """The records of a source to train on."""
+        """Returns the records of a source to train on."""
         return source
 
     @classmethod
@@ -178,7 +196,7 @@ def register_task(name: str, kind: type[Task]) -> type[Task]:
 
 
 def task_kind(name: str) -> type[Task]:
-    """The class of a task by its name.
+    """Returns the class of a task by its name.
 
     Raises:
       UserError: no task of that name is registered.
@@ -197,5 +215,38 @@ def task_kind(name: str) -> type[Task]:
 def make_task(
     config: schema.Config, vocabulary: int = 0, category_counts: tuple[int, ...] = ()
 ) -> Task:
-    """The task of a completed configuration."""
+    """Returns the task of a completed configuration."""
     return task_kind(config.task)(config, vocabulary, category_counts)
+
+
+def split_microbatches(tree: Any, count: int, units: int) -> Any:
+    """Reshapes [B, ...] -> [k, B/k, ...]. Units of B / units neighbouring rows are dealt in turn,
+    so that each device keeps its rows and the rows of a unit stay together on any mesh. Arrays with
+    one row a unit are split in the same way.
+
+    >>> import numpy as np
+    >>> split_microbatches(np.arange(8), 2, 4).tolist()
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        dealt = x.reshape(units // count, count, -1, *x.shape[1:]).swapaxes(0, 1)
+        return parallel.hint(dealt.reshape(count, -1, *x.shape[1:]), None, parallel.DATA)
+
+    return jax.tree.map(one, tree)
+
+
+def merge_microbatches(tree: Any, count: int, units: int) -> Any:
+    """Returns the inverse of `split_microbatches`: rows in the order and with the sharding of the
+    batch.
+
+    >>> import numpy as np
+    >>> merge_microbatches(np.array([[0, 1, 4, 5], [2, 3, 6, 7]]), 2, 4).tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        collected = x.reshape(count, units // count, -1, *x.shape[2:]).swapaxes(0, 1)
+        return parallel.hint(collected.reshape(-1, *x.shape[2:]), parallel.DATA)
+
+    return jax.tree.map(one, tree)

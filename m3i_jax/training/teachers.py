@@ -22,7 +22,7 @@ import numpy as np
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones, vit
-from m3i_jax.objective.teacher_terms import teacher_name
+from m3i_jax.objective.derived_terms import teacher_name
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import weight_source
 
@@ -61,7 +61,7 @@ def widths(paths: Sequence[str]) -> list[int]:
 
 @functools.cache
 def open_teacher(path: str) -> Teacher:
-    """The description of a teacher.
+    """Returns the description of a teacher.
 
     Args:
       path: workdir of a run, file of weights or Hugging Face directory.
@@ -125,7 +125,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def teacher_shapes(paths: Sequence[str]) -> dict[str, Any]:
-    """{name of a teacher: its parameters as shapes}.
+    """Returns {name of a teacher: its parameters as shapes}.
 
     >>> teacher_shapes(())
     {}
@@ -144,7 +144,7 @@ def teacher_shapes(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def zero_params(paths: Sequence[str]) -> dict[str, Any]:
-    """{name of a teacher: its parameters}, zeros until `load_params`.
+    """Returns {name of a teacher: its parameters}, zeros until `load_params`.
 
     >>> zero_params(())
     {}
@@ -153,7 +153,7 @@ def zero_params(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def load_params(path: str, shardings: Any) -> Any:
-    """The parameters of a teacher with these shardings."""
+    """Returns the parameters of a teacher with these shardings."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(shardings)
     names = {f"encoder/{path_text(key)}": sharding for key, sharding in leaves}
     arrays = weight_source.open_weights(path, key=KEY).read(names)
@@ -167,7 +167,7 @@ def encode_teacher(
 
     Args:
       config: settings of the run.
-      name: of a teacher, as of `teacher_terms.teacher_name`.
+      name: of a teacher, as of `derived_terms.teacher_name`.
       params: as of `load_params`.
       patches_BxNxP: normalised patches of the run.
     """
@@ -191,7 +191,7 @@ def encode_teacher(
 
 
 def teacher_side(side: int, patch: int) -> int:
-    """Side at which a teacher reads a view: the nearest multiple of its patch.
+    """Returns the side at which a teacher reads a view: the nearest multiple of its patch.
 
     >>> teacher_side(224, 14), teacher_side(224, 16), teacher_side(32, 14)
     (224, 224, 28)
@@ -200,7 +200,7 @@ def teacher_side(side: int, patch: int) -> int:
 
 
 def images_of_patches(patches_BxNxP: jax.Array, patch: int) -> jax.Array:
-    """Inverse of `vit.patchify` for square images, float32.
+    """Inverts `vit.patchify` for square images, float32.
 
     >>> x = jnp.arange(48.0).reshape(1, 4, 4, 3)
     >>> bool((images_of_patches(vit.patchify(x, 2), 2) == x).all())

@@ -1,4 +1,4 @@
-"""What the predictions of the terms cost, and how the costs add up to the two losses.
+"""Losses of the predictions of the terms, and their sums over the two groups.
 
 Shapes: B images, R rows of a pass (B, or B / 2 of a batch in halves), N patches, E width of the
 joint space. Terms are named by their index in `plan.terms`."""
@@ -16,7 +16,7 @@ from m3i_jax.objective import collapse, mixing
 from m3i_jax.objective.caption_posterior import CAPTIONS, CaptionSoftmax
 from m3i_jax.objective.numerics import l2_normalize
 from m3i_jax.objective.posteriors import LossInputs, LossSum
-from m3i_jax.objective.prototype_posterior import PrototypeSoftmax
+from m3i_jax.objective.prototype_targets import PrototypeSoftmax
 from m3i_jax.objective.terms import (
     IMAGE_TARGETS,
     DecoderHead,
@@ -35,8 +35,8 @@ TermLosses = dict[int, LossSum]  # {term index: (sum, count, statistics)}
 
 
 def label_weight(term: Term, inputs: PassInputs) -> jax.Array:
-    """Weight [R] of each row of an annotation term: 0 where the image has no such annotation; of a
-    blended image, its share."""
+    """Returns the weight [R] of each row of an annotation term: 0 where the image has no such
+    annotation; of a blended image, its share."""
     rows = inputs.rows[term.image]
     if term.target.of == "text":
         return (rows["length"] > 0).astype(jnp.float32)
@@ -50,8 +50,8 @@ def label_weight(term: Term, inputs: PassInputs) -> jax.Array:
 
 
 def token_weight(term: Term, inputs: PassInputs) -> jax.Array:
-    """Weight [R, L - 1] of each token of a caption that is predicted: those after the given ones,
-    with the end of the caption and without padding."""
+    """Returns the weight [R, L - 1] of each token of a caption that is predicted: those after the
+    given ones, with the end of the caption and without padding."""
     tokens_RxL, length_R, given = predictions.caption_rows(term, inputs)
     place_L = jnp.arange(1, tokens_RxL.shape[1])
     given_Rx1 = jnp.broadcast_to(given, length_R.shape)[:, None]
@@ -59,8 +59,8 @@ def token_weight(term: Term, inputs: PassInputs) -> jax.Array:
 
 
 def position_weight(term: Term, inputs: PassInputs) -> jax.Array:
-    """Weight of each prediction of an image term: [R, N] of dense ones, [R, H] where only some
-    cells are predicted, [R] of pooled ones."""
+    """Returns the weight of each prediction of an image term: [R, N] of dense ones, [R, H] where
+    only some cells are predicted, [R] of pooled ones."""
     mask_RxN = inputs.mask
     if term.target.of == "pooled":
         return jnp.ones(mask_RxN.shape[0])
@@ -72,15 +72,15 @@ def position_weight(term: Term, inputs: PassInputs) -> jax.Array:
 
 
 def per_token(term: Term) -> bool:
-    """Whether the loss of a term is a mean over the tokens of all captions."""
+    """Returns whether the loss of a term is a mean over the tokens of all captions."""
     return isinstance(term.posterior, CaptionSoftmax) and term.posterior.per_token
 
 
 def loss_weights(
     plan: Plan, inputs: Inputs, snapshot: Any = None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """(count of each term, weight of its sum in the loss of its group), over the whole batch and
-    without gradient. `snapshot`: the state of the snapshot's link; None: it counts.
+    """Returns (count of each term, weight of its sum in the loss of its group), over the whole
+    batch and without gradient. `snapshot`: the state of the snapshot's link; None: it counts.
 
     Image terms: the mean of each, then their weighted mean, to which entropy terms are added with
     weights relative to those of the image terms of their group; they come after all terms, as in
@@ -246,8 +246,8 @@ def text_losses(
 
 
 def text_scalars(term: Term, params: Any) -> Any:
-    """What the posterior of a text term trains: its `scalars` by name, or the logarithm of the
-    inverse temperature."""
+    """Returns what the posterior of a text term trains: its `scalars` by name, or the logarithm of
+    the inverse temperature."""
     if getattr(term.posterior, "scalars", None):
         return params["scalars"][term.name]
     return params["logit_scale"]
@@ -279,7 +279,8 @@ def group_loss(
     cached: CachedTextGradients | None,
     cached_entropies: Arrays | None = None,
 ) -> Callable[[Any, Features], tuple[jax.Array, TermLosses]]:
-    """(heads, z) -> (loss of the group, {term: cost}) on these rows, a function for `jax.grad`.
+    """Returns (heads, z) -> (loss of the group, {term: cost}) on these rows, a function for
+    `jax.grad`.
 
     Args:
       plan: of the run.

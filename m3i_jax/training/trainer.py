@@ -1,4 +1,4 @@
-"""What a run needs before its first step: its length, shapes, shardings, initial state and compiled
+"""Sets up a run before its first step: its length, shapes, shardings, initial state and compiled
 functions."""
 
 import dataclasses
@@ -13,9 +13,8 @@ from jax.extend import core
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.schema.limits import INT32
-from m3i_jax.training import checkpoint_reader, init_from, optimizer, scaling, step, teachers
-from m3i_jax.training.state import State, create
-from m3i_jax.training.task import Task, make_task
+from m3i_jax.training import init_from, optimizer, scaling, step, teachers, weight_source
+from m3i_jax.training.task import State, Task, create, make_task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class RunLength:
 
 
 def run_length(config: schema.Config) -> RunLength:
-    """The optimizer steps of a completed configuration.
+    """Returns the optimizer steps of a completed configuration.
 
     Raises:
       UserError: if an epoch has no full batch, or the warm-up is longer than the run.
@@ -108,7 +107,7 @@ class Trainer:
         )
 
     def scheduled(self, step: int) -> dict[str, float]:
-        """Learning rate of a step and what else the task schedules, for the log."""
+        """Returns the learning rate of a step and what else the task schedules, for the log."""
         values = self.task.scheduled(step, steps=self.length.steps)
         return {"lr": float(self.learning_rate(step - 1)), **values}
 
@@ -147,9 +146,10 @@ class Trainer:
         )
 
     def init(self, log: Callable[[str], None] = print, classes: tuple[str, ...] = ()) -> State:
-        """The state at step 0, created with its shardings, so that no device holds more than its
-        share. It includes what `init_from` names, also in the EMA target; `log` gets the report of
-        it. `classes`: names of the categories, by which heads of other categories restart."""
+        """Returns the state at step 0, created with its shardings, so that no device holds more
+        than its share. It includes what `init_from` names, also in the EMA target; `log` gets the
+        report of it. `classes`: names of the categories, by which heads of other categories
+        restart."""
         if self.config.init_from:
             params = parallel.Program(
                 self._params, name="init", out_shardings=self.shardings.params
@@ -174,24 +174,24 @@ class Trainer:
             layout = self.shardings.opt[link].params[part]
             if link == "teachers":
                 return teachers.load_params(run, layout)
-            return checkpoint_reader.load_encoder(run, self.template.params[part], layout)
+            return weight_source.load_encoder(run, self.template.params[part], layout)
 
         return self.task.after_init(state, load)
 
     def step(self, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
-        """One step; `state` is donated. Returns at once, while the device computes."""
+        """Takes one step; `state` is donated. Returns at once, while the device computes."""
         with jax.set_mesh(self.mesh):
             return self._step(state, batch)
 
     def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> Any:
-        """The lowered step, for counting and ahead-of-time compilation."""
+        """Returns the lowered step, for counting and ahead-of-time compilation."""
         # an abstract mesh: no constant is placed on devices that may not exist
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return self._step.lower(self.template, batch)
 
     def residual_bytes(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
-        """Bytes that live from the forward pass to the backward, counted on the traced program:
-        what the task keeps of a batch that is one microbatch, without state and batch."""
+        """Returns bytes that live from the forward pass to the backward, counted on the traced
+        program: what the task keeps of a batch that is one microbatch, without state and batch."""
         closed, (common, sets) = jax.make_jaxpr(self.task.pullbacks, return_shape=True)(
             self.template, batch
         )
@@ -209,20 +209,20 @@ class Trainer:
         )
 
     def waiting_bytes(self, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
-        """Bytes of the arrays of a batch that wait until its microbatch is computed."""
+        """Returns bytes of the arrays of a batch that wait until its microbatch is computed."""
         arrays = jax.eval_shape(self.task.waiting, self.template, batch)
         leaves = jax.tree.leaves(arrays)
         return float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves))
 
     def panel_outputs(self, state: State, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Arrays for a panel of a few rows, as of the task."""
+        """Returns arrays for a panel of a few rows, as of the task."""
         return self._panel(state, batch)
 
     def trace(self, state: State, batch: dict[str, Any]) -> Any:
-        """The step without `jit`, for tracing."""
+        """Returns the step without `jit`, for tracing."""
         return step.train_step(self.task, self.tx, state, batch)
 
 
 def abstract_batch(config: schema.Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of one global batch of a completed configuration."""
+    """Returns shapes and dtypes of one global batch of a completed configuration."""
     return make_task(config).batch_shapes()

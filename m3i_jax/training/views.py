@@ -13,7 +13,7 @@ from m3i_jax import schema
 from m3i_jax.augment import mixup, photometric
 from m3i_jax.models import backbones, m3i, vit
 from m3i_jax.objective import mixing
-from m3i_jax.objective.available_terms import SMALL
+from m3i_jax.objective.derived_terms import SMALL
 from m3i_jax.objective.terms import Pass
 
 DROP_PATH = 0x64726F70  # keeps these draws apart from the photometric ones
@@ -29,7 +29,7 @@ Patches = dict[int, jax.Array]  # {view: [B, N, P]}
 
 
 class PassInputs(NamedTuple):
-    """What one encoder pass and its terms read of a batch beside the patches. `pass_inputs`
+    """Arrays that one encoder pass and its terms read of a batch beside the patches. `pass_inputs`
     computes it once a step.
 
     R rows: B, or B / 2 mixed inputs where the batch is in halves.
@@ -53,11 +53,11 @@ class PassInputs(NamedTuple):
     blocks: jax.Array | None = None
 
     def cells(self, image: str) -> jax.Array:
-        """The cells [R, ...] that show an image of a mixed or masked pass."""
+        """Returns the cells [R, ...] that show an image of a mixed or masked pass."""
         return self.own if image == "own" else self.other
 
     def hidden_cells(self, image: str) -> jax.Array:
-        """The cells [R, ...] that do not show an image."""
+        """Returns the cells [R, ...] that do not show an image."""
         return self.other if image == "own" else self.own
 
 
@@ -65,8 +65,8 @@ Inputs = dict[Pass, PassInputs]
 
 
 def pass_inputs(config: schema.Config, passes: Iterable[Pass], batch: Batch) -> Inputs:
-    """The `PassInputs` of every pass of a global batch. `passes` are all those of a plan, in its
-    order: the index of a pass keys its stochastic depth."""
+    """Returns the `PassInputs` of every pass of a global batch. `passes` are all those of a plan,
+    in its order: the index of a pass keys its stochastic depth."""
     arrays = {name: batch[name] for name in ROW_ARRAYS if name in batch}
     arrays["row"] = jnp.arange(batch["mask"].shape[0])
     out: Inputs = {}
@@ -91,7 +91,7 @@ def pass_inputs(config: schema.Config, passes: Iterable[Pass], batch: Batch) -> 
 
 
 def image_rows(config: schema.Config, read: Pass, image: str, x_Bx: jax.Array) -> jax.Array:
-    """Rows [R, ...] of an array of the batch for the own or the partner image of a pass."""
+    """Returns rows [R, ...] of an array of the batch for the own or the partner image of a pass."""
     if read.mixed and config.objective.pairing == "halves":
         return x_Bx.reshape(-1, 2, *x_Bx.shape[1:])[:, int(image == "partner")]
     if read.mixed or read.blended:
@@ -102,8 +102,8 @@ def image_rows(config: schema.Config, read: Pass, image: str, x_Bx: jax.Array) -
 def drop_path_factors(
     config: schema.Config, position_Bx2: jax.Array, salt: int
 ) -> jax.Array | None:
-    """Keep factors [B, L, 2] of stochastic depth, 0 or 1 / (1 - p) for both branches of every
-    layer; None where the rate is 0."""
+    """Returns keep factors [B, L, 2] of stochastic depth, 0 or 1 / (1 - p) for both branches of
+    every layer; None where the rate is 0."""
     if not config.model.encoder.drop_path:
         return None
     rates_Lx1 = jnp.asarray(backbones.backbone_drop_rates(config.model))[:, None]
@@ -120,7 +120,8 @@ def drop_path_factors(
 def parallel_captions(
     config: schema.Config, position_Rx2: jax.Array, share: float
 ) -> jax.Array | None:
-    """Which captions are predicted at once, bool [R], each with probability `share`; None for 0."""
+    """Returns which captions are predicted at once, bool [R], each with probability `share`; None
+    for 0."""
     if not share:
         return None
     base = jax.random.fold_in(jax.random.key(config.seed), PARALLEL)
@@ -165,7 +166,7 @@ def augmented_patches(
 
 
 def view_pixels(config: schema.Config, batch: Batch, view: int) -> jax.Array:
-    """The uint8 pixels [B, size, size, 3] of a view of a batch."""
+    """Returns the uint8 pixels [B, size, size, 3] of a view of a batch."""
     if view < 2:
         return batch["views"][:, view]
     sizes = [group.size for group in config.small_views]
@@ -182,8 +183,8 @@ def _small_augment(config: schema.Config, view: int) -> schema.Augment:
 
 
 def plain_patches(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array:
-    """Normalised patches [B, N, P], in the compute precision, of unaugmented images: uint8, or
-    floats in 0..1.
+    """Returns normalised patches [B, N, P], in the compute precision, of unaugmented images: uint8,
+    or floats in 0..1.
 
     >>> plain_patches(schema.Config(), jnp.zeros((2, 32, 32, 3), jnp.uint8)).shape
     (2, 4, 768)
@@ -195,7 +196,8 @@ def plain_patches(config: schema.Config, pixels_BxSxSx3: jax.Array) -> jax.Array
 def encoder_input(
     config: schema.Config, read: Pass, inputs: PassInputs, patches: Patches
 ) -> jax.Array:
-    """The patches [R, N, P] that a pass shows to the encoder: of one image, mixed or blended."""
+    """Returns the patches [R, N, P] that a pass shows to the encoder: of one image, mixed or
+    blended."""
     x = patches[read.view]
     if read.mixed:
         own, partner = (image_rows(config, read, image, x) for image in ("own", "partner"))
@@ -216,7 +218,7 @@ def _blend(config: schema.Config, x_BxNxP: jax.Array, draws: mixup.MixupDraws) -
 def encode_passes(
     config: schema.Config, inputs: Inputs, patches: Patches, encoder: Any
 ) -> dict[Pass, jax.Array]:
-    """Features {pass: [R, T, D]} of the online encoder, cls first, every pass once."""
+    """Returns features {pass: [R, T, D]} of the online encoder, cls first, every pass once."""
     out = {}
     small: dict[int, list[Pass]] = {}
     for read, given in inputs.items():
@@ -255,7 +257,7 @@ def stack_rows(arrays: list[jax.Array]) -> jax.Array:
 
 
 def unstack_rows(x_BRx: jax.Array, count: int) -> list[jax.Array]:
-    """The inverse of `stack_rows`."""
+    """Returns the inverse of `stack_rows`."""
     split = x_BRx.reshape(-1, count, *x_BRx.shape[1:])
     return [split[:, r] for r in range(count)]
 

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from m3i_jax.reporting import text_table
-from m3i_jax.training import array_checksums, file_checksums
+from m3i_jax.training import checksums
 from m3i_jax.training.checkpoint import Checkpoints
 from tests.bench.figures import Figure
 
@@ -112,10 +112,8 @@ def measure(megabytes: int, runs: int, place: str | None) -> dict[str, float]:
             files = [
                 path for path in (folder / "checkpoints" / str(turn)).rglob("*") if path.is_file()
             ]
-            digested = costs(
-                lambda: [file_checksums.file_digest(path, written=True) for path in files]
-            )
-            printed = costs(lambda: array_checksums.checksum_arrays(state).read())
+            digested = costs(lambda: [checksums.file_digest(path, written=True) for path in files])
+            printed = costs(lambda: checksums.checksum_arrays(state).read())
             back: Any = None
 
             def restore(turn: int = turn) -> None:

@@ -174,7 +174,7 @@ def first_values(shape: dict[str, Any]) -> tuple[Any, Any]:
     import jax
 
     from m3i_jax.models import vit, vit_maps
-    from m3i_jax.models.dense import mask_rcnn, pyramid, segmentation_heads
+    from m3i_jax.models.dense import mask_rcnn, pyramid, task_heads
 
     keys = jax.random.split(jax.random.key(0), 3)
     model, maps, size = shape["model"], shape["maps"], shape["size"]
@@ -189,7 +189,9 @@ def first_values(shape: dict[str, Any]) -> tuple[Any, Any]:
         for name in ("logits", "deltas"):
             head["rpn"][name]["kernel"] *= {"logits": 30.0, "deltas": 5.0}[name]
     else:
-        head, head_statistics = segmentation_heads.init(shape["head"], channels, STUFF, keys[2])
+        head, head_statistics = task_heads.segmentation_head(shape["head"]).init(
+            shape["head"], channels, STUFF, keys[2]
+        )
     params = {"encoder": encoder, "pyramid": neck, "head": head}
     return params, {"pyramid": neck_statistics, "head": head_statistics}
 

@@ -9,7 +9,7 @@ gradient twice.
 import dataclasses
 
 from m3i_jax import schema
-from m3i_jax.objective import block_masks
+from m3i_jax.objective import masks
 from m3i_jax.objective.caption_posterior import CaptionHead
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
@@ -118,7 +118,7 @@ def _decoder(plan: Plan, term: Term) -> int:
     )
     copies = 1
     if isinstance(term.head, DecoderHead) and term.head.queries == "blocks":
-        copies, n = c.data.mask_blocks, block_masks.block_cells(c.grid, c.data.mask_block_share)
+        copies, n = c.data.mask_blocks, masks.block_cells(c.grid, c.data.mask_block_share)
     return copies * _decoder_of(plan, term, own, n)
 
 

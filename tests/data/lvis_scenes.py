@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from m3i_jax.data.sources import scene_files
+from tests import scene_files
 
 CLASSES = 1203
 

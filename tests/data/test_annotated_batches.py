@@ -14,9 +14,9 @@ from m3i_jax.data import annotated_batches, decode, pipeline, sampler, splits
 from m3i_jax.data.annotated_batches import iterate_detect_batches, iterate_segment_batches
 from m3i_jax.data.sources import base, segmentations
 from m3i_jax.data.sources.objects import Objects, empty_objects
-from m3i_jax.data.sources.scene_files import write_scenes
 from m3i_jax.data.sources.scenes import ScenesSource
 from m3i_jax.errors import UserError
+from tests.scene_files import write_scenes
 
 S = 48
 KINDS = {"detect": iterate_detect_batches, "segment": iterate_segment_batches}

@@ -78,7 +78,7 @@ RLE = {"size": [20, 30], "counts": segmentations.encode_mask(np.eye(20, 30) > 0)
 LEFT_OUT = {
     "annotations of an image that is not listed": annotation(20, 3),
     "annotations of a category that is not listed": annotation(20, category_id=4),
-    "annotations that are no JSON object": 7,
+    "annotations that are not JSON objects": 7,
     "annotations without a box": annotation(20, bbox=None, segmentation=None),
     "boxes of no area": annotation(20, bbox=[5, 5, 0, 9]),
     "boxes outside of the image": annotation(20, bbox=[31, 2, 5, 5]),
@@ -186,19 +186,19 @@ def deep(levels: int) -> bytes:
     ("document", "message"),
     [
         (b"\xff\xfe{}", "is not UTF-8 text (byte 0); save it as UTF-8"),
-        (b'{"images": [', "is no JSON (Expecting value"),
-        (b"", "is no JSON"),
+        (b'{"images": [', "is not JSON (Expecting value"),
+        (b"", "is not JSON"),
         (deep(100_000), "is nested too deep"),
-        (b'{"images": ' + b"9" * 5000 + b"}", "is no JSON (Exceeds the limit"),
+        (b'{"images": ' + b"9" * 5000 + b"}", "is not JSON (Exceeds the limit"),
         ([], "holds a JSON list and no object"),
         ({"info": 1}, "has no list 'images' (it has: 'info')"),
         ({**DOCUMENT, "categories": {}}, "has no list 'categories'"),
         ({**DOCUMENT, "images": []}, "lists no image"),
         ({**DOCUMENT, "categories": []}, "lists no category"),
-        (changed(categories=[{"id": "x"}]), "{'id': 'x'} is no category"),
+        (changed(categories=[{"id": "x"}]), "{'id': 'x'} is not a category"),
         (changed(categories=[{"id": 3, "name": "cow"}]), "'cat' and 'cow' have the same id 3"),
-        (changed(images=[{"file_name": "7.png"}]), "is no image: it needs a whole number 'id'"),
-        (changed(images=[{"id": 2**70, "file_name": "7.png"}]), "is no image"),
+        (changed(images=[{"file_name": "7.png"}]), "is not an image: it needs a whole number 'id'"),
+        (changed(images=[{"id": 2**70, "file_name": "7.png"}]), "is not an image"),
         (changed(images=[{"id": 1, "file_name": "7.png"}]), "'1.png' and '7.png' have the same id"),
         ({**DOCUMENT, "images": [{"id": 1}]}, "no image has a 'file_name'"),
     ],
@@ -225,9 +225,11 @@ def test_no_image_is_there(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"lists 3 images, such as '1.png', of which none is in"):
         CocoSource(str(tmp_path / "empty"), path)
-    with pytest.raises(UserError, match=r"data.path='/no/dir' is no directory: there is no 'no'"):
+    with pytest.raises(
+        UserError, match=r"data.path='/no/dir' is not a directory: there is no 'no'"
+    ):
         CocoSource("/no/dir", path)
-    with pytest.raises(UserError, match=r"data.annotations='/no/file.json' is no file"):
+    with pytest.raises(UserError, match=r"data.annotations='/no/file.json' is not a file"):
         CocoSource(str(tmp_path), "/no/file.json")
 
 

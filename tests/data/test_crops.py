@@ -181,7 +181,7 @@ def test_a_missing_resizer_is_named(monkeypatch):
             UserError, match="data.resizer='fast' needs the package cykooz-resizer: pip install"
         ):
             crops.choose_resizer("fast")
-        with pytest.raises(UserError, match="data.resizer='nearest' is no resizer"):
+        with pytest.raises(UserError, match="data.resizer='nearest' is not a resizer"):
             crops.choose_resizer("nearest")
     finally:
         crops.choose_resizer.cache_clear()

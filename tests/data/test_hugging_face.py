@@ -86,7 +86,7 @@ def test_splits_and_bare_columns(files, tmp_path):
     assert len(HuggingFaceSource(str(tmp_path / "x"), "test")) == 1
     for split in ("", "val"):
         with pytest.raises(
-            UserError, match=f"has the splits test, train, data.split='{split}' is none of them"
+            UserError, match=f"has the splits test, train, data.split='{split}' is not one of them"
         ):
             HuggingFaceSource(str(tmp_path / "x"), split)
 

@@ -302,7 +302,7 @@ def test_refusals(make):
     for wrong in ({"start": 1}, {"start": -2}, {"start": 0, "hosts": 3}, {"start": 0, "hosts": 8}):
         with pytest.raises(ValueError, match="must be a multiple of 2 x"):
             pipeline.iterate_batches(make.settings(), make.ColorImages(9), None, **wrong)
-    with pytest.raises(ValueError, match="makes 5 ids, data.caption_length is 12"):
+    with pytest.raises(ValueError, match="pads captions to 5 ids, but data.caption_length is 12"):
         pipeline.iterate_batches(
             make.settings(), make.ColorImages(9), tokenizer.train_tokenizer(["a"], 259, 5), start=0
         )

@@ -108,7 +108,7 @@ def test_settings_that_a_registered_source_does_not_read(gradients: str) -> None
 def test_unregistered_names_are_refused() -> None:
     assert "gradients" not in registry.source_names()
     with pytest.raises(
-        UserError, match="config.data.source: 'gradients' is none of shapes, folder"
+        UserError, match="config.data.source: 'gradients' is not one of shapes, folder"
     ):
         toy.settings(data__source="gradients")
     with pytest.raises(UserError, match="data.source='gradients' is not a source: use 'shapes'"):

@@ -7,7 +7,7 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import splits
+from m3i_jax.data import decode, splits
 from m3i_jax.data.sources import base, remote
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
@@ -51,17 +51,27 @@ def test_only_ranges_are_read(bucket, monkeypatch):
     source = TarSource(bucket[0])
     read = []
     files = remote.file_system(bucket[0])
-    original = files.cat_ranges
+    original = files.cat_file
     monkeypatch.setattr(
-        type(files),
-        "cat_ranges",
-        lambda self, p, a, b, **k: read.append((p, a, b)) or original(p, a, b, **k),
+        type(files), "cat_file", lambda self, *a, **k: read.append(a) or original(*a, **k)
     )
-    base.read_items(source, [1, 2, 30])
-    ((paths, starts, ends),) = read  # one call for images and captions of a batch
-    assert len(paths) == 6 and sum(b - a for a, b in zip(starts, ends, strict=True)) == sum(
-        2 * 99 * len(str(i % 20)) for i in (1, 2, 30)
-    )
+    records = base.read_items(source, [1, 33, 2])
+    assert [record.key for record in records] == ["01", "113", "02"]
+    # an image and its caption, and images that are neighbours, are one request
+    assert sorted(path[-5:] for path, *_ in read) == ["0.tar", "1.tar"]
+    assert all(end - start < 4 * 2048 for _, start, end in read)
+    read.clear()
+    monkeypatch.setattr(remote, "JOIN", -1)
+    assert base.read_items(source, [1, 33, 2]) == records and len(read) == 6
+
+
+def test_states_come_with_the_listing(bucket, monkeypatch):
+    listed = remote.glob_urls(bucket[0])
+    asked = []
+    monkeypatch.setattr(remote, "file_state", lambda path: asked.append(path) or (1, "x"))
+    assert remote.file_states(listed, listed) == list(listed.values()) and not asked
+    states = remote.file_states(listed, dict.fromkeys(listed))
+    assert states == [(1, "x")] * 2 and sorted(asked) == list(listed)
 
 
 def test_the_index_is_cached_and_rebuilt(bucket, tmp_path, monkeypatch, make):
@@ -105,6 +115,35 @@ def test_a_network_that_fails(bucket, monkeypatch):
     files.rm(bucket[0].removeprefix("memory:/") + "/0.tar")
     with pytest.raises(UserError, match=r"0.tar' cannot be read \(FileNotFoundError"):
         source[3]
+
+
+def test_a_slow_bucket_with_errors(tmp_path, monkeypatch):
+    from tests.bench import streaming
+
+    monkeypatch.setattr(remote, "BLOCK", 1 << 16)
+    (tmp_path / "x.tar").write_bytes(streaming.tar_content(40))
+    local = TarSource(str(tmp_path))
+    setup = {"latency": 0.002, "errors": 0.05, "stalls": 0.0}
+    with streaming.bucket(2, 40, **setup) as bucket:
+        source = TarSource("gs://b/data", cache=str(tmp_path / "cache"))
+        assert len(source) == 80 and bucket.counts["errors"] > 0
+        bucket.counts.clear()
+        source = TarSource("gs://b/data", cache=str(tmp_path / "cache"))
+        # the next start asks for a listing, and for no file
+        assert bucket.counts["listings"] == 1 and not bucket.counts["ranges"]
+        monkeypatch.setattr(remote, "JOIN", 1 << 10)
+        indices = [3, 79, 0, 41, 22, *range(50, 70, 3), 3]
+        for _ in range(4):
+            records = base.read_items(source, indices)
+            assert records == base.read_items(local, [i % 40 for i in indices])
+        # an image and its caption are one request; all of a batch are made at the same time
+        counts = bucket.counts
+        assert counts["most at once"] == 12 and counts["errors"] > 0
+        assert counts["ranges"] == 4 * 12 + counts["errors"]
+        counts.clear()
+        captions = list(decode.sample_captions(source))
+        assert captions == 2 * [local.caption(i) for i in range(40)]
+        assert counts["most at once"] > 16
 
 
 def test_refusals():

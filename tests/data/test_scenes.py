@@ -11,9 +11,9 @@ from PIL import Image
 from m3i_jax import schema
 from m3i_jax.data import conversion, decode, decode_map, splits
 from m3i_jax.data.sources import segmentations, shapes
-from m3i_jax.data.sources.scene_files import CATEGORY_IDS, write_scenes
 from m3i_jax.data.sources.scenes import MAP_CLASSES, UNLABELLED, ScenesSource
 from m3i_jax.errors import UserError
+from tests.scene_files import CATEGORY_IDS, write_scenes
 
 
 @pytest.fixture(scope="module")

@@ -300,11 +300,11 @@ def test_a_pipe_in_place_of_a_file_is_refused_at_once(fill):
         with pytest.raises(
             UserError,
             match=(
-                rf"{name}' is no regular file any more, as it was when the run began; restore it$"
+                rf"{name}' is no longer a regular file, as it was when the run began; restore it$"
             ),
         ):
             source[0 if name == "a/1.jpg" else 1]
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is no longer a regular file"):
         base.read_byte_range("/dev/zero", 0, 3)
     os.mkfifo(folder / "a/0.jpg")
     # there from the start: passed over and counted

@@ -97,7 +97,7 @@ def test_refusals(data, settings, why):
     ("settings", "why"),
     [
         ({"source": "folder", "mixture": ("shapes:1",)}, "set data.source='mixture'"),
-        ({"source": "mixture"}, "mixes nothing"),
+        ({"source": "mixture"}, "needs data.mixture, which is empty"),
         ({"source": "mixture", "mixture": ("shapes:ten",)}, "give their number"),
         ({"source": "folder", "split": "trian"}, "did you mean '.*/train'"),
     ],

@@ -16,7 +16,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import splits
-from m3i_jax.data.sources import base, tar_headers, tars
+from m3i_jax.data.sources import base, tar_headers, tar_index, tars
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 
@@ -168,7 +168,7 @@ def test_grouping_captions_and_labels(tmp_path, make):
     ]
     assert source.classes == ("0", "1", "2", "3", "4", "5") and source.captions
     assert {kind: n for kind, n in source.ignored.items() if n} == {
-        "labels that are no category": 4,
+        "labels that are not a category": 4,
         "images with the key of an earlier one": 1,
         "captions or labels without an image": 1,
         "JSON over 1 MiB": 1,
@@ -257,8 +257,8 @@ def test_the_index_is_cached_and_rebuilt(tmp_path, make, monkeypatch):
         make.tar_bytes([("1.jpg", b"one"), ("1.txt", b"caption"), ("2.jpg", b"two")])
     )
     built = []
-    real = tars._build
-    monkeypatch.setattr(tars, "_build", lambda files: built.append(1) or real(files))
+    real = tar_index.IndexBuilder.build
+    monkeypatch.setattr(tar_index.IndexBuilder, "build", lambda self: built.append(1) or real(self))
 
     def opened() -> TarSource:
         return splits.open_source(schema.Data(source="tars", path=str(data / "*.tar")), cache=cache)
@@ -318,21 +318,59 @@ def test_memory_of_the_index(tmp_path, make):
 
 
 @pytest.mark.slow
-def test_memory_while_the_index_is_made():
+def test_memory_while_the_index_is_made(monkeypatch):
     """The peak and the final memory are proportional to the number of images."""
+    group = {"size": 10_000, "caption_kind": 1, "caption_offset": 7, "caption_size": 50}
+
+    def members(path):
+        return {
+            f"{path}{i:04d}": {"offset": 12_000 * i, **group} for i in range(10_000)
+        }, collections.Counter()
+
+    monkeypatch.setattr(tar_index, "_members", members)
+    monkeypatch.setattr(tar_index, "_THREADS", 1)
+    builder = tar_index.IndexBuilder([f"{i:05d}" for i in range(20)], np.zeros((20, 2), np.int64))
     tracemalloc.start()
-    columns = tars._Columns()
-    for shard in range(20):
-        group = {"size": 10_000, "caption_kind": 1, "caption_offset": 7, "caption_size": 50}
-        columns.add(
-            shard, {f"{shard:05d}{i:04d}": {"offset": 12_000 * i, **group} for i in range(10_000)}
-        )
-    index = columns.arrays({})
-    del columns
+    index = builder.build()
     final, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(index["shard"]) == 200_000
     assert final / 2e5 < 65 and peak / 2e5 < 200
+
+
+def test_an_index_is_built_in_parts(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(tar_index, "PART", 2)
+    data = tmp_path / "data"
+    data.mkdir()
+    for shard in range(5):
+        members = [(f"{shard}{i}.{kind}", b"%d" % i) for i in range(4) for kind in ("jpg", "txt")]
+        (data / f"{shard}.tar").write_bytes(make.tar_bytes([*members, (".hidden.jpg", b"x")]))
+    alone = TarSource(str(data), cache=str(tmp_path / "alone"))
+    assert (
+        alone.fingerprint() == TarSource(str(data)).fingerprint() and alone.ignored["hidden"] == 5
+    )
+    builder = tars.index_builder(str(data), cache=str(tmp_path / "shared"))
+    assert builder.missing() == [0, 1, 2] and not builder.finish()
+    assert [builder(part) for part in (2, 0)] == [4, 8]  # by two hosts
+    assert builder.missing() == [1] and not builder.finish() and builder.load() is None
+    with pytest.raises(UserError, match="00002.npz' is damaged"):
+        builder(1)
+        part = pathlib.Path(builder._part_path(2))
+        raw = bytearray(whole := part.read_bytes())
+        raw[raw.index(b"4041") + 1] ^= 1  # in a key
+        part.write_bytes(raw)
+        builder.finish()
+    part.write_bytes(whole)
+    # a training takes what is there and scans the rest
+    os.unlink(builder._part_path(0))
+    scanned = []
+    real = tar_index._scan
+    monkeypatch.setattr(tar_index, "_scan", lambda *a: scanned.append(a[0]) or real(*a))
+    together = TarSource(str(data), cache=str(tmp_path / "shared"))
+    assert sorted(scanned) == [0, 1] and all_records(together) == all_records(alone)
+    files = [next((tmp_path / name).iterdir()) for name in ("alone", "shared")]
+    assert files[0].read_bytes() == files[1].read_bytes()  # and the parts are gone
+    assert builder.finish() and ForkingPickler.loads(ForkingPickler.dumps(together))[3].key == "03"
 
 
 def test_a_file_that_changes_during_the_run(tmp_path, make):

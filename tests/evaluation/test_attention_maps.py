@@ -10,7 +10,7 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.augment import photometric
-from m3i_jax.evaluation import attention_maps, feature_extraction
+from m3i_jax.evaluation import feature_extraction
 from m3i_jax.models import attention, layers, m3i, pooling, vit
 from m3i_jax.objective.terms import FORMS
 from tests import toy
@@ -112,13 +112,13 @@ def test_maps_on_a_mesh_equal_those_of_one_device(changes: dict) -> None:
     no attention."""
     config = toy.settings(**{**changes, **SETTINGS, "model__encoder__width": 64})
     params, images = started(config), views(6)
-    maps = jax.jit(functools.partial(attention_maps.attention_maps, config, True))
+    maps = jax.jit(functools.partial(feature_extraction.attention_maps, config, True))
     wanted = maps(params, jnp.asarray(images))
     assert set(wanted) == {"features", "pooling"} | (set() if changes else {"last"})
     np.testing.assert_allclose(wanted["pooling"].sum(1), 1, atol=1e-5)
     mesh = parallel.make_mesh((2, 2, 1), jax.devices()[:4])
     laid = jax.device_put(params, parallel.tree_shardings(mesh, params))
-    look = attention_maps.compile_maps(config, mesh, pooled=True)
+    look = feature_extraction.compile_maps(config, mesh, pooled=True)
     batches = [
         {
             "views": np.pad(images[at : at + 4], [(0, max(0, at - 2))] + [(0, 0)] * 3),

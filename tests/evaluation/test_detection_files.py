@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from m3i_jax.data.sources.coco import CocoSource
-from m3i_jax.evaluation import detection_results, detection_scores
+from m3i_jax.evaluation import detection_eval, detection_results
 from m3i_jax.evaluation.detection_results import DetectionResult, ImageDetections
 from m3i_jax.modes import annotated_figures
 from tests.evaluation.test_detection_scores import STATS, needs_pycocotools, random_boxes
@@ -101,7 +101,7 @@ def test_pycocotools_finds_the_same_with_the_original_file(
     assert table.ids == IDS
     annotated_figures.write_results(tmp_path, results, table, masks=True)
     for kind in ("bbox", "segm"):
-        metrics = detection_scores.detection_scores(results, table, kind=kind).metrics
+        metrics = detection_eval.detection_scores(results, table, kind=kind).metrics
         with contextlib.redirect_stdout(io.StringIO()):
             known = COCO(source.annotations)
             loaded = known.loadRes(str(tmp_path / f"detections-{kind}.json"))

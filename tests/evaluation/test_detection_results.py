@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from m3i_jax.data.sources import objects, segmentations
-from m3i_jax.evaluation import detection_errors, detection_results, detection_scores
+from m3i_jax.evaluation import detection_errors, detection_eval, detection_results
 from m3i_jax.evaluation.detection_results import DetectionResult, ImageDetections, ImageTruth
 from tests.evaluation.test_detection_scores import TABLE, needs_pycocotools, world
 
@@ -133,7 +133,7 @@ def test_the_precision_of_one_image_is_pycocotools() -> None:
         truth = dataclasses.replace(result.truth, classes=np.zeros_like(result.truth.classes))
         found = dataclasses.replace(result.found, classes=np.zeros_like(result.found.classes))
         one = [DetectionResult(truth, found)]
-        metrics = detection_scores.detection_scores(one, TABLE, kind="bbox").metrics
+        metrics = detection_eval.detection_scores(one, TABLE, kind="bbox").metrics
         own = dict(detection_errors.image_precisions(one))
         assert ("AP50" in metrics) == (truth.image in own)
         if own:

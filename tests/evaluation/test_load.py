@@ -251,7 +251,7 @@ def test_refusals(run, tmp_path: pathlib.Path) -> None:
     for path, settings, words in (
         ("nowhere", {}, "'nowhere' does not exist"),
         (str(tmp_path / "timm.safetensors"), {"pool": "attention"}, "no trained pooling"),
-        (str(tmp_path / "timm.safetensors"), {"pool": "max"}, "is none of auto"),
+        (str(tmp_path / "timm.safetensors"), {"pool": "max"}, "is not one of auto"),
         (str(tmp_path / "timm.safetensors"), {"weights": "ema"}, "no momentum copy"),
         (
             str(tmp_path / "intern.safetensors"),

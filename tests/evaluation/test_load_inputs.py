@@ -16,7 +16,7 @@ from m3i_jax import main as command
 from m3i_jax import progress
 from m3i_jax.data import decode, image_inputs
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import hub, load
+from m3i_jax.evaluation import load
 from m3i_jax.modes import model_card
 from tests import saved, toy
 
@@ -106,7 +106,7 @@ def test_refused_images(model: load.LoadedEncoder, tmp_path: pathlib.Path) -> No
         (noise(SIDE, SIDE, 5)[None], ValueError, r"must be \[H, W\] or"),
         (np.zeros((SIDE, SIDE), np.int64), ValueError, "of type|and type int64"),
         (np.full((SIDE, SIDE), 1.5), ValueError, r"must lie in 0\.\.1"),
-        (str(tmp_path / "text.png"), ValueError, "text.png' is no usable image: undecodable"),
+        (str(tmp_path / "text.png"), ValueError, "text.png' is not a usable image: undecodable"),
         (str(tmp_path / "absent.png"), ValueError, "absent.png' cannot be read"),
         (str(tmp_path / "empty"), UserError, "is an empty folder"),
         (7, ValueError, "type int"),
@@ -172,7 +172,7 @@ def test_refusals_of_the_hub(cache: pathlib.Path, monkeypatch: pytest.MonkeyPatc
         assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'm3i-jax\[hub\]'"):
-        hub.fetch_weights("hf://me/encoder")
+        load.fetch_weights("hf://me/encoder")
 
 
 def test_the_card_names_no_directory_of_this_machine(workdir: pathlib.Path) -> None:

@@ -136,7 +136,7 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
         "any command, configuration file or file",
         "exit 0, 2 or 3, one line, nothing outside the working directory touched",
     ),
-    "E8": ("an override that changes nothing", "refused, with what would change something"),
+    "E8": ("an override that has no effect", "refused, with what would change something"),
     "E9": (
         "an evaluation of other data or weights than the run's",
         "named, and kept apart from the run's own",

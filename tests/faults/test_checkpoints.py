@@ -15,7 +15,7 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
-from m3i_jax.training import file_checksums
+from m3i_jax.training import checksums
 from m3i_jax.training.checkpoint import Checkpoints
 
 Make = Callable[..., Checkpoints]
@@ -163,7 +163,7 @@ def test_a_file_cut_emptied_deleted_swapped_or_a_link_is_named(
         )
 
     one, names = make(pair), [path.relative_to(pair / "8") for path in files(pair / "8")]
-    assert pathlib.Path(file_checksums.NAME) in names and len(names) >= 10
+    assert pathlib.Path(checksums.NAME) in names and len(names) >= 10
     for name, (_, fault) in itertools.product(names, faults.items()):
         path = pair / "8" / name
         before = path.read_bytes()

@@ -396,7 +396,7 @@ def test_labels_of_every_kind(trials, tmp_path: pathlib.Path) -> None:
     assert [source[i].label for i in range(len(labels))] == [
         whole.get(i, -1) for i in range(len(labels))
     ]
-    assert source.ignored["labels that are no category"] == 7
+    assert source.ignored["labels that are not a category"] == 7
     batches = pipeline.iterate_batches(settings(batch=26, classes=3), source, None, start=0)
     batch = next(batches)
     batches.close()

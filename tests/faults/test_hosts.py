@@ -251,7 +251,7 @@ SAVE = (
     distributed.initialize(place, limit=60)
     from m3i_jax import parallel
     from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
-    from m3i_jax.training import file_checksums
+    from m3i_jax.training import checksums
 
     def forbidden(*_, **__):
         raise AssertionError("a barrier without a limit")

@@ -21,7 +21,7 @@ from m3i_jax import parallel, run_files
 from m3i_jax.errors import UserError
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes import train
-from m3i_jax.training import checkpoint_dir, checkpoint_reader, file_checksums
+from m3i_jax.training import checkpoint_dir, checksums, weight_source
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints
 from tests.faults.hostile import ROOT
 from tests.faults.test_saves import small_disk  # noqa: F401 (a fixture)
@@ -105,9 +105,9 @@ def test_a_copy_of_an_older_format_is_noticed_by_its_arrays(
 ) -> None:
     """Format 3 has the checksum of the step counter among those of all arrays; in format 2 the
     counter itself is compared."""
-    more = {"arrays": file_checksums.read_checksums(pair / "4")["arrays"]} if form == 3 else {}
-    (pair / "4" / file_checksums.NAME).unlink()
-    file_checksums.write_checksums(pair / "4", format=form, **more)
+    more = {"arrays": checksums.read_checksums(pair / "4")["arrays"]} if form == 3 else {}
+    (pair / "4" / checksums.NAME).unlink()
+    checksums.write_checksums(pair / "4", format=form, **more)
     one, logged = opened()
     assert (
         checkpoint_dir.find_damage(pair / "4") == []
@@ -128,12 +128,12 @@ def test_another_run_is_verified_in_the_same_way(pair: pathlib.Path) -> None:
     """init_from, evaluation and export refuse a copy under another number, and a newer format."""
     shutil.copytree(pair / "4", pair / "12")
     with pytest.raises(UserError, match="checkpoint 12 is damaged .*belongs to checkpoint 4"):
-        checkpoint_reader.RunWeights(str(pair.parent), "init_from")
-    file_checksums.write_checksums(pair / "12", format=checkpoint_dir.FORMAT + 1, step=12)
+        weight_source.RunWeights(str(pair.parent), "init_from")
+    checksums.write_checksums(pair / "12", format=checkpoint_dir.FORMAT + 1, step=12)
     with pytest.raises(
         UserError, match="checkpoint 12: has format 5, this version of m3i_jax reads up to 4"
     ):
-        checkpoint_reader.RunWeights(str(pair.parent), "init_from")
+        weight_source.RunWeights(str(pair.parent), "init_from")
 
 
 @pytest.mark.row("B13")
@@ -156,15 +156,15 @@ def test_what_cannot_be_read_is_not_damaged(
         return call
 
     module, name = {
-        "a file": (file_checksums, "file_digest"),
-        "the digests": (file_checksums, "read_checksums"),
+        "a file": (checksums, "file_digest"),
+        "the digests": (checksums, "read_checksums"),
         "the position": (run_files, "read_bytes"),
         "the directory": (checkpoint_dir, "complete_steps"),
     }[what]
     one, logged = opened()
     read = (lambda: one.position(8)["samples_seen"]) if what == "the position" else one.newest_good
     wanted = 80 if what == "the position" else 8
-    monkeypatch.setattr(file_checksums, "THREADS", 1)
+    monkeypatch.setattr(checksums, "THREADS", 1)
     monkeypatch.setattr(module, name, failing(getattr(module, name)))
     # of several files that are read at once, both may fail
     assert read() == wanted and 1 <= len(logged) <= 2

@@ -16,7 +16,7 @@ from m3i_jax import main as command
 from m3i_jax import parallel
 from m3i_jax.modes import replay, train
 from m3i_jax.objective import balance, ema
-from m3i_jax.training import debug_dump, loop, optimizer, state, trainer
+from m3i_jax.training import debug_dump, loop, optimizer, task, trainer
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import toy
 
@@ -80,7 +80,7 @@ def test_a_skipped_step_leaves_every_bit(place: tuple[str, ...], value: float) -
     after, metrics = one.step(device(before), toy.batch(one.config, 2))
     assert float(metrics["skipped/not_finite"]) == 1 and int(after.step) == int(before.step) + 1
     assert bits((after.params, after.opt)) == bits((before.params, before.opt))
-    healed = state.State(
+    healed = task.State(
         step=jnp.asarray(trained().step), params=device(trained().params), opt=after.opt
     )
     assert bits(one.step(healed, toy.batch(one.config, 3))[0]) == bits(
@@ -265,7 +265,7 @@ def test_a_skipped_spike_leaves_every_bit_but_the_window() -> None:
     )
     opt = before[1].copy()
     opt["spikes"] = window._replace(seen=window.seen * np.float32(0.1))
-    lowered = state.State(step=current.step, params=before[0], opt=opt)
+    lowered = task.State(step=current.step, params=before[0], opt=opt)
     after, metrics = one.step(device(lowered), toy.batch(one.config, 999))
     assert (
         int(metrics["skipped/spikes"]) == 1
@@ -275,7 +275,7 @@ def test_a_skipped_spike_leaves_every_bit_but_the_window() -> None:
     rest = [{k: v for k, v in opt.items() if k != "spikes"} for opt in (before[1], after.opt)]
     assert bits((after.params, rest[1])) == bits((before[0], rest[0]))
     assert int(after.opt["spikes"].steps) == optimizer.SPIKE_WINDOW + 1
-    again = state.State(step=current.step, params=before[0], opt=before[1])
+    again = task.State(step=current.step, params=before[0], opt=before[1])
     plain, metrics = one.step(device(again), toy.batch(one.config, 999))
     assert int(metrics["skipped/spikes"]) == 0 and bits(plain.params) != bits(before[0])
 

@@ -19,9 +19,9 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.modes import train
-from m3i_jax.training import array_checksums, file_checksums
+from m3i_jax.training import checksums
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints
-from m3i_jax.training.checkpoint_reader import RunWeights
+from m3i_jax.training.weight_source import RunWeights
 from tests.faults.test_saves import make, names, restored, same, state  # noqa: F401 (a fixture)
 
 
@@ -42,25 +42,25 @@ def test_any_element_that_changes_changes_the_fingerprint(trials) -> None:
         np.uint8,
     ):
         x = r.integers(0, 2 if kind is np.bool_ else 100, (6, 11)).astype(kind)
-        before = array_checksums.checksum_arrays({"x": jnp.asarray(x)}).read()
+        before = checksums.checksum_arrays({"x": jnp.asarray(x)}).read()
         for _ in range(25):
             y = x.copy()
             flat = y.reshape(-1).view(np.uint8)
             at = int(r.integers(len(flat)))
             flat[at] ^= 1 if kind is np.bool_ else 1 << int(r.integers(8))
             missed += not trials.add(
-                array_checksums.checksum_arrays({"x": jnp.asarray(y)}).read() != before
+                checksums.checksum_arrays({"x": jnp.asarray(y)}).read() != before
             )
         a, b = np.argmax(x), np.argmin(x)
         y = x.copy().reshape(-1)
         y[a], y[b] = y[b], y[a]
         missed += not trials.add(
-            array_checksums.checksum_arrays({"x": jnp.asarray(y.reshape(x.shape))}).read() != before
+            checksums.checksum_arrays({"x": jnp.asarray(y.reshape(x.shape))}).read() != before
         )
     trials.figure = f"{missed} of {trials.trials} changed arrays with the same fingerprint"
     assert not missed
     one, again, other = (
-        array_checksums.checksum_arrays({"x": jnp.asarray([np.nan, zero], jnp.float32)}).read()
+        checksums.checksum_arrays({"x": jnp.asarray([np.nan, zero], jnp.float32)}).read()
         for zero in (-0.0, -0.0, 0.0)
     )
     assert one == again != other  # bits, not values
@@ -78,7 +78,7 @@ def test_the_fingerprint_is_the_same_in_every_layout(trials) -> None:
             "step": jnp.int32(3),
         }
         layout = parallel.tree_shardings(parallel.make_mesh(shape, devices), tree)
-        found.add(json.dumps(array_checksums.checksum_arrays(jax.device_put(tree, layout)).read()))
+        found.add(json.dumps(checksums.checksum_arrays(jax.device_put(tree, layout)).read()))
         trials.add(len(found) == 1)
     assert trials.passed == trials.trials
 
@@ -118,7 +118,7 @@ def test_wrong_bytes_with_right_digests_are_found(
     one.wait()
     again = make(tmp_path)
     # the files are what was written
-    assert again.newest_good() == 2 and not file_checksums.verify_checksums(tmp_path / "2")
+    assert again.newest_good() == 2 and not checksums.verify_checksums(tmp_path / "2")
     with pytest.raises(
         CheckpointDamaged,
         match=f"checkpoint 2: 1 arrays differ from what was trained, first {name}",
@@ -153,7 +153,7 @@ def test_a_step_without_fingerprints_is_used(tmp_path: pathlib.Path, make) -> No
     one = make(tmp_path)
     one.save(1, state(1), {})
     one.wait()
-    file_checksums.write_checksums(tmp_path / "1", format=2)
+    checksums.write_checksums(tmp_path / "1", format=2)
     assert same(restored(make(tmp_path), 1), state(1))
 
 

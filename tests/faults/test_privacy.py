@@ -410,7 +410,7 @@ def test_new_credentials_are_no_other_configuration(tmp_path: pathlib.Path) -> N
 @pytest.mark.row("F4")
 def test_what_is_no_secret_stays() -> None:
     for text in (
-        "config.data.tokenizer: 'trained-by-others' is none of train, clip",
+        "config.data.tokenizer: 'trained-by-others' is not one of train, clip",
         "12 tokens: 1234567 of them, secretary: nobody, a basic understanding of it",
         "gs://bucket/x-??.tar, host:8080/path, abfs://container@account.dfs.core.windows.net/x",
         "data.path = '/data/2024-01-01/pictures'",

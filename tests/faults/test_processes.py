@@ -19,7 +19,7 @@ import pytest
 from m3i_jax import parallel, schema
 from m3i_jax.training import loop
 from m3i_jax.training.checkpoint import Checkpoints
-from m3i_jax.training.state import State
+from m3i_jax.training.task import State
 from tests.faults import restart, soak
 from tests.training.test_loop import World
 

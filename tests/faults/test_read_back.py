@@ -17,7 +17,7 @@ from m3i_jax.data import tokenizer
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.modes import train
-from m3i_jax.reporting import atomic_write, run_log, writers
+from m3i_jax.reporting import run_log, writers
 from tests.faults.test_checkpoints import flip
 from tests.faults.test_operation import job
 
@@ -114,15 +114,15 @@ def test_a_process_that_is_killed_between_the_two_writes_leaves_a_file_that_is_k
     tmp_path: pathlib.Path, monkeypatch
 ) -> None:
     path = tmp_path / "config.txt"
-    atomic_write.write_text_atomic(path, "old", noted=True)
+    run_files.write_text_atomic(path, "old", noted=True)
     for content in ("newer", "newest"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(
-                atomic_write, "atomic_file", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
+                run_files, "atomic_file", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
             )
-            atomic_write.write_text_atomic(path, content, noted=True)
+            run_files.write_text_atomic(path, content, noted=True)
         assert run_files.read_run_text(path) == ("old" if content == "newer" else "newer")
-        atomic_write.write_text_atomic(path, content, noted=True)
+        run_files.write_text_atomic(path, content, noted=True)
     assert run_files.read_run_text(path) == "newest"
 
 

@@ -30,8 +30,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.modes import report, train
 from m3i_jax.modes import setup as jobs
 from m3i_jax.reporting import writers
-from m3i_jax.reporting.atomic_write import write_text_atomic
-from m3i_jax.run_files import FILES, RunFile
+from m3i_jax.run_files import FILES, RunFile, write_text_atomic
 from m3i_jax.training import checkpoint_dir
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import toy

@@ -18,7 +18,7 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
-from m3i_jax.training import checkpoint, checkpoint_dir, file_checksums
+from m3i_jax.training import checkpoint, checkpoint_dir, checksums
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -157,7 +157,7 @@ def test_a_disk_that_fails_in_the_last_moment(
             raise OSError(number, os.strerror(number))
 
         with monkeypatch.context() as patch:
-            patch.setattr(file_checksums, "write_checksums", fail)
+            patch.setattr(checksums, "write_checksums", fail)
             yield
 
     failing(make(tmp_path / "c"), tmp_path / "c", broken)
@@ -295,7 +295,7 @@ def test_a_reader_races_with_retention(tmp_path: pathlib.Path, make: Make, trial
                     if step in checkpoint_dir.complete_steps(place):
                         trials.add(
                             same(restored(reader, step), state(step))
-                            and not file_checksums.verify_checksums(place / str(step))
+                            and not checksums.verify_checksums(place / str(step))
                         )
                         break
     finally:
@@ -407,7 +407,7 @@ def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> No
         assert [("older version, without checksums" in text) for text in one.logged] == (
             [True] if form == 1 else []
         )
-    (place / "3" / file_checksums.NAME).unlink()
+    (place / "3" / checksums.NAME).unlink()
     with pytest.raises(UserError, match="no undamaged checkpoint is left"):
         one.newest_good()
     assert "digests.json: is missing" in one.logged[-1]
@@ -418,7 +418,7 @@ def test_checkpoints_of_older_versions(tmp_path: pathlib.Path, make: Make) -> No
 def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: pathlib.Path, make: Make) -> None:
     place = tmp_path / "checkpoints" / "3"
     shutil.copytree(GOLDEN / f"format{checkpoint.FORMAT}", place)
-    file_checksums.write_checksums(place, format=checkpoint.FORMAT + 1)
+    checksums.write_checksums(place, format=checkpoint.FORMAT + 1)
     with pytest.raises(
         UserError,
         match=(
@@ -438,9 +438,9 @@ def write_golden() -> None:
     one.close()
     for path in (GOLDEN / "making" / "3").rglob("commit_success.txt"):
         path.write_text("committed\n")
-    known = file_checksums.read_checksums(GOLDEN / "making" / "3")
-    (GOLDEN / "making" / "3" / file_checksums.NAME).unlink()
-    file_checksums.write_checksums(
+    known = checksums.read_checksums(GOLDEN / "making" / "3")
+    (GOLDEN / "making" / "3" / checksums.NAME).unlink()
+    checksums.write_checksums(
         GOLDEN / "making" / "3", format=checkpoint.FORMAT, step=3, arrays=known["arrays"]
     )
     (GOLDEN / "making" / "3").rename(GOLDEN / f"format{checkpoint.FORMAT}")

@@ -16,7 +16,7 @@ from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.interop import intern_image_weights, tensor_files, vit_weights
-from m3i_jax.training import file_checksums, weight_source
+from m3i_jax.training import checksums, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import saved, toy
 from tests.interop import published
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_a_newer_version_and_one_without_digests(tmp_path: pathl
     """`m3i_jax.load` verifies a checkpoint as --mode=eval does."""
     config = toy.settings()
     saved.run(tmp_path, config)
-    file = tmp_path / "checkpoints" / "4" / file_checksums.NAME
+    file = tmp_path / "checkpoints" / "4" / checksums.NAME
     whole = file.read_bytes()
     found = json.loads(whole.splitlines()[0])
     line = json.dumps(found | {"format": found["format"] + 1}, sort_keys=True)

@@ -126,7 +126,7 @@ def test_both_in_one_call_and_means_over_blocks_are_refused() -> None:
         m3i.encode(
             config, params, patches(), index=jnp.zeros((2, 1), int), hidden=jnp.zeros((2, 16), bool)
         )
-    with pytest.raises(ValueError, match="no mean over the last"):
+    with pytest.raises(ValueError, match="cannot be averaged"):
         m3i.encode(config, params, patches(), blocks=2)
 
 
@@ -161,13 +161,13 @@ REFUSED = {
     "model.encoder.cls_token=true": "has no cls token",
     "model.encoder.final_norm=true": "must be false",
     "model.encoder.freeze_patch_embed=true": "no patch embedding",
-    "model.encoder.depth=3": "is of the ViT",
-    "model.encoder.heads=3": "is of the ViT",
-    "model.encoder.positions=learned": "is of the ViT",
-    "model.encoder.embedding_norm=true": "is of the ViT",
-    "model.encoder.norm_eps=1e-5": "is of the ViT",
-    "model.encoder.activation=gelu_tanh": "is of the ViT",
-    "model.encoder.position_grid=4": "is of the ViT",
+    "model.encoder.depth=3": "is a setting of the ViT",
+    "model.encoder.heads=3": "is a setting of the ViT",
+    "model.encoder.positions=learned": "is a setting of the ViT",
+    "model.encoder.embedding_norm=true": "is a setting of the ViT",
+    "model.encoder.norm_eps=1e-5": "is a setting of the ViT",
+    "model.encoder.activation=gelu_tanh": "is a setting of the ViT",
+    "model.encoder.position_grid=4": "is a setting of the ViT",
     "model.encoder.patch_size=16": "must be 8",
     "data.image_size=40": "multiple of 16",
     "data.mask_cell=12": "multiple of model.encoder.patch_size",

@@ -9,7 +9,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.models import decoder, heads, m3i, pooling, text
-from m3i_jax.objective import joined_terms, positions, posteriors
+from m3i_jax.objective import derived_terms, positions, posteriors
 from m3i_jax.objective import terms as objective_terms
 
 # compiling is what takes the time here
@@ -54,7 +54,7 @@ def test_parts_are_there_only_when_a_term_and_the_data_use_them():
     assert set(shapes(terms=objective_terms.FORMS["instance"])) == {"encoder", "heads"}
     assert set(
         shapes(
-            terms=joined_terms.merge(
+            terms=derived_terms.merge(
                 objective_terms.FORMS["sim"], objective_terms.FORMS["supervised"]
             )
         )
@@ -91,7 +91,7 @@ def test_heads_of_every_kind():
     }
     assert "head" not in shapes(terms=objective_terms.FORMS["mim_pixel"])["decoder"]
     both = shapes(
-        terms=joined_terms.merge(objective_terms.FORMS["mim"], objective_terms.FORMS["mim_pixel"])
+        terms=derived_terms.merge(objective_terms.FORMS["mim"], objective_terms.FORMS["mim_pixel"])
     )["decoder"]
     assert {"pixel_head", "pixel_norm", "head"} <= set(both)
     assert {name: set(part) for name, part in shapes(terms=DENSE_CL)["heads"].items()} == {
@@ -166,7 +166,7 @@ def test_what_a_target_keeps():
     assert parts(objective_terms.FORMS["instance"], deep) == {"heads": {"global": {"projector"}}}
     for encoder in ("frozen", "shared"):
         assert parts(
-            joined_terms.with_options(objective_terms.FORMS["instance"], target_encoder=encoder)
+            derived_terms.with_options(objective_terms.FORMS["instance"], target_encoder=encoder)
         ) == {"heads": {"global": {"projector"}}}
     online = (
         objective_terms.pooled_term(

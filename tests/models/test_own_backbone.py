@@ -136,7 +136,9 @@ def test_names_are_unique() -> None:
         register("other", dataclasses.replace(MLP))
     with pytest.raises(ValueError, match="letters, digits"):
         register("my-mlp", MLP)
-    with pytest.raises(UserError, match=r"'vitt' is none of vit, intern_image.*did you mean vit\?"):
+    with pytest.raises(
+        UserError, match=r"'vitt' is not one of vit, intern_image.*did you mean vit\?"
+    ):
         backbones.get_backbone(schema.Model(backbone="vitt"))
 
 

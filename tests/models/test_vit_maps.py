@@ -239,7 +239,10 @@ def test_settings_that_do_not_fit() -> None:
     for changes, match in (
         ({"dense__maps__blocks": "(0,2)"}, "dense.maps.blocks: block 2 is beyond the last, 1"),
         ({"dense__maps__global_blocks": "(5,)"}, "global_blocks: block 5"),
-        ({**toy.INTERN, "dense__maps__window": "7"}, "dense.maps.window: 7 is of the ViT"),
+        (
+            {**toy.INTERN, "dense__maps__window": "7"},
+            "dense.maps.window: 7 is a setting of the ViT",
+        ),
     ):
         with pytest.raises(UserError, match=match):
             backbones.validate_backbone(toy.settings(**changes))

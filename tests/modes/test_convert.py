@@ -13,8 +13,11 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import conversion, decode
-from m3i_jax.data.sources import array_record
+from m3i_jax.data.sources import array_record, tar_shards
+from m3i_jax.data.sources.base import Record
+from m3i_jax.data.sources.class_names import class_names_from_file
 from m3i_jax.data.sources.folder import FolderSource
+from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 from m3i_jax.modes import convert as mode
 from m3i_jax.modes import host_share
@@ -76,7 +79,7 @@ def test_another_source_is_refused(images, tmp_path):
 
 
 def test_a_mixture_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match="mixes nothing"):
+    with pytest.raises(UserError, match="needs data.mixture, which is empty"):
         mode.run(schema.Config(data=schema.Data(source="mixture")), workdir=str(tmp_path))
 
 
@@ -152,6 +155,46 @@ def test_the_share_of_a_host(shard, environ, expected):
     else:
         share = host_share.detect_share(shard, "", "", "", environ=environ)
         assert (share.number, share.count) == expected
+
+
+def test_tar_files_of_two_shares_are_those_of_one(images, tmp_path, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert mode.run(config(images, 1), workdir=str(one), format="tar") == 0
+    assert "--config.data.source=tars" in capsys.readouterr().out
+    for number in (1, 0):
+        assert mode.run(config(images, 1), workdir=str(two), shard=f"{number}/2", format="tar") == 0
+    names = sorted(path.name for path in one.iterdir() if path.suffix in (".tar", ".json", ".npz"))
+    assert len(names) == 3 + 3 + 2
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+    before, after = FolderSource(str(images)), TarSource(str(one))
+    assert len(before) == len(after) == 620 and not after.ignored.total()
+    for i in range(len(before)):
+        a, b = before[i], after[i]
+        text = a.caption.encode() if isinstance(a.caption, str) else a.caption
+        assert (a.key, a.image, a.label, text) == (b.key, b.image, b.label, b.caption)
+    named = class_names_from_file(str(one / "class_names.txt"), after.classes)
+    assert named[: len(before.classes)] == before.classes
+    # a damaged shard is refused, a missing one written again
+    shard = two / names[-2]
+    assert shard.suffix == ".tar"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:600] + b"?" + raw[601:])
+    with pytest.raises(UserError, match="does not hold the records"):
+        mode.run(config(images, 1), workdir=str(two), format="tar")
+    shard.unlink()
+    assert mode.run(config(images, 1), workdir=str(two), format="tar") == 0
+    assert shard.read_bytes() == raw
+    with pytest.raises(UserError, match=r"shards of another --format \(tar\)"):
+        mode.run(config(images, 1), workdir=str(two))
+    with pytest.raises(UserError, match="--format=zip: is none of array_record, tar"):
+        mode.run(config(images, 1), workdir=str(two), format="zip")
+
+
+@pytest.mark.parametrize("keys", [("a", "a"), ("../a",), ("/a",), (".a",), ("a/",), ("",)])
+def test_keys_that_a_tar_file_cannot_hold(tmp_path, keys):
+    with pytest.raises(UserError, match="use --format=array_record"):
+        tar_shards.write_shard(str(tmp_path / "x.tar"), (Record(key, b"x") for key in keys))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.modes import curate as mode
 
+pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 
@@ -108,6 +109,62 @@ def test_features_find_what_looks_alike(data: pathlib.Path, tmp_path: pathlib.Pa
         mode.run(config(data, features="/no"), workdir=str(tmp_path))
 
 
+def test_scores_filter_and_are_columns(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    table = {"key": [f"{i:02d}.png" for i in range(12)], "similarity": [0.1 * i for i in range(12)]}
+    table["pixels"] = list(range(12))
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "scores.parquet")
+    rules: dict[str, Any] = {"duplicates": "none", "scores": str(tmp_path / "scores.parquet")}
+    rules |= {"least": ("similarity=0.25",), "min_entropy": 2.0, "min_sharpness": 0.2}
+    save(tmp_path / "train", "gray.png", Image.new("RGB", (99, 99), (9, 9, 9)))
+    for path in (data / "train").glob("0*.png"):
+        (tmp_path / "train" / path.name).write_bytes(path.read_bytes())
+    assert mode.run(config(tmp_path, **rules), workdir=str(tmp_path / "run")) == 0
+    assert left_out(tmp_path / "run") == {
+        "gray.png": ("below min_sharpness", ""),
+        **{f"{i:02d}.png": ("below a score of least", "") for i in range(3)},
+    }
+    kept = parquet.read_table(tmp_path / "run" / "keep.parquet").to_pylist()
+    assert kept[0]["similarity"] == pytest.approx(0.3) and kept[0]["entropy"] > 5
+    assert set(kept[0]) == {"key", "sharpness", "entropy", "similarity"}
+    report = json.loads((tmp_path / "run" / "curate.json").read_text())
+    assert report["scores"]["similarity"]["kept"][0] == pytest.approx(0.3)
+    page = (tmp_path / "run" / "curate.html").read_text()
+    assert "<h2>Scores</h2>" in page and page.count("similarity") >= 2
+    for wrong, message in (
+        ({"least": ("similarity",)}, "is not COLUMN=NUMBER"),
+        ({"least": ("aesthetic=5",)}, "has no column 'aesthetic' of numbers"),
+        ({"scores": ""}, "curate.scores no file with that column"),
+        ({"scores": "/no"}, "curate.scores='/no': there is no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mode.run(config(tmp_path, **{**rules, **wrong}), workdir=str(tmp_path / "run"))
+
+
+def test_look_alikes_are_told_apart_in_detail(tmp_path: pathlib.Path) -> None:
+    card = photo(7, 140, 100)
+    other = card.copy()
+    other.paste((255, 255, 255), (40, 60, 56, 78))
+    save(tmp_path / "train", "card.png", card)
+    save(tmp_path / "train", "other.png", other)
+    save(tmp_path / "train", "small.jpg", card.crop((3, 3, 97, 137)).resize((60, 84)), quality=50)
+    assert mode.run(config(tmp_path), workdir=str(tmp_path / "run")) == 0
+    assert left_out(tmp_path / "run") == {"small.jpg": ("copy or crop", "card.png")}
+    assert mode.run(config(tmp_path, detail=0.0), workdir=str(tmp_path / "run")) == 0
+    assert set(left_out(tmp_path / "run")) == {"other.png", "small.jpg"}
+
+
+def test_approximate_neighbours_are_pairs_of_the_exact_ones() -> None:
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1500, 16))
+    x[1000:] = x[:500] + rng.normal(size=(500, 16)) * 0.1
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    exact = near_duplicates.similar_features(x, range(1500), 0.96)
+    found = near_duplicates.approximate_features(x, 0.96)
+    pairs = [{tuple(pair) for pair in p[:, :2].astype(int).tolist()} for p in (exact, found)]
+    assert len(pairs[0]) > 300 and pairs[1] <= pairs[0] and len(pairs[1]) > 0.95 * len(pairs[0])
+
+
 def test_hashes_survive_compression_and_tell_images_apart() -> None:
     def compressed(image: Image.Image) -> Image.Image:
         buffer = io.BytesIO()
@@ -140,7 +197,7 @@ def test_engines(monkeypatch: Any) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(UserError, match=r"--engine=ray needs the package ray: pip install"):
         list(engines.map_items("ray", abs, [1], workers=1))
-    with pytest.raises(UserError, match="--engine=spark: is none of local, ray"):
+    with pytest.raises(UserError, match="--engine=spark: is not one of local, ray"):
         mode.run(schema.Config(), workdir="/tmp", engine="spark")
 
 

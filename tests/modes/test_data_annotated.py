@@ -12,10 +12,10 @@ from PIL import Image
 from m3i_jax import schema
 from m3i_jax.data import annotation_stats, dataset_scan
 from m3i_jax.data.sources import base
-from m3i_jax.data.sources.scene_files import write_scenes
 from m3i_jax.data.sources.scenes import ScenesSource
 from m3i_jax.modes import data
 from tests import toy
+from tests.scene_files import write_scenes
 
 STRIDES = (8, 16)
 

@@ -12,8 +12,9 @@ from PIL import Image
 import m3i_jax
 from m3i_jax import main as command
 from m3i_jax import run_files
-from m3i_jax.data.sources import scene_files, scenes
+from m3i_jax.data.sources import scenes
 from m3i_jax.training import loop
+from tests import scene_files
 from tests.dense_toy import SEGMENT, SHARED
 
 ROOT = pathlib.Path(__file__).parents[2]

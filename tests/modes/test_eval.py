@@ -20,7 +20,7 @@ from m3i_jax.interop import tensor_files
 from m3i_jax.modes import eval as evaluate
 from m3i_jax.modes import evaluators, figure_evaluators, train
 from m3i_jax.modes import setup as jobs
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import checkpoint_dir
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.trainer import Trainer
@@ -439,12 +439,12 @@ def test_results_of_the_same_command_are_kept(
         ),
         (
             ["--workdir", "RUN", "--config.optim.lr=1"],
-            "config.optim.lr: changes nothing, for --mode=eval does not read it",
+            "config.optim.lr: has no effect, because --mode=eval does not read it",
         ),
-        (["--workdir", "RUN", "--config.init_from=NOWHERE"], "config.init_from: changes nothing"),
+        (["--workdir", "RUN", "--config.init_from=NOWHERE"], "config.init_from: has no effect"),
         (
             ["--workdir", "RUN", "--config.data.directory=/d"],
-            "config.data.directory: '/d' changes nothing, for no source is of TFDS",
+            "config.data.directory: '/d' has no effect, because no source is of TFDS",
         ),
         (
             ["--config", "configs/quickstart.py", "--mode=show", "--checkpoint", "RUN"],
@@ -469,5 +469,5 @@ def test_refusals(
 def test_the_settings_of_a_run_come_back(run: pathlib.Path) -> None:
     config = configuration.resolve(configuration.load_from_workdir(str(run), "--workdir"))
     assert configuration.config_to_text(config) == (run / "config.txt").read_text()
-    with pytest.raises(UserError, match="is no setting of this version"):
+    with pytest.raises(UserError, match="is not a setting of this version"):
         configuration.config_from_text("optim.fast = 1\n", "config.txt")

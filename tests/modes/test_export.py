@@ -231,7 +231,7 @@ def test_refusals(
     saved.run(tmp_path, toy.settings(**{f"{ENCODER}cls_token": "false", "objective__forms": "mim"}))
     for arguments, words in (
         ([f"--workdir={run[0]}"], "--format: is missing; give one of timm, hf"),
-        ([f"--workdir={run[0]}", "--format=onnx"], "--format: 'onnx' is none of timm"),
+        ([f"--workdir={run[0]}", "--format=onnx"], "--format: 'onnx' is not one of timm"),
         ([f"--workdir={tmp_path / 'x'}", "--format=timm"], "has no config.txt"),
         ([f"--workdir={tmp_path}", "--format=hf"], "always have a cls token"),
     ):

@@ -45,13 +45,13 @@ def test_the_settings_that_a_mode_reads_exist() -> None:
             "features",
             MIXED | {"split": "val"},
             "data.split=val",
-            "config.data.split: 'val' changes nothing",
+            "config.data.split: 'val' has no effect",
         ),
         (
             "eval",
             MIXED | {"holdout_split": "val"},
             "data.holdout_split=val",
-            "config.data.holdout_split: 'val' changes nothing",
+            "config.data.holdout_split: 'val' has no effect",
         ),
         (
             "eval",
@@ -113,9 +113,15 @@ def test_overrides_with_effect_are_accepted(mode: str, data: dict, assignments: 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"class_names": "/nope"}, "config.data.class_names: '/nope' changes nothing, for the so"),
-        ({"source": "folder", "directory": "/d"}, "'/d' changes nothing, for no source is of TFDS"),
-        (MIXED | {"directory": "/d"}, "'/d' changes nothing, for no source is of TFDS"),
+        (
+            {"class_names": "/nope"},
+            "config.data.class_names: '/nope' has no effect, because the so",
+        ),
+        (
+            {"source": "folder", "directory": "/d"},
+            "'/d' has no effect, because no source is of TFDS",
+        ),
+        (MIXED | {"directory": "/d"}, "'/d' has no effect, because no source is of TFDS"),
         (MIXED | {"mixture": ("shapes:10",), "class_names": "/n"}, "names its classes itself"),
     ],
 )

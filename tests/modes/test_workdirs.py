@@ -123,7 +123,7 @@ def test_a_new_run(
     for place, reason in (
         ("/proc/none/x", "No such file or directory"),
         ("/proc/self", "No such file or directory"),
-        ("/dev/null/x", "is no directory"),
+        ("/dev/null/x", "is not a directory"),
         (LONG, "File name too long"),
         (DEEP, "File name too long"),
     ):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from m3i_jax.objective import block_masks
+from m3i_jax.objective import masks
 
 OPTIONS = {"grid": 14, "hidden": 147}
 
 
 def test_counts_are_fixed_and_the_context_shows_no_target() -> None:
-    mask, cells = block_masks.multi_block(3, 10, 300, **OPTIONS)
+    mask, cells = masks.multi_block(3, 10, 300, **OPTIONS)
     assert mask.shape == (300, 196) and (mask.sum(1) == 49).all()
     assert cells.shape == (300, 4, 34) and cells.dtype == np.int32
     assert not np.take_along_axis(mask, cells.reshape(300, -1), 1).any()
@@ -19,7 +19,7 @@ def test_counts_are_fixed_and_the_context_shows_no_target() -> None:
 
 
 def test_blocks_are_rectangles_cut_in_their_last_row() -> None:
-    _, cells = block_masks.multi_block(0, 0, 100, **OPTIONS)
+    _, cells = masks.multi_block(0, 0, 100, **OPTIONS)
     shapes = set()
     for block in cells.reshape(-1, 34):
         rows, columns = np.unique(block // 14), np.unique(block % 14)
@@ -33,14 +33,14 @@ def test_blocks_are_rectangles_cut_in_their_last_row() -> None:
 
 
 def test_a_row_is_a_function_of_its_position() -> None:
-    mask, cells = block_masks.multi_block(5, 0, 8, **OPTIONS)
+    mask, cells = masks.multi_block(5, 0, 8, **OPTIONS)
     for first in (2, 6):
-        other = block_masks.multi_block(5, first, 2, **OPTIONS)
+        other = masks.multi_block(5, first, 2, **OPTIONS)
         np.testing.assert_array_equal(mask[first : first + 2], other[0])
         np.testing.assert_array_equal(cells[first : first + 2], other[1])
-    fewer = block_masks.multi_block(5, 0, 8, blocks=2, **OPTIONS)[1]
+    fewer = masks.multi_block(5, 0, 8, blocks=2, **OPTIONS)[1]
     np.testing.assert_array_equal(cells[:, :2], fewer)
-    assert (block_masks.multi_block(6, 0, 8, **OPTIONS)[0] != mask).any()
+    assert (masks.multi_block(6, 0, 8, **OPTIONS)[0] != mask).any()
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_a_row_is_a_function_of_its_position() -> None:
 )
 def test_what_cannot_be_drawn_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        block_masks.multi_block(0, 0, 1, **{**OPTIONS, **changes})
+        masks.multi_block(0, 0, 1, **{**OPTIONS, **changes})
 
 
 def test_smallest_grids() -> None:
-    mask, cells = block_masks.multi_block(0, 0, 50, grid=2, hidden=3, blocks=2)
+    mask, cells = masks.multi_block(0, 0, 50, grid=2, hidden=3, blocks=2)
     assert (mask.sum(1) == 1).all() and cells.shape == (50, 2, 1)
-    mask, cells = block_masks.multi_block(0, 0, 50, grid=4, hidden=12)
+    mask, cells = masks.multi_block(0, 0, 50, grid=4, hidden=12)
     assert (mask.sum(1) == 4).all() and cells.shape == (50, 4, 3)

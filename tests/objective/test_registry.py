@@ -22,7 +22,7 @@ def test_registered_form_is_available_and_suggested():
     with pytest.raises(
         UserError,
         match=(
-            r"^config.objective.forms: 'registred_form' is none of .*; did you mean"
+            r"^config.objective.forms: 'registred_form' is not one of .*; did you mean"
             r" registered_form\?$"
         ),
     ):

@@ -117,13 +117,46 @@ def test_all_hosts_refuse_what_one_refuses(monkeypatch, checks):
     assert not used and "host 1: fails (out of luck)" in line and values["kernels/refused"] == 1
 
 
+def on_its_own_program(kernel):
+    """What a caller's own jitted function does: (output, whether it used the kernel)."""
+    kernel_calls.forget_all()
+    used = []
+
+    def run(x):
+        call = parallel.KernelCall(kernel.__name__, 2.0, kernel, plain, (x,), ((-1.0, 1.0),))
+        used.append(parallel.kernels(len(x), ("tpu",)) and parallel.trusted(call))
+        return plain(2.0, x)
+
+    function = jax.jit(run)
+    with jax.set_mesh(parallel.make_mesh((1, 1, 1), jax.devices()[:1])):
+        out = [function(jnp.ones((3, 4))) for _ in range(2)][-1]
+        # in a trace of the caller's, too
+        assert jax.eval_shape(lambda x: function(x) + 1, jnp.ones((3, 4))).shape == (3, 4)
+    assert not kernel_calls.take_pending()
+    return out.tolist() == [[2.0] * 4] * 3, used
+
+
+def test_outside_a_program_a_kernel_is_checked_while_it_is_traced(monkeypatch, checks, caplog):
+    assert on_its_own_program(on_its_own) == (True, [True]) and len(checks) == 1
+    assert not caplog.text
+    assert on_its_own_program(wrong) == (True, [False]) and len(checks) == 2
+    assert "warning: kernel wrong of 3x4 float32 on cpu: its outputs are wrong" in caplog.text
+    with kernel_calls.without_kernels():
+        assert on_its_own_program(on_its_own) == (True, [False])
+    # several hosts cannot agree there, and one of them may trace what the others do not
+    monkeypatch.setattr(barriers, "host_names", lambda: 2)
+    assert on_its_own_program(on_its_own) == (True, [False]) and len(checks) == 2
+    monkeypatch.setenv("M3I_JAX_KERNELS", "1")
+    assert on_its_own_program(wrong) == (True, [True]) and len(checks) == 2
+
+
 def test_settings(monkeypatch, checks):
     monkeypatch.setenv("M3I_JAX_KERNELS", "1")
     assert start(plain)[1:] == (True, []) and not checks
     monkeypatch.setenv("M3I_JAX_KERNELS", "0")
     assert not parallel.kernels(4)
     monkeypatch.setenv("M3I_JAX_KERNELS", "yes")
-    with pytest.raises(UserError, match="M3I_JAX_KERNELS=yes: is none of check, 0, 1"):
+    with pytest.raises(UserError, match="M3I_JAX_KERNELS=yes: is not one of check, 0, 1"):
         start(plain)
 
 
@@ -132,7 +165,7 @@ def test_a_check_that_ends_the_process_is_not_repeated_for_ever(checks, tmp_path
     [file] = (tmp_path / "kernel_checks").glob("*.json")
     file.rename(file.with_suffix(".started0"))  # three bytes or more: so many starts
     out, used, [(line, _)] = start(plain)
-    assert not used and len(checks) == 1 and "checks of it never ended" in line
+    assert not used and len(checks) == 1 and "earlier checks of it never ended" in line
     assert out.tolist() == [[2.0] * 4] * 3
 
 
@@ -141,7 +174,8 @@ def test_the_kernels_of_the_package_are_found_and_right(monkeypatch):
     one = layers.block(128, 4, 1.0, "bfloat16")
     shapes = initializers.shapes_of(one, jnp.zeros((1, 1, 128)))
     row = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype)
-    with jax.set_mesh(parallel.make_mesh((2, 1, 1), jax.devices()[:2])):
+    mesh = parallel.make_mesh((2, 1, 1), jax.devices()[:2])
+    with jax.set_mesh(mesh), kernel_calls.noted_calls():
         jax.eval_shape(
             lambda p, x, where: one.apply({"params": p}, x, None, where),
             *(shapes, row(4, 9, 128), row(4, 9, dtype=bool)),

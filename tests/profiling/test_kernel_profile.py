@@ -36,7 +36,7 @@ def test_the_table_has_times_errors_and_shares(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_device_without_kernels_says_so(capsys, monkeypatch) -> None:
     config = toy.settings(objective__forms="supervised")
-    kernel_calls.ask(KernelCall("sine", 2.0, max, max, (), ()))  # of another program
+    kernel_calls.note(KernelCall("sine", 2.0, max, max, (), ()))  # of another program
     assert profile.run(config, workdir="", kernels=True) == 0
     assert "has no kernel on cpu" in capsys.readouterr().out
     monkeypatch.setenv("M3I_JAX_KERNELS", "0")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3i_jax import run_files
 from m3i_jax.errors import UserError
-from m3i_jax.reporting import atomic_write, confusion_matrix, figures, image_grid
+from m3i_jax.reporting import confusion_matrix, figures, image_grid
 from m3i_jax.reporting.figures import Figure, FigureLine, FigureRow, FigureTile
 
 
@@ -75,7 +76,7 @@ def test_the_newest_of_every_kind(tmp_path: pathlib.Path) -> None:
     for name, made in (("000009-map", 1), ("000005-map", 2), ("000009-zero_shot", 0)):
         figures.write_figure(tmp_path, name, Figure(name, "", ROWS))
         place = tmp_path / f"{name}.json"
-        atomic_write.write_text_atomic(
+        run_files.write_text_atomic(
             place, json.dumps(json.loads(place.read_text()) | {"made": made}), noted=True
         )
     assert [file.stem for file in figures.newest_figures(tmp_path)] == [

@@ -8,8 +8,8 @@ import numpy as np
 
 from m3i_jax.models import m3i
 from m3i_jax.objective import terms
-from m3i_jax.training import assignments, targets, term_losses, views
 from m3i_jax.training import plan as plans
+from m3i_jax.training import targets, term_losses, views
 from tests import toy
 
 # Jitted as a whole: each operation alone would be compiled alone, a hundred of them in a second.
@@ -101,7 +101,7 @@ def loss_arguments(
     inputs = views.pass_inputs(plan.config, plan.passes, batch)
     patches = views.augmented_patches(plan.config, batch, plan.views, exact=plan.exact)
     features = targets.target_features(plan, trees, patches, batch["mask"])
-    features, _ = assignments.assign_targets(plan, features, state)
+    features, _ = targets.assign_targets(plan, features, state)
     moments = targets.target_moments(plan, features)
     arguments = {
         "weights": term_losses.loss_weights(plan, inputs)[1],

@@ -20,7 +20,7 @@ from m3i_jax.data.annotated_batches import iterate_detect_batches, iterate_segme
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.scenes import ScenesSource
 from m3i_jax.errors import UserError
-from m3i_jax.training import file_checksums, loop, step
+from m3i_jax.training import checksums, loop, step
 from m3i_jax.training.task import make_task
 from tests import toy
 from tests.dense_toy import DINO, SHARED, dense_settings, make_trainer
@@ -179,7 +179,7 @@ def test_a_run_of_two_composed_encoders_on_canvases(
     assert command.main(arguments(again)) == loop.DONE
     resumed = {row["step"]: row for row in steps_of(again)}
     assert [resumed[row["step"]] for row in rows] == rows
-    arrays = [file_checksums.read_checksums(w / "checkpoints" / "4") for w in (run, again)]
+    arrays = [checksums.read_checksums(w / "checkpoints" / "4") for w in (run, again)]
     assert all(arrays) and arrays[0]["arrays"] == arrays[1]["arrays"]
     names = list(arrays[0]["arrays"])
     assert any(name.startswith("params/encoder/second/stage3/") for name in names)

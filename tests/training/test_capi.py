@@ -11,10 +11,10 @@ import pytest
 from m3i_jax import parallel, validation
 from m3i_jax.errors import UserError
 from m3i_jax.models import decoder, m3i
-from m3i_jax.objective import block_masks, positions
+from m3i_jax.objective import masks, positions
 from m3i_jax.objective.terms import MASKED
 from m3i_jax.profiling import flops
-from m3i_jax.training import plan_table, pretrain_gradients, trainer, views
+from m3i_jax.training import plan_table, pretrain_task, trainer, views
 from tests import toy
 from tests.bench import formula
 from tests.training.forward import forward, parameters, plan_of
@@ -87,7 +87,7 @@ def test_only_the_clusters_learn_from_the_clustering() -> None:
 
         @jax.jit
         def run(params, ema, batch, plan=plan):
-            return pretrain_gradients.objective_gradients(
+            return pretrain_task.objective_gradients(
                 plan, params, {"ema": ema}, batch, jnp.ones(())
             )[:2]
 
@@ -134,16 +134,16 @@ def test_flops_are_those_of_the_shapes() -> None:
 
 
 def test_inverse_blocks_show_every_cell_equally_often() -> None:
-    mask = block_masks.inverse_block(3, 10, 2000, grid=14, hidden=127)
+    mask = masks.inverse_block(3, 10, 2000, grid=14, hidden=127)
     assert (mask.sum(1) == 69).all() and abs(mask.mean(0) - 69 / 196).max() < 0.05
-    again = block_masks.inverse_block(3, 500, 10, grid=14, hidden=127)
+    again = masks.inverse_block(3, 500, 10, grid=14, hidden=127)
     np.testing.assert_array_equal(mask[490:500], again)  # a row depends on its position alone
     # one block: by a cyclic shift, its cells are in rows of equal length but for the last
     for row in mask[:50].reshape(-1, 14, 14):
         lengths = np.sort(row.sum(1)[row.any(1)])
         assert len(set(lengths[1:])) == 1 and lengths[0] <= lengths[1]
     with pytest.raises(ValueError, match="one cell must be visible"):
-        block_masks.inverse_block(0, 0, 1, grid=4, hidden=16)
+        masks.inverse_block(0, 0, 1, grid=4, hidden=16)
 
 
 def test_what_cannot_work_is_one_line() -> None:

@@ -212,8 +212,8 @@ def test_what_does_not_fit_is_one_line(forms, changes, words) -> None:
 
 def test_a_share_that_no_row_reads_is_refused() -> None:
     config = toy.settings(objective__parallel_captions=0.5)
-    with pytest.raises(UserError, match="objective.parallel_captions: 0.5 does nothing"):
+    with pytest.raises(UserError, match="objective.parallel_captions: 0.5 has no effect"):
         plans.reject_unused_settings(config, [("mim",)])
     plans.reject_unused_settings(config, [("mim", "cappa")])
-    with pytest.raises(UserError, match="data.regions: True does nothing.*as in locca"):
+    with pytest.raises(UserError, match="data.regions: True has no effect.*as in locca"):
         plans.reject_unused_settings(toy.settings(data__regions=True), [("cappa",)])

@@ -15,14 +15,14 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.objective import terms
-from m3i_jax.training import checkpoint, optimizer, state
+from m3i_jax.training import checkpoint, optimizer, task
 from m3i_jax.training.checkpoint import FORMAT, Checkpoints
 from tests import toy
 
 POSITION = {"samples_seen": 112, "fingerprint": "0123456789abcdef"}
 
 
-def make(width: int = 128) -> state.State:
+def make(width: int = 128) -> task.State:
     """A state after one update, so that moments, target and statistics differ from their initial
     values; its kernels are large enough to be sharded."""
     r = np.random.default_rng(0)
@@ -42,11 +42,11 @@ def make(width: int = 128) -> state.State:
     updates, opt = tx.update(
         jax.tree.map(jnp.sin, params), tx.init(params), params, feature_grad_norms=(2.0, 3.0)
     )
-    return state.State(step=jnp.int32(7), params=optax.apply_updates(params, updates), opt=opt)
+    return task.State(step=jnp.int32(7), params=optax.apply_updates(params, updates), opt=opt)
 
 
 @pytest.fixture(scope="module")
-def whole() -> state.State:
+def whole() -> task.State:
     return jax.jit(make)()
 
 
@@ -54,7 +54,7 @@ def laid_out(tree, mesh: jax.sharding.Mesh):
     return jax.device_put(tree, parallel.tree_shardings(mesh, tree))
 
 
-def template(width: int = 128) -> state.State:
+def template(width: int = 128) -> task.State:
     return jax.eval_shape(lambda: make(width))
 
 
@@ -85,7 +85,7 @@ def saved(directory: pathlib.Path, tree, *steps: int, keep: int = 2) -> None:
 
 
 @pytest.fixture(scope="module")
-def eight(whole: state.State, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def eight(whole: task.State, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A checkpoint at step 7 of a run with parameters sharded over eight devices."""
     directory = tmp_path_factory.mktemp("eight") / "checkpoints"
     saved(directory, laid_out(whole, parallel.make_mesh((1, 8, 1))), 7)
@@ -97,7 +97,7 @@ def eight(whole: state.State, tmp_path_factory: pytest.TempPathFactory) -> pathl
 )
 @pytest.mark.row("A9")
 def test_every_bit_comes_back_on_any_mesh(
-    eight: pathlib.Path, whole: state.State, open_at, shape, devices: int, parts: int
+    eight: pathlib.Path, whole: task.State, open_at, shape, devices: int, parts: int
 ) -> None:
     mesh = parallel.make_mesh(shape, jax.devices()[:devices])
     shardings = parallel.tree_shardings(mesh, template())
@@ -116,7 +116,7 @@ def test_every_bit_comes_back_on_any_mesh(
 
 def test_a_state_in_many_files_comes_back(
     eight: pathlib.Path,
-    whole: state.State,
+    whole: task.State,
     tmp_path: pathlib.Path,
     open_at,
     monkeypatch: pytest.MonkeyPatch,
@@ -211,7 +211,7 @@ def test_what_a_killed_save_leaves_is_not_a_checkpoint(
     assert one.latest() == 9 and (tmp_path / "checkpoints" / "9").is_dir()
 
 
-def changed(kind: str) -> state.State:
+def changed(kind: str) -> task.State:
     """A template that the saved state does not fit."""
     usual = template()
     if kind == "width":

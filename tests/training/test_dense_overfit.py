@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from m3i_jax import main as command
-from m3i_jax.data.sources import scene_files
 from m3i_jax.training import loop
+from tests import scene_files
 from tests.training.test_dense_resume import ROOT
 
 SIDE = 64

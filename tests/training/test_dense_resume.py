@@ -14,29 +14,36 @@ from collections.abc import Iterator
 import pytest
 
 from m3i_jax import main as command
-from m3i_jax.training import file_checksums, loop, trainer
+from m3i_jax.training import checksums, loop, trainer
 from tests.dense_toy import DETECT, DINO, INSTANCES, MASK2FORMER, SEGMENT, SHARED
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
+# The average precision of a run is a program more, and one head's is enough; test_load_dense.py
+# and test_dino.py have the detections of the others.
+EVALUATED_ELSEWHERE = {"evaluate.detection": False, "evaluate.detection_figures": False}
 HEADS = {
     "mask_rcnn": DETECT,
-    "dino": DINO,
-    "instances": INSTANCES,
+    "dino": DINO | EVALUATED_ELSEWHERE,
+    "instances": INSTANCES | EVALUATED_ELSEWHERE,
     "mask2former": SEGMENT | {k.replace("__", "."): v for k, v in MASK2FORMER.items()},
+    "upernet": SEGMENT | {"dense.segment.head": "upernet", "dense.segment.divide_by": "all"},
 }
+SEGMENTERS = ("mask2former", "upernet")
 OF_MASKS = tuple(f"{of}{kind}" for of in ("", "auxiliary_") for kind in ("class", "mask", "dice"))
 LOSSES = {
     "mask_rcnn": ("rpn_cls", "rpn_loc", "cls", "box_reg", "mask"),
     "dino": tuple(f"{of}{kind}" for of in ("", "aux_", "enc_", "dn_") for kind in ("cls", "l1")),
     "instances": OF_MASKS,
     "mask2former": OF_MASKS,
+    "upernet": ("pixels", "auxiliary"),
 }
 PARTS = {
     "mask_rcnn": "params/head/mask/",
     "dino": "params/head/decoder/layers/reading/",
     "instances": "params/head/decoder/queries",
     "mask2former": "params/head/decoder/queries",
+    "upernet": "params/head/fuse/",
 }
 VALUES = SHARED | {
     "data.size": 40,
@@ -68,7 +75,7 @@ def arguments(run: pathlib.Path, head: str, **changes: object) -> list[str]:
     texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in values.items()]
     name = "mask2former" if head == "instances" else head
     recipe = f"configs/transfer/detect.py:head={name},masks={str(head != 'dino').lower()}"
-    if head == "mask2former":
+    if head in SEGMENTERS:
         recipe = f"configs/transfer/segment.py:head={head}"
     return ["--config", recipe, "--workdir", str(run), *texts]
 
@@ -82,7 +89,7 @@ def logged(run: pathlib.Path) -> list[dict]:
 
 def saved_arrays(run: pathlib.Path) -> dict[str, str]:
     """Checksums of all arrays of the last checkpoint: parameters, moments, running statistics."""
-    found = file_checksums.read_checksums(run / "checkpoints" / str(STEPS))
+    found = checksums.read_checksums(run / "checkpoints" / str(STEPS))
     assert found
     return found["arrays"]
 
@@ -92,7 +99,8 @@ def same(run: pathlib.Path, other: pathlib.Path) -> bool:
     return saved_arrays(run) == saved_arrays(other)
 
 
-# Segmentation by Mask2Former takes the way of instances, and its data that of test_dense_modes.py.
+# Segmentation by Mask2Former takes the way of instances, and its data that of test_dense_modes.py,
+# whose run is UperNet's.
 FIRST = ("mask_rcnn", "dino", "instances")
 
 

@@ -13,7 +13,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import heads, m3i
 from m3i_jax.objective import entropy_terms, registry
 from m3i_jax.objective.entropy_terms import EntropyTerm, Koleo
-from m3i_jax.objective.pair_posteriors import TextSigmoid
+from m3i_jax.objective.posteriors import TextSigmoid
 from m3i_jax.objective.terms import FULL, MASKED, MIXED, Pass, pooled_term
 from m3i_jax.training import entropy_losses, plan_table, trainer
 from tests import toy

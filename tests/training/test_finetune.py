@@ -9,7 +9,7 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.augment import mixup, photometric
 from m3i_jax.models import m3i, vit
-from m3i_jax.training import plan, pretrain_gradients
+from m3i_jax.training import plan, pretrain_task
 from m3i_jax.training.trainer import Trainer, abstract_batch
 from tests import toy
 
@@ -45,7 +45,7 @@ def test_the_loss_is_that_of_blended_images_and_targets(microbatches: int) -> No
         lambda: m3i.init(config, jax.random.key(0), made.terms, classes=toy.CLASSES, vocabulary=0)
     )()
     _, metrics, _ = jax.jit(
-        lambda p, b: pretrain_gradients.objective_gradients(
+        lambda p, b: pretrain_task.objective_gradients(
             made, p, {"ema": {"encoder": p["encoder"]}}, b, 1.0
         )
     )(params, batch)

@@ -12,11 +12,10 @@ import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
-from m3i_jax.data.sources import scene_files
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import loop
 from m3i_jax.training.checkpoint import Checkpoints
-from tests import dense_toy
+from tests import dense_toy, scene_files
 from tests.saved import flat
 from tests.training.test_dense_resume import ROOT, arguments
 

@@ -13,10 +13,10 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
-from m3i_jax.interop import intern_image_weights, position_tables, tensor_files
+from m3i_jax.interop import intern_image_weights, tensor_files
 from m3i_jax.models import m3i, vit
 from m3i_jax.objective import positions
-from m3i_jax.training import checkpoint_reader, init_from
+from m3i_jax.training import init_from, weight_source
 from m3i_jax.training.trainer import Trainer
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, OTHERS, SIAMESE_DECODER, weights
@@ -100,7 +100,7 @@ def test_a_learned_table_starts_as_the_fixed_one_of_a_run(run) -> None:
     )
     _, after, lines = take(config)
     # of the run's grid, resized
-    fixed = position_tables.resize_position_table(positions.sincos_2d(4, 64)[None], 6, cls=False)
+    fixed = positions.resize_position_table(positions.sincos_2d(4, 64)[None], 6, cls=False)
     np.testing.assert_allclose(after["encoder/positions"][:, 1:], fixed, atol=1e-6)
     np.testing.assert_array_equal(after["encoder/positions"][0, 0], 0)
     np.testing.assert_array_equal(after["encoder/cls_token"], there["encoder/cls_token"])
@@ -137,7 +137,7 @@ def test_a_table_of_another_grid_is_resized_with_a_log_line(timm) -> None:
     _, after, lines = take(toy.settings(init_from=path, data__image_size=48, **LEARNED))
     np.testing.assert_array_equal(
         after["encoder/positions"],
-        position_tables.resize_position_table(table["pos_embed"], 6, cls=True),
+        positions.resize_position_table(table["pos_embed"], 6, cls=True),
     )
     assert any("resized from 4 x 4 to 6 x 6 by bicubic interpolation" in line for line in lines)
 
@@ -270,7 +270,7 @@ def test_an_encoder_that_fits_in_part_is_refused(intern, tmp_path: pathlib.Path)
     bare: dict = {}
     for name, array in tree.items():
         if "gamma" not in name:
-            checkpoint_reader.set_leaf(bare, name, array)
+            weight_source.set_leaf(bare, name, array)
     tensor_files.write_safetensors(
         tmp_path / "bare.safetensors", intern_image_weights.store_intern_image(bare)
     )
@@ -413,7 +413,7 @@ def test_clip_weights_compute_what_clip_defines(tmp_path: pathlib.Path) -> None:
     tree: dict = {}
     for path, array in after.items():
         if path.startswith("encoder/"):
-            checkpoint_reader.set_leaf(tree, path.removeprefix("encoder/"), jnp.asarray(array))
+            weight_source.set_leaf(tree, path.removeprefix("encoder/"), jnp.asarray(array))
     image = np.random.default_rng(5).normal(size=(32, 32, 3))
     got = m3i.encode(config, tree, vit.patchify(jnp.asarray(image, jnp.float32)[None], 8))[0]
     np.testing.assert_allclose(got, clip_vision(table, image, heads=2), atol=2e-4, rtol=1e-4)

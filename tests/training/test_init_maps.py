@@ -10,8 +10,9 @@ import pytest
 
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
-from m3i_jax.interop import position_tables, tensor_files
+from m3i_jax.interop import tensor_files
 from m3i_jax.models import backbones, relative_bias, vit
+from m3i_jax.objective import positions
 from m3i_jax.training import init_from
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, weights
@@ -78,7 +79,7 @@ def test_the_table_of_a_file_keeps_the_grid_of_its_pre_training(tmp_path: pathli
     assert "bicubic" not in log
     once = VITDET | {"dense__maps__image_size": "0"}
     _, after, log = take(toy.settings(init_from=path, **once, **LEARNED))
-    resized = position_tables.resize_position_table(table["pos_embed"], 8, cls=True)
+    resized = positions.resize_position_table(table["pos_embed"], 8, cls=True)
     np.testing.assert_array_equal(after["encoder/positions"], resized)
     assert "from 4 x 4 to 8 x 8" in log
 

@@ -14,8 +14,8 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
-from m3i_jax.training import checkpoint, muon, optimizer, schedule_free, weight_source
-from m3i_jax.training.state import State
+from m3i_jax.training import checkpoint, optimizer, update_rules, weight_source
+from m3i_jax.training.task import State
 from tests import toy
 
 R = np.random.default_rng(0)
@@ -129,8 +129,8 @@ def test_which_parameters_are_matrices() -> None:
         "heads/global/projector/layer0/kernel": (8, 8),
         "head/encoder/layers/attention/offsets/kernel": (2, 8, 8),
     }
-    assert all(muon.is_matrix(path, shape) for path, shape in of_muon.items())
-    assert not any(muon.is_matrix(path, shape) for path, shape in of_adam.items())
+    assert all(update_rules.is_matrix(path, shape) for path, shape in of_muon.items())
+    assert not any(update_rules.is_matrix(path, shape) for path, shape in of_adam.items())
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2)])
@@ -138,7 +138,7 @@ def test_muon_on_a_mesh_computes_the_same(shape, monkeypatch) -> None:
     """Matrices are dealt out whole, here 9 and 3 of them to 4 devices."""
     monkeypatch.setattr(parallel.sharding, "SMALL", 1)
     mesh = parallel.make_mesh(shape, jax.devices()[:4])
-    tx = muon.muon_or_adam(momentum=0.95, rms=0.2, b1=0.9, b2=0.95, eps=1e-8)
+    tx = update_rules.muon_or_adam(momentum=0.95, rms=0.2, b1=0.9, b2=0.95, eps=1e-8)
     grads = gradients(1)
     state = tx.init(PARAMS)
     expected, _ = jax.jit(tx.update)(grads, state)
@@ -162,7 +162,7 @@ def test_schedule_free_is_its_definition() -> None:
     """Three steps in numpy; the matrices decay at y, the token does not."""
     settings = config(rule="schedule_free", schedule="constant", b1=0.8, b2=0.95)
     params, opt = run(settings)
-    averaged = schedule_free.averaged_params(opt, params)
+    averaged = update_rules.averaged_params(opt, params)
     for path, decay in ((("patch_embed", "kernel"), 0.1), (("cls_token",), 0.0)):
         pick = lambda tree, path=path: functools.reduce(lambda n, k: n[k], path, tree["encoder"])
         y = pick(PARAMS).astype(np.float64)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from m3i_jax.models import m3i, pooling, text
-from m3i_jax.objective import joined_terms, mixing, terms
+from m3i_jax.objective import derived_terms, mixing, terms
 from m3i_jax.objective.terms import FULL, MIXED, MlpShape, ProjectionHead, pooled_term, token_term
 from m3i_jax.training import plan as plans
-from m3i_jax.training import predictions, pretrain_gradients, term_losses, trainer
+from m3i_jax.training import predictions, pretrain_task, term_losses, trainer
 from tests import toy
 from tests.training.forward import (
     SMALL,
@@ -117,7 +117,7 @@ def test_joint_soft_label_reads_all_tokens_once() -> None:
 
 def test_symmetric_is_the_mean_of_both_directions() -> None:
     one = (token_term(FULL, 1),)
-    both = joined_terms.with_options(one, symmetric=True)
+    both = derived_terms.with_options(one, symmetric=True)
     batch = batch_of(plan_of(one))
     exchanged = {**batch, **{k: batch[k][:, ::-1] for k in ("views", "box", "flip")}}
     params = parameters(plan_of(one))
@@ -203,7 +203,7 @@ def _contrast_gradients(count: int):
         )
     }
     return jax.jit(
-        lambda p, t, b: pretrain_gradients.objective_gradients(plan, p, t, b, jnp.float32(1))
+        lambda p, t, b: pretrain_task.objective_gradients(plan, p, t, b, jnp.float32(1))
     )(params, trees, batch_of(plan))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.models import m3i
-from m3i_jax.objective import ema, joined_terms
+from m3i_jax.objective import derived_terms, ema
 from m3i_jax.objective import terms as objective_terms
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import optimizer
@@ -337,7 +337,7 @@ def test_the_balance_statistics_see_the_norms_and_leave_the_update_alone() -> No
 
 
 def test_a_frozen_target_never_moves() -> None:
-    terms = joined_terms.with_options(objective_terms.FORMS["sim"], target_encoder="frozen")
+    terms = derived_terms.with_options(objective_terms.FORMS["sim"], target_encoder="frozen")
     tx, params = (
         optimizer.build_optimizer(toy.settings(optim__lr=0.1), terms, steps=20, warmup=0),
         small(),

@@ -10,7 +10,7 @@ import pytest
 from m3i_jax import parallel, schema
 from m3i_jax.models import m3i, vit
 from m3i_jax.objective import positions
-from m3i_jax.objective.available_terms import with_small_views
+from m3i_jax.objective.derived_terms import with_small_views
 from m3i_jax.objective.registry import form
 from m3i_jax.objective.terms import Pass, token_term
 from m3i_jax.profiling import flops

@@ -14,7 +14,7 @@ from m3i_jax.objective import losses as loss_functions
 from m3i_jax.objective import mixing, positions, terms
 from m3i_jax.objective.posteriors import Boltzmann
 from m3i_jax.objective.terms import MIXED
-from m3i_jax.training import plan, pretrain_gradients, term_losses, trainer, views
+from m3i_jax.training import plan, pretrain_task, term_losses, trainer, views
 from tests import toy
 from tests.training.forward import forward, loss_arguments, plan_of
 
@@ -33,9 +33,7 @@ def program(form: str, **changes: object):
     """(gradients, metrics, norms) of (parameters, teachers, batch), compiled once."""
     task_plan = made(form, **changes)[0].task.plan
     return jax.jit(
-        lambda p, t, b: pretrain_gradients.objective_gradients(
-            task_plan, p, t, b, jnp.float32(LAMBDA)
-        )
+        lambda p, t, b: pretrain_task.objective_gradients(task_plan, p, t, b, jnp.float32(LAMBDA))
     )
 
 
@@ -281,7 +279,7 @@ def test_sim_with_equal_views_is_masked_image_modelling() -> None:
     losses = [
         float(
             jax.jit(
-                lambda b, p=m.task.plan: pretrain_gradients.objective_gradients(
+                lambda b, p=m.task.plan: pretrain_task.objective_gradients(
                     p, state.params, trees, b, jnp.float32(1)
                 )[1]["loss/ssp"]
             )(batch)

@@ -13,7 +13,7 @@ from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.models import m3i, vit
-from m3i_jax.objective import teacher_terms, terms
+from m3i_jax.objective import derived_terms, terms
 from m3i_jax.profiling import flops
 from m3i_jax.training import plan, plan_table, teachers, trainer, views
 from tests import saved, toy
@@ -70,7 +70,7 @@ def test_the_objective_gets_a_term_for_each(paths) -> None:
     distilled = plan.build_plan(settings(paths, objective__forms="feature_distillation")).terms
     assert [t.name for t in distilled] == ["teacher0", "teacher1"]
     assert all(t.posterior.beta == 2 and t.reads == terms.FULL for t in distilled)
-    assert teacher_terms.with_teachers(plain, []) == plain
+    assert derived_terms.with_teachers(plain, []) == plain
 
 
 def test_the_tables_of_a_run_name_them(paths) -> None:

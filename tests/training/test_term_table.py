@@ -6,7 +6,7 @@ import pytest
 
 from m3i_jax import parallel, published_settings
 from m3i_jax.errors import UserError
-from m3i_jax.objective import joined_terms, terms
+from m3i_jax.objective import derived_terms, terms
 from m3i_jax.objective import published as published_methods
 from m3i_jax.objective.terms import FULL, MASKED, Pass, pooled_term, token_term
 from m3i_jax.training import trainer
@@ -81,7 +81,7 @@ def test_sets_share_passes() -> None:
         plan_of("m3i,m3i")
     assert {
         t.image
-        for t in joined_terms.merge(terms.FORMS["m3i"][:2], terms.FORMS["supervised"])
+        for t in derived_terms.merge(terms.FORMS["m3i"][:2], terms.FORMS["supervised"])
         if t.name == "category"
     } == {
         "own",

@@ -109,7 +109,7 @@ def test_plan_passes_on_which_positions_count() -> None:
         (
             "nonsense",
             {},
-            ("config.objective.forms: 'nonsense' is none of auto_encoder, dense_distillation",),
+            ("config.objective.forms: 'nonsense' is not one of auto_encoder, dense_distillation",),
         ),
         ("clip", {"captions": "no"}, ("config.objective.forms: clip", "captions")),
         ("supervised", {"classes": 0}, ("config.objective.forms: supervised", "categories")),

@@ -11,9 +11,8 @@ known, `label` and `caption`. Nothing is pickled. A converted data set is a dire
     dataset.json                          version, classes, shards with counts and digests; written
                                           last, so it marks a complete data set
 
-To write one, call `write_shard` for each shard, in any order and in any process, then
-`write_shard_index`. A complete shard is renamed into place, so an existing shard need not be
-written again (`shard_length`)."""
+Written by `write_shard` for each shard, in any order and process, then `write_shard_index`. A
+complete shard is renamed into place: one that exists is complete (`shard_length`)."""
 
 import glob
 import hashlib
@@ -36,8 +35,7 @@ VERSION = 1
 INDEX = "dataset.json"
 INDEX_LIMIT = 1 << 22  # bytes of the index that are read; a shard takes a hundred
 ENDING = ".array_record"
-# replaces bytes whose checksum does not match; no decoder accepts it, so it is a bad record
-DAMAGED = b"damaged record"
+DAMAGED = b"damaged record"  # instead of bytes with a wrong checksum; no decoder accepts it
 # Names of features in files of other programs; the first that is present is used.
 IMAGES = ("image", "image/encoded", "image_bytes", "jpg", "jpeg", "png", "webp")
 LABELS = ("label", "image/class/label", "class", "cls")
@@ -380,7 +378,9 @@ class ArrayRecordSource:
         """Reads several records with one call per file, tens of times faster than one by one."""
         index_array = np.asarray(indices, np.int64)
         if index_array.size and not 0 <= index_array.min() <= index_array.max() < len(self):
-            raise IndexError(f"{index_array.min()}..{index_array.max()} of {len(self)} records")
+            raise IndexError(
+                f"record numbers {index_array.min()}..{index_array.max()} of {len(self)} records"
+            )
         shards = np.searchsorted(self._ends, index_array, side="right")
         records: dict[int, Record] = {}
         for shard in np.unique(shards).tolist():

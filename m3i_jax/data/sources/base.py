@@ -130,7 +130,7 @@ def read_byte_range(
             with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise UnreadableError(
-                        f"{path!r} is no regular file any more, as it was when the run began;"
+                        f"{path!r} is no longer a regular file, as it was when the run began;"
                         " restore it"
                     )
                 length = (

@@ -55,12 +55,12 @@ class CocoSource:
         self.path, self.annotations = os.path.expanduser(path), os.path.expanduser(annotations)
         if not os.path.isdir(self.path):
             raise UserError(
-                f"data.path={path!r} is no directory: {base.missing_path_error(self.path)}; give"
+                f"data.path={path!r} is not a directory: {base.missing_path_error(self.path)}; give"
                 " the directory that holds the images"
             )
         if not os.path.isfile(self.annotations):
             raise UserError(
-                f"data.annotations={annotations!r} is no file:"
+                f"data.annotations={annotations!r} is not a file:"
                 f" {base.missing_path_error(self.annotations)}; give the JSON file of annotations"
             )
         self.name = f"coco {os.path.basename(self.annotations)!r}"

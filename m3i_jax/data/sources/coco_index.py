@@ -54,7 +54,7 @@ def build_index(path: str) -> dict[str, np.ndarray]:
     for annotation in document.pop("annotations"):
         image = annotation.get("image_id") if isinstance(annotation, dict) else None
         if not isinstance(annotation, dict):
-            ignored["annotations that are no JSON object"] += 1
+            ignored["annotations that are not JSON objects"] += 1
         elif type(image) is not int or image not in numbers:
             ignored["annotations of an image that is not listed"] += 1
         else:
@@ -88,9 +88,9 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
     except RecursionError:
         refuse("is nested too deep")
     except ValueError as error:
-        refuse(f"is no JSON ({error})")
+        refuse(f"is not JSON ({error})")
     if not isinstance(document, dict):
-        refuse(f"holds a JSON {type(document).__name__} and no object")
+        refuse(f"holds a JSON {type(document).__name__}, not an object")
     for name in ("images", "annotations", "categories"):
         if not isinstance(document.get(name), list):
             has = ", ".join(sorted(map(shorten, document))[:8])
@@ -108,7 +108,7 @@ def _categories(path: str, entries: list[Any]) -> list[dict[str, Any]]:
     for entry in entries:
         if not isinstance(entry, dict) or not _is_id(entry.get("id")):
             raise UserError(
-                f"{path}: {shorten(entry)} is no category: it needs a whole number 'id'"
+                f"{path}: {shorten(entry)} is not a category: it needs a whole number 'id'"
             )
         name = entry.get("name", str(entry["id"]))
         text = str(name).encode("utf-8", "replace").decode()  # half of a character is no text
@@ -131,7 +131,9 @@ def _images(path: str, entries: list[Any], ignored: Counts) -> list[dict[str, An
     found: dict[int, dict[str, Any]] = {}
     for entry in entries:
         if not isinstance(entry, dict) or not _is_id(entry.get("id")):
-            raise UserError(f"{path}: {shorten(entry)} is no image: it needs a whole number 'id'")
+            raise UserError(
+                f"{path}: {shorten(entry)} is not an image: it needs a whole number 'id'"
+            )
         name = entry.get("file_name")
         if not isinstance(name, str) or not name:
             # LVIS 1.0 has the address alone; its last two parts are folder and file

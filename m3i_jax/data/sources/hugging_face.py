@@ -183,7 +183,7 @@ class HuggingFaceSource:
             if self._split not in loaded:
                 raise UserError(
                     f"data.path={self.path!r} has the splits {names}, data.split={self._split!r} is"
-                    " none of them: choose one"
+                    " not one of them: choose one"
                 )
             loaded = loaded[self._split]
         elif self._split:

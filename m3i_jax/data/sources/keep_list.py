@@ -84,7 +84,7 @@ class KeptSource(base.SubsetSource):
                 self.classes = tuple(str(i) for i in range(highest + 1))
             elif highest >= len(self.classes):
                 raise UserError(
-                    f"data.keep={path!r}: the label {highest} is none of the"
+                    f"data.keep={path!r}: the label {highest} is not one of the"
                     f" {len(self.classes):,} categories of {source.name}, from 0 on: repair the"
                     " column `label`"
                 )
@@ -303,8 +303,8 @@ def _read(files: Sequence[str]) -> dict[str, Any]:
                     row = int(bad.argmax())
                     raise UserError(
                         f"data.keep={file!r}: the label of {shorten(str(keys[row]))} is"
-                        f" {labels[row]}, no number of a category: -1 is unknown, null keeps the"
-                        " label of the source"
+                        f" {labels[row]}, not the number of a category: -1 is unknown, null keeps"
+                        " the label of the source"
                     )
                 parts["label"].append(labels.astype(np.int32))
             if "caption" in batch.schema.names:

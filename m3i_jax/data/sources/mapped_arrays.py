@@ -6,6 +6,8 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,3 +79,47 @@ def _map_member(content: mmap.mmap, member: zipfile.ZipInfo, verify: bool) -> np
     if not count:
         return np.zeros(shape, dtype)
     return np.frombuffer(content, dtype, count, start).reshape(shape)
+
+
+class Column(NamedTuple):
+    """An array of `length` elements that is written block by block."""
+
+    name: str
+    dtype: Any
+    length: int
+    blocks: Iterator[np.ndarray]
+
+
+def write_columns(path: str, columns: Iterable[Column]) -> None:
+    """Writes a file of the layout of `base.save_arrays` of arrays that need not fit in memory,
+    atomically. Creates its directory.
+
+    Raises:
+        OSError: the directory cannot be written to; no partial file is left.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     blocks = iter([np.arange(2), np.arange(1)])
+    ...     write_columns(f"{folder}/a.npz", [Column("a", np.int64, 3, blocks)])
+    ...     print(map_arrays(f"{folder}/a.npz")["a"].tolist())
+    [0, 1, 0]
+    """
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part = f"{path}.{os.urandom(8).hex()}.part"
+    try:
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+            for name, dtype, left, blocks in columns:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+                    header = {"descr": descr, "fortran_order": False, "shape": (left,)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for block in blocks:
+                        array = np.ascontiguousarray(block, dtype)
+                        left -= len(array)
+                        file.write(array.view(np.uint8).data)
+                    if left:
+                        raise ValueError(f"the blocks of {name} have another length")
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)

@@ -159,14 +159,14 @@ def read_class_list(path: str) -> tuple[str, ...]:
         if path.endswith(".json"):
             names = json.loads(text)
             if not isinstance(names, list):
-                raise ValueError("is no list")
+                raise ValueError("is not a list")
         else:
             names = [line.strip() for line in text.splitlines() if line.strip()]
             if names and names[0].startswith("Idx"):
                 names = [line.split("\t")[-1].split(",")[0].strip() for line in names[1:]]
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: no list of class names ({error}); give a text file with a name per line"
+            f"{path}: not a list of class names ({error}); give a text file with a name per line"
         ) from error
     if not names:
         raise UserError(f"{path}: names no class; give a text file with a name per line")

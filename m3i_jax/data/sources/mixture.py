@@ -98,8 +98,8 @@ def mixture_entries(data: schema.Data) -> list[MixtureEntry]:
         return [MixtureEntry(data.source, data.path, split, held_out)]
     if not data.mixture:
         raise UserError(
-            "data.source='mixture' mixes nothing: give data.mixture, such as ('tars:/a/*.tar=427',"
-            " 'folder:/b=15')"
+            "data.source='mixture' needs data.mixture, which is empty: give entries such as"
+            " ('tars:/a/*.tar=427', 'folder:/b=15')"
         )
     return [parse_entry(text) for text in data.mixture]
 

@@ -72,7 +72,9 @@ class TfdsSource:
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
         if any(not 0 <= i < self._length for i in indices):
-            raise IndexError(f"{min(indices)}..{max(indices)} of {self._length} records")
+            raise IndexError(
+                f"record numbers {min(indices)}..{max(indices)} of {self._length} records"
+            )
         examples = self._data().__getitems__(list(indices))
         return [self._record(i, example) for i, example in zip(indices, examples, strict=True)]
 

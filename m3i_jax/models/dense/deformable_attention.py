@@ -35,12 +35,12 @@ class _Located(NamedTuple):
     size: tuple[int, int]
 
     def channels_last(self, at_BxQxHxPx2: jax.Array, weights_BxQxHxP: jax.Array) -> Samples:
-        """Coordinates in cells and weights, [B, Q, H, P]."""
+        """Returns coordinates in cells and weights, [B, Q, H, P]."""
         y, x = (at_BxQxHxPx2[..., i] * n - 0.5 for i, n in ((1, self.size[0]), (0, self.size[1])))
         return Samples(y, x, weights_BxQxHxP)
 
     def cells_last(self, at_BxQxHxPx2: jax.Array, weights_BxQxHxP: jax.Array) -> Samples:
-        """The same, [B, H, P, Q]."""
+        """Returns the same as [B, H, P, Q]."""
         moved = jnp.transpose(at_BxQxHxPx2, (0, 4, 2, 3, 1))
         y, x = (moved[:, i] * n - 0.5 for i, n in ((1, self.size[0]), (0, self.size[1])))
         return Samples(y, x, jnp.moveaxis(weights_BxQxHxP, 1, 3))
@@ -67,8 +67,8 @@ def deformable_attention(
     *,
     method: str = "auto",
 ) -> jax.Array:
-    """What every query reads, [B, Q, H C] in the type of the values, the channels of a head side by
-    side: the sum over levels and points of weight times the map's value at the location.
+    """Returns what every query reads, [B, Q, H C] in the type of the values, the channels of a head
+    side by side: the sum over levels and points of weight times the map's value at the location.
 
     A location (0, 0) is the upper left corner of a map and (1, 1) its lower right one; the value of
     a cell belongs to its centre, and outside of the map are zeros (torch's `grid_sample` at 2 *
@@ -96,7 +96,7 @@ def deformable_attention(
     sizes = [height * width for height, width in shapes]
     expected = (b, locations_BxQxHxLxPx2.shape[1], heads, len(shapes))
     if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     if sum(sizes) != tokens:
         raise ValueError(
             f"the maps {list(shapes)} have {sum(sizes)} cells and the values {tokens} tokens"

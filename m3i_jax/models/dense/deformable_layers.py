@@ -54,7 +54,7 @@ def _offset_bias(heads: int, levels: int, points: int) -> np.ndarray:
 def init_deformable(
     rng: jax.Array, width: int, heads: int, levels: int, points: int
 ) -> dict[str, Any]:
-    """Parameters of `deformable`: `offsets` [D, H L P 2], `weights` [D, H L P], `value` and
+    """Returns parameters of `deformable`: `offsets` [D, H L P 2], `weights` [D, H L P], `value` and
     `output` [D, D], each `kernel` and `bias`, the columns in the order of their letters.
 
     As published: head m starts with points 1 to P cells away in a direction of its own, whatever
@@ -114,10 +114,11 @@ def deformable(
     Raises:
       ValueError: shapes that do not fit each other.
 
-    >>> params = init_deformable(jax.random.key(0), 8, 2, 2, 4)
-    >>> query, value = jnp.ones((1, 3, 8)), jnp.ones((1, 20, 8))
-    >>> centre = jnp.full((1, 3, 1, 2), 0.5)
-    >>> deformable(params, query, centre, value, ((4, 4), (2, 2)), 2).shape
+    >>> query, value, centre = jnp.ones((1, 3, 8)), jnp.ones((1, 20, 8)), jnp.ones((1, 3, 1, 2)) / 2
+    >>> def run(key):
+    ...     params = init_deformable(key, 8, 2, 2, 4)
+    ...     return deformable(params, query, centre, value, ((4, 4), (2, 2)), 2)
+    >>> jax.eval_shape(run, jax.random.key(0)).shape
     (1, 3, 8)
     """
     (b, queries, _), levels = query_BxQxD.shape, len(shapes)
@@ -156,12 +157,13 @@ def _encoder_rule(path: str, shape: tuple[int, ...], fan: int) -> InitSpec:
 def init_deformable_encoder(
     rng: jax.Array, width: int, heads: int, levels: int, points: int, hidden: int, depth: int
 ) -> dict[str, Any]:
-    """Parameters of `deformable_encoder`: those of its layers, stacked on a leading axis.
+    """Returns parameters of `deformable_encoder`: those of its layers, stacked on a leading axis.
 
     A layer has `attention` (`init_deformable`), `norm1`, `fc1` [D, hidden], `fc2` [hidden, D] and
     `norm2`; fc1 and fc2 are Xavier-uniform, their biases uniform within 1 / sqrt(fan in).
 
-    >>> params = init_deformable_encoder(jax.random.key(0), 8, 2, 3, 4, 16, 6)
+    >>> init = lambda key: init_deformable_encoder(key, 8, 2, 3, 4, 16, 6)
+    >>> params = jax.eval_shape(init, jax.random.key(0))
     >>> params["fc1"]["kernel"].shape, params["attention"]["offsets"]["bias"].shape
     ((6, 8, 16), (6, 48))
     """
@@ -193,8 +195,8 @@ def deformable_encoder_layer(
     heads: int,
     valid_BxN: jax.Array | None = None,
 ) -> jax.Array:
-    """One post-norm layer: every token reads all maps around its own place, then an MLP with ReLU.
-    [B, N, D] in the type of x.
+    """Applies one post-norm layer: every token reads all maps around its own place, then an MLP
+    with ReLU. [B, N, D] in the type of x.
 
     Args:
       params: of one layer, as of `init_deformable_encoder` without the leading axis.
@@ -202,11 +204,11 @@ def deformable_encoder_layer(
       reference_BxNxLx2: `encoder_references`.
       shapes, heads, valid_BxN: as of `deformable`.
 
-    >>> params = init_deformable_encoder(jax.random.key(0), 8, 2, 1, 4, 16, 1)
-    >>> one = jax.tree.map(lambda leaf: leaf[0], params)
-    >>> x = jnp.ones((1, 16, 8))
-    >>> y = deformable_encoder_layer(one, x, x, encoder_references(((4, 4),)), ((4, 4),), 2)
-    >>> y.shape
+    >>> def run(key, x):
+    ...     params = init_deformable_encoder(key, 8, 2, 1, 4, 16, 1)
+    ...     one, centres = jax.tree.map(lambda leaf: leaf[0], params), encoder_references(((4, 4),))
+    ...     return deformable_encoder_layer(one, x, x, centres, ((4, 4),), 2)
+    >>> jax.eval_shape(run, jax.random.key(0), jnp.ones((1, 16, 8))).shape
     (1, 16, 8)
     """
     query = x_BxNxD + position_BxNxD.astype(x_BxNxD.dtype)
@@ -228,7 +230,7 @@ def deformable_encoder(
     *,
     remat: bool = False,
 ) -> jax.Array:
-    """The encoder of DINO and the pixel decoder of Mask2Former: layers of deformable
+    """Applies the encoder of DINO and the pixel decoder of Mask2Former: layers of deformable
     self-attention over the tokens of all levels, [B, N, D].
 
     Args:
@@ -239,10 +241,11 @@ def deformable_encoder(
       valid_BxLx2: `valid_cells`; None: there is no padding (Mask2Former does not tell it).
       remat: compute the layers again in the backward pass instead of keeping their activations.
 
-    >>> shapes = ((4, 4), (2, 2))
-    >>> params = init_deformable_encoder(jax.random.key(0), 8, 2, 2, 4, 16, 2)
-    >>> x = jnp.ones((1, 20, 8))
-    >>> deformable_encoder(params, x, x, shapes, 2, jnp.array([[[4, 3], [2, 2]]])).shape
+    >>> def run(key, x, cells):
+    ...     params = init_deformable_encoder(key, 8, 2, 2, 4, 16, 2)
+    ...     return deformable_encoder(params, x, x, ((4, 4), (2, 2)), 2, cells)
+    >>> cells = jnp.array([[[4, 3], [2, 2]]])
+    >>> jax.eval_shape(run, jax.random.key(0), jnp.ones((1, 20, 8)), cells).shape
     (1, 20, 8)
     """
     reference = encoder_references(shapes, valid_BxLx2)
@@ -260,8 +263,8 @@ def deformable_encoder(
 def valid_cells(
     size_Bx2: jax.Array, image: tuple[int, int], shapes: Sequence[tuple[int, int]]
 ) -> jax.Array:
-    """Rows and columns of every level that show an image and not its padding, int32 [B, L, 2]:
-    those whose first pixel, by nearest neighbour, is of the image.
+    """Returns rows and columns of every level that show an image and not its padding, int32 [B, L,
+    2]: those whose first pixel, by nearest neighbour, is of the image.
 
     Args:
       size_Bx2: int, (height, width) of the images in pixels.
@@ -276,7 +279,7 @@ def valid_cells(
 
 
 def valid_tokens(shapes: Shapes, valid_BxLx2: jax.Array) -> jax.Array:
-    """Which tokens of all levels are of the image, bool [B, N], of `valid_cells`.
+    """Returns which tokens of all levels are of the image, bool [B, N], of `valid_cells`.
 
     >>> valid_tokens(((2, 2), (1, 1)), jnp.array([[[2, 1], [1, 1]]])).astype(int).tolist()
     [[1, 0, 1, 0, 1]]
@@ -290,8 +293,8 @@ def valid_tokens(shapes: Shapes, valid_BxLx2: jax.Array) -> jax.Array:
 
 
 def valid_ratios(shapes: Shapes, valid_BxLx2: jax.Array) -> jax.Array:
-    """Share (x, y) of every level's columns and rows that show the image, float32 [B, L, 2]. A
-    coordinate over the image times it is one over the whole map.
+    """Returns the share (x, y) of every level's columns and rows that show the image, float32 [B,
+    L, 2]. A coordinate over the image times it is one over the whole map.
 
     >>> valid_ratios(((4, 2),), jnp.array([[[3, 1]]])).tolist()
     [[[0.5, 0.75]]]
@@ -300,8 +303,8 @@ def valid_ratios(shapes: Shapes, valid_BxLx2: jax.Array) -> jax.Array:
 
 
 def encoder_references(shapes: Shapes, valid_BxLx2: jax.Array | None = None) -> jax.Array:
-    """The place (x, y) of every token on every level, float32 [B, N, L, 2]: its cell's centre, over
-    the size of the image, times the valid ratio of the level that is read.
+    """Returns the place (x, y) of every token on every level, float32 [B, N, L, 2]: its cell's
+    centre, over the size of the image, times the valid ratio of the level that is read.
 
     Args:
       shapes: (height, width) of the levels.

@@ -50,8 +50,8 @@ def denoising_slots(number: int, objects: int) -> int:
 
 
 def denoising_draws(key: jax.Array, slots: int) -> dict[str, jax.Array]:
-    """The uniform random numbers of an image: "relabel" and "category" [S], "sign" and "move"
-    [S, 4].
+    """Returns the uniform random numbers of an image: "relabel" and "category" [S], "sign" and
+    "move" [S, 4].
 
     >>> {name: x.shape for name, x in denoising_draws(jax.random.key(0), 6).items()}
     {'relabel': (6,), 'category': (6,), 'sign': (6, 4), 'move': (6, 4)}
@@ -126,8 +126,8 @@ def noise_objects(
 
 
 def visible_keys(group_S: jax.Array, queries: int) -> jax.Array:
-    """Which keys each query of the decoder attends to, bool [S + Q, S + Q]: every query all matched
-    queries, and a noised object those of its own group.
+    """Returns which keys each query of the decoder attends to, bool [S + Q, S + Q]: every query all
+    matched queries, and a noised object those of its own group.
 
     >>> visible_keys(jnp.array([0, 1, -1]), 1).astype(int).tolist()
     [[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1]]

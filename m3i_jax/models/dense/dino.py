@@ -36,8 +36,8 @@ Maps = Mapping[int, jax.Array]
 def init(
     settings: schema.Detect, channels: Mapping[int, int], classes: int, rng: jax.Array
 ) -> Params:
-    """Parameters {"encoder", "decoder", "content", "labels"}: the two transformers, the contents of
-    matched queries [Q, D] and those of noised objects by class [K, D], both N(0, 1).
+    """Returns parameters {"encoder", "decoder", "content", "labels"}: the two transformers, the
+    contents of matched queries [Q, D] and those of noised objects by class [K, D], both N(0, 1).
 
     Args:
       channels: {stride: channels of its map} of all strides but the last, which the head makes.
@@ -74,7 +74,8 @@ def init(
 
 
 def object_divisor(classes_BxM: jax.Array) -> jax.Array:
-    """What the sums of the losses are divided by: objects of the batch, at least one per image.
+    """Returns what the sums of the losses are divided by: objects of the batch, at least one per
+    image.
 
     >>> print(object_divisor(jnp.array([[3, 3, 1], [0, -1, -1]])))
     4.0
@@ -85,8 +86,8 @@ def object_divisor(classes_BxM: jax.Array) -> jax.Array:
 def draw_noise(
     settings: schema.Detect, objects: int, classes: int, keys_B: jax.Array
 ) -> dict[str, Any]:
-    """The random numbers of the losses of B images: "denoising", of `denoising.denoising_draws`,
-    and "categories" [B, K] for the federated loss.
+    """Returns the random numbers of the losses of B images: "denoising", of
+    `denoising.denoising_draws`, and "categories" [B, K] for the federated loss.
 
     >>> sorted(draw_noise(schema.Detect(), 5, 80, jax.random.split(jax.random.key(0), 2)))
     ['denoising']
@@ -116,7 +117,8 @@ def losses(
     *,
     frequency_K: Any = None,
 ) -> tuple[Values, Values]:
-    """Training losses and what else is worth a look, each {name: (sum over images, images)}.
+    """Returns the training losses and other values for the log, each {name: (sum over images,
+    images)}.
 
     Args:
       params: as of `init`.
@@ -178,9 +180,9 @@ def losses_from_noise(
     classes_BxM: jax.Array,
     draws: Mapping[str, Any],
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The sums of `losses` with given random numbers, those of `draw_noise`: cls, l1 and giou of
-    every image and layer [B, I], without weights, the same with dn_, and enc_ [B, 1]; and the
-    counts of every image [B]."""
+    """Returns the sums of `losses` with given random numbers, those of `draw_noise`: cls, l1 and
+    giou of every image and layer [B, I], without weights, the same with dn_, and enc_ [B, 1]; and
+    the counts of every image [B]."""
     dino, objects = settings.dino, boxes_BxMx4.shape[1]
     if objects > dino.queries:
         raise UserError(
@@ -345,7 +347,8 @@ def _noised_losses(
 def detect(
     settings: schema.Detect, params: Params, maps: Maps, size_Bx2: jax.Array
 ) -> dict[str, jax.Array]:
-    """Detections of every image, by falling score: the best of all pairs of query and category.
+    """Returns detections of every image, by falling score: the best of all pairs of query and
+    category.
 
     Args:
       params: as of `init`.

@@ -39,7 +39,7 @@ _EDGE = 1e-3  # nearest to 0 and 1 that a share is taken to have a logit
 
 
 def box_logit(share_x: jax.Array) -> jax.Array:
-    """The inverse of a sigmoid, of shares in 0.001..0.999.
+    """Returns the inverse of a sigmoid, of shares in 0.001..0.999.
 
     >>> box_logit(jnp.array([0.5, 1.0])).round(3).tolist()
     [0.0, 6.908]
@@ -49,7 +49,7 @@ def box_logit(share_x: jax.Array) -> jax.Array:
 
 
 def linear_shapes(width: int, out: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a dense layer, `kernel` and `bias`."""
+    """Returns shapes of a dense layer, `kernel` and `bias`."""
     return {"kernel": (width, out), "bias": (out,)}
 
 
@@ -59,7 +59,7 @@ def _head_shapes(width: int, classes: int) -> dict[str, Any]:
 
 
 def init_query_heads(width: int, classes: int, rng: jax.Array) -> Params:
-    """Parameters of a class head, a linear layer, and a box head, three with ReLU between.
+    """Returns parameters of a class head, a linear layer, and a box head, three with ReLU between.
 
     Kernels and biases are uniform within 1 / sqrt(fan in); the last layer of boxes is 0, and the
     bias of classes makes a probability of 0.01.
@@ -80,7 +80,7 @@ def init_query_heads(width: int, classes: int, rng: jax.Array) -> Params:
 
 
 def box_delta(params: Params, x_xD: jax.Array) -> jax.Array:
-    """What the box head adds to the logits of a box, float32 [..., 4]."""
+    """Returns what the box head adds to the logits of a box, float32 [..., 4]."""
     for name in ("fc1", "fc2"):
         x_xD = jax.nn.relu(dense_layer(params[name], x_xD))
     return dense_layer(params["fc3"], x_xD, jnp.float32)
@@ -89,13 +89,13 @@ def box_delta(params: Params, x_xD: jax.Array) -> jax.Array:
 def init_decoder(
     settings: schema.Detect, levels: int, classes: int, rng: jax.Array
 ) -> dict[str, Any]:
-    """Parameters `layers`, each leaf [I, ...], `position`, `norm` and `heads`, which with
+    """Returns parameters `layers`, each leaf [I, ...], `position`, `norm` and `heads`, which with
     `dino.shared_heads` are one pair, otherwise one per layer, `heads/layers`.
 
     Kernels are Xavier-uniform, those of queries, keys and values as one matrix of three; biases 0.
 
     >>> settings = schema.Detect(width=8, dino=schema.Dino(heads=2, hidden=16, depth=3))
-    >>> params = init_decoder(settings, 2, 5, jax.random.key(0))
+    >>> params = jax.eval_shape(lambda key: init_decoder(settings, 2, 5, key), jax.random.key(0))
     >>> sorted(params), params["layers"]["fc1"]["kernel"].shape
     (['heads', 'layers', 'norm', 'position'], (3, 8, 16))
     """
@@ -161,7 +161,7 @@ def decode(
     valid_BxLx2: jax.Array,
     visible_BxTxT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Class logits [B, I, T, K] and boxes [B, I, T, 4] of every layer, float32.
+    """Returns class logits [B, I, T, K] and boxes [B, I, T, 4] of every layer, float32.
 
     Args:
       params: as of `init_decoder`.
@@ -173,11 +173,11 @@ def decode(
       visible_BxTxT: bool, keys that a query attends to; None: all.
 
     >>> settings = schema.Detect(width=8, dino=schema.Dino(heads=2, hidden=16, depth=3))
-    >>> params = init_decoder(settings, 1, 5, jax.random.key(0))
-    >>> logits, boxes = decode(
-    ...     settings, params, jnp.zeros((1, 2, 8)), jnp.full((1, 2, 4), 0.5), jnp.zeros((1, 16, 8)),
-    ...     ((4, 4),), jnp.array([[[4, 3]]]),
-    ... )
+    >>> def run(key, content, boxes, memory, cells):
+    ...     params = init_decoder(settings, 1, 5, key)
+    ...     return decode(settings, params, content, boxes, memory, ((4, 4),), cells)
+    >>> arrays = jnp.zeros((1, 2, 8)), jnp.zeros((1, 2, 4)), jnp.zeros((1, 16, 8))
+    >>> logits, boxes = jax.eval_shape(run, jax.random.key(0), *arrays, jnp.array([[[4, 3]]]))
     >>> logits.shape, boxes.shape
     ((1, 3, 2, 5), (1, 3, 2, 4))
     """

@@ -25,7 +25,7 @@ from m3i_jax.models.dense.deformable_layers import (
     valid_tokens,
 )
 from m3i_jax.models.dense.dino_decoder import box_delta, init_query_heads, linear_shapes
-from m3i_jax.models.dense.group_norm import group_norm
+from m3i_jax.models.dense.map_norms import group_norm
 from m3i_jax.models.initializers import InitSpec, fill
 from m3i_jax.models.intern_image_layer import convolve, dense_layer
 from m3i_jax.models.layers import Params
@@ -56,13 +56,15 @@ def levels_read(settings: schema.Detect) -> tuple[int, ...]:
 def init_encoder(
     settings: schema.Detect, channels: Mapping[int, int], classes: int, rng: jax.Array
 ) -> dict[str, Any]:
-    """Parameters: `projections/stride_<n>` (`conv` and `norm`), `level_embedding` [L, D],
-    `layers`, and `proposals`: `dense`, `norm` and `heads`.
+    """Returns the initial parameters: `projections/stride_<n>` (`conv` and `norm`),
+    `level_embedding` [L, D], `layers`, and `proposals`: `dense`, `norm` and `heads`.
 
     Convolutions are Xavier-uniform with biases 0, as the dense layer is, the embedding N(0, 1).
 
     >>> settings = schema.Detect(strides=(8, 16), width=8, dino=schema.Dino(heads=2, hidden=16))
-    >>> params = init_encoder(settings, {8: 12}, 5, jax.random.key(0))
+    >>> params = jax.eval_shape(
+    ...     lambda key: init_encoder(settings, {8: 12}, 5, key), jax.random.key(0)
+    ... )
     >>> [params["projections"][name]["conv"]["kernel"].shape for name in ("stride_8", "stride_16")]
     [(12, 8), (3, 3, 12, 8)]
     """
@@ -108,7 +110,8 @@ def encode_levels(
     maps: Mapping[int, jax.Array],
     size_Bx2: jax.Array,
 ) -> tuple[jax.Array, Shapes, jax.Array]:
-    """(tokens after the encoder [B, N, D], (height, width) of every level, valid cells [B, L, 2]).
+    """Returns (tokens after the encoder [B, N, D], (height, width) of every level, valid cells [B,
+    L, 2]).
 
     Args:
       params: as of `init_encoder`.
@@ -118,10 +121,16 @@ def encode_levels(
     >>> settings = schema.Detect(
     ...     strides=(8, 16), width=8, dino=schema.Dino(heads=2, hidden=16, encoder_depth=1)
     ... )
-    >>> params = init_encoder(settings, {8: 12}, 5, jax.random.key(0))
-    >>> out = encode_levels(settings, params, {8: jnp.zeros((1, 4, 6, 12))}, jnp.array([[20, 48]]))
-    >>> out[0].shape, out[1], out[2].tolist()
-    ((1, 30, 8), ((4, 6), (2, 3)), [[[3, 6], [2, 3]]])
+    >>> @jax.jit
+    ... def run(key, x, size):
+    ...     params = init_encoder(settings, {8: 12}, 5, key)
+    ...     memory, shapes, cells = encode_levels(settings, params, {8: x}, size)
+    ...     print(shapes)
+    ...     return memory, cells
+    >>> memory, cells = run(jax.random.key(0), jnp.zeros((1, 4, 6, 12)), jnp.array([[20, 48]]))
+    ((4, 6), (2, 3))
+    >>> memory.shape, cells.tolist()
+    ((1, 30, 8), [[[3, 6], [2, 3]]])
     """
     levels, read = [], levels_read(settings)
     for stride in settings.strides:
@@ -155,9 +164,9 @@ def encode_levels(
 
 
 def token_proposals(shapes: Shapes, valid_BxLx2: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A box around every token, (centre, sides) in shares of the image [B, N, 4], sides doubling
-    from level to level, and which of them may become proposals, bool [B, N]: those of the image's
-    own cells whose numbers are all inside 0.01..0.99.
+    """Returns a box around every token, (centre, sides) in shares of the image [B, N, 4], sides
+    doubling from level to level, and which of them may become proposals, bool [B, N]: those of the
+    image's own cells whose numbers are all inside 0.01..0.99.
 
     >>> boxes, usable = token_proposals(((1, 2),), jnp.array([[[1, 1]]]))
     >>> boxes.round(2).tolist(), usable.tolist()
@@ -183,8 +192,8 @@ def select_tokens(
     shapes: Shapes,
     valid_BxLx2: jax.Array,
 ) -> Selected:
-    """The tokens of the highest class logit, with the boxes that the encoder's head makes of their
-    proposals. The matched queries start from these boxes.
+    """Returns the tokens of the highest class logit, with the boxes that the encoder's head makes
+    of their proposals. The matched queries start from these boxes.
 
     Args:
       params: as of `init_encoder`.
@@ -196,9 +205,11 @@ def select_tokens(
     >>> settings = schema.Detect(
     ...     strides=(8, 16), width=8, dino=schema.Dino(heads=2, hidden=16, queries=3)
     ... )
-    >>> params = init_encoder(settings, {8: 12}, 5, jax.random.key(0))
-    >>> cells = jnp.array([[[4, 4], [2, 2]]])
-    >>> found = select_tokens(settings, params, jnp.ones((1, 20, 8)), ((4, 4), (2, 2)), cells)
+    >>> def run(key, memory, cells):
+    ...     params = init_encoder(settings, {8: 12}, 5, key)
+    ...     return select_tokens(settings, params, memory, ((4, 4), (2, 2)), cells)
+    >>> arrays = jnp.ones((1, 20, 8)), jnp.array([[[4, 4], [2, 2]]])
+    >>> found = jax.eval_shape(run, jax.random.key(0), *arrays)
     >>> found.logits_BxQxK.shape, found.boxes_BxQx4.shape
     ((1, 3, 5), (1, 3, 4))
     """

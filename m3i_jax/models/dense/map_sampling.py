@@ -59,7 +59,8 @@ def _weight(place: jax.Array, cell: np.ndarray, size: int, outside: str) -> jax.
 
 
 def interpolation_matrix(place_xT: jax.Array, size: int, *, outside: str) -> jax.Array:
-    """Matrix that reads an axis of a map at places by linear interpolation: [..., T, size] float32.
+    """Returns the matrix that reads an axis of a map at places by linear interpolation: [..., T,
+    size] float32.
 
     Args:
       place_xT: [..., T], in cells; 0 is the centre of the first.
@@ -108,7 +109,8 @@ def _roi_matrix(low_R: jax.Array, high_R: jax.Array, out: int, size: int) -> jax
 def level_shares(
     boxes_Rx4: jax.Array, strides: tuple[int, ...], canonical: tuple[int, int] = (224, 16)
 ) -> jax.Array:
-    """Which map each box is read from: one-hot [R, levels] float32, by the square root of its area.
+    """Returns which map each box is read from: one-hot [R, levels] float32, by the square root of
+    its area.
 
     A box of the canonical side is read at the canonical stride, one of half the side at half the
     stride, and so on within the strides that there are (FPN, detectron2).
@@ -284,7 +286,7 @@ _aligned.defvjp(lambda call, maps, boxes: (_aligned(call, maps, boxes), boxes), 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def roi_align(map_HxWxC: jax.Array, boxes_Rx4: jax.Array, out: int, stride: int) -> jax.Array:
-    """Means of a map over the bins of boxes, [R, out, out, C] in the type of the map.
+    """Returns means of a map over the bins of boxes, [R, out, out, C] in the type of the map.
 
     Every bin of b x c cells is the mean of ceil(b) x ceil(c) bilinear samples at the centres of as
     many equal parts (aligned, adaptive RoIAlign: torchvision's `aligned=True, sampling_ratio=0`),
@@ -343,8 +345,8 @@ def _frame_places(to_Rx2: jax.Array, frame_Rx2: jax.Array, out: int, size: int) 
 
 @functools.partial(jax.jit, static_argnums=2)
 def paste_masks(masks_RxMxM: jax.Array, boxes_Rx4: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Masks in the frames of their boxes as masks of the image, [R, height, width] float32 in 0..1;
-    detectron2 says that values of at least 0.5 belong to the object.
+    """Returns masks in the frames of their boxes as masks of the image, [R, height, width] float32
+    in 0..1; detectron2 says that values of at least 0.5 belong to the object.
 
     At the centre of each pixel the mask is interpolated bilinearly, with zeros outside of it.
 
@@ -376,7 +378,7 @@ def paste_masks(masks_RxMxM: jax.Array, boxes_Rx4: jax.Array, size: tuple[int, i
 def mask_targets(
     masks_RxMxM: jax.Array, gt_boxes_Rx4: jax.Array, proposals_Rx4: jax.Array, out: int = 28
 ) -> jax.Array:
-    """What the mask head should say for proposals: [R, out, out] float32, 0 or 1.
+    """Returns what the mask head should say for proposals: [R, out, out] float32, 0 or 1.
 
     At the centres of out x out bins of the proposal the mask, which is stored in the frame of its
     own box, is interpolated bilinearly, with zeros outside; 1 is a value of at least 0.5.
@@ -416,7 +418,7 @@ def _along_axes(x_BxHxWxC: jax.Array, rows: np.ndarray, columns: np.ndarray) -> 
 
 
 def resize_matrix(size: int, out: int) -> np.ndarray:
-    """Matrix [out, size] of `resize_bilinear` along one axis, float64.
+    """Returns the matrix [out, size] of `resize_bilinear` along one axis, float64.
 
     >>> resize_matrix(2, 4).tolist()
     [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
@@ -445,8 +447,8 @@ def _mean_matrix(size: int, out: int) -> np.ndarray:
 
 
 def adaptive_mean(x_BxHxWxC: jax.Array, out: int) -> jax.Array:
-    """Means over out x out bins, which overlap where the sides are no multiples of `out` (torch's
-    adaptive average pooling): [B, out, out, C].
+    """Returns means over out x out bins, which overlap where the sides are no multiples of `out`
+    (torch's adaptive average pooling): [B, out, out, C].
 
     >>> adaptive_mean(jnp.array([1.0, 2, 6]).reshape(1, 1, 3, 1), 2)[0, 0].ravel().tolist()
     [1.5, 4.0]
@@ -456,7 +458,7 @@ def adaptive_mean(x_BxHxWxC: jax.Array, out: int) -> jax.Array:
 
 @jax.jit
 def sample_points(map_HxWxC: jax.Array, points_Px2: jax.Array) -> jax.Array:
-    """A map at single points, [P, C] in the type of the map: bilinear, zeros outside, with
+    """Returns a map at single points, [P, C] in the type of the map: bilinear, zeros outside, with
     gradients for the map and the points.
 
     Args:

@@ -51,7 +51,7 @@ def init(
             f"mask2former reads two or more maps, and the strides are {settings.strides}"
         )
     if settings.width % 4:
-        raise ValueError(f"the width of mask2former is {settings.width}, no multiple of 4")
+        raise ValueError(f"the width of mask2former must be a multiple of 4, not {settings.width}")
     of_pixels, of_queries = jax.random.split(rng)
     shapes = masked_decoder_shapes(settings, classes)
     return {

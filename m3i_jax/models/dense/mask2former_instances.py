@@ -1,5 +1,5 @@
 """Mask2Former as a head of detection: true masks are objects, and detections are the best pairs of
-query and category, with a mask and the box around it. See `detection_heads.DetectionHead`.
+query and category, with a mask and the box around it. See `task_heads.DetectionHead`.
 
 The losses are divided as in segmentation, by numbers of the whole batch: of objects (at least 1)
 for those of masks, and of the weights of all queries for the classification.

@@ -17,7 +17,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import schema
+from m3i_jax.models.cpu_codegen import fusion_barrier
 from m3i_jax.models.dense.map_sampling import sample_points
+from m3i_jax.models.dense.mask_points import read_maps
 from m3i_jax.models.dense.masked_decoder import QueryPredictions
 from m3i_jax.objective.mask_matching import (
     MatchWeights,
@@ -63,8 +65,12 @@ class ClassMasks(NamedTuple):
 
     def each(self, points_MxPx2: jax.Array) -> jax.Array:
         """Every mask at points of its own, float32 [M, P]."""
-        one = lambda at_Px2, c: class_shares(self.labels_HxW, at_Px2, c[None])[:, 0]
-        return jax.vmap(one)(points_MxPx2, self.classes_M)
+
+        def read(labels_HxW: jax.Array, points_MxPx2: jax.Array, classes_M: jax.Array) -> jax.Array:
+            one = lambda at_Px2, c: class_shares(labels_HxW, at_Px2, c[None])[:, 0]
+            return jax.vmap(one)(points_MxPx2, classes_M)
+
+        return fusion_barrier(read, self.labels_HxW, points_MxPx2, self.classes_M)
 
 
 class BoxMasks(NamedTuple):
@@ -92,7 +98,8 @@ class BoxMasks(NamedTuple):
 
     def each(self, points_MxPx2: jax.Array) -> jax.Array:
         """Every mask at points of its own, float32 [M, P]."""
-        return jax.vmap(_box_mask_values)(self.boxes_Mx4, self.masks_MxTxT, points_MxPx2)
+        read = jax.vmap(_box_mask_values)
+        return fusion_barrier(read, self.boxes_Mx4, self.masks_MxTxT, points_MxPx2)
 
 
 def _box_mask_values(box_4: jax.Array, mask_TxT: jax.Array, points_Px2: jax.Array) -> jax.Array:
@@ -222,17 +229,16 @@ def set_losses(
     )
     query_M = checkpoint_name(query_M, _KEPT[0])
     category, _ = query_class_loss(class_logits_QxK1, query_M, classes_M, own.none_weight)
-    matched_Mxhxwx1 = jnp.moveaxis(masks_hxwxQ[..., jnp.maximum(query_M, 0)], -1, 0)[..., None]
-    read = lambda points_MxPx2: jax.vmap(sample_points)(matched_Mxhxwx1, points_MxPx2)[..., 0]
+    matched_Mxhxw = jnp.moveaxis(masks_hxwxQ[..., jnp.maximum(query_M, 0)], -1, 0)
     chosen_MxPx2 = uncertain_points(
-        read(points.candidates_MxNx2),
+        read_maps(jax.lax.stop_gradient(matched_Mxhxw), points.candidates_MxNx2),
         points.candidates_MxNx2,
         points.fresh_MxFx2,
         uncertain_count(settings),
     )
     chosen_MxPx2 = checkpoint_name(chosen_MxPx2, _KEPT[1])
     entropy, overlap, _ = point_mask_loss(
-        read(chosen_MxPx2), truth.each(chosen_MxPx2), classes_M >= 0
+        read_maps(matched_Mxhxw, chosen_MxPx2), truth.each(chosen_MxPx2), classes_M >= 0
     )
     return jnp.stack([category, entropy, overlap]), query_M
 

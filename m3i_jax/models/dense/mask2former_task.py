@@ -1,5 +1,5 @@
 """Mask2Former as a head of segmentation: its losses with their weights and divisors, and its class
-maps. See `segmentation_heads.SegmentationHead`.
+maps. See `task_heads.SegmentationHead`.
 
 Both divisors follow from the class maps of the whole batch alone: the number of true masks (at
 least 1) for the losses of masks, and the weights of all queries for the classification. So parts of

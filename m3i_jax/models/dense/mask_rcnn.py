@@ -31,7 +31,7 @@ Values = dict[str, tuple[jax.Array, jax.Array]]
 def init(
     settings: schema.Detect, channels: Mapping[int, int], classes: int, rng: jax.Array
 ) -> Params:
-    """Parameters {"rpn", "box", "mask"}; without `settings.masks` no mask.
+    """Returns parameters {"rpn", "box", "mask"}; without `settings.masks` no mask.
 
     Args:
       channels: {stride: channels of its map}, the same for all.
@@ -109,7 +109,8 @@ def losses(
     *,
     frequency_K: Any = None,
 ) -> tuple[Values, Values]:
-    """Training losses and what else is worth a look, each {name: (sum over images, images)}.
+    """Returns the training losses and other values for the log, each {name: (sum over images,
+    images)}.
 
     Args:
       params: as of `init`.
@@ -159,8 +160,8 @@ def losses(
 def draw_uniforms(
     settings: schema.Detect, anchors: int, objects: int, classes: int, keys_B: jax.Array
 ) -> dict[str, jax.Array]:
-    """The random numbers of the losses of B images, uniform in [0, 1): "anchors" [B, A], "regions"
-    [B, P + M] for proposals and objects, and "categories" [B, K] for the federated loss.
+    """Returns the random numbers of the losses of B images, uniform in [0, 1): "anchors" [B, A],
+    "regions" [B, P + M] for proposals and objects, and "categories" [B, K] for the federated loss.
 
     >>> keys = jax.random.split(jax.random.key(0), 2)
     >>> draws = draw_uniforms(schema.Detect(), 3000, 5, 80, keys)
@@ -299,7 +300,7 @@ def _mask_losses(
 def detect(
     settings: schema.Detect, params: Params, pyramid: Pyramid, size_Bx2: jax.Array
 ) -> dict[str, jax.Array]:
-    """Detections of every image, by falling score.
+    """Returns detections of every image, by falling score.
 
     Args:
       params: as of `init`.

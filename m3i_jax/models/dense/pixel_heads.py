@@ -1,17 +1,20 @@
 """Segmentation heads that classify every pixel: logits per cell, resized to the image, and softmax
-cross-entropy. UperNet and the linear head are such.
+cross-entropy. UperNet and the linear head are such. The linear head is one linear layer on every
+cell of the coarsest map, for a quick answer about what an encoder's features hold.
 
-B images, H W their size, K categories."""
+B images, H W their size, C channels, K categories."""
 
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
-from m3i_jax.models.dense import linear_head, upernet
+from m3i_jax.models.dense import upernet
 from m3i_jax.models.dense.map_sampling import resize_bilinear
+from m3i_jax.models.initializers import fill
+from m3i_jax.models.intern_image_layer import dense_layer
 from m3i_jax.models.layers import Params
 from m3i_jax.objective.dense_losses import pixel_cross_entropy
 
@@ -19,8 +22,45 @@ UNLABELLED = 255
 Values = dict[str, jax.Array]
 
 
+def init_linear_classifier(
+    settings: schema.Segment, channels: Mapping[int, int], classes: int, rng: jax.Array
+) -> tuple[Params, Params]:
+    """Returns parameters, N(0, classifier_std^2) with bias 0; there are no statistics. Arguments as
+    of `upernet.init`.
+
+    >>> params, statistics = init_linear_classifier(schema.Segment(), {16: 8}, 5, jax.random.key(0))
+    >>> params["classifier"]["kernel"].shape, statistics
+    ((8, 5), {})
+    """
+    shapes = {"classifier": {"kernel": (channels[max(channels)], classes), "bias": (classes,)}}
+    std = settings.classifier_std
+    return fill(rng, shapes, lambda path, _: ("normal", std * path.endswith("kernel"))), {}
+
+
+def linear_cell_logits(
+    settings: schema.Segment,
+    params: Params,
+    statistics: Params,
+    maps: Mapping[int, jax.Array],
+    *,
+    train: bool,
+    uniform_BxC: jax.Array | None = None,
+) -> tuple[jax.Array, None, Params]:
+    """Returns logits [B, H, W, K] of the cells of the coarsest map, float32; no auxiliary ones; the
+    statistics as they are. Arguments as of `upernet.apply`.
+
+    >>> settings = schema.Segment()
+    >>> params, _ = init_linear_classifier(settings, {16: 8}, 5, jax.random.key(0))
+    >>> maps = {8: jnp.zeros((1, 6, 4, 2)), 16: jnp.zeros((1, 3, 2, 8))}
+    >>> linear_cell_logits(settings, params, {}, maps, train=False)[0].shape
+    (1, 3, 2, 5)
+    """
+    return dense_layer(params["classifier"], maps[max(maps)], jnp.float32), None, statistics
+
+
 def pixel_divisor(settings: schema.Segment, labels_BxHxW: jax.Array, classes: int) -> jax.Array:
-    """What the sums of both losses are divided by: all pixels or the labelled ones, by `divide_by`.
+    """Returns what the sums of both losses are divided by: all pixels or the labelled ones, by
+    `divide_by`.
 
     >>> labels = jnp.array([[[0, 255]]])
     >>> float(pixel_divisor(schema.Segment(divide_by="labelled"), labels, 3))
@@ -43,12 +83,12 @@ def pixel_accuracy(scores_BxHxWxK: jax.Array, labels_BxHxW: jax.Array) -> jax.Ar
 
 
 def pixel_loss(
-    module: ModuleType, dropout_width: Callable[[schema.Segment], int]
+    apply: Callable[..., Any], dropout_width: Callable[[schema.Segment], int]
 ) -> Callable[..., tuple[Values, Values, Params]]:
-    """The loss of a head of logits per cell, see `segmentation_heads.SegmentationHead`.
+    """Returns the loss of a head of logits per cell, see `task_heads.SegmentationHead`.
 
     Args:
-      module: with `apply`, as `upernet.apply`.
+      apply: of the head, as `upernet.apply`.
       dropout_width: how many uniform numbers per image it reads.
     """
 
@@ -63,7 +103,7 @@ def pixel_loss(
         width, uniform = dropout_width(settings), None
         if settings.dropout and width:
             uniform = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(keys_B)
-        logits, aux, new = module.apply(
+        logits, aux, new = apply(
             settings, params, statistics, maps, train=True, uniform_BxC=uniform
         )
         size = (labels_BxHxW.shape[1], labels_BxHxW.shape[2])
@@ -78,8 +118,8 @@ def pixel_loss(
     return loss
 
 
-def pixel_logits(module: ModuleType) -> Callable[..., jax.Array]:
-    """The logits at the size of the images, see `segmentation_heads.SegmentationHead`."""
+def pixel_logits(apply: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """Returns the logits at the size of the images, see `task_heads.SegmentationHead`."""
 
     def logits(
         settings: schema.Segment,
@@ -88,12 +128,13 @@ def pixel_logits(module: ModuleType) -> Callable[..., jax.Array]:
         maps: Mapping[int, jax.Array],
         size: tuple[int, int],
     ) -> jax.Array:
-        made = module.apply(settings, params, statistics, maps, train=False)[0]
+        made = apply(settings, params, statistics, maps, train=False)[0]
         return resize_bilinear(made, size)
 
     return logits
 
 
-upernet_loss = pixel_loss(upernet, upernet.dropout_width)
-linear_loss = pixel_loss(linear_head, lambda _: 0)
-upernet_logits, linear_logits = pixel_logits(upernet), pixel_logits(linear_head)
+upernet_loss = pixel_loss(upernet.apply, upernet.dropout_width)
+linear_loss = pixel_loss(linear_cell_logits, lambda _: 0)
+upernet_logits = pixel_logits(upernet.apply)
+linear_logits = pixel_logits(linear_cell_logits)

@@ -55,7 +55,8 @@ class Sample(NamedTuple):
 
 
 def init_rpn(settings: schema.Detect, width_in: int, rng: jax.Array) -> Params:
-    """Parameters of the head: `conv_0`, ..., `logits`, `deltas`. Kernels N(0, 0.01^2), biases 0.
+    """Returns parameters of the head: `conv_0`, ..., `logits`, `deltas`. Kernels N(0, 0.01^2),
+    biases 0.
 
     >>> shapes = jax.eval_shape(lambda key: init_rpn(schema.Detect(), 256, key), jax.random.key(0))
     >>> sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -79,7 +80,7 @@ def init_rpn(settings: schema.Detect, width_in: int, rng: jax.Array) -> Params:
 def apply_rpn(
     settings: schema.Detect, params: Params, pyramid: Pyramid
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits [B, A] and deltas [B, A, 4] of all anchors, float32.
+    """Returns logits [B, A] and deltas [B, A, 4] of all anchors, float32.
 
     >>> settings = schema.Detect(width=8)
     >>> maps = {s: jnp.zeros((1, 128 // s, 128 // s, 8)) for s in settings.strides}
@@ -124,7 +125,8 @@ def sample_anchors(
     valid_M: jax.Array,
     uniform_A: jax.Array,
 ) -> Sample:
-    """The anchors of one image that enter the losses: at most half foreground, the rest background.
+    """Returns the anchors of one image that enter the losses: at most half foreground, the rest
+    background.
 
     An anchor is foreground from an IoU of 0.7 with its best object, or if no anchor overlaps some
     object more; background below 0.3; otherwise it is not sampled.

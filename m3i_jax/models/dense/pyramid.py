@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m3i_jax.models.dense.batch_norm import initial_statistics, norm_shapes, running_batch_norm
+from m3i_jax.models.dense.map_norms import initial_statistics, norm_shapes, running_batch_norm
 from m3i_jax.models.initializers import InitSpec, fill
 from m3i_jax.models.intern_image_layer import convolve, dense_layer, norm_layer
 from m3i_jax.models.layers import Params, gelu
@@ -35,7 +35,7 @@ Pyramid = Mapping[int, jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PyramidConfig:
-    """What a pyramid makes of which maps.
+    """The maps that a pyramid reads, and those that it makes.
 
     Attributes:
       kind: one of KINDS.
@@ -152,7 +152,7 @@ def _scaled_shapes(channels: int, steps: int, *, halve: bool) -> tuple[dict[str,
 
 
 def pyramid_shapes(config: PyramidConfig) -> dict[str, Any]:
-    """The tree of parameters, as shapes.
+    """Returns the tree of parameters, as shapes.
 
     >>> config = PyramidConfig(kind="rescale", strides=(4, 8, 16, 32), sources=((16, 8),))
     >>> {name: sorted(part) for name, part in pyramid_shapes(config).items()}
@@ -199,7 +199,7 @@ def _first_values(kind: str, fan: Mapping[str, int], path: str, shape: tuple[int
 
 
 def init(config: PyramidConfig, rng: jax.Array) -> tuple[Params, Params]:
-    """Parameters `stride_<n>` and running statistics of batch norm, which only rescale has.
+    """Returns parameters `stride_<n>` and running statistics of batch norm, which only rescale has.
 
     Convolutions and transposed convolutions with their biases are uniform within 1 / sqrt(fan in),
     the fan of a transposed one being 4 x its outputs; lateral within sqrt(3 / fan in), biases 0.
@@ -281,8 +281,8 @@ def apply(
     train: bool,
     momentum: float = 0.1,
 ) -> tuple[dict[int, jax.Array], Params]:
-    """The maps {stride: [B, H, W, C]} that heads read, in the type of the encoder's; and the
-    statistics after them.
+    """Returns the maps {stride: [B, H, W, C]} that heads read, in the type of the encoder's; and
+    the statistics after them.
 
     Args:
       config: of which maps what is made.

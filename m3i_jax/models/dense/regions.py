@@ -61,7 +61,7 @@ def _first_values(path: str, shape: tuple[int, ...]) -> InitSpec:
 
 
 def init_box(settings: schema.Detect, width_in: int, classes: int, rng: jax.Array) -> Params:
-    """Parameters of the box head: `conv_0`, `norm_0`, ..., `hidden`, `classes`, `deltas`.
+    """Returns parameters of the box head: `conv_0`, `norm_0`, ..., `hidden`, `classes`, `deltas`.
 
     Convolutions N(0, 2 / fan out), `hidden` uniform within sqrt(3 / fan in), `classes` N(0,
     0.01^2), `deltas` N(0, 0.001^2), biases 0. The rows of `hidden` are (row, column, channel).
@@ -83,8 +83,8 @@ def init_box(settings: schema.Detect, width_in: int, classes: int, rng: jax.Arra
 
 
 def init_mask(settings: schema.Detect, width_in: int, classes: int, rng: jax.Array) -> Params:
-    """Parameters of the mask head: `conv_0`, `norm_0`, ..., `deconv`, `masks`. The columns of
-    `deconv` are (row, column, channel).
+    """Returns parameters of the mask head: `conv_0`, `norm_0`, ..., `deconv`, `masks`. The columns
+    of `deconv` are (row, column, channel).
 
     Convolutions N(0, 2 / fan out), `masks` N(0, 0.001^2), biases 0.
 
@@ -111,7 +111,7 @@ def _convolutions(params: Params, x_RxTxTxC: jax.Array, convs: int) -> jax.Array
 def apply_box(
     settings: schema.Detect, params: Params, x_RxTxTxC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits [R, K + 1] and deltas [R, K, 4], float32.
+    """Returns logits [R, K + 1] and deltas [R, K, 4], float32.
 
     >>> settings = schema.Detect(width=8, box_hidden=16)
     >>> call = lambda key, x: apply_box(settings, init_box(settings, 8, 3, key), x)
@@ -128,8 +128,8 @@ def apply_box(
 def apply_mask(
     settings: schema.Detect, params: Params, x_RxTxTxC: jax.Array, class_R: jax.Array
 ) -> jax.Array:
-    """Logits [R, 2 T, 2 T] float32 of the mask of one category each. Those of the other categories
-    are not computed: no loss and no detection reads them.
+    """Returns logits [R, 2 T, 2 T] float32 of the mask of one category each. Those of the other
+    categories are not computed: no loss and no detection reads them.
 
     >>> settings = schema.Detect(width=8)
     >>> call = lambda key, x, k: apply_mask(settings, init_mask(settings, 8, 3, key), x, k)
@@ -160,7 +160,7 @@ def sample_regions(
     valid_M: jax.Array,
     uniform_Q: jax.Array,
 ) -> tuple[jax.Array, Sample]:
-    """The regions of one image that enter the losses: boxes [R, 4] and what they are.
+    """Returns the regions of one image that enter the losses: boxes [R, 4] and what they are.
 
     Objects are proposals, too. Foreground has an IoU of at least 0.5 with its best object; all else
     is background.
@@ -192,7 +192,7 @@ def sample_regions(
 
 
 def foreground_regions(settings: schema.Detect) -> int:
-    """The largest number of foreground regions of an image.
+    """Returns the largest number of foreground regions of an image.
 
     >>> foreground_regions(schema.Detect())
     128
@@ -262,8 +262,8 @@ def _of_class(x_RxKx4: jax.Array, class_R: jax.Array) -> jax.Array:
 
 
 def mask_loss(logits_FxSxS: jax.Array, targets_FxSxS: jax.Array, weight_F: jax.Array) -> jax.Array:
-    """Mean binary cross-entropy of one image over the pixels of its foreground regions; 0 without
-    one.
+    """Returns the mean binary cross-entropy of one image over the pixels of its foreground regions;
+    0 without one.
 
     >>> logits, weight = jnp.zeros((2, 2, 2)), jnp.array([1.0, 0.0])
     >>> print(mask_loss(logits, logits, weight).round(4), mask_loss(logits, logits, 0 * weight))
@@ -280,8 +280,8 @@ def select_detections(
     proposals: Proposals,
     size_2: jax.Array,
 ) -> Detections:
-    """Detections of one image: category and box of every proposal by every category whose score is
-    above the threshold, without those that a better one of their category suppresses.
+    """Returns detections of one image: category and box of every proposal by every category whose
+    score is above the threshold, without those that a better one of their category suppresses.
 
     The best `settings.candidates` scored boxes enter the suppression.
 

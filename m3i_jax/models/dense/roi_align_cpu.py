@@ -18,7 +18,7 @@ _SIDE = 16  # of a window, in cells
 
 
 class Weights(NamedTuple):
-    """How boxes read one map.
+    """Weights with which boxes read one map.
 
     Attributes:
       image_N: the image of each box.
@@ -87,8 +87,8 @@ def read_windows(y_NxTxTxC: jax.Array, map_BxHxWxC: jax.Array, weights: Weights)
 
 
 def add_windows(grad_NxTxTxC: jax.Array, size: tuple[int, int, int], weights: Weights) -> jax.Array:
-    """The gradient of a map [B, H, W, C], float32, for that of what boxes read from it. `size`: B,
-    H and W.
+    """Returns the gradient of a map [B, H, W, C], float32, for that of what boxes read from it.
+    `size`: B, H and W.
 
     >>> one = jnp.ones((1, 1, 2))
     >>> corners = (jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))

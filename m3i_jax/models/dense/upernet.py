@@ -4,7 +4,8 @@ auxiliary classifier on the second coarsest map.
 
 Every convolution before a batch norm is without bias; ReLU after each. Maps are resized bilinearly.
 Those that meet in a 3 x 3 convolution are convolved one by one and before they are enlarged
-(`resized_conv`), which is the same sum for half of the head's multiply-adds.
+(`convolve_resized`), which is the same sum for half of the head's multiply-adds: interpolation acts
+on cells and a kernel on channels, so their order is free.
 
 B images, H W size of a map, C channels, D width of the head, K categories.
 """
@@ -16,13 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from m3i_jax import schema
-from m3i_jax.models.dense.batch_norm import initial_statistics, norm_shapes, running_batch_norm
-from m3i_jax.models.dense.map_sampling import adaptive_mean, resize_bilinear
-from m3i_jax.models.dense.resized_conv import convolve_resized
+from m3i_jax import parallel, schema
+from m3i_jax.models.cpu_codegen import matmul
+from m3i_jax.models.dcnv3_dense import widen
+from m3i_jax.models.dense.map_norms import initial_statistics, norm_shapes, running_batch_norm
+from m3i_jax.models.dense.map_sampling import adaptive_mean, resize_bilinear, resize_matrix
 from m3i_jax.models.initializers import InitSpec, fill
-from m3i_jax.models.intern_image_layer import dense_layer
+from m3i_jax.models.intern_image_layer import convolve, dense_layer
 from m3i_jax.models.layers import Params
 
 
@@ -34,7 +37,7 @@ def _layer(*kernel: int) -> dict[str, Any]:
 def upernet_shapes(
     settings: schema.Segment, channels: Mapping[int, int], classes: int
 ) -> dict[str, Any]:
-    """The tree of parameters, as shapes.
+    """Returns the tree of parameters, as shapes.
 
     >>> settings = schema.Segment(strides=(8, 16), width=4, aux_width=0, pool_scales=(1, 2))
     >>> sorted(upernet_shapes(settings, {8: 2, 16: 3}, 5))
@@ -71,7 +74,7 @@ def _first_values(classifier_std: float, path: str, shape: tuple[int, ...]) -> I
 def init(
     settings: schema.Segment, channels: Mapping[int, int], classes: int, rng: jax.Array
 ) -> tuple[Params, Params]:
-    """Parameters, and the running statistics of the batch norms.
+    """Returns parameters, and the running statistics of the batch norms.
 
     Convolutions are N(0, 2 / fan out), classifiers N(0, classifier_std^2), biases 0.
 
@@ -110,7 +113,7 @@ def drop_channels(x_BxHxWxC: jax.Array, uniform_BxC: jax.Array, rate: float) -> 
 
 
 def dropout_width(settings: schema.Segment) -> int:
-    """How many uniform numbers per image `apply` reads for dropout.
+    """Returns how many uniform numbers per image `apply` reads for dropout.
 
     >>> dropout_width(schema.Segment())
     1024
@@ -127,7 +130,7 @@ def apply(
     train: bool,
     uniform_BxC: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Params]:
-    """Logits of every cell.
+    """Returns logits of every cell.
 
     Args:
       settings: also `dropout` and `norm_momentum` are read.
@@ -191,3 +194,55 @@ def apply(
         return logits, None, new
     x = layer("aux", maps[_aux_stride(settings)])
     return logits, classify("aux_classifier", x, slice(settings.width, None)), new
+
+
+def _taps(size: int, out: int) -> np.ndarray:
+    """Weights [out, size, 3] of the cells that a tap of the kernel meets at each place, zero where
+    it is outside of the large map."""
+    padded = np.pad(resize_matrix(size, out), ((1, 1), (0, 0)))
+    return np.stack([padded[tap : tap + out] for tap in range(3)], -1)
+
+
+def _apply_matrix(matrix_UxK: np.ndarray, x_NxKxD: jax.Array) -> jax.Array:
+    """The matrix times every [K, D], in the type of x; sums are float32."""
+    settings: dict[str, Any] = {
+        "precision": None if x_NxKxD.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
+        "preferred_element_type": widen(x_NxKxD.dtype),
+    }
+    matrix = jnp.asarray(matrix_UxK, x_NxKxD.dtype)
+    if parallel.platform() == "cpu":  # else the compiler would transpose the product
+        repeated = jnp.broadcast_to(matrix, (x_NxKxD.shape[0], *matrix.shape))
+        y = jnp.einsum("nuk,nkd->nud", repeated, x_NxKxD, **settings)
+    else:
+        y = jnp.einsum("uk,nkd->nud", matrix, x_NxKxD, **settings)
+    return y.astype(x_NxKxD.dtype)
+
+
+def convolve_resized(
+    kernel_3x3xCxD: jax.Array, x_BxHxWxC: jax.Array, size: tuple[int, int]
+) -> jax.Array:
+    """`convolve` of `map_sampling.resize_bilinear(x, size)`: 3 x 3, stride 1, padding 1, without
+    bias, [B, U, V, D] in the type of x.
+
+    Args:
+      kernel_3x3xCxD: the kernel.
+      x_BxHxWxC: the small map; one of the size itself is convolved as it is.
+      size: (U, V) of the large map.
+
+    >>> x = jnp.array([0.0, 4.0]).reshape(1, 1, 2, 1)
+    >>> convolve_resized(jnp.ones((3, 3, 1, 1)), x, (1, 4)).ravel().tolist()  # of 0 1 3 4
+    [1.0, 4.0, 8.0, 7.0]
+    """
+    b, h, w, c = x_BxHxWxC.shape
+    if (h, w) == tuple(size):
+        return convolve({"kernel": kernel_3x3xCxD}, x_BxHxWxC, 1)
+    d = kernel_3x3xCxD.shape[-1]
+    kernel = kernel_3x3xCxD.astype(x_BxHxWxC.dtype)
+    columns_Vx3W = _taps(w, size[1]).reshape(size[1], 3 * w)
+    rows_Ux3H = _taps(h, size[0]).reshape(size[0], 3 * h)
+    by_row = []
+    for row in range(3):
+        mixed = matmul(x_BxHxWxC.reshape(-1, c), kernel[row].swapaxes(0, 1).reshape(c, 3 * d))
+        by_row.append(_apply_matrix(columns_Vx3W, mixed.reshape(-1, 3 * w, d)))
+    stacked = jnp.stack([y.reshape(b, h, size[1] * d) for y in by_row], 2)
+    return _apply_matrix(rows_Ux3H, stacked.reshape(b, 3 * h, -1)).reshape(b, *size, d)

@@ -43,7 +43,7 @@ import time
 from collections.abc import Sequence
 
 from m3i_jax.errors import UserError
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
 from tests.bench.tables.data import FASHION
 from tests.bench.tables.page import tables_page
 from tests.bench.tables.results import TITLES, read_results, write_tables

@@ -6,6 +6,8 @@ from typing import Any
 
 from m3i_jax.reporting import compare_table as report
 from m3i_jax.reporting import html_page
+from tests.bench.tables.paired import compare_with, paired_text
+from tests.bench.tables.results import PAIRED, REFERENCE
 from tests.bench.tables.sets import RUN_COLUMNS, Set
 
 STYLE = """
@@ -61,14 +63,15 @@ def tables_page(
         "<h1>M3I against other methods, in small</h1>",
         f"<p class=muted>{len(results)} runs. A bar is the mean over seeds, a line one standard"
         " deviation to each side, a mark one seed. Every figure is measured at the end of its run,"
-        " on images that no run of its table trains on.</p>",
+        " on images that no run of its table trains on. The last column compares kNN with M3I's"
+        " image by image; ± there is a standard error.</p>",
     ]
     for protocol, title in titles.items():
         for one in sets.values():
             of_set = [r for r in results if (r["protocol"], r["set"]) == (protocol, one.name)]
             if not of_set:
                 continue
-            rows = report.compare_rows(of_set)
+            rows, paired = report.compare_rows(of_set), compare_with(REFERENCE, of_set)
             columns = [c for c in one.columns if any(c.key in row.figures for row in rows)]
             charts = "".join(bar_chart(rows, column) for column in columns if column.best)
             cells = [
@@ -79,10 +82,12 @@ def tables_page(
                         report.table_cell(c, row.figures.get(c.key))
                         for c in (*columns, *RUN_COLUMNS)
                     ),
+                    *([paired_text(paired.get(row.form))] if paired else []),
                 ]
                 for row in rows
             ]
             headers = ["", "seeds", *(c.title for c in (*columns, *RUN_COLUMNS))]
+            headers += [PAIRED] if paired else []
             body.append(
                 f"<h2>{html_page.escape_html(f'{one.name}, {title}')}</h2>"
                 f"<div class=charts>{charts}</div>{html_page.html_table(headers, cells, 1)}"

@@ -10,8 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax.reporting import compare_table as report
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
+from tests.bench.tables.paired import compare_with, paired_text
 from tests.bench.tables.sets import RUN_COLUMNS, Set
+
+REFERENCE = "M3I"  # the row with which the others are compared image by image
+PAIRED = "kNN minus M3I's, same images"
 
 
 def read_results(
@@ -110,8 +114,9 @@ def machine() -> str:
 
 def markdown_table(image_set: Set, results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown table: one row per method with mean and deviation over seeds in per cent; the best
-    mean of a column is bold."""
-    rows = report.compare_rows([r for r in results if r["set"] == image_set.name])
+    mean of a column is bold; last the differences of `compare_with`."""
+    of_set = [r for r in results if r["set"] == image_set.name]
+    rows, paired = report.compare_rows(of_set), compare_with(REFERENCE, of_set)
     shown = [c for c in image_set.columns if any(c.key in row.figures for row in rows)]
     most = {
         c.key: max(row.figures[c.key].mean for row in rows if c.key in row.figures) for c in shown
@@ -123,6 +128,7 @@ def markdown_table(image_set: Set, results: Sequence[Mapping[str, Any]]) -> str:
         return f"**{text}**" if figure and figure.mean == most[column.key] else text
 
     titles = ["method", "seeds", *(f"{c.title} %" for c in shown), *(c.title for c in RUN_COLUMNS)]
+    titles += [PAIRED] if paired else []
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for row in rows:
         cells = [
@@ -130,6 +136,7 @@ def markdown_table(image_set: Set, results: Sequence[Mapping[str, Any]]) -> str:
             str(len(row.seeds)),
             *(cell(row, c) for c in shown),
             *(report.table_cell(c, row.figures.get(c.key)) for c in RUN_COLUMNS),
+            *([paired_text(paired.get(row.form))] if paired else []),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lacking = [title for title in image_set.rows if title not in {row.form for row in rows}]

@@ -130,6 +130,12 @@ ABLATIONS = _by_title(
     _variant("momentum 0.95", optim__ema="0.95"),
 )
 
+# Crops for methods that compare views of one image; smaller than 0.1 they show little of a drawing.
+_MULTI_CROP = {
+    "data.crop_scale": "0.32,1.0",
+    "data.small_views": "4 x 24 at 0.1-0.32",
+}
+
 # Methods of the years since, with M3I and its initial weights, and M3I on encoders of today.
 RECENT = _by_title(
     SINGLE_STAGE["M3I"],
@@ -139,6 +145,10 @@ RECENT = _by_title(
             *("dinov2", "siglip", "siglip2", "lejepa", "dino", "ibot", "ijepa", "capi"),
             *("dinov2+dinov3_gram", "vicreg", "simdino", "tips", "cap", "cappa", "coca"),
         )
+    ),
+    *(
+        _single(f"{form}, multi-crop", form, settings=_MULTI_CROP)
+        for form in ("dinov2", "dino", "lejepa", "simdino")
     ),
     _INITIAL,
 )

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax.errors import UserError
-from m3i_jax.reporting.atomic_write import write_text_atomic
+from m3i_jax.run_files import write_text_atomic
+from tests.bench.tables.paired import knn_hits, unpack_hits
 from tests.bench.tables.results import machine, run_metrics, version
 from tests.bench.tables.rows import METHODS, UNTRAINED, Row, Stage
 from tests.bench.tables.sets import ROOT, Set, overrides
 
 PROTOCOLS = ("epochs", "flops", "time")
+FEATURES = "features.npz"  # of all images of a run; removed when its hits are counted
 Results = Sequence[Mapping[str, Any]]
 
 
@@ -123,8 +125,9 @@ def _seconds_a_step(results: Results, image_set: str, title: str) -> float:
 
 
 def commands(run: Run, out: pathlib.Path, steps: Sequence[int], finetune: int) -> list[list[str]]:
-    """The commands of a run: its stages, then the further evaluation and the fine-tuning of the
-    last. The last stage is in the directory of the run, the others in directories within."""
+    """The commands of a run: its stages, then the further evaluation, the fine-tuning and the
+    features of the last. The last stage is in the directory of the run, the others in directories
+    within."""
     path, program = run.path(out), ["-m", "m3i_jax.main"]
     settings = overrides(run.image_set, run.row, run.seed, run.chosen)
     made, before = [], ""
@@ -152,6 +155,7 @@ def commands(run: Run, out: pathlib.Path, steps: Sequence[int], finetune: int) -
         made.append([*program, "--mode=eval", "--workdir", str(path), *run.image_set.other])
     if run.image_set.finetune:
         made.append([*program, *_finetuning(run, path, finetune)])
+    made.append([*program, "--mode=features", "--workdir", str(path), f"--out={path / FEATURES}"])
     return made
 
 
@@ -236,9 +240,27 @@ def run_once(
         "version": version(),
         "commands": [public_command(c, private) for c in run_commands],
         "values": metrics,
+        "hits": _hits(path, metrics["eval/knn/top1"]),
     }
     write_text_atomic(done, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _hits(path: pathlib.Path, accuracy: float) -> dict[str, Any]:
+    """The hits of kNN of a run (`knn_hits`), which are those of its last evaluation.
+
+    Raises:
+      ValueError: their share is not the accuracy that the run logged.
+    """
+    from m3i_jax import config as configuration
+
+    settings = configuration.load_from_workdir(str(path), "--out").evaluate
+    hits = knn_hits(path / FEATURES, k=settings.k, temperature=settings.temperature)
+    share = float(unpack_hits(hits).mean())
+    if abs(share - accuracy) * hits["count"] > 2.5:  # ties and rounding of features
+        raise ValueError(f"{path}: kNN accuracy {share:.4f} by its features, {accuracy:.4f} logged")
+    (path / FEATURES).unlink()
+    return hits
 
 
 def public_command(command: Sequence[str], private: Mapping[str, str]) -> str:

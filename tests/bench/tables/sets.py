@@ -217,7 +217,8 @@ def _sets_of_64_patches(
             for shares in itertools.product(LABELLED, CAPTIONED)
         ]
         out += mixed
-        settings = {"steps": STEPS_OF_A_ROW, "searched": ""}
+        before = report.CompareColumn("before/eval/knn/top1", "kNN untrained", ".1f", True, 100)
+        settings = {"steps": STEPS_OF_A_ROW, "searched": "", "columns": (before, *COLUMNS)}
         out += [
             dataclasses.replace(mixed[0], name="recent", rows=table_rows.RECENT, **settings),
             dataclasses.replace(mixed[0], name="encoders", rows=table_rows.ENCODERS, **settings),

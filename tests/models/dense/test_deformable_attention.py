@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused():
         deformable_attention(value, SHAPES[:1], locations[:, :, :, :1], weights[:, :, :, :1])
     with pytest.raises(ValueError, match=re.escape("weights have shape (2, 5, 2, 2, 3)")):
         deformable_attention(value, SHAPES, locations, weights[:, :, :, :2])
-    with pytest.raises(ValueError, match="method 'cuda' is none of auto, dense"):
+    with pytest.raises(ValueError, match="method 'cuda' is not one of auto, dense"):
         deformable_attention(value, SHAPES, locations, weights, method="cuda")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.models.dense import map_sampling
+from m3i_jax.models.dense.mask_points import read_maps
 from m3i_jax.profiling.flops import count_flops
 
 FILE = pathlib.Path(__file__).parents[2] / "data" / "dense" / "map_sampling.npz"
@@ -40,22 +41,38 @@ def agrees(name, function, x):
 def form(request, monkeypatch):
     """How RoIAlign is computed: on one CPU, where the partitioner splits it, or some boxes at a
     time."""
-    jax.clear_caches()
-    if request.param == "parts":
-        monkeypatch.setattr(map_sampling, "_AT_ONCE", 7000)
-    if request.param == "windows":
+    if request.param == "windows":  # the mesh is part of the key of a program
         with jax.set_mesh(parallel.make_mesh((1, 1, 1), jax.devices()[:1])):
             yield request.param
+    elif request.param == "parts":  # the number is not
+        monkeypatch.setattr(map_sampling, "_AT_ONCE", 7000)
+        jax.clear_caches()
+        yield request.param
+        jax.clear_caches()
     else:
         yield request.param
 
 
-@pytest.mark.parametrize("out", OUT)
-@pytest.mark.parametrize("stride", STRIDES)
-def test_roi_align(form, stride, out):
-    boxes = stored()["boxes"]
-    align = lambda x: map_sampling.roi_align(x, boxes, out, stride)
-    agrees(f"roi/{stride}/{out}", align, stored()[f"map/{stride}"])
+def test_roi_align(form):
+    """For each stride and number of bins, in one program."""
+    wanted = stored()
+    names = {(stride, out): f"roi/{stride}/{out}" for stride in STRIDES for out in OUT}
+
+    @jax.jit
+    def run(maps, boxes, grads):
+        found = {}
+        for (stride, out), g in grads.items():
+            align = functools.partial(map_sampling.roi_align, out=out, stride=stride)
+            y, back = jax.vjp(lambda x, align=align: align(x, boxes), maps[stride])
+            found[stride, out] = y, back(g)[0]
+        return found
+
+    maps = {stride: wanted[f"map/{stride}"] for stride in STRIDES}
+    found = run(maps, wanted["boxes"], {at: wanted[f"{name}/g"] for at, name in names.items()})
+    for at, name in names.items():
+        y, dx = found[at]
+        np.testing.assert_allclose(y, wanted[f"{name}/y"], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(dx, wanted[f"{name}/dx"], atol=1e-4, err_msg=name)
 
 
 def test_forms_are_those_that_their_names_say(form):
@@ -69,7 +86,7 @@ def test_forms_are_those_that_their_names_say(form):
 def batch():
     """Maps of eight images of 96 x 128 pixels, boxes, and gradients of what is read in 3 bins."""
     rng = np.random.default_rng(3)
-    maps = {s: rng.normal(size=(8, 96 // s, 128 // s, 2)).astype("float32") for s in (4, 8, 16)}
+    maps = {s: rng.normal(size=(8, 96 // s, 128 // s, 2)).astype("float32") for s in (8, 16)}
     boxes = np.stack([stored()["boxes"][rng.permutation(12)[:7]] for _ in range(8)])
     return maps, boxes, rng.normal(size=(8, 7, 3, 3, 2)).astype("float32")
 
@@ -194,6 +211,24 @@ def test_points():
     np.testing.assert_allclose(y, data["points/y"], atol=1e-5)
     np.testing.assert_allclose(dx, data["points/dx"], atol=1e-4)
     np.testing.assert_allclose(dpoints, data["points/dpoints"], atol=1e-4)
+
+
+def test_every_map_at_points_of_its_own():
+    """Inside, outside, on the border and on centres of cells: `sample_points` of each map."""
+    r = np.random.default_rng(4)
+    maps, g = r.normal(size=(3, 5, 7)).astype("f4"), r.normal(size=(3, 60)).astype("f4")
+    points = r.uniform(-0.6, 1.6, (3, 60, 2)).astype("f4")
+    points[:, :20] = r.integers(-2, 18, (3, 20, 2)) / np.array([14, 10], "f4")
+    each = jax.vmap(lambda x, at: map_sampling.sample_points(x[..., None], at)[:, 0])
+
+    @jax.jit
+    def both(x):
+        return [jax.vjp(lambda x, f=f: f(x, points), x) for f in (read_maps, each)]
+
+    (y, back), (wanted, wanted_back) = both(maps)
+    assert np.any(wanted == 0) and np.any(wanted != 0)
+    np.testing.assert_allclose(y, wanted, atol=1e-6)
+    np.testing.assert_allclose(back(g)[0], wanted_back(g)[0], atol=1e-5)
 
 
 def test_pasted_masks():

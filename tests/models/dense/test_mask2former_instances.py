@@ -14,13 +14,13 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation.detection_results import original_detections, rle_to_mask
 from m3i_jax.models.dense import mask2former, mask2former_instances
-from m3i_jax.models.dense.detection_heads import detection_head
 from m3i_jax.models.dense.map_sampling import sample_points
 from m3i_jax.models.dense.mask2former_losses import (
     BoxMasks,
     ClassMasks,
     mask2former_losses,
 )
+from m3i_jax.models.dense.task_heads import detection_head
 
 OWN = schema.Mask2Former(
     queries=6, heads=2, encoder_depth=1, depth=2, hidden=8, encoder_hidden=8, points=50

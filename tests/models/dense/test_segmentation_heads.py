@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.models.dense import linear_head, pyramid, segmentation_heads, upernet
+from m3i_jax.models.dense import pixel_heads, pyramid, task_heads, upernet
 from m3i_jax.models.dense.map_sampling import resize_bilinear
 from m3i_jax.models.dense.pyramid import PyramidConfig
-from m3i_jax.models.dense.resized_conv import convolve_resized
+from m3i_jax.models.dense.upernet import convolve_resized
 from m3i_jax.models.intern_image_layer import convolve
 from m3i_jax.profiling.flops import count_flops
 
@@ -217,12 +217,16 @@ def test_parameters_and_flops_of_vit_b(monkeypatch):
 def test_the_linear_head_reads_the_coarsest_map():
     settings = schema.Segment(head="linear")
     channels = {8: 3, 16: 4}
-    params, statistics = segmentation_heads.init(settings, channels, 5, jax.random.key(0))
+    params, statistics = task_heads.segmentation_head(settings).init(
+        settings, channels, 5, jax.random.key(0)
+    )
     maps = {
         s: np.random.default_rng(s).normal(size=(2, 3, 2, c)).astype("f")
         for s, c in channels.items()
     }
-    logits, aux, new = linear_head.apply(settings, params, statistics, maps, train=True)
+    logits, aux, new = pixel_heads.linear_cell_logits(
+        settings, params, statistics, maps, train=True
+    )
     wanted = maps[16] @ np.asarray(params["classifier"]["kernel"])
     np.testing.assert_allclose(logits, wanted, atol=1e-6)
     assert logits.dtype == jnp.float32 and aux is None and new == {}

@@ -14,8 +14,8 @@ from m3i_jax.interop import dense_weights, vit_weights
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training.detect_task import DetectTask
 from m3i_jax.training.optimizer import decay_mask, lr_factor
-from m3i_jax.training.state import State
 from m3i_jax.training.step import train_step
+from m3i_jax.training.task import State
 from tests.models.dense import vitdet
 
 STEPS = vitdet.arrays("vitdet_steps")

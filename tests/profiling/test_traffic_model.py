@@ -1,0 +1,69 @@
+"""The estimated memory traffic of a traced program against what its operations must move."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from m3i_jax import parallel
+from m3i_jax.models import attention
+from m3i_jax.profiling import traffic_model
+
+N = 256
+ARRAY = jax.ShapeDtypeStruct((N, N), jnp.float32)
+ONE = 4 * N * N  # bytes
+
+
+def arrays(function, *more, platform="tpu"):
+    """Estimated traffic in arrays."""
+    return traffic_model.estimate_traffic(function, ARRAY, *more, platform=platform) / ONE
+
+
+def scanned(x):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, None, length=5)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    (
+        (lambda x: x + 1, 2),
+        (lambda x: jnp.sin(x).reshape(-1) * 2, 2),
+        (lambda x: jnp.tanh(x) @ x, 2 + 3),
+        (lambda x: (jnp.tanh(x), jnp.sin(x)), 3),  # a pass with two results
+        (lambda x: x.sum(), 1),
+        (lambda x: x - x.max(1, keepdims=True), 1 + 2),  # the reduction first
+        (lambda x: jax.nn.relu(x @ x) @ x, 2 + 2 + 3),  # a square reads its array once
+        (scanned, 5 * (2 + 2)),
+        (lambda x: jax.lax.dynamic_update_slice(x, x[:128], (0, 0)), 1),  # half, read and written
+        (lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x + 1, x), 2),
+    ),
+    ids=range(10),
+)
+def test_passes_products_and_loops(function, expected):
+    assert arrays(function) == pytest.approx(expected, rel=0.05)
+
+
+def test_the_form_of_the_platform_counts():
+    def run(x):
+        forms = {"tpu": lambda x: x + 1, "default": lambda x: (x + 1) @ x}
+        return jax.lax.platform_dependent(x, **forms)
+
+    assert arrays(run) == 2 and arrays(run, platform="cuda") == 2 + 3
+    assert parallel.platform() == jax.default_backend()
+
+
+def test_attention_is_the_kernel_s():
+    qkv = jax.ShapeDtypeStruct((32, 200, 3 * 128), jnp.bfloat16)
+    size = qkv.size * 2
+
+    def run(x):
+        if attention.kernel_fits(2, (x,)):
+            return attention.attend_columns(2, (x,), None)
+        return attention.attend_plainly(2, (x,), None)
+
+    moved = {
+        platform: traffic_model.estimate_traffic(run, qkv, platform=platform) / size
+        for platform in ("tpu", "cuda", "cpu")
+    }
+    assert moved["tpu"] == pytest.approx(4 / 3, rel=0.01)
+    assert moved["cuda"] == pytest.approx(4 / 3, rel=0.02)
+    assert moved["cpu"] > 5
