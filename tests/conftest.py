@@ -8,6 +8,7 @@ import gc
 import os
 import pathlib
 import random
+import sys
 
 import pytest
 
@@ -78,7 +79,10 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 # The fault matrix has tests in every room, and pytest asks a conftest only about those beside it.
+from tests import lowering  # noqa: E402
 from tests.faults.conftest import pytest_runtest_logreport, pytest_sessionfinish  # noqa: E402, F401
+
+lowering.reuse_contexts()
 
 
 def uninterrupted(function):
@@ -119,6 +123,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     garbage."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Forgets the kernels that a test traced: a program of the next would check them."""
+    if kernel_calls := sys.modules.get("m3i_jax.parallel.kernel_calls"):
+        kernel_calls.forget_all()
 
 
 @pytest.hookimpl(trylast=True)

@@ -341,28 +341,19 @@ def killed(run: pathlib.Path, after: int, number: int) -> int:
     return process.returncode
 
 
-@pytest.mark.row("A1", "D5")
-def test_run_resumed_after_sigkill_equals_an_uninterrupted_run(
+@pytest.mark.row("A1", "A2", "D5")
+def test_a_run_that_is_preempted_and_killed_equals_an_uninterrupted_one(
     unbroken: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    assert killed(tmp_path, 6, signal.SIGKILL) == -signal.SIGKILL
-    code, _, err = finish(
-        *QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=4"
-    )
-    assert code == 0, err
-    assert parameters(tmp_path) == parameters(unbroken)
-    assert without_clock(lines(tmp_path)) == without_clock(lines(unbroken))
-
-
-@pytest.mark.row("A2")
-def test_sigterm_saves_and_exits_42(unbroken: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """By SIGTERM, which saves and exits with 42, and then by SIGKILL, steps after its last save."""
     assert killed(tmp_path, 2, signal.SIGTERM) == 42
+    assert killed(tmp_path, 6, signal.SIGKILL) == -signal.SIGKILL
     code, out, err = finish(
         *QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=4"
     )
     assert code == 0 and "resuming at step" in out, err
     assert parameters(tmp_path) == parameters(unbroken)
-    # goodput is logged twice
+    # goodput is logged more than once
     logged, expected = (
         [row for row in without_clock(lines(run)) if len(row) > 1] for run in (tmp_path, unbroken)
     )

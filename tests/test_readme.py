@@ -23,7 +23,7 @@ Marks: a comment on the last line before a block changes how it is run,
 `<!-- test: DIRECTIVE; DIRECTIVE -->`:
 
     append ARGUMENTS   more overrides for the training commands of this block, after TINY
-    as-is              no overrides for this block
+    as-is              none of TINY for this block
     exit STATUS        the block must end with this status, not 0
     slow               run by `-m slow` only; no other block may need its files
     skip REASON        not run; pytest shows the reason
@@ -153,11 +153,8 @@ def blocks(text: str, file: str = "README.md") -> list[Block]:
 def script(block: Block) -> tuple[str, int]:
     """The bash script of a block, and the number of README commands in it."""
     out, count = [], 0
-    overrides = (
-        ""
-        if block.as_is
-        else " ".join(f"--config.{item}" for item in TINY) + f" {block.append}".rstrip()
-    )
+    tiny = [] if block.as_is else [f"--config.{item}" for item in TINY]
+    overrides = " ".join((*tiny, *block.append.split()))
     for line in re.sub(r"\\\n\s*", "", block.text).splitlines():
         parts = line.strip().split(" && ")
         while parts and any(re.match(pattern, parts[0].strip()) for pattern in LEFT_OUT):

@@ -14,6 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from m3i_jax import parallel
+from m3i_jax.models import depthwise_gpu
 from m3i_jax.models.cpu_codegen import fusion_barrier, matmul
 from m3i_jax.models.dcnv3 import dcnv3
 from m3i_jax.models.layers import Params, gelu, layer_norm
@@ -161,7 +162,7 @@ def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) 
 
     Computed as K^2 shifted products in one fused pass: as convolutions, value and gradients take
     ten times as long on a CPU. On a TPU it is a convolution: the shifts would be copies of nine
-    times the bytes.
+    times the bytes. On a GPU a kernel computes the gradients of kernel and bias.
 
     >>> depthwise(jnp.ones((1, 2, 3, 1)), jnp.ones((3, 3, 1)), jnp.zeros(1))[0, :, :, 0].tolist()
     [[4.0, 6.0, 4.0], [4.0, 6.0, 4.0]]
@@ -178,6 +179,10 @@ def _depthwise_backward(
         "default": functools.partial(_shifted_sum_backward, _by_shift),
     }
     forms["tpu"] = _convolved_backward
+    x_BxHxWxC, kernel_KxKxC = residuals
+    if depthwise_gpu.is_trusted(x_BxHxWxC, len(kernel_KxKxC)):
+        dx = _shifted_sum(g_BxHxWxC, kernel_KxKxC[::-1, ::-1], jnp.zeros(x_BxHxWxC.shape[-1]))
+        return dx, *depthwise_gpu.kernel_gradient(x_BxHxWxC, g_BxHxWxC, len(kernel_KxKxC))
     dx, dkernel = jax.lax.platform_dependent(*residuals, g_BxHxWxC, **forms)
     return dx, dkernel, g_BxHxWxC.astype(jnp.float32).sum((0, 1, 2))
 
@@ -244,7 +249,8 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
     >>> params = jax.tree.map(jnp.zeros, layer.shapes()["dcn"], is_leaf=is_shape)
     >>> identity = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
     >>> params |= {"input": identity, "output": identity}
-    >>> y = dcn(layer, params, jnp.ones((1, 3, 3, 2)))  # at the start: the mean, zeros outside
+    >>> run = jax.jit(functools.partial(dcn, layer))
+    >>> y = run(params, jnp.ones((1, 3, 3, 2)))  # at the start: the mean, zeros outside
     >>> y[0, :, :, 0].round(3).tolist()
     [[0.444..., 0.667..., 0.444...], [0.667..., 1.0, 0.667...], [0.444..., 0.667..., 0.444...]]
     """

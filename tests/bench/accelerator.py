@@ -189,6 +189,14 @@ def attention(toy: bool, steps: int) -> list[tuple[str, str, float]]:
                 run = jax.jit(lambda q, k, v, g, variant=variant: jax.vjp(variant, q, k, v)[1](g))
                 seconds = timed(functools.partial(run, *arrays), jax.block_until_ready, steps)
                 out.append((f"{tokens} tokens, {heads} heads of {width}", name, 1e3 * seconds))
+            columns = [attention.from_heads(array) for array in arrays]
+            if attention.kernel_fits(heads, tuple(columns[:3])):
+                own = functools.partial(attention.attend_columns, heads)
+                kernel = jax.jit(
+                    lambda *a, own=own: jax.vjp(lambda *b: own(b, None), *a[:3])[1](a[3])
+                )
+                seconds = timed(functools.partial(kernel, *columns), jax.block_until_ready, steps)
+                out.append((f"{tokens} tokens, {heads} heads of {width}", "kernel", 1e3 * seconds))
     return out
 
 

@@ -1,12 +1,14 @@
 """How many known copies --mode=curate finds, and how many images it takes for copies that are none.
 
-python -m tests.bench.duplicates TARS... --images 2000 --out DIR
+python -m tests.bench.duplicates TARS... --images 20000 --out DIR
 
-Originals are drawn from tar files. A quarter of the images are copies of them: encoded again,
-resized, or cropped. Recall is the share of the copies that are left out, or for which their
-original is; precision the share of the images left out that are copies of what stays. Originals may
-be like each other: those that are left out count as errors, and are in curate.html to be judged by
-eye."""
+Originals are drawn from tar files, and composed of their drawings where those do not suffice. A
+quarter of the images are copies of them: encoded again, resized, cropped, or cropped and resized.
+Recall is the share of the copies that are left out, or for which their original is; precision the
+share of the images left out that are copies of what stays. Originals may be like each other: those
+that are left out count as errors, unless their files are equal, and are in curate.html to be judged
+by eye. The thresholds were chosen on the originals of even number; the table is that of the
+others."""
 
 import argparse
 import collections
@@ -16,6 +18,7 @@ import resource
 
 import numpy as np
 from PIL import Image
+from pyarrow import parquet
 
 from m3i_jax import schema
 from m3i_jax.data import curation, decode
@@ -101,25 +104,35 @@ def write_images(tars: list[str], count: int, folder: pathlib.Path) -> None:
         taken += 1
 
 
-def print_table(out: pathlib.Path) -> None:
-    """Prints recall by kind and precision of a finished run."""
-    import pyarrow.parquet
+def number_of(key: str) -> int:
+    """The number of an original, from the name of its file or of that of its copy.
 
-    rows = pyarrow.parquet.read_table(out / "run" / "left_out.parquet").to_pylist()
+    >>> number_of("o17 crop .9.jpg"), number_of("o17.png")
+    (17, 17)
+    """
+    return int(key.split()[0].split(".")[0][1:])
+
+
+def print_table(out: pathlib.Path) -> None:
+    """Prints recall by kind and precision of a finished run, of the originals of odd number."""
+    rows = parquet.read_table(out / "run" / "left_out.parquet").to_pylist()
     copy_of = {row["key"]: row["copy_of"] for row in rows if row["copy_of"]}
+    equal = {row["key"] for row in rows if row["reason"] == curation.EXACT}
     found: dict[str, list[bool]] = collections.defaultdict(list)
     direct: list[bool] = []
     for path in sorted((out / "images").iterdir()):
         stem, _, kind = path.stem.partition(" ")
-        if kind:
+        if kind and number_of(path.name) % 2:
             pair = {path.name, f"{stem}.png"}
             # one of the two is left out; for the other, or for a third that is like both
             found[kind].append(bool(pair & set(copy_of)))
             direct.append(any({key, copy_of.get(key)} == pair for key in pair))
     right = [
-        key.split()[0].split(".")[0] == of.split()[0].split(".")[0] for key, of in copy_of.items()
+        key in equal or number_of(key) == number_of(of)
+        for key, of in copy_of.items()
+        if number_of(key) % 2
     ]
-    print("| copies | number | found % |\n|---|---|---|")
+    print("| copies | number | found % |\n|---|---:|---:|")
     for kind in KINDS:
         print(f"| {kind} | {len(found[kind])} | {100 * np.mean(found[kind] or [0]):.1f} |")
     every = [value for values in found.values() for value in values]
@@ -134,13 +147,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--out", required=True)
     parser.add_argument("--difference", type=float, default=schema.Curate().difference)
+    parser.add_argument("--detail", type=float, default=schema.Curate().detail)
     parser.add_argument("--workers", type=int, default=1)
     flags = parser.parse_args()
     out = pathlib.Path(flags.out)
     if not (out / "images").exists():
         write_images(flags.tars, flags.images, out / "images")
     data = schema.Data(source="folder", path=str(out / "images"), split=".", workers=flags.workers)
-    rules = schema.Curate(difference=flags.difference)
+    rules = schema.Curate(difference=flags.difference, detail=flags.detail)
     curate.run(schema.Config(data=data, curate=rules), workdir=str(out / "run"))
     print_table(out)
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -100,52 +99,66 @@ def by_hand(model, params, x):
     return first, out
 
 
+@functools.cache
+def copies(model, maps, size):
+    """(first values with noise, the maps of both copies, those of one): functions of images and of
+    what stochastic depth keeps of every layer, compiled."""
+    two, init = composed(model, maps, size)
+    one = backbones.get_backbone(model)
+    settings = {"maps": maps, "size": size}
+    both = jit(lambda p, x, keep: two.copies(model, p, x, **settings, keep_BxLx2=keep))
+    alone = jit(lambda p, x, keep: one.stages(model, p, x, **settings, keep_BxLx2=keep))
+    return shaken(init), both, alone
+
+
 def test_the_second_copy_is_fed_with_the_maps_of_the_first():
-    model, maps = internimage(), schema.Maps(composite=2)
-    two, init = composed(model, maps, 32)
-    params, x = shaken(init), images((16, 32))
+    model, x = internimage(), images((16, 32))
+    params, both, _ = copies(model, schema.Maps(composite=2), 32)
     assert not {"stem", "fusion"} & params["second"].keys()
-    run = jit(lambda params, x: two.copies(model, params, x, maps=maps, size=32))
-    for ours, theirs in zip(run(params, x), by_hand(model, params, x), strict=True):
+    keep = np.ones((2, 8, 2), np.float32)
+    for ours, theirs in zip(both(params, x, keep), by_hand(model, params, x), strict=True):
         for y, wanted in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(y, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize(
     ("model", "maps", "size"),
-    [(internimage(), schema.Maps(), 16), (VIT, VIT_MAPS, 16)],
+    [(internimage(), schema.Maps(composite=2), (16, 32)), (VIT, VIT_MAPS, (16, 16))],
     ids=["internimage", "vit"],
 )
 def test_at_the_start_both_copies_are_the_backbone_and_gamma_learns(model, maps, size):
     """Same weights in both and gamma 0, for a backbone of several strides and one with windows."""
-    two, init = composed(model, maps, size)
+    params, both, alone = copies(model, maps, size[1])
     one = backbones.get_backbone(model)
-    params = shaken(init)
     plain = {n: leaf for n, leaf in params.items() if n not in ("second", "links", "gamma")}
-    params["second"] = {n: leaf for n, leaf in plain.items() if n not in one.stem_parameters}
-    params["gamma"] = jax.tree.map(np.zeros_like, params["gamma"])
-    layers = one.depth(model)
+    params = params | {
+        "second": {n: leaf for n, leaf in plain.items() if n not in one.stem_parameters},
+        "gamma": jax.tree.map(np.zeros_like, params["gamma"]),
+    }
+    layers, x = one.depth(model), images(size)
     keep = (1.0 + np.arange(2 * layers * 2).reshape(2, layers, 2) / 10).astype(np.float32)
-    x = images((size, size))
+    run = lambda **more: both(params | more, x, np.concatenate([keep, keep], 1))
+    start = run()
+    wanted = alone(plain, x, keep)
+    for copy in start:
+        for y, z in zip(copy, wanted, strict=True):
+            np.testing.assert_allclose(y, z, rtol=0, atol=1e-5 * np.abs(z).max())
 
-    def run(params):
-        both = two.copies(
-            model, params, x, maps=maps, size=size, keep_BxLx2=np.concatenate([keep, keep], 1)
-        )
-        return sum(jnp.square(y).sum() for y in both[1]), both
+    def moved(found):
+        """By how much the maps of each copy moved."""
+        return [
+            max(float(np.abs(a - b).max()) for a, b in zip(*pair, strict=True))
+            for pair in zip(start, found, strict=True)
+        ]
 
-    (_, both), grads = jit(jax.value_and_grad(run, has_aux=True))(params)
-    alone = jit(lambda params: one.stages(model, params, x, maps=maps, size=size, keep_BxLx2=keep))(
-        plain
-    )
-    for copy in both:
-        for y, wanted in zip(copy, alone, strict=True):
-            np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-    assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(grads["gamma"]))
-    # with gamma 0 the links have no effect yet, and the stem learns from the second copy
-    assert not any(np.abs(g).max() for g in jax.tree.leaves(grads["links"]))
-    stem = next(name for name in one.stem_parameters if name in grads)
-    assert max(np.abs(g).max() for g in jax.tree.leaves(grads[stem])) > 1e-3
+    # with gamma 0 the links have no effect yet; each gamma moves the second copy alone, and the
+    # stem both
+    assert moved(run(links=jax.tree.map(lambda leaf: leaf + 1, params["links"]))) == [0, 0]
+    for name, gamma in params["gamma"].items():
+        first, second = moved(run(gamma=params["gamma"] | {name: gamma + np.float32(0.1)}))
+        assert first == 0 and second > 1e-3, name
+    stem = {n: params[n] for n in one.stem_parameters if n in params}
+    assert min(moved(run(**jax.tree.map(lambda leaf: leaf * np.float32(1.1), stem)))) > 1e-3
 
 
 def test_gamma_starts_at_zero_and_the_copies_differ_without_pretrained_weights():

@@ -1,11 +1,24 @@
 """Helpers of the posteriors' tests: arrays, central differences, equations of jaxprs."""
 
+import types
+from typing import Any
+
 import jax
 import numpy as np
 
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def compiled(module, **static: tuple[str, ...]) -> Any:
+    """Functions of a module, compiled, as in use: for each its arguments that are no arrays. Eager
+    operations take longer, for each is compiled by itself."""
+    functions = {
+        name: jax.jit(getattr(module, name), static_argnames=arguments)
+        for name, arguments in static.items()
+    }
+    return types.SimpleNamespace(**functions)
 
 
 def mean(result):

@@ -7,10 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3i_jax.objective import boxes
+from m3i_jax.objective import boxes as box_functions
 from tests.data.make_dense_boxes import THRESHOLDS, WEIGHTS, crowded_boxes, grid_boxes
+from tests.objective import numeric
 
 TORCH = dict(np.load(pathlib.Path(__file__).parents[1] / "data" / "dense" / "boxes.npz"))
+boxes = numeric.compiled(
+    box_functions,
+    box_area=(),
+    box_iou=(),
+    generalized_box_iou=(),
+    encode_boxes=(),
+    decode_boxes=(),
+    clip_boxes=(),
+    anchors=("grid", "stride", "sizes", "ratios"),
+    nms=("threshold",),
+)
 CODECS = {"one": (1.0, 1.0, 1.0, 1.0), "head": WEIGHTS}
 
 

@@ -35,7 +35,7 @@ def test_loss_and_gradient_are_the_formulas(per_token: bool) -> None:
         total, count = caption(logits, TOKENS, WHERE, per_token=per_token)
         return total / count
 
-    value, gradient = jax.value_and_grad(loss)(jnp.asarray(LOGITS, jnp.float32))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(LOGITS, jnp.float32))
     assert value == pytest.approx(mean(LOGITS, per_token), rel=1e-6)
     for _ in range(4):
         step = R.normal(size=LOGITS.shape)
@@ -46,7 +46,7 @@ def test_loss_and_gradient_are_the_formulas(per_token: bool) -> None:
 
 def test_padding_counts_nowhere_even_if_it_is_nan() -> None:
     broken = jnp.where(jnp.asarray(WHERE)[..., None] > 0, LOGITS, jnp.nan)
-    gradient = jax.grad(lambda x: caption(x, TOKENS, WHERE)[0])(broken)
+    gradient = jax.jit(jax.grad(lambda x: caption(x, TOKENS, WHERE)[0]))(broken)
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[2].any()
     total, count = caption(jnp.asarray(LOGITS), TOKENS, 0 * WHERE)
     assert (float(total), float(count)) == (0, 0)

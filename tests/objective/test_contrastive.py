@@ -98,9 +98,8 @@ def test_dense_boltzmann_is_scipy_at_each_position(normalize):
 
 def test_dense_boltzmann_is_boltzmann_mapped_without_gather():
     p, k = normal(4, 3, 5), normal(4, 3, 5, seed=1)
-    mapped = jax.vmap(
-        lambda p, k: losses.boltzmann(p, k, jnp.arange(4), temperature=0.3), in_axes=(1, 1)
-    )(p, k)
+    of_one = lambda p, k: losses.boltzmann(p, k, jnp.arange(4), temperature=0.3)
+    mapped = jax.jit(jax.vmap(of_one, in_axes=(1, 1)))(p, k)
     np.testing.assert_allclose(
         dense_boltzmann(p, k, temperature=0.3), [x.sum() for x in mapped], rtol=1e-5
     )

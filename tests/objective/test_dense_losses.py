@@ -8,10 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3i_jax.objective import dense_losses as losses
+from m3i_jax.objective import dense_losses
 from tests.data.make_dense_losses import FOCAL
+from tests.objective.numeric import compiled
 
 TORCH = dict(np.load(pathlib.Path(__file__).parents[1] / "data" / "dense" / "losses.npz"))
+losses = compiled(
+    dense_losses,
+    pixel_cross_entropy=(),
+    binary_cross_entropy=(),
+    sigmoid_focal=("alpha", "gamma"),
+    dice=(),
+    federated_categories=("count",),
+    federated_cross_entropy=("count",),
+)
 LOGITS, SOFT, HARD = (TORCH[f"elements/{name}"] for name in ("logits", "soft", "hard"))
 
 

@@ -83,7 +83,7 @@ def test_equal_and_zero_rows_have_finite_gradients(name):
 @pytest.mark.parametrize("name", ["koleo", "coding_rate"])
 def test_groups_are_the_mean_of_their_rows_alone(name):
     """What a device sees in the public code: the value differs from that of all rows."""
-    function, x = getattr(entropy, name), normal(8, 4)
+    function, x = jax.jit(getattr(entropy, name), static_argnames="group"), normal(8, 4)
     total, count = function(x, group=4)
     parts = [mean(function(part)) for part in (x[:4], x[4:])]
     np.testing.assert_allclose(total / count, np.mean(parts), rtol=1e-5)
@@ -138,7 +138,7 @@ def test_koleo_is_the_entropy_of_the_uniform_sphere():
     assert abs(whole) < 0.1
     half = x * np.where(x[:, :1] < 0, -1, 1) * [1, 1, 1, 1]
     assert bits(entropy_terms.Koleo(), half.astype(np.float32)) == pytest.approx(whole - 1, abs=0.1)
-    nats = entropy.nearest_entropy(mean(entropy.koleo(x)), 2000.0, 4)
+    nats = jax.jit(lambda x: entropy.nearest_entropy(mean(entropy.koleo(x)), 2000.0, 4))(x)
     assert float(nats) == pytest.approx(math.log(2 * math.pi**2), abs=0.07)  # area of S^3
 
 
@@ -150,19 +150,17 @@ def test_variance_covariance_is_the_entropy_of_a_gaussian_near_unit_covariance()
     # the covariance part is -4 / D of the entropy, per unit of its weight
     c = np.cov(x.T)
     off = (c**2).sum() - (np.diag(c) ** 2).sum()
-    part = mean(entropy.variance_covariance(x, variance=0.0, covariance=1.0))
+    part = jax.jit(lambda x: mean(entropy.variance_covariance(x, variance=0.0, covariance=1.0)))(x)
     np.testing.assert_allclose(part, off / 3, rtol=1e-4)
 
 
 def test_sigreg_of_normal_features_is_its_floor():
     """Whatever their number; a law of another variance is far above."""
+    run = jax.jit(lambda x, key: mean(entropy.sigreg(x, key=key, slices=64)))
     for rows in (64, 512):
-        draws = [
-            mean(entropy.sigreg(normal(rows, 8, seed=k), key=jax.random.key(k), slices=64))
-            for k in range(12)
-        ]
+        draws = [run(normal(rows, 8, seed=k), jax.random.key(k)) for k in range(12)]
         assert np.mean(draws) == pytest.approx(entropy.SIGREG_FLOOR, abs=0.15)
-    wide = mean(entropy.sigreg(3 * normal(512, 8), key=KEY, slices=64))
+    wide = run(3 * normal(512, 8), KEY)
     assert wide > 30
     assert entropy_terms.Sigreg().bits({}, jnp.ones(())) is None
 

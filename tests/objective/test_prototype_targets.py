@@ -5,16 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m3i_jax.objective import prototype_targets
 from m3i_jax.objective.prototype_targets import (
     PrototypeSoftmax,
-    centering,
     prototype_terms,
-    sinkhorn,
-    soft_cross_entropy,
     track_centers,
     with_constraint,
 )
 from m3i_jax.objective.registry import form
+from tests.objective.numeric import compiled
+
+functions = compiled(
+    prototype_targets, sinkhorn=("iterations",), centering=(), soft_cross_entropy=()
+)
+sinkhorn, centering = functions.sinkhorn, functions.centering
+soft_cross_entropy = functions.soft_cross_entropy
 
 
 def logits(seed: int, rows: int = 8, prototypes: int = 12) -> np.ndarray:
@@ -92,10 +97,12 @@ def test_cross_entropy_and_its_gradient() -> None:
     p = softmax(z[:7].astype(np.float64) / 0.1)
     assert float(count) == 7
     assert float(total) == pytest.approx(-(t[:7] * np.log(p)).sum(), rel=1e-5)
-    gradient = jax.grad(lambda x: loss(x)[0])(z)
+    gradient = jax.jit(jax.grad(lambda x: loss(x)[0]))(z)
     np.testing.assert_allclose(gradient[:7], (p - t[:7]) / 0.1, rtol=1e-3, atol=1e-4)
     assert (np.asarray(gradient[7]) == 0).all()
-    through = jax.grad(lambda x: soft_cross_entropy(z[:7], x, temperature=0.1)[0])(jnp.array(t[:7]))
+    through = jax.jit(jax.grad(lambda x: soft_cross_entropy(z[:7], x, temperature=0.1)[0]))(
+        jnp.array(t[:7])
+    )
     assert (np.asarray(through) == 0).all()
 
 

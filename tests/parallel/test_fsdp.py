@@ -279,5 +279,5 @@ def test_internimage_gathers_one_layer_at_a_time() -> None:
         )
     # Rows stay where they are: every map is of three images a device.
     assert not re.search(r"f32\[24,\d+,\d+,\d+\]", text)
-    alone, there = convolved((1, 1, 1))
+    alone, there = convolved((1, 1, 1), scan=True)
     close(run(*arguments), jax.device_get(alone(*there)))

@@ -64,7 +64,17 @@ def difference(a: Any, b: Any) -> float:
     return max(found)
 
 
-@pytest.mark.parametrize(("task", "changes"), EXACT, ids=IDS[:5])
+def cases(*names: str) -> list[Any]:
+    """Heads by name. Instances take the objects of detection and the losses of segmentation, which
+    the others have; they are slow ones."""
+    return [
+        pytest.param(*head, id=name, marks=pytest.mark.slow if name == "instances" else ())
+        for head, name in zip(HEADS, IDS, strict=True)
+        if name in names
+    ]
+
+
+@pytest.mark.parametrize(("task", "changes"), cases(*IDS[:5]))
 @pytest.mark.row("D6")
 def test_microbatches_of_dense_tasks_are_the_whole_batch(task: str, changes: dict) -> None:
     """Where no statistics are of a batch: losses are sums over images, objects, masks or pixels,
@@ -107,9 +117,7 @@ def test_microbatches_of_a_batch_norm_are_batches_of_their_own() -> None:
     assert difference(got.grads, whole.grads) > 0.01
 
 
-@pytest.mark.parametrize(
-    ("task", "changes"), [head for head in HEADS if head[0] != "dino"], ids=[*IDS[:1], *IDS[2:]]
-)
+@pytest.mark.parametrize(("task", "changes"), cases(*(name for name in IDS if name != "dino")))
 def test_gradients_are_those_of_the_printed_loss(task: str, changes: dict) -> None:
     """The loss is the sum of the printed losses, and the gradient is its derivative: along a random
     direction, the loss changes by what the gradient says. (DINO leaves parts of it out, between its

@@ -82,11 +82,11 @@ def _map_member(content: mmap.mmap, member: zipfile.ZipInfo, verify: bool) -> np
 
 
 class Column(NamedTuple):
-    """An array of `count` elements that is written block by block."""
+    """An array of `length` elements that is written block by block."""
 
     name: str
     dtype: Any
-    count: int
+    length: int
     blocks: Iterator[np.ndarray]
 
 
@@ -108,16 +108,16 @@ def write_columns(path: str, columns: Iterable[Column]) -> None:
     part = f"{path}.{os.urandom(8).hex()}.part"
     try:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-            for name, dtype, count, blocks in columns:
+            for name, dtype, left, blocks in columns:
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-                    header = {"descr": descr, "fortran_order": False, "shape": (count,)}
+                    header = {"descr": descr, "fortran_order": False, "shape": (left,)}
                     np.lib.format.write_array_header_1_0(file, header)
                     for block in blocks:
                         array = np.ascontiguousarray(block, dtype)
-                        count -= len(array)
+                        left -= len(array)
                         file.write(array.view(np.uint8).data)
-                    if count:
+                    if left:
                         raise ValueError(f"the blocks of {name} have another length")
         os.replace(part, path)
     finally:

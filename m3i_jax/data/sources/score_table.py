@@ -29,7 +29,8 @@ def read_scores(source: DataSource, path: str, names: Sequence[str] = ()) -> dic
     keep_list.arrow_library()
     hashes = base.source_key_hashes(source)
     order = np.argsort(hashes, kind="stable")
-    ordered, table, found = hashes[order], {}, 0
+    ordered, found = hashes[order], 0
+    table: dict[str, np.ndarray] = {}
     for file in _files(path):
         for keys, columns in _batches(file, path, names):
             asked = np.fromiter(map(base.key_hash, keys), np.uint64, len(keys))

@@ -160,7 +160,7 @@ class IndexBuilder:
         for raw in names:
             digest.update(len(raw).to_bytes(8, "little") + raw)
         lengths = [read("lengths") for read in readers]
-        records, keys = np.sum(lengths, axis=0, dtype=np.int64).tolist()
+        records, keys = (sum(int(each[column]) for each in lengths) for column in (0, 1))
         for name, dtype in _DTYPES.items():
             count = keys if name == "keys" else records
             hashed = digest if name in _IDENTITY else None

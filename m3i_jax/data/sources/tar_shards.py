@@ -62,8 +62,9 @@ def write_shard(path: str, records: Iterable[Record], *, writer_name: str = "") 
     try:
         with open(part, "wb") as file:
             hashed = _HashedFile(file)
+            stream: Any = hashed
             with tarfile.open(
-                fileobj=hashed,  # type: ignore[arg-type]
+                fileobj=stream,
                 mode="w|",
                 format=tarfile.GNU_FORMAT,
                 encoding="utf-8",

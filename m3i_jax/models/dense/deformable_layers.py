@@ -114,10 +114,11 @@ def deformable(
     Raises:
       ValueError: shapes that do not fit each other.
 
-    >>> params = init_deformable(jax.random.key(0), 8, 2, 2, 4)
-    >>> query, value = jnp.ones((1, 3, 8)), jnp.ones((1, 20, 8))
-    >>> centre = jnp.full((1, 3, 1, 2), 0.5)
-    >>> deformable(params, query, centre, value, ((4, 4), (2, 2)), 2).shape
+    >>> query, value, centre = jnp.ones((1, 3, 8)), jnp.ones((1, 20, 8)), jnp.ones((1, 3, 1, 2)) / 2
+    >>> def run(key):
+    ...     params = init_deformable(key, 8, 2, 2, 4)
+    ...     return deformable(params, query, centre, value, ((4, 4), (2, 2)), 2)
+    >>> jax.eval_shape(run, jax.random.key(0)).shape
     (1, 3, 8)
     """
     (b, queries, _), levels = query_BxQxD.shape, len(shapes)
@@ -161,7 +162,8 @@ def init_deformable_encoder(
     A layer has `attention` (`init_deformable`), `norm1`, `fc1` [D, hidden], `fc2` [hidden, D] and
     `norm2`; fc1 and fc2 are Xavier-uniform, their biases uniform within 1 / sqrt(fan in).
 
-    >>> params = init_deformable_encoder(jax.random.key(0), 8, 2, 3, 4, 16, 6)
+    >>> init = lambda key: init_deformable_encoder(key, 8, 2, 3, 4, 16, 6)
+    >>> params = jax.eval_shape(init, jax.random.key(0))
     >>> params["fc1"]["kernel"].shape, params["attention"]["offsets"]["bias"].shape
     ((6, 8, 16), (6, 48))
     """
@@ -202,11 +204,11 @@ def deformable_encoder_layer(
       reference_BxNxLx2: `encoder_references`.
       shapes, heads, valid_BxN: as of `deformable`.
 
-    >>> params = init_deformable_encoder(jax.random.key(0), 8, 2, 1, 4, 16, 1)
-    >>> one = jax.tree.map(lambda leaf: leaf[0], params)
-    >>> x = jnp.ones((1, 16, 8))
-    >>> y = deformable_encoder_layer(one, x, x, encoder_references(((4, 4),)), ((4, 4),), 2)
-    >>> y.shape
+    >>> def run(key, x):
+    ...     params = init_deformable_encoder(key, 8, 2, 1, 4, 16, 1)
+    ...     one, centres = jax.tree.map(lambda leaf: leaf[0], params), encoder_references(((4, 4),))
+    ...     return deformable_encoder_layer(one, x, x, centres, ((4, 4),), 2)
+    >>> jax.eval_shape(run, jax.random.key(0), jnp.ones((1, 16, 8))).shape
     (1, 16, 8)
     """
     query = x_BxNxD + position_BxNxD.astype(x_BxNxD.dtype)
@@ -239,10 +241,11 @@ def deformable_encoder(
       valid_BxLx2: `valid_cells`; None: there is no padding (Mask2Former does not tell it).
       remat: compute the layers again in the backward pass instead of keeping their activations.
 
-    >>> shapes = ((4, 4), (2, 2))
-    >>> params = init_deformable_encoder(jax.random.key(0), 8, 2, 2, 4, 16, 2)
-    >>> x = jnp.ones((1, 20, 8))
-    >>> deformable_encoder(params, x, x, shapes, 2, jnp.array([[[4, 3], [2, 2]]])).shape
+    >>> def run(key, x, cells):
+    ...     params = init_deformable_encoder(key, 8, 2, 2, 4, 16, 2)
+    ...     return deformable_encoder(params, x, x, ((4, 4), (2, 2)), 2, cells)
+    >>> cells = jnp.array([[[4, 3], [2, 2]]])
+    >>> jax.eval_shape(run, jax.random.key(0), jnp.ones((1, 20, 8)), cells).shape
     (1, 20, 8)
     """
     reference = encoder_references(shapes, valid_BxLx2)

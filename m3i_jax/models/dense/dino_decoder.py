@@ -95,7 +95,7 @@ def init_decoder(
     Kernels are Xavier-uniform, those of queries, keys and values as one matrix of three; biases 0.
 
     >>> settings = schema.Detect(width=8, dino=schema.Dino(heads=2, hidden=16, depth=3))
-    >>> params = init_decoder(settings, 2, 5, jax.random.key(0))
+    >>> params = jax.eval_shape(lambda key: init_decoder(settings, 2, 5, key), jax.random.key(0))
     >>> sorted(params), params["layers"]["fc1"]["kernel"].shape
     (['heads', 'layers', 'norm', 'position'], (3, 8, 16))
     """
@@ -173,11 +173,11 @@ def decode(
       visible_BxTxT: bool, keys that a query attends to; None: all.
 
     >>> settings = schema.Detect(width=8, dino=schema.Dino(heads=2, hidden=16, depth=3))
-    >>> params = init_decoder(settings, 1, 5, jax.random.key(0))
-    >>> logits, boxes = decode(
-    ...     settings, params, jnp.zeros((1, 2, 8)), jnp.full((1, 2, 4), 0.5), jnp.zeros((1, 16, 8)),
-    ...     ((4, 4),), jnp.array([[[4, 3]]]),
-    ... )
+    >>> def run(key, content, boxes, memory, cells):
+    ...     params = init_decoder(settings, 1, 5, key)
+    ...     return decode(settings, params, content, boxes, memory, ((4, 4),), cells)
+    >>> arrays = jnp.zeros((1, 2, 8)), jnp.zeros((1, 2, 4)), jnp.zeros((1, 16, 8))
+    >>> logits, boxes = jax.eval_shape(run, jax.random.key(0), *arrays, jnp.array([[[4, 3]]]))
     >>> logits.shape, boxes.shape
     ((1, 3, 2, 5), (1, 3, 2, 4))
     """

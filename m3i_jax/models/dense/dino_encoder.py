@@ -62,7 +62,9 @@ def init_encoder(
     Convolutions are Xavier-uniform with biases 0, as the dense layer is, the embedding N(0, 1).
 
     >>> settings = schema.Detect(strides=(8, 16), width=8, dino=schema.Dino(heads=2, hidden=16))
-    >>> params = init_encoder(settings, {8: 12}, 5, jax.random.key(0))
+    >>> params = jax.eval_shape(
+    ...     lambda key: init_encoder(settings, {8: 12}, 5, key), jax.random.key(0)
+    ... )
     >>> [params["projections"][name]["conv"]["kernel"].shape for name in ("stride_8", "stride_16")]
     [(12, 8), (3, 3, 12, 8)]
     """
@@ -119,10 +121,16 @@ def encode_levels(
     >>> settings = schema.Detect(
     ...     strides=(8, 16), width=8, dino=schema.Dino(heads=2, hidden=16, encoder_depth=1)
     ... )
-    >>> params = init_encoder(settings, {8: 12}, 5, jax.random.key(0))
-    >>> out = encode_levels(settings, params, {8: jnp.zeros((1, 4, 6, 12))}, jnp.array([[20, 48]]))
-    >>> out[0].shape, out[1], out[2].tolist()
-    ((1, 30, 8), ((4, 6), (2, 3)), [[[3, 6], [2, 3]]])
+    >>> @jax.jit
+    ... def run(key, x, size):
+    ...     params = init_encoder(settings, {8: 12}, 5, key)
+    ...     memory, shapes, cells = encode_levels(settings, params, {8: x}, size)
+    ...     print(shapes)
+    ...     return memory, cells
+    >>> memory, cells = run(jax.random.key(0), jnp.zeros((1, 4, 6, 12)), jnp.array([[20, 48]]))
+    ((4, 6), (2, 3))
+    >>> memory.shape, cells.tolist()
+    ((1, 30, 8), [[[3, 6], [2, 3]]])
     """
     levels, read = [], levels_read(settings)
     for stride in settings.strides:
@@ -197,9 +205,11 @@ def select_tokens(
     >>> settings = schema.Detect(
     ...     strides=(8, 16), width=8, dino=schema.Dino(heads=2, hidden=16, queries=3)
     ... )
-    >>> params = init_encoder(settings, {8: 12}, 5, jax.random.key(0))
-    >>> cells = jnp.array([[[4, 4], [2, 2]]])
-    >>> found = select_tokens(settings, params, jnp.ones((1, 20, 8)), ((4, 4), (2, 2)), cells)
+    >>> def run(key, memory, cells):
+    ...     params = init_encoder(settings, {8: 12}, 5, key)
+    ...     return select_tokens(settings, params, memory, ((4, 4), (2, 2)), cells)
+    >>> arrays = jnp.ones((1, 20, 8)), jnp.array([[[4, 4], [2, 2]]])
+    >>> found = jax.eval_shape(run, jax.random.key(0), *arrays)
     >>> found.logits_BxQxK.shape, found.boxes_BxQx4.shape
     ((1, 3, 5), (1, 3, 4))
     """

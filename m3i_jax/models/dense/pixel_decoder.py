@@ -111,9 +111,11 @@ def decode_pixels(
 
     >>> own = schema.Mask2Former(heads=2, encoder_depth=1, encoder_hidden=4)
     >>> settings = schema.Segment(strides=(4, 8), width=8, mask2former=own)
-    >>> params = init_pixel_decoder(settings, {4: 3, 8: 5}, jax.random.key(0))
+    >>> def run(key, maps):
+    ...     params = init_pixel_decoder(settings, {4: 3, 8: 5}, key)
+    ...     return decode_pixels(settings, params, maps)
     >>> maps = {4: jnp.zeros((1, 4, 6, 3)), 8: jnp.zeros((1, 2, 3, 5))}
-    >>> out = decode_pixels(settings, params, maps)
+    >>> out = jax.eval_shape(run, jax.random.key(0), maps)
     >>> [x.shape for x in out.maps], out.features.shape
     ([(1, 2, 3, 8)], (1, 4, 6, 8))
     """
