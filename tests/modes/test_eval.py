@@ -435,7 +435,7 @@ def test_results_of_the_same_command_are_kept(
         (["--workdir", "RUN", *enable("confusion")], "no enabled evaluator can run"),
         (
             ["--workdir", "RUN", "--config.evaluate.templates=my.txt"],
-            "and no file; give one of these",
+            "nor a file; give one of these",
         ),
         (
             ["--workdir", "RUN", "--config.optim.lr=1"],
