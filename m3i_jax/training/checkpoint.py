@@ -176,7 +176,8 @@ class Checkpoints:
         try:
             if self._first and not self._cleaned:
                 checkpoint_dir.remove_leftovers(self._directory)
-            self._cleaned = True
+            # again before the save after the next: threads of one that failed may write on
+            self._cleaned = self._failures == 0
             # dispatched before the next step donates the state's buffers, fetched in the background
             arrays = checksums.checksum_arrays(state)
             tree = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=self.FILE_SIZE)
@@ -219,7 +220,7 @@ class Checkpoints:
         if not failed:
             self._failures, self._saved = 0, step
             return True
-        self._failures += 1
+        self._failures, self._cleaned = self._failures + 1, False
         if self._first:
             checkpoint_dir.remove_leftovers(self._directory)
         wait = self.BACK_OFF * 2 ** (self._failures - 1)
