@@ -10,7 +10,9 @@ from m3i_jax.data.perceptual_hash import Region
 SIDE = 64  # pixels at which images are compared, unless one of them is smaller
 BLOCKS = 8  # along each axis
 _SHIFT = 1  # pixels by which a block may be displaced
-_TURNS = 5  # of the search for the region, the last one without a step
+_WEIGHTS = np.array([1.0, 0.5, 0.5], np.float32)  # of brightness and colours
+# of the search for the region: first the smooth images, last a turn without a step
+_SIDES = (SIDE, 16, 16, 32, 32, SIDE, SIDE, SIDE)
 _STEP = 0.03  # most of an edge in a turn, in shares of the image
 _LEAST = 0.3  # smallest side of a region
 _FLAT = 36.0  # variance of pixel values below which an image counts as flat
@@ -42,8 +44,9 @@ def block_differences(whole: Image.Image, region: Region, part: Image.Image) -> 
     box = (left * width, top * height, right * width, bottom * height)
     short = min(*part.size, int(box[2] - box[0]), int(box[3] - box[1]))
     side = max(min(SIDE, short), 2 * BLOCKS) // BLOCKS * BLOCKS
-    a = np.asarray(whole.resize((side, side), Image.Resampling.BILINEAR, box=box), np.float32)
-    b = np.asarray(part.resize((side, side), Image.Resampling.BILINEAR), np.float32)
+    # JPEGs have half the resolution in colour, which is most of what small copies differ in
+    a = np.asarray(_small(whole.convert("YCbCr"), side, box), np.float32) * _WEIGHTS
+    b = np.asarray(_small(part.convert("YCbCr"), side), np.float32) * _WEIGHTS
     a, b = a - a.mean((0, 1)), b - b.mean((0, 1))
     least = max(min(float((a**2).mean()), float((b**2).mean())), _FLAT)
     padded = np.pad(a, ((_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0)), "edge")
@@ -69,22 +72,21 @@ def align_region(whole: Image.Image, region: Region, part: Image.Image) -> Regio
     >>> np.round(align_region(whole, (0.06, 0.91, 0.09, 0.96), part), 2).tolist()
     [0.05, 0.9, 0.1, 0.95]
     """
-    gray = whole.convert("L")
-    b = np.asarray(part.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
-    along = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE
+    gray, other = whole.convert("L"), part.convert("L")
     best, best_region, edges = np.inf, region, np.array(region)
-    for turn in range(_TURNS):
+    for turn, side in enumerate(_SIDES):
         top, bottom, left, right = edges.tolist()
         box = (left * gray.width, top * gray.height, right * gray.width, bottom * gray.height)
-        a = np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box), np.float32)
-        rest = b - a
-        error = float((rest - rest.mean()).var())
-        if error < best:
+        a = np.asarray(_small(gray, side, box), np.float32)
+        rest = np.asarray(_small(other, side), np.float32) - a
+        error = float(rest.var())
+        if side == SIDE and error < best:
             best, best_region = error, (top, bottom, left, right)
-        if turn == _TURNS - 1:
+        if turn == len(_SIDES) - 1:
             break
+        along = (np.arange(side, dtype=np.float32) + 0.5) / side
         dy, dx = np.gradient(a)
-        dy, dx = dy * (SIDE / (bottom - top)), dx * (SIDE / (right - left))
+        dy, dx = dy * (side / (bottom - top)), dx * (side / (right - left))
         columns = [dy * (1 - along[:, None]), dy * along[:, None], dx * (1 - along), dx * along]
         jacobian = np.stack([*(column.ravel() for column in columns), np.ones(a.size)], 1)
         normal = jacobian.T @ jacobian
@@ -94,6 +96,12 @@ def align_region(whole: Image.Image, region: Region, part: Image.Image) -> Regio
         if edges[1] - edges[0] < _LEAST or edges[3] - edges[2] < _LEAST:
             break
     return best_region
+
+
+def _small(
+    image: Image.Image, side: int, box: tuple[float, float, float, float] | None = None
+) -> Image.Image:
+    return image.resize((side, side), Image.Resampling.BILINEAR, box=box)
 
 
 def detail_difference(whole: Image.Image, region: Region, part: Image.Image) -> float:

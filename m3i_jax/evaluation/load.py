@@ -116,7 +116,7 @@ class LoadedEncoder:
         >>> encoder = schema.Encoder(patch_size=8, width=8, depth=1, heads=2)
         >>> model = schema.Model(encoder=encoder, dtype="float32")
         >>> config = schema.Config(model=model, data=schema.Data(image_size=32))
-        >>> params = {"encoder": vit.init(model, jax.random.key(0))}
+        >>> params = {"encoder": jax.jit(lambda key: vit.init(model, key))(jax.random.key(0))}
         >>> loaded = LoadedEncoder(config, params, "mean", "")
         >>> loaded.features([np.zeros((40, 60), np.uint8), np.ones((32, 32, 3))]).shape
         (2, 8)

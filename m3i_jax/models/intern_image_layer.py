@@ -249,7 +249,8 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
     >>> params = jax.tree.map(jnp.zeros, layer.shapes()["dcn"], is_leaf=is_shape)
     >>> identity = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
     >>> params |= {"input": identity, "output": identity}
-    >>> y = dcn(layer, params, jnp.ones((1, 3, 3, 2)))  # at the start: the mean, zeros outside
+    >>> run = jax.jit(functools.partial(dcn, layer))
+    >>> y = run(params, jnp.ones((1, 3, 3, 2)))  # at the start: the mean, zeros outside
     >>> y[0, :, :, 0].round(3).tolist()
     [[0.444..., 0.667..., 0.444...], [0.667..., 1.0, 0.667...], [0.444..., 0.667..., 0.444...]]
     """

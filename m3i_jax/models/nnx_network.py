@@ -15,7 +15,7 @@ class NnxNetwork(nnx.Module):
 
     >>> from m3i_jax.models.networks import DCNv3Layer
     >>> layer = DCNv3Layer(width=4, groups=1).nnx(nnx.Rngs(0))
-    >>> layer(jax.numpy.ones((1, 3, 3, 4))).shape
+    >>> nnx.jit(lambda layer, x: layer(x))(layer, jax.numpy.ones((1, 3, 3, 4))).shape
     (1, 3, 3, 4)
     """
 

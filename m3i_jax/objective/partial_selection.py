@@ -30,7 +30,8 @@ def smallest_indices(x_MxN: jax.Array, count: int) -> jax.Array:
         "cpu": lambda x: _by_counting(x, count),
         "default": lambda x: jax.lax.top_k(-x, count)[1],
     }
-    return jax.lax.platform_dependent(x_MxN, **forms)
+    index_MxS: jax.Array = jax.lax.platform_dependent(x_MxN, **forms)
+    return index_MxS
 
 
 def _by_counting(x_MxN: jax.Array, count: int) -> jax.Array:
@@ -59,8 +60,9 @@ def _running_count(flags_MxN: jax.Array) -> jax.Array:
     rows, entries = flags_MxN.shape
     blocks = -(-entries // _BLOCK)
     padded = jnp.pad(flags_MxN.astype(jnp.float32), [(0, 0), (0, blocks * _BLOCK - entries)])
-    triangle = lambda n, k: np.triu(np.ones((n, n), np.float32), k)
+    up_to = np.triu(np.ones((_BLOCK, _BLOCK), np.float32))
+    before = np.triu(np.ones((blocks, blocks), np.float32), 1)
     with jax.named_scope("flops=0"):  # no work of the model
-        inside = padded.reshape(rows, blocks, _BLOCK) @ triangle(_BLOCK, 0)
-        earlier = inside[..., -1] @ triangle(blocks, 1)
+        inside = jnp.matmul(padded.reshape(rows, blocks, _BLOCK), up_to)
+        earlier = jnp.matmul(inside[..., -1], before)
     return (inside + earlier[..., None]).reshape(rows, -1)[:, :entries]

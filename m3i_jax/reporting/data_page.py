@@ -180,8 +180,12 @@ def curation_page_html(report: Mapping[str, Any], examples: Mapping[str, Sequenc
         body.append("<h2>Scores</h2>" + html_page.html_table(columns, quantiles, numeric=2))
     for reason, shown in examples.items():
         note = "" if len(shown) == left_out[reason] else f": {len(shown)} of {left_out[reason]:,}"
-        figures = "".join(_figure(image) for example in shown for image in example)
-        body.append(f'<h2>{_text(reason)}{note}</h2><div class="pictures">{figures}</div>')
+        pairs = any(len(example) > 1 for example in shown)
+        blocks = ["".join(map(_figure, example)) for example in shown]
+        figures = "".join(f"<div>{block}</div>" if pairs else block for block in blocks)
+        figures = f"<div class=pairs>{figures}</div>" if pairs else figures
+        kind = "" if pairs else ' class="pictures"'
+        body.append(f"<h2>{_text(reason)}{note}</h2><div{kind}>{figures}</div>")
     return html_page.render_page(f"Curation: {report['source']}", body)
 
 

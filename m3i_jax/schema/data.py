@@ -429,12 +429,12 @@ class Curate:
         12, "bits of 64 in which perceptual hashes of candidates differ at most", NumberLimit(0, 32)
     )
     difference: float = option(
-        0.12,
-        "largest squared difference of copies, over their variance",
+        0.2,
+        "largest squared difference of the thumbnails of copies, over their variance",
         NumberLimit(0, 2, natural=True),
     )
     detail: float = option(
-        0.25,
+        0.2,
         "largest such difference of the parts of a copy at 64 pixels; 0: copies are not compared at"
         " that size, which reads them again",
         NumberLimit(0, 1e3, natural=True),

@@ -73,7 +73,8 @@ def orthogonal_update(path: str, momentum_Lxaxb: jax.Array, rms: float) -> jax.A
     matrix of every layer orthogonal, times `rms` sqrt(max(a, b)), so that a number of it has about
     this size.
 
-    >>> orthogonal_update("blocks/attention/qkv/kernel", jnp.ones((2, 4, 12)), 0.2).shape
+    >>> run = lambda moved: orthogonal_update("blocks/attention/qkv/kernel", moved, 0.2)
+    >>> jax.eval_shape(run, jnp.ones((2, 4, 12))).shape
     (2, 4, 12)
     """
     layers, rows, columns = momentum_Lxaxb.shape
