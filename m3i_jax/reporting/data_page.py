@@ -183,8 +183,9 @@ def curation_page_html(report: Mapping[str, Any], examples: Mapping[str, Sequenc
         pairs = any(len(example) > 1 for example in shown)
         blocks = ["".join(map(_figure, example)) for example in shown]
         figures = "".join(f"<div>{block}</div>" if pairs else block for block in blocks)
-        kind = " ".join(["pictures", "pairs"] if pairs else ["pictures"])
-        body.append(f'<h2>{_text(reason)}{note}</h2><div class="{kind}">{figures}</div>')
+        figures = f"<div class=pairs>{figures}</div>" if pairs else figures
+        kind = "" if pairs else ' class="pictures"'
+        body.append(f"<h2>{_text(reason)}{note}</h2><div{kind}>{figures}</div>")
     return html_page.render_page(f"Curation: {report['source']}", body)
 
 

@@ -49,7 +49,8 @@ td { padding: .2rem .5rem .2rem 0; vertical-align: top; }
   margin-top: .2rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr));
   gap: 1rem .8rem; }
-.pairs { grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr));
+  gap: 1rem 2rem; }
 .pairs > div { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
 figure { margin: 0; } figcaption { font-size: .8rem; line-height: 1.35; margin-top: .3rem; }
 figure img { display: block; width: 100%; height: 8.5rem; object-fit: contain;
