@@ -60,7 +60,7 @@ done
 [[ "$wait" =~ ^[0-9]{1,6}$ ]] || fail "--wait $wait: give a whole number of minutes"
 case "$data" in
     '' | /*) ;;
-    gs://*) "$ROOT/launch/gcsfuse.sh" "$data" "$DATA" --dry-run >/dev/null || exit 2 ;;
+    gs://*) bash "$ROOT/launch/gcsfuse.sh" "$data" "$DATA" --dry-run >/dev/null || exit 2 ;;
     *) fail "--data $data: give gs://BUCKET, or the whole path of a directory of the workers" ;;
 esac
 # else every worker would create --workdir on its own disk

@@ -98,7 +98,7 @@ def _program(sizes: _Sizes, tiles: int) -> tuple[Any, Any, Any]:
 class _Place(NamedTuple):
     """The rows of a tile in an array: indices [N, E], which of them there are, [N, E] and [N]."""
 
-    index: jax.Array
+    indices: jax.Array
     there: jax.Array
     rows: jax.Array
 
@@ -125,7 +125,7 @@ def _load(ref: Any, index: jax.Array, there: jax.Array) -> jax.Array:
 def _store(ref: Any, place: _Place, values: jax.Array) -> None:
     from jax.experimental.pallas import triton
 
-    triton.store(ref.at[place.index], values.astype(ref.dtype), mask=place.there)
+    triton.store(ref.at[place.indices], values.astype(ref.dtype), mask=place.there)
 
 
 def _product(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
@@ -157,19 +157,19 @@ def _forward_kernel(*refs: Any, sizes: _Sizes, parts: list[_Part], masked: bool)
     of_q, of_k, of_v = parts
     scale = _scale(where, sizes, image)
     at = _place(of_q, sizes, image, head, tile, sizes.queries)
-    q_QxE = _load(inputs[of_q.array], at.index, at.there)
+    q_QxE = _load(inputs[of_q.array], at.indices, at.there)
 
     def add(keys: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         highest_Q, sum_Q, out_QxE = sums
         place = _place(of_k, sizes, image, head, keys, sizes.tokens)
-        k_TxE = _load(inputs[of_k.array], place.index, place.there)
+        k_TxE = _load(inputs[of_k.array], place.indices, place.there)
         counts_T = _keys_that_count(where, sizes, image, place, keys)
         logits_QxT = _product(q_QxE, k_TxE, (1, 1)) * scale
         logits_QxT = jnp.where(counts_T[None], logits_QxT, MASKED_LOGIT)
         now_Q = jnp.maximum(highest_Q, logits_QxT.max(1))
         raised_QxT, shrink_Q = jnp.exp2(logits_QxT - now_Q[:, None]), jnp.exp2(highest_Q - now_Q)
         place = _place(of_v, sizes, image, head, keys, sizes.tokens)
-        v_TxE = _load(inputs[of_v.array], place.index, place.there)
+        v_TxE = _load(inputs[of_v.array], place.indices, place.there)
         new_QxE = _product(raised_QxT.astype(v_TxE.dtype), v_TxE, (1, 0))
         return (
             now_Q,
@@ -214,7 +214,7 @@ def _backward_kernel(*refs: Any, sizes: _Sizes, parts: list[_Part], masked: bool
 
     def load(part: _Part, ref: Any, tile: Any, rows: int) -> tuple[jax.Array, _Place]:
         place = _place(part, sizes, image, head, tile, rows)
-        return _load(ref, place.index, place.there), place
+        return _load(ref, place.indices, place.there), place
 
     def of_queries(tile: Any) -> tuple[jax.Array, ...]:
         index, there = _numbers(sizes, image, head, tile)
@@ -264,6 +264,10 @@ def _backward_kernel(*refs: Any, sizes: _Sizes, parts: list[_Part], masked: bool
     _store(grads[of_q.array], at_q, dq_QxE * (scale / _LOG2E))
 
 
+def _bytes(arrays: list[jax.ShapeDtypeStruct]) -> int:
+    return sum(array.size * array.dtype.itemsize for array in arrays)
+
+
 def _run(
     kernel: Any,
     heads: int,
@@ -305,7 +309,7 @@ def _run(
         cost_estimate=pl.CostEstimate(
             flops=products[1] * each,
             transcendentals=batch * heads * sizes.queries * sizes.tokens,
-            bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*inputs, *flat)),
+            bytes_accessed=sum(array.nbytes for array in inputs) + _bytes(flat),
         ),
         interpret=interpret,
     )

@@ -95,7 +95,8 @@ def _sums(x_BxHxWxC: jax.Array, g_BxHxWxC: jax.Array, side: int, images: int) ->
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    sizes, count = _Sizes(*x_BxHxWxC.shape, side, images), side**2 + 1
+    b, h, w, c = x_BxHxWxC.shape
+    sizes, count = _Sizes(b, h, w, c, side, images), side**2 + 1
     like = jax.typeof(x_BxHxWxC).manual_axis_type
     flat = (sizes.parts * count * sizes.channels,)
     sums = pl.pallas_call(

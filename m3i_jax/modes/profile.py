@@ -15,7 +15,8 @@ from m3i_jax.modes import setup as jobs
 from m3i_jax.parallel import distributed, kernel_calls
 from m3i_jax.profiling import kernel_profile
 from m3i_jax.reporting import writers
-from m3i_jax.training import loop, trainer
+from m3i_jax.training import loop
+from m3i_jax.training.trainer import Trainer, abstract_batch
 
 WARM = 3  # steps before the trace: the first compiles, the others fill the queue of batches
 
@@ -111,7 +112,7 @@ def print_kernels(config: schema.Config) -> int:
             " it"
         )
     config, mesh = jobs.fit_to_devices(show.assume_data(config)[0])
-    calls = traced_calls(trainer.Trainer(config, mesh, show.vocabulary_size(config)))
+    calls = traced_calls(Trainer(config, mesh, show.vocabulary_size(config)))
     first = not jax.process_index()
     if not calls:
         if first:
@@ -124,9 +125,9 @@ def print_kernels(config: schema.Config) -> int:
     return int(any(each.result.reason for each in profiles))
 
 
-def traced_calls(step_trainer: trainer.Trainer) -> list[kernel_calls.KernelCall]:
+def traced_calls(step_trainer: Trainer) -> list[kernel_calls.KernelCall]:
     """Returns the calls of kernels in the train step."""
-    batch = trainer.abstract_batch(step_trainer.config)
+    batch = abstract_batch(step_trainer.config)
     kernel_calls.take_pending()  # of what this process traced before
     with jax.set_mesh(step_trainer.mesh), kernel_calls.noted_calls():
         jax.eval_shape(step_trainer.trace, step_trainer.template, batch)

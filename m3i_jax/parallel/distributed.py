@@ -197,10 +197,11 @@ def initialize(
     log: Callable[[str], None] = rendezvous.now,
 ) -> None:
     """Initialize jax.distributed and log one line about it. Must be called before a device is used;
-    with one process it does nothing.
+    with one process it does nothing. Where another program, such as Ray's JaxTrainer, initialized
+    jax.distributed in this process, its processes are those of the run.
 
     Args:
-      info: of `detect_processes`.
+      info: of `detect_processes`; without flags or variables, what is initialized.
       limit: seconds to wait for the last process.
       beat: seconds without a heartbeat after which a host is lost; 0: only jax.distributed checks,
         after 100.
@@ -208,8 +209,12 @@ def initialize(
 
     Raises:
       HostMissing: names the processes that did not come.
-      UserError: two processes have the same index, or different counts.
+      UserError: two processes have the same index, or different counts, or not those of an
+        initialized jax.distributed.
     """
+    if jax.distributed.is_initialized():
+        _use_initialized(info, beat, log)
+        return
     if info.processes == 1:
         return
     if info.processes:
@@ -252,6 +257,33 @@ def initialize(
         ) from None
     # jax's preemption notifier would swallow a SIGTERM that comes before the training loop
     signal.signal(signal.SIGTERM, before)
+    _begin(info, beat, log)
+
+
+def _use_initialized(info: ProcessInfo, beat: float, log: Callable[[str], None]) -> None:
+    """Go on with the jax.distributed of this process, if the processes that were asked for are its
+    own."""
+    own = barriers.host_names(), barriers.host_name()
+    if info.source != "alone" and info.processes and (info.processes, info.process) != own:
+        raise UserError(
+            f"start: this is process {info.process} of {info.processes} (from {info.source}), but"
+            f" jax.distributed was initialized before as process {own[1]} of {own[0]}; leave out"
+            " --coordinator, --processes and --process-id"
+        )
+    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        programs.share_cache_keys()
+    _begin(
+        ProcessInfo(
+            source="jax.distributed, initialized before", coordinator=barriers.coordinator()
+        ),
+        beat,
+        log,
+    )
+
+
+def _begin(info: ProcessInfo, beat: float, log: Callable[[str], None]) -> None:
+    """What follows the initialization: this host's name, heartbeats, and one line."""
     barriers.announce_host(socket.gethostname())
     heartbeat.start_heartbeat(beat, log)
     if barriers.host_names() > 1:

@@ -185,8 +185,9 @@ def end_heartbeat(text: str) -> None:
 
 
 def start_heartbeat(limit: float, log: Callable[[str], None] = print) -> None:
-    """Start the heartbeats of this process. Does nothing with one host or a limit of 0."""
-    if barriers.host_names() == 1 or not limit:
+    """Start the heartbeats of this process. Does nothing with one host, with a limit of 0, or if
+    they were started."""
+    if barriers.host_names() == 1 or not limit or _running:
         return
     heartbeat = Heartbeat(limit, end_heartbeat)
     try:

@@ -70,8 +70,7 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
                 "categories",
                 f"{categories['used']:,} used of {categories['in_source']:,}; images in each:"
                 f" {categories['smallest']:,} to {categories['largest']:,}, median"
-                f" {categories['median']:g}; their entropy is that of {categories['effective']:g}"
-                " equally frequent ones"
+                f" {categories['median']:g}; entropy as of {categories['effective']:g} equal ones"
                 + (f"; {empty:,} have no image" if empty else "")
                 + (f"; {dropped:,} labels dropped" if dropped else ""),
             )

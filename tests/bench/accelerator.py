@@ -190,7 +190,7 @@ def attention(toy: bool, steps: int) -> list[tuple[str, str, float]]:
                 seconds = timed(functools.partial(run, *arrays), jax.block_until_ready, steps)
                 out.append((f"{tokens} tokens, {heads} heads of {width}", name, 1e3 * seconds))
             columns = [attention.from_heads(array) for array in arrays]
-            if attention.kernel_fits(heads, tuple(columns[:3])):
+            if attention.attention_kernel_fits(heads, tuple(columns[:3])):
                 own = functools.partial(attention.attend_columns, heads)
                 kernel = jax.jit(
                     lambda *a, own=own: jax.vjp(lambda *b: own(b, None), *a[:3])[1](a[3])

@@ -190,7 +190,7 @@ def deep(levels: int) -> bytes:
         (b"", "is not JSON"),
         (deep(100_000), "is nested too deep"),
         (b'{"images": ' + b"9" * 5000 + b"}", "is not JSON (Exceeds the limit"),
-        ([], "holds a JSON list and no object"),
+        ([], "holds a JSON list, not an object"),
         ({"info": 1}, "has no list 'images' (it has: 'info')"),
         ({**DOCUMENT, "categories": {}}, "has no list 'categories'"),
         ({**DOCUMENT, "images": []}, "lists no image"),

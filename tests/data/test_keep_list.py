@@ -165,7 +165,7 @@ def test_a_run_on_a_kept_set_resumes_exactly(tmp_path: pathlib.Path) -> None:
         ),
         ({"key": arrow.array([], arrow.string())}, "none of its keys is there"),
         ({"key": ["k1"], "label": [3]}, "the label 3 is not one of the 3 categories of numbers"),
-        ({"key": ["k1"], "label": [-5]}, "the label of 'k1' is -5, no number of a category"),
+        ({"key": ["k1"], "label": [-5]}, "the label of 'k1' is -5, not the number of a category"),
         ({"key": ["k1"], "caption": [3]}, "the column `caption` is of type int64, not text"),
     ],
 )

@@ -96,8 +96,8 @@ def test_names_of_classes(root, name, text) -> None:
     [
         ("classes.txt", "", "names no class"),
         ("classes.txt", "\n".join(map(str, range(255))), "255 classes, at most 254 fit"),
-        ("classes.json", "{}", "no list of class names"),
-        ("classes.json", "[", "no list of class names"),
+        ("classes.json", "{}", "not a list of class names"),
+        ("classes.json", "[", "not a list of class names"),
     ],
 )
 def test_files_of_names_that_are_refused(root, name, text, message) -> None:

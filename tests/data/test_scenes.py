@@ -160,5 +160,5 @@ def test_the_files_of_pycocotools(tmp_path: pathlib.Path) -> None:
 
 
 def test_annotated_sources_are_not_converted(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="ArrayRecord shards would lose"):
+    with pytest.raises(UserError, match="shards would lose"):
         conversion.check_plan(ScenesSource(9), str(tmp_path))

@@ -46,7 +46,7 @@ def test_templates_of_a_file(name: str, text: str, tmp_path: pathlib.Path) -> No
         ("a.txt", "\n", "it has no templates"),
         ("a.json", "{", "cannot be read"),
         ("a.json", '{"a": 1}', "is not a list of texts"),
-        ("", "", "and no file; give one of these"),
+        ("", "", "nor a file; give one of these"),
     ],
 )
 def test_invalid_templates_are_refused(

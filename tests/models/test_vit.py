@@ -295,7 +295,7 @@ def test_a_mean_over_blocks_is_float32_and_there_are_only_so_many():
         lambda p: vit.apply(model, p, jnp.zeros((2, 9, 12)), grid=3, blocks=2), random_tree(model)
     )
     assert made.dtype == jnp.float32
-    with pytest.raises(ValueError, match="last 3 blocks of an encoder that has 2"):
+    with pytest.raises(ValueError, match="encoder of 2 blocks has no mean over its last 3"):
         vit.apply(MODEL, random_tree(MODEL), jnp.zeros((2, 9, 12)), grid=3, blocks=3)
 
 

@@ -372,7 +372,7 @@ def test_an_unwritable_directory_is_refused_before_the_data_are_opened(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(evaluate.output.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(evaluate.jobs.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(jobs, "open_setup", None)
     for mode in (
         ["--mode=eval"],
@@ -435,7 +435,7 @@ def test_results_of_the_same_command_are_kept(
         (["--workdir", "RUN", *enable("confusion")], "no enabled evaluator can run"),
         (
             ["--workdir", "RUN", "--config.evaluate.templates=my.txt"],
-            "and no file; give one of these",
+            "nor a file; give one of these",
         ),
         (
             ["--workdir", "RUN", "--config.optim.lr=1"],

@@ -89,7 +89,18 @@ TALK = """
     info = distributed.ProcessInfo(
         source="test", coordinator=sys.argv[2], processes=2, process=me
     )
-    distributed.initialize(info, limit=60)
+    if me:  # one host's jax.distributed is initialized by another program, as in a Ray worker
+        import jax
+        jax.distributed.initialize(sys.argv[2], 2, me)
+        try:
+            distributed.initialize(distributed.ProcessInfo(source="flags", processes=3, process=me))
+        except UserError as error:
+            print("other", error)
+        for again in (distributed.ProcessInfo(source="alone"), info):
+            distributed.initialize(again, log=lambda text: print("again", text))
+    else:
+        distributed.rendezvous.wait_for_processes = lambda *_, **__: None  # host 1 does not ask
+        distributed.initialize(info, limit=60)
     barriers.announce_host(f"name{me}")
     print("hosts", barriers.host_names(), barriers.host_name())
     texts = [barriers.exchange_values("a", text) for text in (f"from {me}", f"again {me}")]
@@ -156,6 +167,9 @@ def test_hosts_talk(tmp_path: pathlib.Path) -> None:
         for _, out, _ in done
     ]
     assert [s["hosts"] for s in outputs] == ["2 0", "2 1"]
+    assert outputs[1]["again"].startswith("host 1 of 2, ")
+    assert outputs[1]["again"].endswith("(from jax.distributed, initialized before)")
+    assert "was initialized before as process 1 of 2; leave out" in outputs[1]["other"]
     assert (
         outputs[0]["exchange"]
         == outputs[1]["exchange"]

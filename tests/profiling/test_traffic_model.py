@@ -33,10 +33,11 @@ def scanned(x):
         (lambda x: x - x.max(1, keepdims=True), 1 + 2),  # the reduction first
         (lambda x: jax.nn.relu(x @ x) @ x, 2 + 2 + 3),  # a square reads its array once
         (scanned, 5 * (2 + 2)),
+        (lambda x: x[:-1] + x[1:], 2),  # parts of an array that is read once
         (lambda x: jax.lax.dynamic_update_slice(x, x[:128], (0, 0)), 1),  # half, read and written
         (lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x + 1, x), 2),
     ),
-    ids=range(10),
+    ids=range(11),
 )
 def test_passes_products_and_loops(function, expected):
     assert arrays(function) == pytest.approx(expected, rel=0.05)
@@ -56,7 +57,7 @@ def test_attention_is_the_kernel_s():
     size = qkv.size * 2
 
     def run(x):
-        if attention.kernel_fits(2, (x,)):
+        if attention.attention_kernel_fits(2, (x,)):
             return attention.attend_columns(2, (x,), None)
         return attention.attend_plainly(2, (x,), None)
 

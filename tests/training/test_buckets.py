@@ -111,7 +111,7 @@ def test_as_many_steps_are_compiled_as_there_are_canvases(monkeypatch: pytest.Mo
     [
         ({"dense__geometry__buckets": "()"}, "rule=buckets needs height and width"),
         ({"dense__geometry__buckets": "(32,64,48)"}, "has 3 numbers"),
-        ({"dense__geometry__buckets": "(32,40)"}, "32 x 40 are no multiples of 16"),
+        ({"dense__geometry__buckets": "(32,40)"}, "32 x 40 are not multiples of 16"),
         ({"model__backbone": "vit"}, "needs an encoder that reads images of any size"),
     ],
 )

@@ -19,13 +19,10 @@ from tests.dense_toy import DETECT, DINO, INSTANCES, MASK2FORMER, SEGMENT, SHARE
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
-# The average precision of a run is a program more, and one head's is enough; test_load_dense.py
-# and test_dino.py have the detections of the others.
-EVALUATED_ELSEWHERE = {"evaluate.detection": False, "evaluate.detection_figures": False}
 HEADS = {
     "mask_rcnn": DETECT,
-    "dino": DINO | EVALUATED_ELSEWHERE,
-    "instances": INSTANCES | EVALUATED_ELSEWHERE,
+    "dino": DINO,
+    "instances": INSTANCES,
     "mask2former": SEGMENT | {k.replace("__", "."): v for k, v in MASK2FORMER.items()},
     "upernet": SEGMENT | {"dense.segment.head": "upernet", "dense.segment.divide_by": "all"},
 }
