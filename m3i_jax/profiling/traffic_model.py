@@ -5,8 +5,8 @@ A compiler fuses elementwise operations into one pass over memory, so that what 
 what its products, convolutions, kernels, gathers and sorts read and write, and what the passes
 between them read and write: a pass makes the input of such an operation, the result of a reduction
 or a result of the program of what the last ones left in memory. Reshapes move nothing, and passes
-over the same arrays are one. What a compiler merges beyond that, or cannot fuse, is in a factor for
-each platform, from compiled programs; tests/bench/README.md has what it leaves.
+over the same arrays are one. What a compiler merges beyond that, or cannot fuse, is in a factor
+from compiled programs; tests/bench/README.md has what it leaves.
 
 Days by the three resources: `bound_rows`."""
 
@@ -35,8 +35,7 @@ _SLICED = ("gather", "dynamic_slice", "take")  # which read what they return
 _UPDATED = ("scatter", "scatter-add", "scatter_add", "dynamic_update_slice")  # as much as they put
 _ALIASES = ("reshape", "squeeze", "expand_dims", "name", "copy", "stop_gradient")
 _VIEWS = ("slice", "split")  # parts of an array in memory
-# What compiled programs move over the estimate, between those of ViT and of InternImage.
-COMPILED = {"tpu": 0.95, "cuda": 1.05}
+COMPILED = 0.95  # what compiled programs move over the estimate: between ViT and InternImage
 _SMALL = 2**16  # bytes; what is smaller is not counted
 
 
@@ -71,9 +70,8 @@ def step_traffic(
     """
     update, weights = 2 * state + 8.0 * params, 16.0 * params
     whole = estimate_traffic(function, template, batch, platform=platform)
-    factor = COMPILED[platform]
     return StepTraffic(
-        factor * max(whole - update - weights, 0.0) / images, update, factor * weights
+        COMPILED * max(whole - update - weights, 0.0) / images, update, COMPILED * weights
     )
 
 

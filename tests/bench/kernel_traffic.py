@@ -86,7 +86,7 @@ def blocks() -> None:
         )
         estimate = traffic_model.estimate_traffic(gradient, params, x, platform="cuda") / GIB
         print(f"remat={remat}: {with_:.2f} GiB, plain {without:.2f}, estimate over compiled"
-              f" {traffic_model.COMPILED['cuda'] * estimate / with_:.2f}", flush=True)  # fmt: skip
+              f" {traffic_model.COMPILED * estimate / with_:.2f}", flush=True)  # fmt: skip
 
 
 def depthwise() -> None:
