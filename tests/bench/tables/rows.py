@@ -148,7 +148,7 @@ RECENT = _by_title(
     ),
     *(
         _single(f"{form}, multi-crop", form, settings=_MULTI_CROP)
-        for form in ("dinov2", "dino", "lejepa", "simdino")
+        for form in ("dinov2", "dino", "ibot", "lejepa", "simdino")
     ),
     _INITIAL,
 )
