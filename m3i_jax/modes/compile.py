@@ -53,7 +53,7 @@ def compile_target(name: str, memory: str, *, code: bool = False) -> CompileTarg
         given = float(memory) * 2**30 if memory else 0.0
     except ValueError:
         given = -1.0
-    if memory and not 0 < given < math.inf:
+    if memory and not 2**10 <= given < math.inf:  # nothing fits into less: no compilation for it
         raise UserError(f"--memory {memory}: is not a number of GiB a device, such as --memory=16")
     devices = topologies.topology_devices(parsed)
     if parsed.kind in hardware.CHIPS:

@@ -179,6 +179,7 @@ def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> 
         ([], "--topology: is missing"),
         (["--topology=cpu:8", "--memory=much"], "--memory much"),
         (["--topology=cpu:8", "--memory=0"], "--memory 0"),
+        (["--topology=cpu:8", "--memory=1e-9"], "--memory 1e-9"),
         (["--topology=cpu:8", "--suggest", "--largest-batch"], "--suggest"),
         (["--topology=cpu:8", "--config.parallel.mesh=(3,1,1)"], "config.parallel.mesh"),
         (["--topology=cpu:8", "--config.train.batch_size=12"], "nearest: 16"),
