@@ -1,4 +1,4 @@
-"""Runs m3i_jax on a Ray cluster, by the JaxTrainer of Ray Train (2.60):
+"""Runs m3i_jax on a Ray cluster, by the JaxTrainer of Ray 2.60 (pip install 'ray[train]'):
 
     python launch/ray_train.py --workers 4 --topology 4x4 --accelerator TPU-V6E -- --config ...
     python launch/ray_train.py --workers 2 --gpus 8 -- --config ... --workdir /shared/runs/m3i

@@ -230,7 +230,7 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         " from the traced step (profiling/traffic_model.py): --mode=compile counts it in the"
         " compiled program"
     )
-    rows = traffic_model.bound_rows(
+    bounds = traffic_model.bound_rows(
         hardware.SLICES,
         flops=total,
         traffic=estimated_traffic(step_trainer, state),
@@ -240,7 +240,7 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         steps=length.steps,
         mfu=mfu,
     )
-    print(text_table.text_table(rows, traffic_model.HEADERS))
+    print(text_table.text_table(bounds, traffic_model.HEADERS))
     print(machine_line(total * length.steps, state, mfu, done.model.dtype))
     for line in scaling.scaling_warnings(done, steps=length.steps, warmup=length.warmup):
         print(line)

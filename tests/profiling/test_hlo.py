@@ -188,6 +188,12 @@ def entry(line: str, *parameters: str) -> hlo.HloProgram:
             ("bf16[16,32]",),
             4096,
         ),
+        (  # a kernel for Triton says it by the scopes of its call; the model's are fewer
+            'bf16[16,8] custom-call(%p0), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name='
+            '"jit(f)/transpose(jvp(computed=700))/flops=400/pallas_call"}, backend_config={ir = "ML"}',
+            ("bf16[16,32]",),
+            700,
+        ),
     ],
 )  # fmt: skip
 def test_products_and_convolutions(line: str, parameters: tuple[str, ...], wanted: int) -> None:
