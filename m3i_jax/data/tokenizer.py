@@ -286,6 +286,8 @@ def _read_merges(path: str) -> list[tuple[str, str]]:
     """Reads the merges of the vocabulary file: its first line is a header, and CLIP uses the next
     48,894. The unpacked size is limited, since a file of a few bytes may unpack to gigabytes."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for ever
+            raise ValueError("it is not a regular file")
         with gzip.open(path, "rb") as file:
             content = file.read(_UNPACKED_LIMIT + 1)
         if len(content) > _UNPACKED_LIMIT:

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -107,6 +108,12 @@ def slow_ids(text: str) -> list[int]:
             parts = joined
         out += [number[part] for part in parts]
     return out
+
+
+def test_a_pipe_is_no_vocabulary(tmp_path):
+    os.mkfifo(tmp_path / "v.gz")
+    with pytest.raises(UserError, match="v.gz' is not CLIP's vocabulary .* not a regular file"):
+        tokenizer.clip_tokenizer(str(tmp_path / "v.gz"))
 
 
 def test_clip_ids_are_those_of_the_plain_algorithm(vocabulary):
