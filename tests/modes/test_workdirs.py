@@ -28,6 +28,7 @@ STARTS = {  # arguments of the modes that need a configuration
     "data": (),
     "convert": (),
     "curate": (),
+    "index": (),
 }
 OF_RUN = {
     "report": (),
