@@ -19,6 +19,7 @@ NEEDS = {
     "capi": {"data__mask": "inverse_block", "data__mask_ratio": 0.625},
     "ijepa": {"data__mask": "multi_block", "data__mask_ratio": 0.75},
     "locca": {"data__regions": True},
+    "dinov3_gram": {"objective__snapshot_at": (0.01,)},  # before it the term has no weight
 }
 ROWS = [*terms.FORMS, *published_methods.PUBLISHED]
 
@@ -65,7 +66,8 @@ def test_every_row_trains(row: str) -> None:
     state, second = one.step(state, toy.batch(plan.config))
     for name, value in second.items():
         assert np.isfinite(value).all(), name
-    assert float(first["grad_norm"]) > 0 and float(second["skipped/not_finite"]) == 0
+    trained = max(float(metrics["grad_norm"]) for metrics in (first, second))
+    assert trained > 0 and float(second["skipped/not_finite"]) == 0
     assert any(name.startswith("info/") for name in first) or row == "barlow_twins"
 
 
