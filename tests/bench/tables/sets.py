@@ -40,6 +40,11 @@ TRANSFER_COLUMNS = tuple(
     )
     for i in (0, 1)
 )
+# With the figure of the initial weights of each row, whose encoders differ.
+RECENT_COLUMNS = (
+    report.CompareColumn("before/eval/knn/top1", "kNN untrained", ".1f", True, 100),
+    *COLUMNS,
+)
 RUN_COLUMNS = (
     report.CompareColumn("steps", "steps", ",.0f"),
     report.CompareColumn("flops", "TFLOP", ".2f", scale=1e-12),
@@ -217,8 +222,7 @@ def _sets_of_64_patches(
             for shares in itertools.product(LABELLED, CAPTIONED)
         ]
         out += mixed
-        before = report.CompareColumn("before/eval/knn/top1", "kNN untrained", ".1f", True, 100)
-        settings = {"steps": STEPS_OF_A_ROW, "searched": "", "columns": (before, *COLUMNS)}
+        settings = {"steps": STEPS_OF_A_ROW, "searched": "", "columns": RECENT_COLUMNS}
         out += [
             dataclasses.replace(mixed[0], name="recent", rows=table_rows.RECENT, **settings),
             dataclasses.replace(mixed[0], name="encoders", rows=table_rows.ENCODERS, **settings),
