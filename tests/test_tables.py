@@ -387,6 +387,8 @@ def test_the_kept_tables_are_those_of_the_kept_results() -> None:
             transfer = name.endswith("8x8")
             more = columns + table_sets.TRANSFER_COLUMNS
             columns = more if transfer else table_sets.STYLE_COLUMNS
+        if name.startswith("mixed"):
+            columns = table_sets.MIXED_COLUMNS
         if name in ("recent", "encoders"):
             columns = table_sets.RECENT_COLUMNS
         shown = table_sets.Set(name, "", "", {}, columns, {})

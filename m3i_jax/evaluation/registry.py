@@ -32,11 +32,12 @@ __all__ = ["EvalContext", "EvalInputs", "Evaluator", "Metric", "evaluators", "re
 
 # What an evaluator can need.
 LABELS = "labels"  # the source has categories
+NAMES = "names"  # the categories have names, not only numbers
 CAPTIONS = "captions"  # captions are tokenized
 CATEGORY_HEAD = "category_head"  # the objective trains a category head
 TEXT_TOWER = "text_tower"  # the objective trains a text tower
 CLASSIFIER = "classifier"  # kNN or the category head is evaluated too
-NEEDS = (LABELS, CAPTIONS, CATEGORY_HEAD, TEXT_TOWER, CLASSIFIER)
+NEEDS = (LABELS, NAMES, CAPTIONS, CATEGORY_HEAD, TEXT_TOWER, CLASSIFIER)
 HEADS = frozenset({CATEGORY_HEAD, TEXT_TOWER})
 
 
@@ -132,7 +133,7 @@ def register_evaluator(evaluator: Evaluator) -> None:
 
     >>> register_evaluator(Evaluator(name="toy", build=lambda inputs: None, needs=("boxes",)))
     Traceback (most recent call last):
-    ValueError: evaluator toy: unknown needs boxes; known are labels, captions, category_head, text_tower, classifier
+    ValueError: evaluator toy: unknown needs boxes; known are labels, names, captions, category_head, text_tower, classifier
     """  # noqa: E501
     _load_builtin()
     _add(evaluator)

@@ -175,12 +175,15 @@ def shared_prompts(inputs: registry.EvalInputs) -> ClassPrompts:
 
 
 def measure(prompts: ClassPrompts, *, image_set: str = "queries") -> Metric:
-    """eval/zero_shot/7/top1, ... of the images of a set that have a category.
+    """eval/zero_shot/7/top1, ... of the images of a set that have a category. Categories of one
+    name, as of two sources of a mixture, are one: a prompt cannot tell them apart.
 
     Args:
       prompts: the classes.
       image_set: name of the set; its features are those of the pooling that the text term trains.
     """
+
+    _, first, of_class = np.unique(prompts.names, return_index=True, return_inverse=True)
 
     def run(context: EvalContext) -> Iterator[tuple[str, float]]:
         features = context(image_set)
@@ -189,8 +192,9 @@ def measure(prompts: ClassPrompts, *, image_set: str = "queries") -> Metric:
             return
         images = prompts.embed.images(context.params, features.vectors[labelled], context.poll)
         for name, classes_CxE in prompts.classes(context).items():
-            rank_Q = top_k_hits(images @ classes_CxE.T, features.labels[labelled])
-            for top, value in head_accuracy(rank_Q, len(prompts.names)):
+            named = of_class[features.labels[labelled]]
+            rank_Q = top_k_hits(images @ classes_CxE[first].T, named)
+            for top, value in head_accuracy(rank_Q, len(first)):
                 yield f"eval/zero_shot/{name}/{top}", value
 
     return run
@@ -201,7 +205,7 @@ registry.register_builtin(
         name="zero_shot",
         title="zero-shot",
         setting="zero_shot",
-        needs=(registry.TEXT_TOWER, registry.CAPTIONS, registry.LABELS),
+        needs=(registry.TEXT_TOWER, registry.CAPTIONS, registry.LABELS, registry.NAMES),
         build=lambda inputs: measure(shared_prompts(inputs), image_set=inputs.pooled_set),
     )
 )

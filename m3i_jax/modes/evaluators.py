@@ -3,7 +3,7 @@ objective can feed. The same during training and in --mode=eval."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +49,16 @@ def chosen_batches(job: Setup, source: Any, indices: list[int]) -> eval_batches.
     )
 
 
+def numbers_alone(classes: Sequence[str]) -> bool:
+    """Whether the names of classes are numbers, as those of labels in tar files. Ten and fewer may
+    be digits that the images show.
+
+    >>> numbers_alone([str(i) for i in range(20)]), numbers_alone(["cat", "dog"])
+    (True, False)
+    """
+    return len(classes) > 10 and all(name.isdecimal() for name in classes)
+
+
 def _unmet_needs(job: Setup, *, heads: bool) -> dict[str, str]:
     """{need: why it is not met}; `heads`: whether the weights have the heads of the objective."""
     settings, category, text = job.config.evaluate, False, False
@@ -56,6 +66,11 @@ def _unmet_needs(job: Setup, *, heads: bool) -> dict[str, str]:
         category, text = (bool(job.task.plan.where(of)) for of in ("category", "text"))
     reasons = {
         registry.LABELS: "" if job.classes else "the source has no categories",
+        registry.NAMES: (
+            "the categories are numbers and have no names; give them as data.class_names"
+            if numbers_alone(job.classes)
+            else ""
+        ),
         registry.CAPTIONS: "" if job.tokenizer is not None else "the data have no captions",
         registry.CATEGORY_HEAD: "" if category else "the objective trains no category head",
         registry.TEXT_TOWER: "" if text else "the objective trains no text tower",

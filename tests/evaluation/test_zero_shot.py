@@ -118,6 +118,24 @@ def test_the_metric_embeds_every_prompt_once_and_leaves_out_unlabelled_images(
         assert got[f"eval/zero_shot/{name}/top1"] == pytest.approx(right.mean())
 
 
+def test_classes_of_one_name_are_one() -> None:
+    """Two sources of a mixture with classes of their own may both have a cat."""
+    r = np.random.default_rng(4)
+    x, label = r.normal(size=(40, 6)).astype(np.float32), r.integers(0, 2, 40).astype(np.int32)
+    found = []
+    for names, labels in (
+        (["cat", "hot_dog"], label),
+        (["cat", "hot dog", "hot_dog", "cat"], np.where(np.arange(40) % 2, label, 3 - label)),
+    ):
+        features = feature_extraction.ImageFeatures(x, labels, np.arange(40))
+        context = feature_extraction.EvalContext(
+            {"images": lambda params, poll, found=features: (found, {})}, {}, lambda: None
+        )
+        prompts = zero_shot.ClassPrompts(Embedder(), names, ("7",))
+        found.append(dict(zero_shot.measure(prompts, image_set="images")(context)))
+    assert found[0] == found[1] and 0 < found[0]["eval/zero_shot/7/top1"] < 1
+
+
 def test_probabilities_use_the_temperature_of_the_model() -> None:
     prompts = zero_shot.ClassPrompts(Embedder(), ["hot_dog", "cat", "owl"], ("80", "7"))
     context = feature_extraction.EvalContext(

@@ -1,5 +1,6 @@
 """--mode=eval on a saved run: all evaluators at once, the results that are kept, the refusals."""
 
+import dataclasses
 import errno
 import json
 import pathlib
@@ -168,6 +169,22 @@ def test_skipped_evaluators_are_logged(thorough: bool, tmp_path: pathlib.Path) -
         "no retrieval, zero-shot and examples evaluation: the objective trains no text tower",
         "no direct evaluation: the objective trains no category head",
     ]
+
+
+def test_numbers_are_no_names_of_categories(tmp_path: pathlib.Path) -> None:
+    settings = SMALL | {"objective__forms": "weakly_supervised", "evaluate__knn": False}
+    job = jobs.open_setup(toy.settings(**settings), str(tmp_path), trains=[("weakly_supervised",)])
+    found = []
+    for name in ("thing {}", "{}"):
+        classes = tuple(name.format(number) for number in range(12))
+        lines: list[str] = []
+        other = dataclasses.replace(job, classes=classes)
+        enabled = evaluators.enabled_evaluators(other, lines.append)
+        found.append(({each.name for each in enabled}, lines))
+    (named, before), (numbered, after) = found
+    assert named - numbered == {"zero_shot", "examples"} and not numbered - named
+    (line,) = (line for line in after if line not in before)
+    assert line.startswith("no zero-shot and examples evaluation: the categories are numbers")
 
 
 def test_a_file_of_encoder_weights_on_other_data(

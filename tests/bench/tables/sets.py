@@ -40,10 +40,12 @@ TRANSFER_COLUMNS = tuple(
     )
     for i in (0, 1)
 )
+# Categories of a mixture of tar files have no names, which zero-shot classification needs.
+MIXED_COLUMNS = tuple(column for column in COLUMNS if "zero_shot" not in column.key)
 # With the figure of the initial weights of each row, whose encoders differ.
 RECENT_COLUMNS = (
     report.CompareColumn("before/eval/knn/top1", "kNN untrained", ".1f", True, 100),
-    *COLUMNS,
+    *MIXED_COLUMNS,
 )
 RUN_COLUMNS = (
     report.CompareColumn("steps", "steps", ",.0f"),
@@ -271,7 +273,7 @@ def _mixed(grid: Set, tars: Sequence[pathlib.Path], shares: tuple[float, float])
         source="mixture",
         path="",
         overrides=settings | GRID_8,
-        columns=COLUMNS,
+        columns=MIXED_COLUMNS,
         rows=kept,
         other=(),
         finetune=False,
