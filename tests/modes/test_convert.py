@@ -186,7 +186,7 @@ def test_tar_files_of_two_shares_are_those_of_one(images, tmp_path, capsys):
     assert shard.read_bytes() == raw
     with pytest.raises(UserError, match=r"shards of another --format \(tar\)"):
         mode.run(config(images, 1), workdir=str(two))
-    with pytest.raises(UserError, match="--format=zip: is none of array_record, tar"):
+    with pytest.raises(UserError, match="--format=zip: is not one of array_record, tar"):
         mode.run(config(images, 1), workdir=str(two), format="zip")
 
 
