@@ -36,7 +36,7 @@ def run(
     form = conversion.FORMATS.get(format or conversion.ARRAY_RECORD.name)
     if form is None:
         raise UserError(
-            f"--format={format[:60]}: is not one of {', '.join(conversion.FORMATS)}; give one of these"
+            f"--format={format[:60]}: is not one of {', '.join(conversion.FORMATS)}"
         )
     share = host_share.detect_share(shard, *hosts, environ=os.environ)
     reencoding = reencode.parse_reencoding(size, quality, config.data.background)
