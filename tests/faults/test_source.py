@@ -7,6 +7,8 @@ import pytest
 from tests.faults.hostile import ROOT
 
 ALLOWED = {
+    ("launch/ray_train.py", "ctypes"),  # prctl: the program ends with its worker
+    ("launch/ray_train.py", "subprocess.run"),
     ("m3i_jax/config/files.py", "exec_module"),
     ("m3i_jax/data/tokenizer.py", "subprocess.run"),
     ("m3i_jax/training/malloc.py", "ctypes"),
