@@ -93,9 +93,7 @@ def test_whole_images_have_maps_of_their_size() -> None:
 
 
 def test_the_other_prediction_and_features_are_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"detect, and .segment\(\) needs a run of segment"
-    ):
+    with pytest.raises(UserError, match=r"detect, and .segment\(\) needs a run of segment"):
         loaded("detect").segment(IMAGES)
     with pytest.raises(UserError, match="has no features"):
         loaded("segment").features(IMAGES)

@@ -272,7 +272,12 @@ def test_the_kernel_for_tpus_reads_turned_queries_and_keys(monkeypatch) -> None:
         found = []
         for kernel in (False, True):
             with monkeypatch.context() as patch, jax.set_mesh(mesh):
-                patch.setattr(parallel, "kernels", lambda rows, kernel=kernel: kernel)
+                only = ("tpu",) if kernel else ()
+                patch.setattr(
+                    parallel,
+                    "kernels",
+                    lambda rows, platforms=("tpu",), only=only: platforms == only,
+                )
                 run = lambda tree, x, rows=rows: jax.value_and_grad(loss, (0, 1))(tree, x, rows)
                 traced = jax.jit(run).trace(tree, x)  # a new function: traces are cached
                 assert ("pallas_call" in str(traced.jaxpr)) == kernel
