@@ -32,7 +32,7 @@ def decode_map(encoded: bytes | np.ndarray, classes: int) -> np.ndarray:
     [[0, 255]]
     >>> decode_map(np.array([[3]], np.uint8), 3)
     Traceback (most recent call last):
-    m3i_jax.data.decode.BadRecord: map_class: class 3, the source has 3 (0 to 2)
+    m3i_jax.data.decode.BadRecord: map_class: class 3 in the map; the source has 3 (0 to 2)
     """
     map_HxW = read_map(encoded) if isinstance(encoded, bytes) else encoded
     counts = np.bincount(map_HxW.ravel(), minlength=UNLABELLED + 1)

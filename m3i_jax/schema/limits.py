@@ -139,8 +139,8 @@ class TextLimit:
     def wrong(self, value: str) -> str:
         """Returns the reason why a value is refused; "" if it is accepted.
 
-        >>> TextLimit("pattern").wrong("(")[:25], TextLimit("line").wrong("a\\nb")
-        ('is not a regular expression ', 'must be one line without control characters')
+        >>> TextLimit("pattern").wrong("(")[:27], TextLimit("line").wrong("a\\nb")
+        ('is not a regular expression', 'must be one line without control characters')
         """
         if len(value) > self.most:
             return f"must have at most {self.most:,} characters"
