@@ -168,7 +168,10 @@ def test_models_and_refusals() -> None:
         1024,
         1024,
     ) and huge.grid == 16
-    for arguments, expected in (("model=vit", "is not one of vit_tiny"), ("data=laion", "imagenet, yfcc, joint")):
+    for arguments, expected in (
+        ("model=vit", "is not one of vit_tiny"),
+        ("data=laion", "imagenet, yfcc, joint"),
+    ):
         with pytest.raises(UserError, match=expected):
             recipe(arguments)
 
