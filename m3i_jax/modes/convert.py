@@ -35,9 +35,7 @@ def run(
     directory = pathlib.Path(workdir)
     form = conversion.FORMATS.get(format or conversion.ARRAY_RECORD.name)
     if form is None:
-        raise UserError(
-            f"--format={format[:60]}: is not one of {', '.join(conversion.FORMATS)}"
-        )
+        raise UserError(f"--format={format[:60]}: is not one of {', '.join(conversion.FORMATS)}")
     share = host_share.detect_share(shard, *hosts, environ=os.environ)
     reencoding = reencode.parse_reencoding(size, quality, config.data.background)
     jobs.make_workdir(directory)
