@@ -108,7 +108,7 @@ delete() {
 
 # waits until the slice is active, and requests it again after a preemption
 ready() {
-    local now last='' begun=$SECONDS told=$SECONDS failures=0 why
+    local now last='' begun=$SECONDS printed=$SECONDS failures=0 why
     if [[ -n "$dry" ]]; then
         say "request the slice, unless it exists, and wait until it is there"
         create
@@ -130,10 +130,10 @@ ready() {
                 delete
                 ;;
         esac
-        if [[ "$now" != "$last" ]] || ((SECONDS - told >= 600)); then
+        if [[ "$now" != "$last" ]] || ((SECONDS - printed >= 600)); then
             echo "tpu_vm.sh: $name is $now; waited $(((SECONDS - begun) / 60)) of at most $wait" \
                 "minutes for it" >&2
-            last="$now" told=$SECONDS
+            last="$now" printed=$SECONDS
         fi
         ((SECONDS - begun < wait * 60)) ||
             fail "$name is still $now after $wait minutes; it stays in the queue: the same command" \

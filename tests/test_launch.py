@@ -80,9 +80,9 @@ case "$*" in
 esac""",
     )
     job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
-    told = stage.run(*DRY[name], **job)[1]
+    printed = stage.run(*DRY[name], **job)[1]
     results = []
-    for command in (["-c", told], [word for word in DRY[name] if word != "--dry-run"]):
+    for command in (["-c", printed], [word for word in DRY[name] if word != "--dry-run"]):
         status, _, err = stage.run(*command, **job)
         assert status == (42 if name == "slurm" and command[0] != "-c" else 0), err
         calls = [re.sub(r"\S*m3i\S*\.tar\.gz|/tmp/tmp\S+gz", "ARCHIVE", c) for c in stage.calls]
