@@ -53,7 +53,7 @@ class KernelCall(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What is the same for equal calls in every process."""
+        """The key of a call: equal calls have the same in every process."""
         return f"{self.name} {self.static!r} {self.shapes} {jax.tree.structure(self.arrays)}"
 
 
@@ -143,6 +143,6 @@ def settle(key: str, used: bool) -> None:
 
 
 def forget_all() -> None:
-    """As in a new process."""
+    """Forget all notes and answers; a new process has none."""
     _pending.clear()
     _settled.clear()

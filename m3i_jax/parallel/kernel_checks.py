@@ -46,7 +46,7 @@ _report: Report | None = None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelResult:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
       forward, gradients: errors relative to the plain form, the larger of that of the norm and that
@@ -179,7 +179,7 @@ def _agreed(own: dict[str, str]) -> dict[str, str]:
 
 
 def checked_call(call: KernelCall) -> KernelResult:
-    """`check_call`, or what it found in an earlier process."""
+    """Return the result of `check_call`, which is cached between processes."""
     stem = _cache_stem(call)
     if stem is None:
         return check_call(call)

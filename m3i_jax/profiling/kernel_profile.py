@@ -21,7 +21,7 @@ HEADERS = (
 
 
 class KernelProfile(NamedTuple):
-    """What one call of a kernel takes on this device.
+    """Time, error and traffic of one call of a kernel on this device.
 
     Attributes:
       call: the call.
