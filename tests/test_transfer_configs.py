@@ -201,3 +201,11 @@ def test_dino_on_published_data(recipe: str, strides: dict, head: int) -> None:
         p.removeprefix("head/").split("/classes")[0].removesuffix("/layers") for p in of_categories
     }
     assert found == parts
+
+
+@pytest.mark.parametrize("head", ["dino", "mask2former"])
+@pytest.mark.parametrize("size", [96, 512])
+def test_every_object_of_own_images_has_a_query(head: str, size: int) -> None:
+    config = load(f"detect.py:annotations=objects.json,head={head},image_size={size}")
+    queries = getattr(config.dense.detect, head).queries
+    assert config.dense.geometry.max_objects == min(100, queries)

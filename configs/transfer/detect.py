@@ -117,7 +117,6 @@ def get_config(
         # to suppress. Every token is a query, up to 100.
         sides = [-(-size // stride) for stride in (4, 8, 16)]
         queries = min(100, sum(side**2 for side in sides))
-        config.dense.geometry.max_objects = min(config.dense.geometry.max_objects, queries)
         config.dense.detect.update({"strides": (4, 8, 16), "width": 64, "detections": 100})
         config.dense.detect.dino.update(
             {
@@ -166,4 +165,7 @@ def get_config(
     config.optim.layer_decay = 0.8 if from_ and config.model.encoder.depth >= 12 else 1.0
     config.evaluate.batch_size = batch_size
     continue_dense_run(config, from_=from_, flag="configs/transfer/detect.py:from")
+    if head != "mask_rcnn":  # every object needs a query
+        queries = config.dense.detect[head].queries
+        config.dense.geometry.max_objects = min(config.dense.geometry.max_objects, queries)
     return config
