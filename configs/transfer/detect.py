@@ -24,6 +24,7 @@ from m3i_jax.evaluation.dense_recipes import (
     continue_dense_run,
     global_blocks,
 )
+from m3i_jax.models import backbones
 
 SMALL = 512  # pixels below which strides, anchors and heads are small
 
@@ -162,7 +163,8 @@ def get_config(
     config.optim.weight_decay = 0.05
     config.optim.b2 = 0.999
     config.optim.clip = 1.0
-    config.optim.layer_decay = 0.8 if from_ and config.model.encoder.depth >= 12 else 1.0
+    if from_ and backbones.get_backbone(config.model).depth(config.model) >= 12:
+        config.optim.layer_decay = 0.8 if is_vit else 0.9  # an InternImage has 30 layers or more
     config.evaluate.batch_size = batch_size
     continue_dense_run(config, from_=from_, flag="configs/transfer/detect.py:from")
     if head != "mask_rcnn":  # every object needs a query
