@@ -58,7 +58,7 @@ def run(
 ) -> int:
     if untrained:
         require_views(config, "eval --untrained", "its weights alone predict nothing")
-    source = merge_results(
+    source = find_checkpoint(
         checkpoint or workdir, "--checkpoint" if checkpoint else "--workdir", needed=not checkpoint
     )
     check_writable(
@@ -366,7 +366,9 @@ def evaluate(
     return loop.DONE
 
 
-def merge_results(where: str, flag: str, *, needed: bool = True) -> tuple[pathlib.Path, int] | None:
+def find_checkpoint(
+    where: str, flag: str, *, needed: bool = True
+) -> tuple[pathlib.Path, int] | None:
     """Returns (checkpoint directory, step) of a run, of its checkpoint directory, or of one
     checkpoint. None for another existing path, unless a checkpoint is `needed`.
 
