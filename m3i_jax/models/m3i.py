@@ -140,8 +140,7 @@ def init(
 
 
 def _scalars(term: Term) -> dict[str, jax.Array]:
-    values = getattr(term.posterior, "scalars", {})
-    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+    return {name: jnp.asarray(v, jnp.float32) for name, v in term.posterior.scalars.items()}
 
 
 def text_log_scale(params: Params) -> jax.Array:

@@ -97,7 +97,7 @@ def _draw_detections(
     )
     _write(writer, "confusion", confusion)
     write_results(
-        writer.job.workdir, results, evaluation.categories, inputs.config.dense.detect.masks
+        writer.setup.workdir, results, evaluation.categories, inputs.config.dense.detect.masks
     )
     by_image = {result.image: result for result in results}
     precisions = dict(detection_errors.image_precisions(results))

@@ -22,7 +22,7 @@ from m3i_jax.data import (
 )
 from m3i_jax.data.sources import base
 from m3i_jax.modes import monitoring
-from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.setup import complete_config, index_directory, make_workdir
 from m3i_jax.profiling import hardware
 from m3i_jax.reporting import data_page, data_report
 from m3i_jax.run_files import write_text_atomic
@@ -35,8 +35,8 @@ EXAMPLES = 24  # examples on the page
 
 def run(config: schema.Config, *, workdir: str) -> int:
     directory = pathlib.Path(workdir)
-    jobs.make_workdir(directory)
-    opened = splits.open_splits(config.data, cache=jobs.index_directory(config.data, directory))
+    make_workdir(directory)
+    opened = splits.open_splits(config.data, cache=index_directory(config.data, directory))
     kind = task_kind(config.task)
     train, held_out = (kind.with_annotations(part) for part in opened)
     source = dataset_scan.ConcatSource(train, held_out)
@@ -45,7 +45,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
         len(names) if config.data.classes < 0 else config.data.classes,
         pipeline.uses_captions(config.data, source),
     )
-    done = jobs.complete_config(config, classes=classes, captions=captions, size=max(len(train), 1))
+    done = complete_config(config, classes=classes, captions=captions, size=max(len(train), 1))
     words = (
         tokenizer.open_tokenizer(done.data, train, str(directory / "tokenizer.json"))
         if captions or done.data.regions
