@@ -36,7 +36,6 @@ from m3i_jax.modes.eval_results import RESULT, Results, earlier_results, result_
 from m3i_jax.parallel import distributed
 from m3i_jax.training import checkpoint_dir, init_from, loop, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
-from m3i_jax.training.task import task_kind
 
 HELD = "held out"  # prefix of the lines of data.txt about held-out data
 SAME = (
@@ -265,7 +264,7 @@ def _refuse_other_names(job: jobs.Setup, run: pathlib.Path) -> None:
     learnt = None if job.config.traits.views else weight_source.class_names(str(run))
     if learnt is None:
         return
-    here = tuple(task_kind(job.config.task).class_names(job.train))
+    here = job.classes
     if learnt != here:
         wrong = [name for name in here if name not in learnt] or list(here)
         raise UserError(
