@@ -335,7 +335,9 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
         }  # [R]
     )
     rates = set_intern_image(config)
-    config.optim.layer_decay = rates.queries if rates else 0.9  # [R]
+    # [R]; in the files for two composed copies it is stated and has no effect: it goes by names
+    # that the copies do not have
+    config.optim.layer_decay = rates.queries if rates else 0.9
     config.optim.decayed = "ranks"  # [R]
     config.optim.head_offset_lr = 1e-3 if _is_large(config) else 1.0  # [R]
     config.optim.warmup_steps = min(500, config.train.steps)  # [R]

@@ -272,7 +272,9 @@ def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> 
     factor: Any = 1.0
     if in_encoder != path:
         backbone = composite.of_run(config)
-        factor = o.encoder_lr * o.layer_decay ** backbone.layers_above(config.model, in_encoder)
+        of_maps = None if config.traits.views else backbone.map_layers_above
+        above = (of_maps or backbone.layers_above)(config.model, in_encoder)
+        factor = o.encoder_lr * o.layer_decay**above
         own = (getattr(o, key) for part, key in backbone.lr_settings if part in in_encoder)
         factor = factor * next(own, 1.0)
     elif _HEAD_OFFSETS.search(path):
