@@ -97,7 +97,7 @@ def measure(
     return run
 
 
-registry.register_builtin(
+registry.register_evaluator(
     registry.Evaluator(
         name="direct",
         setting="direct",
