@@ -102,18 +102,8 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
         results: list[dict[str, Any]] = []
         failed: list[str] = []
         for number, (form, seed, setup) in enumerate(runs, 1):
-            path = setup.workdir / RESULT
-            if path.is_file():
-                result = run_files.read_run_json(
-                    path, "restore it, or delete it: it is written again from the run's log"
-                )
-                if not is_result(result):
-                    raise UserError(
-                        f"{path}: is not the result of a run; delete it: it is written again from"
-                        " the run's log"
-                    )
-                train.check_same_run(setup, result, allow_changes)
-            else:
+            result = read_result(setup, allow_changes)
+            if result is None:
                 print(
                     f"compare: {number} of {len(runs)}: {form}, seed {seed}, in {setup.workdir}",
                     flush=True,
@@ -127,19 +117,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                 cost = next((r["values"]["flops"] for r in results if r["form"] == form), None)
                 if cost is None:
                     cost = budget.costs[form] if budget.kind == "flops" else flops_a_step(setup)
-                values = read_outcome(setup) | {"flops": cost}
-                values |= {
-                    "images": values["step"] * setup.config.train.batch_size,
-                    "run_flops": values["step"] * cost,
-                }
-                result = {
-                    "form": form,
-                    "seed": seed,
-                    "fingerprint": setup.fingerprint,
-                    "values": values,
-                }
-                if main:
-                    write_text_atomic(path, json.dumps(result, indent=1) + "\n", noted=True)
+                result = write_result(setup, form, seed, cost)
             results.append({**result, "form": form, "seed": seed})
             if main:
                 write_comparison(base, results, failed, budget)
@@ -157,6 +135,40 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                 )
             )
     return loop.FAILED if failed else loop.DONE
+
+
+def read_result(setup: Setup, allow_changes: bool) -> dict[str, Any] | None:
+    """Returns the saved result of a run; None if it has none yet.
+
+    Raises:
+      UserError: the file is not a result, or of a run with other settings.
+    """
+    path = setup.workdir / RESULT
+    if not path.is_file():
+        return None
+    result = run_files.read_run_json(
+        path, "restore it, or delete it: it is written again from the run's log"
+    )
+    if not is_result(result):
+        raise UserError(
+            f"{path}: is not the result of a run; delete it: it is written again from the run's log"
+        )
+    train.check_same_run(setup, result, allow_changes)
+    return result
+
+
+def write_result(setup: Setup, form: str, seed: int, cost: float) -> dict[str, Any]:
+    """Write the result of a run that has ended; returns it. cost: FLOPs of a step."""
+    values = read_outcome(setup) | {"flops": cost}
+    values |= {
+        "images": values["step"] * setup.config.train.batch_size,
+        "run_flops": values["step"] * cost,
+    }
+    result = {"form": form, "seed": seed, "fingerprint": setup.fingerprint, "values": values}
+    if not jax.process_index():
+        text = json.dumps(result, indent=1) + "\n"
+        write_text_atomic(setup.workdir / RESULT, text, noted=True)
+    return result
 
 
 def is_result(content: dict[str, Any]) -> bool:
