@@ -26,8 +26,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.modes import monitoring, train
 from m3i_jax.modes.setup import Setup, lock_workdir, open_setup, require_views, with_objective
-from m3i_jax.reporting import compare_table as report
-from m3i_jax.reporting import run_log, text_table
+from m3i_jax.reporting import compare_table, run_log, text_table
 from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import loop, plan
 from m3i_jax.training.trainer import Trainer, run_length
@@ -122,11 +121,11 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
             if main:
                 write_comparison(base, results, failed, budget)
         if main:
-            rows = report.compare_rows(results)
+            rows = compare_table.compare_rows(results)
             if rows:
                 print(
                     "\n"
-                    + report.compare_text(rows, compare_notes(base, results, failed, budget))
+                    + compare_table.compare_text(rows, compare_notes(base, results, failed, budget))
                     + "\n"
                 )
             print(
@@ -301,7 +300,7 @@ def write_comparison(
     budget: Budget,
 ) -> None:
     """Write WORKDIR/compare.md, compare.json and compare.png with the results so far."""
-    rows, notes = report.compare_rows(results), compare_notes(base, results, failed, budget)
+    rows, notes = compare_table.compare_rows(results), compare_notes(base, results, failed, budget)
     directory = pathlib.Path(base.workdir)
     settings = {
         "batch_size": base.config.train.batch_size,
@@ -310,11 +309,11 @@ def write_comparison(
         "data": base.fingerprint,
         "seeds": list(compare_seeds(base.config)),
     }
-    write_text_atomic(directory / "compare.md", report.compare_markdown(rows, notes))
-    write_text_atomic(directory / "compare.json", report.compare_json(rows, notes, settings))
+    write_text_atomic(directory / "compare.md", compare_table.compare_markdown(rows, notes))
+    write_text_atomic(directory / "compare.json", compare_table.compare_json(rows, notes, settings))
     chance = 1 / len(base.classes) if base.classes else None
     title = f"{base.train.name}, {base.config.train.batch_size} images a step"
-    report.write_bar_chart(directory / "compare.png", rows, title=title, chance=chance)
+    compare_table.write_bar_chart(directory / "compare.png", rows, title=title, chance=chance)
 
 
 def lengths(
