@@ -183,6 +183,6 @@ for _name, _task, _build in (
     ("detection_figures", "detect", _build_detection),
     ("segmentation_figures", "segment", _build_segmentation),
 ):
-    registry.register_builtin(
+    registry.register_evaluator(
         registry.Evaluator(name=_name, setting=_name, build=_build, tasks=(_task,), last_only=True)
     )

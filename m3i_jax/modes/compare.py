@@ -26,8 +26,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.modes import monitoring, train
 from m3i_jax.modes.setup import Setup, lock_workdir, open_setup, require_views, with_objective
-from m3i_jax.reporting import compare_table as report
-from m3i_jax.reporting import run_log, text_table
+from m3i_jax.reporting import compare_table, run_log, text_table
 from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import loop, plan
 from m3i_jax.training.trainer import Trainer, run_length
@@ -102,18 +101,8 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
         results: list[dict[str, Any]] = []
         failed: list[str] = []
         for number, (form, seed, setup) in enumerate(runs, 1):
-            path = setup.workdir / RESULT
-            if path.is_file():
-                result = run_files.read_run_json(
-                    path, "restore it, or delete it: it is written again from the run's log"
-                )
-                if not is_result(result):
-                    raise UserError(
-                        f"{path}: is not the result of a run; delete it: it is written again from"
-                        " the run's log"
-                    )
-                train.check_same_run(setup, result, allow_changes)
-            else:
+            result = read_result(setup, allow_changes)
+            if result is None:
                 print(
                     f"compare: {number} of {len(runs)}: {form}, seed {seed}, in {setup.workdir}",
                     flush=True,
@@ -127,28 +116,16 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                 cost = next((r["values"]["flops"] for r in results if r["form"] == form), None)
                 if cost is None:
                     cost = budget.costs[form] if budget.kind == "flops" else flops_a_step(setup)
-                values = read_outcome(setup) | {"flops": cost}
-                values |= {
-                    "images": values["step"] * setup.config.train.batch_size,
-                    "run_flops": values["step"] * cost,
-                }
-                result = {
-                    "form": form,
-                    "seed": seed,
-                    "fingerprint": setup.fingerprint,
-                    "values": values,
-                }
-                if main:
-                    write_text_atomic(path, json.dumps(result, indent=1) + "\n", noted=True)
+                result = write_result(setup, form, seed, cost)
             results.append({**result, "form": form, "seed": seed})
             if main:
                 write_comparison(base, results, failed, budget)
         if main:
-            rows = report.compare_rows(results)
+            rows = compare_table.compare_rows(results)
             if rows:
                 print(
                     "\n"
-                    + report.compare_text(rows, compare_notes(base, results, failed, budget))
+                    + compare_table.compare_text(rows, compare_notes(base, results, failed, budget))
                     + "\n"
                 )
             print(
@@ -157,6 +134,40 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                 )
             )
     return loop.FAILED if failed else loop.DONE
+
+
+def read_result(setup: Setup, allow_changes: bool) -> dict[str, Any] | None:
+    """Returns the saved result of a run; None if it has none yet.
+
+    Raises:
+      UserError: the file is not a result, or of a run with other settings.
+    """
+    path = setup.workdir / RESULT
+    if not path.is_file():
+        return None
+    result = run_files.read_run_json(
+        path, "restore it, or delete it: it is written again from the run's log"
+    )
+    if not is_result(result):
+        raise UserError(
+            f"{path}: is not the result of a run; delete it: it is written again from the run's log"
+        )
+    train.check_same_run(setup, result, allow_changes)
+    return result
+
+
+def write_result(setup: Setup, form: str, seed: int, cost: float) -> dict[str, Any]:
+    """Write the result of a run that has ended; returns it. cost: FLOPs of a step."""
+    values = read_outcome(setup) | {"flops": cost}
+    values |= {
+        "images": values["step"] * setup.config.train.batch_size,
+        "run_flops": values["step"] * cost,
+    }
+    result = {"form": form, "seed": seed, "fingerprint": setup.fingerprint, "values": values}
+    if not jax.process_index():
+        text = json.dumps(result, indent=1) + "\n"
+        write_text_atomic(setup.workdir / RESULT, text, noted=True)
+    return result
 
 
 def is_result(content: dict[str, Any]) -> bool:
@@ -289,7 +300,7 @@ def write_comparison(
     budget: Budget,
 ) -> None:
     """Write WORKDIR/compare.md, compare.json and compare.png with the results so far."""
-    rows, notes = report.compare_rows(results), compare_notes(base, results, failed, budget)
+    rows, notes = compare_table.compare_rows(results), compare_notes(base, results, failed, budget)
     directory = pathlib.Path(base.workdir)
     settings = {
         "batch_size": base.config.train.batch_size,
@@ -298,11 +309,11 @@ def write_comparison(
         "data": base.fingerprint,
         "seeds": list(compare_seeds(base.config)),
     }
-    write_text_atomic(directory / "compare.md", report.compare_markdown(rows, notes))
-    write_text_atomic(directory / "compare.json", report.compare_json(rows, notes, settings))
+    write_text_atomic(directory / "compare.md", compare_table.compare_markdown(rows, notes))
+    write_text_atomic(directory / "compare.json", compare_table.compare_json(rows, notes, settings))
     chance = 1 / len(base.classes) if base.classes else None
     title = f"{base.train.name}, {base.config.train.batch_size} images a step"
-    report.write_bar_chart(directory / "compare.png", rows, title=title, chance=chance)
+    compare_table.write_bar_chart(directory / "compare.png", rows, title=title, chance=chance)
 
 
 def lengths(

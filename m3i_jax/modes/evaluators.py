@@ -172,8 +172,8 @@ def _feature_inputs(
     setup: Setup, task: Pretrain, figures: figure_evaluators.FigureWriter, *, heads: bool
 ) -> tuple[registry.EvalInputs, dict[str, feature_extraction.ImageSet]]:
     """(inputs, image sets) of evaluators of frozen features."""
-    config, settings, terms = setup.config, setup.config.evaluate, task.plan
-    trained = bool(terms.where("category", "text"))
+    config, settings, plan = setup.config, setup.config.evaluate, task.plan
+    trained = bool(plan.where("category", "text"))
     if settings.features == "attention" and not trained:
         raise UserError(
             "config.evaluate.features: 'attention' needs an objective that trains the pooling:"
@@ -187,7 +187,7 @@ def _feature_inputs(
     batch_norm = (
         trained and config.model.pool.kind != "attention" and config.model.pool.norm == "batch"
     )
-    pool = terms.image_feature if settings.features == "auto" else settings.features
+    pool = plan.image_feature if settings.features == "auto" else settings.features
     pool = "mean" if pool == "attention" and batch_norm else pool
     pooled = pool == "attention"
     inputs = dataclasses.replace(

@@ -359,4 +359,4 @@ for _evaluator in (
         last_only=True,
     ),
 ):
-    registry.register_builtin(_evaluator)
+    registry.register_evaluator(_evaluator)

@@ -54,7 +54,7 @@ def _draw_panel(
     if jax.process_index():
         return
 
-    read, kinds = plan.passes[0], ("input", "input_view", "view", "picture")
+    read, kinds = plan.passes[0], ("input", "input_view", "view", "pixels")
     images = {
         name: patches_to_images(config, arrays[name])
         for name in arrays
@@ -74,10 +74,10 @@ def _draw_panel(
             ~mask.reshape(-1, config.grid, config.grid).repeat(side, 1).repeat(side, 2)[..., None]
         )
         for term in (
-            t for t in plan.terms if t.hidden and t.reads == read and f"{t.name}/picture" in images
+            t for t in plan.terms if t.hidden and t.reads == read and f"{t.name}/pixels" in images
         ):
             images[f"{term.name}/completed"] = np.where(
-                hidden, images[f"{term.name}/picture"], images["input_view"]
+                hidden, images[f"{term.name}/pixels"], images["input_view"]
             )
     directory = setup.workdir / "panels"
     directory.mkdir(exist_ok=True)

@@ -78,7 +78,7 @@ def profile(setup: Setup, began: float | None) -> int:
             tracer(step, metrics)
 
         state, data = trainer.init(), setup.batches(0)
-        outside = loop.Callbacks(
+        callbacks = loop.Callbacks(
             data=data,
             checkpoints=_NoCheckpoints(),  # type: ignore[arg-type]
             write=console.write,
@@ -90,7 +90,7 @@ def profile(setup: Setup, began: float | None) -> int:
             on_step=sent,
         )
         try:
-            code, _ = loop.run_loop(trainer, state, samples_seen=0, callbacks=outside)
+            code, _ = loop.run_loop(trainer, state, samples_seen=0, callbacks=callbacks)
         finally:
             data.close()
         clock.turn("stop")

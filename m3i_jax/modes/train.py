@@ -1,8 +1,9 @@
-"""--mode=train: pre-train, or resume the run in the working directory."""
+"""--mode=train: train, or resume the run in the working directory."""
 
 import contextlib
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -150,34 +151,59 @@ def pretrain(setup: Setup, allow_changes: bool, began: float | None = None) -> i
             pass  # it was logged and set aside: the next attempt uses the one before
 
 
-def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
-    config, workdir = setup.config, setup.workdir
-    if not jax.process_index():
-        checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
+def _newest_position(
+    setup: Setup, checkpoints: Checkpoints, allow_changes: bool
+) -> tuple[int, dict[str, Any]] | None:
+    """(step, position) of the newest good checkpoint of the same run; None without one. Logs a
+    warning if a later one is missing."""
     newest = checkpoints.newest_good()
-    position = None
-    if newest is not None:
-        position = checked_position(checkpoints.position(newest), newest)
-    if (
-        newest is not None
-        and not jax.process_index()
-        and (lost := checkpoint_dir.lost_since(workdir, newest))
-    ):
+    if newest is None:
+        check_same_run(setup, None, allow_changes)
+        return None
+    position = checked_position(checkpoints.position(newest), newest)
+    if not jax.process_index() and (lost := checkpoint_dir.lost_since(setup.workdir, newest)):
         writers.log_line(
             f"warning: checkpoint {lost:,}, which the run saved, is missing: resuming from"
             f" {newest:,}"
         )
     check_same_run(setup, position, allow_changes)
+    return newest, position
+
+
+def _log_start(setup: Setup, trainer: Trainer, log: Callable[[str], None]) -> None:
+    """Log what is trained on what, how long, and settings that may not be meant."""
+    config, length, views = setup.config, trainer.length, task_views(setup.config.task)
+    log(f"{setup.train.description()}; {len(setup.held_out):,} held out")
+    if unpublished := views.unpublished(config):
+        log(unpublished)
+    parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
+    where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+    log(
+        f"{parameters:,} parameters; {length.steps:,} steps of {config.train.batch_size} images on"
+        f" {where}"
+    )
+    log(
+        f"peak rate {config.optim.lr:.4g} after {length.warmup:,} steps of warm-up,"
+        f" {views.summary(config)}"
+    )
+    for line in scaling.scaling_warnings(config, steps=length.steps, warmup=length.warmup):
+        log(line)
+
+
+def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
+    config, workdir = setup.config, setup.workdir
+    if not jax.process_index():
+        checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
+    newest = _newest_position(setup, checkpoints, allow_changes)
+    start, position = newest or (0, {})
+    samples = position.get("samples_seen", 0)
     views = task_views(config.task)
     trainer = setup.make_trainer()
     trainer.check_state_fits()
-    start, samples = (
-        (newest, position["samples_seen"]) if newest is not None and position else (0, 0)
-    )
-    before = (
+    earlier = (
         goodput.resumed_seconds(position.get("seconds", {}), monitoring.log_metrics(workdir / LOG))
-        if position
+        if newest
         else {}
     )
     writer = writers.open_writers(
@@ -187,26 +213,10 @@ def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
     # all hosts skip the evaluations that are in the log of the first
     own = sorted(evaluations_done(workdir / LOG)) if not jax.process_index() else []
     done = frozenset(json.loads(parallel.exchange_values("evaluated", json.dumps(own))[0]))
-    words = tokenizer_of(workdir) if setup.tokenizer else {}
-    parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
-    log(f"{setup.train.description()}; {len(setup.held_out):,} held out")
-    if unpublished := views.unpublished(config):
-        log(unpublished)
-    where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
-    log(
-        f"{parameters:,} parameters; {trainer.length.steps:,} steps of {config.train.batch_size}"
-        f" images on {where}"
-    )
-    log(
-        f"peak rate {config.optim.lr:.4g} after {trainer.length.warmup:,} steps of warm-up,"
-        f" {views.summary(config)}"
-    )
-    for line in scaling.scaling_warnings(
-        config, steps=trainer.length.steps, warmup=trainer.length.warmup
-    ):
-        log(line)
-    restarts = 1 + position.get("restarts", 0) if position else 0
-    clock = monitoring.make_clock(trainer, log, earlier=before, restarts=restarts, began=began)
+    vocabulary_mark = tokenizer_of(workdir) if setup.tokenizer else {}
+    _log_start(setup, trainer, log)
+    restarts = 1 + position.get("restarts", 0) if newest else 0
+    clock = monitoring.make_clock(trainer, log, earlier=earlier, restarts=restarts, began=began)
 
     def checked(line: str, values: dict[str, float]) -> None:
         log(line)
@@ -219,15 +229,15 @@ def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
         parallel.reported_checks(checked),
         monitoring.monitored(config, workdir, clock, log) as tracer,
     ):
-        if newest is not None:
+        if newest:
             with clock.phase("restore"):
-                state = checkpoints.restore(newest, trainer.template, trainer.shardings)
-            log(f"resuming at step {newest:,}, {samples:,} samples seen")
+                state = checkpoints.restore(start, trainer.template, trainer.shardings)
+            log(f"resuming at step {start:,}, {samples:,} samples seen")
         else:
             state = trainer.init(log, classes=setup.classes)
         data = setup.batches(samples)
-        data.go_on(position.get("counts", {}) if position else {})
-        outside = loop.Callbacks(
+        data.go_on(position.get("counts", {}))
+        callbacks = loop.Callbacks(
             data=data,
             checkpoints=checkpoints,
             write=writer.write,
@@ -244,7 +254,7 @@ def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
                 "seconds": clock.total(),
                 "restarts": restarts,
                 "counts": data.counts,
-                "files": {**writer.mark(), **words},
+                "files": {**writer.mark(), **vocabulary_mark},
             },
             dump=lambda *what: dump_step(workdir, trainer, log, *what),
             evaluated=done,
@@ -252,7 +262,7 @@ def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
             on_step=tracer,
         )
         try:
-            code, state = loop.run_loop(trainer, state, samples_seen=samples, callbacks=outside)
+            code, state = loop.run_loop(trainer, state, samples_seen=samples, callbacks=callbacks)
             clock.turn("stop")
             if code == loop.DONE and config.train.panel_every:
                 with clock.phase("panel"):

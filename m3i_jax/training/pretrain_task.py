@@ -179,7 +179,7 @@ def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array
 
     input, input_view       what the first pass reads, and the own view that it is made from
     <term>/view             the target view of each dense term
-    <term>/picture          predicted pixels, with the mean and deviation of the true patch
+    <term>/pixels           predicted pixels, with the mean and deviation of the true patch
     <term>/prediction, <term>/target    predicted features and those that they are compared with
     """
     config = plan.config
@@ -214,7 +214,7 @@ def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array
         out[f"{term.name}/view"] = view
         if term.target.of == "pixels":
             std, mean = raw.std(-1, ddof=1, keepdims=True), raw.mean(-1, keepdims=True)
-            out[f"{term.name}/picture"] = prediction * std + mean
+            out[f"{term.name}/pixels"] = prediction * std + mean
         else:
             out[f"{term.name}/prediction"] = prediction.astype(jnp.float32)
             out[f"{term.name}/target"] = target

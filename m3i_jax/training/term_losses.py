@@ -118,7 +118,7 @@ def loss_weights(
             for t, image in zip(plan.terms, is_image, strict=True)
             if image and t.group == entropy_term.group
         )
-        count = jnp.asarray(entropy_losses.entropy_rows(plan, entropy_term, inputs), jnp.float32)
+        count = jnp.asarray(entropy_losses.entropy_rows(entropy_term, inputs), jnp.float32)
         counts.append(count)
         weights.append(entropy_term.weight / count / (pool_weight or 1))
     return counts, weights
@@ -326,7 +326,7 @@ def _category_loss(
     plan: Plan, i: int, heads: Any, vectors: dict[Any, jax.Array], inputs: Inputs
 ) -> LossSum:
     term, read = plan.terms[i], inputs[plan.terms[i].reads]
-    logits = m3i.category_logits(plan.config, heads, vectors[predictions.pool_key(term)])
+    logits = m3i.category_logits(heads, vectors[predictions.pool_key(term)])
     given = LossInputs(smoothing=plan.config.objective.label_smoothing)
     labels = read.rows[term.image]["label"]
     return term.posterior.cost(logits, labels, label_weight(term, read), given)
