@@ -6,6 +6,7 @@ MLP, L layers.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from m3i_jax.models.scan_blocks import chunk_count, deal_rows, join_rows, split_
 _POINTS = 9
 SMALL = 16  # cells; smaller maps are convolved as a product of patches
 CHUNK = 3 * 2**20  # bytes of a map; a chunk of images has about as many
+GRADIENTS = 96 * 2**20  # bytes, of the 128 MiB of VMEM of a v5e or v6e
 
 
 def dense_layer(params: Params, x_xC: jax.Array, out: Any = None) -> jax.Array:
@@ -368,7 +370,7 @@ def run_layers(
     depth = jax.tree.leaves(stacked)[0].shape[0]
     keep_LxBx2 = None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1)
     norms, last = (None, None) if extra_norms is None else _norms_before(extra_norms, depth, every)
-    at_once = None if remat == "none" else chunk_rows(x_BxHxWxC)
+    at_once = None if remat == "none" else chunk_rows(layer, x_BxHxWxC)
 
     def rows(
         gather: Callable[[Any], Any], trees: Any, x: jax.Array, keep_LxBx2: Any, _: Any
@@ -406,16 +408,18 @@ def run_layers(
     return x_BxHxWxC if last is None else norm_layer(last, x_BxHxWxC)
 
 
-def chunk_rows(x_BxHxWxC: jax.Array) -> float | None:
+def chunk_rows(layer: Layer, x_BxHxWxC: jax.Array) -> float | None:
     """Images that a layer which recomputes takes at once; None: all.
 
     On a TPU as many as have a map of CHUNK bytes: what is computed between the products then stays
-    in the chip's scratchpad (128 MiB on a v6e). The stream between layers is all that the memory
-    sees, and the weights, once a chunk.
+    in the chip's scratchpad, with the gradients of the weights, which all chunks add to. Memory
+    sees the stream between layers, and the weights once a chunk. Gradients that the scratchpad
+    cannot hold would be read and written for every chunk.
 
-    >>> chunk_rows(jnp.zeros((4, 2, 2, 8)))  # not on a TPU
+    >>> chunk_rows(Layer(8, 1, "pre", 0.0, 1.0, 3, False, 32), jnp.zeros((4, 2, 2, 8)))  # a CPU
     """
-    if parallel.platform() != "tpu":
+    leaves = jax.tree.leaves(layer.shapes(), is_leaf=lambda node: isinstance(node, tuple))
+    if parallel.platform() != "tpu" or 4 * sum(map(math.prod, leaves)) > GRADIENTS:
         return None
     return CHUNK / (x_BxHxWxC[0].size * x_BxHxWxC.dtype.itemsize)
 
