@@ -210,6 +210,9 @@ def test_canvases_and_limits_of_multi_scale_detection() -> None:
             h * w for h, w in zip(g.buckets[::2], g.buckets[1::2], strict=True)
         )
 
+    lvis = recipe("lvis", ":head=dino,model=internimage_h,multi_scale=true").dense.geometry
+    assert (lvis.buckets[-2:], lvis.test_short) == ((1216, 2016), 1000)
+
 
 def test_instances_of_mask2former_are_learnt_as_published() -> None:
     config = recipe("coco", ":head=mask2former,model=internimage_t")
