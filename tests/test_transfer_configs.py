@@ -203,3 +203,13 @@ def test_dino_on_published_data(recipe: str, strides: dict, head: int) -> None:
         p.removeprefix("head/").split("/classes")[0].removesuffix("/layers") for p in of_categories
     }
     assert found == parts
+
+
+@pytest.mark.parametrize("head", ["dino", "mask2former"])
+@pytest.mark.parametrize(
+    "more", ["", ",annotations=mine.json", ",annotations=mine.json,model=vit_s16"]
+)
+def test_queries_of_small_images_can_be_matched_with_all_objects(head: str, more: str) -> None:
+    for side in (64, 96, 512):
+        d = load(f"detect.py:head={head},image_size={side}{more}").dense
+        assert d.geometry.max_objects <= getattr(d.detect, head).queries

@@ -99,6 +99,7 @@ def get_config(
         config.dense.detect.update({"strides": (4, 8, 16, 32), "score_threshold": 0.0})
     if size < SMALL and head == "mask2former":
         config.dense.geometry.mask_size = 56
+        config.dense.geometry.max_objects = min(config.dense.geometry.max_objects, 40)
         config.dense.detect.update({"width": 64, "detections": 100})
         config.dense.detect.mask2former.update(
             {
