@@ -99,7 +99,6 @@ def get_config(
         config.dense.detect.update({"strides": (4, 8, 16, 32), "score_threshold": 0.0})
     if size < SMALL and head == "mask2former":
         config.dense.geometry.mask_size = 56
-        config.dense.geometry.max_objects = min(config.dense.geometry.max_objects, 40)
         config.dense.detect.update({"width": 64, "detections": 100})
         config.dense.detect.mask2former.update(
             {
@@ -119,7 +118,6 @@ def get_config(
         # to suppress. Every token is a query, up to 100.
         sides = [-(-size // stride) for stride in (4, 8, 16)]
         queries = min(100, sum(side**2 for side in sides))
-        config.dense.geometry.max_objects = min(config.dense.geometry.max_objects, queries)
         config.dense.detect.update({"strides": (4, 8, 16), "width": 64, "detections": 100})
         config.dense.detect.dino.update(
             {
@@ -169,4 +167,7 @@ def get_config(
         config.optim.layer_decay = 0.8 if is_vit else 0.9  # an InternImage has 30 layers or more
     config.evaluate.batch_size = batch_size
     continue_dense_run(config, from_=from_, flag="configs/transfer/detect.py:from")
+    if head != "mask_rcnn":  # every object needs a query
+        queries = config.dense.detect[head].queries
+        config.dense.geometry.max_objects = min(config.dense.geometry.max_objects, queries)
     return config

@@ -27,7 +27,13 @@ from m3i_jax.evaluation.detection_results import (
     to_xywh,
 )
 from m3i_jax.evaluation.feature_extraction import gather_from_hosts
-from m3i_jax.evaluation.registry import EvalContext, EvalInputs, Evaluator, Metric, register_builtin
+from m3i_jax.evaluation.registry import (
+    EvalContext,
+    EvalInputs,
+    Evaluator,
+    Metric,
+    register_evaluator,
+)
 
 PROTOCOLS = ("coco", "lvis")
 MOST = {"coco": 100, "lvis": 300}  # detections: per image and class; per image
@@ -366,4 +372,6 @@ def _build(inputs: EvalInputs) -> Metric:
     return measure
 
 
-register_builtin(Evaluator(name="detection", setting="detection", build=_build, tasks=("detect",)))
+register_evaluator(
+    Evaluator(name="detection", setting="detection", build=_build, tasks=("detect",))
+)

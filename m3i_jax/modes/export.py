@@ -46,7 +46,7 @@ from m3i_jax.modes import model_card, setup
 from m3i_jax.parallel import kernel_calls
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.run_files import write_text_atomic
-from m3i_jax.training import checkpoint, init_from, weight_source
+from m3i_jax.training import checkpoint, weight_source
 
 FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
 # largest difference over the largest value; two libraries round differently in every layer
@@ -142,7 +142,7 @@ def tree_of(model: load.LoadedEncoder) -> dict[str, np.ndarray]:
     """Returns the encoder as the flat tree {path: float32 array} of `interop`, with computed arrays
     that other projects store, such as the fixed position table of a ViT."""
     named = jax.tree_util.tree_leaves_with_path({"encoder": model.params["encoder"]})
-    flat = {init_from.path_text(path): np.asarray(leaf, np.float32) for path, leaf in named}
+    flat = {path_text(path): np.asarray(leaf, np.float32) for path, leaf in named}
     backbone = backbones.get_backbone(model.config.model)
     fixed = backbone.fixed_arrays(model.config.model, model.config.grid)
     return {**flat, **{f"encoder/{path}": array for path, array in fixed.items()}}

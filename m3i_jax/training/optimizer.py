@@ -1,6 +1,7 @@
-"""The optimizer of a run as one named chain: balance -> clip -> the rule -> bounds -> target ->
-frozen -> snapshot -> prototypes -> spikes. Each link owns its statistics, so that the optimizer
-state has readable keys and holds everything that must survive a restart."""
+"""The optimizer of a run as one named chain: balance -> clip -> the rule -> bounds -> start ->
+target -> frozen -> snapshot -> teachers -> prototypes -> spikes, each where it is needed. Each link
+owns its statistics, so that the optimizer state has readable keys and holds everything that must
+survive a restart. Dense tasks have target and running after the rule."""
 
 import functools
 import math
