@@ -268,8 +268,14 @@ def set_intern_image(config: ml_collections.ConfigDict) -> InternImageRates | No
     return rates
 
 
+def _vit_rates(config: ml_collections.ConfigDict) -> tuple[float, float]:
+    """(layer decay, drop path) of a ViT in ViTDet: of B, L and H by the number of blocks [R]."""
+    depth = config.model.encoder.depth
+    return (0.9, 0.5) if depth >= 32 else (0.8, 0.4) if depth >= 24 else (0.7, 0.1)
+
+
 def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
-    """Maps of a ViT, augmentation and schedule as in detectron2's project ViTDet, for a ViT-B."""
+    """Maps of a ViT, augmentation and schedule as in detectron2's project ViTDet."""
     if vit:
         config.dense.maps.update(
             {
@@ -279,7 +285,7 @@ def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool)
             }
         )
         config.model.encoder.final_norm = False  # [R]
-        config.model.encoder.drop_path = 0.1  # [R]
+        config.model.encoder.drop_path = _vit_rates(config)[1]  # [R]
         config.model.encoder.drop_path_rule = "linear"
     # Compiled for a v5e chip, a ViT-B at 1,024 pixels keeps all values of up to two images;
     # remat=names halves the memory of a step and moves more of it (tests/bench/README.md).
@@ -294,9 +300,8 @@ def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool)
 
 
 def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
-    """ViTDet's Mask R-CNN as in detectron2's project of that name, for a ViT-B. A ViT-L there takes
-    layer decay 0.8 and drop path 0.4. On an InternImage, decays and drop path are those of its own
-    repository, images and schedule those of ViTDet [C]."""
+    """ViTDet's Mask R-CNN as in detectron2's project of that name. On an InternImage, decays and
+    drop path are those of its own repository, images and schedule those of ViTDet [C]."""
     _vitdet(config, schedule, vit=vit)
     config.optim.clip = 0.0  # [R]
     if rates := set_intern_image(config):
@@ -306,7 +311,7 @@ def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bo
         return
     config.optim.weight_decay = 0.1  # [R]
     config.optim.decayed = "but_norms"  # [R]
-    config.optim.layer_decay = 0.7 if vit else 1.0  # [R]
+    config.optim.layer_decay = _vit_rates(config)[0] if vit else 1.0  # [R]
 
 
 def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
