@@ -69,6 +69,13 @@ def test_table_8() -> None:
     )
 
 
+def test_deep_vits_are_fine_tuned_as_mae_s() -> None:
+    """0.65 would leave the stem of a ViT-L a rate of 2e-5 of the head's."""
+    for model, rates in (("vit_l16", (0.75, 0.2)), ("vit_h14", (0.75, 0.3))):
+        cfg = on(scaling.IMAGENET, f"finetune.py:path=/images,model={model}")
+        assert (cfg.optim.layer_decay, cfg.model.encoder.drop_path) == rates
+
+
 def test_short_run_has_weak_augmentation() -> None:
     """6,000 images, 100 epochs: no mixup, CutMix, erasing and RandAugment, crops of at least half
     the image, and one learning rate for all layers."""
