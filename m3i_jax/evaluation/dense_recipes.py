@@ -210,6 +210,58 @@ class DetectionData:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InternImageRates:
+    """How InternImage's repository trains a size of it on dense tasks [R].
+
+    Attributes:
+      drop_path: rate of its last layer, rising linearly from 0; of detectors and segmenters.
+      boxes, pixels: layer decay of detectors with an FPN, and of segmenters.
+      queries: layer decay of DINO.
+    """
+
+    drop_path: float
+    boxes: float = 1.0
+    pixels: float = 1.0
+    queries: float = 0.9
+
+
+# By the channels of the first stage: T, S, B, L, XL, H, G. There is no published detector with an
+# FPN on H and G, and no DINO on S, B and XL; their layer decays are those of their neighbours [C].
+_INTERN_IMAGE = {
+    64: InternImageRates(drop_path=0.2),
+    80: InternImageRates(drop_path=0.3),
+    112: InternImageRates(drop_path=0.4),
+    160: InternImageRates(drop_path=0.4, boxes=0.94, pixels=0.94),
+    192: InternImageRates(drop_path=0.4, boxes=0.94, pixels=0.94),
+    320: InternImageRates(drop_path=0.5, boxes=0.94, pixels=0.95, queries=0.94),
+    512: InternImageRates(drop_path=0.5, boxes=0.94, pixels=0.95, queries=0.94),
+}
+
+
+def set_intern_image(config: ml_collections.ConfigDict) -> InternImageRates | None:
+    """Set drop path and the rate of DCNv3's offsets as InternImage's repository has them for dense
+    tasks, whatever its classifiers have.
+
+    Args:
+      config: changed in place, if the encoder is an InternImage.
+
+    Returns:
+      the rates of the largest published size that is not larger; None for another encoder, or one
+      smaller than all of these.
+    """
+    if config.model.backbone != "intern_image":
+        return None
+    config.optim.offset_lr = 1.0
+    sizes = [width for width in _INTERN_IMAGE if width <= config.model.intern_image.width]
+    if not sizes:
+        return None
+    rates = _INTERN_IMAGE[max(sizes)]
+    config.model.encoder.drop_path = rates.drop_path
+    config.model.encoder.drop_path_rule = "linear"
+    return rates
+
+
 def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
     """Maps of a ViT, augmentation and schedule as in detectron2's project ViTDet, for a ViT-B."""
     if vit:
@@ -237,12 +289,18 @@ def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool)
 
 def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
     """ViTDet's Mask R-CNN as in detectron2's project of that name, for a ViT-B. A ViT-L there takes
-    layer decay 0.8 and drop path 0.4."""
+    layer decay 0.8 and drop path 0.4. On an InternImage, decays and drop path are those of its own
+    repository, images and schedule those of ViTDet [C]."""
     _vitdet(config, schedule, vit=vit)
+    config.optim.clip = 0.0  # [R]
+    if rates := set_intern_image(config):
+        config.optim.weight_decay = 0.05  # [R]
+        config.optim.decayed = "ranks"  # [R]
+        config.optim.layer_decay = rates.boxes  # [R]
+        return
     config.optim.weight_decay = 0.1  # [R]
     config.optim.decayed = "but_norms"  # [R]
-    config.optim.layer_decay = 0.7  # [R]
-    config.optim.clip = 0.0  # [R]
+    config.optim.layer_decay = 0.7 if vit else 1.0  # [R]
 
 
 def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
@@ -265,7 +323,8 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
     if vit:
         config.optim.encoder_lr = 0.1  # [R]
         config.optim.layer_decay = 1.0  # [R]
-        config.optim.decayed = "but_norms"
+        config.optim.decayed = "but_norms"  # [R]
+        config.optim.warmup_steps = 0  # [R]
         return
     config.dense.detect.dino.update(
         {
@@ -275,8 +334,12 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
             "denoising": 1000 if _is_large(config) else 100,
         }  # [R]
     )
-    config.optim.layer_decay = 0.94 if _is_large(config) else 0.9  # [R]
+    rates = set_intern_image(config)
+    # [R]; in the files for two composed copies it is stated and has no effect: it goes by names
+    # that the copies do not have
+    config.optim.layer_decay = rates.queries if rates else 0.9
     config.optim.decayed = "ranks"  # [R]
+    config.optim.head_offset_lr = 1e-3 if _is_large(config) else 1.0  # [R]
     config.optim.warmup_steps = min(500, config.train.steps)  # [R]
 
 
@@ -298,8 +361,9 @@ def _mask2former(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: 
     config.dense.detect.mask2former.remat = True
     config.optim.weight_decay = 0.05  # [R]
     config.optim.clip = 0.01  # [R]
-    config.optim.warmup_steps = min(10, config.train.steps)  # [R]
+    config.optim.warmup_steps = 0  # [R]: its warm-up starts at the full rate
     config.optim.decayed = "but_norms"  # [R]
+    set_intern_image(config)
     config.optim.encoder_lr = 0.1  # [R]
     config.optim.layer_decay = 1.0  # [R]
 

@@ -36,7 +36,6 @@ from m3i_jax.modes.setup import Setup, check_writable, open_setup, require_views
 from m3i_jax.parallel import distributed
 from m3i_jax.training import checkpoint_dir, init_from, loop, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
-from m3i_jax.training.task import task_kind
 
 HELD = "held out"  # prefix of the lines of data.txt about held-out data
 SAME = (
@@ -265,7 +264,7 @@ def _refuse_other_names(setup: Setup, run: pathlib.Path) -> None:
     learnt = None if setup.config.traits.views else weight_source.class_names(str(run))
     if learnt is None:
         return
-    here = tuple(task_kind(setup.config.task).class_names(setup.train))
+    here = setup.classes
     if learnt != here:
         wrong = [name for name in here if name not in learnt] or list(here)
         raise UserError(

@@ -34,9 +34,14 @@ _NO_DECAY = re.compile(
     r"(^|/)(bias|scale|gamma[12]|cls_token|registers|mask_token|query_token|prototypes"
     r"|positions|queries|levels|logit_scale)$|(^|/)\w*_bias$"
 )
-# ViTDet: its own channel norms of pyramid and heads are decayed, those of the blocks are not.
-_ENCODER_NORMS = re.compile(r"^encoder/(.*/)?\w*norm\w*/|^encoder/positions$")
-_STACKED = re.compile(r"(^|/)(blocks|layers)/|^decoder/projector/")
+# ViTDet: its own channel norms of pyramid and heads are decayed; those of the blocks are not, as
+# are PyTorch's own in the transformers of DINO and Mask2Former, and queries of the latter.
+_LAYER_NORMS = re.compile(
+    r"^(encoder|head/(encoder|decoder|pixel))/(.*/)?\w*norm\w*/|^encoder/positions$"
+    r"|^head/decoder/(queries|positions|levels)$"
+)
+_STACKED = re.compile(r"(^|/)(blocks|layers)/|^decoder/projector/|^head/pixel/encoder/")
+_NORMS = re.compile(r"(^|/)\w*norm\w*/")  # some of an InternImage are stacked
 _HEAD_OFFSETS = re.compile(r"^head/(.*/)?offsets/")
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
 SPIKE_WINDOW = 128  # steps
@@ -212,9 +217,11 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
         name = path_text(path)
         if rule == "but_norms":
-            decays = not _ENCODER_NORMS.search(name)
+            decays = not _LAYER_NORMS.search(name)
         elif rule == "ranks":
-            decays = leaf.ndim - bool(_STACKED.search(name)) > 1 and not name.endswith("/bias")
+            axes = leaf.ndim - bool(_STACKED.search(name))
+            others = name.endswith("/bias") or _NORMS.search(name) or _HEAD_OFFSETS.search(name)
+            decays = axes > 1 and not others
         else:
             decays = not _NO_DECAY.search(name)
         return decays and not name.startswith(frozen)
@@ -265,7 +272,9 @@ def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> 
     factor: Any = 1.0
     if in_encoder != path:
         backbone = composite.of_run(config)
-        factor = o.encoder_lr * o.layer_decay ** backbone.layers_above(config.model, in_encoder)
+        of_maps = None if config.traits.views else backbone.map_layers_above
+        above = (of_maps or backbone.layers_above)(config.model, in_encoder)
+        factor = o.encoder_lr * o.layer_decay**above
         own = (getattr(o, key) for part, key in backbone.lr_settings if part in in_encoder)
         factor = factor * next(own, 1.0)
     elif _HEAD_OFFSETS.search(path):

@@ -1,160 +1,52 @@
 """A fuzzer of the command line and of files.
 
     python -m tests.faults.fuzz --minutes 60 [--seed S] \
-        [--only settings,commands,scripts,steps,of_data,of_a_run]
+        [--only settings,commands,scripts,steps,of_data,of_a_run,surroundings]
     python -m tests.faults.fuzz --cases 20 --seed 1
 
-Each case is a command in its own process, forked from one that has imported everything, and in its
-own directory. It must exit with 0, 2 or 3; unless 0, print one line on stderr besides the log and
-no traceback; refuse within ten seconds of processor time; and change nothing outside the working
-directory. With a damaged file of a run, the result must be equal to that without the damage, or the
-output must differ. Settings are also checked in this process, thousands a minute. Exits with 1 and
-prints the commands if a case fails."""
+Each case is a command in its own directory and its own process, which is forked from one that has
+imported everything; one of twenty, and those with other environment variables, start Python anew,
+so that the fork hides nothing. A command must exit with 0, 2 or 3; unless 0, print one line on
+stderr besides the log and no traceback; refuse within ten seconds of processor time; and change
+nothing outside the working directory. With a damaged file of a run, the result must be equal to
+that without the damage, or the output must differ. Settings are also checked in this process,
+thousands a minute. Exits with 1 and prints the commands if a case fails."""
 
 import argparse
-import atexit
 import collections
 import contextlib
-import dataclasses
+import gc
 import itertools
 import os
 import pathlib
 import re
-import resource
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 from typing import Any
 
 import hypothesis
+import jax
 import numpy as np
 from hypothesis import HealthCheck, Phase
 from PIL import Image
 
 from m3i_jax import config, main
-from m3i_jax.data import tokenizer
+from m3i_jax.data import dataset_scan, tokenizer
 from m3i_jax.errors import UserError
 from tests.faults import fuzz_cases as cases
 from tests.faults import fuzz_damage
+from tests.faults.fuzz_command import Done, Room, command
 from tests.faults.hostile import tar
 from tests.test_main import TINY, environment
 
 PROCESSOR = 10.0  # seconds of a refusal
-LONGEST = 40.0  # seconds of the processor after which a command is ended
-WALL = 300.0  # seconds that pass, on a busy machine too, after which it is
-ROOM = 12 * 2**30  # bytes of memory that a command may have
+ANEW = 20  # commands of which one starts Python anew
 LOG = re.compile(
     r"^(WARNING|INFO|ERROR|[IWE]\d{4} |\d\d:\d\d:\d\d |warning:|m3i_jax: warning:|.*Warning: |  )"
 )
-
-
-@dataclasses.dataclass
-class Done:
-    """The result of a command."""
-
-    code: int
-    out: str
-    err: str
-    seconds: float
-    late: bool = False
-
-
-@dataclasses.dataclass
-class Room:
-    """Directories of one case; `W` is its working directory, and all else must stay unchanged."""
-
-    place: pathlib.Path
-
-    def filled(self, text: str) -> str:
-        for name in "WDC":
-            text = text.replace(
-                "{" + name + "}", str(self.place / {"W": "run", "D": "data", "C": "mine.py"}[name])
-            )
-        return text
-
-    def outside(self) -> dict[str, tuple[int, int]]:
-        """Size and time of change of everything outside the working directory."""
-        out = {}
-        for folder, names, files in os.walk(self.place):
-            if pathlib.Path(folder) == self.place:
-                names[:] = [name for name in names if name not in ("run", "tmp", "cache")]
-            for name in (*names, *files):
-                if not re.fullmatch(r"out|err|__pycache__|.*\.pyc", name):
-                    about = os.lstat(os.path.join(folder, name))
-                    out[os.path.join(folder, name)] = (
-                        about.st_size if name in files else 0,
-                        about.st_mtime_ns if name in files else 0,
-                    )
-        return out
-
-
-def command(arguments: list[str], room: Room, *, limited: bool = True) -> Done:
-    """Run the command in a child of this process, with time limits."""
-    began = time.monotonic()
-    child = os.fork()
-    if not child:
-        code = 70
-        try:
-            os.setsid()
-            atexit._clear()  # the directories of this process are its own to remove
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(room.place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            os.environ.update(
-                HOME=str(room.place / "home"),
-                TMPDIR=str(room.place / "tmp"),
-                XDG_CACHE_HOME=str(room.place / "cache"),
-            )
-            tempfile.tempdir = None
-            resource.setrlimit(resource.RLIMIT_DATA, (ROOM, ROOM))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            if limited:
-                resource.setrlimit(resource.RLIMIT_CPU, (int(LONGEST), int(LONGEST) + 5))
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.chdir(room.place)
-            sys.argv = ["m3i_jax", *arguments]
-            sys.path.insert(0, str(cases.ROOT))
-            try:
-                code = main.main()
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-            threading._shutdown()  # type: ignore[attr-defined]
-            atexit._run_exitfuncs()
-        except BaseException:  # noqa: BLE001 - whatever it is, it must not come back into the fuzzer
-            import traceback
-
-            traceback.print_exc()
-            code = 71
-        finally:
-            with contextlib.suppress(BaseException):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
-    late = False
-    while True:
-        pid, status, used = os.wait4(child, os.WNOHANG)
-        if pid:
-            break
-        if limited and time.monotonic() - began > WALL:
-            late = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)
-        time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # workers that it left
-    read = {
-        name: (room.place / name).read_text(errors="replace")
-        for name in ("out", "err")
-        if (room.place / name).is_file()
-    }
-    code = os.waitstatus_to_exitcode(status)
-    late = late or code in (-signal.SIGXCPU, -signal.SIGKILL)
-    return Done(code, read.get("out", ""), read.get("err", ""), used.ru_utime + used.ru_stime, late)
 
 
 def plain(text: str, room: Room) -> list[str]:
@@ -181,6 +73,8 @@ class Fuzzer:
         self.folder, self.log = folder, log
         self.found: dict[str, list[str]] = collections.defaultdict(list)
         self.counts: collections.Counter[str] = collections.Counter()
+        self.kind = ""
+        self.commands: collections.Counter[str] = collections.Counter()  # by kind
         self._some = itertools.count()
         self._whole: dict[tuple[str, ...], tuple[bytes, list[str]]] = {}
         data = folder / "data"
@@ -273,7 +167,17 @@ class Fuzzer:
             return []  # refused, as it would be there
         room = self.room(case)
         before = room.outside()
-        done = command([room.filled(text) for text in case.arguments], room)
+        self.commands[self.kind] += 1
+        anew = dict(case.environment)
+        if anew or self.commands.total() % ANEW == 0:
+            self.counts["anew"] += 1
+            done = command(
+                [room.filled(text) for text in case.arguments],
+                room,
+                environment={name: room.filled(text) for name, text in anew.items()},
+            )
+        else:
+            done = command([room.filled(text) for text in case.arguments], room)
         after = room.outside()
         wrong = []
         lines = [line for line in done.err.splitlines() if not LOG.match(line)]
@@ -317,6 +221,7 @@ class Fuzzer:
                 f"  [{case.damage} of {self.changed}]" if case.damage else ""
             )
             text += f"  [script {case.script[:300]!r}]" if case.script else ""
+            text += f"  [{dict(case.environment)}]" if case.environment else ""
             self.found[name].append(text)
             self.log(
                 f"FOUND {name}\n  {text}\n  {done.err.replace(str(room.place), 'ROOM')[-1500:]}",
@@ -369,15 +274,33 @@ def examples(strategy: Any, number: int, seed: int, use: Any) -> None:
     run()
 
 
-def imported() -> None:
+def imported(compiled: pathlib.Path) -> None:
     """Import everything that a mode imports, once for all children; no device is used, so that a
-    child can initialize its own."""
+    child can initialize its own.
+
+    Args:
+      compiled: directory of what they compile, which the environment may name, too.
+    """
     import importlib
 
+    options = {
+        "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(compiled),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for option, value in options.items():
+        jax.config.update(option, value)
+        os.environ[option.upper()] = str(value)
     # one device and the fastest compilation; XLA reads it when a child initializes its device
     os.environ["XLA_FLAGS"] = environment()["XLA_FLAGS"]
     for name in main.MODES:
         importlib.import_module(f"m3i_jax.modes.{name}")
+    # seconds of processor time of each of two measurements
+    dataset_scan.measure_speed.__kwdefaults__["seconds"] = 0.05
+    # what is here is searched for garbage by no child, which would copy it
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 10, 10)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -398,25 +321,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: list[str] | None = None) -> int:
     asked = parse(arguments)
     kinds = asked.only.split(",")
-    imported()
     began, last = time.monotonic(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="m3i_jax_fuzz_") as folder:
+        imported(pathlib.Path(folder) / "compiled")
         fuzzer = Fuzzer(pathlib.Path(folder))
-        if {"of_a_run", "commands", "steps"} & set(kinds):
+        if {"of_a_run", "commands", "steps", "surroundings"} & set(kinds):
             fuzzer.train()
         seed = asked.seed * 100_003
         while True:
             for kind in kinds:
                 seed += 1
-                known = len(fuzzer.found)
+                known, fuzzer.kind = len(fuzzer.found), kind
                 if kind == "settings":
                     examples(cases.settings(), 200, seed, fuzzer.resolved)
-                examples(
-                    cases.KINDS[kind],
-                    max(1, min(10, asked.cases // len(kinds))),
-                    seed,
-                    fuzzer.trial,
-                )
+                some = max(1, min(10, asked.cases // len(kinds)))
+                number = cases.OF_A_ROUND[kind] if asked.minutes else some
+                examples(cases.KINDS[kind], number, seed, fuzzer.trial)
                 if len(fuzzer.found) > known:
                     last = time.monotonic()
                 if asked.minutes:
@@ -428,6 +348,7 @@ def run(arguments: list[str] | None = None) -> int:
             if (time.monotonic() - began) / 60 >= asked.minutes:
                 break
         minutes, quiet = (time.monotonic() - began) / 60, (time.monotonic() - last) / 60
+        print(f"commands: {fuzzer.commands.total()}, {dict(fuzzer.commands)}")
         print(f"{minutes:.1f} minutes, seed {asked.seed}: {dict(fuzzer.counts)}")
         print(
             f"{len(fuzzer.found)} kinds of fault found; nothing new for the last {quiet:.1f}"

@@ -109,6 +109,7 @@ class Case:
       target, damage: a file, by its number among all of {W} or {D}, and how it is damaged.
       judged: whether the result must be equal, or the output must name the damage.
       shown: the case has only settings, which can be checked without a process.
+      environment: variables of the command, which then starts Python anew.
     """
 
     arguments: tuple[str, ...]
@@ -118,6 +119,7 @@ class Case:
     damage: fuzz_damage.Damage | None = None
     judged: bool = False
     shown: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 def inside(limits: Any, whole: bool) -> st.SearchStrategy[Any]:
@@ -431,6 +433,40 @@ def of_data(draw: Any) -> Case:
     )
 
 
+# variables that are read before or while modules are imported, and places that are not there
+ENVIRONMENT = {
+    "JAX_PLATFORMS": ("foo", "", "tpu", "cpu,cpu", "\x1b]0;x\x07"),
+    "JAX_COMPILATION_CACHE_DIR": ("{D}/folder/0/0.png", "/proc/none", "", "{W}"),
+    "JAX_DEFAULT_MATMUL_PRECISION": ("nonsense", "highest"),
+    "JAX_ENABLE_X64": ("1", "perhaps"),
+    "JAX_NUM_CPU_DEVICES": ("0", "-1", "x", "3"),
+    "XLA_FLAGS": ("--xla_force_host_platform_device_count=2", ""),
+    "OMP_NUM_THREADS": ("0", "x"),
+    "HOME": ("/nonexistent", "", "{D}/folder/0/0.png"),
+    "TMPDIR": ("/nonexistent", "{D}/folder/0/0.png"),
+    "XDG_CACHE_HOME": ("/proc/none", "relative", "{D}/folder/0/0.png"),
+    "LC_ALL": ("C", "nonsense", "POSIX"),
+    "PYTHONUTF8": ("0", "1"),
+    "PYTHONIOENCODING": ("ascii", "latin-1"),
+    "COLUMNS": ("0", "-1", "x", "1000000"),
+    "TERM": ("", "dumb"),
+    "SLURM_JOB_ID": ("x", "3"),
+    "SLURM_NTASKS": ("0", "x", "1"),
+    "TPU_WORKER_HOSTNAMES": ("", "nohost"),
+}
+
+
+@st.composite
+def surroundings(draw: Any) -> Case:
+    """A plausible command where one or two variables of the environment are unusual."""
+    case = draw(st.one_of(settings(), of_a_run()))
+    names = draw(
+        st.lists(st.sampled_from(sorted(ENVIRONMENT)), min_size=1, max_size=2, unique=True)
+    )
+    some = tuple((name, draw(st.sampled_from(ENVIRONMENT[name]))) for name in names)
+    return dataclasses.replace(case, shown=False, judged=False, damage=None, environment=some)
+
+
 KINDS: dict[str, st.SearchStrategy[Case]] = {
     "settings": settings(),
     "commands": commands(),
@@ -438,6 +474,17 @@ KINDS: dict[str, st.SearchStrategy[Case]] = {
     "steps": steps(),
     "of_data": of_data(),
     "of_a_run": of_a_run(),
+    "surroundings": surroundings(),
+}
+# commands of a round: few of those that take seconds
+OF_A_ROUND = {
+    "settings": 10,
+    "commands": 20,
+    "scripts": 15,
+    "steps": 4,
+    "of_data": 15,
+    "of_a_run": 20,
+    "surroundings": 6,
 }
 
 

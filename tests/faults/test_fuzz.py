@@ -88,7 +88,7 @@ def test_what_a_fault_looks_like(tmp_path: pathlib.Path, monkeypatch) -> None:
     case = fuzz_cases.Case(("--mode=show",))
 
     def did(code: int, err: str, touch: bool = False) -> list[str]:
-        def run(arguments: list[str], room: fuzz.Room) -> fuzz.Done:
+        def run(arguments: list[str], room: fuzz.Room, **_) -> fuzz.Done:
             if touch:
                 (room.place / "data" / "new").write_text("x")
             return fuzz.Done(code, "", err, 0.1)

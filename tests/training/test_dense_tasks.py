@@ -97,6 +97,22 @@ def test_microbatches_of_dense_tasks_are_the_whole_batch(task: str, changes: dic
         np.testing.assert_allclose(whole.metrics["detect/denoising_groups"], groups.mean())
 
 
+@pytest.mark.parametrize(("task", "changes"), cases(*IDS[:5]))
+@pytest.mark.row("C11")
+def test_a_batch_without_annotations_has_finite_gradients(task: str, changes: dict) -> None:
+    """No image of it has an object or a labelled pixel, and one is of a pixel only."""
+    config, run = compiled(task, 8, 1, tuple(changes.items()))
+    batch = dense_batch(config, 3)
+    empty = {"boxes": 0, "classes": -1, "masks": 0, "map": 255}
+    batch |= {name: np.full_like(batch[name], v) for name, v in empty.items() if name in batch}
+    batch["size"][2] = 1
+    out = run(*started(task, tuple(changes.items())), batch)
+    assert np.isfinite(float(out.loss))
+    for name, value in out.metrics.items():
+        assert np.isfinite(float(value)), name
+    chex.assert_tree_all_finite(out.grads)
+
+
 def test_microbatches_of_a_batch_norm_are_batches_of_their_own() -> None:
     """UperNet: a step of four parts is the mean of four batches, one after another, whose running
     statistics move four times; and not the step of the whole batch."""
