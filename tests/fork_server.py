@@ -1,6 +1,6 @@
 """Commands of the program in children of a process that has imported everything, for tests in which
-a command, but not the start of Python, is what is tried: imports take 2.6 of the 13 seconds of processor time
-of a toy run.
+a command, but not the start of Python, is what is tried: imports take 2.6 of the 13 seconds of
+processor time of a toy run.
 
 `ForkServer(place, package)` starts the process and writes `place/python`, which takes the place of
 `python` in a script: it has `python -m m3i_jax.main ...` run by the server, with its own arguments,
