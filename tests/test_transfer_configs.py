@@ -111,6 +111,7 @@ def test_model_is_taken_from_the_run(name: str, tmp_path: pathlib.Path) -> None:
     cfg = load(f"{name}:path=/images,from={tmp_path}")
     assert (cfg.model.encoder.width, cfg.model.encoder.depth, cfg.data.image_size) == (32, 2, 32)
     assert cfg.init_from == str(tmp_path) and cfg.optim.ema == 1.0
+    assert cfg.evaluate.query_limit == 50_000  # published accuracies are those of all
     with pytest.raises(UserError, match="give the workdir of a run"):
         load(f"{name}:from={tmp_path / 'nothing'}")
     with pytest.raises(UserError, match="did you mean from=|it takes"):

@@ -132,5 +132,6 @@ def get_config(
         if from_:
             config.optim.warmup_epochs = min(INTERN_IMAGE_WARMUP, config.optim.warmup_epochs)
 
+    config.evaluate.query_limit = 50_000  # [M]: all validation images of ImageNet
     config.evaluate.knn = False  # the head's accuracy is evaluated instead
     return config

@@ -146,6 +146,11 @@ def test_intern_images_are_trained_as_by_their_authors(
         assert config.dense.segment.width == (1024 if "mask" in spec else 512)
 
 
+def test_mask2former_on_a_small_internimage_has_its_authors_encoder_rate() -> None:
+    o = recipe("ade20k", ":head=mask2former,model=internimage_t").optim
+    assert (o.lr, o.layer_decay, o.encoder_lr, o.weight_decay) == (1e-4, 1.0, 0.1, 0.05)
+
+
 def test_larger_vits_have_weaker_layer_decay_and_more_drop_path() -> None:
     for model, rates in (("vit_b16", (0.7, 0.1)), ("vit_l16", (0.8, 0.4))):
         config = recipe("coco", f":model={model}")
