@@ -14,6 +14,9 @@ How training commands are shortened: a line with `m3i_jax.main` and `--config FI
 depend on files that only the full size would make. A line without `--config FILE` takes the
 settings of a run that an earlier line made.
 
+Commands of the root's README start Python, as a user's do; `python -m m3i_jax.main` of the others
+is a child of a process that has imported everything (`fork_server.py`).
+
 Data: `/data/images` stands for a folder of images (two classes, captions beside them) and
 `/data/shards` for a folder of img2dataset tars `*.tar`. Use these paths in a README; they are
 replaced by small data made here. `--topology=v5e:4x4` becomes `--topology=cpu:4`, since the
@@ -45,6 +48,7 @@ import pytest
 
 from m3i_jax import config as configuration
 from tests import xla_flags
+from tests.fork_server import ForkServer
 
 ROOT = pathlib.Path(__file__).parent.parent
 # The READMEs of the project, the root's first: folders that users do not get are not searched.
@@ -213,22 +217,35 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return home
 
 
-def execute(command: list[str], home: pathlib.Path, status: int) -> str:
+def environment(home: pathlib.Path, *folders: pathlib.Path) -> dict[str, str]:
+    """The variables of a block; its commands are looked for in some folders first."""
     # One device, as most users have; optimization off, since compilation takes most of the time.
-    environment = os.environ | {"XLA_FLAGS": xla_flags.FASTEST}
-    environment |= {
+    some = os.environ | {"XLA_FLAGS": xla_flags.FASTEST}
+    some |= {
         "M3I_VENV": sys.prefix,
         "M3I_INSTALL": "0",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(home / "clone"),
     }
-    environment["PATH"] = os.pathsep.join(
-        [str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
-    )
+    paths = (*folders, pathlib.Path(sys.executable).parent, os.environ["PATH"])
+    return some | {"PATH": os.pathsep.join(map(str, paths))}
+
+
+@pytest.fixture(scope="session")
+def forked(scratch: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder whose `python` runs commands in children of one process."""
+    folder = scratch / "forked"
+    folder.mkdir()
+    server = ForkServer(folder, scratch / "clone", environment(scratch))
+    yield folder
+    server.close()
+
+
+def execute(command: list[str], home: pathlib.Path, status: int, *folders: pathlib.Path) -> str:
     done = subprocess.run(
         command,
         cwd=home / "clone",
-        env=environment,
+        env=environment(home, *folders),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -329,12 +346,14 @@ CASES = [
 
 
 @pytest.mark.parametrize("block", CASES)
-def test_block(block: Block, scratch: pathlib.Path) -> None:
+def test_block(block: Block, scratch: pathlib.Path, request: pytest.FixtureRequest) -> None:
     if block.skip:
         pytest.skip(block.skip)
     if block.language == "bash" and not script(block)[1]:
         return  # installs only; `complaints` requires that other blocks are run
-    execute(prepared(block, scratch), scratch, block.status)
+    anew = block.language == "python" or block.file == "README.md"
+    folders = [] if anew else [request.getfixturevalue("forked")]
+    execute(prepared(block, scratch), scratch, block.status, *folders)
 
 
 EXAMPLE = """

@@ -69,6 +69,13 @@ def test_table_8() -> None:
     )
 
 
+def test_deep_vits_are_fine_tuned_as_mae_s() -> None:
+    """0.65 would leave the stem of a ViT-L a rate of 2e-5 of the head's."""
+    for model, rates in (("vit_l16", (0.75, 0.2)), ("vit_h14", (0.75, 0.3))):
+        cfg = on(scaling.IMAGENET, f"finetune.py:path=/images,model={model}")
+        assert (cfg.optim.layer_decay, cfg.model.encoder.drop_path) == rates
+
+
 def test_short_run_has_weak_augmentation() -> None:
     """6,000 images, 100 epochs: no mixup, CutMix, erasing and RandAugment, crops of at least half
     the image, and one learning rate for all layers."""
@@ -104,6 +111,7 @@ def test_model_is_taken_from_the_run(name: str, tmp_path: pathlib.Path) -> None:
     cfg = load(f"{name}:path=/images,from={tmp_path}")
     assert (cfg.model.encoder.width, cfg.model.encoder.depth, cfg.data.image_size) == (32, 2, 32)
     assert cfg.init_from == str(tmp_path) and cfg.optim.ema == 1.0
+    assert cfg.evaluate.query_limit == 50_000  # published accuracies are those of all
     with pytest.raises(UserError, match="give the workdir of a run"):
         load(f"{name}:from={tmp_path / 'nothing'}")
     with pytest.raises(UserError, match="did you mean from=|it takes"):

@@ -69,6 +69,8 @@ def _mask2former(config: ConfigDict, *, is_vit: bool, multi_scale: bool) -> None
             {"queries": 200, "heads": 32, "encoder_hidden": 4096, "hidden": 4096}  # [R]
         )
         optim.lr *= 0.1  # [R]
+    elif not is_vit:
+        optim.layer_decay, optim.encoder_lr = 1.0, 0.1  # [R]: its authors
 
 
 def get_config(

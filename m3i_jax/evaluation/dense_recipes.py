@@ -19,6 +19,10 @@ from m3i_jax.models import backbones, presets
 from m3i_jax.training import checkpoint_dir
 
 WINDOW = 14  # side of ViTDet's windows in patches
+# Canvases of DINO's multi-scale training: short sides as in the references, and long sides of 5 : 3
+# up to the limit, so that few pixels are padding [C]. The references resize every image by itself.
+BUCKETS = (480, 800, 576, 960, 672, 1120, 800, 1344)
+LARGE_BUCKETS = (608, 1024, 1024, 1728, 1408, 2016, 1792, 2016)  # InternImage-H: 600 to 1,800
 _MASK2FORMER = tuple(
     f"mask2former.{name}"
     for name in (
@@ -197,6 +201,7 @@ class DetectionData:
       eval_images: images of an evaluation, at most.
       schedules: by the name of the head.
       settings: `dense.*` settings of the data set for all heads, such as repeats of images.
+      large_buckets: canvases of multi-scale training of an InternImage-H.
     """
 
     recipe: str
@@ -208,6 +213,7 @@ class DetectionData:
     eval_images: int
     schedules: Mapping[str, Schedule]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    large_buckets: tuple[int, ...] = LARGE_BUCKETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,8 +268,14 @@ def set_intern_image(config: ml_collections.ConfigDict) -> InternImageRates | No
     return rates
 
 
+def _vit_rates(config: ml_collections.ConfigDict) -> tuple[float, float]:
+    """(layer decay, drop path) of a ViT in ViTDet: of B, L and H by the number of blocks [R]."""
+    depth = config.model.encoder.depth
+    return (0.9, 0.5) if depth >= 32 else (0.8, 0.4) if depth >= 24 else (0.7, 0.1)
+
+
 def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
-    """Maps of a ViT, augmentation and schedule as in detectron2's project ViTDet, for a ViT-B."""
+    """Maps of a ViT, augmentation and schedule as in detectron2's project ViTDet."""
     if vit:
         config.dense.maps.update(
             {
@@ -273,7 +285,7 @@ def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool)
             }
         )
         config.model.encoder.final_norm = False  # [R]
-        config.model.encoder.drop_path = 0.1  # [R]
+        config.model.encoder.drop_path = _vit_rates(config)[1]  # [R]
         config.model.encoder.drop_path_rule = "linear"
     # Compiled for a v5e chip, a ViT-B at 1,024 pixels keeps all values of up to two images;
     # remat=names halves the memory of a step and moves more of it (tests/bench/README.md).
@@ -288,9 +300,8 @@ def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool)
 
 
 def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
-    """ViTDet's Mask R-CNN as in detectron2's project of that name, for a ViT-B. A ViT-L there takes
-    layer decay 0.8 and drop path 0.4. On an InternImage, decays and drop path are those of its own
-    repository, images and schedule those of ViTDet [C]."""
+    """ViTDet's Mask R-CNN as in detectron2's project of that name. On an InternImage, decays and
+    drop path are those of its own repository, images and schedule those of ViTDet [C]."""
     _vitdet(config, schedule, vit=vit)
     config.optim.clip = 0.0  # [R]
     if rates := set_intern_image(config):
@@ -300,7 +311,7 @@ def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bo
         return
     config.optim.weight_decay = 0.1  # [R]
     config.optim.decayed = "but_norms"  # [R]
-    config.optim.layer_decay = 0.7 if vit else 1.0  # [R]
+    config.optim.layer_decay = _vit_rates(config)[0] if vit else 1.0  # [R]
 
 
 def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
@@ -368,29 +379,14 @@ def _mask2former(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: 
     config.optim.layer_decay = 1.0  # [R]
 
 
-# Canvases of DINO's multi-scale training: short sides as in the references, and long sides of 5 : 3
-# up to the limit, so that few pixels are padding [C]. The references resize every image by itself.
-BUCKETS = (480, 800, 576, 960, 672, 1120, 800, 1344)
-LARGE_BUCKETS = (
-    608,
-    1024,
-    1024,
-    1728,
-    1408,
-    2016,
-    1792,
-    2016,
-)  # InternImage-H: 600 to 1,800, 2,000
-
-
-def _resize_to_buckets(config: ml_collections.ConfigDict) -> None:
+def _resize_to_buckets(config: ml_collections.ConfigDict, large_buckets: tuple[int, ...]) -> None:
     """Images of several static sizes, windows of half of them but for InternImage-H, and evaluation
     with the published limits of both sides."""
     large = _is_large(config)
     config.dense.geometry.update(
         {
             "rule": "buckets",
-            "buckets": LARGE_BUCKETS if large else BUCKETS,
+            "buckets": large_buckets if large else BUCKETS,
             "crop_p": 0.0 if large else 0.5,  # [R]
             "test_short": 1000 if large else 800,  # [R]
         }
@@ -460,6 +456,6 @@ def build_detection(
     config.dense.update_from_flattened_dict(data.settings)
     HEADS[head](config, schedule, vit=vit)
     if multi_scale:
-        _resize_to_buckets(config)
+        _resize_to_buckets(config, data.large_buckets)
     continue_dense_run(config, from_=from_, flag=flag)
     return config

@@ -369,11 +369,7 @@ def _described(
             f"{flag}: {path}: is neither a supported vision transformer nor one of"
             f" {', '.join(sizes)} ({source.name}); m3i_jax can read its arrays, but not run it"
         )
-    stored["heads"] = (
-        heads
-        or stored.get("heads")
-        or (16 if stored["width"] == 1280 else max(1, stored["width"] // 64))
-    )
+    stored["heads"] = heads or weight_source.encoder_heads(stored)
     config.model.encoder.update(
         {name: stored[name] for name in config.model.encoder if name in stored}
     )

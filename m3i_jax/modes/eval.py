@@ -122,15 +122,7 @@ def run(
             "--mode=eval: no enabled evaluator can run with this data and objective; enable another"
             " one, see config.evaluate in --help"
         )
-    trainer = dataclasses.replace(setup, config=_one_step(setup.config)).make_trainer()
-    if source:
-        checkpoints = Checkpoints(source[0], setup.config.train.keep)
-        state = checkpoints.restore(step, trainer.template, trainer.shardings)
-        checkpoints.close()
-    else:
-        state = trainer.init()
-        if not setup.config.traits.views:
-            state = init_from.with_statistics(state, checkpoint)
+    state = _restored_state(setup, source, checkpoint)
     make_context = functools.partial(_context, setup, image_sets)
     return evaluate(
         setup,
@@ -140,6 +132,18 @@ def run(
         (lambda: make_context(_initial_state(setup))) if untrained else None,
         run=run_dir,
     )
+
+
+def _restored_state(setup: Setup, source: tuple[pathlib.Path, int] | None, checkpoint: str) -> Any:
+    """The state of a checkpoint, or the initial one, with the weights of a file."""
+    trainer = dataclasses.replace(setup, config=_one_step(setup.config)).make_trainer()
+    if source is None:
+        state = trainer.init()
+        return state if setup.config.traits.views else init_from.with_statistics(state, checkpoint)
+    checkpoints = Checkpoints(source[0], setup.config.train.keep)
+    state = checkpoints.restore(source[1], trainer.template, trainer.shardings)
+    checkpoints.close()
+    return state
 
 
 def _context(setup: Setup, image_sets: Any, state: Any) -> EvalContext:

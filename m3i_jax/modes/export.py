@@ -76,18 +76,23 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
             f"--format={format}: has no model for the backbone {config.model.backbone}; use"
             f" {', '.join(write)}"
         )
-    directory = pathlib.Path(workdir) / "export" / format
-    setup.check_writable(
-        directory.parent,
-        f"--workdir {workdir}",
-        "exports are written to WORKDIR/export; copy config.txt and checkpoints to another"
-        " directory and export from there",
-    )
+    directory = _directory(workdir, format)
     with progress.progress_bar(f"exporting {format}", total=3, unit="parts") as advance:
         lines = _export(config, workdir, directory, format, write[format], advance)
     for line in lines:
         print(line)
     return 0
+
+
+def _directory(workdir: str, format: str) -> pathlib.Path:
+    """Where a format is written. Raises UserError if nothing can be written there."""
+    exports = setup.check_writable(
+        pathlib.Path(workdir) / "export",
+        f"--workdir {workdir}",
+        "exports are written to WORKDIR/export; copy config.txt and checkpoints to another"
+        " directory and export from there",
+    )
+    return exports / format
 
 
 def _export(
@@ -371,13 +376,7 @@ def export_model(config: schema.Config, *, workdir: str, format: str) -> int:
             f"--format={format}: has no place for the head of config.task={config.task}; use"
             f" {', '.join(_WRITERS)}"
         )
-    directory = pathlib.Path(workdir) / "export" / format
-    setup.check_writable(
-        directory.parent,
-        f"--workdir {workdir}",
-        "exports are written to WORKDIR/export; copy config.txt and checkpoints to another"
-        " directory and export from there",
-    )
+    directory = _directory(workdir, format)
     model = load.load(workdir, weights=config.evaluate.encoder)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

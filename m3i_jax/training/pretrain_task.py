@@ -34,8 +34,10 @@ from m3i_jax.training import (
     plan,
     predictions,
     targets,
+    teachers,
     term_losses,
     views,
+    weight_source,
 )
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.predictions import Arrays
@@ -147,18 +149,20 @@ class Pretrain(Task):
     def scheduled(self, step: int, *, steps: int) -> dict[str, float]:
         return {"ema": optimizer.ema_momentum(self.config.optim, steps=steps)(step)}
 
-    def after_init(self, state: State, load: Any) -> State:
-        objective = self.config.objective
+    def after_init(self, state: State, shardings: State) -> State:
+        path, layouts = self.config.objective.target_checkpoint, shardings.opt
         opt = state.opt.copy()  # keeps its type: to JAX another mapping type is another tree
-        if (frozen := opt.get("frozen")) is not None:
-            teacher = load(objective.target_checkpoint, "frozen", "encoder")
-            opt["frozen"] = frozen._replace(params={**frozen.params, "encoder": teacher})
-        if (snapshot := opt.get("snapshot")) is not None and objective.target_checkpoint:
-            first = load(objective.target_checkpoint, "snapshot", "encoder")
-            opt["snapshot"] = snapshot._replace(params={"encoder": first})
+        for link in ("frozen", "snapshot"):
+            if (held := opt.get(link)) is not None and (path or link == "frozen"):
+                layout = layouts[link].params["encoder"]
+                encoder = weight_source.load_encoder(path, state.params["encoder"], layout)
+                opt[link] = held._replace(params={**held.params, "encoder": encoder})
         if (held := opt.get("teachers")) is not None:
-            paths = zip(held.params, objective.teachers, strict=True)
-            loaded = {name: load(path, "teachers", name) for name, path in paths}
+            names = zip(held.params, self.config.objective.teachers, strict=True)
+            loaded = {
+                name: teachers.load_params(run, layouts["teachers"].params[name])
+                for name, run in names
+            }
             opt["teachers"] = held._replace(params=loaded)
         return State(step=state.step, params=state.params, opt=opt)
 

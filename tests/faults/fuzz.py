@@ -33,9 +33,10 @@ import numpy as np
 from hypothesis import HealthCheck, Phase
 from PIL import Image
 
-from m3i_jax import config, main
+from m3i_jax import config
 from m3i_jax.data import dataset_scan, tokenizer
 from m3i_jax.errors import UserError
+from tests import fork_server
 from tests.faults import fuzz_cases as cases
 from tests.faults import fuzz_damage
 from tests.faults.fuzz_command import Done, Room, command
@@ -281,8 +282,6 @@ def imported(compiled: pathlib.Path) -> None:
     Args:
       compiled: directory of what they compile, which the environment may name, too.
     """
-    import importlib
-
     options = {
         "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(compiled),
         "jax_persistent_cache_min_compile_time_secs": 0,
@@ -293,14 +292,10 @@ def imported(compiled: pathlib.Path) -> None:
         os.environ[option.upper()] = str(value)
     # one device and the fastest compilation; XLA reads it when a child initializes its device
     os.environ["XLA_FLAGS"] = environment()["XLA_FLAGS"]
-    for name in main.MODES:
-        importlib.import_module(f"m3i_jax.modes.{name}")
     # seconds of processor time of each of two measurements
     dataset_scan.measure_speed.__kwdefaults__["seconds"] = 0.05
-    # what is here is searched for garbage by no child, which would copy it
-    gc.collect()
-    gc.freeze()
     gc.set_threshold(100_000, 10, 10)
+    fork_server.import_all()
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,6 +1,5 @@
 """A command of the fuzzer in a child process and its own directories, with limits."""
 
-import atexit
 import contextlib
 import dataclasses
 import os
@@ -9,12 +8,10 @@ import re
 import resource
 import signal
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Mapping
 
-from m3i_jax import main
+from tests import fork_server
 from tests.faults import fuzz_cases as cases
 
 LONGEST = 40.0  # seconds of the processor after which a command is ended
@@ -62,6 +59,26 @@ class Room:
         return out
 
 
+def _in_child(
+    arguments: list[str], room: Room, limited: bool, environment: Mapping[str, str] | None
+) -> int:
+    os.setsid()
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(room.place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    places = {"HOME": "home", "TMPDIR": "tmp", "XDG_CACHE_HOME": "cache"}
+    own = {**os.environ, **{name: str(room.place / place) for name, place in places.items()}}
+    resource.setrlimit(resource.RLIMIT_DATA, (ROOM, ROOM))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if limited:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(LONGEST), int(LONGEST) + 5))
+    if environment is not None:
+        os.chdir(room.place)
+        started = [sys.executable, "-m", "m3i_jax.main", *arguments]
+        os.execve(sys.executable, started, {**own, "PYTHONPATH": str(cases.ROOT), **environment})
+    return fork_server.as_command(arguments, str(room.place), own)
+
+
 def command(
     arguments: list[str],
     room: Room,
@@ -78,54 +95,12 @@ def command(
       environment: variables beside those of this process, for a Python that starts anew; None: the
         child has the modules of this process.
     """
-    if (threads := len(os.listdir("/proc/self/task"))) != 1:
-        raise RuntimeError(f"a child of a process with {threads} threads may hang")
     began = time.monotonic()
-    child = os.fork()
+    child = fork_server.fork()
     if not child:
-        code = 70
-        try:
-            os.setsid()
-            atexit._clear()  # the directories of this process are its own to remove
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(room.place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            os.environ.update(
-                HOME=str(room.place / "home"),
-                TMPDIR=str(room.place / "tmp"),
-                XDG_CACHE_HOME=str(room.place / "cache"),
-            )
-            tempfile.tempdir = None
-            resource.setrlimit(resource.RLIMIT_DATA, (ROOM, ROOM))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            if limited:
-                resource.setrlimit(resource.RLIMIT_CPU, (int(LONGEST), int(LONGEST) + 5))
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.chdir(room.place)
-            if environment is not None:
-                os.environ.update(PYTHONPATH=str(cases.ROOT))
-                os.environ.update(environment)
-                started = [sys.executable, "-m", "m3i_jax.main", *arguments]
-                os.execv(sys.executable, started)
-            sys.argv = ["m3i_jax", *arguments]
-            sys.path.insert(0, str(cases.ROOT))
-            try:
-                code = main.main()
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-            threading._shutdown()  # type: ignore[attr-defined]
-            atexit._run_exitfuncs()
-        except BaseException:  # noqa: BLE001 - whatever it is, it must not come back into the fuzzer
-            import traceback
-
-            traceback.print_exc()
-            code = 71
-        finally:
-            with contextlib.suppress(BaseException):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
+        fork_server.end_like_python(
+            lambda: _in_child(arguments, room, limited, environment), error=71
+        )
     late = False
     while True:
         pid, status, used = os.wait4(child, os.WNOHANG)

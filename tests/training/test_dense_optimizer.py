@@ -146,6 +146,19 @@ def test_intern_images_are_trained_as_by_their_authors(
         assert config.dense.segment.width == (1024 if "mask" in spec else 512)
 
 
+def test_mask2former_on_a_small_internimage_has_its_authors_encoder_rate() -> None:
+    o = recipe("ade20k", ":head=mask2former,model=internimage_t").optim
+    assert (o.lr, o.layer_decay, o.encoder_lr, o.weight_decay) == (1e-4, 1.0, 0.1, 0.05)
+
+
+def test_larger_vits_have_weaker_layer_decay_and_more_drop_path() -> None:
+    for model, rates in (("vit_b16", (0.7, 0.1)), ("vit_l16", (0.8, 0.4))):
+        config = recipe("coco", f":model={model}")
+        assert (config.optim.layer_decay, config.model.encoder.drop_path) == rates
+    config = recipe("coco", ":head=dino,model=vit_l16")
+    assert (config.optim.layer_decay, config.model.encoder.drop_path) == (1.0, 0.4)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_schedules_are_those_of_the_references(name: str) -> None:
     """The multipliers that detectron2 and mmengine give, at the ends of every phase."""
@@ -209,6 +222,9 @@ def test_canvases_and_limits_of_multi_scale_detection() -> None:
         assert image[1] * image[2] == max(
             h * w for h, w in zip(g.buckets[::2], g.buckets[1::2], strict=True)
         )
+
+    lvis = recipe("lvis", ":head=dino,model=internimage_h,multi_scale=true").dense.geometry
+    assert (lvis.buckets[-2:], lvis.test_short) == ((1216, 2016), 1000)
 
 
 def test_instances_of_mask2former_are_learnt_as_published() -> None:

@@ -1,6 +1,7 @@
 """Detection and segmentation by the one train step: in parts, on other devices, again and again,
 against plain automatic differentiation."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -347,3 +348,11 @@ def test_a_mask2former_that_cannot_be_made_is_refused(changes: dict, words: str)
     with pytest.raises(UserError, match=words) as error:
         jax.eval_shape(task.init, jax.random.key(0))
     assert "\n" not in str(error.value)
+
+
+def test_whole_images_at_evaluation_fit_the_coarsest_map() -> None:
+    """Refused before training, not by its first evaluation."""
+    for whole, fits in ((8, True), (12, False)):
+        task = make_task(dense_settings("segment", dense__segment__test_whole=whole))
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="test_whole: 12"):
+            assert "map" in task.batch_shapes()
