@@ -10,6 +10,7 @@ from m3i_jax import published_settings, schema
 from m3i_jax.modes import show
 from m3i_jax.objective import published
 from tests import toy
+from tests.quick_show import leave_out_estimates
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -80,7 +81,8 @@ def test_steps_override_epochs_and_rates_scale_with_the_batch():
     ) >= {"optim.lr", "train.steps", "model.decoder.width"}
 
 
-def test_show_prints_the_line(capsys):
+def test_show_prints_the_line(capsys, monkeypatch):
+    leave_out_estimates(monkeypatch)
     config = toy.settings(objective__forms="simclr")
     assert show.run(config, workdir=None) == 0
     assert (

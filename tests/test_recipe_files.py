@@ -12,6 +12,7 @@ from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax.config import recipes
 from m3i_jax.errors import UserError
+from tests.quick_show import leave_out_estimates
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -20,6 +21,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def elsewhere(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
+    leave_out_estimates(monkeypatch)
     return tmp_path
 
 

@@ -9,6 +9,7 @@ from m3i_jax import main as command
 from m3i_jax.modes import show
 from m3i_jax.profiling import this_machine
 from tests import toy
+from tests.quick_show import leave_out_estimates
 
 
 def show_folder(path: pathlib.Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
@@ -23,7 +24,7 @@ def show_folder(path: pathlib.Path, capsys: pytest.CaptureFixture[str], *more: s
 
 
 def test_the_numbers_of_a_folder(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only names of files are read: these are no images."""
     for split, count in (("train", 30), ("val", 6)):
@@ -37,6 +38,7 @@ def test_the_numbers_of_a_folder(
     assert "data.captions = 'yes'" in out  # the default objective reads them
     assert "9 of 8 images (3 an epoch" in out and "train/ is trained on, val/ is held out" in out
     assert "6 held out" in out and "assumed" not in out and "1,281,167" not in out
+    leave_out_estimates(monkeypatch)
     assert "data.captions = 'no'" in show_folder(tmp_path, capsys, "--config.objective.forms=mim")
     absent = show_folder(tmp_path / "absent", capsys)
     assert "absent' is not on this machine: 1000 categories" in absent

@@ -16,6 +16,7 @@ from m3i_jax.modes import MODES, evaluators, setup
 from m3i_jax.modes import compile as compile_mode
 from m3i_jax.modes import data as data_mode
 from tests import saved, toy
+from tests.quick_show import leave_out_estimates
 from tests.test_main import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -161,10 +162,14 @@ def test_a_run_that_is_there(
 
 
 def test_show_writes_nothing(
-    tmp_path: pathlib.Path, read_only: Callable, capsys: pytest.CaptureFixture[str]
+    tmp_path: pathlib.Path,
+    read_only: Callable,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read_only(tmp_path)
     arguments = ["--config", str(ROOT / "configs/quickstart.py"), *TINY, "--mode=show"]
     assert command.main([*arguments, "--workdir", str(tmp_path / "x")]) == 0
+    leave_out_estimates(monkeypatch)
     assert command.main([*arguments, "--workdir", "/proc/none/x"]) == 0
     assert command.main([*arguments, "--workdir", LONG]) == 2

@@ -11,6 +11,7 @@ from m3i_jax import schema, validation
 from m3i_jax.modes import setup as jobs
 from m3i_jax.training import scaling, trainer
 from tests import toy
+from tests.quick_show import leave_out_estimates
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SOURCES = {
@@ -163,6 +164,7 @@ def test_the_filled_values_are_not_warned_of() -> None:
 
 def test_show_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
+    leave_out_estimates(monkeypatch)
     spec = "configs/folder.py:path=/images,model=vit_tiny,batch_size=64,epochs=11"
     few = ["--config.data.size=6000", "--config.data.image_size=32", "--mode=show"]
     assert command.main(["--config", spec, *few]) == 0
