@@ -421,7 +421,7 @@ def chunk_rows(layer: Layer, x_BxHxWxC: jax.Array) -> float | None:
     leaves = jax.tree.leaves(layer.shapes(), is_leaf=lambda node: isinstance(node, tuple))
     if parallel.platform() != "tpu" or 4 * sum(map(math.prod, leaves)) > GRADIENTS:
         return None
-    return CHUNK / (x_BxHxWxC[0].size * x_BxHxWxC.dtype.itemsize)
+    return CHUNK / (math.prod(x_BxHxWxC.shape[1:]) * x_BxHxWxC.dtype.itemsize)
 
 
 def _norms_before(norms: Params, depth: int, every: int) -> tuple[Params, Params | None]:
