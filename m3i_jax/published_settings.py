@@ -349,7 +349,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "data.caption_length": 64,
         "data.vocabulary_size": 32_000,
         "model.encoder.positions": "learned",
-        "model.encoder.final_norm": True,
         "model.encoder.activation": "gelu_tanh",
         "model.encoder.drop_path": 0.0,
         "model.encoder.freeze_patch_embed": False,

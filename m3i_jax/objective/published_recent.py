@@ -211,8 +211,8 @@ RECENT: dict[str, PublishedMethod] = {
         ),
         left_out=(
             "Adafactor, text without a mask of its padding, an encoder without cls (the pooling"
-            " does not read it), an MLP after the pooling and an image feature that is its output"
-            " (here a linear map)"
+            " does not read it) and with a last norm (the pooling has its own), an MLP after the"
+            " pooling and an image feature that is its output (here a linear map)"
         ),
     ),
     # Cap and CapPa (arXiv 2306.07915, section 3; google-research/big_vision,
