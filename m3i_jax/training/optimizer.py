@@ -1,4 +1,4 @@
-"""The optimizer of a run as one named chain: balance -> clip -> the rule -> bounds -> start ->
+"""The optimizer of a run as one named chain: balance -> clip -> the rule -> start -> bounds ->
 target -> frozen -> snapshot -> teachers -> prototypes -> spikes, each where it is needed. Each link
 owns its statistics, so that the optimizer state has readable keys and holds everything that must
 survive a restart. Dense tasks have target and running after the rule."""
@@ -65,9 +65,9 @@ def build_optimizer(
         steps=steps,
         warmup=warmup,
         first=(("balance", balance.track_balance(config.objective.balance_decay)),),
+        held=targets.start_link(config, terms, steps),
         last=(
             ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
-            *targets.start_link(config, terms, steps),
             ("target", ema.track_target(_momentum(config.optim, steps), parts)),
             *([("frozen", hold_frozen(parts))] if has_frozen else []),
             *([("snapshot", _snapshot(config, steps))] if has_snapshot else []),
@@ -104,12 +104,13 @@ def build_chain(
     steps: int,
     warmup: int,
     first: Sequence[NamedLink] = (),
+    held: Sequence[NamedLink] = (),
     last: Sequence[NamedLink] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the named chain of any task for a run of `steps` optimizer steps: its `first` links,
-    clipping, the rule with learning rates by layer and decay by name, its `last` links, and the
-    window of spikes if they are skipped. `update` takes the keyword arguments that any link
-    knows."""
+    clipping, the rule with learning rates by layer and decay by name, its `held` links, which make
+    updates 0, its `last` links, and the window of spikes if they are skipped. `update` takes the
+    keyword arguments that any link knows."""
     o, e = config.optim, config.model.encoder
     rate = lr_schedule(o, steps=steps, warmup=warmup)
     prefixes: tuple[str, ...] = ("encoder/",) if e.freeze else ()
@@ -128,12 +129,14 @@ def build_chain(
         first_link = muon_or_adam(momentum=o.muon_momentum, rms=o.muon_rms, b1=o.b1, **of_adam)
         links = (first_link, *links[1:])
     rule: optax.GradientTransformation = optax.chain(*links, scale_by_lr_factor(config))
-    if o.rule == "schedule_free":
-        rule = schedule_free(rule, rate, b1=o.b1)
+    if o.rule == "schedule_free":  # what is held stays in z, too, or the average would move
+        rule = optax.chain(rule, *(transform for _, transform in held))
+        rule, held = schedule_free(rule, rate, b1=o.b1), ()
     return optax.named_chain(
         *first,
         ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
         (o.rule, rule),
+        *held,
         *last,
         *([("spikes", watch_spikes())] if o.skip_spikes else []),
     )
@@ -301,9 +304,10 @@ def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
     `optim.schedule`.
 
     cosine: from `lr` to `min_lr` (M3I Table 7). wsd: constant, then over the last `decay_share` of
-    the run linearly to `min_lr` (warm-up, stable, decay; Hu et al. 2024). constant: `lr`. steps: a
-    tenth from each of the shares `milestones` of the run on (detectron2). poly: linear to 0 at the
-    last step, from the second step after the warm-up (mmsegmentation).
+    the run, but not before the end of the warm-up, linearly to `min_lr` (warm-up, stable, decay; Hu
+    et al. 2024). constant: `lr`. steps: a tenth from each of the shares `milestones` of the run on
+    (detectron2). poly: linear to 0 at the last step, from the second step after the warm-up
+    (mmsegmentation).
 
     >>> rate = lr_schedule(schema.Optim(lr=1.0), steps=100, warmup=10)
     >>> [round(float(rate(k)), 4) for k in (0, 5, 10, 55, 100)]
@@ -326,8 +330,8 @@ def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
         elif optim.schedule == "constant":
             after = jnp.full_like(step, optim.lr)
         elif optim.schedule == "wsd":
-            length = float(max(round(optim.decay_share * steps), 1))
-            share = jnp.clip((step - (float(steps) - length)) / length, 0.0, 1.0)
+            first = max(steps - max(round(optim.decay_share * steps), 1), warmup)
+            share = jnp.clip((step - float(first)) / float(max(steps - first, 1)), 0.0, 1.0)
             after = optim.lr + (optim.min_lr - optim.lr) * share
         elif optim.schedule == "poly":
             left = float(max(steps - warmup - 2, 1))
