@@ -9,9 +9,11 @@ The letters a to l, ic and wsp use the recipe of the paper's ablations; a named 
 recipe with its published settings.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-from m3i_jax import published_settings
+from m3i_jax import published_settings, schema
 from m3i_jax.config import apply_overrides, default_config, rescale
 from m3i_jax.models import presets
 from m3i_jax.objective import terms
@@ -40,21 +42,29 @@ def get_config(
     names = tuple(terms.LETTERS.get(name, name) for name in form.split("+"))
     config.objective.forms = names
     config.train.epochs = 400.0  # M3I section 4.2
-    for name in names:
-        apply_overrides(
-            config,
-            [f"{key}={value}" for key, value in published_settings.SETTINGS.get(name, {}).items()],
-        )
+    published = {name: published_settings.SETTINGS.get(name, {}) for name in names}
+    for settings in published.values():
+        apply_overrides(config, [f"{key}={value}" for key, value in settings.items()])
     if epochs:
         config.train.epochs = epochs
-    config.optim.warmup_epochs = min(config.optim.warmup_epochs, 0.1 * config.train.epochs)
+    if epochs or not any("optim.warmup_epochs" in settings for settings in published.values()):
+        config.optim.warmup_epochs = min(config.optim.warmup_epochs, 0.1 * config.train.epochs)
     if tiny:
         _tiny(config)
+    patch = config.model.encoder.patch_size
+    config.data.small_views = tuple(_fit(view, patch) for view in config.data.small_views)
     rescale(config, batch_size or (64 if tiny else 4096))
     if tiny:
         config.optim.lr = 2e-3
         config.optim.ema = min(config.optim.ema, 0.98)  # for hundreds of steps
     return config
+
+
+def _fit(view: str, patch: int) -> str:
+    """Small views with sides of whole patches: 98 pixels instead of 96 for patches of 14."""
+    group = schema.parse_view_group(view)
+    size = max(1, round(group.size / patch)) * patch
+    return str(dataclasses.replace(group, size=size))
 
 
 def _tiny(config: ConfigDict) -> None:

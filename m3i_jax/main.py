@@ -28,9 +28,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from m3i_jax import config as configuration
-from m3i_jax import library_errors, privacy
+from m3i_jax import library_errors, privacy, schema
 from m3i_jax.errors import RunStopped, UserError, one_line, refuse_system_errors
-from m3i_jax.modes import MODES
+from m3i_jax.modes import FLAGS, MODES, refuse_missing, refuse_unread
 from m3i_jax.training import malloc
 from m3i_jax.version import __version__
 
@@ -100,94 +100,12 @@ def parser() -> Parser:
     parser.add_argument(
         "--process-id", default="", metavar="I", help="several hosts: index of this host, from 0"
     )
-    parser.add_argument(
-        "--allow-changes",
-        action="store_true",
-        help="train, compare: resume although the configuration or the data changed",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        default="",
-        metavar="PLACE",
-        help="eval: another run, one of its checkpoints, or a file that init_from accepts",
-    )
-    parser.add_argument(
-        "--data",
-        default="",
-        metavar="SOURCE",
-        help="eval: other data: a directory, a pattern of tar files, an entry of the mixture by"
-        " name, KIND:PATH, or shapes",
-    )
-    parser.add_argument(
-        "--untrained",
-        action="store_true",
-        help="eval: also evaluate the initial weights of the same network",
-    )
-    parser.add_argument(
-        "--topology",
-        default="",
-        metavar="NAME",
-        help="compile: target devices, such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8",
-    )
-    parser.add_argument(
-        "--memory",
-        default="",
-        metavar="GIB",
-        help="compile: memory per device; default: that of its kind",
-    )
-    parser.add_argument(
-        "--code",
-        action="store_true",
-        help="compile: for a TPU, generate code too, which takes ten times as long",
-    )
-    parser.add_argument(
-        "--largest-batch",
-        action="store_true",
-        help="compile: search for the largest batch that fits",
-    )
-    parser.add_argument(
-        "--suggest",
-        action="store_true",
-        help="compile: search for mesh, remat and microbatches that fit",
-    )
-    parser.add_argument(
-        "--kernels",
-        action="store_true",
-        help="profile: time and check every kernel of the train step, without data",
-    )
-    parser.add_argument(
-        "--format",
-        default="",
-        metavar="NAME",
-        help="export: timm, hf, stablehlo, npz or orbax; convert: array_record (default) or tar",
-    )
-    parser.add_argument("--out", default="", metavar="FILE", help="features: the npz file to write")
-    parser.add_argument(
-        "--shard",
-        default="",
-        metavar="I/N",
-        help="convert, index: write share I of N, from 0; /N: the I of a Slurm array or an indexed"
-        " Job",
-    )
-    parser.add_argument(
-        "--size",
-        default="",
-        metavar="PIXELS",
-        help="convert: scale larger images down to this shorter side",
-    )
-    parser.add_argument(
-        "--quality",
-        default="",
-        metavar="Q",
-        help="convert: encode every image again, as a JPEG of this quality (with --size alone: 90,"
-        " and images that are small enough keep their bytes)",
-    )
-    parser.add_argument(
-        "--engine",
-        default="",
-        metavar="NAME",
-        help="curate: local (processes of this machine) or ray (a cluster)",
-    )
+    for name, flag in FLAGS.items():
+        readers = ", ".join(reader for reader, mode in MODES.items() if name in mode.flags)
+        kind: dict[str, Any] = (
+            {"default": "", "metavar": flag.metavar} if flag.metavar else {"action": "store_true"}
+        )
+        parser.add_argument(_option(name), help=f"{readers}: {flag.text}", **kind)
     parser.add_argument("--version", action="version", version=f"m3i_jax {__version__}")
     return parser
 
@@ -230,9 +148,14 @@ def _process_start() -> float:
         return time.monotonic()
 
 
-def _run(arguments: Sequence[str], began: float) -> int:
-    if arguments[:1] == ["init"]:
-        return _init(arguments[1:])
+def _option(name: str) -> str:
+    """`--largest-batch` for `largest_batch`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(flags, assignments of --config.KEY=VALUE). Raises UserError for a flag that is unknown,
+    missing, or not of the mode, and for a working directory that cannot be one."""
     overrides = [a[len("--config.") :] for a in arguments if a.startswith("--config.")]
     flags, unknown = parser().parse_known_args(
         [a for a in arguments if not a.startswith("--config.")]
@@ -247,7 +170,8 @@ def _run(arguments: Sequence[str], began: float) -> int:
         raise UserError(f"{unknown[0]}: there is no such flag; {hint}")
     if flags.mode not in MODES:
         raise configuration.unknown_key_error(flags.mode, MODES, "--mode=", "mode")
-    if not flags.config and not MODES[flags.mode].of_run:
+    mode = MODES[flags.mode]
+    if not flags.config and not mode.of_run:
         raise UserError("--config: is missing; name a file, such as --config configs/quickstart.py")
     if not flags.workdir and flags.mode != "show":
         raise UserError(
@@ -265,57 +189,73 @@ def _run(arguments: Sequence[str], began: float) -> int:
             f"--workdir {flags.workdir}: {str(existing)!r} is not a directory; name one for the"
             " run, such as --workdir runs/first"
         )
-    mode = MODES[flags.mode]
-    foreign = {name for other in MODES.values() for name in other.flags} - set(mode.flags)
-    for name in sorted(foreign) + (
-        [] if mode.together or mode.shares else ["coordinator", "processes", "process_id"]
-    ):
+    of_hosts = [] if mode.together or mode.shares else ["coordinator", "processes", "process_id"]
+    for name in sorted(FLAGS.keys() - set(mode.flags)) + of_hosts:
         if getattr(flags, name):
-            raise UserError(f"--{name.replace('_', '-')}: does not belong to --mode={flags.mode}")
+            raise UserError(f"{_option(name)}: does not belong to --mode={flags.mode}")
     if not mode.settings and (flags.config or overrides):
         raise UserError(
             f"--config: does not belong to --mode={flags.mode}, which uses the saved settings;"
             " remove it"
         )
+    return flags, overrides
+
+
+def _settings(flags: argparse.Namespace, overrides: list[str]) -> schema.Config:
+    """The settings of a command, of its file or of the run in its working directory."""
     if flags.config:
         file = configuration.find_config_file(flags.config)
         found, file = configuration.describe_config_file(file), file.absolute()
         config = configuration.load_config(flags.config, overrides)
     else:
         config = configuration.load_from_workdir(flags.workdir, "--workdir")
-    if flags.data and "data" in mode.flags:
+    if flags.data:
         eval_data = importlib.import_module("m3i_jax.modes.eval_data")
         eval_data.use_data(config, flags.data, overrides)
     configuration.apply_overrides(config, overrides)
     settings = configuration.resolve(config)
-    mode.refuse(flags.mode, overrides, settings, flags.workdir or "")
+    refuse_missing(flags.mode, settings, flags.workdir or "")
+    refuse_unread(flags.mode, overrides, settings)
     if flags.config:
         configuration.reject_config_in_data(str(file), settings.data)
         if flags.process_id in ("", "0"):
             print(found, flush=True)
-    options = {name: getattr(flags, name) for name in mode.flags} | (
-        {"began": began} if mode.timed else {}
+    return settings
+
+
+def _start_hosts(
+    flags: argparse.Namespace, settings: schema.Config
+) -> contextlib.AbstractContextManager[None]:
+    """Connect the hosts of a run; returns the context that reports an error here to the others."""
+    from m3i_jax.parallel import distributed, heartbeat
+
+    processes = distributed.detect_processes(
+        flags.coordinator,
+        flags.processes,
+        flags.process_id,
+        environ=os.environ,
+        tpu=distributed.on_tpu(os.environ),
     )
+    distributed.start_distributed(
+        processes,
+        configuration.config_to_text(settings),
+        settings.parallel.mesh,
+        beat=settings.parallel.heartbeat,
+    )
+    return heartbeat.refuse_on_error()
+
+
+def _run(arguments: Sequence[str], began: float) -> int:
+    if arguments[:1] == ["init"]:
+        return _init(arguments[1:])
+    flags, overrides = _parse(arguments)
+    settings, mode = _settings(flags, overrides), MODES[flags.mode]
+    options = {name: getattr(flags, name) for name in mode.flags}
+    if mode.timed:
+        options["began"] = began
     if mode.shares:
         options["hosts"] = (flags.coordinator, flags.processes, flags.process_id)
-    error_guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if mode.together:
-        from m3i_jax.parallel import distributed, heartbeat
-
-        processes = distributed.detect_processes(
-            flags.coordinator,
-            flags.processes,
-            flags.process_id,
-            environ=os.environ,
-            tpu=distributed.on_tpu(os.environ),
-        )
-        distributed.start_distributed(
-            processes,
-            configuration.config_to_text(settings),
-            settings.parallel.mesh,
-            beat=settings.parallel.heartbeat,
-        )
-        error_guard = heartbeat.refuse_on_error()
+    error_guard = _start_hosts(flags, settings) if mode.together else contextlib.nullcontext()
     if mode.compiles:
         monitoring = importlib.import_module("m3i_jax.modes.monitoring")
         monitoring.enable_compilation_cache(pathlib.Path(flags.workdir))

@@ -69,6 +69,13 @@ def test_table_8() -> None:
     )
 
 
+def test_deep_vits_are_fine_tuned_as_mae_s() -> None:
+    """0.65 would leave the stem of a ViT-L a rate of 2e-5 of the head's."""
+    for model, rates in (("vit_l16", (0.75, 0.2)), ("vit_h14", (0.75, 0.3))):
+        cfg = on(scaling.IMAGENET, f"finetune.py:path=/images,model={model}")
+        assert (cfg.optim.layer_decay, cfg.model.encoder.drop_path) == rates
+
+
 def test_short_run_has_weak_augmentation() -> None:
     """6,000 images, 100 epochs: no mixup, CutMix, erasing and RandAugment, crops of at least half
     the image, and one learning rate for all layers."""
@@ -104,6 +111,7 @@ def test_model_is_taken_from_the_run(name: str, tmp_path: pathlib.Path) -> None:
     cfg = load(f"{name}:path=/images,from={tmp_path}")
     assert (cfg.model.encoder.width, cfg.model.encoder.depth, cfg.data.image_size) == (32, 2, 32)
     assert cfg.init_from == str(tmp_path) and cfg.optim.ema == 1.0
+    assert cfg.evaluate.query_limit == 50_000  # published accuracies are those of all
     with pytest.raises(UserError, match="give the workdir of a run"):
         load(f"{name}:from={tmp_path / 'nothing'}")
     with pytest.raises(UserError, match="did you mean from=|it takes"):
@@ -112,18 +120,20 @@ def test_model_is_taken_from_the_run(name: str, tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", ["finetune.py", "probe.py"])
 def test_model_is_taken_from_a_weights_file(name: str, tmp_path: pathlib.Path) -> None:
-    table = weights(ENCODERS["timm"], width=64, depth=2, heads=1, patch=8, grid=4)
+    table = weights(ENCODERS["timm"], width=128, depth=2, heads=2, patch=8, grid=4)
     tensor_files.write_safetensors(tmp_path / "vit.safetensors", table)
     cfg = load(f"{name}:path=/images,from={tmp_path / 'vit.safetensors'}")
     e = cfg.model.encoder
     assert (e.width, e.depth, e.heads, e.positions, cfg.data.image_size) == (
-        64,
+        128,
         2,
-        1,
+        2,
         "learned",
         32,
     )
     assert cfg.init.only == ("^encoder/",)
+    # matrix products as in any other run, and as many heads of a probe as the encoder has
+    assert (cfg.model.dtype, cfg.model.pool.heads) == ("bfloat16", 2)
 
 
 def test_another_image_size_keeps_the_position_grid(tmp_path: pathlib.Path) -> None:
@@ -201,3 +211,11 @@ def test_dino_on_published_data(recipe: str, strides: dict, head: int) -> None:
         p.removeprefix("head/").split("/classes")[0].removesuffix("/layers") for p in of_categories
     }
     assert found == parts
+
+
+@pytest.mark.parametrize("head", ["dino", "mask2former"])
+@pytest.mark.parametrize("size", [96, 512])
+def test_every_object_of_own_images_has_a_query(head: str, size: int) -> None:
+    config = load(f"detect.py:annotations=objects.json,head={head},image_size={size}")
+    queries = getattr(config.dense.detect, head).queries
+    assert config.dense.geometry.max_objects == min(100, queries)

@@ -7,8 +7,9 @@ head=mask2former as in Table 2.
 DIR is ADEChallengeData2016: images/{training,validation}/ and annotations/ alike. `from` is
 the working directory of a run or a weights file that `init_from` reads; without it, `model` is any
 ViT or InternImage preset. The published settings are those of mmsegmentation's MAE UperNet, whose
-recipe is the usual one of this table, and with head=mask2former those of InternImage-H; [R] marks
-them. That head on InternImage-H is trained with image_size=896,steps=80000.
+recipe is the usual one of this table, on an InternImage those of its repository, and with
+head=mask2former those of InternImage-H; [R] marks them. That head on InternImage-H is trained with
+image_size=896,steps=80000, UperNet on L and XL with image_size=640 and on H with 896.
 
 From a run of segmentation, as in the paper's Table 2 from COCO-Stuff, pyramid and head are taken,
 too, and only the classifiers restart. COCO-Stuff with maps in ADE20k's form (0 = unlabelled) is
@@ -29,9 +30,11 @@ from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
 from m3i_jax.evaluation.dense_recipes import (
+    InternImageRates,
     build_dense_encoder,
     continue_dense_run,
     map_blocks,
+    set_intern_image,
 )
 
 STEPS, BATCH = 160_000, 16  # [R]
@@ -40,6 +43,16 @@ WARMUP = 1499  # steps [R]
 IMAGE_SIZE = 512  # [R]
 
 SIDES = (768, 832, 896, 960, 1024)  # of Mask2Former's evaluation at several scales, over 896 [R]
+
+
+def _upernet_of_intern_image(config: ConfigDict, rates: InternImageRates) -> None:
+    """UperNet of InternImage's repository: its sizes from L on with a smaller rate and clipping."""
+    large = config.model.intern_image.width >= 160
+    config.dense.segment.width = 512  # [R]
+    config.dense.segment.test_whole = 32  # [R]
+    config.optim.lr *= 0.2 if large else 0.6  # [R]: 2e-5 and 6e-5
+    config.optim.layer_decay = rates.pixels  # [R]
+    config.optim.clip = 0.1 if large else 0.0  # [R]
 
 
 def _mask2former(config: ConfigDict, *, is_vit: bool, multi_scale: bool) -> None:
@@ -56,7 +69,8 @@ def _mask2former(config: ConfigDict, *, is_vit: bool, multi_scale: bool) -> None
             {"queries": 200, "heads": 32, "encoder_hidden": 4096, "hidden": 4096}  # [R]
         )
         optim.lr *= 0.1  # [R]
-        optim.layer_decay = 0.95  # [R]
+    elif not is_vit:
+        optim.layer_decay, optim.encoder_lr = 1.0, 0.1  # [R]: its authors
 
 
 def get_config(
@@ -145,6 +159,11 @@ def get_config(
     config.optim.layer_decay = 0.65  # [R]
     config.optim.clip = 0.0  # [R]
     config.evaluate.batch_size = batch_size
+    rates = set_intern_image(config)
+    if rates and head == "upernet":
+        _upernet_of_intern_image(config, rates)
+    elif not is_vit:
+        config.optim.layer_decay = rates.pixels if rates else 1.0  # [R] for InternImage-H
     if head == "mask2former":
         _mask2former(config, is_vit=is_vit, multi_scale=multi_scale)
     continue_dense_run(config, from_=from_, flag="configs/transfer/ade20k.py:from")

@@ -24,6 +24,7 @@ from m3i_jax.evaluation.dense_recipes import (
     continue_dense_run,
     global_blocks,
 )
+from m3i_jax.models import backbones
 
 SMALL = 512  # pixels below which strides, anchors and heads are small
 
@@ -117,7 +118,6 @@ def get_config(
         # to suppress. Every token is a query, up to 100.
         sides = [-(-size // stride) for stride in (4, 8, 16)]
         queries = min(100, sum(side**2 for side in sides))
-        config.dense.geometry.max_objects = min(config.dense.geometry.max_objects, queries)
         config.dense.detect.update({"strides": (4, 8, 16), "width": 64, "detections": 100})
         config.dense.detect.dino.update(
             {
@@ -163,7 +163,11 @@ def get_config(
     config.optim.weight_decay = 0.05
     config.optim.b2 = 0.999
     config.optim.clip = 1.0
-    config.optim.layer_decay = 0.8 if from_ and config.model.encoder.depth >= 12 else 1.0
+    if from_ and backbones.get_backbone(config.model).depth(config.model) >= 12:
+        config.optim.layer_decay = 0.8 if is_vit else 0.9  # an InternImage has 30 layers or more
     config.evaluate.batch_size = batch_size
     continue_dense_run(config, from_=from_, flag="configs/transfer/detect.py:from")
+    if head != "mask_rcnn":  # every object needs a query
+        queries = config.dense.detect[head].queries
+        config.dense.geometry.max_objects = min(config.dense.geometry.max_objects, queries)
     return config

@@ -39,6 +39,7 @@ LVIS = DetectionData(
         "detect.detections": 300,  # [R]
         "detect.candidates": 4096,
     },
+    large_buckets=(608, 1024, 800, 1344, 1024, 1728, 1216, 2016),  # [R]: 600 to 1,200 pixels
 )
 
 

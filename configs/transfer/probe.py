@@ -81,5 +81,6 @@ def get_config(
     config.optim.clip = 0.0  # [M]
     config.optim.ema = 1.0
     config.optim.ema_schedule = "constant"
+    config.evaluate.query_limit = 50_000  # [M]: all validation images of ImageNet
     config.evaluate.knn = False
     return config

@@ -23,6 +23,7 @@ from m3i_jax.evaluation.dense_recipes import (
     continue_dense_run,
     map_blocks,
 )
+from m3i_jax.models import backbones
 
 SMALL = 512  # pixels below which the head is small
 
@@ -133,7 +134,8 @@ def get_config(
     config.optim.weight_decay = 0.05
     config.optim.b2 = 0.999
     config.optim.clip = 1.0
-    config.optim.layer_decay = 0.8 if from_ and config.model.encoder.depth >= 12 else 1.0
+    if from_ and backbones.get_backbone(config.model).depth(config.model) >= 12:
+        config.optim.layer_decay = 0.8 if is_vit else 0.9  # an InternImage has 30 layers or more
     config.evaluate.batch_size = batch_size
     continue_dense_run(config, from_=from_, flag="configs/transfer/segment.py:from")
     return config

@@ -311,8 +311,8 @@ def augment(
       position: uint32 [B, 2], high and low word of the stream position of every sample; its draws
         depend on it, the seed and the view only.
       seed: of the run.
-      view: 0, the input view, or 1, the target view: selects the entry of the settings' pairs and
-        the stream of draws.
+      view: 0, the input view, 1, the target view, or a small view: selects the entry of the
+        settings' probabilities, which has to exist, and the stream of draws.
       settings: probabilities and ranges. An operation of probability 0 costs nothing.
 
     Returns:

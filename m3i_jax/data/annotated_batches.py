@@ -2,7 +2,7 @@
 its objects."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -299,13 +299,7 @@ def iterate_segment_batches(
         )
     limit = config.data.classes
     builder = SegmentBatchBuilder(
-        data=config.data,
-        seed=config.seed,
-        source=source,
-        rows=config.train.batch_size // hosts,
-        batch=config.train.batch_size,
-        first=_first(config, source, start, host, hosts),
-        geometry=config.dense.geometry,
+        **_builder_settings(config, source, start, host, hosts),
         classes=len(names) if limit < 0 else limit,
         map_classes=len(names),
     )
@@ -343,13 +337,7 @@ def iterate_detect_batches(
     if threshold := config.dense.geometry.repeat:
         source = repeat_rare(source, threshold)
     builder = DetectBatchBuilder(
-        data=config.data,
-        seed=config.seed,
-        source=source,
-        rows=config.train.batch_size // hosts,
-        batch=config.train.batch_size,
-        first=_first(config, source, start, host, hosts),
-        geometry=config.dense.geometry,
+        **_builder_settings(config, source, start, host, hosts),
         classes=pipeline.count_classes(config.data, source),
         masks=config.dense.detect.masks,
         rows_before=host * (config.train.batch_size // hosts),
@@ -389,8 +377,10 @@ def drop_without_objects(source: DataSource) -> DataSource:
     )
 
 
-def _first(config: schema.Config, source: DataSource, start: int, host: int, hosts: int) -> int:
-    """Returns the position of the first row of a host."""
+def _builder_settings(
+    config: schema.Config, source: DataSource, start: int, host: int, hosts: int
+) -> dict[str, Any]:
+    """What the builders of both tasks get: the settings, the source and the rows of a host."""
     batch = config.train.batch_size
     if batch % hosts or start < 0:
         raise ValueError(
@@ -398,7 +388,15 @@ def _first(config: schema.Config, source: DataSource, start: int, host: int, hos
         )
     if not len(source):
         raise UserError(f"{source.name} has no images to train on: add some, or hold less out")
-    return start + host * (batch // hosts)
+    return {
+        "data": config.data,
+        "seed": config.seed,
+        "source": source,
+        "rows": batch // hosts,
+        "batch": batch,
+        "first": start + host * (batch // hosts),
+        "geometry": config.dense.geometry,
+    }
 
 
 def _pad(target: np.ndarray, content: np.ndarray, value: int) -> None:

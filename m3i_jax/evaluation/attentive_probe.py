@@ -165,7 +165,7 @@ def measure(
     return run
 
 
-registry.register_builtin(
+registry.register_evaluator(
     registry.Evaluator(
         name="attentive",
         setting="attentive",

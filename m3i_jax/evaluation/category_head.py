@@ -46,9 +46,7 @@ def head_predictions(
       statistics_set: for a pooling with batch norm, the set whose mean and variance replace those
         of the batch; else "".
     """
-    logits = parallel.Program(
-        lambda params, x: m3i.category_logits(config, params, x), name="category_logits"
-    )
+    logits = parallel.Program(m3i.category_logits, name="category_logits")
 
     def run(context: EvalContext) -> tuple[Predictions, np.ndarray]:
         features = context(image_set)
@@ -97,7 +95,7 @@ def measure(
     return run
 
 
-registry.register_builtin(
+registry.register_evaluator(
     registry.Evaluator(
         name="direct",
         setting="direct",

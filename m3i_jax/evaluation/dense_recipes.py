@@ -19,6 +19,10 @@ from m3i_jax.models import backbones, presets
 from m3i_jax.training import checkpoint_dir
 
 WINDOW = 14  # side of ViTDet's windows in patches
+# Canvases of DINO's multi-scale training: short sides as in the references, and long sides of 5 : 3
+# up to the limit, so that few pixels are padding [C]. The references resize every image by itself.
+BUCKETS = (480, 800, 576, 960, 672, 1120, 800, 1344)
+LARGE_BUCKETS = (608, 1024, 1024, 1728, 1408, 2016, 1792, 2016)  # InternImage-H: 600 to 1,800
 _MASK2FORMER = tuple(
     f"mask2former.{name}"
     for name in (
@@ -197,6 +201,7 @@ class DetectionData:
       eval_images: images of an evaluation, at most.
       schedules: by the name of the head.
       settings: `dense.*` settings of the data set for all heads, such as repeats of images.
+      large_buckets: canvases of multi-scale training of an InternImage-H.
     """
 
     recipe: str
@@ -208,10 +213,69 @@ class DetectionData:
     eval_images: int
     schedules: Mapping[str, Schedule]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    large_buckets: tuple[int, ...] = LARGE_BUCKETS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InternImageRates:
+    """How InternImage's repository trains a size of it on dense tasks [R].
+
+    Attributes:
+      drop_path: rate of its last layer, rising linearly from 0; of detectors and segmenters.
+      boxes, pixels: layer decay of detectors with an FPN, and of segmenters.
+      queries: layer decay of DINO.
+    """
+
+    drop_path: float
+    boxes: float = 1.0
+    pixels: float = 1.0
+    queries: float = 0.9
+
+
+# By the channels of the first stage: T, S, B, L, XL, H, G. There is no published detector with an
+# FPN on H and G, and no DINO on S, B and XL; their layer decays are those of their neighbours [C].
+_INTERN_IMAGE = {
+    64: InternImageRates(drop_path=0.2),
+    80: InternImageRates(drop_path=0.3),
+    112: InternImageRates(drop_path=0.4),
+    160: InternImageRates(drop_path=0.4, boxes=0.94, pixels=0.94),
+    192: InternImageRates(drop_path=0.4, boxes=0.94, pixels=0.94),
+    320: InternImageRates(drop_path=0.5, boxes=0.94, pixels=0.95, queries=0.94),
+    512: InternImageRates(drop_path=0.5, boxes=0.94, pixels=0.95, queries=0.94),
+}
+
+
+def set_intern_image(config: ml_collections.ConfigDict) -> InternImageRates | None:
+    """Set drop path and the rate of DCNv3's offsets as InternImage's repository has them for dense
+    tasks, whatever its classifiers have.
+
+    Args:
+      config: changed in place, if the encoder is an InternImage.
+
+    Returns:
+      the rates of the largest published size that is not larger; None for another encoder, or one
+      smaller than all of these.
+    """
+    if config.model.backbone != "intern_image":
+        return None
+    config.optim.offset_lr = 1.0
+    sizes = [width for width in _INTERN_IMAGE if width <= config.model.intern_image.width]
+    if not sizes:
+        return None
+    rates = _INTERN_IMAGE[max(sizes)]
+    config.model.encoder.drop_path = rates.drop_path
+    config.model.encoder.drop_path_rule = "linear"
+    return rates
+
+
+def _vit_rates(config: ml_collections.ConfigDict) -> tuple[float, float]:
+    """(layer decay, drop path) of a ViT in ViTDet: of B, L and H by the number of blocks [R]."""
+    depth = config.model.encoder.depth
+    return (0.9, 0.5) if depth >= 32 else (0.8, 0.4) if depth >= 24 else (0.7, 0.1)
 
 
 def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
-    """Maps of a ViT, augmentation and schedule as in detectron2's project ViTDet, for a ViT-B."""
+    """Maps of a ViT, augmentation and schedule as in detectron2's project ViTDet."""
     if vit:
         config.dense.maps.update(
             {
@@ -221,7 +285,7 @@ def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool)
             }
         )
         config.model.encoder.final_norm = False  # [R]
-        config.model.encoder.drop_path = 0.1  # [R]
+        config.model.encoder.drop_path = _vit_rates(config)[1]  # [R]
         config.model.encoder.drop_path_rule = "linear"
     # Compiled for a v5e chip, a ViT-B at 1,024 pixels keeps all values of up to two images;
     # remat=names halves the memory of a step and moves more of it (tests/bench/README.md).
@@ -236,13 +300,18 @@ def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool)
 
 
 def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
-    """ViTDet's Mask R-CNN as in detectron2's project of that name, for a ViT-B. A ViT-L there takes
-    layer decay 0.8 and drop path 0.4."""
+    """ViTDet's Mask R-CNN as in detectron2's project of that name. On an InternImage, decays and
+    drop path are those of its own repository, images and schedule those of ViTDet [C]."""
     _vitdet(config, schedule, vit=vit)
+    config.optim.clip = 0.0  # [R]
+    if rates := set_intern_image(config):
+        config.optim.weight_decay = 0.05  # [R]
+        config.optim.decayed = "ranks"  # [R]
+        config.optim.layer_decay = rates.boxes  # [R]
+        return
     config.optim.weight_decay = 0.1  # [R]
     config.optim.decayed = "but_norms"  # [R]
-    config.optim.layer_decay = 0.7  # [R]
-    config.optim.clip = 0.0  # [R]
+    config.optim.layer_decay = _vit_rates(config)[0] if vit else 1.0  # [R]
 
 
 def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
@@ -265,7 +334,8 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
     if vit:
         config.optim.encoder_lr = 0.1  # [R]
         config.optim.layer_decay = 1.0  # [R]
-        config.optim.decayed = "but_norms"
+        config.optim.decayed = "but_norms"  # [R]
+        config.optim.warmup_steps = 0  # [R]
         return
     config.dense.detect.dino.update(
         {
@@ -275,8 +345,12 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
             "denoising": 1000 if _is_large(config) else 100,
         }  # [R]
     )
-    config.optim.layer_decay = 0.94 if _is_large(config) else 0.9  # [R]
+    rates = set_intern_image(config)
+    # [R]; in the files for two composed copies it is stated and has no effect: it goes by names
+    # that the copies do not have
+    config.optim.layer_decay = rates.queries if rates else 0.9
     config.optim.decayed = "ranks"  # [R]
+    config.optim.head_offset_lr = 1e-3 if _is_large(config) else 1.0  # [R]
     config.optim.warmup_steps = min(500, config.train.steps)  # [R]
 
 
@@ -298,35 +372,21 @@ def _mask2former(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: 
     config.dense.detect.mask2former.remat = True
     config.optim.weight_decay = 0.05  # [R]
     config.optim.clip = 0.01  # [R]
-    config.optim.warmup_steps = min(10, config.train.steps)  # [R]
+    config.optim.warmup_steps = 0  # [R]: its warm-up starts at the full rate
     config.optim.decayed = "but_norms"  # [R]
+    set_intern_image(config)
     config.optim.encoder_lr = 0.1  # [R]
     config.optim.layer_decay = 1.0  # [R]
 
 
-# Canvases of DINO's multi-scale training: short sides as in the references, and long sides of 5 : 3
-# up to the limit, so that few pixels are padding [C]. The references resize every image by itself.
-BUCKETS = (480, 800, 576, 960, 672, 1120, 800, 1344)
-LARGE_BUCKETS = (
-    608,
-    1024,
-    1024,
-    1728,
-    1408,
-    2016,
-    1792,
-    2016,
-)  # InternImage-H: 600 to 1,800, 2,000
-
-
-def _resize_to_buckets(config: ml_collections.ConfigDict) -> None:
+def _resize_to_buckets(config: ml_collections.ConfigDict, large_buckets: tuple[int, ...]) -> None:
     """Images of several static sizes, windows of half of them but for InternImage-H, and evaluation
     with the published limits of both sides."""
     large = _is_large(config)
     config.dense.geometry.update(
         {
             "rule": "buckets",
-            "buckets": LARGE_BUCKETS if large else BUCKETS,
+            "buckets": large_buckets if large else BUCKETS,
             "crop_p": 0.0 if large else 0.5,  # [R]
             "test_short": 1000 if large else 800,  # [R]
         }
@@ -396,6 +456,6 @@ def build_detection(
     config.dense.update_from_flattened_dict(data.settings)
     HEADS[head](config, schedule, vit=vit)
     if multi_scale:
-        _resize_to_buckets(config)
+        _resize_to_buckets(config, data.large_buckets)
     continue_dense_run(config, from_=from_, flag=flag)
     return config

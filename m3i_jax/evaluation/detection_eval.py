@@ -27,7 +27,13 @@ from m3i_jax.evaluation.detection_results import (
     to_xywh,
 )
 from m3i_jax.evaluation.feature_extraction import gather_from_hosts
-from m3i_jax.evaluation.registry import EvalContext, EvalInputs, Evaluator, Metric, register_builtin
+from m3i_jax.evaluation.registry import (
+    EvalContext,
+    EvalInputs,
+    Evaluator,
+    Metric,
+    register_evaluator,
+)
 
 PROTOCOLS = ("coco", "lvis")
 MOST = {"coco": 100, "lvis": 300}  # detections: per image and class; per image
@@ -329,14 +335,17 @@ def detections(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
 
 def _detect(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
     skipped: dict[str, int] = {}
-    own = []
+    own, known = [], np.arange(len(inputs.held_out.classes))
+    known[len(inputs.classes) :] = -1  # classes that the run does not predict
     predicted = annotated_inputs.predicted_images(
         inputs, context.params, annotated_inputs.queries(inputs), context.poll, skipped
     )
     for image in predicted:
-        fitted = image.fitted
+        fitted, objects = image.fitted, image.fitted.objects
         truth = detection_results.image_truth(
-            fitted.objects, record=image.index, size=fitted.original
+            None if objects is None else objects.relabel(known),
+            record=image.index,
+            size=fitted.original,
         )
         found = detection_results.original_detections(
             image.outputs, content=fitted.size, size=fitted.original
@@ -344,9 +353,7 @@ def _detect(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
         own.append(DetectionResult(truth, found))
     context.skipped.update(gather_from_hosts(skipped))
     results = detection_results.gather_results(own)
-    categories = dataclasses.replace(
-        detection_results.category_table(inputs.held_out), names=inputs.classes
-    )
+    categories = detection_results.category_table(inputs.held_out, inputs.classes)
     protocol = "lvis" if categories.frequency else "coco"
     kinds = ("bbox", "segm") if inputs.config.dense.detect.masks else ("bbox",)
     scores = {
@@ -365,4 +372,6 @@ def _build(inputs: EvalInputs) -> Metric:
     return measure
 
 
-register_builtin(Evaluator(name="detection", setting="detection", build=_build, tasks=("detect",)))
+register_evaluator(
+    Evaluator(name="detection", setting="detection", build=_build, tasks=("detect",))
+)

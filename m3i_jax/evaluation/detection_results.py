@@ -11,6 +11,7 @@ product from either side, of which only the rows and columns are computed that t
 
 import dataclasses
 import functools
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -201,18 +202,27 @@ def image_truth(objects: Objects | None, *, record: int, size: tuple[int, int]) 
     )
 
 
-def category_table(source: DataSource) -> CategoryTable:
+def category_table(source: DataSource, names: Sequence[str] | None = None) -> CategoryTable:
     """Returns the categories of a source, with the ids of its annotation file and LVIS's
-    frequencies where it has them."""
+    frequencies where it has them.
+
+    Args:
+      source: of annotated images.
+      names: of the classes that a run predicts; None: of the source. A class that the file does not
+        list gets the next free id.
+    """
     holder: Any = source
     while not hasattr(holder, "category_ids") and hasattr(holder, "source"):
-        holder = holder.source  # of a subset
+        holder = holder.source  # of a subset, or of one with other numbers of its classes
+    names, theirs = tuple(source.classes if names is None else names), tuple(holder.classes)
     ids, frequency = getattr(holder, "category_ids", ()), getattr(holder, "frequencies", ())
-    same = holder is source or tuple(holder.classes) == tuple(source.classes)
+    place = {name: i for i, name in enumerate(theirs)}
+    at = [i if theirs[i : i + 1] == (name,) else place.get(name) for i, name in enumerate(names)]
+    free = itertools.count(int(max(ids, default=0)) + 1)
     return CategoryTable(
-        names=tuple(source.classes),
-        ids=tuple(int(k) for k in ids) if same else (),
-        frequency=tuple(frequency) if same and all(frequency) else (),
+        names=names,
+        ids=tuple(next(free) if i is None else int(ids[i]) for i in at if len(ids)),
+        frequency=tuple("r" if i is None else frequency[i] for i in at if all(frequency or [0])),
     )
 
 

@@ -105,7 +105,7 @@ def measure(config: schema.Config) -> Metric:
     return run
 
 
-registry.register_builtin(
+registry.register_evaluator(
     registry.Evaluator(
         name="few_shot",
         title="few-shot",

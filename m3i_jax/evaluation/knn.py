@@ -130,7 +130,7 @@ def measure(config: schema.Config) -> Metric:
     return run
 
 
-registry.register_builtin(
+registry.register_evaluator(
     registry.Evaluator(
         name="knn",
         title="kNN",

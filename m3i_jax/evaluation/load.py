@@ -287,6 +287,7 @@ def build_encoder(
     config: ml_collections.ConfigDict, path: str, flag: str
 ) -> ml_collections.ConfigDict:
     """Set up a run that starts from other weights: their model and preprocessing, and `init_from`.
+    A file states no precision of the matrix products, and so that of the recipe stays.
 
     Args:
       config: settings of the run, changed in place.
@@ -295,8 +296,10 @@ def build_encoder(
     Returns:
       the settings of the weights.
     """
-    source = settings_of_weights(path, flag)
+    source, dtype = settings_of_weights(path, flag), config.model.dtype
     config.model.update(source.model)
+    if not checkpoint_dir.is_run(path):
+        config.model.dtype = dtype
     _copy_preprocessing(config, source)
     config.init_from, config.init.only = path, ("^encoder/",)
     return source
@@ -330,7 +333,7 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
             for name in ("backbone", "scan", "encoder", *backbones.section_names())
         }
     )
-    out.model.pool.heads = 1  # divides any width; a file has no trained pooling
+    out.model.pool.heads = source.model.pool.heads
     _copy_preprocessing(out, source)
     return configuration.resolve(out)
 
@@ -366,11 +369,7 @@ def _described(
             f"{flag}: {path}: is neither a supported vision transformer nor one of"
             f" {', '.join(sizes)} ({source.name}); m3i_jax can read its arrays, but not run it"
         )
-    stored["heads"] = (
-        heads
-        or stored.get("heads")
-        or (16 if stored["width"] == 1280 else max(1, stored["width"] // 64))
-    )
+    stored["heads"] = heads or weight_source.encoder_heads(stored)
     config.model.encoder.update(
         {name: stored[name] for name in config.model.encoder if name in stored}
     )
@@ -381,7 +380,9 @@ def _described(
             if name in stored
         }
     )
-    config.model.update({"dtype": "float32", "pool": {"heads": 1}})
+    # a file has no trained pooling; those of probes have the encoder's heads
+    pool_heads = stored["heads"] if stored["width"] % stored["heads"] == 0 else 1
+    config.model.update({"dtype": "float32", "pool": {"heads": pool_heads}})
     config.data.image_size = stored["image_size"]
     config.data.augment.update({name: stored[name] for name in ("mean", "std") if name in stored})
     if task := next((name for name in ("detect", "segment") if name in stored), ""):

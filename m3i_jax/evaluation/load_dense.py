@@ -82,7 +82,7 @@ class LoadedDense:
     @functools.cached_property
     def function(self) -> Callable[..., dict[str, jax.Array]]:
         """The compiled function (params, images uint8 [B, S, S, 3], sizes int32 [B, 2]) ->
-        predictions; see `Task.predict`."""
+        predictions; see `DenseTask.predict`."""
         task = self.task
 
         def predict(params: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:

@@ -153,7 +153,7 @@ def measure() -> Metric:
     return run
 
 
-registry.register_builtin(
+registry.register_evaluator(
     registry.Evaluator(
         name="linear",
         setting="linear",

@@ -124,8 +124,9 @@ _EVALUATORS: dict[str, Evaluator] = {}
 
 
 def register_evaluator(evaluator: Evaluator) -> None:
-    """Add an evaluator to the registry. One of the same name from outside the package is replaced,
-    so that a cell of a notebook can run twice.
+    """Add an evaluator to the registry; the package calls it at the end of each evaluator's file.
+    One of the same name from outside the package is replaced, so that a cell of a notebook can run
+    twice.
 
     Raises:
       ValueError: the name is empty or that of a built-in evaluator; a need that does not exist; a
@@ -135,16 +136,8 @@ def register_evaluator(evaluator: Evaluator) -> None:
     Traceback (most recent call last):
     ValueError: evaluator toy: unknown needs boxes; known are labels, names, captions, category_head, text_tower, classifier
     """  # noqa: E501
-    _load_builtin()
-    _add(evaluator)
-
-
-def register_builtin(evaluator: Evaluator) -> None:
-    """Add an evaluator of the package; called once, at the end of its file."""
-    _add(evaluator)
-
-
-def _add(evaluator: Evaluator) -> None:
+    if not _is_builtin(evaluator):
+        _load_builtin()
     name, owned = evaluator.name, _EVALUATORS.get(evaluator.name)
     if not name:
         raise ValueError("an evaluator needs a name")

@@ -172,7 +172,7 @@ def measure(
     return run
 
 
-registry.register_builtin(
+registry.register_evaluator(
     registry.Evaluator(
         name="retrieval",
         setting="retrieval",

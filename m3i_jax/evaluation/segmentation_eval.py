@@ -13,7 +13,13 @@ from m3i_jax import parallel
 from m3i_jax.data import annotated_eval
 from m3i_jax.evaluation import annotated_inputs, sliding_windows
 from m3i_jax.evaluation.feature_extraction import gather_from_hosts
-from m3i_jax.evaluation.registry import EvalContext, EvalInputs, Evaluator, Metric, register_builtin
+from m3i_jax.evaluation.registry import (
+    EvalContext,
+    EvalInputs,
+    Evaluator,
+    Metric,
+    register_evaluator,
+)
 from m3i_jax.objective.segmentation_scores import miou
 
 
@@ -231,6 +237,6 @@ def _build(inputs: EvalInputs) -> Metric:
     return measure
 
 
-register_builtin(
+register_evaluator(
     Evaluator(name="segmentation", setting="segmentation", build=_build, tasks=("segment",))
 )

@@ -97,8 +97,10 @@ def resize_rule(
 ) -> tuple[Callable[[Size, float], Size], Callable[[np.ndarray, Size], np.ndarray]]:
     """Returns (size_of, resize) of `class_maps` as the run's training resizes images, without the
     random factor: to dense.geometry.long and short for the rule "range", to a long side of
-    data.image_size for the rule "jitter"; each times the scale and rounded down. With
-    `dense.segment.test_whole`, the sides are then rounded up to its multiples.
+    data.image_size for the rule "jitter"; each times the scale and rounded down. For the rule
+    "range" no scale makes the short side smaller than a window (mmsegmentation's ViTs), unless that
+    of scale 1 is. With `dense.segment.test_whole`, there are no windows, and the sides are then
+    rounded up to its multiples.
 
     >>> size_of, resize = resize_rule(schema.Config())
     >>> size_of((480, 640), 1.0), resize(np.zeros((480, 640, 3), np.uint8), (168, 224)).shape
@@ -107,9 +109,12 @@ def resize_rule(
     rule = config.dense.geometry
     smooth = rule.rule == "jitter"
     long, short = (config.data.image_size,) * 2 if smooth else (rule.long, rule.short)
-    multiple = max(1, config.dense.segment.test_whole)
+    whole = config.dense.segment.test_whole
+    multiple = max(1, whole)
+    least = 0.0 if smooth or whole else min(1.0, config.data.image_size / short)
 
     def size_of(size: Size, scale: float) -> Size:
+        scale = max(scale, least)
         height, width = geometry.range_sides(*size, int(long * scale), int(short * scale))
         return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 

@@ -200,7 +200,7 @@ def measure(prompts: ClassPrompts, *, image_set: str = "queries") -> Metric:
     return run
 
 
-registry.register_builtin(
+registry.register_evaluator(
     registry.Evaluator(
         name="zero_shot",
         title="zero-shot",

@@ -40,6 +40,8 @@ class Backbone:
       depth(model): number of layers L, for stochastic depth.
       layers_above(model, path): layers above a parameter, for layer-wise learning rates: a number,
         or one per layer of a stacked parameter.
+      map_layers_above: the same for dense tasks, with the head as the uppermost layer. None: there
+        is no difference.
       describe(model): a few words for reports.
       stages(model, params, images_BxHxWx3, *, maps, size, keep_BxLx2, before): maps for dense
         tasks, a tuple of [B, H / stride, W / stride, C], of normalised images of any height and
@@ -93,6 +95,7 @@ class Backbone:
     depth: Callable[[schema.Model], int]
     layers_above: Callable[[schema.Model, str], int | np.ndarray]
     describe: Callable[[schema.Model], str]
+    map_layers_above: Callable[[schema.Model, str], int | np.ndarray] | None = None
     stages: Callable[..., tuple[jax.Array, ...]] | None = None
     copies: Callable[..., tuple[tuple[jax.Array, ...], ...]] | None = None
     map_strides: Callable[[schema.Model, schema.Maps], tuple[int, ...]] | None = None

@@ -102,7 +102,8 @@ def compose(backbone: Backbone, maps: schema.Maps, *, size: int) -> Backbone:
     def layers_above(model: schema.Model, path: str) -> int | np.ndarray:
         if path.startswith(("links/", "gamma/")):
             return 0
-        return backbone.layers_above(model, path.removeprefix(SECOND))
+        above = backbone.map_layers_above or backbone.layers_above
+        return above(model, path.removeprefix(SECOND))
 
     return dataclasses.replace(
         backbone,
@@ -111,6 +112,7 @@ def compose(backbone: Backbone, maps: schema.Maps, *, size: int) -> Backbone:
         stages=lambda *args, **settings: copies(*args, **settings)[1],
         copies=copies,
         layers_above=layers_above,
+        map_layers_above=None,
         describe=lambda model: f"two composed copies of {backbone.describe(model)}",
         map_parameters=(*backbone.map_parameters, SECOND, "links/", "gamma/"),
     )

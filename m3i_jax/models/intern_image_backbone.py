@@ -140,6 +140,22 @@ def _layers_above(model: schema.Model, path: str) -> int | np.ndarray:
     return int(total - 1 - first[stage + 1]) if stage < 3 else 0
 
 
+def _map_layers_above(model: schema.Model, path: str) -> int | np.ndarray:
+    """As InternImage's detectors and segmenters are trained, which count by names: the head is the
+    uppermost layer, the stem is two below the first layer; the last stage's norm counts with the
+    first of its layers, and the norms between layers with as many layers of the stage as they are
+    norms."""
+    net = model.intern_image
+    total, first = sum(net.depths), np.cumsum([0, *net.depths])
+    if path.startswith("stem/"):
+        return total + 1
+    if path.startswith("stage2/extra_norms/"):
+        return total - first[2] - np.arange(net.depths[2] // net.extra_norm)
+    if path.startswith("stage3/norm/"):
+        return int(total - first[3])
+    return _layers_above(model, path) + bool(re.match(r"stage\d/(layers|down|norm)/", path))
+
+
 def _require(condition: bool, key: str, value: object, why: str) -> None:
     if not condition:
         raise UserError(f"config.model.{key}: {value!r} {why}")
@@ -302,6 +318,7 @@ INTERN_IMAGE = Backbone(
     apply=_apply,
     depth=lambda model: sum(model.intern_image.depths),
     layers_above=_layers_above,
+    map_layers_above=_map_layers_above,
     describe=lambda model: (
         f"InternImage of {'+'.join(map(str, model.intern_image.depths))} layers from"
         f" {model.intern_image.width} channels"

@@ -1,10 +1,12 @@
 """One layer of InternImage: DCNv3 with its projections, then an MLP, each a residual branch whose
 norms depend on the variant.
 
-B images, H W size of the map, C channels, G groups, P points, F hidden width of the MLP, L layers.
+B images, H W size of the map, R = B H W rows, C channels, G groups, P points, F hidden width of the
+MLP, L layers.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,10 +20,12 @@ from m3i_jax.models import depthwise_gpu
 from m3i_jax.models.cpu_codegen import fusion_barrier, matmul
 from m3i_jax.models.dcnv3 import dcnv3
 from m3i_jax.models.layers import Params, gelu, layer_norm
-from m3i_jax.models.scan_blocks import split_blocks, with_remat
+from m3i_jax.models.scan_blocks import chunk_count, deal_rows, join_rows, split_blocks, with_remat
 
 _POINTS = 9
 SMALL = 16  # cells; smaller maps are convolved as a product of patches
+CHUNK = 3 * 2**20  # bytes of a map; a chunk of images has about as many
+GRADIENTS = 96 * 2**20  # bytes, of the 128 MiB of VMEM of a v5e or v6e
 
 
 def dense_layer(params: Params, x_xC: jax.Array, out: Any = None) -> jax.Array:
@@ -254,20 +258,19 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
     >>> y[0, :, :, 0].round(3).tolist()
     [[0.444..., 0.667..., 0.444...], [0.667..., 1.0, 0.667...], [0.444..., 0.667..., 0.444...]]
     """
-    wide = jnp.float32
-    v_BxHxWxC = checkpoint_name(dense_layer(params["input"], x_BxHxWxC), "qkv")
-    h = gelu(
-        norm_layer(
-            params["norm"],
-            depthwise(x_BxHxWxC, params["depthwise"]["kernel"], params["depthwise"]["bias"]),
-        )
-    )
+    wide, (b, height, width, c) = jnp.float32, x_BxHxWxC.shape
+    # Rows of one matrix between the products: with the axes of the map, a TPU would put them where
+    # the convolution wants them, and move every array twice.
+    x_RxC = x_BxHxWxC.reshape(-1, c)
+    v_RxC = checkpoint_name(dense_layer(params["input"], x_RxC), "qkv")
+    local = depthwise(x_BxHxWxC, params["depthwise"]["kernel"], params["depthwise"]["bias"])
+    h = gelu(norm_layer(params["norm"], local.reshape(-1, c)))
     # The names of `scan_blocks.NAMES`, by the counterpart in attention: inputs of the operator are
     # qkv, its output is attended.
     offset = checkpoint_name(dense_layer(params["offsets"], h, wide), "qkv")
     logits = checkpoint_name(dense_layer(params["mask"], h, wide), "qkv")
     # Cells as one axis: a TPU would otherwise put rows of twelve along lanes of 128.
-    (b, height, width, _), groups = x_BxHxWxC.shape, (layer.groups, _POINTS)
+    groups = (layer.groups, _POINTS)
     offset = (
         offset.reshape(b, -1, layer.groups, 2, _POINTS)
         .swapaxes(-1, -2)
@@ -275,19 +278,24 @@ def dcn(layer: Layer, params: Params, x_BxHxWxC: jax.Array, method: str = "auto"
     )
     mask = jax.nn.softmax(logits.reshape(b, -1, *groups)).reshape(b, height, width, *groups)
     y = dcnv3(
-        v_BxHxWxC, offset, mask, groups=layer.groups, offset_scale=layer.offset_scale, method=method
+        v_RxC.reshape(x_BxHxWxC.shape),
+        offset,
+        mask,
+        groups=layer.groups,
+        offset_scale=layer.offset_scale,
+        method=method,
     )
-    y = checkpoint_name(y, "attended")
+    y = checkpoint_name(y.reshape(-1, c), "attended")
     if layer.center_scale:
         share = jax.nn.sigmoid(
             checkpoint_name(dense_layer(params["center"], h, wide), "qkv")
         ).astype(y.dtype)
         # The share of its group for every channel, as a product with ones: a broadcast would need a
         # change of layout.
-        spread = np.repeat(np.eye(layer.groups, dtype=y.dtype), y.shape[-1] // layer.groups, 1)
+        spread = np.repeat(np.eye(layer.groups, dtype=y.dtype), c // layer.groups, 1)
         share = jnp.dot(share, spread, precision=jax.lax.Precision.HIGHEST)
-        y = y * (1 - share) + v_BxHxWxC * share
-    return dense_layer(params["output"], y)
+        y = y * (1 - share) + v_RxC * share
+    return dense_layer(params["output"], y).reshape(x_BxHxWxC.shape)
 
 
 def apply(
@@ -306,25 +314,28 @@ def apply(
     (1, 2, 2, 4)
     """
 
-    def branch(x: jax.Array, which: int) -> jax.Array:
+    size, shape = x_BxHxWxC[0, ..., 0].size, x_BxHxWxC.shape
+
+    def branch(x_RxC: jax.Array, which: int) -> jax.Array:
         name = f"norm{which + 1}"
-        y = x if layer.norm == "post" else norm_layer(params[name], x)
+        y = x_RxC if layer.norm == "post" else norm_layer(params[name], x_RxC)
         if which == 0:
-            y = checkpoint_name(dcn(layer, params["dcn"], y, method), "branch")
+            y = dcn(layer, params["dcn"], y.reshape(shape), method).reshape(x_RxC.shape)
         else:
             y = gelu(checkpoint_name(dense_layer(params["mlp"]["fc1"], y), "fc1"))
-            y = checkpoint_name(dense_layer(params["mlp"]["fc2"], y), "branch")
+            y = dense_layer(params["mlp"]["fc2"], y)
+        y = checkpoint_name(y, "branch")
         if layer.norm != "pre":
             y = norm_layer(params[name if layer.norm == "post" else f"res_{name}"], y)
         if layer.layer_scale:
             y = y * params[f"gamma{which + 1}"].astype(y.dtype)
         if keep_Bx2 is None:
-            return x + y
+            return x_RxC + y
         # in float32: 1 / (1 - p) rounded to bfloat16 would scale every kept branch
-        keep = keep_Bx2[:, which, None, None, None].astype(jnp.float32)
-        return (x.astype(jnp.float32) + keep * y.astype(jnp.float32)).astype(x.dtype)
+        keep = jnp.repeat(keep_Bx2[:, which].astype(jnp.float32), size)[:, None]
+        return (x_RxC.astype(jnp.float32) + keep * y.astype(jnp.float32)).astype(x_RxC.dtype)
 
-    return branch(branch(x_BxHxWxC, 0), 1)
+    return branch(branch(x_BxHxWxC.reshape(-1, shape[-1]), 0), 1).reshape(shape)
 
 
 def run_layers(
@@ -357,44 +368,70 @@ def run_layers(
     (1, 2, 2, 4)
     """
     depth = jax.tree.leaves(stacked)[0].shape[0]
-    layers = (stacked, None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1))
+    keep_LxBx2 = None if keep_BxLx2 is None else keep_BxLx2.swapaxes(0, 1)
+    norms, last = (None, None) if extra_norms is None else _norms_before(extra_norms, depth, every)
+    at_once = None if remat == "none" else chunk_rows(layer, x_BxHxWxC)
 
     def rows(
-        gather: Callable[[Any], Any], stacked: Params, x: jax.Array, keep_LxBx2: Any, _: Any
+        gather: Callable[[Any], Any], trees: Any, x: jax.Array, keep_LxBx2: Any, _: Any
     ) -> jax.Array:
+        count = chunk_count(x.shape[0], at_once) if at_once else 1
+        x, keep_LxPxBx2 = deal_rows(x, count), deal_rows(keep_LxBx2, count, 1)
+
+        def call(params: Any, x: jax.Array, keep_Bx2: Any) -> jax.Array:
+            own, norm = params
+            if norm is not None:
+                x = jnp.where(norm["here"] > 0, norm_layer(norm, x), x)
+            return apply(layer, own, x, keep_Bx2, method)
+
         def one(x: jax.Array, some: Any) -> jax.Array:
-            return apply(layer, gather(some[0]), x, some[1], method)
+            params, keep = gather(some[0]), some[1]
+            if count == 1:
+                return call(params, x, keep)
+            # in float32, so that the gradients of the chunks are added in it
+            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+            part = with_remat(lambda *chunk: call(params, *chunk), remat, scan=True)
+            return jax.lax.map(lambda chunk: part(*chunk), (x, keep))
 
         step = with_remat(one, remat, scan=scan, keep_gathered=keep_gathered)
+        layers = (trees, keep_LxPxBx2)
         if scan:
-            return jax.lax.scan(lambda x, some: (step(x, some), None), x, (stacked, keep_LxBx2))[0]
-        for some in split_blocks((stacked, keep_LxBx2), [1] * jax.tree.leaves(stacked)[0].shape[0]):
+            x, _ = jax.lax.scan(lambda x, some: (step(x, some), None), x, layers)
+            return join_rows(x, count)
+        for some in split_blocks(layers, [1] * depth):
             x = step(x, jax.tree.map(lambda leaf: leaf[0], some))
-        return x
+        return join_rows(x, count)
 
-    def run(x: jax.Array, some: Any) -> jax.Array:
-        return parallel.with_fsdp_gather(rows, some[0], x, some[1], dtype=x.dtype, stacked=True)
-
-    if extra_norms is None:
-        return run(x_BxHxWxC, layers)
-    groups = depth // every
-
-    def group(x: jax.Array, some: Any) -> jax.Array:
-        return norm_layer(some[1], run(x, some[0]))
-
-    grouped_layers = groups * every
-    parts = (
-        split_blocks(layers, [grouped_layers, depth - grouped_layers])
-        if grouped_layers < depth
-        else [layers]
+    x_BxHxWxC = parallel.with_fsdp_gather(
+        rows, (stacked, norms), x_BxHxWxC, keep_LxBx2, dtype=x_BxHxWxC.dtype, stacked=True
     )
-    grouped = (
-        jax.tree.map(lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), parts[0]),
-        extra_norms,
-    )
-    if scan:
-        x_BxHxWxC, _ = jax.lax.scan(lambda x, some: (group(x, some), None), x_BxHxWxC, grouped)
-    else:
-        for some in split_blocks(grouped, [1] * groups):
-            x_BxHxWxC = group(x_BxHxWxC, jax.tree.map(lambda leaf: leaf[0], some))
-    return run(x_BxHxWxC, parts[1]) if grouped_layers < depth else x_BxHxWxC
+    return x_BxHxWxC if last is None else norm_layer(last, x_BxHxWxC)
+
+
+def chunk_rows(layer: Layer, x_BxHxWxC: jax.Array) -> float | None:
+    """Images that a layer which recomputes takes at once; None: all.
+
+    On a TPU as many as have a map of CHUNK bytes: what is computed between the products then stays
+    in the chip's scratchpad, with the gradients of the weights, which all chunks add to. Memory
+    sees the stream between layers, and the weights once a chunk. Gradients that the scratchpad
+    cannot hold would be read and written for every chunk.
+
+    >>> chunk_rows(Layer(8, 1, "pre", 0.0, 1.0, 3, False, 32), jnp.zeros((4, 2, 2, 8)))  # a CPU
+    """
+    leaves = jax.tree.leaves(layer.shapes(), is_leaf=lambda node: isinstance(node, tuple))
+    if parallel.platform() != "tpu" or 4 * sum(map(math.prod, leaves)) > GRADIENTS:
+        return None
+    return CHUNK / (math.prod(x_BxHxWxC.shape[1:]) * x_BxHxWxC.dtype.itemsize)
+
+
+def _norms_before(norms: Params, depth: int, every: int) -> tuple[Params, Params | None]:
+    """The norm before each layer, [L, ...], with `here`, 1 where there is one and else 0; and that
+    after the last layer, if there is one. (A scan of scans would copy what the inner ones keep.)"""
+    places = np.arange(every, depth, every)[: len(norms["scale"])]
+    before = {
+        name: jnp.ones((depth, *leaf.shape[1:]), leaf.dtype).at[places].set(leaf[: len(places)])
+        for name, leaf in norms.items()
+    }
+    before["here"] = jnp.zeros(depth).at[places].set(1)
+    over = len(norms["scale"]) > len(places)
+    return before, jax.tree.map(lambda leaf: leaf[-1], norms) if over else None

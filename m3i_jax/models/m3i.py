@@ -140,8 +140,7 @@ def init(
 
 
 def _scalars(term: Term) -> dict[str, jax.Array]:
-    values = getattr(term.posterior, "scalars", {})
-    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+    return {name: jnp.asarray(v, jnp.float32) for name, v in term.posterior.scalars.items()}
 
 
 def text_log_scale(params: Params) -> jax.Array:
@@ -312,7 +311,7 @@ def encode(
     return backbone.apply(model, encoder, patches_BxNxP, grid=grid, **settings)
 
 
-def category_logits(config: schema.Config, params: Params, pooled_BxW: jax.Array) -> jax.Array:
+def category_logits(params: Params, pooled_BxW: jax.Array) -> jax.Array:
     """Returns logits [B, C] of the category posterior, float32: rounded logits would round the loss
     (M3I section 3.4).
 
@@ -320,7 +319,7 @@ def category_logits(config: schema.Config, params: Params, pooled_BxW: jax.Array
     >>> config = schema.Config()
     >>> make = lambda key: init(config, key, FORMS["supervised"], classes=10, vocabulary=0)
     >>> shapes, pooled = jax.eval_shape(make, jax.random.key(0)), jnp.zeros((3, 768))
-    >>> jax.eval_shape(lambda p: category_logits(config, p, pooled), shapes).shape
+    >>> jax.eval_shape(lambda p: category_logits(p, pooled), shapes).shape
     (3, 10)
     """
     return _category(params["category"]["bias"].shape[-1]).apply(

@@ -1,4 +1,4 @@
-"""RMS norm, and the choice of the norm of a tower. Layer and batch norm are in `layers`."""
+"""RMS norm. Layer and batch norm, and the choice of a tower's norm, are in `layers`."""
 
 import functools
 from typing import Any

@@ -15,7 +15,7 @@ class Mode(NamedTuple):
 
     Attributes:
       text: a line for --help.
-      flags: flags of this mode, passed to its `run`.
+      flags: those of `FLAGS` that it has.
       of_run: uses the settings of the run in WORKDIR and needs no --config.
       settings: accepts settings.
       together: runs on all hosts; the others run on one.
@@ -36,15 +36,51 @@ class Mode(NamedTuple):
     compiles: bool = False
     reads: tuple[str, ...] = ()
 
-    def refuse(
-        self, name: str, overrides: Iterable[str], config: schema.Config, workdir: str
-    ) -> None:
-        """Refuse mistakes that can be detected without data and without JAX: see `refuse_unread`
-        and `refuse_missing`."""
-        refuse_missing(name, config, workdir)
-        refuse_unread(name, overrides, config)
+
+class Flag(NamedTuple):
+    """A flag of some modes, which pass it to their `run`.
+
+    Attributes:
+      metavar: its value in --help; "": it has none, and `run` gets a bool.
+      text: a line for --help, after the names of the modes.
+    """
+
+    metavar: str
+    text: str
 
 
+FLAGS = {
+    "allow_changes": Flag("", "resume although the configuration or the data changed"),
+    "checkpoint": Flag(
+        "PLACE", "another run, one of its checkpoints, or a file that init_from accepts"
+    ),
+    "data": Flag(
+        "SOURCE",
+        "other data: a directory, a pattern of tar files, an entry of the mixture by name,"
+        " KIND:PATH, or shapes",
+    ),
+    "untrained": Flag("", "also evaluate the initial weights of the same network"),
+    "topology": Flag("NAME", "target devices, such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8"),
+    "memory": Flag("GIB", "memory per device; default: that of its kind"),
+    "code": Flag("", "for a TPU, generate code too, which takes ten times as long"),
+    "largest_batch": Flag("", "search for the largest batch that fits"),
+    "suggest": Flag("", "search for mesh, remat and microbatches that fit"),
+    "kernels": Flag("", "time and check every kernel of the train step, without data"),
+    "format": Flag(
+        "NAME", "timm, hf, stablehlo, npz or orbax; of convert array_record (default) or tar"
+    ),
+    "out": Flag("FILE", "the npz file to write"),
+    "shard": Flag(
+        "I/N", "write share I of N, from 0; /N: the I of a Slurm array or an indexed Job"
+    ),
+    "size": Flag("PIXELS", "scale larger images down to this shorter side"),
+    "quality": Flag(
+        "Q",
+        "encode every image again, as a JPEG of this quality (with --size alone: 90, and images"
+        " that are small enough keep their bytes)",
+    ),
+    "engine": Flag("NAME", "local (processes of this machine) or ray (a cluster)"),
+}
 _DATA = tuple(
     f"data.{name}"
     for name in (

@@ -97,7 +97,7 @@ def _draw_detections(
     )
     _write(writer, "confusion", confusion)
     write_results(
-        writer.job.workdir, results, evaluation.categories, inputs.config.dense.detect.masks
+        writer.setup.workdir, results, evaluation.categories, inputs.config.dense.detect.masks
     )
     by_image = {result.image: result for result in results}
     precisions = dict(detection_errors.image_precisions(results))
@@ -183,6 +183,6 @@ for _name, _task, _build in (
     ("detection_figures", "detect", _build_detection),
     ("segmentation_figures", "segment", _build_segmentation),
 ):
-    registry.register_builtin(
+    registry.register_evaluator(
         registry.Evaluator(name=_name, setting=_name, build=_build, tasks=(_task,), last_only=True)
     )

@@ -25,9 +25,8 @@ from m3i_jax import parallel, published_settings, run_files, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.modes import monitoring, train
-from m3i_jax.modes import setup as jobs
-from m3i_jax.reporting import compare_table as report
-from m3i_jax.reporting import run_log, text_table
+from m3i_jax.modes.setup import Setup, lock_workdir, open_setup, require_views, with_objective
+from m3i_jax.reporting import compare_table, run_log, text_table
 from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import loop, plan
 from m3i_jax.training.trainer import Trainer, run_length
@@ -52,17 +51,17 @@ class Budget:
     warmup: dict[str, int]
     costs: dict[str, float]
 
-    def limit(self, job: jobs.Setup, form: str) -> jobs.Setup:
+    def limit(self, setup: Setup, form: str) -> Setup:
         """Returns the run of an objective with its length; as it is for equal images."""
         if self.kind == "images":
-            return job
-        config = job.config
+            return setup
+        config = setup.config
         config = dataclasses.replace(
             config,
             train=dataclasses.replace(config.train, steps=self.steps[form]),
             optim=dataclasses.replace(config.optim, warmup_steps=self.warmup[form]),
         )
-        return dataclasses.replace(job, config=config)
+        return dataclasses.replace(setup, config=config)
 
     def description(self, images: int) -> str:
         """Returns one sentence for the table; `images` a step."""
@@ -81,15 +80,15 @@ class Budget:
 
 
 def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
-    jobs.require_views(config, "compare", "it compares objectives of pre-training")
+    require_views(config, "compare", "it compares objectives of pre-training")
     # refuse an objective that this data cannot train before hours go into the others
     trains = [objective_names(form) for form in config.compare.forms]
     for name in itertools.chain(*trains):
         plan.terms_named(name, "config.compare.forms")
     plan.reject_unused_settings(config, trains)
-    base = jobs.open_setup(config, workdir, trains=trains)
+    base = open_setup(config, workdir, trains=trains)
     main = jax.process_index() == 0
-    with jobs.lock_workdir(base.workdir):
+    with lock_workdir(base.workdir):
         firsts = {form: config_for(base, form, config.seed) for form in config.compare.forms}
         budget = plan_budget(base, firsts, flops_a_step)
         if budget.costs and main:
@@ -101,24 +100,14 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
         ]
         results: list[dict[str, Any]] = []
         failed: list[str] = []
-        for number, (form, seed, job) in enumerate(runs, 1):
-            path = job.workdir / RESULT
-            if path.is_file():
-                result = run_files.read_run_json(
-                    path, "restore it, or delete it: it is written again from the run's log"
-                )
-                if not is_result(result):
-                    raise UserError(
-                        f"{path}: is not the result of a run; delete it: it is written again from"
-                        " the run's log"
-                    )
-                train.check_same_run(job, result, allow_changes)
-            else:
+        for number, (form, seed, setup) in enumerate(runs, 1):
+            result = read_result(setup, allow_changes)
+            if result is None:
                 print(
-                    f"compare: {number} of {len(runs)}: {form}, seed {seed}, in {job.workdir}",
+                    f"compare: {number} of {len(runs)}: {form}, seed {seed}, in {setup.workdir}",
                     flush=True,
                 )
-                code = run_one(job, allow_changes)
+                code = run_one(setup, allow_changes)
                 if code == loop.PREEMPTED:
                     return code
                 if code != loop.DONE:
@@ -126,29 +115,17 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                     continue
                 cost = next((r["values"]["flops"] for r in results if r["form"] == form), None)
                 if cost is None:
-                    cost = budget.costs[form] if budget.kind == "flops" else flops_a_step(job)
-                values = read_outcome(job) | {"flops": cost}
-                values |= {
-                    "images": values["step"] * job.config.train.batch_size,
-                    "run_flops": values["step"] * cost,
-                }
-                result = {
-                    "form": form,
-                    "seed": seed,
-                    "fingerprint": job.fingerprint,
-                    "values": values,
-                }
-                if main:
-                    write_text_atomic(path, json.dumps(result, indent=1) + "\n", noted=True)
+                    cost = budget.costs[form] if budget.kind == "flops" else flops_a_step(setup)
+                result = write_result(setup, form, seed, cost)
             results.append({**result, "form": form, "seed": seed})
             if main:
                 write_comparison(base, results, failed, budget)
         if main:
-            rows = report.compare_rows(results)
+            rows = compare_table.compare_rows(results)
             if rows:
                 print(
                     "\n"
-                    + report.compare_text(rows, compare_notes(base, results, failed, budget))
+                    + compare_table.compare_text(rows, compare_notes(base, results, failed, budget))
                     + "\n"
                 )
             print(
@@ -157,6 +134,40 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                 )
             )
     return loop.FAILED if failed else loop.DONE
+
+
+def read_result(setup: Setup, allow_changes: bool) -> dict[str, Any] | None:
+    """Returns the saved result of a run; None if it has none yet.
+
+    Raises:
+      UserError: the file is not a result, or of a run with other settings.
+    """
+    path = setup.workdir / RESULT
+    if not path.is_file():
+        return None
+    result = run_files.read_run_json(
+        path, "restore it, or delete it: it is written again from the run's log"
+    )
+    if not is_result(result):
+        raise UserError(
+            f"{path}: is not the result of a run; delete it: it is written again from the run's log"
+        )
+    train.check_same_run(setup, result, allow_changes)
+    return result
+
+
+def write_result(setup: Setup, form: str, seed: int, cost: float) -> dict[str, Any]:
+    """Write the result of a run that has ended; returns it. cost: FLOPs of a step."""
+    values = read_outcome(setup) | {"flops": cost}
+    values |= {
+        "images": values["step"] * setup.config.train.batch_size,
+        "run_flops": values["step"] * cost,
+    }
+    result = {"form": form, "seed": seed, "fingerprint": setup.fingerprint, "values": values}
+    if not jax.process_index():
+        text = json.dumps(result, indent=1) + "\n"
+        write_text_atomic(setup.workdir / RESULT, text, noted=True)
+    return result
 
 
 def is_result(content: dict[str, Any]) -> bool:
@@ -175,11 +186,11 @@ def objective_names(form: str) -> tuple[str, ...]:
     return tuple(form.split("+"))
 
 
-def config_for(base: jobs.Setup, form: str, seed: int) -> jobs.Setup:
+def config_for(base: Setup, form: str, seed: int) -> Setup:
     """Returns the run of one objective and seed: the common settings, with the linear evaluation
     that the table shows."""
     config = dataclasses.replace(
-        jobs.with_objective(base.config, objective_names(form)),
+        with_objective(base.config, objective_names(form)),
         seed=seed,
         evaluate=dataclasses.replace(base.config.evaluate, linear=True),
         compare=schema.Compare(),
@@ -189,23 +200,23 @@ def config_for(base: jobs.Setup, form: str, seed: int) -> jobs.Setup:
     )
 
 
-def run_one(job: jobs.Setup, allow_changes: bool) -> int:
+def run_one(setup: Setup, allow_changes: bool) -> int:
     """Train one run, as --mode=train would in its directory."""
-    job.workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    vocabulary = job.workdir / "tokenizer.json"
-    if job.tokenizer and not vocabulary.is_file():
-        job.tokenizer.save(str(vocabulary))
-    with jobs.lock_workdir(job.workdir):
-        code = train.pretrain(job, allow_changes)
+    setup.workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    vocabulary = setup.workdir / "tokenizer.json"
+    if setup.tokenizer and not vocabulary.is_file():
+        setup.tokenizer.save(str(vocabulary))
+    with lock_workdir(setup.workdir):
+        code = train.pretrain(setup, allow_changes)
     gc.collect()
     jax.clear_caches()  # the next run compiles other programs
     return code
 
 
-def read_outcome(job: jobs.Setup) -> dict[str, float]:
+def read_outcome(setup: Setup) -> dict[str, float]:
     """Returns results of a finished run: its last line of metrics, its last evaluation, and the
     "seconds" of training, without the first step, which compiles, and without evaluations."""
-    lines = run_log.read_log_lines(job.workdir / train.LOG)
+    lines = run_log.read_log_lines(setup.workdir / train.LOG)
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
     before, seconds = 1, 0.0
@@ -216,18 +227,18 @@ def read_outcome(job: jobs.Setup) -> dict[str, float]:
     return {name: float(value) for name, value in last.items()} | {"seconds": seconds}
 
 
-def flops_a_step(job: jobs.Setup) -> float:
+def flops_a_step(setup: Setup) -> float:
     """Returns matrix FLOPs of the model in one step; they do not depend on the mesh."""
     trainer = Trainer(
-        job.config,
+        setup.config,
         parallel.make_mesh((1, 1, 1), jax.devices()[:1]),
-        job.tokenizer.vocabulary if job.tokenizer else 0,
+        setup.tokenizer.vocabulary if setup.tokenizer else 0,
     )
     return monitoring.model_flops(trainer)
 
 
 def compare_notes(
-    base: jobs.Setup,
+    base: Setup,
     results: list[dict[str, Any]],
     failed: list[str],
     budget: Budget,
@@ -283,13 +294,13 @@ def compare_notes(
 
 
 def write_comparison(
-    base: jobs.Setup,
+    base: Setup,
     results: list[dict[str, Any]],
     failed: list[str],
     budget: Budget,
 ) -> None:
     """Write WORKDIR/compare.md, compare.json and compare.png with the results so far."""
-    rows, notes = report.compare_rows(results), compare_notes(base, results, failed, budget)
+    rows, notes = compare_table.compare_rows(results), compare_notes(base, results, failed, budget)
     directory = pathlib.Path(base.workdir)
     settings = {
         "batch_size": base.config.train.batch_size,
@@ -298,11 +309,11 @@ def write_comparison(
         "data": base.fingerprint,
         "seeds": list(compare_seeds(base.config)),
     }
-    write_text_atomic(directory / "compare.md", report.compare_markdown(rows, notes))
-    write_text_atomic(directory / "compare.json", report.compare_json(rows, notes, settings))
+    write_text_atomic(directory / "compare.md", compare_table.compare_markdown(rows, notes))
+    write_text_atomic(directory / "compare.json", compare_table.compare_json(rows, notes, settings))
     chance = 1 / len(base.classes) if base.classes else None
     title = f"{base.train.name}, {base.config.train.batch_size} images a step"
-    report.write_bar_chart(directory / "compare.png", rows, title=title, chance=chance)
+    compare_table.write_bar_chart(directory / "compare.png", rows, title=title, chance=chance)
 
 
 def lengths(
@@ -322,9 +333,9 @@ def lengths(
 
 
 def plan_budget(
-    base: jobs.Setup,
-    runs: Mapping[str, jobs.Setup],
-    flops_a_step: Callable[[jobs.Setup], float],
+    base: Setup,
+    runs: Mapping[str, Setup],
+    flops_a_step: Callable[[Setup], float],
 ) -> Budget:
     """Returns the budget of a comparison.
 
@@ -341,14 +352,14 @@ def plan_budget(
     if kind == "images":
         costs = dict.fromkeys(runs, 1.0)
     elif kind == "flops":
-        costs = {form: flops_a_step(job) for form, job in runs.items()}
+        costs = {form: flops_a_step(setup) for form, setup in runs.items()}
     else:
         costs = _step_seconds(base, runs)
     steps, warmup = lengths(kind, length.steps, length.warmup, costs)
     return Budget(kind, steps, warmup, {} if kind == "images" else costs)
 
 
-def _step_seconds(base: jobs.Setup, runs: Mapping[str, jobs.Setup]) -> dict[str, float]:
+def _step_seconds(base: Setup, runs: Mapping[str, Setup]) -> dict[str, float]:
     """Seconds of a step of every objective, measured once a workdir: a run that goes on must have
     the length that it began with."""
     path, main = base.workdir / "compare" / MEASURED, jax.process_index() == 0
@@ -361,22 +372,22 @@ def _step_seconds(base: jobs.Setup, runs: Mapping[str, jobs.Setup]) -> dict[str,
         )
     # every host runs the steps that host 0 has no time of, and all take host 0's times
     times = parallel.broadcast_from_host0(np.array([known.get(form, 0.0) for form in runs]))
-    for (form, job), seconds in zip(runs.items(), times, strict=True):
+    for (form, setup), seconds in zip(runs.items(), times, strict=True):
         known[form] = float(seconds)
         if not seconds:
             print(f"compare: measuring a step of {form}", flush=True)
-            known[form] = float(parallel.broadcast_from_host0(np.array(time_step(job))))
+            known[form] = float(parallel.broadcast_from_host0(np.array(time_step(setup))))
     if main:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_text_atomic(path, json.dumps(known, indent=1) + "\n", noted=True)
     return {form: float(known[form]) for form in runs}
 
 
-def time_step(job: jobs.Setup) -> float:
+def time_step(setup: Setup) -> float:
     """Returns the median seconds of a step on the run's devices, without compilation and data."""
-    trainer = job.make_trainer()
+    trainer = setup.make_trainer()
     state, seconds = trainer.init(log=lambda line: None), []
-    batches = job.batches(0)
+    batches = setup.batches(0)
     try:
         batch = parallel.to_global(trainer.mesh, next(iter(batches)))
         for _ in range(1 + TIMED):

@@ -138,34 +138,24 @@ def _report(
 ) -> dict[str, Any]:
     config, mesh = setup.fit_to_devices(config, target.devices)
     step_trainer = trainer.Trainer(config, mesh, vocabulary)
-    batch, shards, devices = (
-        trainer.abstract_batch(config),
-        batch_search.data_shards(mesh),
-        len(target.devices),
-    )
-    out: dict[str, Any] = {
-        "version": compile_report.VERSION, "topology": target.topology.name, "chip": target.chip,
-        "devices": devices, "mesh": dict(mesh.shape), "batch_size": config.train.batch_size,
-        "batch_per_device": config.train.batch_size // shards,
-        "microbatches": config.train.microbatches, "limit_bytes": target.limit,
-    }  # fmt: skip
+    batch, shards = trainer.abstract_batch(config), batch_search.data_shards(mesh)
     state = state_bytes(step_trainer)
     rows = sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values()) / shards
-    host = parallel.make_mesh((1, 1, 1), jax.devices("cpu")[:1])
-    count = config.train.microbatches
-    part = batch_search.with_batch(config, config.train.batch_size // shards // count)
-    alone, rows_of_part = trainer.Trainer(part, host, vocabulary), trainer.abstract_batch(part)
-    out["residual_bytes"] = alone.residual_bytes(rows_of_part)
-    if count > 1:
-        out["residual_bytes"] += (count - 1) * alone.waiting_bytes(rows_of_part) + state["params"]
+    out: dict[str, Any] = {
+        "version": compile_report.VERSION, "topology": target.topology.name, "chip": target.chip,
+        "devices": len(target.devices), "mesh": dict(mesh.shape),
+        "batch_size": config.train.batch_size,
+        "batch_per_device": config.train.batch_size // shards,
+        "microbatches": config.train.microbatches, "limit_bytes": target.limit,
+        "residual_bytes": _residual_bytes(config, shards, vocabulary, state["params"]),
+    }  # fmt: skip
+    family = target.topology.family
     start = time.perf_counter()
     try:
         with _uncached():
-            options, lowered = (
-                dict(topologies.COMPILER[target.topology.family.platform]),
-                step_trainer.lower(batch),
-            )
-            done = (
+            options = dict(topologies.COMPILER[family.platform])
+            lowered = step_trainer.lower(batch)
+            compiled = (
                 lowered.compile(compiler_options=options)
                 if folder is None
                 else libtpu_dump.compile_until_scheduled(lowered, options, folder)
@@ -174,23 +164,11 @@ def _report(
         requested = compile_report.parse_out_of_memory(str(error))
         if requested is None:
             raise
-        peak = requested[0] if math.isfinite(requested[0]) else None
-        over = max(0.0, peak - target.limit) if peak else 0.0
-        parts = (
-            state | {"batch": rows, "temporaries": peak - sum(state.values()) - rows}
-            if peak
-            else {}
-        )
-        return out | {
-            "fits": False,
-            "peak_bytes": peak,
-            "over_bytes": over,
-            "memory": parts,
-            "compile_seconds": time.perf_counter() - start,
-        }
-    seconds = time.perf_counter() - start
+        out |= _excess(requested[0], target.limit, state, rows)
+        return out | {"compile_seconds": time.perf_counter() - start}
+    out["compile_seconds"] = time.perf_counter() - start
     need = compile_report.program_memory(
-        done.memory_analysis(), state, rows, own=target.topology.family.platform == "tpu"
+        compiled.memory_analysis(), state, rows, own=family.platform == "tpu"
     )
     out |= {
         "fits": need.peak <= target.limit,
@@ -200,34 +178,67 @@ def _report(
     }
     out["peak_ratio"] = need.peak / (sum(state.values()) + rows + out["residual_bytes"])
     out |= compile_report.analyze_program(
-        done.as_text() or "",
-        chip=target.chip,
-        cores=target.topology.family.cores,
-        host=target.topology.family.host,
-    ) | {"compile_seconds": seconds}
-    one = trainer.Trainer(monitoring.without_remat(config), host, vocabulary)
-    due, own = (
-        flops.count_flops(one.trace, one.template, batch).total,
-        monitoring.model_flops(step_trainer),
+        compiled.as_text() or "", chip=target.chip, cores=family.cores, host=family.host
     )
+    own = monitoring.model_flops(step_trainer)
+    one = trainer.Trainer(monitoring.without_remat(config), _one_cpu(), vocabulary)
+    due, devices = flops.count_flops(one.trace, one.template, batch).total, len(target.devices)
     out["flops"] |= {
         "model": own / devices,
         "asked": due / devices,
         "ratio": out["flops"]["compiled"] * devices / due,
     }
-    steps, roof, mfu = step_trainer.length.steps, out["roofline"], config.report.mfu
+    out["run"] = _run_days(step_trainer, target, own, out["roofline"])
+    return out
+
+
+def _one_cpu() -> jax.sharding.Mesh:
+    return parallel.make_mesh((1, 1, 1), jax.devices("cpu")[:1])
+
+
+def _residual_bytes(config: schema.Config, shards: int, vocabulary: int, gradients: float) -> float:
+    """Bytes of a device that wait for the backward pass: those of a microbatch, and of several
+    also the targets of the others and the gradients that are added up."""
+    count = config.train.microbatches
+    part = batch_search.with_batch(config, config.train.batch_size // shards // count)
+    alone, rows = trainer.Trainer(part, _one_cpu(), vocabulary), trainer.abstract_batch(part)
+    residual = alone.residual_bytes(rows)
+    if count > 1:
+        residual += (count - 1) * alone.waiting_bytes(rows) + gradients
+    return residual
+
+
+def _excess(requested: float, limit: float, state: dict[str, float], rows: float) -> dict[str, Any]:
+    """The entries of a program that was refused. requested: the bytes that it asked for, if the
+    compiler stated them."""
+    peak = requested if math.isfinite(requested) else None
+    parts = {"batch": rows, "temporaries": requested - sum(state.values()) - rows}
+    return {
+        "fits": False,
+        "peak_bytes": peak,
+        "over_bytes": max(0.0, peak - limit) if peak else 0.0,
+        "memory": state | parts if peak else {},
+    }
+
+
+def _run_days(
+    step_trainer: trainer.Trainer, target: CompileTarget, total: float, roofline: Any
+) -> dict[str, Any]:
+    """The entry `run`: days by the roofline, and by `total` FLOPs a step at `report.mfu`."""
+    steps, mfu = step_trainer.length.steps, step_trainer.config.report.mfu
     at_mfu = (
-        hardware.training_days(own * steps, kind=target.chip, chips=target.topology.chips, mfu=mfu)
-        if roof
+        hardware.training_days(
+            total * steps, kind=target.chip, chips=target.topology.chips, mfu=mfu
+        )
+        if roofline
         else None
     )
-    out["run"] = {
+    return {
         "steps": steps,
-        "days": roof["step_seconds"] * steps / 86_400 if roof else None,
+        "days": roofline["step_seconds"] * steps / 86_400 if roofline else None,
         "days_at_mfu": at_mfu,
         "mfu": mfu,
     }
-    return out
 
 
 def _row(name: str, report: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from m3i_jax.data import conversion, reencode, splits
 from m3i_jax.data.sources import tar_shards
 from m3i_jax.errors import UserError
 from m3i_jax.modes import host_share
-from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.setup import index_directory, lock_workdir, make_workdir
 from m3i_jax.reporting import text_table
 
 PREEMPTED = 42
@@ -38,10 +38,10 @@ def run(
         raise UserError(f"--format={format[:60]}: is not one of {', '.join(conversion.FORMATS)}")
     share = host_share.detect_share(shard, *hosts, environ=os.environ)
     reencoding = reencode.parse_reencoding(size, quality, config.data.background)
-    jobs.make_workdir(directory)
+    make_workdir(directory)
     own = (share.number, share.count)
     with _lock(directory, share):
-        source = splits.open_source(config.data, cache=jobs.index_directory(config.data, directory))
+        source = splits.open_source(config.data, cache=index_directory(config.data, directory))
         print(source.description())
         if getattr(source, "record_weights", None) is not None:
             print("shards hold no weights: train on them with the same data.keep")
@@ -105,10 +105,10 @@ def run(
 def _lock(directory: pathlib.Path, share: host_share.HostShare) -> Iterator[None]:
     """Locks the directory for this process, or for all shares and the share for this process."""
     with contextlib.ExitStack() as locks:
-        locks.enter_context(jobs.lock_workdir(directory, shared=share.count > 1))
+        locks.enter_context(lock_workdir(directory, shared=share.count > 1))
         if share.count > 1:
             name = f"share-{share.number:05d}-of-{share.count:05d}.lock"
-            locks.enter_context(jobs.lock_workdir(directory, name=name))
+            locks.enter_context(lock_workdir(directory, name=name))
         yield
 
 

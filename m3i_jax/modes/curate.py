@@ -19,7 +19,7 @@ from m3i_jax.data import curation, dataset_scan, decode, engines, splits
 from m3i_jax.data.sources import base, keep_list, mixture, registry, score_table
 from m3i_jax.errors import UserError
 from m3i_jax.modes import features as feature_mode
-from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.setup import index_directory, lock_workdir, make_workdir
 from m3i_jax.reporting import data_page
 from m3i_jax.run_files import write_text_atomic
 
@@ -44,9 +44,9 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
     def mapper(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         return engines.map_items(engine, function, items, workers=workers)
 
-    jobs.make_workdir(directory)
-    with jobs.lock_workdir(directory), interrupts.raise_interrupts():
-        source = splits.open_source(config.data, cache=jobs.index_directory(config.data, directory))
+    make_workdir(directory)
+    with lock_workdir(directory), interrupts.raise_interrupts():
+        source = splits.open_source(config.data, cache=index_directory(config.data, directory))
         print(source.description(), flush=True)
         facts = _describe(source, config.data, directory, mapper)
         sources, sets = [], []
@@ -58,7 +58,7 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
                 entry.path,
                 entry.split,
                 data,
-                cache=jobs.index_directory(config.data, directory),
+                cache=index_directory(config.data, directory),
             )
             sources.append(against)
             described = _describe(against, data, directory, mapper)

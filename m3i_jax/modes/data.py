@@ -22,7 +22,7 @@ from m3i_jax.data import (
 )
 from m3i_jax.data.sources import base
 from m3i_jax.modes import monitoring
-from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.setup import complete_config, index_directory, make_workdir
 from m3i_jax.profiling import hardware
 from m3i_jax.reporting import data_page, data_report
 from m3i_jax.run_files import write_text_atomic
@@ -35,63 +35,31 @@ EXAMPLES = 24  # examples on the page
 
 def run(config: schema.Config, *, workdir: str) -> int:
     directory = pathlib.Path(workdir)
-    jobs.make_workdir(directory)
-    opened = splits.open_splits(config.data, cache=jobs.index_directory(config.data, directory))
+    make_workdir(directory)
+    opened = splits.open_splits(config.data, cache=index_directory(config.data, directory))
     kind = task_kind(config.task)
     train, held_out = (kind.with_annotations(part) for part in opened)
     source = dataset_scan.ConcatSource(train, held_out)
     names = kind.class_names(train)
-    classes, captions = (
-        len(names) if config.data.classes < 0 else config.data.classes,
-        pipeline.uses_captions(config.data, source),
-    )
-    done = jobs.complete_config(config, classes=classes, captions=captions, size=max(len(train), 1))
+    classes = len(names) if config.data.classes < 0 else config.data.classes
+    captions = pipeline.uses_captions(config.data, source)
+    done = complete_config(config, classes=classes, captions=captions, size=max(len(train), 1))
     words = (
         tokenizer.open_tokenizer(done.data, train, str(directory / "tokenizer.json"))
         if captions or done.data.regions
         else None
     )
-
-    vocabulary = words.vocabulary if words else 0
     indices = dataset_scan.spread_indices(len(source), config.report.survey)
-    background, missing = config.data.background, config.data.missing
     records = dataset_scan.scan_records(
         source,
         indices,
         threads=usable_cores(),
-        background=background,
-        missing=missing,
+        background=config.data.background,
+        missing=config.data.missing,
         progress=_progress(len(indices)),
     )
-    ids = (lambda text: len(words.ids(text, cleaned=True))) if words else None
-    stats = dataset_stats.dataset_stats(
-        records,
-        classes=source.classes,
-        kept=classes,
-        length=config.data.caption_length,
-        ids=ids,
-        held_out=range(len(train), len(source)),
-    )
     readable = [record for record in records if not record.reason]
-    annotations = annotation_stats.annotation_stats(
-        [record.annotations for record in readable if record.annotations],
-        classes=source.classes,
-        map_classes=source.map_classes,
-        geometry=config.dense.geometry,
-    )
-    read = decode.read_records(
-        source, [s.index for s in spread_items(readable, IN_MEMORY)], missing
-    )
-    held = [record for record in read if not isinstance(record, decode.BadRecord)]
-    speed = dataset_scan.measure_speed(
-        done,
-        held,
-        source,
-        words,
-        batches_of=lambda small, few: make_task(small, vocabulary).batches(
-            few, words, start=0, views=(0, 1)
-        ),
-    )
+    speed = _read_speed(done, source, readable, words)
     report = {
         "source": {
             "description": source.description(),
@@ -104,10 +72,22 @@ def run(config: schema.Config, *, workdir: str) -> int:
             "whole": len(indices) == len(source),
             "rule": f"record i x {len(source)} // {len(indices)} for i = 0, 1, ...",
         },
-        **stats,
-        "annotations": annotations,
+        **dataset_stats.dataset_stats(
+            records,
+            classes=source.classes,
+            kept=classes,
+            length=config.data.caption_length,
+            ids=(lambda text: len(words.ids(text, cleaned=True))) if words else None,
+            held_out=range(len(train), len(source)),
+        ),
+        "annotations": annotation_stats.annotation_stats(
+            [record.annotations for record in readable if record.annotations],
+            classes=source.classes,
+            map_classes=source.map_classes,
+            geometry=config.dense.geometry,
+        ),
         "speed": {**dataclasses.asdict(speed), "cores": usable_cores()},
-        "feeds": chips_fed(done, vocabulary, usable_cores() * speed.pipeline),
+        "feeds": chips_fed(done, words.vocabulary if words else 0, usable_cores() * speed.pipeline),
     }
     write_text_atomic(directory / "data.json", privacy.json_text(report, indent=1) + "\n")
     shown = _examples(source, spread_items(readable, EXAMPLES), config.data)
@@ -118,6 +98,31 @@ def run(config: schema.Config, *, workdir: str) -> int:
     print(data_report.report_text(report))
     print(f"\n{directory / 'data.json'}\n{directory / 'data.html'}")
     return 0
+
+
+def _read_speed(
+    config: schema.Config,
+    source: dataset_scan.ConcatSource,
+    readable: Sequence[Any],
+    words: tokenizer.Tokenizer | None,
+) -> dataset_scan.ReadSpeed:
+    """The speed of reading and of making batches, from readable records that are held in memory."""
+    read = decode.read_records(
+        source,
+        [record.index for record in spread_items(readable, IN_MEMORY)],
+        config.data.missing,
+    )
+    held = [record for record in read if not isinstance(record, decode.BadRecord)]
+    vocabulary = words.vocabulary if words else 0
+    return dataset_scan.measure_speed(
+        config,
+        held,
+        source,
+        words,
+        batches_of=lambda small, few: make_task(small, vocabulary).batches(
+            few, words, start=0, views=(0, 1)
+        ),
+    )
 
 
 def usable_cores() -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from m3i_jax import parallel, schema
 from m3i_jax.data.sources import base
 from m3i_jax.evaluation.detection_results import paste_mask, resized_mask
-from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.setup import Setup
 from m3i_jax.modes.task_views import TaskViews, register_task_views
 from m3i_jax.reporting import dense_panels
 from m3i_jax.reporting.dense_panels import DrawnObjects
@@ -75,30 +75,30 @@ def _predicted_objects(
 
 
 def _draw_detect_panel(
-    job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
+    setup: Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
 ) -> None:
     """Write WORKDIR/panels/<step>.png: augmented images with their objects, and the detections."""
-    few = few_rows(job.config, batch)
+    few = few_rows(setup.config, batch)
     outputs = jax.device_get(trainer.panel_outputs(state, few))
     if jax.process_index():
         return
     arrays = {name: np.asarray(value) for name, value in outputs.items()}
     rows = range(len(few["position"]))
     sizes = [(int(h), int(w)) for h, w in few["size"]]
-    directory = job.workdir / "panels"
+    directory = setup.workdir / "panels"
     directory.mkdir(exist_ok=True)
     dense_panels.write_detection_sheet(
         directory / f"{step:08d}.png",
         [content(few, row) for row in rows],
         [batch_objects(few, row) for row in rows],
         [_predicted_objects(arrays, row, sizes[row]) for row in rows],
-        names=job.classes,
+        names=setup.classes,
         words=[f"step {step:,}"] * len(rows),
     )
 
 
 def _draw_detect_preview(
-    job: jobs.Setup,
+    setup: Setup,
     path: pathlib.Path,
     batch: dict[str, np.ndarray],
     records: Sequence[base.Record],
@@ -109,7 +109,7 @@ def _draw_detect_preview(
         path,
         [content(batch, row) for row in rows],
         [batch_objects(batch, row) for row in rows],
-        names=job.classes,
+        names=setup.classes,
         words=[record.key for record in records],
     )
 
@@ -134,29 +134,29 @@ def content_map(batch: dict[str, np.ndarray], row: int) -> np.ndarray:
 
 
 def _draw_segment_panel(
-    job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
+    setup: Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
 ) -> None:
     """Write WORKDIR/panels/<step>.png: augmented images, their maps and the predicted ones."""
-    few = few_rows(job.config, batch)
+    few = few_rows(setup.config, batch)
     outputs = jax.device_get(trainer.panel_outputs(state, few))
     if jax.process_index():
         return
     predicted = np.asarray(outputs["logits"]).argmax(-1).astype(np.uint8)
     rows = range(len(few["position"]))
-    directory = job.workdir / "panels"
+    directory = setup.workdir / "panels"
     directory.mkdir(exist_ok=True)
     dense_panels.write_map_sheet(
         directory / f"{step:08d}.png",
         [content(few, row) for row in rows],
         [content_map(few, row) for row in rows],
         [predicted[row, : few["size"][row, 0], : few["size"][row, 1]] for row in rows],
-        names=job.classes,
+        names=setup.classes,
         words=[f"step {step:,}"] * len(rows),
     )
 
 
 def _draw_segment_preview(
-    job: jobs.Setup,
+    setup: Setup,
     path: pathlib.Path,
     batch: dict[str, np.ndarray],
     records: Sequence[base.Record],
@@ -168,7 +168,7 @@ def _draw_segment_preview(
         [content(batch, row) for row in rows],
         [content_map(batch, row) for row in rows],
         None,
-        names=job.classes,
+        names=setup.classes,
         words=[record.key for record in records],
     )
 

@@ -31,12 +31,11 @@ from m3i_jax.evaluation import feature_extraction, load, registry
 from m3i_jax.evaluation.feature_extraction import EvalContext
 from m3i_jax.models import backbones
 from m3i_jax.modes import eval_data, evaluators, figure_evaluators, report
-from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.eval_results import RESULT, Results, earlier_results, result_dir
+from m3i_jax.modes.setup import Setup, check_writable, open_setup, require_views
 from m3i_jax.parallel import distributed
 from m3i_jax.training import checkpoint_dir, init_from, loop, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
-from m3i_jax.training.task import task_kind
 
 HELD = "held out"  # prefix of the lines of data.txt about held-out data
 SAME = (
@@ -57,11 +56,11 @@ def run(
     untrained: bool = False,
 ) -> int:
     if untrained:
-        jobs.require_views(config, "eval --untrained", "its weights alone predict nothing")
-    source = merge_results(
+        require_views(config, "eval --untrained", "its weights alone predict nothing")
+    source = find_checkpoint(
         checkpoint or workdir, "--checkpoint" if checkpoint else "--workdir", needed=not checkpoint
     )
-    jobs.check_writable(
+    check_writable(
         workdir,
         f"--workdir {workdir}",
         "eval writes its results there; to evaluate this run, give another directory: --workdir DIR"
@@ -76,117 +75,123 @@ def run(
     began = checkpoint_dir.is_run(workdir)  # asked before the data index is written there
     # other data may have no captions, but the checkpoint has its text tower
     text_tower = bool(source) and config.data.captions == "yes"
-    job = jobs.open_setup(
+    setup = open_setup(
         _with_captions(config, "auto") if text_tower else config,
         workdir,
         trains=[config.objective.forms],
     )
     # the checkpoint too: while the run trains, hosts may see different newest ones
-    distributed.assert_same_on_all_hosts("data", {"data": job.identity, "checkpoint": str(step)})
-    of_run = source is not None and source[0].parent.resolve() == job.workdir.resolve()
+    distributed.assert_same_on_all_hosts("data", {"data": setup.identity, "checkpoint": str(step)})
+    of_run = source is not None and source[0].parent.resolve() == setup.workdir.resolve()
     weights = f"step {step:,}" if of_run else checkpoint
-    if not source and job.config.traits.views:
-        encoder = backbones.get_backbone(job.config.model).describe(job.config.model)
+    if not source and setup.config.traits.views:
+        encoder = backbones.get_backbone(setup.config.model).describe(setup.config.model)
         log(
-            f"{checkpoint} contains only an encoder ({encoder}, {job.config.data.image_size}"
+            f"{checkpoint} contains only an encoder ({encoder}, {setup.config.data.image_size}"
             " pixels); evaluators that need a head are skipped"
         )
     # the tokenizer of the weights, not that of other data
     if (
         source
-        and (text_tower or job.tokenizer)
+        and (text_tower or setup.tokenizer)
         and (path := source[0].parent / "tokenizer.json").is_file()
     ):
-        job.tokenizer = tokenizer.Tokenizer.load(str(path), config.data.caption_length)
-        job.config = _with_captions(job.config, "yes")
-    trained_on = source[0].parent if source else job.workdir
-    if other := other_data(job, trained_on):
+        setup.tokenizer = tokenizer.Tokenizer.load(str(path), config.data.caption_length)
+        setup.config = _with_captions(setup.config, "yes")
+    trained_on = source[0].parent if source else setup.workdir
+    if other := other_data(setup, trained_on):
         log(f"the data are not those of the run in {trained_on}: {'; '.join(other)}")
-        job = _with_other_classes(job, log, named=bool(data))
-        _refuse_other_names(job, trained_on)
-    about = described(job, str(source[0] / str(step)) if source else checkpoint, step)
-    run_dir = job.workdir
+        setup = _with_other_classes(setup, log, named=bool(data))
+        _refuse_other_names(setup, trained_on)
+    about = described(setup, str(source[0] / str(step)) if source else checkpoint, step)
+    run_dir = setup.workdir
     if not of_run or other or data:
         name = eval_data.data_name(eval_data.entry_of(config.data)) if data else ""
         directory = result_dir(run_dir, about, began=began, name=name, of_run=of_run)
-        job = dataclasses.replace(job, workdir=directory)
+        setup = dataclasses.replace(setup, workdir=directory)
     figures = figure_evaluators.FigureWriter(
-        job, lambda: f"{step:08d}", lambda: f"{weights}, {job.config.evaluate.encoder} parameters"
+        setup,
+        lambda: f"{step:08d}",
+        lambda: f"{weights}, {setup.config.evaluate.encoder} parameters",
     )
     metrics, image_sets = evaluators.enabled_metrics(
-        job, log, figures=figures, heads=source is not None
+        setup, log, figures=figures, heads=source is not None
     )
     if not metrics:
         raise UserError(
             "--mode=eval: no enabled evaluator can run with this data and objective; enable another"
             " one, see config.evaluate in --help"
         )
-    trainer = dataclasses.replace(job, config=_one_step(job.config)).make_trainer()
-    if source:
-        checkpoints = Checkpoints(source[0], job.config.train.keep)
-        state = checkpoints.restore(step, trainer.template, trainer.shardings)
-        checkpoints.close()
-    else:
-        state = trainer.init()
-        if not job.config.traits.views:
-            state = init_from.with_statistics(state, checkpoint)
-    make_context = functools.partial(_context, job, image_sets)
+    state = _restored_state(setup, source, checkpoint)
+    make_context = functools.partial(_context, setup, image_sets)
     return evaluate(
-        job,
+        setup,
         about,
         metrics,
         make_context(state),
-        (lambda: make_context(_initial_state(job))) if untrained else None,
+        (lambda: make_context(_initial_state(setup))) if untrained else None,
         run=run_dir,
     )
 
 
-def _context(job: jobs.Setup, image_sets: Any, state: Any) -> EvalContext:
+def _restored_state(setup: Setup, source: tuple[pathlib.Path, int] | None, checkpoint: str) -> Any:
+    """The state of a checkpoint, or the initial one, with the weights of a file."""
+    trainer = dataclasses.replace(setup, config=_one_step(setup.config)).make_trainer()
+    if source is None:
+        state = trainer.init()
+        return state if setup.config.traits.views else init_from.with_statistics(state, checkpoint)
+    checkpoints = Checkpoints(source[0], setup.config.train.keep)
+    state = checkpoints.restore(source[1], trainer.template, trainer.shardings)
+    checkpoints.close()
+    return state
+
+
+def _context(setup: Setup, image_sets: Any, state: Any) -> EvalContext:
     return EvalContext(
-        image_sets, feature_extraction.encoder_params(job.config, state), lambda: None
+        image_sets, feature_extraction.encoder_params(setup.config, state), lambda: None
     )
 
 
-def _initial_state(job: jobs.Setup) -> Any:
+def _initial_state(setup: Setup) -> Any:
     """The state of the run before its first step, without the weights that it started from."""
-    config = dataclasses.replace(_one_step(job.config), init_from="")
-    return dataclasses.replace(job, config=config).make_trainer().init()
+    config = dataclasses.replace(_one_step(setup.config), init_from="")
+    return dataclasses.replace(setup, config=config).make_trainer().init()
 
 
 def _ignore(line: str) -> None:
     pass
 
 
-def described(job: jobs.Setup, checkpoint: str, step: int) -> dict[str, Any]:
+def described(setup: Setup, checkpoint: str, step: int) -> dict[str, Any]:
     """Returns the header of the results: weights, data, preprocessing, and a digest of all settings
     that they depend on."""
-    same = SAME if job.config.traits.views else (*SAME, "dense.")
+    same = SAME if setup.config.traits.views else (*SAME, "dense.")
     settings = [
         line
-        for line in configuration.config_to_text(job.config).splitlines()
+        for line in configuration.config_to_text(setup.config).splitlines()
         if line.startswith(same)
     ]
     data = {
         name: {"name": part.name, "pictures": len(part), "fingerprint": part.fingerprint()}
-        for name, part in (("index", job.train), ("queries", job.held_out))
+        for name, part in (("index", setup.train), ("queries", setup.held_out))
     }
     return privacy.redact_tree({
         "checkpoint": checkpoint, "step": step,
-        "encoder": job.config.evaluate.encoder, "data": data,
-        "preprocessing": json.loads(json.dumps(Preprocessing.of(job.config).described())),
-        "of": base.stable_digest(*settings, job.identity, str(len(job.held_out))),
+        "encoder": setup.config.evaluate.encoder, "data": data,
+        "preprocessing": json.loads(json.dumps(Preprocessing.of(setup.config).described())),
+        "of": base.stable_digest(*settings, setup.identity, str(len(setup.held_out))),
     })  # fmt: skip
 
 
-def other_data(job: jobs.Setup, run: pathlib.Path) -> list[str]:
-    """Returns how the images of a job differ from those of the run in a directory, a line each. []
-    if there is no run, or if the same images only have another path now."""
+def other_data(setup: Setup, run: pathlib.Path) -> list[str]:
+    """Returns how the images of a setup differ from those of the run in a directory, a line each.
+    [] if there is no run, or if the same images only have another path now."""
     file = run / "data.txt"
     if not file.is_file():
         return []
     was, now = (
         _image_lines(base.current_identity(text))
-        for text in (run_files.read_run_text(file), privacy.redact(job.identity))
+        for text in (run_files.read_run_text(file), privacy.redact(setup.identity))
     )
     out = [
         f"{k}: {was.get(k, 'absent')} -> {now.get(k, 'absent')}"
@@ -199,7 +204,7 @@ def other_data(job: jobs.Setup, run: pathlib.Path) -> list[str]:
         saved = run / "config.txt"
         changed = (
             configuration.config_difference(
-                run_files.read_run_text(saved), privacy.redact(job.text)
+                run_files.read_run_text(saved), privacy.redact(setup.text)
             )
             if saved.is_file()
             else []
@@ -228,18 +233,16 @@ def _with_captions(config: schema.Config, captions: str) -> schema.Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, captions=captions))
 
 
-def _with_other_classes(
-    job: jobs.Setup, log: Callable[[str], None], *, named: bool = False
-) -> jobs.Setup:
-    """The job with the categories of these data. Without the evaluation of the category head if the
-    head of the run has another number of them. A run that ignored labels measures those of data
-    that are `named` by --data."""
-    classes, known = tuple(job.train.classes), job.config.data.classes
-    if not job.config.traits.views:
-        return job
+def _with_other_classes(setup: Setup, log: Callable[[str], None], *, named: bool = False) -> Setup:
+    """The setup with the categories of these data. Without the evaluation of the category head if
+    the head of the run has another number of them. A run that ignored labels measures those of
+    data that are `named` by --data."""
+    classes, known = tuple(setup.train.classes), setup.config.data.classes
+    if not setup.config.traits.views:
+        return setup
     if not known:
-        return dataclasses.replace(job, classes=classes) if named else job
-    config = job.config
+        return dataclasses.replace(setup, classes=classes) if named else setup
+    config = setup.config
     if config.evaluate.direct and len(classes) != known:
         log(
             f"no direct evaluation: these data have {len(classes)} categories, the head of the run"
@@ -253,23 +256,23 @@ def _with_other_classes(
             "direct evaluation assumes that category k of these data is category k of the run:"
             f" {', '.join(classes[:3])}, ..."
         )
-    return dataclasses.replace(job, config=config, classes=classes)
+    return dataclasses.replace(setup, config=config, classes=classes)
 
 
-def _refuse_other_names(job: jobs.Setup, run: pathlib.Path) -> None:
+def _refuse_other_names(setup: Setup, run: pathlib.Path) -> None:
     """Refuse data of other classes than a run of a dense task has learnt: its head predicts those.
 
     Raises:
       UserError: names a class that differs.
     """
-    learnt = None if job.config.traits.views else weight_source.class_names(str(run))
+    learnt = None if setup.config.traits.views else weight_source.class_names(str(run))
     if learnt is None:
         return
-    here = tuple(task_kind(job.config.task).class_names(job.train))
+    here = setup.classes
     if learnt != here:
         wrong = [name for name in here if name not in learnt] or list(here)
         raise UserError(
-            f"data.source={job.config.data.source!r}: has {len(here)} classes, such as"
+            f"data.source={setup.config.data.source!r}: has {len(here)} classes, such as"
             f" {wrong[0]!r}, and the run in {run} learnt {len(learnt)} others; give data with the"
             f" same classes, in this order: {', '.join(learnt[:5])}"
         )
@@ -298,7 +301,7 @@ def evaluate_weights(config: schema.Config, path: str) -> schema.Config:
 
 
 def evaluate(
-    job: jobs.Setup,
+    setup: Setup,
     about: dict[str, Any],
     metrics: dict[str, feature_extraction.Metric],
     trained: EvalContext,
@@ -310,20 +313,20 @@ def evaluate(
     preempted.
 
     Args:
-      job: with the directory of the file.
+      setup: with the directory of the file.
       about: header of the file; see `described`.
       metrics: {evaluator: its metric}.
       trained: the weights.
       untrained: makes the context of the initial weights; None: they are not evaluated.
       run: directory whose report shows the results too; None: that of the file.
     """
-    main, path = not jax.process_index(), job.workdir / RESULT
+    main, path = not jax.process_index(), setup.workdir / RESULT
     saved = (earlier_results(path, about) or {}) if main else {}
     parts = {part: saved.get(part) for part in ("results", "untrained")}
     parts = {part: known if isinstance(known, dict) else {} for part, known in parts.items()}
     # all hosts skip the same evaluators
     parts = json.loads(parallel.exchange_values("evaluated", json.dumps(parts))[0])
-    results = Results(about, len(job.classes))
+    results = Results(about, len(setup.classes))
     figures = {each.name for each in registry.evaluators() if each.last_only}
     passes = [(results.values, parts["results"], metrics, "", lambda: trained)]
     if untrained:
@@ -356,9 +359,9 @@ def evaluate(
     if main:
         print(f"\n{results.text()}")
         unreadable = {reason: count for reason, count in results.skipped.items() if count}
-        page = run or job.workdir
+        page = run or setup.workdir
         if (page / "metrics.jsonl").is_file():
-            print(f"\n{report.write_report(job.config, page)}, with these figures")
+            print(f"\n{report.write_report(setup.config, page)}, with these figures")
         print(
             f"\n{path}" + (f"; images that could not be read: {unreadable}" if unreadable else ""),
             flush=True,
@@ -366,7 +369,9 @@ def evaluate(
     return loop.DONE
 
 
-def merge_results(where: str, flag: str, *, needed: bool = True) -> tuple[pathlib.Path, int] | None:
+def find_checkpoint(
+    where: str, flag: str, *, needed: bool = True
+) -> tuple[pathlib.Path, int] | None:
     """Returns (checkpoint directory, step) of a run, of its checkpoint directory, or of one
     checkpoint. None for another existing path, unless a checkpoint is `needed`.
 

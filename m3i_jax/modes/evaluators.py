@@ -20,28 +20,28 @@ from m3i_jax.training.pretrain_task import Pretrain
 Log = Callable[[str], None]
 
 
-def eval_rows(job: Setup) -> int:
+def eval_rows(setup: Setup) -> int:
     """Returns images a device step of evaluation: `evaluate.batch_size`, rounded up to a multiple
     of the data shards."""
-    shards = job.mesh.shape["replica"] * job.mesh.shape["fsdp"]
-    return -(-job.config.evaluate.batch_size // shards) * shards
+    shards = setup.mesh.shape["replica"] * setup.mesh.shape["fsdp"]
+    return -(-setup.config.evaluate.batch_size // shards) * shards
 
 
-def host_eval_batches(job: Setup, source: Any, limit: int) -> eval_batches.EvaluationBatches:
+def host_eval_batches(setup: Setup, source: Any, limit: int) -> eval_batches.EvaluationBatches:
     """Returns this host's share of the clean views of at most `limit` images, spread evenly over
     the source."""
     count = min(limit, len(source))
-    return chosen_batches(job, source, [i * len(source) // count for i in range(count)])
+    return chosen_batches(setup, source, [i * len(source) // count for i in range(count)])
 
 
-def chosen_batches(job: Setup, source: Any, indices: list[int]) -> eval_batches.EvaluationBatches:
+def chosen_batches(setup: Setup, source: Any, indices: list[int]) -> eval_batches.EvaluationBatches:
     """Returns this host's share of the clean views of the given records."""
-    data = job.config.data
+    data = setup.config.data
     return eval_batches.evaluation_batches(
         source,
         indices,
-        Preprocessing.of(job.config),
-        eval_rows(job),
+        Preprocessing.of(setup.config),
+        eval_rows(setup),
         threads=max(1, data.threads),
         missing=data.missing,
         host=jax.process_index(),
@@ -59,19 +59,19 @@ def numbers_alone(classes: Sequence[str]) -> bool:
     return len(classes) > 10 and all(name.isdecimal() for name in classes)
 
 
-def _unmet_needs(job: Setup, *, heads: bool) -> dict[str, str]:
+def _unmet_needs(setup: Setup, *, heads: bool) -> dict[str, str]:
     """{need: why it is not met}; `heads`: whether the weights have the heads of the objective."""
-    settings, category, text = job.config.evaluate, False, False
-    if heads and isinstance(job.task, Pretrain):
-        category, text = (bool(job.task.plan.where(of)) for of in ("category", "text"))
+    settings, category, text = setup.config.evaluate, False, False
+    if heads and isinstance(setup.task, Pretrain):
+        category, text = (bool(setup.task.plan.where(of)) for of in ("category", "text"))
     reasons = {
-        registry.LABELS: "" if job.classes else "the source has no categories",
+        registry.LABELS: "" if setup.classes else "the source has no categories",
         registry.NAMES: (
             "the categories are numbers and have no names; give them as data.class_names"
-            if numbers_alone(job.classes)
+            if numbers_alone(setup.classes)
             else ""
         ),
-        registry.CAPTIONS: "" if job.tokenizer is not None else "the data have no captions",
+        registry.CAPTIONS: "" if setup.tokenizer is not None else "the data have no captions",
         registry.CATEGORY_HEAD: "" if category else "the objective trains no category head",
         registry.TEXT_TOWER: "" if text else "the objective trains no text tower",
         registry.CLASSIFIER: (
@@ -84,25 +84,25 @@ def _unmet_needs(job: Setup, *, heads: bool) -> dict[str, str]:
 
 
 def enabled_evaluators(
-    job: Setup, log: Log, *, thorough: bool = True, heads: bool = True
+    setup: Setup, log: Log, *, thorough: bool = True, heads: bool = True
 ) -> list[registry.Evaluator]:
     """Returns the evaluators that the settings enable and that have what they need; logs a line for
     those that lack something.
 
     Args:
-      job: the run.
+      setup: the run.
       log: receives the lines.
       thorough: log every evaluator that is skipped. Else only those that need labels alone: the
         others are enabled by default, and measure a term that this objective does not train.
       heads: whether the weights have the heads of the objective. Without, evaluators that need one
         are skipped and not logged.
     """
-    unmet = _unmet_needs(job, heads=heads)
+    unmet = _unmet_needs(setup, heads=heads)
     out: list[registry.Evaluator] = []
     skipped: dict[str, list[str]] = {}
     for evaluator in registry.evaluators():
-        measures = job.config.task in evaluator.tasks
-        if not measures or not evaluator.enabled(job.config.evaluate):
+        measures = setup.config.task in evaluator.tasks
+        if not measures or not evaluator.enabled(setup.config.evaluate):
             continue
         if reasons := [unmet[need] for need in evaluator.needs if need in unmet]:
             by_head = not heads and registry.HEADS.intersection(evaluator.needs)
@@ -113,14 +113,14 @@ def enabled_evaluators(
     for reason, titles in skipped.items():
         names = " and ".join(filter(None, (", ".join(titles[:-1]), titles[-1])))
         log(f"no {names} evaluation: {reason}")
-    if out and not len(job.held_out):
+    if out and not len(setup.held_out):
         log("no evaluation: no images are held out; set config.data.holdout")
         return []
     return out
 
 
 def enabled_metrics(
-    job: Setup,
+    setup: Setup,
     log: Log,
     *,
     figures: figure_evaluators.FigureWriter,
@@ -130,7 +130,7 @@ def enabled_metrics(
     """Returns ({name of an evaluator: its metric}, {name: image set}) of `enabled_evaluators`.
 
     Args:
-      job: the run.
+      setup: the run.
       log, thorough, heads: see `enabled_evaluators`.
       figures: writes the figures.
 
@@ -138,42 +138,42 @@ def enabled_metrics(
       UserError: `evaluate.features` is attention, and the objective trains no pooling; or a file of
         templates cannot be read.
     """
-    if isinstance(job.task, Pretrain):
-        inputs, image_sets = _feature_inputs(job, job.task, figures, heads=heads)
+    if isinstance(setup.task, Pretrain):
+        inputs, image_sets = _feature_inputs(setup, setup.task, figures, heads=heads)
     else:
-        inputs, image_sets = _inputs(job, figures, heads=heads), {}
-    enabled = enabled_evaluators(job, log, thorough=thorough, heads=heads)
+        inputs, image_sets = _inputs(setup, figures, heads=heads), {}
+    enabled = enabled_evaluators(setup, log, thorough=thorough, heads=heads)
     return {each.name: each.build(inputs) for each in enabled}, image_sets
 
 
 def _inputs(
-    job: Setup, figures: figure_evaluators.FigureWriter, *, heads: bool
+    setup: Setup, figures: figure_evaluators.FigureWriter, *, heads: bool
 ) -> registry.EvalInputs:
     """What evaluators of any task get."""
-    limit = job.config.evaluate.query_limit
+    limit = setup.config.evaluate.query_limit
     return registry.EvalInputs(
-        config=job.config,
-        mesh=job.mesh,
-        classes=job.classes,
-        tokenizer=job.tokenizer,
-        held_out=job.held_out,
-        available=frozenset(registry.NEEDS) - _unmet_needs(job, heads=heads).keys(),
-        batch_size=eval_rows(job),
-        index_batches=functools.partial(host_eval_batches, job, job.train),
-        query_batches=functools.partial(host_eval_batches, job, job.held_out, limit),
-        record_batches=functools.partial(chosen_batches, job, job.held_out),
+        config=setup.config,
+        mesh=setup.mesh,
+        classes=setup.classes,
+        tokenizer=setup.tokenizer,
+        held_out=setup.held_out,
+        available=frozenset(registry.NEEDS) - _unmet_needs(setup, heads=heads).keys(),
+        batch_size=eval_rows(setup),
+        index_batches=functools.partial(host_eval_batches, setup, setup.train),
+        query_batches=functools.partial(host_eval_batches, setup, setup.held_out, limit),
+        record_batches=functools.partial(chosen_batches, setup, setup.held_out),
         pooled=False,
         figures=figures,
-        task=job.task,
+        task=setup.task,
     )
 
 
 def _feature_inputs(
-    job: Setup, task: Pretrain, figures: figure_evaluators.FigureWriter, *, heads: bool
+    setup: Setup, task: Pretrain, figures: figure_evaluators.FigureWriter, *, heads: bool
 ) -> tuple[registry.EvalInputs, dict[str, feature_extraction.ImageSet]]:
     """(inputs, image sets) of evaluators of frozen features."""
-    config, settings, terms = job.config, job.config.evaluate, task.plan
-    trained = bool(terms.where("category", "text"))
+    config, settings, plan = setup.config, setup.config.evaluate, task.plan
+    trained = bool(plan.where("category", "text"))
     if settings.features == "attention" and not trained:
         raise UserError(
             "config.evaluate.features: 'attention' needs an objective that trains the pooling:"
@@ -187,16 +187,16 @@ def _feature_inputs(
     batch_norm = (
         trained and config.model.pool.kind != "attention" and config.model.pool.norm == "batch"
     )
-    pool = terms.image_feature if settings.features == "auto" else settings.features
+    pool = plan.image_feature if settings.features == "auto" else settings.features
     pool = "mean" if pool == "attention" and batch_norm else pool
     pooled = pool == "attention"
     inputs = dataclasses.replace(
-        _inputs(job, figures, heads=heads),
+        _inputs(setup, figures, heads=heads),
         pooled=pooled,
         pooled_set="queries" if pooled or batch_norm else "pooled queries",
         statistics_set="index" if batch_norm else "",
     )
-    extract = feature_extraction.Extractor(config, job.mesh, pool=pool)
+    extract = feature_extraction.Extractor(config, setup.mesh, pool=pool)
     image_sets = {
         "index": feature_extraction.image_sets(
             extract, functools.partial(inputs.index_batches, settings.train_limit)
@@ -205,29 +205,29 @@ def _feature_inputs(
     }
     if inputs.pooled_set not in image_sets:
         image_sets[inputs.pooled_set] = feature_extraction.image_sets(
-            feature_extraction.Extractor(config, job.mesh, pool="attention"), inputs.query_batches
+            feature_extraction.Extractor(config, setup.mesh, pool="attention"), inputs.query_batches
         )
     return inputs, image_sets
 
 
 def make_evaluators(
-    job: Setup, log: Log, total: int, attempt: Callable[[Callable[[], None]], None]
+    setup: Setup, log: Log, total: int, attempt: Callable[[Callable[[], None]], None]
 ) -> list[Any]:
     """Returns the evaluation of a run of `total` steps: [(state, poll) -> iterator of (name,
     value)], or [] if no evaluator is enabled. All evaluators share the features. Those with
     `last_only` run at the last step alone; `attempt` calls what draws a figure."""
-    step, encoder = [0], job.config.evaluate.encoder
+    step, encoder = [0], setup.config.evaluate.encoder
     figures = figure_evaluators.FigureWriter(
-        job, lambda: f"{step[0]:08d}", lambda: f"step {step[0]:,}, {encoder} parameters", attempt
+        setup, lambda: f"{step[0]:08d}", lambda: f"step {step[0]:,}, {encoder} parameters", attempt
     )
-    metrics, image_sets = enabled_metrics(job, log, figures=figures, thorough=False)
+    metrics, image_sets = enabled_metrics(setup, log, figures=figures, thorough=False)
     if not metrics:
         return []
     last_only = {each.name for each in registry.evaluators() if each.last_only}
     usual = feature_extraction.make_evaluator(
-        job.config, image_sets, [m for name, m in metrics.items() if name not in last_only]
+        setup.config, image_sets, [m for name, m in metrics.items() if name not in last_only]
     )
-    last = feature_extraction.make_evaluator(job.config, image_sets, metrics.values())
+    last = feature_extraction.make_evaluator(setup.config, image_sets, metrics.values())
 
     def evaluate(state: Any, poll: Callable[[], None]) -> Any:
         step[0] = int(state.step)

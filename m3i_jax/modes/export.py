@@ -46,7 +46,7 @@ from m3i_jax.modes import model_card, setup
 from m3i_jax.parallel import kernel_calls
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.run_files import write_text_atomic
-from m3i_jax.training import checkpoint, init_from, weight_source
+from m3i_jax.training import checkpoint, weight_source
 
 FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
 # largest difference over the largest value; two libraries round differently in every layer
@@ -76,18 +76,23 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
             f"--format={format}: has no model for the backbone {config.model.backbone}; use"
             f" {', '.join(write)}"
         )
-    directory = pathlib.Path(workdir) / "export" / format
-    setup.check_writable(
-        directory.parent,
-        f"--workdir {workdir}",
-        "exports are written to WORKDIR/export; copy config.txt and checkpoints to another"
-        " directory and export from there",
-    )
+    directory = _directory(workdir, format)
     with progress.progress_bar(f"exporting {format}", total=3, unit="parts") as advance:
         lines = _export(config, workdir, directory, format, write[format], advance)
     for line in lines:
         print(line)
     return 0
+
+
+def _directory(workdir: str, format: str) -> pathlib.Path:
+    """Where a format is written. Raises UserError if nothing can be written there."""
+    exports = setup.check_writable(
+        pathlib.Path(workdir) / "export",
+        f"--workdir {workdir}",
+        "exports are written to WORKDIR/export; copy config.txt and checkpoints to another"
+        " directory and export from there",
+    )
+    return exports / format
 
 
 def _export(
@@ -142,7 +147,7 @@ def tree_of(model: load.LoadedEncoder) -> dict[str, np.ndarray]:
     """Returns the encoder as the flat tree {path: float32 array} of `interop`, with computed arrays
     that other projects store, such as the fixed position table of a ViT."""
     named = jax.tree_util.tree_leaves_with_path({"encoder": model.params["encoder"]})
-    flat = {init_from.path_text(path): np.asarray(leaf, np.float32) for path, leaf in named}
+    flat = {path_text(path): np.asarray(leaf, np.float32) for path, leaf in named}
     backbone = backbones.get_backbone(model.config.model)
     fixed = backbone.fixed_arrays(model.config.model, model.config.grid)
     return {**flat, **{f"encoder/{path}": array for path, array in fixed.items()}}
@@ -371,13 +376,7 @@ def export_model(config: schema.Config, *, workdir: str, format: str) -> int:
             f"--format={format}: has no place for the head of config.task={config.task}; use"
             f" {', '.join(_WRITERS)}"
         )
-    directory = pathlib.Path(workdir) / "export" / format
-    setup.check_writable(
-        directory.parent,
-        f"--workdir {workdir}",
-        "exports are written to WORKDIR/export; copy config.txt and checkpoints to another"
-        " directory and export from there",
-    )
+    directory = _directory(workdir, format)
     model = load.load(workdir, weights=config.evaluate.encoder)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

@@ -22,7 +22,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.interop import tensor_files
-from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.setup import check_writable, index_directory, lock_workdir, require_views
 from m3i_jax.training import checkpoint_dir
 
 _PART = 4096  # images of a part
@@ -31,21 +31,19 @@ _PART = 4096  # images of a part
 def run(config: schema.Config, *, workdir: str, out: str) -> int:
     if not out:
         raise UserError("--out: is missing; give the npz file to write, such as --out=features.npz")
-    jobs.require_views(config, "features", "use m3i_jax.load(RUN).detect or .segment")
+    require_views(config, "features", "use m3i_jax.load(RUN).detect or .segment")
     target = pathlib.Path(out)
     if target.suffix != ".npz" or target.is_dir():
         raise UserError(f"--out: {out!r} must be a file that ends in .npz")
-    jobs.check_writable(target.parent, f"--out={out}", "choose another directory for the file")
-    directory = jobs.check_writable(
+    check_writable(target.parent, f"--out={out}", "choose another directory for the file")
+    directory = check_writable(
         workdir,
         f"--workdir {workdir}",
         "the data index is written there; choose another --workdir, and give the run as init_from",
     )
     model = _model(config, workdir)
     preprocessing = _preprocessing(config, model)
-    train, held_out = splits.open_splits(
-        config.data, cache=jobs.index_directory(config.data, directory)
-    )
+    train, held_out = splits.open_splits(config.data, cache=index_directory(config.data, directory))
     identity = {
         "weights": model.name,
         "pool": model.pool,
@@ -56,7 +54,7 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
         "held_out": base.stable_digest(held_out.fingerprint(), len(held_out)),
     }
     parts_dir = target.with_name(target.name + ".parts")
-    with jobs.lock_workdir(directory):
+    with lock_workdir(directory):
         _remove_other_parts(parts_dir, identity)
         print(
             f"{model.name}, {model.pool}: {len(train):,} training images, {len(held_out):,} held"

@@ -32,13 +32,13 @@ class FigureWriter:
     """Writes the figures of an evaluation and reads the images shown in them.
 
     Attributes:
-      job: the run.
+      setup: the run.
       name: () -> prefix of the file names, the step.
       about: () -> a few words on the weights, for the caption.
       attempt: calls a function that draws; during training it logs a failure instead of raising.
     """
 
-    job: Setup
+    setup: Setup
     name: Callable[[], str]
     about: Callable[[], str]
     attempt: Callable[[Callable[[], None]], None] = lambda draw: draw()
@@ -52,26 +52,26 @@ class FigureWriter:
         """Write WORKDIR/pictures/<step>-<kind>."""
         note = privacy.redact(f"{note}; {self.about()}")
         figures.write_figure(
-            self.job.workdir / "pictures", f"{self.name()}-{kind}", Figure(title, note, rows)
+            self.setup.workdir / "pictures", f"{self.name()}-{kind}", Figure(title, note, rows)
         )
 
     def tiles(self, records: Sequence[int]) -> list[image_grid.Image.Image]:
         """Returns the evaluation views of the readable ones of these records, as tiles."""
-        data = self.job.config.data
+        data = self.setup.config.data
         batches = eval_batches.evaluation_batches(
-            self.job.held_out,
+            self.setup.held_out,
             records,
-            Preprocessing.of(self.job.config),
+            Preprocessing.of(self.setup.config),
             len(records),
             threads=data.threads,
             missing=data.missing,
         )
-        side = image_grid.side_of_tile(data.image_size, self.job.config.grid)
+        side = image_grid.side_of_tile(data.image_size, self.setup.config.grid)
         return [image_grid.image_tile(view, side) for view in next(batches)["views"]]
 
     def class_name(self, label: int) -> str:
         """Returns the name of a category, "" without one."""
-        return self.job.classes[label] if 0 <= label < len(self.job.classes) else ""
+        return self.setup.classes[label] if 0 <= label < len(self.setup.classes) else ""
 
     def count_images(self, count: int) -> str:
         """Returns the number of images, for a caption."""
@@ -112,7 +112,7 @@ def _draw_neighbors(
 ) -> None:
     query_rows = spread_rows(len(vectors_NxD), MAX_ROWS)
     neighbor_rows, cosines = embedding_map.nearest_neighbors(
-        vectors_NxD, query_rows, writer.job.config.evaluate.neighbours
+        vectors_NxD, query_rows, writer.setup.config.evaluate.neighbours
     )
     shown = list(dict.fromkeys([*query_rows, *neighbor_rows.reshape(-1).tolist()]))
     tile = dict(zip(shown, writer.tiles(record_N[shown].tolist()), strict=True))
@@ -135,9 +135,9 @@ def _draw_neighbors(
 
 
 def _draw_map(writer: FigureWriter, vectors_NxD: np.ndarray, label_N: np.ndarray) -> None:
-    method = writer.job.config.evaluate.map
+    method = writer.setup.config.evaluate.map
     image, key = embedding_map.embedding_image(
-        embedding_map.project_to_2d(vectors_NxD, method), label_N, writer.job.classes
+        embedding_map.project_to_2d(vectors_NxD, method), label_N, writer.setup.classes
     )
     note = (
         f"{writer.count_images(len(vectors_NxD))}, "
@@ -202,7 +202,9 @@ def attention_figure(writer: FigureWriter, batches: Batches, *, pooled: bool) ->
       batches: record numbers -> batches of their clean views.
       pooled: whether the objective trains an attention pooling, which is then drawn too.
     """
-    compiled = feature_extraction.compile_maps(writer.job.config, writer.job.mesh, pooled=pooled)
+    compiled = feature_extraction.compile_maps(
+        writer.setup.config, writer.setup.mesh, pooled=pooled
+    )
 
     def run(context: EvalContext) -> Iterator[tuple[str, float]]:
         queries = context("queries")
@@ -211,7 +213,7 @@ def attention_figure(writer: FigureWriter, batches: Batches, *, pooled: bool) ->
             parts = [
                 part
                 for part, _ in extract_set(
-                    writer.job.mesh, compiled, context.params, batches(records), context.poll
+                    writer.setup.mesh, compiled, context.params, batches(records), context.poll
                 )
             ]
             maps = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -225,7 +227,7 @@ def _draw_attention(
     writer: FigureWriter, maps: dict[str, np.ndarray], records: list[int], labels: list[int]
 ) -> None:
     (colours,) = panels.feature_rgb([maps["features"]])
-    tokens = "its cls token" if writer.job.config.model.encoder.cls_token else "all cells"
+    tokens = "its cls token" if writer.setup.config.model.encoder.cls_token else "all cells"
     # name of a map -> (words below its tile, words of the caption)
     kinds = {
         name: words
@@ -357,4 +359,4 @@ for _evaluator in (
         last_only=True,
     ),
 ):
-    registry.register_builtin(_evaluator)
+    registry.register_evaluator(_evaluator)

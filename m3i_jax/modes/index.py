@@ -13,7 +13,7 @@ from m3i_jax.data import engines
 from m3i_jax.data.sources import base, mixture, tar_index, tars
 from m3i_jax.errors import UserError
 from m3i_jax.modes import host_share
-from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.setup import index_directory, make_workdir
 
 
 def run(
@@ -25,11 +25,11 @@ def run(
 ) -> int:
     directory = pathlib.Path(workdir)
     share = host_share.detect_share(shard, *hosts, environ=os.environ)
-    jobs.make_workdir(directory)
+    make_workdir(directory)
     workers = config.data.workers or len(os.sched_getaffinity(0))
     with interrupts.raise_interrupts():
         for pattern in _patterns(config.data):
-            cache = jobs.index_directory(config.data, directory)
+            cache = index_directory(config.data, directory)
             builder = tars.index_builder(pattern, cache=cache)
             _build(builder, pattern, share, workers)
     return 0

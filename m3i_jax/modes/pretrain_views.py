@@ -11,7 +11,6 @@ import numpy as np
 from m3i_jax import parallel, published_settings, schema
 from m3i_jax.data import decode
 from m3i_jax.data.sources import base
-from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.setup import Setup
 from m3i_jax.modes.task_views import TaskViews, register_task_views
 from m3i_jax.profiling import flops
@@ -38,11 +37,11 @@ def _tables(trainer: Trainer, batch: dict[str, Any]) -> list[str]:
 
 
 def _draw_panel(
-    job: jobs.Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
+    setup: Setup, trainer: Trainer, step: int, state: Any, batch: dict[str, np.ndarray]
 ) -> None:
     """Write WORKDIR/panels/<step>.png for the first rows of a batch, from the values that the step
     computes."""
-    config, plan = job.config, job.plan
+    config, plan = setup.config, setup.plan
     # partners come in pairs
     rows = min(2 * -(-config.report.panel_rows // 2), config.train.batch_size)
     rows_of_batch = parallel.broadcast_from_host0(
@@ -55,15 +54,15 @@ def _draw_panel(
     if jax.process_index():
         return
 
-    read, kinds = plan.passes[0], ("input", "input_view", "view", "picture")
+    read, kinds = plan.passes[0], ("input", "input_view", "view", "pixels")
     images = {
         name: patches_to_images(config, arrays[name])
         for name in arrays
         if name.split("/")[-1] in kinds
     }
     captions, labels, mask = (
-        decode_captions(job, rows_of_batch),
-        label_names(job, rows_of_batch),
+        decode_captions(setup, rows_of_batch),
+        label_names(setup, rows_of_batch),
         np.asarray(rows_of_batch["mask"]),
     )
     halves = read.mixed and config.objective.pairing == "halves"
@@ -75,12 +74,12 @@ def _draw_panel(
             ~mask.reshape(-1, config.grid, config.grid).repeat(side, 1).repeat(side, 2)[..., None]
         )
         for term in (
-            t for t in plan.terms if t.hidden and t.reads == read and f"{t.name}/picture" in images
+            t for t in plan.terms if t.hidden and t.reads == read and f"{t.name}/pixels" in images
         ):
             images[f"{term.name}/completed"] = np.where(
-                hidden, images[f"{term.name}/picture"], images["input_view"]
+                hidden, images[f"{term.name}/pixels"], images["input_view"]
             )
-    directory = job.workdir / "panels"
+    directory = setup.workdir / "panels"
     directory.mkdir(exist_ok=True)
     panels.write_panel(
         directory / f"{step:08d}.png",
@@ -95,38 +94,38 @@ def _draw_panel(
 
 
 def _draw_preview(
-    job: jobs.Setup,
+    setup: Setup,
     path: pathlib.Path,
     batch: dict[str, np.ndarray],
     records: Sequence[base.Record],
 ) -> None:
     """Write a sheet of model inputs next to their original images."""
-    patches_by_view = jax.jit(lambda b: views.augmented_patches(job.config, b, (0, 1)))(batch)
+    patches_by_view = jax.jit(lambda b: views.augmented_patches(setup.config, b, (0, 1)))(batch)
     colored = {
-        view: patches_to_images(job.config, np.asarray(patches, np.float32))
+        view: patches_to_images(setup.config, np.asarray(patches, np.float32))
         for view, patches in patches_by_view.items()
     }
     # with the colour augmentation of the device
     batch["views"] = np.stack([colored[0], colored[1]], 1)
-    passes = job.plan.passes
+    passes = setup.plan.passes
     blended = next((read for read in passes if read.blended), None)
     inputs = None
     if blended:
         blended_patches = jax.jit(
             lambda b, patches: views.encoder_input(
-                job.config,
+                setup.config,
                 blended,
-                views.pass_inputs(job.config, passes, b)[blended],
+                views.pass_inputs(setup.config, passes, b)[blended],
                 patches,
             )
         )(batch, patches_by_view)
-        inputs = patches_to_images(job.config, np.asarray(blended_patches, np.float32))
-    captions = decode_captions(job, batch)
+        inputs = patches_to_images(setup.config, np.asarray(blended_patches, np.float32))
+    captions = decode_captions(setup, batch)
     originals = [
-        decode.decode_image(record.image, background=job.config.data.background)
+        decode.decode_image(record.image, background=setup.config.data.background)
         for record in records
     ]
-    has_column = {"input view": True, "target view": 1 in job.plan.views}
+    has_column = {"input view": True, "target view": 1 in setup.plan.views}
     has_column["mask"] = any(read.masked or read.mixed for read in passes)
     has_column["mixed input"] = any(read.mixed for read in passes)
     columns = [name for name in preview_sheet.COLUMNS if has_column[name]]
@@ -134,7 +133,7 @@ def _draw_preview(
         path,
         batch,
         captions=captions,
-        classes=job.classes,
+        classes=setup.classes,
         originals=originals,
         blended=inputs,
         columns=columns,
@@ -164,21 +163,23 @@ def patches_to_images(config: schema.Config, patches_BxNxP: np.ndarray) -> np.nd
     return (np.clip(pixels * std + mean, 0, 1) * 255).round().astype(np.uint8)
 
 
-def decode_captions(job: Setup, batch: dict[str, np.ndarray]) -> list[str]:
+def decode_captions(setup: Setup, batch: dict[str, np.ndarray]) -> list[str]:
     """Returns the captions of a batch, decoded from the tokens that the model reads; of an image
     without one, the text of its object."""
     texts = [""] * len(batch["label"])
-    if job.tokenizer is None:
+    if setup.tokenizer is None:
         return texts
     arrays = [(batch["tokens"], batch["length"])] if "tokens" in batch else []
     if "regions" in batch:
         arrays.append((batch["regions"][:, -1], batch["region_length"][:, -1]))
     for tokens, lengths in arrays:
         for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
-            texts[row] = texts[row] or job.tokenizer.decode(ids[:length])
+            texts[row] = texts[row] or setup.tokenizer.decode(ids[:length])
     return texts
 
 
-def label_names(job: Setup, batch: dict[str, np.ndarray]) -> list[str]:
+def label_names(setup: Setup, batch: dict[str, np.ndarray]) -> list[str]:
     """Returns category names of a batch, "" without a label."""
-    return [job.classes[label] if 0 <= label < len(job.classes) else "" for label in batch["label"]]
+    return [
+        setup.classes[label] if 0 <= label < len(setup.classes) else "" for label in batch["label"]
+    ]

@@ -4,26 +4,26 @@ images with their annotations."""
 
 from m3i_jax import schema
 from m3i_jax.data.sources import base
-from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.setup import open_setup
 from m3i_jax.modes.task_views import task_views
 
 ROWS = 8
 
 
 def run(config: schema.Config, *, workdir: str) -> int:
-    job = jobs.open_setup(config, workdir)
-    data = job.batches(0, views=(0, 1))
+    setup = open_setup(config, workdir)
+    data = setup.batches(0, views=(0, 1))
     try:
         batch = {name: value[: min(ROWS, len(value))] for name, value in next(data).items()}
         skipped = {reason: n for reason, n in data.skipped.items() if n}
         rows = len(batch["position"])
-        records = base.read_items(job.train, data.record[:rows].tolist())
+        records = base.read_items(setup.train, data.record[:rows].tolist())
     finally:
         data.close()
-    path = job.workdir / "preview.png"
-    task_views(config.task).draw_preview(job, path, batch, records)
+    path = setup.workdir / "preview.png"
+    task_views(config.task).draw_preview(setup, path, batch, records)
     print(
-        f"{job.train.description()}\n{path}: {rows} samples"
+        f"{setup.train.description()}\n{path}: {rows} samples"
         + (f"; skipped: {skipped}" if skipped else "")
     )
     return 0

@@ -11,7 +11,7 @@ import jax
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.modes import monitoring, show
-from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.setup import Setup, fit_to_devices, lock_workdir, open_setup
 from m3i_jax.parallel import distributed, kernel_calls
 from m3i_jax.profiling import kernel_profile
 from m3i_jax.reporting import writers
@@ -52,24 +52,24 @@ def run(
 ) -> int:
     if kernels:
         return print_kernels(config)
-    job = jobs.open_setup(shorten_run(config), workdir, trains=[config.objective.forms])
-    distributed.assert_same_on_all_hosts("data", {"data": job.identity})
-    with jobs.lock_workdir(job.workdir):
-        return profile(job, began)
+    setup = open_setup(shorten_run(config), workdir, trains=[config.objective.forms])
+    distributed.assert_same_on_all_hosts("data", {"data": setup.identity})
+    with lock_workdir(setup.workdir):
+        return profile(setup, began)
 
 
-def profile(job: jobs.Setup, began: float | None) -> int:
+def profile(setup: Setup, began: float | None) -> int:
     """Trace the end of a short run; returns 0, or the exit code of `loop.run_loop`."""
-    trainer = job.make_trainer()
+    trainer = setup.make_trainer()
     total, main = trainer.length.steps, jax.process_index() == 0
     log = writers.log_line if main else lambda line: None
-    console = writers.Console(total, job.config.train.batch_size, log)
+    console = writers.Console(total, setup.config.train.batch_size, log)
     clock = monitoring.make_clock(trainer, log, began=began)
-    before = set((job.workdir / "profile").rglob("*.xplane.pb"))
+    before = set((setup.workdir / "profile").rglob("*.xplane.pb"))
     with (
         monitoring.count_compilations(clock),
         parallel.reported_checks(lambda line, values: log(line)),
-        monitoring.monitored(job.config, job.workdir, clock, log) as tracer,
+        monitoring.monitored(setup.config, setup.workdir, clock, log) as tracer,
     ):
 
         def sent(step: int, metrics: Any) -> None:
@@ -77,8 +77,8 @@ def profile(job: jobs.Setup, began: float | None) -> int:
                 tracer.ask()
             tracer(step, metrics)
 
-        state, data = trainer.init(), job.batches(0)
-        outside = loop.Callbacks(
+        state, data = trainer.init(), setup.batches(0)
+        callbacks = loop.Callbacks(
             data=data,
             checkpoints=_NoCheckpoints(),  # type: ignore[arg-type]
             write=console.write,
@@ -90,15 +90,15 @@ def profile(job: jobs.Setup, began: float | None) -> int:
             on_step=sent,
         )
         try:
-            code, _ = loop.run_loop(trainer, state, samples_seen=0, callbacks=outside)
+            code, _ = loop.run_loop(trainer, state, samples_seen=0, callbacks=callbacks)
         finally:
             data.close()
         clock.turn("stop")
         tracer.close()
         log(clock.summary()[1])
-    if code == loop.DONE and set((job.workdir / "profile").rglob("*.xplane.pb")) == before:
+    if code == loop.DONE and set((setup.workdir / "profile").rglob("*.xplane.pb")) == before:
         raise UserError(
-            f"--mode=profile: no trace was written to {job.workdir / 'profile'}; the line above"
+            f"--mode=profile: no trace was written to {setup.workdir / 'profile'}; the line above"
             " gives the reason"
         )
     return code
@@ -111,7 +111,7 @@ def print_kernels(config: schema.Config) -> int:
             f"{kernel_calls.KERNELS}={setting}: --mode=profile --kernels checks all kernels; unset"
             " it"
         )
-    config, mesh = jobs.fit_to_devices(show.assume_data(config)[0])
+    config, mesh = fit_to_devices(show.assume_data(config)[0])
     calls = traced_calls(Trainer(config, mesh, show.vocabulary_size(config)))
     first = not jax.process_index()
     if not calls:

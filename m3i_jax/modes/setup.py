@@ -199,11 +199,18 @@ def open_setup(
         mesh=devices,
         train=train,
         held_out=held_out,
-        classes=tuple(names[:count]),
+        classes=_predicted_names(done, names, count),
         tokenizer=opened,
         workdir=path,
         configured_size=config.data.size,
     )
+
+
+def _predicted_names(config: schema.Config, names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Names of `count` classes. The head of a dense task predicts all of them, whether the data
+    have as many or not; those that they lack are named by their numbers."""
+    extra = range(len(names), count) if not config.traits.views else ()
+    return (*names[:count], *map(str, extra))
 
 
 def require_views(config: schema.Config, mode: str, why: str) -> None:

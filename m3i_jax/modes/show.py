@@ -24,8 +24,8 @@ from m3i_jax.training import scaling, step, trainer
 from m3i_jax.training.plan import build_plan
 from m3i_jax.training.task import task_kind
 
-# of ImageNet-1k and CLIP, in place of values that only the data determine
 _ROWS = 64  # images that the estimate of the memory traffic traces
+# of ImageNet-1k and CLIP, in place of values that only the data determine
 ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}
 
 
@@ -151,6 +151,46 @@ def estimated_traffic(step_trainer: trainer.Trainer, state: float) -> dict[str, 
     }  # fmt: skip
 
 
+def _amounts(
+    config: schema.Config, step_trainer: trainer.Trainer, total: float, state: float, unit: str
+) -> list[tuple[str, str]]:
+    """Rows (what, how much) of a run. config: before it was completed; total: FLOPs a step; state:
+    bytes of the state; unit: of the cost per image."""
+    done, length = step_trainer.config, step_trainer.length
+    images, samples = done.train.batch_size, length.steps * done.train.batch_size
+    batch = trainer.abstract_batch(done).values()
+    rows = [
+        (
+            "steps",
+            f"{length.steps:,} of {images:,} images ({length.steps_per_epoch:,} an epoch, warm-up"
+            f" {length.warmup:,})",
+        ),
+        (
+            "samples",
+            f"{samples:,}, {samples / done.data.size:,.1f} epochs of {done.data.size:,} images",
+        ),
+        (
+            "matrix FLOPs a step",
+            f"{total / 1e12:,.3f} TFLOP, {total / images / 1e9:,.2f} GFLOP {unit}",
+        ),
+        ("matrix FLOPs of the run", flops.format_flops(total * length.steps)),
+        (
+            "state",
+            text_table.format_bytes(state) + " (parameters, moments, EMA target), before sharding",
+        ),
+        (
+            "batch",
+            text_table.format_bytes(sum(math.prod(s.shape) * s.dtype.itemsize for s in batch))
+            + " a step from the host",
+        ),
+    ]
+    if config.train.round_batch:
+        shards = sorted({chips for _, _, chips in hardware.SLICES})
+        rounded = "; ".join(f"{size:,} on {on}" for size, on in _rounded(config, shards))
+        rows.append(("batch, rounded up", rounded))
+    return rows
+
+
 def run(config: schema.Config, *, workdir: str | None) -> int:
     from clu import parameter_overview
 
@@ -182,47 +222,8 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
     if unpublished := views.unpublished(done):
         print(f"{unpublished}\n")
     total = monitoring.model_flops(step_trainer)
-    rows = [
-        (
-            "steps",
-            (
-                f"{length.steps:,} of {images:,} images ({length.steps_per_epoch:,} an epoch,"
-                f" warm-up {length.warmup:,})"
-            ),
-        ),
-        (
-            "samples",
-            (
-                f"{length.steps * images:,}, {length.steps * images / done.data.size:,.1f} epochs"
-                f" of {done.data.size:,} images"
-            ),
-        ),
-        (
-            "matrix FLOPs a step",
-            f"{total / 1e12:,.3f} TFLOP, {total / images / 1e9:,.2f} GFLOP {views.unit}",
-        ),
-        ("matrix FLOPs of the run", flops.format_flops(total * length.steps)),
-        (
-            "state",
-            text_table.format_bytes(state) + " (parameters, moments, EMA target), before sharding",
-        ),
-        (
-            "batch",
-            text_table.format_bytes(
-                sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values())
-            )
-            + " a step from the host",
-        ),
-    ]
-    if config.train.round_batch:
-        shards = sorted({chips for _, _, chips in hardware.SLICES})
-        rows.append(
-            (
-                "batch, rounded up",
-                "; ".join(f"{images:,} on {fewest}" for images, fewest in _rounded(config, shards)),
-            )
-        )
-    print(text_table.text_table(rows, ("what", "how much")))
+    amounts = _amounts(config, step_trainer, total, state, views.unit)
+    print(text_table.text_table(amounts, ("what", "how much")))
     mfu = done.report.mfu
     print(
         f"\nby FLOPs at {mfu:.0%} of the peak (report.mfu), by memory traffic and by network at"

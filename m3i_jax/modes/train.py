@@ -1,8 +1,9 @@
-"""--mode=train: pre-train, or resume the run in the working directory."""
+"""--mode=train: train, or resume the run in the working directory."""
 
 import contextlib
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.modes import evaluators, monitoring, report
-from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.setup import Setup, lock_workdir, open_setup
 from m3i_jax.modes.task_views import task_views
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import run_log, writers
@@ -32,59 +33,59 @@ def run(
     kind = task_kind(config.task)
     kind.reject_unused_settings(config)
     report.refuse_absent(config)
-    job = jobs.open_setup(config, workdir, trains=kind.objectives(config))
-    distributed.assert_same_on_all_hosts("data", {"data": job.identity})
-    with jobs.lock_workdir(job.workdir):
-        return pretrain(job, allow_changes, began)
+    setup = open_setup(config, workdir, trains=kind.objectives(config))
+    distributed.assert_same_on_all_hosts("data", {"data": setup.identity})
+    with lock_workdir(setup.workdir):
+        return pretrain(setup, allow_changes, began)
 
 
-def check_same_run(job: jobs.Setup, position: dict[str, Any] | None, allow_changes: bool) -> None:
+def check_same_run(setup: Setup, position: dict[str, Any] | None, allow_changes: bool) -> None:
     """Refuse to resume a run with other relevant settings, data or tokenizer; write config.txt and
     data.txt. Secrets in paths are redacted, so that new credentials are no change. The first host
     checks for all."""
-    changed = _changes(job, position) if position and not jax.process_index() else []
+    changed = _changes(setup, position) if position and not jax.process_index() else []
     changed = list(filter(None, parallel.exchange_values("changes", "; ".join(changed)[:4000])[:1]))
     if changed and not allow_changes:
         raise UserError(
-            f"--workdir {job.workdir}: its run has another configuration"
+            f"--workdir {setup.workdir}: its run has another configuration"
             f" ({'; '.join(changed)}); choose another directory, or add --allow-changes to continue"
             " with the new one"
         )
     if not jax.process_index():
-        write_text_atomic(job.workdir / "config.txt", privacy.redact(job.text), noted=True)
-        write_text_atomic(job.workdir / "data.txt", privacy.redact(job.identity), noted=True)
-        if not job.config.traits.views:  # predictions of the run have their names
-            names = json.dumps({"classes": job.classes}, indent=1) + "\n"
-            write_text_atomic(job.workdir / weight_source.CLASSES, names, noted=True)
+        write_text_atomic(setup.workdir / "config.txt", privacy.redact(setup.text), noted=True)
+        write_text_atomic(setup.workdir / "data.txt", privacy.redact(setup.identity), noted=True)
+        if not setup.config.traits.views:  # predictions of the run have their names
+            names = json.dumps({"classes": setup.classes}, indent=1) + "\n"
+            write_text_atomic(setup.workdir / weight_source.CLASSES, names, noted=True)
 
 
-def _changes(job: jobs.Setup, position: dict[str, Any]) -> list[str]:
+def _changes(setup: Setup, position: dict[str, Any]) -> list[str]:
     """Differences from the run at a checkpoint. Logs a warning for files that cannot be compared or
     that do not influence the training.
 
     Raises:
       UserError: config.txt was changed after the run wrote it.
     """
-    saved, data = job.workdir / "config.txt", job.workdir / "data.txt"
+    saved, data = setup.workdir / "config.txt", setup.workdir / "data.txt"
     out = []
     if saved.is_file():
         remedy = "restore it, or delete it to continue with the settings of this command"
         out += configuration.config_difference(
-            run_files.read_run_text(saved, remedy), privacy.redact(job.text)
+            run_files.read_run_text(saved, remedy), privacy.redact(setup.text)
         )
     else:
         writers.log_line(
             f"warning: {saved} is missing: the settings cannot be compared with those of the run"
         )
-    if position["fingerprint"] not in (job.fingerprint, *job.earlier_fingerprints):
-        lines = _difference(data, privacy.redact(job.identity))
+    if position["fingerprint"] not in (setup.fingerprint, *setup.earlier_fingerprints):
+        lines = _difference(data, privacy.redact(setup.identity))
         out += [f"data, {line}" for line in lines] or [
-            f"data: {position['fingerprint']} -> {job.fingerprint}"
+            f"data: {position['fingerprint']} -> {setup.fingerprint}"
         ]
-    for name, wrong in run_files.changed_run_files(position, job.workdir).items():
+    for name, wrong in run_files.changed_run_files(position, setup.workdir).items():
         if name == LOG:
             writers.log_line(
-                f"warning: {job.workdir / name} was changed after the run wrote it ({wrong}): its"
+                f"warning: {setup.workdir / name} was changed after the run wrote it ({wrong}): its"
                 " values may be wrong"
             )
         else:
@@ -139,45 +140,70 @@ def checked_position(position: dict[str, Any], step: int) -> dict[str, Any]:
     return position
 
 
-def pretrain(job: jobs.Setup, allow_changes: bool, began: float | None = None) -> int:
-    """Train a job from the start or from its newest good checkpoint; returns the exit code of
+def pretrain(setup: Setup, allow_changes: bool, began: float | None = None) -> int:
+    """Train from the start or from its newest good checkpoint; returns the exit code of
     `loop.run_loop`: 0, 1 or 42. The caller holds the lock. `began`: `time.monotonic()` at the start
     of the process."""
     while True:
         try:
-            return _pretrain(job, allow_changes, began)
+            return _pretrain(setup, allow_changes, began)
         except CheckpointDamaged:
             pass  # it was logged and set aside: the next attempt uses the one before
 
 
-def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
-    config, workdir = job.config, job.workdir
-    if not jax.process_index():
-        checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
+def _newest_position(
+    setup: Setup, checkpoints: Checkpoints, allow_changes: bool
+) -> tuple[int, dict[str, Any]] | None:
+    """(step, position) of the newest good checkpoint of the same run; None without one. Logs a
+    warning if a later one is missing."""
     newest = checkpoints.newest_good()
-    position = None
-    if newest is not None:
-        position = checked_position(checkpoints.position(newest), newest)
-    if (
-        newest is not None
-        and not jax.process_index()
-        and (lost := checkpoint_dir.lost_since(workdir, newest))
-    ):
+    if newest is None:
+        check_same_run(setup, None, allow_changes)
+        return None
+    position = checked_position(checkpoints.position(newest), newest)
+    if not jax.process_index() and (lost := checkpoint_dir.lost_since(setup.workdir, newest)):
         writers.log_line(
             f"warning: checkpoint {lost:,}, which the run saved, is missing: resuming from"
             f" {newest:,}"
         )
-    check_same_run(job, position, allow_changes)
-    views = task_views(config.task)
-    trainer = job.make_trainer()
-    trainer.check_state_fits()
-    start, samples = (
-        (newest, position["samples_seen"]) if newest is not None and position else (0, 0)
+    check_same_run(setup, position, allow_changes)
+    return newest, position
+
+
+def _log_start(setup: Setup, trainer: Trainer, log: Callable[[str], None]) -> None:
+    """Log what is trained on what, how long, and settings that may not be meant."""
+    config, length, views = setup.config, trainer.length, task_views(setup.config.task)
+    log(f"{setup.train.description()}; {len(setup.held_out):,} held out")
+    if unpublished := views.unpublished(config):
+        log(unpublished)
+    parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
+    where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+    log(
+        f"{parameters:,} parameters; {length.steps:,} steps of {config.train.batch_size} images on"
+        f" {where}"
     )
-    before = (
+    log(
+        f"peak rate {config.optim.lr:.4g} after {length.warmup:,} steps of warm-up,"
+        f" {views.summary(config)}"
+    )
+    for line in scaling.scaling_warnings(config, steps=length.steps, warmup=length.warmup):
+        log(line)
+
+
+def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
+    config, workdir = setup.config, setup.workdir
+    if not jax.process_index():
+        checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
+    newest = _newest_position(setup, checkpoints, allow_changes)
+    start, position = newest or (0, {})
+    samples = position.get("samples_seen", 0)
+    views = task_views(config.task)
+    trainer = setup.make_trainer()
+    trainer.check_state_fits()
+    earlier = (
         goodput.resumed_seconds(position.get("seconds", {}), monitoring.log_metrics(workdir / LOG))
-        if position
+        if newest
         else {}
     )
     writer = writers.open_writers(
@@ -187,26 +213,10 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
     # all hosts skip the evaluations that are in the log of the first
     own = sorted(evaluations_done(workdir / LOG)) if not jax.process_index() else []
     done = frozenset(json.loads(parallel.exchange_values("evaluated", json.dumps(own))[0]))
-    words = tokenizer_of(workdir) if job.tokenizer else {}
-    parameters = sum(count for _, count in m3i.parameter_table(trainer.template.params))
-    log(f"{job.train.description()}; {len(job.held_out):,} held out")
-    if unpublished := views.unpublished(config):
-        log(unpublished)
-    where = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
-    log(
-        f"{parameters:,} parameters; {trainer.length.steps:,} steps of {config.train.batch_size}"
-        f" images on {where}"
-    )
-    log(
-        f"peak rate {config.optim.lr:.4g} after {trainer.length.warmup:,} steps of warm-up,"
-        f" {views.summary(config)}"
-    )
-    for line in scaling.scaling_warnings(
-        config, steps=trainer.length.steps, warmup=trainer.length.warmup
-    ):
-        log(line)
-    restarts = 1 + position.get("restarts", 0) if position else 0
-    clock = monitoring.make_clock(trainer, log, earlier=before, restarts=restarts, began=began)
+    vocabulary_mark = tokenizer_of(workdir) if setup.tokenizer else {}
+    _log_start(setup, trainer, log)
+    restarts = 1 + position.get("restarts", 0) if newest else 0
+    clock = monitoring.make_clock(trainer, log, earlier=earlier, restarts=restarts, began=began)
 
     def checked(line: str, values: dict[str, float]) -> None:
         log(line)
@@ -219,32 +229,32 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
         parallel.reported_checks(checked),
         monitoring.monitored(config, workdir, clock, log) as tracer,
     ):
-        if newest is not None:
+        if newest:
             with clock.phase("restore"):
-                state = checkpoints.restore(newest, trainer.template, trainer.shardings)
-            log(f"resuming at step {newest:,}, {samples:,} samples seen")
+                state = checkpoints.restore(start, trainer.template, trainer.shardings)
+            log(f"resuming at step {start:,}, {samples:,} samples seen")
         else:
-            state = trainer.init(log, classes=job.classes)
-        data = job.batches(samples)
-        data.go_on(position.get("counts", {}) if position else {})
-        outside = loop.Callbacks(
+            state = trainer.init(log, classes=setup.classes)
+        data = setup.batches(samples)
+        data.go_on(position.get("counts", {}))
+        callbacks = loop.Callbacks(
             data=data,
             checkpoints=checkpoints,
             write=writer.write,
             log=log,
             panel=lambda step, state, batch: writer.attempt(
-                "panels", lambda: views.draw_panel(job, trainer, step, state, batch)
+                "panels", lambda: views.draw_panel(setup, trainer, step, state, batch)
             ),
             evaluators=evaluators.make_evaluators(
-                job, log, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)
+                setup, log, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)
             ),
             position=lambda samples: {
                 "samples_seen": samples,
-                "fingerprint": job.fingerprint,
+                "fingerprint": setup.fingerprint,
                 "seconds": clock.total(),
                 "restarts": restarts,
                 "counts": data.counts,
-                "files": {**writer.mark(), **words},
+                "files": {**writer.mark(), **vocabulary_mark},
             },
             dump=lambda *what: dump_step(workdir, trainer, log, *what),
             evaluated=done,
@@ -252,14 +262,14 @@ def _pretrain(job: jobs.Setup, allow_changes: bool, began: float | None) -> int:
             on_step=tracer,
         )
         try:
-            code, state = loop.run_loop(trainer, state, samples_seen=samples, callbacks=outside)
+            code, state = loop.run_loop(trainer, state, samples_seen=samples, callbacks=callbacks)
             clock.turn("stop")
             if code == loop.DONE and config.train.panel_every:
                 with clock.phase("panel"):
                     last = next(data)
                     writer.attempt(
                         "panels",
-                        lambda: views.draw_panel(job, trainer, trainer.length.steps, state, last),
+                        lambda: views.draw_panel(setup, trainer, trainer.length.steps, state, last),
                     )
         except SavesFailed as error:
             log(

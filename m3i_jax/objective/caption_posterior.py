@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 
 from m3i_jax.objective import information
 from m3i_jax.objective.numerics import assert_rank, float32
-from m3i_jax.objective.posteriors import Form, LossInputs, LossSum
+from m3i_jax.objective.posteriors import LossInputs, LossSum, Posterior
 
 # Targets that a decoder of captions predicts: a caption; the box of an object, given its name; box
 # and name of an object (LocCa).
@@ -89,7 +89,7 @@ def caption(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CaptionSoftmax(Form):
+class CaptionSoftmax(Posterior):
     """`caption` as a posterior.
 
     The marginal of its bits is that of single tokens, their shares in the batch: what image and, in

@@ -335,7 +335,7 @@ def coding_rate(
       features_TxD: features of any length; they are scaled to length 1.
       where_T: weight of a row, bool or float >= 0, in the moment and in m; None counts every row
         once.
-      eps: distortion > 0; SimDINO uses 0.5, and 0.05 with DINOv2's recipe.
+      eps: distortion > 0; SimDINO's code has 0.5, its published runs 0.05.
       group: neighbouring rows that form one moment; 0, or more than there are: all.
       scaled: multiply R by (D + m) / (D m), SimDINO's weight of its expansion.
 

@@ -18,7 +18,7 @@ classes, E width of the joint space.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class LossInputs:
     """Inputs of a posterior beside prediction and target.
 
     Attributes:
-      weight, moment: of the second-moment term: its weight, and C [D, D] over all targets.
+      moment_weight, moment: the weight of the second-moment term, and C [D, D] over all targets.
       temperature: for a softmax that does not fix its own.
       smoothing: label smoothing.
       keys, index: targets of the whole batch [B, ...], and the keys of the rows, [R].
@@ -53,7 +53,7 @@ class LossInputs:
       parallel: bool [R], captions whose tokens are predicted at once.
     """
 
-    weight: float = 0.0
+    moment_weight: float = 0.0
     moment: jax.Array | None = None
     temperature: float = 0.2
     smoothing: float = 0.1
@@ -66,25 +66,36 @@ class LossInputs:
     parallel: jax.Array | None = None
 
 
-class Posterior(Protocol):
-    """A posterior.
+class Posterior:
+    """The base of posteriors. A subclass defines `cost`, and is a frozen dataclass, because terms
+    are compared and hashed.
 
     Attributes:
       batch_keys: whether `cost` needs the targets of the whole batch.
       grad_through_target: whether the target may have a gradient; the loss then prevents its
         collapse.
-
-    `prepare(target)` returns the target as `cost` compares it. `cost(prediction, target, where,
-    given)` takes arrays [R, N, D] with weights [R, N], or [R, D] with weights [R]. `bits(evidence,
-    count)` is None for a loss that is no likelihood.
     """
 
-    batch_keys: ClassVar[bool]
-    grad_through_target: ClassVar[bool]
+    batch_keys: ClassVar[bool] = False
+    grad_through_target: ClassVar[bool] = False
 
-    def prepare(self, target: Any, /) -> Any: ...
-    def cost(self, prediction: Any, target: Any, where: Any, given: LossInputs, /) -> LossSum: ...
-    def bits(self, evidence: dict[str, jax.Array], count: jax.Array, /) -> jax.Array | None: ...
+    @property
+    def scalars(self) -> Mapping[str, float]:
+        """Numbers that it trains, by name, with their first values."""
+        return {}
+
+    def prepare(self, target: Any, /) -> Any:
+        """Returns the target as `cost` compares it."""
+        return target
+
+    def cost(self, prediction: Any, target: Any, where: Any, given: LossInputs, /) -> LossSum:
+        """Returns the loss of arrays [R, N, D] with weights [R, N], or [R, D] with weights [R]."""
+        raise NotImplementedError
+
+    def bits(self, evidence: dict[str, jax.Array], count: jax.Array, /) -> jax.Array | None:
+        """Returns the information of a prediction about its target; None for a loss that is no
+        likelihood."""
+        return None
 
 
 def moments(prediction: jax.Array, target: jax.Array, where: jax.Array) -> dict[str, jax.Array]:
@@ -98,26 +109,7 @@ def moments(prediction: jax.Array, target: jax.Array, where: jax.Array) -> dict[
     }
 
 
-class Form:
-    """Base of posteriors: unchanged target, no keys of the batch, no bits, no `scalars` (numbers
-    that it trains, by name, with their first values). A subclass defines `cost` and is a frozen
-    dataclass, because terms are compared and hashed."""
-
-    batch_keys: ClassVar[bool] = False
-    grad_through_target: ClassVar[bool] = False
-
-    @property
-    def scalars(self) -> Mapping[str, float]:
-        return {}
-
-    def prepare(self, target: jax.Array) -> jax.Array:
-        return target
-
-    def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array | None:
-        return None
-
-
-class Regression(Form):
+class Regression(Posterior):
     """Posteriors that predict the target itself. Their evidence is `moments`, their information
     that of a Gaussian around the prediction."""
 
@@ -130,7 +122,7 @@ class Regression(Form):
         return information.gaussian_bits(evidence["error"] / n / width, variance, width)
 
 
-class Softmax(Form):
+class Softmax(Posterior):
     """Posteriors that select one of several targets; their marginal is uniform over these."""
 
     def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array:
@@ -145,10 +137,19 @@ class Softmax(Form):
         }
 
 
+class Categorical(Posterior):
+    """Posteriors over classes or prototypes; their marginal is the mean of the targets. The
+    evidence is nll, and counts of the targets."""
+
+    def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array:
+        nll = evidence["nll"] / jnp.maximum(count, 1)
+        return information.category_bits(nll, evidence["counts"])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gaussian(Regression):
     """Squared error per element; with `second_moment`, plus SiameseIM's anti-collapse term, whose
-    weight is `LossInputs.weight`.
+    weight is `LossInputs.moment_weight`.
 
     >>> p = jnp.ones((2, 3, 4))
     >>> print(Gaussian().cost(p, p + 1, jnp.ones((2, 3)), LossInputs()).sum)  # 6 rows, 1 an element
@@ -162,7 +163,7 @@ class Gaussian(Regression):
     ) -> LossSum:
         width = target.shape[-1]
         p, t, w = prediction.reshape(-1, width), target.reshape(-1, width), where.reshape(-1)
-        weight = given.weight if self.second_moment else 0.0
+        weight = given.moment_weight if self.second_moment else 0.0
         total, count = losses.gaussian(
             p, t, w, second_moment=weight, moment_DxD=given.moment if weight else None
         )
@@ -213,7 +214,7 @@ class Cosine(Regression):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenSimilarity(Form):
+class TokenSimilarity(Posterior):
     """Squared error of the cosines of all pairs of tokens of an image (Gram anchoring of DINOv3).
 
     Its information is that of a Gaussian around the predicted cosines, above one around the mean
@@ -320,7 +321,7 @@ class NTXent(Softmax):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BarlowTwins(Form):
+class BarlowTwins(Posterior):
     """Cross-correlation of two views against the identity (Barlow Twins). It is no likelihood and
     has no bits.
 
@@ -342,7 +343,7 @@ class BarlowTwins(Form):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prototypes(Form):
+class Prototypes(Categorical):
     """Assignment to trained prototypes, with the entropy of the mean assignment maximised (MSN).
     The marginal of its bits is the mean assignment.
 
@@ -380,14 +381,9 @@ class Prototypes(Form):
             {"nll": nll, "counts": jax.lax.stop_gradient((where[:, None] * q_BxK).sum(0))},
         )
 
-    def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array:
-        return information.category_bits(
-            evidence["nll"] / jnp.maximum(count, 1), evidence["counts"]
-        )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CategorySoftmax(Form):
+class CategorySoftmax(Categorical):
     """Softmax cross-entropy over the classes, with label smoothing (M3I section 3.2).
 
     >>> logits, label = jnp.zeros((2, 4)), jnp.array([1, -1])
@@ -403,11 +399,6 @@ class CategorySoftmax(Form):
         present = where * (target >= 0)
         labels = (jax.nn.one_hot(target, prediction.shape[-1]) * present[:, None]).sum(0)
         return LossSum(total, count, {"nll": nll, "counts": labels})
-
-    def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array:
-        return information.category_bits(
-            evidence["nll"] / jnp.maximum(count, 1), evidence["counts"]
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

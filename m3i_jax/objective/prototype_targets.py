@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from m3i_jax.objective import information
 from m3i_jax.objective.numerics import (
     assert_rank,
     assert_shape,
@@ -30,7 +29,7 @@ from m3i_jax.objective.numerics import (
     weighted_sum,
     zero_masked_rows,
 )
-from m3i_jax.objective.posteriors import Form, LossInputs, LossSum
+from m3i_jax.objective.posteriors import Categorical, LossInputs, LossSum
 from m3i_jax.objective.terms import ClusterHead, ProjectionHead, Term, Terms
 
 CONSTRAINTS = ("centering", "sinkhorn", "position_sinkhorn")
@@ -220,7 +219,7 @@ def track_centers(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrototypeSoftmax(Form):
+class PrototypeSoftmax(Categorical):
     """Cross-entropy of softmax(logits / temperature) with the target encoder's assignment. The
     marginal of its bits is the mean assignment.
 
@@ -257,10 +256,6 @@ class PrototypeSoftmax(Form):
         counts_K = (where[..., None] * target).reshape(-1, target.shape[-1]).sum(0)
         evidence = {"nll": total, "counts": counts_K}
         return LossSum(total, count, jax.lax.stop_gradient(evidence))
-
-    def bits(self, evidence: dict[str, jax.Array], count: jax.Array) -> jax.Array:
-        nll = evidence["nll"] / jnp.maximum(count, 1)
-        return information.category_bits(nll, evidence["counts"])
 
     def assign(
         self, logits_xK: jax.Array, center_K: jax.Array, rise: jax.Array | float

@@ -226,8 +226,9 @@ PUBLISHED: dict[str, PublishedMethod] = {
         kept=(
             "DINO's loss of cls, with a masked large view, and the same loss of each hidden token"
             " against the target's token of the unmasked view, one head of 8,192 prototypes for"
-            " both, centres of their own, target temperature of tokens 0.04 to 0.07, the patch loss"
-            " averaged over both large views although one is masked"
+            " both, centres of their own, target temperature of tokens 0.04 to 0.07 (its settings"
+            " have that of images, too), the patch loss averaged over both large views although one"
+            " is masked"
         ),
         left_out=(
             "a random choice of the masked view and a random share of hidden cells (the first view"

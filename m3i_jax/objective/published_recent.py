@@ -122,7 +122,8 @@ RECENT: dict[str, PublishedMethod] = {
         ),
         left_out=(
             "the paper's constants (0.05, 1,024 directions, knots up to 5), which differ from those"
-            " of its example"
+            " of its example, batch norm of all views together (here of each), the floor of the"
+            " rate"
         ),
     ),
     # SimDINO (arXiv 2502.10385, section 4; RobinWu218/SimDINO, simdino/main_dino.py)
@@ -139,7 +140,8 @@ RECENT: dict[str, PublishedMethod] = {
         left_out=(
             "the rising weight decay, the coding rate of one"
             " device (here of the batch; CodingRate.group sets another number of rows) and of the"
-            " mean with the target's features (here of the online ones)"
+            " mean with the target's features (here of the online ones), eps 0.05 of its command"
+            " (here its code's default)"
         ),
     ),
     # DINOv3's Gram anchoring (arXiv 2508.10104, sections 4.2 and 4.3; facebookresearch/dinov3,
@@ -193,9 +195,10 @@ RECENT: dict[str, PublishedMethod] = {
         left_out=(
             "queries that see the visible cells and not each other, and 5 % of the hidden cells"
             " as queries (here all), its rotary positions, which are no rotation, and places of"
-            " the registers, layers without biases, half of the rate and a decay of 0.01 for the"
-            " clusters, a momentum of 1 that falls to 0.999 in the warm-up, decay of norms, a"
-            " cosine cut at 0.8 of its length (here it ends at the rate that this one has there)"
+            " the registers, layers without biases, a final norm without scale, half of the rate"
+            " and a decay of 0.01 for the clusters, a fifth of the rate for the patch embedding, a"
+            " momentum of 1 that falls to 0.999 in the warm-up, decay of norms, a cosine cut at 0.8"
+            " of its length (here it ends at the rate that this one has there)"
         ),
     ),
     # SigLIP (arXiv 2303.15343, sections 3 and 4; google-research/big_vision, siglip.py)
@@ -203,11 +206,13 @@ RECENT: dict[str, PublishedMethod] = {
         terms=(dataclasses.replace(text_term(FULL), posterior=TextSigmoid()),),
         kept=(
             "sigmoid loss over all pairs of the global batch by a ring, scale and bias trained from"
-            " 10 and -10 without limits, attention pooling of the image, last text token"
+            " 10 and -10 without limits, attention pooling of the image by a learned query, last"
+            " text token"
         ),
         left_out=(
-            "Adafactor, text without a mask of its padding, an image feature that is the pooled"
-            " token itself (here through a linear map)"
+            "Adafactor, text without a mask of its padding, an encoder without cls (the pooling"
+            " does not read it) and with a last norm (the pooling has its own), an MLP after the"
+            " pooling and an image feature that is its output (here a linear map)"
         ),
     ),
     # Cap and CapPa (arXiv 2306.07915, section 3; google-research/big_vision,

@@ -71,9 +71,9 @@ def _moved(program: HloProgram, each: HloInstruction) -> float:
         whole = sum(map(_hbm_bytes, operands)) + _hbm_bytes(each.arrays)
         return whole + _read_again(each, [*operands, each.arrays])
     body = program.computations.get(next(iter(each.called("calls")), ""), {})
-    inputs = {int(i.text[1:].split(")")[0]): i for i in body.values() if i.opcode == "parameter"}
+    inputs = _parameters(body)
     total = sum(
-        _hbm_bytes(a) and _read(body, inputs[i], sum(x.bytes for x in a))
+        _hbm_bytes(a) and _read(program, body, inputs[i], sum(x.bytes for x in a))
         if i in inputs
         else _hbm_bytes(a)
         for i, a in enumerate(operands)
@@ -90,8 +90,13 @@ def _read_again(each: HloInstruction, arrays: list[tuple[HloArray, ...]]) -> flo
     return max(0.0, int(stated[1]) - sum(a.bytes for group in arrays for a in group))
 
 
-def _read(body: dict[str, HloInstruction], parameter: HloInstruction, size: float) -> float:
-    """Bytes of a fusion's operand that it reads."""
+def _read(
+    program: HloProgram,
+    body: dict[str, HloInstruction],
+    parameter: HloInstruction,
+    size: float,
+) -> float:
+    """Bytes of a fusion's operand that it reads, itself or in fusions inside it."""
     names, total = {parameter.name}, 0.0
     for user in body.values():
         if not names & set(user.operands):
@@ -100,9 +105,20 @@ def _read(body: dict[str, HloInstruction], parameter: HloInstruction, size: floa
             names.add(user.name)
         elif user.opcode in _SLICES and user.operands[0] in names:
             total += sum(a.bytes for a in user.arrays)
+        elif user.opcode == "fusion":
+            inner = program.computations.get(next(iter(user.called("calls")), ""), {})
+            total += sum(
+                _read(program, inner, each, size)
+                for place, each in _parameters(inner).items()
+                if user.operands[place] in names
+            )
         elif user.opcode != "dynamic-update-slice" or user.operands[0] not in names:
             return size
     return min(total, size)
+
+
+def _parameters(body: dict[str, HloInstruction]) -> dict[int, HloInstruction]:
+    return {int(i.text[1:].split(")")[0]): i for i in body.values() if i.opcode == "parameter"}
 
 
 def _written(body: dict[str, HloInstruction], each: HloInstruction) -> float:

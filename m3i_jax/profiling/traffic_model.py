@@ -10,6 +10,7 @@ for each platform; tests/bench/README.md has what it leaves.
 
 Days by the three resources: `bound_rows`."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -38,6 +39,10 @@ _VIEWS = ("slice", "split")  # parts of an array in memory
 # What compiled programs move over the estimate: between those of ViT and of InternImage.
 COMPILED = {"tpu": 0.73, "cuda": 1.03}
 _SMALL = 2**16  # bytes; what is smaller is not counted
+# In a loop within a loop, over chunks of images, a TPU keeps arrays of up to so many bytes in its
+# scratchpad; what the loop reads and leaves of each chunk is counted, and weights and their
+# gradients for every chunk.
+_NEAR = 2**24
 
 
 class StepTraffic(NamedTuple):
@@ -95,18 +100,26 @@ def estimate_traffic(function: Callable[..., Any], *arguments: Any, platform: st
     return _program(closed.jaxpr, platform)
 
 
-def _bytes(variable: Any) -> float:
+def _bytes(variable: Any, near: int = _SMALL) -> float:
     shape, dtype = getattr(variable.aval, "shape", ()), getattr(variable.aval, "dtype", None)
     size = math.prod(shape) * int(getattr(dtype, "itemsize", 0))
-    return float(size) if size >= _SMALL else 0.0
+    return float(size) if size >= near else 0.0
+
+
+def _of_chunk(each: Any) -> float:
+    """Bytes that a turn of a loop reads from memory and leaves there."""
+    body = each.params["jaxpr"].jaxpr
+    return sum(map(_bytes, [*body.invars, *body.outvars]))
 
 
 def _is_real(variable: Any) -> bool:
     return not isinstance(variable, core.Literal)
 
 
-def _program(jaxpr: Any, platform: str) -> float:
+def _program(jaxpr: Any, platform: str, loops: int = 0) -> float:
     total = 0.0
+    near = _NEAR if platform == "tpu" and loops > 1 else _SMALL
+    size = functools.partial(_bytes, near=near)
     made: dict[Any, Any] = {}  # variable -> equation of a pass
     same: dict[Any, Any] = {}  # variable -> that whose memory it shares
     parts: dict[Any, Any] = {}  # variable -> that of which it is a part
@@ -127,22 +140,23 @@ def _program(jaxpr: Any, platform: str) -> float:
         elif name == "cond":
             need(each.invars)
             known = next((platforms[v] for v in operands[:1] if v in platforms), None)
-            total += _branch(each, known, platform)
+            total += _branch(each, known, platform, loops)
         elif name in _WHOLE:
             need(each.invars)
             stated = getattr(each.params.get("cost_estimate"), "bytes_accessed", 0)
-            whole = sum(map(_bytes, [*dict.fromkeys(operands), *each.outvars]))
-            total += max(float(stated), whole) if name == "pallas_call" else whole
+            whole = sum(map(size, [*dict.fromkeys(operands), *each.outvars]))
+            total += whole if near > stated else max(float(stated), whole)
         elif name in _SLICED or name in _UPDATED:
             need(each.invars)
             part = (
                 each.outvars[0] if name in _SLICED else each.invars[-1 if "scatter" in name else 1]
             )
-            total += 2 * _bytes(part)
+            total += 2 * size(part)
         elif inner:
             need(each.invars)
-            turns = each.params["length"] if name == "scan" else 1
-            total += turns * sum(_program(p, platform) for p in inner)
+            turns, deeper = (each.params["length"], loops + 1) if name == "scan" else (1, loops)
+            of_chunk = _of_chunk(each) if deeper > loops > 0 and platform == "tpu" else 0.0
+            total += turns * (of_chunk + sum(_program(p, platform, deeper) for p in inner))
         elif name in _VIEWS and operands and operands[0] not in made:
             parts |= dict.fromkeys(each.outvars, parts.get(operands[0], operands[0]))
         elif name in _ALIASES and len(operands) == 1:
@@ -164,18 +178,18 @@ def _program(jaxpr: Any, platform: str) -> float:
     for variable in stored:
         if variable not in made:
             continue
-        total += _bytes(variable)
+        total += size(variable)
         read = _reads(variable, made, stored, origin)
-        passes[tuple(sorted(map(id, read)))] = _together(read, parts)
+        passes[tuple(sorted(map(id, read)))] = _together(read, parts, size)
     return total + sum(passes.values())
 
 
-def _together(read: set[Any], parts: dict[Any, Any]) -> float:
+def _together(read: set[Any], parts: dict[Any, Any], size: Callable[[Any], float]) -> float:
     """Bytes of arrays that a pass reads; of parts of one array, at most the whole."""
     sums: dict[Any, float] = {}
     for each in read:
         whole = parts.get(each, each)
-        sums[whole] = min(sums.get(whole, 0.0) + _bytes(each), _bytes(whole))
+        sums[whole] = min(sums.get(whole, 0.0) + size(each), size(whole))
     return sum(sums.values())
 
 
@@ -204,9 +218,9 @@ def _inner(params: dict[str, Any]) -> list[Any]:
     return found
 
 
-def _branch(each: Any, platforms: Any, platform: str) -> float:
+def _branch(each: Any, platforms: Any, platform: str, loops: int) -> float:
     """Of a condition, the branch of the platform or the most expensive."""
-    costs = [_program(branch.jaxpr, platform) for branch in each.params["branches"]]
+    costs = [_program(branch.jaxpr, platform, loops) for branch in each.params["branches"]]
     if platforms and len(platforms) == len(costs):
         of = [i for i, names in enumerate(platforms) if names is None or platform in names]
         return costs[of[0]] if of else costs[-1]

@@ -98,7 +98,7 @@ def _partners(rows: int) -> list[int | None]:
 def _terms(features: Mapping[str, np.ndarray], images: Mapping[str, np.ndarray]) -> list[str]:
     """Dense terms, own image first: a compiled step returns its dict in alphabetical order."""
     names = [name.removesuffix("/prediction") for name in features if name.endswith("/prediction")]
-    names += [name.removesuffix("/picture") for name in images if name.endswith("/picture")]
+    names += [name.removesuffix("/pixels") for name in images if name.endswith("/pixels")]
     known = ("pixel", "intra", "inter")
     return [t for t in known if t in names] + sorted(t for t in names if t not in known)
 
@@ -155,12 +155,12 @@ def _dense(
     mixed: bool,
 ) -> _Group:
     image, chip = ("j", PARTNER) if mixed and term == "inter" else ("i", OWN)
-    if f"{term}/picture" in images:
+    if f"{term}/pixels" in images:
         what = "pixels"
         columns = [
             _Column(
                 f"predicted {image}",
-                [image_grid.image_tile(x, side) for x in images[f"{term}/picture"]],
+                [image_grid.image_tile(x, side) for x in images[f"{term}/pixels"]],
             )
         ]
         if f"{term}/completed" in images:
@@ -213,7 +213,7 @@ def write_panel(
       features: float [R, N, D] "<term>/prediction" and "<term>/target" of every dense term; other
         keys are ignored.
       images: uint8 [R, S, S, 3] "input" (what the encoder reads), "input_view" (the own view) and
-        "<term>/view". A term that predicts pixels has "<term>/picture" instead of features and,
+        "<term>/view". A term that predicts pixels has "<term>/pixels" instead of features and,
         where the input hides cells, may have "<term>/completed": the input with the predicted
         pixels in them.
       batch: bool [R, N] "mask", True where a cell shows the own image; other keys are ignored.

@@ -16,8 +16,7 @@ DENSE_LOSSES = (
 )
 PANELS = 5  # shown of a run
 TONES = 8
-# panels and figures follow this section, before those for the operator of a run
-IMAGES_AFTER = "Losses"
+LOSSES = "Losses"  # the section that panels and figures follow
 # (section, prefixes of its metrics, what is healthy)
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
@@ -26,7 +25,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "Rises above its value at step 0, which is that of the initial weights.",
     ),
     (
-        "Losses",
+        LOSSES,
         ("loss",),
         (
             "The dense losses fall fast at first and then slowly, and rise a little when the target"
@@ -101,7 +100,7 @@ def run_page_html(
     body = [
         f"<h1>{html_page.escape_html(first.name)}</h1>",
         f"<p class=muted>{html_page.escape_html(_about(runs))}</p>",
-        html_page.headline(_figures(first)),
+        html_page.headline(_key_values(first)),
     ]
     if len(runs) > 1:
         body.append(_legend(runs) + _comparison(runs))
@@ -116,7 +115,7 @@ def run_page_html(
                 f" class=muted>{html_page.escape_html(_healthy(runs, title, healthy))}</p><div"
                 f' class="charts">{charts}</div>'
             )
-        if title == IMAGES_AFTER:
+        if title == LOSSES:
             body += [_panels(run) for run in runs if run.panels] + list(figure_sections)
             if first.evaluation or first.others:
                 body.append(_evaluation(first))
@@ -147,7 +146,7 @@ def run_page_html(
 def _healthy(runs: Sequence[RunLog], title: str, note: str) -> str:
     """The note of a section; the losses of dense tasks have another one than those of pre-training,
     which log `loss/ssp` or `loss/sp`."""
-    if title != IMAGES_AFTER:
+    if title != LOSSES:
         return note
     names = {name for run in runs for name in run.names}
     dense = any(name.startswith("loss/") for name in names) and not names & {"loss/ssp", "loss/sp"}
@@ -169,7 +168,8 @@ def _about(runs: Sequence[RunLog]) -> str:
     return f"{end:,} steps{images}{others}"
 
 
-def _figures(run: RunLog) -> list[tuple[str, str]]:
+def _key_values(run: RunLog) -> list[tuple[str, str]]:
+    """(value, what it is) of what decides a run, at its end."""
     out = []
     for name in run.names:
         if name.startswith("eval/") and name.endswith(("top1", "/r1")):
@@ -260,14 +260,14 @@ def _panels(run: RunLog) -> str:
     chosen = sorted(
         {round(k * (count - 1) / max(min(count, PANELS) - 1, 1)) for k in range(min(count, PANELS))}
     )
-    figures = [
+    embedded = [
         '<figure class="panel"><h3>step'
         f" {step:,}</h3>{html_page.embed_image(content, f'panel of step {step}')}</figure>"
         for step, file in (run.panels[i] for i in chosen)
         if (content := read_png(file))
     ]
     return f"<h2>Inputs and predictions of {html_page.escape_html(run.name)}</h2>" + "".join(
-        figures
+        embedded
     )
 
 

@@ -166,7 +166,6 @@ class TextLimit:
         return ""
 
 
-Limit = NumberLimit | TextLimit
 TEXTS = ("path", "name", "pattern", "line")
 
 

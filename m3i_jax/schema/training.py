@@ -84,8 +84,9 @@ class Optim:
     decayed: str = option(
         "matrices",
         "which parameters decay; matrices: not biases, norms, tokens, position tables and logit"
-        " scale; but_norms: not the norms of the encoder and its position table (ViTDet); ranks:"
-        " those with more than one axis, tokens and tables too (mmsegmentation)",
+        " scale; but_norms: not the norms of the encoder and of the transformers of heads, its"
+        " position table, and queries of masks (detectron2); ranks: those with more than one axis,"
+        " tokens and tables too, but not offsets of deformable attention in heads (mmsegmentation)",
         "matrices",
         "but_norms",
         "ranks",

@@ -132,7 +132,7 @@ class DetectTask(DenseTask):
         if config.dense.detect.loss != "federated" or table is None:
             return ()
         pairs = np.unique(np.stack([table.records, table.classes])[:, ~table.crowd], axis=1)
-        counts = np.bincount(pairs[1], minlength=len(source.classes))[: config.data.classes]
+        counts = np.bincount(pairs[1], minlength=config.data.classes)[: config.data.classes]
         return tuple(counts.tolist())
 
 

@@ -33,7 +33,7 @@ def entropy_key(seed: int, batch: Batch) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, high), low)
 
 
-def entropy_rows(plan: Plan, term: EntropyTerm, inputs: Inputs) -> int:
+def entropy_rows(term: EntropyTerm, inputs: Inputs) -> int:
     """Returns the number of rows that an entropy term counts: images, or the tokens of an image in
     a pass."""
     read = inputs[term.reads]

@@ -1,6 +1,7 @@
-"""The optimizer of a run as one named chain: balance -> clip -> the rule -> bounds -> target ->
-frozen -> snapshot -> prototypes -> spikes. Each link owns its statistics, so that the optimizer
-state has readable keys and holds everything that must survive a restart."""
+"""The optimizer of a run as one named chain: balance -> clip -> the rule -> start -> bounds ->
+target -> frozen -> snapshot -> teachers -> prototypes -> spikes, each where it is needed. Each link
+owns its statistics, so that the optimizer state has readable keys and holds everything that must
+survive a restart. Dense tasks have target and running after the rule."""
 
 import functools
 import math
@@ -33,9 +34,14 @@ _NO_DECAY = re.compile(
     r"(^|/)(bias|scale|gamma[12]|cls_token|registers|mask_token|query_token|prototypes"
     r"|positions|queries|levels|logit_scale)$|(^|/)\w*_bias$"
 )
-# ViTDet: its own channel norms of pyramid and heads are decayed, those of the blocks are not.
-_ENCODER_NORMS = re.compile(r"^encoder/(.*/)?\w*norm\w*/|^encoder/positions$")
-_STACKED = re.compile(r"(^|/)(blocks|layers)/|^decoder/projector/")
+# ViTDet: its own channel norms of pyramid and heads are decayed; those of the blocks are not, as
+# are PyTorch's own in the transformers of DINO and Mask2Former, and queries of the latter.
+_LAYER_NORMS = re.compile(
+    r"^(encoder|head/(encoder|decoder|pixel))/(.*/)?\w*norm\w*/|^encoder/positions$"
+    r"|^head/decoder/(queries|positions|levels)$"
+)
+_STACKED = re.compile(r"(^|/)(blocks|layers)/|^decoder/projector/|^head/pixel/encoder/")
+_NORMS = re.compile(r"(^|/)\w*norm\w*/")  # some of an InternImage are stacked
 _HEAD_OFFSETS = re.compile(r"^head/(.*/)?offsets/")
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
 SPIKE_WINDOW = 128  # steps
@@ -59,9 +65,9 @@ def build_optimizer(
         steps=steps,
         warmup=warmup,
         first=(("balance", balance.track_balance(config.objective.balance_decay)),),
+        held=targets.start_link(config, terms, steps),
         last=(
             ("bounds", clamp_parameter("logit_scale", *LOGIT_SCALE_LIMITS)),
-            *targets.start_link(config, terms, steps),
             ("target", ema.track_target(_momentum(config.optim, steps), parts)),
             *([("frozen", hold_frozen(parts))] if has_frozen else []),
             *([("snapshot", _snapshot(config, steps))] if has_snapshot else []),
@@ -98,12 +104,13 @@ def build_chain(
     steps: int,
     warmup: int,
     first: Sequence[NamedLink] = (),
+    held: Sequence[NamedLink] = (),
     last: Sequence[NamedLink] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the named chain of any task for a run of `steps` optimizer steps: its `first` links,
-    clipping, the rule with learning rates by layer and decay by name, its `last` links, and the
-    window of spikes if they are skipped. `update` takes the keyword arguments that any link
-    knows."""
+    clipping, the rule with learning rates by layer and decay by name, its `held` links, which make
+    updates 0, its `last` links, and the window of spikes if they are skipped. `update` takes the
+    keyword arguments that any link knows."""
     o, e = config.optim, config.model.encoder
     rate = lr_schedule(o, steps=steps, warmup=warmup)
     prefixes: tuple[str, ...] = ("encoder/",) if e.freeze else ()
@@ -122,12 +129,14 @@ def build_chain(
         first_link = muon_or_adam(momentum=o.muon_momentum, rms=o.muon_rms, b1=o.b1, **of_adam)
         links = (first_link, *links[1:])
     rule: optax.GradientTransformation = optax.chain(*links, scale_by_lr_factor(config))
-    if o.rule == "schedule_free":
-        rule = schedule_free(rule, rate, b1=o.b1)
+    if o.rule == "schedule_free":  # what is held stays in z, too, or the average would move
+        rule = optax.chain(rule, *(transform for _, transform in held))
+        rule, held = schedule_free(rule, rate, b1=o.b1), ()
     return optax.named_chain(
         *first,
         ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
         (o.rule, rule),
+        *held,
         *last,
         *([("spikes", watch_spikes())] if o.skip_spikes else []),
     )
@@ -211,9 +220,11 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
         name = path_text(path)
         if rule == "but_norms":
-            decays = not _ENCODER_NORMS.search(name)
+            decays = not _LAYER_NORMS.search(name)
         elif rule == "ranks":
-            decays = leaf.ndim - bool(_STACKED.search(name)) > 1 and not name.endswith("/bias")
+            axes = leaf.ndim - bool(_STACKED.search(name))
+            others = name.endswith("/bias") or _NORMS.search(name) or _HEAD_OFFSETS.search(name)
+            decays = axes > 1 and not others
         else:
             decays = not _NO_DECAY.search(name)
         return decays and not name.startswith(frozen)
@@ -264,7 +275,9 @@ def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> 
     factor: Any = 1.0
     if in_encoder != path:
         backbone = composite.of_run(config)
-        factor = o.encoder_lr * o.layer_decay ** backbone.layers_above(config.model, in_encoder)
+        of_maps = None if config.traits.views else backbone.map_layers_above
+        above = (of_maps or backbone.layers_above)(config.model, in_encoder)
+        factor = o.encoder_lr * o.layer_decay**above
         own = (getattr(o, key) for part, key in backbone.lr_settings if part in in_encoder)
         factor = factor * next(own, 1.0)
     elif _HEAD_OFFSETS.search(path):
@@ -291,9 +304,10 @@ def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
     `optim.schedule`.
 
     cosine: from `lr` to `min_lr` (M3I Table 7). wsd: constant, then over the last `decay_share` of
-    the run linearly to `min_lr` (warm-up, stable, decay; Hu et al. 2024). constant: `lr`. steps: a
-    tenth from each of the shares `milestones` of the run on (detectron2). poly: linear to 0 at the
-    last step, from the second step after the warm-up (mmsegmentation).
+    the run, but not before the end of the warm-up, linearly to `min_lr` (warm-up, stable, decay; Hu
+    et al. 2024). constant: `lr`. steps: a tenth from each of the shares `milestones` of the run on
+    (detectron2). poly: linear to 0 at the last step, from the second step after the warm-up
+    (mmsegmentation).
 
     >>> rate = lr_schedule(schema.Optim(lr=1.0), steps=100, warmup=10)
     >>> [round(float(rate(k)), 4) for k in (0, 5, 10, 55, 100)]
@@ -316,8 +330,8 @@ def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
         elif optim.schedule == "constant":
             after = jnp.full_like(step, optim.lr)
         elif optim.schedule == "wsd":
-            length = float(max(round(optim.decay_share * steps), 1))
-            share = jnp.clip((step - (float(steps) - length)) / length, 0.0, 1.0)
+            first = max(steps - max(round(optim.decay_share * steps), 1), warmup)
+            share = jnp.clip((step - float(first)) / float(max(steps - first, 1)), 0.0, 1.0)
             after = optim.lr + (optim.min_lr - optim.lr) * share
         elif optim.schedule == "poly":
             left = float(max(steps - warmup - 2, 1))

@@ -4,6 +4,7 @@ Every encoder pass, target pass and target is listed once. `build_plan` also ref
 settings that contradict each other."""
 
 import dataclasses
+import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,6 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.objective import derived_terms, entropy_terms, prototype_targets, registry
-from m3i_jax.objective import terms as objective_terms
 from m3i_jax.objective.caption_posterior import with_parallel_captions
 from m3i_jax.objective.derived_terms import with_teachers
 from m3i_jax.objective.entropy_terms import EntropyTerm, EntropyTerms
@@ -19,9 +19,11 @@ from m3i_jax.objective.terms import (
     ANNOTATIONS,
     DENSE_TARGETS,
     IMAGE_TARGETS,
+    LETTERS,
     ClusterHead,
     DecoderHead,
     Pass,
+    PooledHead,
     ProjectionHead,
     Target,
     Term,
@@ -190,7 +192,7 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
     dropped."""
     if not o.forms:
         raise UserError("config.objective.forms: is empty; name at least one form, such as m3i")
-    names = [objective_terms.LETTERS.get(name, name) for name in o.forms]
+    names = [LETTERS.get(name, name) for name in o.forms]
     if twice := [
         given for given, name in zip(o.forms, names, strict=True) if names.count(name) > 1
     ]:
@@ -268,35 +270,42 @@ def build_plan(config: schema.Config) -> Plan:
 
 def _validate(plan: Plan) -> None:
     """Refuse settings that contradict the terms."""
+    _validate_inputs(plan)
+    _validate_targets(plan)
+    _validate_cls(plan)
+    _validate_backbone(plan)
+
+
+def _validate_inputs(plan: Plan) -> None:
+    """Of what the terms read."""
     config, terms = plan.config, plan.terms
+    forms = ", ".join(config.objective.forms)
     annotations = [t for t in terms if t.target.of in ANNOTATIONS]
     if config.objective.annotation_input == "own" and any(
         t.reads.masked or t.reads.mixed for t in annotations
     ):
         raise UserError(
             "config.objective.annotation_input: 'own' gives the annotations of a set a view of"
-            f" their own, and {', '.join(config.objective.forms)} predicts them from its hidden or"
-            " mixed input by itself; use shared, or a set such as objective.forms=sim,supervised"
+            f" their own, and {forms} predicts them from its hidden or mixed input by itself; use"
+            " shared, or a set such as objective.forms=sim,supervised"
         )
     if elsewhere := [t for t in terms if t.target.of in ("box", "region") and t.reads.view]:
         raise UserError(
-            f"config.objective.forms: {', '.join(config.objective.forms)}: the boxes of"
-            f" {elsewhere[0].name} are those of view 0, and it reads view"
-            f" {elsewhere[0].reads.view}; name a row first that reads view 0"
+            f"config.objective.forms: {forms}: the boxes of {elsewhere[0].name} are those of view"
+            f" 0, and it reads view {elsewhere[0].reads.view}; name a row first that reads view 0"
         )
     if config.data.mask != "multi_block" and any(
         isinstance(t.head, DecoderHead) and t.head.queries == "blocks" for t in terms
     ):
         raise UserError(
-            f"config.data.mask: {config.data.mask!r} has no target blocks, and"
-            f" {', '.join(config.objective.forms)} predicts them; use multi_block"
+            f"config.data.mask: {config.data.mask!r} has no target blocks, and {forms} predicts"
+            " them; use multi_block"
         )
     for entropy_term in plan.entropy_terms:
         if entropy_term.reads not in plan.passes:
             raise UserError(
-                f"config.objective.forms: {', '.join(config.objective.forms)}: the entropy term"
-                f" {entropy_term.name} reads a pass that no prediction reads; let it read one of"
-                " theirs"
+                f"config.objective.forms: {forms}: the entropy term {entropy_term.name} reads a"
+                " pass that no prediction reads; let it read one of theirs"
             )
         group = getattr(entropy_term.estimator, "group", 0)
         rows = config.train.batch_size
@@ -307,15 +316,18 @@ def _validate(plan: Plan) -> None:
                 f"config.train.batch_size: {rows} rows do not divide into the groups of {group} of"
                 f" the entropy term {entropy_term.name}; use a multiple"
             )
-    frozen = any(t.target.encoder == "frozen" for t in terms)
-    if frozen and not config.objective.target_checkpoint:
+
+
+def _validate_targets(plan: Plan) -> None:
+    """Of what makes the targets."""
+    config, terms, o = plan.config, plan.terms, plan.config.objective
+    encoders = {t.target.encoder for t in terms}
+    if "frozen" in encoders and not o.target_checkpoint:
         raise UserError(
             "config.objective.target_checkpoint: is empty, and the objective has a frozen target;"
             " give the workdir of a run"
         )
-    snapshot = any(t.target.encoder == "snapshot" for t in terms)
-    o = config.objective
-    if snapshot and not (o.snapshot_at or o.target_checkpoint or config.init_from):
+    if "snapshot" in encoders and not (o.snapshot_at or o.target_checkpoint or config.init_from):
         raise UserError(
             f"config.objective.snapshot_at: is empty, and the snapshot that {', '.join(o.forms)}"
             " predicts would stay at random values; give shares of the run such as 0.5,0.75, or"
@@ -327,48 +339,52 @@ def _validate(plan: Plan) -> None:
             " predict: every assignment is the same; use at least 2"
         )
     if config.model.decoder.positions == "absolute" and any(
-        isinstance(t.head, objective_terms.DecoderHead) and t.reads.view != t.target.view
-        for t in terms
+        isinstance(t.head, DecoderHead) and t.reads.view != t.target.view for t in terms
     ):
         raise UserError(
             "config.model.decoder.positions: 'absolute' has no position for another view, and the"
             " objective predicts one; use 'relative'"
         )
+
+
+def _validate_cls(plan: Plan) -> None:
+    """Of readers of the cls token."""
+    config, terms = plan.config, plan.terms
+    pools_cls = config.model.pool.kind == "cls"
     if not config.model.encoder.cls_token:
-        for key, reads_cls in (
-            (
-                "model.pool.kind",
-                config.model.pool.kind == "cls"
-                and any(isinstance(t.head, objective_terms.PooledHead) for t in terms),
+        heads = [*(t.head for t in terms), *(t.head for t in plan.entropy_terms)]
+        reads_cls = {
+            "model.pool.kind": pools_cls and any(isinstance(t.head, PooledHead) for t in terms),
+            "objective.forms": any(
+                isinstance(head, ProjectionHead) and head.pool == "cls" for head in heads
             ),
-            (
-                "objective.forms",
-                any(
-                    isinstance(head, objective_terms.ProjectionHead) and head.pool == "cls"
-                    for head in (*(t.head for t in terms), *(t.head for t in plan.entropy_terms))
-                ),
-            ),
-        ):
-            if reads_cls:
-                way = (
-                    "set model.encoder.cls_token"
-                    if backbones.get_backbone(config.model).has_cls_token
-                    else f"{config.model.backbone} has none: use another"
-                )
-                raise UserError(f"config.{key}: needs the cls token; {way}")
-    if config.model.pool.kind == "cls" and (
-        shared := [
-            t.name for t in annotations if t.reads.mixed and t.head == objective_terms.PooledHead()
-        ]
-    ):
+        }
+        for key in [key for key, reads in reads_cls.items() if reads]:
+            way = (
+                "set model.encoder.cls_token"
+                if backbones.get_backbone(config.model).has_cls_token
+                else f"{config.model.backbone} has none: use another"
+            )
+            raise UserError(f"config.{key}: needs the cls token; {way}")
+    shared = [
+        t.name
+        for t in terms
+        if t.target.of in ANNOTATIONS and t.reads.mixed and t.head == PooledHead()
+    ]
+    if pools_cls and shared:
         raise UserError(
             "config.model.pool.kind: 'cls' is one token for both images of a mixed input, and"
             f" {shared[0]} is predicted of each; use attention or mean, or for categories alone"
             " objective.soft_label=joint"
         )
-    mixed = any(t.reads.mixed for t in terms)
+
+
+def _validate_backbone(plan: Plan) -> None:
+    """Of what the backbone can do."""
+    config, terms = plan.config, plan.terms
+    isolates = config.objective.isolate and any(t.reads.mixed for t in terms)
     backbone = backbones.get_backbone(config.model)
-    if config.objective.isolate and mixed and not backbone.can_isolate:
+    if isolates and not backbone.can_isolate:
         raise UserError(
             f"config.objective.isolate: the layers of model.backbone={config.model.backbone} look"
             " across the seam of two images; use false"
@@ -380,7 +396,7 @@ def _validate(plan: Plan) -> None:
             f" over the last {averaged[0]} blocks, which model.backbone={config.model.backbone}"
             " does not have; choose another form or vit"
         )
-    if config.objective.isolate and mixed and 2 * config.hidden != config.tokens:
+    if isolates and 2 * config.hidden != config.tokens:
         raise UserError(
             "config.objective.isolate: needs as many cells of both images, and data.mask_ratio"
             f" {config.data.mask_ratio} shows {config.tokens - config.hidden} of {config.tokens};"
@@ -412,71 +428,29 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     entropies = [t for _, each in found for t in each]
     names = ", ".join("+".join(forms) for forms in objectives)
     mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
-    a, b = config.data.augment, default_config.data.augment
-    by_prototypes = bool(prototype_targets.prototype_terms(tuple(terms)))
-    no_prototypes = "no assignment to prototypes (as in dino)"
-    for key, value, default, is_read, reason in (
-        (
-            "data.small_views",
-            config.data.small_views,
-            (),
-            any(t.reads.view >= derived_terms.SMALL for t in terms),
-            "no small view",
-        ),
-        (
-            "objective.prototype_targets",
-            o.prototype_targets,
-            default_config.objective.prototype_targets,
-            by_prototypes,
-            no_prototypes,
-        ),
-        ("objective.target_temperature", o.target_temperature, (), by_prototypes, no_prototypes),
-        (
-            "optim.freeze_prototypes",
-            config.optim.freeze_prototypes,
-            0.0,
-            by_prototypes,
-            no_prototypes,
-        ),
-        (
-            "objective.parallel_captions",
-            o.parallel_captions,
-            default_config.objective.parallel_captions,
-            any(t.target.of == "caption" for t in terms),
-            "no decoder of captions (as in cappa)",
-        ),
-        (
-            "data.regions",
-            config.data.regions,
-            False,
-            any(t.target.of in ("box", "region") for t in terms),
-            "no text of an object (as in locca)",
-        ),
-        (
-            "objective.target_checkpoint",
-            o.target_checkpoint,
-            "",
-            any(t.target.encoder in ("frozen", "snapshot") for t in terms),
-            "no frozen target",
-        ),
-        (
-            "objective.snapshot_at",
-            o.snapshot_at,
-            default_config.objective.snapshot_at,
-            any(t.target.encoder == "snapshot" for t in terms),
-            "no snapshot of the EMA encoder (as in dinov3_gram)",
-        ),
-        ("objective.isolate", o.isolate, default_config.objective.isolate, mixed, "no mixed input"),
-        (
-            "objective.soft_label",
-            o.soft_label,
-            default_config.objective.soft_label,
-            mixed,
-            "no mixed input",
-        ),
-        ("data.augment.mixup", a.mixup, b.mixup, blended, "no blended input (as in finetune)"),
-        ("data.augment.cutmix", a.cutmix, b.cutmix, blended, "no blended input (as in finetune)"),
+    predicted = {t.target.of for t in terms}
+    encoders = {t.target.encoder for t in terms}
+    small = any(t.reads.view >= derived_terms.SMALL for t in terms)
+    assigns = bool(prototype_targets.prototype_terms(tuple(terms)))
+    no_assignment = "no assignment to prototypes (as in dino)"
+    no_caption = "no decoder of captions (as in cappa)"
+    no_snapshot = "no snapshot of the EMA encoder (as in dinov3_gram)"
+    no_blend = "no blended input (as in finetune)"
+    for key, is_read, reason in (
+        ("data.small_views", small, "no small view"),
+        ("objective.prototype_targets", assigns, no_assignment),
+        ("objective.target_temperature", assigns, no_assignment),
+        ("optim.freeze_prototypes", assigns, no_assignment),
+        ("objective.parallel_captions", "caption" in predicted, no_caption),
+        ("data.regions", predicted & {"box", "region"}, "no text of an object (as in locca)"),
+        ("objective.target_checkpoint", encoders & {"frozen", "snapshot"}, "no frozen target"),
+        ("objective.snapshot_at", "snapshot" in encoders, no_snapshot),
+        ("objective.isolate", mixed, "no mixed input"),
+        ("objective.soft_label", mixed, "no mixed input"),
+        ("data.augment.mixup", blended, no_blend),
+        ("data.augment.cutmix", blended, no_blend),
     ):
+        value, default = (operator.attrgetter(key)(each) for each in (config, default_config))
         if value != default and not is_read:
             raise UserError(
                 f"config.{key}: {value!r} has no effect: there is {reason} in {names}; leave it at"

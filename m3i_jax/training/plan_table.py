@@ -136,65 +136,95 @@ def term_rows(plan: Plan) -> list[PlanRow]:
     return rows
 
 
+class _CallTable:
+    """The rows of `call_rows`. count: the products of a call; images: of the batch."""
+
+    def __init__(self, plan: Plan, images: int, count: Count) -> None:
+        self.plan, self.images, self.count = plan, images, count
+        self.drops = backbones.get_backbone(plan.config.model).can_drop_tokens
+        self.rows: list[PlanRow] = []
+        self._terms: list[Term | EntropyTerm] = [*plan.terms, *plan.entropy_terms]
+
+    def add(
+        self,
+        call: str,
+        reads: str,
+        indices: Iterable[int],
+        function: Callable[..., Any],
+        *arguments: Any,
+    ) -> None:
+        """Add the row of a call that terms of these indices share."""
+        users = ", ".join(dict.fromkeys(self._terms[i].name for i in indices))
+        gflop = self.count(function, *arguments).total / self.images / 1e9
+        self.rows.append((call, reads, users, f"{gflop:,.4g}"))
+
+    def reads(self, index: int) -> str:
+        """What a term reads."""
+        return describe_pass(self._terms[index].reads, self.drops)
+
+
 def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow]:
     """Returns one row a call, with its forward matrix products in GFLOP an image. `params` and
     `batch` may be shapes."""
-    config, images = plan.config, jax.tree.leaves(batch)[0].shape[0]
-    drops = backbones.get_backbone(config.model).can_drop_tokens
-    rows: list[PlanRow] = []
-    terms: list[Term | EntropyTerm] = [*plan.terms, *plan.entropy_terms]
-
-    def add(
-        call: str, reads: str, indices: Iterable[int], function: Callable[..., Any], *arguments: Any
-    ) -> None:
-        users = ", ".join(dict.fromkeys(terms[i].name for i in indices))
-        gflop = count(function, *arguments).total / images / 1e9
-        rows.append((call, reads, users, f"{gflop:,.4g}"))
-
+    table = _CallTable(plan, jax.tree.leaves(batch)[0].shape[0], count)
     inputs, patches = jax.eval_shape(
         lambda b: (
-            views.pass_inputs(config, plan.passes, b),
-            views.augmented_patches(config, b, plan.views, exact=plan.exact),
+            views.pass_inputs(plan.config, plan.passes, b),
+            views.augmented_patches(plan.config, b, plan.views, exact=plan.exact),
         ),
         batch,
     )
+    z = _add_encoders(table, params, inputs, patches)
+    _add_image_heads(table, params, z, inputs)
+    _add_other_heads(table, params, z, inputs, batch)
+    return table.rows
+
+
+def _add_encoders(table: _CallTable, params: Any, inputs: Any, patches: Any) -> Any:
+    """The online encoder and the target encoders. Returns the features of the passes."""
+    plan, config = table.plan, table.plan.config
     encode_passes = functools.partial(views.encode_passes, config)
     for passes in encoder_calls(plan):
         users = [i for i, t in enumerate(plan.terms) if set(passes) & set(t.passes)]
         together = {read: inputs[read] for read in passes}
-        shown = describe_pass(passes[0], drops)
+        shown = describe_pass(passes[0], table.drops)
         if passes[0].view >= SMALL:
             size = config.view_size(passes[0].view)
             shown = f"{len(passes)} small views of {size} pixels"
-        add("encoder", shown, users, encode_passes, together, patches, params["encoder"])
+        table.add("encoder", shown, users, encode_passes, together, patches, params["encoder"])
     for target in plan.target_passes:
         users = [
             i
             for i in plan.where(*IMAGE_TARGETS)
             if plan.terms[i].target.learned and target_pass(plan.terms[i].target) == target
         ]
-        tree, seen = params["encoder"], f"view {target.view}"
+        tree, shown = params["encoder"], f"view {target.view}"
         if target.encoder.startswith("teacher"):
             tree = teachers.teacher_shapes(config.objective.teachers)[target.encoder]
             teach = functools.partial(teachers.encode_teacher, config, target.encoder)
-            add(target.encoder, seen, users, teach, tree, patches[target.view])
+            table.add(target.encoder, shown, users, teach, tree, patches[target.view])
             continue
         encode = functools.partial(targets.encode_target, plan, target)
         name = {"ema": "EMA target", "snapshot": "earlier EMA target"}.get(
             target.encoder, f"{target.encoder} target"
         )
-        seen += f", enlarged {target.enlarge} times" if target.enlarge > 1 else ""
-        add(name, seen, users, encode, tree, patches[target.view])
-    z = jax.eval_shape(encode_passes, inputs, patches, params["encoder"])
+        shown += f", enlarged {target.enlarge} times" if target.enlarge > 1 else ""
+        table.add(name, shown, users, encode, tree, patches[target.view])
+    return jax.eval_shape(encode_passes, inputs, patches, params["encoder"])
+
+
+def _add_image_heads(table: _CallTable, params: Any, z: Any, inputs: Any) -> None:
+    """Predictions of image targets: decoder, linear heads, projections and clusters."""
+    plan, config = table.plan, table.plan.config
 
     def predict(group: Iterable[int]) -> Callable[..., Any]:
         return functools.partial(predictions.predict_images, plan, indices=tuple(group))
 
     for group in decoder_groups(plan, params, z, inputs):
-        reads = ", ".join(dict.fromkeys(describe_pass(plan.terms[i].reads, drops) for i in group))
+        reads = ", ".join(dict.fromkeys(table.reads(i) for i in group))
         if len(group) > 1:
             reads = f"{len(group)} x {reads}"
-        add("decoder", reads, group, predict(group), params, z, inputs)
+        table.add("decoder", reads, group, predict(group), params, z, inputs)
     calls: dict[Any, list[int]] = {}
     for i in plan.where(*IMAGE_TARGETS):
         term = plan.terms[i]
@@ -207,33 +237,37 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
         if isinstance(term.head, ClusterHead):
             cluster = functools.partial(predictions.predict_clusters, plan, indices=(group[0],))
             tokens = jax.ShapeDtypeStruct(
-                (images, config.tokens, config.model.encoder.width), config.model.dtype
+                (table.images, config.tokens, config.model.encoder.width), config.model.dtype
             )
             given = {TargetKey(term.target, None): tokens}
-            add("clusters", describe_target(term), group, cluster, params, given)
+            table.add("clusters", describe_target(term), group, cluster, params, given)
             continue
-        reads_of = describe_pass(term.reads, drops)
-        add(describe_head(term), reads_of, group, predict(group[:1]), params, z, inputs)
+        shown = table.reads(group[0])
+        table.add(describe_head(term), shown, group, predict(group[:1]), params, z, inputs)
+
+
+def _add_other_heads(table: _CallTable, params: Any, z: Any, inputs: Any, batch: Any) -> None:
+    """Predictions of annotations, and the features of entropy terms."""
+    plan = table.plan
     if pooled := [i for i, t in enumerate(plan.terms) if isinstance(t.head, PooledHead)]:
         pool = functools.partial(predictions.pool_images, plan)
-        add("pool", "own tokens of each image", pooled, pool, params, z, inputs)
+        table.add("pool", "own tokens of each image", pooled, pool, params, z, inputs)
     if captions := plan.where(*CAPTIONS):
-        shown = describe_pass(plan.terms[captions[0]].reads, drops)
         decode = functools.partial(predictions.caption_logits, plan, indices=captions)
-        add("caption decoder", shown, captions, decode, params, z, inputs)
+        shown = table.reads(captions[0])
+        table.add("caption decoder", shown, captions, decode, params, z, inputs)
     heads = {name: part for name, part in params.items() if name != "encoder"}
     entropies = plan.numbered_entropies()
     read_features = functools.partial(entropy_losses.entropy_features, plan)
     features = jax.eval_shape(read_features, heads, z, inputs) if entropies else {}
-    for i, entropy_term in entropies.items():
-        cost = functools.partial(entropy_losses.entropy_cost, plan, entropy_term)
-        reads = f"{describe_space(entropy_term)} of {describe_pass(entropy_term.reads, drops)}"
-        add("entropy", reads, (i,), cost, features[i], batch)
+    for i, term in entropies.items():
+        cost = functools.partial(entropy_losses.entropy_cost, plan, term)
+        shown = f"{describe_space(term)} of {table.reads(i)}"
+        table.add("entropy", shown, (i,), cost, features[i], batch)
     if captions := plan.where("text"):
-        encode = functools.partial(text.apply, config.model)
+        encode = functools.partial(text.apply, plan.config.model)
         of_captions = batch["tokens"], batch["length"]
-        add("text tower", "captions", captions, encode, params["text"], *of_captions)
-    return rows
+        table.add("text tower", "captions", captions, encode, params["text"], *of_captions)
 
 
 def encoder_calls(plan: Plan) -> list[list[Pass]]:

@@ -34,8 +34,10 @@ from m3i_jax.training import (
     plan,
     predictions,
     targets,
+    teachers,
     term_losses,
     views,
+    weight_source,
 )
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.predictions import Arrays
@@ -105,11 +107,11 @@ class Pretrain(Task):
 
     def gradients(self, params: Any, opt: Any, batch: Batch) -> StepGradients:
         weight = balance_lambda(self.config, opt)
-        teachers = target_encoders(opt)
+        encoders = target_encoders(opt)
         grads, metrics, norms = objective_gradients(
             self.plan,
             params,
-            teachers,
+            encoders,
             batch,
             weight,
             opt.get("prototypes"),
@@ -147,18 +149,20 @@ class Pretrain(Task):
     def scheduled(self, step: int, *, steps: int) -> dict[str, float]:
         return {"ema": optimizer.ema_momentum(self.config.optim, steps=steps)(step)}
 
-    def after_init(self, state: State, load: Any) -> State:
-        objective = self.config.objective
+    def after_init(self, state: State, shardings: State) -> State:
+        path, layouts = self.config.objective.target_checkpoint, shardings.opt
         opt = state.opt.copy()  # keeps its type: to JAX another mapping type is another tree
-        if (frozen := opt.get("frozen")) is not None:
-            teacher = load(objective.target_checkpoint, "frozen", "encoder")
-            opt["frozen"] = frozen._replace(params={**frozen.params, "encoder": teacher})
-        if (snapshot := opt.get("snapshot")) is not None and objective.target_checkpoint:
-            first = load(objective.target_checkpoint, "snapshot", "encoder")
-            opt["snapshot"] = snapshot._replace(params={"encoder": first})
+        for link in ("frozen", "snapshot"):
+            if (held := opt.get(link)) is not None and (path or link == "frozen"):
+                layout = layouts[link].params["encoder"]
+                encoder = weight_source.load_encoder(path, state.params["encoder"], layout)
+                opt[link] = held._replace(params={**held.params, "encoder": encoder})
         if (held := opt.get("teachers")) is not None:
-            paths = zip(held.params, objective.teachers, strict=True)
-            loaded = {name: load(path, "teachers", name) for name, path in paths}
+            names = zip(held.params, self.config.objective.teachers, strict=True)
+            loaded = {
+                name: teachers.load_params(run, layouts["teachers"].params[name])
+                for name, run in names
+            }
             opt["teachers"] = held._replace(params=loaded)
         return State(step=state.step, params=state.params, opt=opt)
 
@@ -179,7 +183,7 @@ def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array
 
     input, input_view       what the first pass reads, and the own view that it is made from
     <term>/view             the target view of each dense term
-    <term>/picture          predicted pixels, with the mean and deviation of the true patch
+    <term>/pixels           predicted pixels, with the mean and deviation of the true patch
     <term>/prediction, <term>/target    predicted features and those that they are compared with
     """
     config = plan.config
@@ -214,7 +218,7 @@ def panel_outputs(plan: Plan, state: State, batch: Batch) -> dict[str, jax.Array
         out[f"{term.name}/view"] = view
         if term.target.of == "pixels":
             std, mean = raw.std(-1, ddof=1, keepdims=True), raw.mean(-1, keepdims=True)
-            out[f"{term.name}/picture"] = prediction * std + mean
+            out[f"{term.name}/pixels"] = prediction * std + mean
         else:
             out[f"{term.name}/prediction"] = prediction.astype(jnp.float32)
             out[f"{term.name}/target"] = target
@@ -290,18 +294,18 @@ def _encode(plan: Plan, params: Any, inputs: Inputs, patches: Patches) -> tuple[
 
 
 def _views_and_targets(
-    plan: Plan, teachers: dict[str, Any], batch: Batch
+    plan: Plan, encoders: dict[str, Any], batch: Batch
 ) -> tuple[Patches, TargetFeatures]:
     with jax.named_scope("views"):
         patches = views.augmented_patches(plan.config, batch, plan.views, exact=plan.exact)
     with jax.named_scope("target_encoder"):
-        return patches, targets.target_features(plan, teachers, patches, batch["mask"])
+        return patches, targets.target_features(plan, encoders, patches, batch["mask"])
 
 
 def objective_gradients(
     plan: Plan,
     params: Any,
-    teachers: dict[str, Any],
+    encoders: dict[str, Any],
     batch: Batch,
     weight: jax.Array,
     prototypes: PrototypeState | None = None,
@@ -312,8 +316,8 @@ def objective_gradients(
     Args:
       plan: the terms and their settings.
       params: the parameter tree; `params["encoder"]` is f_theta, the others are heads.
-      teachers: {"ema": tree, "frozen": tree} of the target encoders, as of `m3i.target_parts`;
-        "shared" is added here.
+      encoders: {name: tree} of the target encoders, as of `target_encoders`; "shared" is added
+        here.
       batch: one global batch, leading axis B.
       weight: lambda, a scalar without gradient.
       prototypes: centres and temperature of assignments to prototypes, of the steps before; None:
@@ -328,10 +332,10 @@ def objective_gradients(
     """
     config, heads = plan.config, {k: v for k, v in params.items() if k != "encoder"}
     count, size = config.train.microbatches, batch["mask"].shape[0]
-    teachers = teachers | _shared_encoder(plan, params)
+    encoders = encoders | _shared_encoder(plan, params)
     inputs = views.pass_inputs(config, plan.passes, batch)
     counts, weights = term_losses.loss_weights(plan, inputs, snapshot)
-    views_and_targets = functools.partial(_views_and_targets, plan, teachers)
+    views_and_targets = functools.partial(_views_and_targets, plan, encoders)
 
     def microbatch_grads(
         batch: Batch,
@@ -432,8 +436,8 @@ def _shared_encoder(plan: Plan, params: Any) -> dict[str, Any]:
 def views_and_targets(plan: Plan, state: State, batch: Batch) -> tuple[Patches, TargetFeatures]:
     """Returns (patches of every view, targets) of a batch. With microbatches, those of all of them
     are computed before the first gradient."""
-    teachers = target_encoders(state.opt) | _shared_encoder(plan, state.params)
-    return _views_and_targets(plan, teachers, batch)
+    encoders = target_encoders(state.opt) | _shared_encoder(plan, state.params)
+    return _views_and_targets(plan, encoders, batch)
 
 
 def loss_pullbacks(plan: Plan, state: State, batch: Batch) -> tuple[Any, list[Any]]:

@@ -152,11 +152,12 @@ def fill_open_settings(config: schema.Config) -> schema.Config:
     samples = float(t.steps * t.batch_size or max(t.epochs * config.data.size, t.batch_size))
     share, steps = scaling_strength(known, samples), samples / t.batch_size
     width = config.model.encoder.width
+    deep = config.model.backbone == "vit" and config.model.encoder.depth >= 24  # MAE's L and H
     lr = scaled_lr(known, batch=t.batch_size, samples=samples, width=width)
     values = {
         "optim.lr": float(f"{lr:.4g}"),
         "optim.ema": round(scaled_momentum(batch=t.batch_size, steps=steps), 7),
-        "optim.layer_decay": round(0.65**share, 4),
+        "optim.layer_decay": round((0.75 if deep else 0.65) ** share, 4),
         "data.crop_scale": scaled_crop_scale(share, size=size),
         "data.augment.jitter_p": round(0.8 * share, 4),
         "data.augment.grayscale_p": round(0.2 * share, 4),

@@ -58,6 +58,15 @@ class SegmentTask(DenseTask):
 
     def annotation_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         b, s = self.config.train.batch_size, self.config.data.image_size
+        whole, coarsest = (
+            self.config.dense.segment.test_whole,
+            max(stride for stride, _ in self.sources),
+        )
+        if whole % coarsest:  # else the first evaluation would find it
+            raise UserError(
+                f"config.dense.segment.test_whole: {whole} is not a multiple of {coarsest}, the"
+                " stride of the coarsest map of the encoder; round it up"
+            )
         return {"map": ((b, s, s), "uint8")}
 
     def divisor(self, batch: Batch) -> Divisor:

@@ -30,7 +30,7 @@ from m3i_jax.objective.prototype_targets import (
 )
 from m3i_jax.objective.terms import ClusterHead, ProjectionHead, Term, Terms
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import teachers as frozen_teachers
+from m3i_jax.training import teachers
 from m3i_jax.training.plan import Plan, TargetKey, TargetPass, target_pass
 from m3i_jax.training.views import Patches, stack_rows, unstack_rows
 
@@ -44,7 +44,7 @@ MEAN_LOGITS = "mean_logits"
 
 
 def encode_targets(
-    plan: Plan, teachers: dict[str, Any], patches: Patches
+    plan: Plan, encoders: dict[str, Any], patches: Patches
 ) -> dict[TargetPass, jax.Array]:
     """Returns tokens [B, T, D] of every target pass, cls first; one call for all views that an
     encoder reads in one way."""
@@ -54,9 +54,9 @@ def encode_targets(
         kind = (p.encoder, p.blocks, p.enlarge, patches[p.view].shape[1])
         kinds.setdefault(kind, []).append(p)
     for (encoder, *_), group in sorted(kinds.items()):
-        tree, rows = teachers[encoder]["encoder"], stack_rows([patches[p.view] for p in group])
+        tree, rows = encoders[encoder]["encoder"], stack_rows([patches[p.view] for p in group])
         if encoder.startswith("teacher"):
-            z = frozen_teachers.encode_teacher(plan.config, encoder, tree, rows)
+            z = teachers.encode_teacher(plan.config, encoder, tree, rows)
         else:
             z = encode_target(plan, group[0], tree, rows)
         out |= dict(zip(group, unstack_rows(jax.lax.stop_gradient(z), len(group)), strict=True))
@@ -80,7 +80,7 @@ def encode_target(
     if enlarge == 1:
         return m3i.encode(plan.config, encoder, patches_BxNxP, blocks=blocks)
     patch = plan.config.model.encoder.patch_size
-    images_BxSxSx3 = frozen_teachers.images_of_patches(patches_BxNxP, patch)
+    images_BxSxSx3 = teachers.images_of_patches(patches_BxNxP, patch)
     side = images_BxSxSx3.shape[1]
     large_BxSxSx3 = _resize_square(images_BxSxSx3, enlarge * side)
     large_BxMxP = vit.patchify(large_BxSxSx3, patch).astype(patches_BxNxP.dtype)
@@ -141,11 +141,11 @@ def pool_tokens(
 
 
 def target_features(
-    plan: Plan, teachers: dict[str, Any], patches: Patches, mask_BxN: jax.Array | None = None
+    plan: Plan, encoders: dict[str, Any], patches: Patches, mask_BxN: jax.Array | None = None
 ) -> TargetFeatures:
     """Returns every target of the plan that needs no online pass, [B, N, D] or [B, D], without
     gradient; [B, H, D] where only hidden tokens are projected, for which `mask_BxN` is read."""
-    encoded, hidden = encode_targets(plan, teachers, patches), None
+    encoded, hidden = encode_targets(plan, encoders, patches), None
     if mask_BxN is not None and plan.projects_hidden:
         hidden = mixing.split(mask_BxN, plan.config.tokens - plan.config.hidden)[1]
     out: TargetFeatures = {}
@@ -154,12 +154,12 @@ def target_features(
             assert key.target.view is not None
             out[key] = patches[key.target.view]
         else:
-            tree, z = teachers[key.target.encoder], encoded[target_pass(key.target)]
+            tree, z = encoders[key.target.encoder], encoded[target_pass(key.target)]
             if key.target.encoder.startswith("teacher"):  # patch tokens alone
                 out[key] = z
                 continue
             if isinstance(key.space, ClusterHead):  # it is trained on these, and has no average
-                tree = teachers[TRAINED]
+                tree = encoders[TRAINED]
             projected = project_target(plan, tree, key.space, z, hidden)
             out[key] = jax.lax.stop_gradient(projected)
     return out

@@ -16,7 +16,6 @@ the modes show of a task is in modes/task_views.py."""
 import abc
 import dataclasses
 import importlib
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
@@ -136,8 +135,9 @@ class Task(abc.ABC):
         """Scheduled values of a step for the log, beside the learning rate."""
         return {}
 
-    def after_init(self, state: State, load: Callable[[str, Any, Any], Any]) -> State:
-        """Returns the initial state, with what the task loads into its optimizer state."""
+    def after_init(self, state: State, shardings: State) -> State:
+        """Returns the initial state, with what the task loads into its optimizer state, in the
+        shardings of the state."""
         return state
 
     @classmethod

@@ -76,12 +76,14 @@ def open_teacher(path: str) -> Teacher:
             f"{KEY}: {path}: is neither a supported vision transformer nor an InternImage"
             f" ({source.name}); give another encoder"
         )
-    stored.setdefault("heads", max(1, stored["width"] // 64))
+    stored["heads"] = weight_source.encoder_heads(stored)
     names = {field.name for field in dataclasses.fields(schema.Encoder)}
     encoder = schema.Encoder(**{k: v for k, v in stored.items() if k in names})
-    sections: dict[str, Any] = {}
-    if isinstance(stored.get("intern_image"), Mapping):
-        sections["intern_image"] = schema.InternImage(**stored["intern_image"])
+    sections: dict[str, Any] = {
+        name: type(getattr(schema.Model(), name))(**stored[name])
+        for name in backbones.section_names()
+        if isinstance(stored.get(name), Mapping)
+    }
     model = schema.Model(
         backbone=stored.get("backbone", "vit"), encoder=encoder, scan=True, **sections
     )

@@ -31,7 +31,7 @@ from m3i_jax.training.predictions import Arrays, Features, query_cells
 from m3i_jax.training.targets import TargetFeatures
 from m3i_jax.training.views import Batch, Inputs, PassInputs
 
-TermLosses = dict[int, LossSum]  # {term index: (sum, count, statistics)}
+TermLosses = dict[int, LossSum]  # {term index: sum, count and evidence}
 
 
 def label_weight(term: Term, inputs: PassInputs) -> jax.Array:
@@ -118,7 +118,7 @@ def loss_weights(
             for t, image in zip(plan.terms, is_image, strict=True)
             if image and t.group == entropy_term.group
         )
-        count = jnp.asarray(entropy_losses.entropy_rows(plan, entropy_term, inputs), jnp.float32)
+        count = jnp.asarray(entropy_losses.entropy_rows(entropy_term, inputs), jnp.float32)
         counts.append(count)
         weights.append(entropy_term.weight / count / (pool_weight or 1))
     return counts, weights
@@ -172,7 +172,7 @@ def _image_loss(
     if isinstance(term.head, ProjectionHead):
         prototypes = params.get("heads", {}).get(term.head.name, {}).get("prototypes")
     given = LossInputs(
-        weight=settings.second_moment,
+        moment_weight=settings.second_moment,
         moment=bundle.moments.get(targets.moment_key(key)),
         temperature=settings.temperature,
         keys=targets.normalize_target(term, bundle.batch[key]) if contrastive else None,
@@ -248,7 +248,7 @@ def text_losses(
 def text_scalars(term: Term, params: Any) -> Any:
     """Returns what the posterior of a text term trains: its `scalars` by name, or the logarithm of
     the inverse temperature."""
-    if getattr(term.posterior, "scalars", None):
+    if term.posterior.scalars:
         return params["scalars"][term.name]
     return params["logit_scale"]
 
@@ -326,7 +326,7 @@ def _category_loss(
     plan: Plan, i: int, heads: Any, vectors: dict[Any, jax.Array], inputs: Inputs
 ) -> LossSum:
     term, read = plan.terms[i], inputs[plan.terms[i].reads]
-    logits = m3i.category_logits(plan.config, heads, vectors[predictions.pool_key(term)])
+    logits = m3i.category_logits(heads, vectors[predictions.pool_key(term)])
     given = LossInputs(smoothing=plan.config.objective.label_smoothing)
     labels = read.rows[term.image]["label"]
     return term.posterior.cost(logits, labels, label_weight(term, read), given)

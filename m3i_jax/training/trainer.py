@@ -13,7 +13,7 @@ from jax.extend import core
 from m3i_jax import parallel, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.schema.limits import INT32
-from m3i_jax.training import init_from, optimizer, scaling, step, teachers, weight_source
+from m3i_jax.training import init_from, optimizer, scaling, step
 from m3i_jax.training.task import State, Task, create, make_task
 
 
@@ -170,13 +170,7 @@ class Trainer:
         else:
             state = parallel.Program(self._create, name="init", out_shardings=self.shardings)()
 
-        def load(run: str, link: str, part: str) -> Any:
-            layout = self.shardings.opt[link].params[part]
-            if link == "teachers":
-                return teachers.load_params(run, layout)
-            return weight_source.load_encoder(run, self.template.params[part], layout)
-
-        return self.task.after_init(state, load)
+        return self.task.after_init(state, self.shardings)
 
     def step(self, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
         """Takes one step; `state` is donated. Returns at once, while the device computes."""

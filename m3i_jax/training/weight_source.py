@@ -210,6 +210,19 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
     )
 
 
+def encoder_heads(settings: Mapping[str, Any]) -> int:
+    """Returns the attention heads of an encoder from the `settings` of its source. Where a file
+    does not state them, they are those of the published sizes: 64 channels each, of ViT-H 80.
+
+    >>> [encoder_heads({"width": width}) for width in (32, 768, 1280)]
+    [1, 12, 16]
+    >>> encoder_heads({"width": 768, "heads": 6})
+    6
+    """
+    width = settings["width"]
+    return settings.get("heads") or (16 if width == 1280 else max(1, width // 64))
+
+
 def class_names(workdir: str) -> tuple[str, ...] | None:
     """Returns the names of the categories that a run of a dense task predicts; None if it has no
     file of them."""

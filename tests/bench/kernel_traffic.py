@@ -5,11 +5,13 @@ another, against plain XLA (M3I_JAX_KERNELS=0), and of one layer of InternImage 
     python -m tests.bench.kernel_traffic blocks        # four blocks of ViT-L in a scan
     python -m tests.bench.kernel_traffic depthwise     # gradient of a depth-wise kernel of side 5
     python -m tests.bench.kernel_traffic layer v6e:1x1 # of InternImage-H's third stage
+    python -m tests.bench.kernel_traffic stages v6e:1x1 # each stage at the shapes of pre-training
 
 Needs the extra `cuda` or `tpu`; each takes a minute. `estimate` of `blocks` is that of --mode=show.
 """
 
 import collections
+import itertools
 import os
 import pathlib
 import re
@@ -23,7 +25,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from m3i_jax import parallel
-from m3i_jax.models import attention, initializers, intern_image_layer, layers, scan_blocks
+from m3i_jax.models import (
+    attention,
+    initializers,
+    intern_image,
+    intern_image_layer,
+    layers,
+    scan_blocks,
+)
 from m3i_jax.profiling import hbm_traffic, hlo, libtpu_dump, topology, traffic_model
 
 CHIP, GIB = sys.argv[2] if len(sys.argv) > 2 else "h100:1", 2**30
@@ -127,9 +136,80 @@ def layer() -> None:
         print(f"{moved / size:7.1f}  {name}")
 
 
+def stages() -> None:
+    """Of each stage of InternImage-H, by what the backward pass keeps, with 160 images of 192
+    pixels: traffic of a layer in times the bytes of its map, and by kind of operation."""
+    model, images = intern_image.InternImageConfig(), 160
+    for stage, (remat, train) in itertools.product(
+        range(4), (("names", True), ("full", True), ("full", False))
+    ):
+        one, side = intern_image._layer(model, stage), 48 >> stage
+        x, depth = shape(images, side, side, one.width), (6, 6, 12, 6)[stage]
+        every = model.extra_norm if stage == 2 else 0
+        stacked = lambda sides, depth=depth: shape(depth, *sides, dtype="float32")
+        params: dict[str, Any] = jax.tree.map(
+            stacked, one.shapes(), is_leaf=lambda node: isinstance(node, tuple)
+        )
+        norms = (
+            {name: shape(depth // every, one.width, dtype="float32") for name in ("scale", "bias")}
+            if every
+            else None
+        )
+        keep = shape(images, depth, 2, dtype="float32")
+
+        def both(
+            params: Any,
+            norms: Any,
+            x: Any,
+            keep: Any,
+            g: Any,
+            remat: str = remat,
+            train: bool = train,
+            one: Any = one,
+            every: int = every,
+        ) -> Any:
+            run = lambda p, n, x: intern_image_layer.run_layers(
+                one, p, x, keep_BxLx2=keep, extra_norms=n, every=every, scan=True, remat=remat
+            )
+            y, pull = jax.vjp(run, params, norms, x)
+            return (y, pull(g)) if train else y
+
+        program, size = compiled(both, params, norms, x, keep, x), depth * x.size * 2
+        kinds: dict[str, float] = collections.defaultdict(float)
+        for times, each, fused in hlo.executed_counts(program):
+            if not fused:
+                moved = times * hbm_traffic.instruction_traffic(program, each) / size
+                kinds[_kind(each.opcode, each.text)] += moved
+        parts = ", ".join(
+            f"{name} {kinds[name]:.1f}" for name in sorted(kinds) if kinds[name] > 0.1
+        )
+        print(f"stage {stage}, {remat}, {'training' if train else 'forward'}:"
+              f" {sum(kinds.values()):.1f} times the map: {parts}", flush=True)  # fmt: skip
+
+
+def _kind(opcode: str, text: str) -> str:
+    name = re.search(r'op_name="([^"]*)"', text)
+    last = name[1].split("/")[-1] if name else ""
+    if opcode in ("copy-start", "slice", "slice-start"):
+        return "into and out of the scratchpad"
+    if opcode in ("copy", "reshape", "transpose"):
+        return "changes of layout"
+    if last in ("dynamic_slice", "dynamic_update_slice", "squeeze", "broadcast_in_dim"):
+        return "stacks of values, weights and gradients"
+    if opcode == "custom-call":
+        return "sampling"
+    if last == "dot_general":
+        return "products"
+    return "the rest"
+
+
 if __name__ == "__main__":
-    {"attention": attention_layers, "blocks": blocks, "depthwise": depthwise, "layer": layer}[
-        sys.argv[1]
-    ]()
+    {
+        "stages": stages,
+        "attention": attention_layers,
+        "blocks": blocks,
+        "depthwise": depthwise,
+        "layer": layer,
+    }[sys.argv[1]]()
     sys.stdout.flush()
     os._exit(0)  # the compiler for TPUs goes on in a thread

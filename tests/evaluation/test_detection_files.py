@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import pathlib
+import types
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,21 @@ def test_pycocotools_finds_the_same_with_the_original_file(
                 compared += 1
                 assert metrics[name] == pytest.approx(value, abs=1e-9), (kind, name)
         assert compared >= 8 and metrics["AP"] > 0.2
+
+
+def test_categories_keep_ids_and_frequencies_under_other_numbers() -> None:
+    """The run may have classes that the held-out file does not list, in another order, or fewer."""
+    holder = types.SimpleNamespace(
+        classes=("ant", "bee", "cat"), category_ids=(4, 7, 90), frequencies=("r", "c", "f")
+    )
+    source = types.SimpleNamespace(classes=("cat", "eel", "ant"), source=holder)
+    table = detection_results.category_table(source)
+    assert (table.names, table.ids) == (("cat", "eel", "ant"), (90, 91, 4))
+    assert table.frequency == ("f", "r", "r")
+    table = detection_results.category_table(holder, ("ant", "bee"))
+    assert (table.names, table.ids, table.frequency) == (("ant", "bee"), (4, 7), ("r", "c"))
+    table = detection_results.category_table(holder, ("ant", "bee", "cat", "3"))
+    assert (table.ids, table.frequency) == ((4, 7, 90, 91), ("r", "c", "f", "r"))
 
 
 @needs_pycocotools

@@ -8,18 +8,22 @@ import io
 import json
 import pathlib
 import sys
+import types
 
 import numpy as np
 import pytest
 
+from m3i_jax import schema
+from m3i_jax.data.sources import scenes
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import detection_eval, detection_results
+from m3i_jax.evaluation import annotated_inputs, detection_eval, detection_results
 from m3i_jax.evaluation.detection_results import (
     CategoryTable,
     DetectionResult,
     ImageDetections,
     ImageTruth,
 )
+from m3i_jax.evaluation.registry import EvalContext
 
 needs_pycocotools = pytest.mark.skipif(
     importlib.util.find_spec("pycocotools") is None, reason="without the extra dense"
@@ -346,3 +350,28 @@ def test_a_missing_library_is_named(module: str, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"m3i-jax\[dense\]") as error:
         detection_eval.detection_scores(results, TABLE, kind="bbox", protocol=protocol)
     assert "\n" not in str(error.value)
+
+
+@needs_pycocotools
+def test_objects_of_classes_that_a_run_does_not_predict_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With data.classes below the number of the source's."""
+    source = scenes.ScenesSource(4)
+    objects = [source[i].objects for i in range(len(source))]
+    predicted = [
+        types.SimpleNamespace(
+            index=i,
+            fitted=types.SimpleNamespace(objects=each, original=each.size, size=each.size),
+            outputs={"boxes": each.boxes, "scores": np.ones(len(each)), "classes": each.classes},
+        )
+        for i, each in enumerate(objects)
+    ]
+    monkeypatch.setattr(annotated_inputs, "predicted_images", lambda *_: iter(predicted))
+    config = schema.Config(dense=schema.DensePrediction(detect=schema.Detect(masks=False)))
+    inputs = types.SimpleNamespace(held_out=source, classes=source.classes[:1], config=config)
+    context = EvalContext({}, params={}, poll=lambda: None)
+    found = detection_eval.detections(inputs, context)
+    first = sum(int(((each.classes == 0) & ~each.crowd).sum()) for each in objects)
+    assert 0 < first < sum(map(len, objects)) and found.scores["box"].objects.tolist() == [first]
+    assert found.scores["box"].metrics["AP"] == pytest.approx(1)

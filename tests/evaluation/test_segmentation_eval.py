@@ -328,6 +328,8 @@ def test_windows_and_sizes_of_the_settings() -> None:
     size_of, resize = sliding_windows.resize_rule(config)
     assert size_of((480, 640), 1.0) == (512, 683) and size_of((600, 2600), 1.0) == (473, 2048)
     assert size_of((480, 640), 1.75) == (896, 1195)
+    # mmsegmentation's min_size of its ViTs: no short side below a window
+    assert size_of((480, 640), 0.5) == size_of((480, 640), 1.0)
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
     values = bilinear(image, (20, 30))  # four pixels, also where it reduces
     assert np.abs(resize(image, (20, 30)) - values).max() <= 1

@@ -222,6 +222,17 @@ def test_layers_of_the_encoder() -> None:
         below(f"stage{n}/layers/mlp/fc1/kernel").tolist()[:: length - 1]
         for n, length in enumerate((6, 6, 32, 6))
     ] == [[49, 44], [43, 38], [37, 6], [5, 0]]
+    # 51 - id in dense tasks, ids by the names in mmdetection's form
+    below = functools.partial(backbones.get_backbone(model).map_layers_above, model)
+    moved = {path: above + 1 for path, above in LAYERS_H.items() if above}
+    del moved["mask_token"]
+    moved |= {"stem/conv1/kernel": 51, "stage3/norm/bias": 6}
+    assert {path: below(path) for path in moved} == moved
+    assert below("stage2/extra_norms/scale").tolist() == [38, 37, 36, 35, 34]
+    assert [
+        below(f"stage{n}/layers/mlp/fc1/kernel").tolist()[:: length - 1]
+        for n, length in enumerate((6, 6, 32, 6))
+    ] == [[50, 45], [44, 39], [38, 7], [6, 1]]
     # twelve blocks: 0.65 ** (13 - id), ids as in MAE's fine-tuning
     vit_b, plain = vit_backbone.VIT.layers_above, schema.Model()
     assert (

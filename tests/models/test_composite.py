@@ -195,7 +195,7 @@ def test_layers_of_both_copies_learn_alike():
     for path in ("stage0/layers/norm1/scale", "stage2/down/conv/kernel"):
         for ours in (path, f"second/{path}"):
             np.testing.assert_array_equal(
-                two.layers_above(model, ours), one.layers_above(model, path)
+                two.layers_above(model, ours), one.map_layers_above(model, path)
             )
     assert two.layers_above(model, "links/stage0/from1/kernel") == 0
     assert two.layers_above(model, "gamma/stage3") == 0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m3i_jax import parallel
 from m3i_jax.models import intern_image, intern_image_layer, vit
 from m3i_jax.models.intern_image import PRESETS, InternImageConfig
 from m3i_jax.profiling import flops
@@ -144,6 +145,37 @@ def test_scan_changes_no_number():
     loop, scan = (jit(functools.partial(run_stage, scan=scan))(params, x) for scan in (False, True))
     assert np.abs(loop - x).max() > 0.1
     np.testing.assert_allclose(loop, scan, atol=1e-5)
+
+
+def test_chunks_of_images_change_no_number(monkeypatch):
+    """Neither outputs nor gradients of a stage with stochastic depth and a norm between layers."""
+    params, x = (
+        lively(SMALL)["stage2"],
+        jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 2, 32)), jnp.float32),
+    )
+
+    def gradient(remat):
+        run = lambda part, x: jnp.square(run_stage(part, x, scan=True, remat=remat)).sum()
+        used = {name: params[name] for name in ("layers", "extra_norms")}
+        return jit(jax.value_and_grad(run, (0, 1)))(used, x)
+
+    whole = gradient("none")
+    monkeypatch.setattr(intern_image_layer, "chunk_rows", lambda layer, x: 1.0)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
+    jax.tree.map(close, whole, gradient("full"))
+
+
+def test_a_tpu_takes_few_images_at_once_where_it_can_hold_the_gradients_of_the_weights():
+    model = intern_image.InternImageConfig()
+
+    def images_at_once(stage):
+        x = jax.ShapeDtypeStruct((80, 48 >> stage, 48 >> stage, 320 << stage), jnp.bfloat16)
+        return intern_image_layer.chunk_rows(intern_image._layer(model, stage), x)
+
+    with parallel.assumed_platform("tpu"):
+        assert [round(images_at_once(stage)) for stage in range(3)] == [2, 4, 9]
+        assert images_at_once(3) is None
+    assert images_at_once(0) is None
 
 
 @pytest.mark.slow

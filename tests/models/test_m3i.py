@@ -269,7 +269,7 @@ def test_one_mixed_input_through_every_part(params):
             CONFIG.model, params["decoder"], out["rows"], "tokens"
         )
         out["pooled"] = pooling.apply(CONFIG.model, params["pool"], own)
-        out["logits"] = m3i.category_logits(CONFIG, params, out["pooled"])
+        out["logits"] = m3i.category_logits(params, out["pooled"])
         out["image"], out["text"] = (
             m3i.image_embedding(CONFIG, params, out["pooled"]),
             text.apply(CONFIG.model, params["text"], tokens, length),

@@ -389,8 +389,8 @@ def test_an_unwritable_directory_is_refused_before_the_data_are_opened(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(evaluate.jobs.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(jobs, "open_setup", None)
+    monkeypatch.setattr(jobs.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(evaluate, "open_setup", None)
     for mode in (
         ["--mode=eval"],
         ["--mode=export", "--format=npz"],

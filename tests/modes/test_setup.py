@@ -110,3 +110,21 @@ def test_a_resumed_run_keeps_its_rounded_batch(tmp_path: pathlib.Path, capsys) -
     fewer = toy.settings(**asked | {"train__batch_size": 32}, parallel__mesh="(1,1,8)")
     # configured, so it is reported as a change
     assert jobs.open_setup(fewer, str(tmp_path)).config.train.batch_size == 32
+
+
+def test_a_dense_head_has_as_many_names_as_it_predicts(tmp_path: pathlib.Path) -> None:
+    """Data with fewer classes than the recipe's head, as a part of ADE20k, and with more."""
+    for classes, last in ((20, "19"), (2, "square")):
+        config = configuration.load_config("configs/transfer/segment.py")
+        config.data.update({"size": 20, "classes": classes})
+        job = jobs.open_setup(configuration.resolve(config), str(tmp_path / str(classes)))
+        assert len(job.classes) == job.config.data.classes == classes
+        assert job.classes[-1] == last
+
+
+def test_categories_that_the_data_lack_are_counted_as_never_seen(tmp_path: pathlib.Path) -> None:
+    config = configuration.load_config("configs/transfer/detect.py")
+    config.data.update({"size": 20, "classes": 20})
+    config.dense.detect.loss = "federated"
+    counts = jobs.open_setup(configuration.resolve(config), str(tmp_path)).task.category_counts
+    assert len(counts) == 20 and counts[0] > 0 and counts[-1] == 0

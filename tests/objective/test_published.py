@@ -12,6 +12,12 @@ from m3i_jax.objective import published
 FORMS = pathlib.Path(__file__).parents[2] / "configs/forms.py"
 
 
+def test_small_views_have_whole_patches() -> None:
+    """As DINOv2's: 96 pixels for patches of 16, 98 for those of 14."""
+    sizes = [{v.size for v in recipe(f"dino{more}").small_views} for more in ("", ",model=vit_h14")]
+    assert sizes == [{96}, {98}]
+
+
 def recipe(form: str) -> schema.Config:
     return configuration.resolve(configuration.load_config(f"{FORMS}:form={form}"))
 
@@ -23,25 +29,31 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "data2vec": {"epochs": 800, "ema": 0.9998},
     "feature_distillation": {"epochs": 300, "jitter": 0.0},
     "byol": {"epochs": 1000, "ema": 0.996, "blur": (1.0, 0.1)},
-    "moco_v3": {"epochs": 300, "ema": 0.99, "warmup": 30},
+    "moco_v3": {"epochs": 300, "ema": 0.99, "warmup": 40, "b2": 0.999, "clip": 0.0},
     "simclr": {"epochs": 1000},
     "barlow_twins": {"epochs": 1000, "solarize": (0.0, 0.2)},
     "densecl": {"epochs": 200, "saturation": 0.4, "blur": (0.5, 0.5), "solarize": (0.0, 0.0)},
     "msn": {"epochs": 800, "saturation": 0.4, "blur": (0.5, 0.5), "solarize": (0.0, 0.0)},
-    "dino": {"epochs": 100, "ema": 0.984, "blur": (1.0, 0.1, 0.5), "decay": 0.04},
-    "ibot": {"epochs": 800, "ema": 0.984, "solarize": (0.0, 0.2, 0.0), "warmup": 10},
-    "dinov2": {"epochs": 100, "ema": 0.984, "warmup": 10, "blur": (1.0, 0.1, 0.5)},
-    "ijepa": {"epochs": 300, "warmup": 30, "flip": 0.0, "jitter": 0.0, "ema": 0.992016},
+    "dino": {"epochs": 100, "ema": 0.984, "blur": (1.0, 0.1, 0.5), "decay": 0.04, "b2": 0.999},
+    "ibot": {
+        "epochs": 800,
+        "ema": 0.984,
+        "solarize": (0.0, 0.2, 0.0),
+        "warmup": 10,
+        "rise": 0.0375,
+    },
+    "dinov2": {"epochs": 100, "ema": 0.984, "warmup": 10, "b2": 0.999, "rise": 0.3},
+    "ijepa": {"epochs": 300, "warmup": 40, "flip": 0.0, "ema": 0.992, "b2": 0.999},
     "dinov3_gram": {"epochs": 400, "decay": 0.04, "b2": 0.99, "ema": 0.999, "flip": 0.0},
-    "capi": {"epochs": 57.7, "decay": 0.1, "ema": 0.99975, "jitter": 0.0, "warmup": 5.77},
+    "capi": {"epochs": 57.7, "decay": 0.1, "ema": 0.99975, "warmup": 5.77, "clip": 0.0},
     "siamese_im": {"epochs": 1600, "warmup": 40, "decay": 0.05},
     "clip": {"epochs": 25, "warmup": 1, "flip": 0.0, "decay": 0.5, "b2": 0.98, "lowest": 1e-5},
     "slip": {"epochs": 25, "warmup": 1, "flip": 0.5, "decay": 0.1, "b2": 0.98, "lowest": 1e-5},
     "deit": {"epochs": 800, "warmup": 40},
     "milan": {"epochs": 400, "warmup": 40},
     "vicreg": {"epochs": 1000, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)},
-    "lejepa": {"epochs": 800, "decay": 0.05, "blur": (0.5, 0.5)},
-    "simdino": {"epochs": 100, "decay": 0.04, "ema": 0.6, "warmup": 10},
+    "lejepa": {"epochs": 800, "warmup": 1, "solarize": (0.2, 0.2), "b2": 0.999},
+    "simdino": {"epochs": 100, "decay": 0.04, "ema": 0.968, "warmup": 10, "b2": 0.999},
     "siglip2": {"epochs": 4, "decay": 1e-4},
     "cap": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
     "cappa": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
@@ -62,12 +74,14 @@ def test_a_named_method_has_the_recipe_it_was_published_with(name: str) -> None:
         "decay": o.weight_decay,
         "b2": o.b2,
         "lowest": o.min_lr,
+        "clip": o.clip,
         "ema": round(o.ema, 6),  # rescaling rounds
         "flip": config.data.flip_p,
         "jitter": a.jitter_p,
         "saturation": a.saturation,
         "blur": a.blur_p,
         "solarize": a.solarize_p,
+        "rise": config.objective.target_temperature_rise,
     }
     assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 

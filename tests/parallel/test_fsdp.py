@@ -269,7 +269,7 @@ def test_internimage_gathers_one_layer_at_a_time() -> None:
         for times, each, _ in hlo.executed_counts(hlo.parse_hlo(text))
         if re.fullmatch("all-gather(-start)?", each.opcode)
     ]
-    # of the stage of four layers, in two scans of two; no kernel of all four stands whole anywhere
+    # of the stage of four layers; no kernel of all four stands whole anywhere
     assert max(gathers) == 4
     for name, kernel in ("fc1", (128, 512)), ("fc2", (512, 128)):
         assert arguments[0]["stage2"]["layers"]["mlp"][name]["kernel"].shape == (4, *kernel)

@@ -27,6 +27,32 @@ ENTRY %main (x: f32[100,8], y: f32[8]) -> f32[100,8] {
     assert hbm_traffic.hbm_traffic(hlo.parse_hlo(text)) == 8 * 4 + (8 + 8) * 4
 
 
+def test_what_a_fusion_inside_a_fusion_does_not_read_is_left_out() -> None:
+    text = """HloModule m
+%deep (p: f32[100,8], n: s32[]) -> f32[1,8] {
+  %p = f32[100,8] parameter(0)
+  %n = s32[] parameter(1)
+  %o = s32[] constant(0)
+  ROOT %s = f32[1,8] dynamic-slice(%p, %n, %o), dynamic_slice_sizes={1,8}
+}
+%inner (a: f32[100,8], i: s32[], b: f32[1,8]) -> f32[1,8] {
+  %a = f32[100,8] parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[1,8] parameter(2)
+  %row = f32[1,8] fusion(%a, %i), kind=kLoop, calls=%deep
+  ROOT %u = f32[1,8] add(%row, %b)
+}
+ENTRY %main (x: f32[100,8], i: s32[], y: f32[1,8]) -> f32[1,8] {
+  %x = f32[100,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[1,8]{1,0} parameter(2)
+  ROOT %f = f32[1,8]{1,0} fusion(%x, %i, %y), kind=kLoop, calls=%inner
+}
+"""
+    # a row of x, the number of the row, y, and the sum
+    assert hbm_traffic.hbm_traffic(hlo.parse_hlo(text)) == (8 + 1 + 8 + 8) * 4
+
+
 def test_memory_that_is_only_taken_is_no_traffic() -> None:
     line = 'f32[100,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"'
     text = f"HloModule m\nENTRY %main () -> f32[100,8] {{\n  ROOT %out = {line}\n}}\n"

@@ -194,14 +194,14 @@ def test_a_masked_input_hides_cells_and_has_no_partner(tmp_path):
 
 def test_predicted_pixels_stand_beside_their_target_view(tmp_path):
     made, rng = example(rows=2, terms=(), mixed=False), np.random.default_rng(7)
-    for name in ("view", "picture", "completed"):
+    for name in ("view", "pixels", "completed"):
         made["images"][f"pixel/{name}"] = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
     panels.write_panel(tmp_path / "p.png", **made | {"reads": "masked"})
     image, side = page(tmp_path / "p.png"), image_grid.side_of_tile(32, 4)
     for row in range(2):
         places = [
             find(image, enlarged(made["images"][name][row], side))
-            for name in ("input_view", "pixel/view", "pixel/picture", "pixel/completed")
+            for name in ("input_view", "pixel/view", "pixel/pixels", "pixel/completed")
         ]
         assert [len(place) for place in places] == [1, 1, 1, 1]
         xs, ys = zip(*(place[0] for place in places), strict=True)

@@ -9,6 +9,7 @@ import shutil
 from typing import Any
 
 import chex
+import jax
 import numpy as np
 import pytest
 
@@ -167,8 +168,8 @@ def steps_of(run: pathlib.Path) -> list[dict]:
 def test_a_run_of_two_composed_encoders_on_canvases(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the command: trains, goes on from the save of step 2 with the same numbers, is evaluated
-    and loaded."""
+    """By the command: trains, goes on from the save of step 2 with the same numbers, is evaluated,
+    loaded and exported."""
     monkeypatch.chdir(ROOT)
     run, again = tmp_path / "run", tmp_path / "again"
     assert command.main(arguments(run)) == loop.DONE
@@ -193,3 +194,17 @@ def test_a_run_of_two_composed_encoders_on_canvases(
     image = np.asarray(SOURCE[0].image)
     found = model.detect(image)[0]
     assert len(found.boxes) == len(found.names) and (found.boxes <= max(image.shape)).all()
+
+    for kind in ("npz", "stablehlo"):
+        assert command.main(["--mode=export", "--workdir", str(run), f"--format={kind}"]) == 0
+    with np.load(run / "export" / "npz" / "model.npz") as file:
+        assert {"encoder/second/stage3/layers/norm1/scale", "encoder/gamma/stage3"} <= {*file.files}
+    program = jax.export.deserialize(
+        bytearray((run / "export" / "stablehlo" / "model.stablehlo").read_bytes())
+    )
+    side = model.config.data.image_size
+    images = np.random.default_rng(0).integers(0, 256, (1, side, side, 3)).astype(np.uint8)
+    sizes = np.array([[side, side - 8]], np.int32)
+    wanted = model.function(model.params, images, sizes)
+    for name, value in program.call(images, sizes).items():
+        np.testing.assert_allclose(value, wanted[name], atol=1e-4 * side, err_msg=name)

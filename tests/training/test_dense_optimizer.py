@@ -28,15 +28,15 @@ def recipe(name: str, spec: str = "") -> schema.Config:
 
 
 @functools.cache
-def leaves(name: str) -> dict[str, jax.ShapeDtypeStruct]:
-    params = jax.eval_shape(make_task(recipe(name)).init, jax.random.key(0))
+def leaves(name: str, spec: str = "") -> dict[str, jax.ShapeDtypeStruct]:
+    params = jax.eval_shape(make_task(recipe(name, spec)).init, jax.random.key(0))
     found = jax.tree_util.tree_leaves_with_path(params)
     return {path_text(path): leaf for path, leaf in found}
 
 
-def groups(name: str) -> dict[str, tuple[Any, bool]]:
+def groups(name: str, spec: str = "") -> dict[str, tuple[Any, bool]]:
     """{path: (factor of the learning rate, decayed)}"""
-    config, tree = recipe(name), leaves(name)
+    config, tree = recipe(name, spec), leaves(name, spec)
     assert not config.model.encoder.freeze_patch_embed and not config.model.encoder.freeze
     mask = optimizer.decay_mask(tree, rule=config.optim.decayed)  # flat, with the same paths
     return {
@@ -97,6 +97,66 @@ def test_groups_of_upernet() -> None:
     assert optimizer.decay_mask({"encoder": {"positions": np.ones((1, 5, 4))}}, rule="ranks") == {
         "encoder": {"positions": True}
     }
+
+
+def test_norms_and_queries_of_transformer_heads_are_not_decayed() -> None:
+    """PyTorch's own norms, and embeddings, which detectron2's optimizers leave out; InternImage's
+    leaves out all norms, of which some are stacked here, and the offsets of heads."""
+    found = groups("coco", ":head=mask2former,model=internimage_t")
+    for path, (_, decayed) in found.items():
+        query = path in {f"head/decoder/{n}" for n in ("queries", "positions", "levels")}
+        assert decayed != (query or "norm" in path), path
+    norms = [path for path in leaves("coco", ":head=dino") if "norm" in path]
+    assert {p.split("/")[0] for p in norms if groups("coco", ":head=dino")[p][1]} == {"pyramid"}
+
+    found = groups("ade20k", ":head=mask2former,model=internimage_h")
+    assert "encoder/stage2/extra_norms/scale" in found
+    for path, (_, decayed) in found.items():
+        one_axis = path.endswith(("/bias", "/mask_token")) or "gamma" in path
+        offsets = path.startswith("head/") and "offsets" in path
+        assert decayed != ("norm" in path or one_axis or offsets), path
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "rates"),
+    [
+        # lr, weight decay, layer decay, drop path, clip, offsets of heads
+        ("coco", "internimage_t", (1e-4, 0.05, 1.0, 0.2, 0.0, 1.0)),
+        ("coco", "internimage_xl", (1e-4, 0.05, 0.94, 0.4, 0.0, 1.0)),
+        ("coco", "internimage_t,head=dino", (1e-4, 1e-4, 0.9, 0.2, 0.1, 1.0)),
+        ("coco", "internimage_h,head=dino", (1e-4, 1e-4, 0.94, 0.5, 0.1, 1e-3)),
+        ("ade20k", "internimage_s", (6e-5, 0.05, 1.0, 0.3, 0.0, 1.0)),
+        ("ade20k", "internimage_l", (2e-5, 0.05, 0.94, 0.4, 0.1, 1.0)),
+        ("ade20k", "internimage_h", (2e-5, 0.05, 0.95, 0.5, 0.1, 1.0)),
+        ("ade20k", "internimage_h,head=mask2former", (1e-5, 0.05, 0.95, 0.5, 0.1, 1.0)),
+    ],
+)
+def test_intern_images_are_trained_as_by_their_authors(
+    name: str, spec: str, rates: tuple[float, ...]
+) -> None:
+    """The numbers of InternImage's repository; a ViT's layer decay of 0.7 would leave the first of
+    30 layers a rate of 2e-5 of the last one's."""
+    config = recipe(name, f":model={spec}")
+    o, e = config.optim, config.model.encoder
+    found = (o.lr, o.weight_decay, o.layer_decay, e.drop_path, o.clip, o.head_offset_lr)
+    assert found == pytest.approx(rates)
+    assert (o.decayed, o.offset_lr, e.drop_path_rule) == ("ranks", 1.0, "linear")
+    if name == "ade20k":
+        assert config.dense.segment.test_whole == 32
+        assert config.dense.segment.width == (1024 if "mask" in spec else 512)
+
+
+def test_mask2former_on_a_small_internimage_has_its_authors_encoder_rate() -> None:
+    o = recipe("ade20k", ":head=mask2former,model=internimage_t").optim
+    assert (o.lr, o.layer_decay, o.encoder_lr, o.weight_decay) == (1e-4, 1.0, 0.1, 0.05)
+
+
+def test_larger_vits_have_weaker_layer_decay_and_more_drop_path() -> None:
+    for model, rates in (("vit_b16", (0.7, 0.1)), ("vit_l16", (0.8, 0.4))):
+        config = recipe("coco", f":model={model}")
+        assert (config.optim.layer_decay, config.model.encoder.drop_path) == rates
+    config = recipe("coco", ":head=dino,model=vit_l16")
+    assert (config.optim.layer_decay, config.model.encoder.drop_path) == (1.0, 0.4)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -163,11 +223,15 @@ def test_canvases_and_limits_of_multi_scale_detection() -> None:
             h * w for h, w in zip(g.buckets[::2], g.buckets[1::2], strict=True)
         )
 
+    lvis = recipe("lvis", ":head=dino,model=internimage_h,multi_scale=true").dense.geometry
+    assert (lvis.buckets[-2:], lvis.test_short) == ((1216, 2016), 1000)
+
 
 def test_instances_of_mask2former_are_learnt_as_published() -> None:
     config = recipe("coco", ":head=mask2former,model=internimage_t")
     o, t = config.optim, config.train
     assert (o.lr, o.weight_decay, o.clip, o.encoder_lr) == (1e-4, 0.05, 0.01, 0.1)
+    assert o.warmup_steps == 0 and recipe("coco", ":head=dino").optim.warmup_steps == 0
     assert (t.steps, t.batch_size, config.dense.geometry.scale) == (368_750, 16, (0.1, 2.0))
     task = make_task(config)
     params = jax.eval_shape(task.init, jax.random.key(0))

@@ -1,6 +1,7 @@
 """Detection and segmentation by the one train step: in parts, on other devices, again and again,
 against plain automatic differentiation."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -100,6 +101,22 @@ def check_counts(task: str, got: StepGradients, batch: dict[str, np.ndarray]) ->
         np.testing.assert_allclose(float(got.metrics["detect/objects"]), there.mean(), rtol=1e-6)
         groups = np.maximum(6 // np.maximum(there, 1), 1)
         np.testing.assert_allclose(got.metrics["detect/denoising_groups"], groups.mean())
+
+
+@pytest.mark.parametrize(("task", "changes"), cases(*IDS[:5]))
+@pytest.mark.row("C11")
+def test_a_batch_without_annotations_has_finite_gradients(task: str, changes: dict) -> None:
+    """No image of it has an object or a labelled pixel, and one is of a pixel only."""
+    config, run = compiled(task, 8, 1, tuple(changes.items()))
+    batch = dense_batch(config, 3)
+    empty = {"boxes": 0, "classes": -1, "masks": 0, "map": 255}
+    batch |= {name: np.full_like(batch[name], v) for name, v in empty.items() if name in batch}
+    batch["size"][2] = 1
+    out = run(*started(task, tuple(changes.items())), batch)
+    assert np.isfinite(float(out.loss))
+    for name, value in out.metrics.items():
+        assert np.isfinite(float(value)), name
+    chex.assert_tree_all_finite(out.grads)
 
 
 def test_microbatches_of_a_batch_norm_are_batches_of_their_own() -> None:
@@ -341,3 +358,11 @@ def test_a_mask2former_that_cannot_be_made_is_refused(changes: dict, words: str)
     with pytest.raises(UserError, match=words) as error:
         jax.eval_shape(task.init, jax.random.key(0))
     assert "\n" not in str(error.value)
+
+
+def test_whole_images_at_evaluation_fit_the_coarsest_map() -> None:
+    """Refused before training, not by its first evaluation."""
+    for whole, fits in ((8, True), (12, False)):
+        task = make_task(dense_settings("segment", dense__segment__test_whole=whole))
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="test_whole: 12"):
+            assert "map" in task.batch_shapes()

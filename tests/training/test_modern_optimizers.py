@@ -14,6 +14,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
+from m3i_jax.objective import registry
 from m3i_jax.training import checkpoint, optimizer, update_rules, weight_source
 from m3i_jax.training.task import State
 from tests import toy
@@ -191,6 +192,33 @@ def test_evaluation_reads_the_average() -> None:
     assert feature_extraction.encoder_params(settings, adam) is params
 
 
+def test_prototypes_that_are_held_stay_in_the_average_too() -> None:
+    """z of a held parameter does not move, or its average x = (y - (1 - b1) z) / b1 would."""
+    settings = schema.Config(
+        model=schema.Model(head=schema.Head(prototypes=2)),
+        optim=schema.Optim(rule="schedule_free", schedule="constant", freeze_prototypes=0.5),
+    )
+    tx = optimizer.build_optimizer(settings, registry.form("dino"), steps=6, warmup=0)
+    start = {"prototypes": jnp.ones((2, 2)), "projector": {"layer_0": {"kernel": jnp.ones((2, 2))}}}
+    start = {"encoder": {"cls_token": jnp.ones((1, 1, 2))}, "heads": {"global": start}}
+
+    @jax.jit
+    def step(params, opt):
+        more = {"feature_grad_norms": (jnp.ones(()), jnp.ones(())), "mean_logits": {}}
+        updates, opt = tx.update(start, opt, params, **more)
+        params = optax.apply_updates(params, updates)
+        return params, opt, update_rules.averaged_params(opt, params)
+
+    params, opt, found = start, tx.init(start), []
+    for _ in range(4):
+        params, opt, averaged = step(params, opt)
+        found.append((params["heads"]["global"], averaged["heads"]["global"]))
+    moved = [[float(abs(x["prototypes"] - 1).max()) for x in pair] for pair in found]
+    np.testing.assert_allclose(moved[:3], 0, atol=1e-6)  # half of six steps
+    assert min(moved[3]) > 1e-4
+    assert all(float(abs(x["projector"]["layer_0"]["kernel"] - 1).max()) > 1e-4 for x in found[0])
+
+
 @pytest.mark.parametrize("rule", ["muon", "schedule_free"])
 def test_a_restart_changes_no_bit(rule: str, tmp_path) -> None:
     settings = config(rule=rule, schedule="constant")
@@ -239,6 +267,13 @@ def test_schedules() -> None:
         [steps < 4, steps < 28], [2.0 * steps / 4, 2.0], 2.0 - 1.5 * (steps - 28) / 12
     )
     np.testing.assert_allclose([float(rate(k)) for k in steps], expected, rtol=1e-6)
+    long = schema.Optim(lr=1.0, schedule="wsd", decay_share=0.9)  # reaches into the warm-up
+    rate = optimizer.lr_schedule(long, steps=10, warmup=5)
+    np.testing.assert_allclose(
+        [float(rate(k)) for k in range(11)],
+        [0, 0.2, 0.4, 0.6, 0.8, 1, 0.8, 0.6, 0.4, 0.2, 0],
+        atol=1e-6,
+    )
     theirs = optax.join_schedules(
         [optax.linear_schedule(0, 1, 5), lambda _: 1.0, optax.linear_schedule(1, 0, 8)], [5, 32]
     )

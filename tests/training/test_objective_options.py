@@ -105,7 +105,7 @@ def test_joint_soft_label_reads_all_tokens_once() -> None:
     config = got.plan.config
     predict = jax.jit(
         lambda params, z: m3i.category_logits(
-            config, params, pooling.apply(config.model, params["pool"], z)
+            params, pooling.apply(config.model, params["pool"], z)
         )
     )
     logits = np.asarray(predict(got.params, got.z[MIXED][:, 1:]), np.float64)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3i_jax import parallel
+from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.models import m3i, vit
 from m3i_jax.objective import derived_terms, terms
 from m3i_jax.profiling import flops
-from m3i_jax.training import plan, plan_table, teachers, trainer, views
+from m3i_jax.training import plan, plan_table, teachers, trainer, views, weight_source
 from tests import saved, toy
 from tests.interop.test_modern_encoders import directory
 from tests.training.forward import augmented_patches, encode
@@ -193,6 +193,23 @@ def test_an_intern_image_is_a_teacher(tmp_path) -> None:
     call = functools.partial(teachers.encode_teacher, config, "teacher0")
     _, patches = patches_of(config)
     assert jax.eval_shape(call, params, patches).shape == (3, 16, 32)
+
+
+def test_a_vit_h_of_a_file_without_its_heads_has_16(monkeypatch) -> None:
+    """MAE's and timm's files do not state them, and 1280 channels are not heads of 64."""
+    encoder = schema.Encoder(width=1280, depth=1, heads=16)
+    shapes = teachers._expected_shapes(schema.Model(encoder=encoder, scan=True), 32)
+    source = weight_source.WeightSource(
+        name="file",
+        shapes={f"encoder/{path}": shape for path, shape in shapes.items()},
+        read=lambda shardings: {},
+        settings={"width": 1280, "depth": 1, "patch_size": 16, "image_size": 32},
+        unused={},
+        notes=[],
+    )
+    monkeypatch.setattr(weight_source, "open_weights", lambda path, *, key: source)
+    teacher = teachers.open_teacher.__wrapped__("vit_h.safetensors")
+    assert teacher.model.encoder.heads == 16
 
 
 def test_bad_teachers_are_refused(tmp_path) -> None:

@@ -50,9 +50,13 @@ class DataSource(Protocol):
     """The methods and attributes that every source has.
 
     classes: names of the categories, by label. captions: whether any record has one. fingerprint():
-    changes when the records or their order do. Optional, for speed: `__getitems__(indices)`,
-    `key(i)`, `caption(i)`, `key_hashes()`; the functions below fall back to `__getitem__`. An
-    annotated source has `object_table()`, one with maps has `map_classes`."""
+    changes when the records or their order do.
+
+    Optional, for speed: `__getitems__(indices)`, `key(i)`, `caption(i)`, `key_hashes()`; the
+    functions below fall back to `__getitem__`. Annotated sources: `object_table()`, `map_classes`,
+    and for the tables of an evaluation `category_ids` and `frequencies`. Sources of sources:
+    `identity()`, `part(holdout, part)`, `locate(seed, positions, attempt)`, `record_weights` and
+    `cumulative_weights`. `names_its_classes`: see `registry.SourceKind`."""
 
     @property
     def name(self) -> str: ...
@@ -299,10 +303,10 @@ class SubsetSource:
     """A subset of a source, with the same classes: record i of the subset is record `indices[i]` of
     the source."""
 
-    def __init__(self, source: DataSource, indices: np.ndarray, part: str, identity: str) -> None:
-        self.source, self.indices, self.part, self._identity = source, indices, part, identity
+    def __init__(self, source: DataSource, indices: np.ndarray, subset: str, identity: str) -> None:
+        self.source, self.indices, self.subset, self._identity = source, indices, subset, identity
         self.name, self.classes, self.captions = (
-            f"{source.name} ({part})",
+            f"{source.name} ({subset})",
             source.classes,
             source.captions,
         )
@@ -340,7 +344,7 @@ class SubsetSource:
         return stable_digest(self.source.fingerprint(), self._identity)
 
     def description(self) -> str:
-        return f"{len(self):,} of {self.source.description()} ({self.part})"
+        return f"{len(self):,} of {self.source.description()} ({self.subset})"
 
 
 def split_by_hash(source: DataSource, holdout: float, part: str) -> DataSource:
@@ -366,7 +370,7 @@ def split_by_hash(source: DataSource, holdout: float, part: str) -> DataSource:
     if part not in ("train", "held_out"):
         raise ValueError(f"part must be 'train' or 'held_out', not {part!r}")
     # the weights of a mixture then hold for each part
-    if callable(split_sources := getattr(source, "part", None)):
+    if split_sources := getattr(source, "part", None):
         return split_sources(holdout, part)
     held_out = source_key_hashes(source) / 2.0**64 < holdout
     # 442 million records: 1.8 GB instead of 3.5

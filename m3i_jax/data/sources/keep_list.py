@@ -142,7 +142,7 @@ class KeptSource(base.SubsetSource):
         return bytes(self._arrays["captions"][ends[index - 1] if index else 0 : ends[index]])
 
     def description(self) -> str:
-        notes = [f"{self.part}: {len(self) / max(len(self.source), 1):.1%}"]
+        notes = [f"{self.subset}: {len(self) / max(len(self.source), 1):.1%}"]
         if self.missing:
             notes.append(f"{self.missing:,} of its {self.listed:,} keys are not in the source")
         if self.record_weights is not None:

@@ -66,7 +66,7 @@ def file_system(path: str) -> Any:
         return fsspec.core.url_to_fs(path)[0]
     except ImportError as error:
         raise UserError(
-            f"{path!r} needs a package: {error}; pip install 'm3i-jax[gcs]' brings fsspec and gcsfs"
+            f"{path!r} needs a package: {error}; install it (for gs://: pip install 'm3i-jax[gcs]')"
         ) from error
     except ValueError as error:
         raise UserError(f"{path!r}: {error}") from error
