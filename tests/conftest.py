@@ -1,6 +1,6 @@
 """What must be true before jax is imported: the CPU, eight devices, a compilation cache. Each
 setting can be overridden from outside; tests that start another process state its settings.
-`--random SEED` shuffles the files, and the tests of each."""
+`--random SEED` shuffles the files, and the tests of each that does not say `IN_ORDER = True`."""
 
 import ast
 import functools
@@ -143,5 +143,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         files.setdefault(item.path, []).append(item)
     order = list(files.values())
     for tests in (order, *order):
-        draw.shuffle(tests)
+        if tests is order or not getattr(getattr(tests[0], "module", None), "IN_ORDER", False):
+            draw.shuffle(tests)
     items[:] = [item for tests in order for item in tests]

@@ -15,6 +15,7 @@ import pytest
 from m3i_jax import errors, library_errors
 from m3i_jax import main as command
 from m3i_jax.errors import DoesNotFit, RunStopped, UserError
+from tests.test_main import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -167,9 +168,8 @@ def test_unknown_devices_are_refused_on_one_line() -> None:
 
 
 def test_full_output_is_refused() -> None:
-    command_line = (
-        f"{sys.executable} -m m3i_jax.main --config configs/quickstart.py --mode=show > /dev/full"
-    )
+    show = f"--config configs/quickstart.py --mode=show {' '.join(TINY)}"
+    command_line = f"{sys.executable} -m m3i_jax.main {show} > /dev/full"
     done = subprocess.run(
         ["sh", "-c", command_line], cwd=ROOT, capture_output=True, text=True, check=False
     )

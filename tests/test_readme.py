@@ -61,6 +61,7 @@ READMES = [
     ),
 ]
 NAMES = {path: path.relative_to(ROOT).as_posix() for path in READMES}
+IN_ORDER = True  # of `--random`: a block uses what earlier ones made
 COLUMNS = 100
 LINES = 150  # of the root's README; everything else is in the README of its folder
 RUN, QUIET = {"bash", "python"}, {"text", "json", "bibtex", "yaml", "toml"}

@@ -34,7 +34,7 @@ from hypothesis import HealthCheck, Phase
 from PIL import Image
 
 from m3i_jax import config
-from m3i_jax.data import dataset_scan, tokenizer
+from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
 from tests import fork_server
 from tests.faults import fuzz_cases as cases
@@ -292,8 +292,6 @@ def imported(compiled: pathlib.Path) -> None:
         os.environ[option.upper()] = str(value)
     # one device and the fastest compilation; XLA reads it when a child initializes its device
     os.environ["XLA_FLAGS"] = environment()["XLA_FLAGS"]
-    # seconds of processor time of each of two measurements
-    dataset_scan.measure_speed.__kwdefaults__["seconds"] = 0.05
     gc.set_threshold(100_000, 10, 10)
     fork_server.import_all()
 
