@@ -52,6 +52,17 @@ def test_the_form_of_the_platform_counts():
     assert parallel.platform() == jax.default_backend()
 
 
+def test_what_a_tpu_computes_of_a_chunk_in_a_loop_within_a_loop_stays_near():
+    def chunks(x):
+        some = lambda c: jnp.tanh(c @ x) @ x
+        turn = lambda y, _: (jax.lax.map(some, y), None)
+        return jax.lax.scan(turn, x.reshape(4, N // 4, N), None, length=3)[0]
+
+    # of each chunk the factor, and its rows twice; else two products and a pass between
+    assert arrays(chunks) == 3 * 4 * (1 + 2 / 4)
+    assert arrays(chunks, platform="cuda") == 3 * 4 * (2 * (1 + 2 / 4) + 2 / 4)
+
+
 def test_attention_is_the_kernel_s():
     qkv = jax.ShapeDtypeStruct((32, 200, 3 * 128), jnp.bfloat16)
     size = qkv.size * 2
