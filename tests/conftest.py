@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import sys
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,8 @@ collect_ignore = [
 gc.set_threshold(100_000, 10, 10)
 
 ROOT = pathlib.Path(__file__).parent.parent
+# by module: generators of its tests, and their states after its import
+GENERATORS: dict[str, list[tuple[Any, Any]]] = {}
 # Files that take the most processor time, begun first: a file is the work of one process, and one
 # of these at the end would be waited for by all others.
 LONGEST = (
@@ -120,9 +123,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Leaves what was imported and collected, millions of objects, out of every later search for
-    garbage."""
+    garbage; and notes where the generators of test modules stand."""
     gc.collect()
     gc.freeze()
+    import numpy as np  # whose threads the variables above limit
+
+    modules = {module.__name__: module for item in session.items
+               if (module := getattr(item, "module", None))}  # fmt: skip
+    for name, module in modules.items():
+        generators = [x for x in vars(module).values() if isinstance(x, np.random.Generator)]
+        GENERATORS[name] = [(one, one.bit_generator.state) for one in generators]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Lets the generators of a test module begin as they were imported: what a test draws does not
+    depend on the tests before it."""
+    for one, state in GENERATORS.get(getattr(getattr(item, "module", None), "__name__", ""), ()):
+        one.bit_generator.state = state
 
 
 @pytest.hookimpl(trylast=True)

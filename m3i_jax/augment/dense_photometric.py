@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-DISTORT = 0x64697374  # purpose of random keys
+from m3i_jax.objective import stream_keys
+
 BRIGHTNESS = 32.0  # largest change, of 255
 FACTORS = (0.5, 1.5)  # of contrast and of saturation
 HUE = 18  # steps of 180: -18 to 17
@@ -45,10 +46,10 @@ def draw_distortion(position: jax.Array, *, seed: int) -> DistortionDraws:
     """
     # the part of the key that all samples share is a compile-time constant
     with jax.ensure_compile_time_eval():
-        base = jax.random.fold_in(jax.random.key(seed), DISTORT)
+        base = stream_keys.purpose_key(seed, stream_keys.DISTORT)
 
     def uniform(words_2: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(base, words_2[0]), words_2[1])
+        key = stream_keys.position_key(base, words_2)
         return jax.random.uniform(key, (9,))
 
     u_Bx9 = jax.vmap(uniform)(jnp.asarray(position, jnp.uint32))

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
+from m3i_jax.objective import stream_keys
 
-# purposes of random keys, distinct from all others that are keyed by the stream position
-BLEND, ERASE = 0x626C6E64, 0x65726173
 TRIES = 10
 # ranges of an erased box: share of the image, height over width
 AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
@@ -54,7 +53,7 @@ def draw_mixup(
     >>> bool(share[0] == share[1]), bool((0 <= share[0]) & (share[0] <= 1))
     (True, True)
     """
-    a, base = settings, jax.random.fold_in(jax.random.key(seed), BLEND)
+    a, base = settings, stream_keys.purpose_key(seed, stream_keys.BLEND)
 
     def one(words_2: jax.Array) -> MixupDraws:
         key = jax.random.fold_in(jax.random.fold_in(base, words_2[0]), words_2[1] >> 1)
@@ -113,12 +112,10 @@ def random_erase(
     >>> bool((out != 0).any((1, 2, 3)).all()), bool((out == 0).any((1, 2, 3)).all())
     (True, True)
     """
-    size, base = images_BxSxSx3.shape[1], jax.random.fold_in(jax.random.key(seed), ERASE)
+    size, base = images_BxSxSx3.shape[1], stream_keys.purpose_key(seed, stream_keys.ERASE)
 
     def one(image: jax.Array, words_2: jax.Array) -> jax.Array:
-        of_box, of_noise = jax.random.split(
-            jax.random.fold_in(jax.random.fold_in(base, words_2[0]), words_2[1])
-        )
+        of_box, of_noise = jax.random.split(stream_keys.position_key(base, words_2))
         u = jax.random.uniform(of_box, (2 * TRIES + 3,))
         area = size**2 * (AREA[0] + (AREA[1] - AREA[0]) * u[:TRIES])
         low, high = jnp.log(ASPECT[0]), jnp.log(ASPECT[1])

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
+from m3i_jax.objective import stream_keys
 
-# purpose of random keys, distinct from all others that are keyed by the stream position
-PHOTOMETRIC = 0x70686F74
 RADIUS = 11  # 23 taps
 BLOCK = 32
 _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
@@ -276,10 +275,10 @@ def draw_photometric(
     """
     # the part of the key that all samples share is a compile-time constant
     with jax.ensure_compile_time_eval():
-        base = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), PHOTOMETRIC), view)
+        base = jax.random.fold_in(stream_keys.purpose_key(seed, stream_keys.PHOTOMETRIC), view)
 
     def uniform(words: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(base, words[0]), words[1])
+        key = stream_keys.position_key(base, words)
         return jax.random.uniform(key, (13,))
 
     u = jax.vmap(uniform)(jnp.asarray(position, jnp.uint32))

@@ -24,11 +24,10 @@ from m3i_jax.augment import dense_photometric
 from m3i_jax.errors import UserError
 from m3i_jax.models import composite
 from m3i_jax.models.dense import pyramid
+from m3i_jax.objective import stream_keys
 from m3i_jax.training import optimizer, views
 from m3i_jax.training.task import Batch, State, StepGradients, Task, split_microbatches
 
-# purposes of random keys, distinct from all others that are keyed by the stream position
-SAMPLING, DROPOUT = 0x73616D70, 0x64726F63
 _FIRST_COPY = np.uint32(1 << 31)  # of a position's upper word: random numbers of its own
 Values = dict[str, jax.Array]
 Maps = dict[int, jax.Array]
@@ -79,10 +78,10 @@ def normalize_images(
 
 def image_keys(config: schema.Config, position_Bx2: jax.Array, purpose: int) -> jax.Array:
     """Returns a random key per image [B], a function of (seed, purpose, stream position)."""
-    base = jax.random.fold_in(jax.random.key(config.seed), purpose)
+    base = stream_keys.purpose_key(config.seed, purpose)
 
     def one(words_2: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(base, words_2[0]), words_2[1])
+        return stream_keys.position_key(base, words_2)
 
     return jax.vmap(one)(position_Bx2)
 

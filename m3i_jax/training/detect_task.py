@@ -13,8 +13,8 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models.dense import pyramid
 from m3i_jax.models.dense.task_heads import CATEGORY_PARAMETERS, DetectionHead, detection_head
+from m3i_jax.objective import stream_keys
 from m3i_jax.training.dense_task import (
-    SAMPLING,
     DenseTask,
     Divisor,
     Maps,
@@ -107,7 +107,7 @@ class DetectTask(DenseTask):
             batch["boxes"],
             batch["classes"],
             batch.get("masks"),
-            image_keys(self.config, batch["position"], SAMPLING),
+            image_keys(self.config, batch["position"], stream_keys.SAMPLING),
             frequency_K=self.category_counts or None,
         )
         infos = {f"detect/{name}": total for name, total in sum_images(counts).items()}

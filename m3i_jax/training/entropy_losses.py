@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax.models import heads
+from m3i_jax.objective import stream_keys
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.posteriors import LossSum
 from m3i_jax.objective.terms import Pass, ProjectionHead, Term
@@ -17,8 +18,6 @@ from m3i_jax.training.plan import Plan
 from m3i_jax.training.predictions import Arrays, Features
 from m3i_jax.training.targets import pool_tokens, project_target
 from m3i_jax.training.views import Batch, Inputs
-
-ENTROPY = 0x656E7472  # keeps the keys of estimators apart from other draws
 
 
 def entropy_key(seed: int, batch: Batch) -> jax.Array:
@@ -29,8 +28,8 @@ def entropy_key(seed: int, batch: Batch) -> jax.Array:
     ()
     """
     high, low = batch["position"][0]
-    key = jax.random.fold_in(jax.random.key(seed), ENTROPY)
-    return jax.random.fold_in(jax.random.fold_in(key, high), low)
+    base = stream_keys.purpose_key(seed, stream_keys.ENTROPY)
+    return jax.random.fold_in(jax.random.fold_in(base, high), low)
 
 
 def entropy_rows(term: EntropyTerm, inputs: Inputs) -> int:

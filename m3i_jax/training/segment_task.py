@@ -11,8 +11,8 @@ from m3i_jax.data import annotated_batches, pipeline, rendered_maps
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models.dense import pyramid, task_heads
+from m3i_jax.objective import stream_keys
 from m3i_jax.training.dense_task import (
-    DROPOUT,
     DenseTask,
     Divisor,
     Maps,
@@ -82,7 +82,7 @@ class SegmentTask(DenseTask):
             statistics["head"],
             maps,
             batch["map"].astype(jnp.int32),
-            image_keys(self.config, batch["position"], DROPOUT),
+            image_keys(self.config, batch["position"], stream_keys.DROPOUT),
         )
         return values, {f"segment/{name}": total for name, total in infos.items()}, new
 

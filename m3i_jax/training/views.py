@@ -12,12 +12,10 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.augment import mixup, photometric
 from m3i_jax.models import backbones, m3i, vit
-from m3i_jax.objective import mixing
+from m3i_jax.objective import mixing, stream_keys
 from m3i_jax.objective.derived_terms import SMALL
 from m3i_jax.objective.terms import Pass
 
-DROP_PATH = 0x64726F70  # keeps these draws apart from the photometric ones
-PARALLEL = 0x70617261
 # entries of a batch that terms read row by row
 ROW_ARRAYS = (
     *("label", "length", "tokens", "position", "box", "flip"),
@@ -107,10 +105,10 @@ def drop_path_factors(
     if not config.model.encoder.drop_path:
         return None
     rates_Lx1 = jnp.asarray(backbones.backbone_drop_rates(config.model))[:, None]
-    base = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROP_PATH), salt)
+    base = jax.random.fold_in(stream_keys.purpose_key(config.seed, stream_keys.DROP_PATH), salt)
 
     def one(words_2: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(base, words_2[0]), words_2[1])
+        key = stream_keys.position_key(base, words_2)
         kept = jax.random.uniform(key, (rates_Lx1.shape[0], 2)) >= rates_Lx1
         return kept / (1 - rates_Lx1)
 
@@ -124,10 +122,10 @@ def parallel_captions(
     for 0."""
     if not share:
         return None
-    base = jax.random.fold_in(jax.random.key(config.seed), PARALLEL)
+    base = stream_keys.purpose_key(config.seed, stream_keys.PARALLEL)
 
     def one(words_2: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(base, words_2[0]), words_2[1])
+        key = stream_keys.position_key(base, words_2)
         return jax.random.uniform(key) < share
 
     return jax.vmap(one)(position_Rx2)

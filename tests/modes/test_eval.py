@@ -5,6 +5,7 @@ import errno
 import json
 import pathlib
 import re
+import shutil
 import types
 
 import jax
@@ -58,11 +59,16 @@ def write_run(place: pathlib.Path, forms: tuple[str, ...], **changes: object) ->
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The directory of a run on categories and captions."""
-    place = tmp_path_factory.mktemp("run")
+def written(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    place = tmp_path_factory.mktemp("written")
     write_run(place, ("supervised", "weakly_supervised"))
     return place
+
+
+@pytest.fixture
+def run(written: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The directory of a run on categories and captions, without what another test evaluated."""
+    return shutil.copytree(written, tmp_path_factory.mktemp("of") / "run")
 
 
 def enable(*names: str) -> list[str]:

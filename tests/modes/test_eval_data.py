@@ -14,9 +14,9 @@ from m3i_jax.errors import UserError
 from m3i_jax.modes import eval_data, report
 from m3i_jax.modes.eval_results import Results, result_dir
 from tests import broken
-from tests.modes.test_eval import enable, run, write_run
+from tests.modes.test_eval import enable, run, write_run, written
 
-__all__ = ["run"]
+__all__ = ["run", "written"]
 
 
 def write_folder(directory: pathlib.Path, *, classes: int = 2, images: int = 24) -> pathlib.Path:
