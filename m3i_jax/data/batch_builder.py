@@ -146,7 +146,11 @@ class BatchBuilder(RecordBatchBuilder):
             )
             if data.rand_augment.ops:
                 views_2xP[v] = rand_augment.apply_operations(
-                    views_2xP[v], data.image_size, u[v][crops.WIDTH :], data.rand_augment
+                    views_2xP[v],
+                    data.image_size,
+                    u[v][crops.WIDTH :],
+                    data.rand_augment,
+                    mean=data.augment.mean,
                 )
         places = collections.Counter[int]()
         for group, small_box in zip(self.small_views, small, strict=True):

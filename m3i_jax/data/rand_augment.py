@@ -15,15 +15,16 @@ from PIL import Image, ImageEnhance, ImageOps
 from m3i_jax import schema
 
 WIDTH = 5  # uniforms per operation: which, whether, sign, and two for its magnitude
-FILL = (124, 116, 104)  # ImageNet's mean in gray levels, for pixels outside the image
+Fill = tuple[int, int, int]  # gray levels of pixels outside the image
+FILL = (124, 116, 104)  # ImageNet's mean
 _MAX_MAGNITUDE = 10.0
 
 
 def _affine(
-    image: Image.Image, matrix: tuple[float, float, float, float, float, float]
+    image: Image.Image, matrix: tuple[float, float, float, float, float, float], fill: Fill
 ) -> Image.Image:
     return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill
     )
 
 
@@ -45,12 +46,12 @@ def _posterize(image: Image.Image, level: float, sign: float) -> Image.Image:
 
 
 # name -> (image, level 0..1, sign -1 or 1) -> image; the level is the magnitude over 10
-OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
+OPERATIONS: dict[str, Callable[..., Image.Image]] = {
     "auto_contrast": lambda image, level, sign: ImageOps.autocontrast(image),
     "equalize": lambda image, level, sign: ImageOps.equalize(image),
     "invert": lambda image, level, sign: ImageOps.invert(image),
-    "rotate": lambda image, level, sign: image.rotate(
-        sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL
+    "rotate": lambda image, level, sign, fill=FILL: image.rotate(
+        sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=fill
     ),
     "posterize": _posterize,
     "solarize": lambda image, level, sign: ImageOps.solarize(
@@ -61,15 +62,21 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": lambda image, level, sign: _affine(image, (1, sign * 0.3 * level, 0, 0, 1, 0)),
-    "shear_y": lambda image, level, sign: _affine(image, (1, 0, 0, sign * 0.3 * level, 1, 0)),
-    "translate_x": lambda image, level, sign: _affine(
-        image, (1, 0, sign * 0.45 * level * image.width, 0, 1, 0)
+    "shear_x": lambda image, level, sign, fill=FILL: _affine(
+        image, (1, sign * 0.3 * level, 0, 0, 1, 0), fill
     ),
-    "translate_y": lambda image, level, sign: _affine(
-        image, (1, 0, 0, 0, 1, sign * 0.45 * level * image.height)
+    "shear_y": lambda image, level, sign, fill=FILL: _affine(
+        image, (1, 0, 0, sign * 0.3 * level, 1, 0), fill
+    ),
+    "translate_x": lambda image, level, sign, fill=FILL: _affine(
+        image, (1, 0, sign * 0.45 * level * image.width, 0, 1, 0), fill
+    ),
+    "translate_y": lambda image, level, sign, fill=FILL: _affine(
+        image, (1, 0, 0, 0, 1, sign * 0.45 * level * image.height), fill
     ),
 }
+# those that show pixels outside the image, and take their gray levels
+_MOVES = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
 def draw_operations(
@@ -106,9 +113,15 @@ def draw_operations(
 
 
 def apply_operations(
-    pixels: np.ndarray, size: int, u: Sequence[float], settings: schema.RandAugment
+    pixels: np.ndarray,
+    size: int,
+    u: Sequence[float],
+    settings: schema.RandAugment,
+    *,
+    mean: Sequence[float] = schema.Augment.mean,
 ) -> np.ndarray:
-    """Applies drawn operations to a view, uint8 [size * size * 3], row-major RGB.
+    """Applies drawn operations to a view, uint8 [size * size * 3], row-major RGB. Pixels outside
+    the image have the `mean` of the normalization, as in timm.
 
     >>> gray, invert = np.full(4 * 4 * 3, 100, np.uint8), [2.5 / 15, 0.0, 0.0, 0.0, 0.0]
     >>> int(apply_operations(gray, 4, invert, schema.RandAugment(ops=1))[0])
@@ -117,6 +130,8 @@ def apply_operations(
     image = Image.frombuffer(
         "RGB", (size, size), np.ascontiguousarray(pixels).tobytes(), "raw", "RGB", 0, 1
     )
+    fill = tuple(min(255, round(255 * x)) for x in mean)
     for name, level, sign in draw_operations(u, settings):
-        image = OPERATIONS[name](image, level, sign)
+        options = {"fill": fill} if name in _MOVES else {}
+        image = OPERATIONS[name](image, level, sign, **options)
     return np.frombuffer(image.tobytes(), np.uint8)

@@ -264,6 +264,8 @@ def _config_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     >>> config = {"num_attention_heads": 2, "image_mean": [0.5, 0.5, 0.5], "hidden_act": ["gelu"]}
     >>> _config_settings(config)
     {'heads': 2, 'mean': (0.5, 0.5, 0.5)}
+    >>> _config_settings({"architecture": "vit_base_patch32_clip_quickgelu_224"})
+    {'norm_eps': 1e-05, 'activation': 'quick_gelu'}
     """
     config = _part(config, "vision_config") or config
     args = _part(config, "model_args")
@@ -274,6 +276,10 @@ def _config_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     for act in (config.get("hidden_act"), args.get("act_layer")):
         if isinstance(act, str) and act in _GELUS and "activation" not in out:
             out["activation"] = _GELUS[act]
+    if isinstance(name := config.get("architecture"), str) and "_clip_" in name:  # of timm
+        out["norm_eps"] = 1e-5
+        if "quickgelu" in name:
+            out.setdefault("activation", "quick_gelu")
     if isinstance(eps := config.get("layer_norm_eps"), float) and 0 < eps < 1:
         out["norm_eps"] = eps
     if _is_number(base := config.get("rope_theta")) and base > 1:

@@ -309,7 +309,8 @@ def _embed_square(
     if model.encoder.positions == "learned":
         table_NxD = params["positions"][0, int(model.encoder.cls_token) :]
         if len(table_NxD) != grid * grid:  # of a view of another size
-            resize_NxM = positions.resized(np.eye(len(table_NxD), dtype=np.float32), grid)
+            eye_NxN, smooth = np.eye(len(table_NxD), dtype=np.float32), model.encoder.registers > 0
+            resize_NxM = positions.resized(eye_NxN, grid, antialias=smooth)
             table_NxD = jnp.matmul(resize_NxM, table_NxD, precision="highest")
     else:
         table_NxD = fixed_positions(model.encoder, grid)

@@ -232,7 +232,10 @@ def position_table(
     old = math.isqrt(len(table_NxD))
     if grid == (old, old):
         return table_NxD
-    rows, columns = (positions.bicubic_weights(old, n).astype(np.float32) for n in grid)
+    smooth = e.registers > 0  # as `vit.apply`
+    rows, columns = (
+        positions.bicubic_weights(old, n, antialias=smooth).astype(np.float32) for n in grid
+    )
     square = table_NxD.reshape(old, old, -1)
     resized = jnp.einsum("ya,xb,abd->yxd", rows, columns, square, precision="highest")
     return resized.reshape(grid[0] * grid[1], -1)

@@ -56,12 +56,20 @@ def sincos_2d(grid: int, width: int) -> np.ndarray:
     )
 
 
-def bicubic_weights(old: int, new: int) -> np.ndarray:
+def bicubic_weights(old: int, new: int, *, antialias: bool = False) -> np.ndarray:
     """Returns the matrix [new, old] float64 that resizes one axis, as in `resized`.
 
     >>> bicubic_weights(3, 3).tolist()
     [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
+    if antialias:
+        stride = max(old / new, 1.0)
+        centre = (np.arange(new) + 0.5) * old / new
+        distance = np.abs(np.arange(old) + 0.5 - centre[:, None]) / stride
+        near = 1.5 * distance**3 - 2.5 * distance**2 + 1
+        far = -0.5 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
+        return np.asarray(weights / weights.sum(1, keepdims=True))
     at = (np.arange(new) + 0.5) * old / new - 0.5
     first, weights = np.floor(at).astype(int), np.zeros((new, old))
     for tap in range(-1, 3):
@@ -76,16 +84,20 @@ def bicubic_weights(old: int, new: int) -> np.ndarray:
     return weights
 
 
-def resized(table_NxW: np.ndarray, grid: int | tuple[int, int]) -> np.ndarray:
+def resized(
+    table_NxW: np.ndarray, grid: int | tuple[int, int], *, antialias: bool = False
+) -> np.ndarray:
     """Returns a square position table resized to another number of cells by bicubic interpolation,
     for images of another size (MAE, DeiT).
 
     Equal to torch's bicubic: Keys' kernel with a = -0.75, no antialiasing, half-pixel centres and
-    repeated borders.
+    repeated borders. With `antialias`, to torch's bicubic with antialiasing: a = -0.5, a kernel as
+    wide as a reduction asks for, and weights that sum to 1 inside the table.
 
     Args:
       table_NxW: one row per cell, row-major.
       grid: cells a side of the result, or its rows and columns.
+      antialias: as DINOv2 resizes the learned table of an encoder with registers, and only that.
 
     Returns:
       float32 [rows * columns, W]; the input table if it already has that grid.
@@ -98,7 +110,7 @@ def resized(table_NxW: np.ndarray, grid: int | tuple[int, int]) -> np.ndarray:
     if (rows, columns) == (old, old):
         return table_NxW
     square = table_NxW.astype(np.float64).reshape(old, old, -1)
-    weights = bicubic_weights(old, rows), bicubic_weights(old, columns)
+    weights = [bicubic_weights(old, n, antialias=antialias) for n in (rows, columns)]
     out: np.ndarray = np.einsum("ya,xb,abw->yxw", *weights, square, optimize=True)
     return out.reshape(rows * columns, -1).astype(np.float32)
 
@@ -318,13 +330,16 @@ def _check(grid: int, width: int) -> None:
         )
 
 
-def resize_position_table(table_1xRxD: np.ndarray, grid: int, *, cls: bool) -> np.ndarray:
+def resize_position_table(
+    table_1xRxD: np.ndarray, grid: int, *, cls: bool, antialias: bool = False
+) -> np.ndarray:
     """Returns a position table for another grid, with or without a first row for cls.
 
     Args:
       table_1xRxD: table of a square grid, R = G * G or, with a row for cls, G * G + 1.
       grid: cells a side of the result.
       cls: whether the result has a row for cls: copied from the table, or zeros.
+      antialias: as of `resized`.
 
     Returns:
       float32 [1, grid * grid + cls, D].
@@ -343,7 +358,8 @@ def resize_position_table(table_1xRxD: np.ndarray, grid: int, *, cls: bool) -> n
     first = np.zeros((1, 1, width), np.float32)
     if cls_rows:
         first = np.asarray(table_1xRxD[:, :cls_rows], np.float32)
-    cells = resized(np.asarray(table_1xRxD[0, cls_rows:], np.float32), grid)[None]
+    old_cells = np.asarray(table_1xRxD[0, cls_rows:], np.float32)
+    cells = resized(old_cells, grid, antialias=antialias)[None]
     return np.concatenate([first, cells], 1) if cls else cells
 
 

@@ -235,8 +235,9 @@ def _position_table(config: schema.Config, source: WeightSource, own_grid: int) 
             f"{TABLE} was resized from {grid} x {grid} to {own_grid} x {own_grid} by bicubic"
             " interpolation"
         )
+        how = {"cls": encoder.cls_token, "antialias": source.settings.get("registers", 0) > 0}
         return PositionTable(
-            positions.resize_position_table(table_1xTxD, own_grid, cls=encoder.cls_token),
+            positions.resize_position_table(table_1xTxD, own_grid, **how),
             resized if grid != own_grid else "",
         )
     if kind != "learned":

@@ -22,6 +22,8 @@ from m3i_jax.training import checkpoint_dir, checksums, update_rules
 
 RUNNING = published_dense.RUNNING  # of running statistics, in `shapes` of a file
 _COPIES = tuple(f"encoder/{name}/" for name in composite.OWN_PARTS)
+# heads of the published widths whose heads do not have 64 channels: SoViT-400m, ViT-H, -g, -G
+_OTHER_HEADS = dict.fromkeys((1152, 1280, 1408, 1664), 16)
 CLASSES = "classes.json"  # names of the categories of a run of a dense task
 
 
@@ -212,15 +214,20 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
 
 def encoder_heads(settings: Mapping[str, Any]) -> int:
     """Returns the attention heads of an encoder from the `settings` of its source. Where a file
-    does not state them, they are those of the published sizes: 64 channels each, of ViT-H 80.
+    does not state them, they are those of the published sizes: 64 channels each, but 16 heads of
+    SoViT-400m and ViT-H, -g and -G. Those with rotary positions are DINOv3's, of which ViT-H+ has
+    64 channels a head, and ViT-7B 128.
 
     >>> [encoder_heads({"width": width}) for width in (32, 768, 1280)]
     [1, 12, 16]
+    >>> [encoder_heads({"width": width, "positions": "rope"}) for width in (384, 1280, 4096)]
+    [6, 20, 32]
     >>> encoder_heads({"width": 768, "heads": 6})
     6
     """
     width = settings["width"]
-    return settings.get("heads") or (16 if width == 1280 else max(1, width // 64))
+    other = {4096: 32} if settings.get("positions") == "rope" else _OTHER_HEADS
+    return settings.get("heads") or other.get(width) or max(1, width // 64)
 
 
 def class_names(workdir: str) -> tuple[str, ...] | None:

@@ -121,3 +121,13 @@ def test_operations_are_applied_in_their_order() -> None:
         np.asarray(image).reshape(-1), SIDE, u, schema.RandAugment(ops=2, p=0.0)
     )
     np.testing.assert_array_equal(untouched, np.asarray(image).reshape(-1))
+
+
+@pytest.mark.parametrize("name", ["rotate", "shear_x", "shear_y", "translate_x", "translate_y"])
+def test_pixels_outside_have_the_mean_of_the_normalization(name: str) -> None:
+    white = np.full(SIDE * SIDE * 3, 255, np.uint8)
+    u = [(list(rand_augment.OPERATIONS).index(name) + 0.5) / 15, 0.0, 0.9, 0.0, 0.0]
+    settings = schema.RandAugment(ops=1, deviation=0.0)
+    for options, color in (({}, MEAN), ({"mean": (0.5, 0.25, 1.0)}, (128, 64, 255))):
+        out = rand_augment.apply_operations(white, SIDE, u, settings, **options)
+        assert (out.reshape(-1, 3) == color).all(1).any(), options

@@ -26,6 +26,7 @@ def prepare(
     splits: dict[str, list[bytes]],
     kind: str = "array_record",
     has_image: bool = True,
+    several: bool = False,
 ) -> pathlib.Path:
     """Writes the files of `tfds build tiny --file_format=array_record`."""
     directory = root / "tiny" / "1.0.0"
@@ -36,10 +37,11 @@ def prepare(
             str(directory / f"tiny-{split}.{kind}-00000-of-00001"), "group_size:1"
         )
         for i, image in enumerate(content):
+            caption: dict[str, bytes | int] = {"caption": f"number {i}".encode()}
+            if several:  # as in coco_captions
+                caption = {"captions/id": i, "captions/text": f"number {i}".encode()}
             writer.write(
-                tf_example.encode_example(
-                    {"image": image, "label": i % 3, "caption": f"number {i}".encode(), "extra": i}
-                )
+                tf_example.encode_example({"image": image, "label": i % 3, "extra": i, **caption})
             )
         writer.close()
         pattern = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -71,6 +73,16 @@ def prepare(
             "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"},
         },
     }
+    if several:
+        columns = {"id": features["extra"], "text": features.pop("caption")}
+        inner = {
+            "pythonClassName": FEATURES + "features_dict.FeaturesDict",
+            "featuresDict": {"features": columns},
+        }
+        features["captions"] = {
+            "pythonClassName": FEATURES + "sequence_feature.Sequence",
+            "sequence": {"feature": inner, "length": "-1"},
+        }
     if has_image:
         features["image"] = {"pythonClassName": FEATURES + "image_feature.Image", "image": shape}
     (directory / "dataset_info.json").write_text(json.dumps(metadata))
@@ -120,6 +132,13 @@ def test_records(files, tmp_path):
     )
     assert len(train) == 5 and len(held) == 2 and train.fingerprint() != held.fingerprint()
     assert len(TfdsSource("tiny", "train[:3]", directory=str(tmp_path))) == 3
+
+
+def test_captions_with_other_columns(files, tmp_path):
+    """Those of coco_captions are a table of numbers and texts."""
+    prepare(tmp_path, {"train": files}, several=True)
+    source = TfdsSource("tiny", directory=str(tmp_path))
+    assert source.captions and source[2].caption == b"number 2"
 
 
 def test_refusals(files, tmp_path):

@@ -102,21 +102,3 @@ def test_bad_images_and_annotations_are_counted_in_the_same_order(
     more = {"data__threads": 2, "data__workers": 2}
     assert command.main(_arguments(files, parts, head, **more)) == loop.DONE
     assert same(parts, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.row("C2")
-@pytest.mark.parametrize("head", HEADS)
-def test_more_bad_images_than_the_limit_end_the_run(
-    head: str,
-    files: pathlib.Path,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(ROOT)
-    run = _arguments(files, tmp_path, head, data__max_bad_share=0.01)
-    assert command.main(run) not in (loop.DONE, loop.PREEMPTED)
-    printed = capsys.readouterr()
-    text = printed.out + printed.err
-    assert "max_bad_share" in text and "Traceback" not in text

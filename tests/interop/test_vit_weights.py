@@ -225,6 +225,20 @@ def test_settings_come_from_shapes_and_config_json() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "eps", "activation"),
+    [
+        ("vit_base_patch16_224", 1e-6, "gelu"),
+        ("vit_base_patch16_plus_clip_240", 1e-5, "gelu"),
+        ("vit_large_patch14_clip_quickgelu_336", 1e-5, "quick_gelu"),
+    ],
+)
+def test_clip_models_of_timm_have_their_own_eps(name: str, eps: float, activation: str) -> None:
+    table = weights(ENCODERS["timm"], **TINY)
+    settings = vit_weights.load_vit(table, config={"architecture": name}).settings
+    assert (settings["norm_eps"], settings["activation"]) == (eps, activation)
+
+
 def test_refusals() -> None:
     whole = weights(ENCODERS["timm"], **TINY)
     without = {name: array for name, array in whole.items() if name != "blocks.0.mlp.fc2.bias"}

@@ -20,8 +20,9 @@ class TfdsSource:
     """One split of a prepared data set. Nothing is downloaded; `tfds build` prepares a data set.
 
     The image is the feature `image`, else the only image feature; the label is `label`, else the
-    only class label; the caption is `caption`, `captions` (the first) or `text`. The key of a
-    record is `SPLIT-INDEX`, since the order of a prepared data set never changes.
+    only class label; the caption is `caption`, `captions` (the first; of several columns, as in
+    coco_captions, `text`) or `text`. The key of a record is `SPLIT-INDEX`, since the order of a
+    prepared data set never changes.
 
     Args:
         path: name in TFDS ("food101", "imagenet2012:5.1.0"), or the directory of one version.
@@ -93,6 +94,8 @@ class TfdsSource:
     def _record(self, index: int, example: dict[Any, Any]) -> Record:
         label = int(example[self._label]) if self._label else -1
         caption = example[self._caption] if self._caption else None
+        if isinstance(caption, dict):  # several with other columns, as of coco_captions
+            caption = next((caption[name] for name in CAPTIONS if name in caption), None)
         # several captions of one image, or another type
         if caption is not None and not isinstance(caption, (bytes, str)):
             first = next(iter(caption), None) if hasattr(caption, "__iter__") else None
