@@ -15,13 +15,13 @@ from PIL import Image, ImageEnhance, ImageOps
 from m3i_jax import schema
 
 WIDTH = 5  # uniforms per operation: which, whether, sign, and two for its magnitude
-Fill = tuple[int, int, int]  # gray levels of pixels outside the image
+_Fill = tuple[int, int, int]  # gray levels of pixels outside the image
 FILL = (124, 116, 104)  # ImageNet's mean
 _MAX_MAGNITUDE = 10.0
 
 
 def _affine(
-    image: Image.Image, matrix: tuple[float, float, float, float, float, float], fill: Fill
+    image: Image.Image, matrix: tuple[float, float, float, float, float, float], fill: _Fill
 ) -> Image.Image:
     return image.transform(
         image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill

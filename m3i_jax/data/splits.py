@@ -167,7 +167,8 @@ def _open_pair(
         registry.open_kind(entry.kind, entry.path, split, data, cache=cache)
         for split in (train_split, entry.held_out)
     )
+    ids = [getattr(source, "class_ids", ()) for source in (held_out, train)]
     train = _keep(train, keep, cache)
-    if held_out.classes != train.classes:
-        held_out = mixture.RelabelledSource(held_out, train.classes)
+    if held_out.classes != train.classes or ids[0] != ids[1]:
+        held_out = mixture.RelabelledSource(held_out, train.classes, ids if all(ids) else ())
     return train, held_out

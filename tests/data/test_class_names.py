@@ -39,6 +39,23 @@ def test_an_imagenet_folder(fill, file, line):
     assert source[0].key.startswith("n01440764/") and source[0].label == 0
 
 
+def test_held_out_classes_are_matched_by_their_ids(fill):
+    """With fewer classes, the held-out part has other readable names: it has one crane, and one
+    maillot, whose name there is that of the other maillot."""
+    names = IDS | {"n03710637": "maillot", "n03710721": "maillot, tank suit"}
+    few = ("n03126707", "n03710721", "n01443537")
+    root = fill(
+        {f"train/{name}/1.JPEG": b"x" for name in names}
+        | {f"val/{name}/1.JPEG": b"x" for name in few}
+        | {"words.txt": "".join(f"{a} {b}\n" for a, b in names.items()).encode()}
+    )
+    train, held = splits.open_splits(schema.Data(source="folder", path=str(root)))
+    assert held.classes == train.classes
+    of_train = {train[i].key.split("/")[0]: train[i].label for i in range(len(train))}
+    of_held = {held[i].key.split("/")[0]: held[i].label for i in range(len(held))}
+    assert of_held == {name: of_train[name] for name in few}
+
+
 def test_without_a_file_the_ids_stay(fill):
     root = fill({"n01440764/1.jpg": b"x", "n02012849/1.jpg": b"x"})
     assert splits.open_source(schema.Data(source="folder", path=str(root))).classes == (

@@ -198,7 +198,8 @@ def test_a_run_of_two_composed_encoders_on_canvases(
     for kind in ("npz", "stablehlo"):
         assert command.main(["--mode=export", "--workdir", str(run), f"--format={kind}"]) == 0
     with np.load(run / "export" / "npz" / "model.npz") as file:
-        assert {"encoder/second/stage3/layers/norm1/scale", "encoder/gamma/stage3"} <= {*file.files}
+        assert any(name.startswith("encoder/second/stage3/") for name in file.files)
+        assert "encoder/gamma/stage3" in file.files
     program = jax.export.deserialize(
         bytearray((run / "export" / "stablehlo" / "model.stablehlo").read_bytes())
     )

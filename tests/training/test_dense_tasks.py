@@ -318,7 +318,7 @@ def test_strides_that_the_encoder_cannot_give_are_refused(
     [
         ({"dense__detect__masks": True}, "config.dense.detect.masks: the head dino predicts boxes"),
         ({"dense__detect__dino__queries": 21}, "dino.queries: 21 queries .* at most 20"),
-        ({"dense__geometry__max_objects": 9}, "8 queries cannot be matched with 9 objects"),
+        ({"dense__geometry__max_objects": 9}, "dino.queries: 8 must be at least .*max_objects, 9"),
         ({"dense__detect__dino__heads": 3}, "config.dense.detect.width: 8 must be a multiple"),
     ],
 )

@@ -87,6 +87,7 @@ class FolderSource:
         names = sorted(set(tops) - {""})
         # a single class would distinguish nothing
         self.classes: tuple[str, ...] = tuple(names) if len(names) > 1 else ()
+        self.class_ids: tuple[str, ...] = ()  # where other names replace the classes
         number = {name: i for i, name in enumerate(self.classes)}
         self._labels = np.array([number.get(top, -1) for top in tops], np.int32)
         self.captions = bool(self._captioned.any())
@@ -357,6 +358,7 @@ def _list(names: list[str], most: int = 4) -> str:
 def _open(path: str, split: str, data: schema.Data, cache: str) -> FolderSource:
     source = FolderSource(base.split_path(path, split))
     if not data.class_names and class_names.are_wordnet_ids(source.classes):
+        source.class_ids = source.classes
         source.classes = class_names.names_near_folder(source.path, source.classes)
     return source
 

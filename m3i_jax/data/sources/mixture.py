@@ -392,6 +392,12 @@ class RelabelledSource:
     """A source with its labels renumbered to another list of classes; labels of classes that are
     not in the list become -1.
 
+    Args:
+        source: to renumber.
+        classes: the new list.
+        ids: what identifies the classes of the source, and those of the list; (): their names.
+            Readable names depend on which classes a source has: see `readable_class_names`.
+
     >>> class Two:
     ...     name, classes, captions = "two", ("cat", "eel"), False
     ...     def __len__(self): return 2
@@ -401,8 +407,11 @@ class RelabelledSource:
     [2, -1]
     """
 
-    def __init__(self, source: DataSource, classes: Sequence[str]) -> None:
-        number = {name: i for i, name in enumerate(classes)}
+    def __init__(
+        self, source: DataSource, classes: Sequence[str], ids: Sequence[Sequence[str]] = ()
+    ) -> None:
+        theirs, ours = ids or (source.classes, classes)
+        number = {name: i for i, name in enumerate(ours)}
         if base.map_classes(source):
             raise UserError(
                 f"{source.name} has class maps of other classes than the training part: give both"
@@ -410,7 +419,7 @@ class RelabelledSource:
             )
         self.source, self.name, self.captions = source, source.name, source.captions
         self.classes = tuple(classes)
-        self._table = np.array([number.get(name, -1) for name in source.classes], np.int32)
+        self._table = np.array([number.get(name, -1) for name in theirs], np.int32)
 
     def __len__(self) -> int:
         return len(self.source)

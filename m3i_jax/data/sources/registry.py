@@ -158,5 +158,6 @@ def open_kind(
     named = getattr(source, "names_its_classes", False)
     if data.class_names and "class_names" in entry.reads and not named:
         names = class_names.class_names_from_file(data.class_names, source.classes)
+        source.class_ids = source.classes  # type: ignore[attr-defined]
         source.classes = names  # type: ignore[misc]
     return source
