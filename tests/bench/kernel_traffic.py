@@ -7,7 +7,8 @@ another, against plain XLA (M3I_JAX_KERNELS=0), and of one layer of InternImage 
     python -m tests.bench.kernel_traffic layer v6e:1x1 # of InternImage-H's third stage
     python -m tests.bench.kernel_traffic stages v6e:1x1 # each stage at the shapes of pre-training
 
-Needs the extra `cuda` or `tpu`; each takes a minute, `stages` several. `estimate` of `blocks` is that of --mode=show.
+Needs the extra `cuda` or `tpu`; each takes a minute, `stages` several.
+`estimate` of `blocks` is that of --mode=show.
 """
 
 import collections
