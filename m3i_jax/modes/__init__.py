@@ -150,8 +150,8 @@ MODES = {
         ),
     ),
     "export": Mode(
-        "write the encoder, detector or segmenter of the run in the working directory for other tools"
-        " (--format), with a model card, to WORKDIR/export",
+        "write the encoder, detector or segmenter of the run in the working directory for other"
+        " tools (--format), with a model card, to WORKDIR/export",
         flags=("format",),
         of_run=True,
         reads=("evaluate.encoder", "evaluate.crop", "report.licence", "report.private"),

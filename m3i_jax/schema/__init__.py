@@ -2,8 +2,8 @@
 
 `config.default_config` turns the tree into a ConfigDict, `config.resolve` builds it from a
 ConfigDict and checks it, `--help` prints it. The defaults are the paper's ViT-B/16 run (Table 7)
-unless a help text says otherwise; `[P]` marks what the paper states, configs/README.md lists what it
-leaves open.
+unless a help text says otherwise; `[P]` marks what the paper states, configs/README.md lists what
+it leaves open.
 """
 
 import dataclasses
