@@ -19,6 +19,7 @@ from PIL import Image
 from m3i_jax.data import decode_fast
 from m3i_jax.errors import UserError
 
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 WIDTH = 24  # uniforms per view, a multiple of four
 Box = tuple[int, int, int, int]
 
@@ -116,9 +117,10 @@ def cut_view(
     height: int,
     width: int,
     by: str = "pillow",
+    interpolation: str = "bicubic",
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Cuts one view with antialiased bicubic interpolation.
+    """Cuts one view with antialiased interpolation.
 
     Args:
         image: RGB, the full image, possibly decoded at a smaller scale. A packed one is always cut
@@ -127,6 +129,7 @@ def cut_view(
         size: side of the view in pixels.
         height, width: of the image at full scale.
         by: a resizer, as `choose_resizer` names it.
+        interpolation: bicubic, or, by Pillow alone, bilinear.
         out: uint8 [size * size * 3] to fill and return; None for a new array.
 
     Returns:
@@ -149,7 +152,7 @@ def cut_view(
         out[:] = pixels
         return out
     view = (
-        image.resize((size, size), Image.Resampling.BICUBIC, window)
+        image.resize((size, size), FILTERS[interpolation], window)
         if by == "pillow"
         else decode_fast.resize_region(image, window, size)
     )
@@ -161,7 +164,7 @@ def cut_view(
 
 
 def central_box(
-    height: int, width: int, size: int, *, crop: float = 224 / 256
+    height: int, width: int, size: int, *, crop: float = 224 / 256, squash: bool = False
 ) -> tuple[float, float, float, float]:
     """Returns the box of the usual evaluation view: the short side resized to size / crop, then a
     centre crop.
@@ -170,16 +173,19 @@ def central_box(
         height, width: of the image in pixels.
         size: side of the view in pixels.
         crop: share of the short side that is kept.
+        squash: both sides are resized to size / crop.
 
     Returns:
         (top, left, height, width) in pixels of the image, floats.
 
     >>> central_box(256, 512, 224)
     (16.0, 144.0, 224.0, 224.0)
+    >>> central_box(256, 512, 224, squash=True)
+    (16.0, 32.0, 224.0, 448.0)
     """
     short = round(size / crop)
-    resized_h = short if height <= width else int(short * height / width)
-    resized_w = short if width <= height else int(short * width / height)
+    resized_h = short if squash or height <= width else int(short * height / width)
+    resized_w = short if squash or width <= height else int(short * width / height)
     sy, sx = height / resized_h, width / resized_w
     return (
         round((resized_h - size) / 2) * sy,

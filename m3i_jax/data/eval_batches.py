@@ -126,6 +126,11 @@ def _central_view(record: base.Record, preprocessing: Preprocessing) -> np.ndarr
     box = preprocessing.box(opened.height, opened.width)
     least = (decode.GAP * size / box[2] * opened.height, decode.GAP * size / box[3] * opened.width)
     image = opened.rgb(background=preprocessing.background, least=least)
-    return crops.cut_view(image, box, size, height=opened.height, width=opened.width).reshape(
-        size, size, 3
-    )
+    return crops.cut_view(
+        image,
+        box,
+        size,
+        height=opened.height,
+        width=opened.width,
+        interpolation=preprocessing.interpolation,
+    ).reshape(size, size, 3)

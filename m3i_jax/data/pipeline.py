@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import crops, region_texts, shared_buffers
+from m3i_jax.data import crops, rand_augment, region_texts, shared_buffers
 from m3i_jax.data.batch_builder import BatchBuilder
 from m3i_jax.data.record_batches import (
     Batch,
@@ -33,7 +33,9 @@ from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.data.workers import RestartingIterator, begin_worker
 from m3i_jax.errors import UserError
 
-STREAM = 2  # raised when a change gives the same (seed, position) other bytes
+# Raised when a change gives the same (seed, position) other bytes. Where it does so for some
+# settings alone, those are hashed beside it (`_fill`), and all other runs go on.
+STREAM = 2
 WINDOW = 10_000  # records over which data.max_bad_share is computed
 
 
@@ -115,7 +117,13 @@ _EARLIER_RESIZER = ["resizer fast 4"]
 
 def _digest(config: schema.Config, source: DataSource, resizer: list[str]) -> str:
     return base.stable_digest(
-        STREAM, config.seed, len(source), source.fingerprint(), *resizer, *_repeat(config)
+        STREAM,
+        config.seed,
+        len(source),
+        source.fingerprint(),
+        *resizer,
+        *_repeat(config),
+        *_fill(config),
     )
 
 
@@ -130,6 +138,14 @@ def _repeat(config: schema.Config) -> list[str]:
     """Names the threshold by which images of rare categories are repeated; empty without one."""
     threshold = config.dense.geometry.repeat
     return [f"repeat {threshold!r}"] if threshold else []
+
+
+def _fill(config: schema.Config) -> list[str]:
+    """Names the gray levels that RandAugment fills with; empty without it, and for those of
+    ImageNet's mean, with which runs were filled before `data.augment.mean` decided."""
+    fill = rand_augment.fill_levels(config.data.augment.mean)
+    used = config.traits.views and config.data.rand_augment.ops
+    return [f"fill {' '.join(map(str, fill))}"] if used and fill != rand_augment.FILL else []
 
 
 def stream_identity(config: schema.Config, source: DataSource) -> str:
@@ -147,7 +163,13 @@ def stream_identity(config: schema.Config, source: DataSource) -> str:
     """
     lines = {f"source {i}": line for i, line in enumerate(base.source_identity(source), 1)}
     stream = ", ".join(
-        [f"version {STREAM}", f"seed {config.seed}", *_resizer(config), *_repeat(config)]
+        [
+            f"version {STREAM}",
+            f"seed {config.seed}",
+            *_resizer(config),
+            *_repeat(config),
+            *_fill(config),
+        ]
     )
     return "".join(f"{k} = {v}\n" for k, v in {"order of the stream": stream, **lines}.items())
 

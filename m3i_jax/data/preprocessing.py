@@ -12,12 +12,14 @@ from m3i_jax.data import crops
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Composes transparent pixels over gray, resizes the short side to `short_side` (antialiased
-    bicubic), crops the centre, and normalizes RGB in 0..1 by mean and standard deviation.
+    """Composes transparent pixels over gray, resizes the short side, or both, to `short_side`
+    (antialiased), crops the centre, and normalizes RGB in 0..1 by mean and standard deviation.
 
     Attributes:
       image_size: side of the view in pixels, S.
       crop: share of the short side that the view keeps.
+      interpolation: bicubic or bilinear.
+      squash: both sides are resized to `short_side`, so that the image becomes a square.
       background: gray level under transparent pixels.
       mean, std: of R, G and B.
 
@@ -27,6 +29,8 @@ class Preprocessing:
 
     image_size: int
     crop: float = schema.Evaluate.crop
+    interpolation: str = schema.Evaluate.interpolation
+    squash: bool = schema.Evaluate.squash
     background: int = schema.Data.background
     mean: tuple[float, ...] = schema.Augment.mean
     std: tuple[float, ...] = schema.Augment.std
@@ -38,6 +42,8 @@ class Preprocessing:
         return cls(
             image_size=data.image_size,
             crop=config.evaluate.crop,
+            interpolation=config.evaluate.interpolation,
+            squash=config.evaluate.squash,
             background=data.background,
             mean=data.augment.mean,
             std=data.augment.std,
@@ -45,8 +51,14 @@ class Preprocessing:
 
     @property
     def short_side(self) -> int:
-        """Pixels of the short side after resizing."""
+        """Pixels of the short side after resizing. The crop of a file of timm is a share of the
+        length that timm rounds down to, and gives that length."""
         return round(self.image_size / self.crop)
+
+    @property
+    def resized_side(self) -> str:
+        """The side that is resized to `short_side`, in words."""
+        return "each side" if self.squash else "short side"
 
     def described(self) -> dict[str, object]:
         """Returns the values as a dict, for JSON."""
@@ -54,7 +66,7 @@ class Preprocessing:
 
     def box(self, height: int, width: int) -> tuple[float, float, float, float]:
         """Returns the box of the view, (top, left, height, width) in pixels of the image."""
-        return crops.central_box(height, width, self.image_size, crop=self.crop)
+        return crops.central_box(height, width, self.image_size, crop=self.crop, squash=self.squash)
 
     def view(self, image_HxWx3: np.ndarray) -> np.ndarray:
         """Cuts the view of an RGB image, [S, S, 3], not normalized.
@@ -76,13 +88,14 @@ class Preprocessing:
         box = self.box(height, width)
         if pixels.dtype == np.uint8:
             image = Image.fromarray(np.ascontiguousarray(pixels))
-            return crops.cut_view(image, box, size, height=height, width=width).reshape(
-                size, size, 3
-            )
+            return crops.cut_view(
+                image, box, size, height=height, width=width, interpolation=self.interpolation
+            ).reshape(size, size, 3)
         top, left, h, w = box
         window = (left, top, min(left + w, width), min(top + h, height))
         bands = [Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(3)]
-        resized = [band.resize((size, size), Image.Resampling.BICUBIC, window) for band in bands]
+        how = crops.FILTERS[self.interpolation]
+        resized = [band.resize((size, size), how, window) for band in bands]
         # Bicubic interpolation overshoots; Pillow clips bytes but not floats.
         return np.clip(np.stack([np.asarray(band) for band in resized], -1), 0, 1)
 

@@ -112,6 +112,15 @@ def draw_operations(
     return out
 
 
+def fill_levels(mean: Sequence[float]) -> tuple[int, ...]:
+    """Returns the gray levels of pixels outside the image, those of the mean.
+
+    >>> fill_levels(schema.Augment.mean) == FILL
+    True
+    """
+    return tuple(min(255, round(255 * x)) for x in mean)
+
+
 def apply_operations(
     pixels: np.ndarray,
     size: int,
@@ -130,7 +139,7 @@ def apply_operations(
     image = Image.frombuffer(
         "RGB", (size, size), np.ascontiguousarray(pixels).tobytes(), "raw", "RGB", 0, 1
     )
-    fill = tuple(min(255, round(255 * x)) for x in mean)
+    fill = fill_levels(mean)
     for name, level, sign in draw_operations(u, settings):
         options = {"fill": fill} if name in _MOVES else {}
         image = OPERATIONS[name](image, level, sign, **options)

@@ -171,4 +171,5 @@ def _open_pair(
     train = _keep(train, keep, cache)
     if held_out.classes != train.classes or ids[0] != ids[1]:
         held_out = mixture.RelabelledSource(held_out, train.classes, ids if all(ids) else ())
+        held_out.class_ids = tuple(ids[1])  # a mixture joins both parts alike
     return train, held_out

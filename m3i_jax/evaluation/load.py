@@ -307,7 +307,8 @@ def build_encoder(
 
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
     """Returns the configuration for a file of weights: unchanged if its encoder has the sizes of
-    the file, else with the encoder and the preprocessing of the file.
+    the file, else with the encoder and the preprocessing of the file. A crop other than the default
+    stays.
 
     Args:
       config: settings.
@@ -335,6 +336,10 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
     )
     out.model.pool.heads = source.model.pool.heads
     _copy_preprocessing(out, source)
+    out.evaluate.interpolation = source.evaluate.interpolation
+    out.evaluate.squash = source.evaluate.squash
+    if out.evaluate.crop == schema.Evaluate.crop:
+        out.evaluate.crop = source.evaluate.crop
     return configuration.resolve(out)
 
 
@@ -397,7 +402,9 @@ def _described(
             config.dense.geometry.test_short = stored.get("dense_short", 0)
         if task == "segment":  # as published, for the sizes of evaluation
             config.dense.geometry.update({"rule": "range", "long": 4 * side, "short": side})
-    config.evaluate.crop = stored.get("crop", config.evaluate.crop)
+    config.evaluate.update(
+        {name: stored[name] for name in ("crop", "interpolation", "squash") if name in stored}
+    )
     config.data.background = stored.get("background", config.data.background)
     return config
 

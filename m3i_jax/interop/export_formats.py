@@ -87,7 +87,7 @@ def timm_config(
       directory: where to write.
       tree: {path: array}.
       encoder: settings of `model.encoder`.
-      preprocessing: image_size, short_side, mean and std of `data.preprocessing`.
+      preprocessing: `Preprocessing.described` of `data.preprocessing`.
     """
     refuse_options("timm", encoder)
     image_size = preprocessing["image_size"]
@@ -106,9 +106,9 @@ def timm_config(
         "pretrained_cfg": {
             "input_size": [3, image_size, image_size],
             "fixed_input_size": True,
-            "interpolation": "bicubic",
+            "interpolation": preprocessing["interpolation"],
             "crop_pct": crop_pct(image_size, preprocessing["short_side"]),
-            "crop_mode": "center",
+            "crop_mode": "squash" if preprocessing["squash"] else "center",
             "mean": list(preprocessing["mean"]),
             "std": list(preprocessing["std"]),
             "num_classes": 0,
@@ -190,15 +190,19 @@ def hugging_face_intern_image_config(
 
 
 def _processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    side = preprocessing["image_size"]
+    side, resized = preprocessing["image_size"], preprocessing["short_side"]
     return {
-        # the processor that resizes the short side and crops the centre
+        # the processor that resizes the short side, or both to a square, and crops the centre
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": preprocessing["short_side"]},
+        "size": (
+            {"height": resized, "width": resized}
+            if preprocessing["squash"]
+            else {"shortest_edge": resized}
+        ),
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
-        "resample": 3,
+        "resample": {"bilinear": 2, "bicubic": 3}[preprocessing["interpolation"]],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -210,8 +214,12 @@ def _processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 
 def description(directory: pathlib.Path, preprocessing: Mapping[str, Any]) -> None:
     """Write preprocessing.json, for formats whose files do not store the preprocessing.
-    `vit_weights.read_sidecar_configs` reads it."""
-    content = {"resample": "bicubic", "rescale_factor": 1 / 255, **preprocessing}
+    `sidecar_configs.read_sidecar_configs` reads it."""
+    content = {
+        "resample": preprocessing["interpolation"],
+        "rescale_factor": 1 / 255,
+        **preprocessing,
+    }
     _json(directory / tensor_files.PREPROCESSING, content)
 
 

@@ -412,7 +412,7 @@ LAYOUTS: dict[str, Layout] = {
             name="timm",
             known_by=r"^blocks\.0\.attn\.qkv\.weight$",
             table=tuple(timm_encoder()),
-            unused={**_HEADS, **_MAE_DECODER},
+            unused={**_HEADS, **_MAE_DECODER, r"^attn_pool\.": "pooling head"},
             settings={**_USUAL, **IMAGENET},
         ),
         Layout(

@@ -11,27 +11,19 @@ import dataclasses
 import difflib
 import functools
 import math
-import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
 from m3i_jax.errors import UserError
-from m3i_jax.interop import intern_image_weights, tensor_files
+from m3i_jax.interop import intern_image_weights, sidecar_configs, tensor_files
 from m3i_jax.interop.layout_entries import IMAGENET, Layout, LayoutEntry, packed_names, plain_names
 from m3i_jax.interop.vit_layouts import LAYOUTS, layout_of
 from m3i_jax.objective import positions
 
 Flat = dict[str, np.ndarray]
-_GELUS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-}
 
 
 @dataclasses.dataclass
@@ -42,8 +34,8 @@ class PublishedWeights:
       layout: name of the layout of the file.
       arrays: {path: array}; `encoder/positions` as in the file.
       settings: settings of `model.encoder` and of the preprocessing (mean, std, image_size, crop,
-        background) that the weights need, from the file, its config.json, or the layout. Of an
-        InternImage only the preprocessing: its sizes are those of a preset.
+        interpolation, squash, background) that the weights need, from the file, its config.json, or
+        the layout. Of an InternImage only the preprocessing: its sizes are those of a preset.
       unused: {description: number of arrays} that our models do not have.
       unknown: names that are in no table.
       notes: changes made to the weights.
@@ -140,7 +132,7 @@ def load_vit(
         )
     flat = _stack_layers(gathered, entries)
     notes = _fold_layer_scale(flat) + _add_cls_row(flat)
-    if _part(config or {}, "m3i_jax").get("final_norm") is False:
+    if sidecar_configs.config_section(config or {}, "m3i_jax").get("final_norm") is False:
         # the format has a norm after the last block, and our export of an encoder without one says
         # that it is not part of it
         flat = {k: v for k, v in flat.items() if not k.startswith("encoder/norm/")}
@@ -152,7 +144,7 @@ def load_vit(
             flat[f"encoder/{part}/bias"] = zeros
     settings = {
         **layout.settings,
-        **_config_settings(config or {}),
+        **sidecar_configs.sidecar_settings(config or {}),
         **_shape_settings(flat, layout, arrays),
     }
     if settings.get("positions") == "rope":
@@ -257,129 +249,6 @@ def _shape_settings(flat: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]
     return out
 
 
-def _config_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings stored in a config.json: keys of Hugging Face, or `model_args` and `pretrained_cfg`
-    of timm.
-
-    >>> config = {"num_attention_heads": 2, "image_mean": [0.5, 0.5, 0.5], "hidden_act": ["gelu"]}
-    >>> _config_settings(config)
-    {'heads': 2, 'mean': (0.5, 0.5, 0.5)}
-    >>> _config_settings({"architecture": "vit_base_patch32_clip_quickgelu_224"})
-    {'norm_eps': 1e-05, 'activation': 'quick_gelu'}
-    """
-    config = _part(config, "vision_config") or config
-    args = _part(config, "model_args")
-    out: dict[str, Any] = {}
-    for heads in (config.get("num_attention_heads"), args.get("num_heads")):
-        if _is_size(heads):
-            out["heads"] = heads
-    for act in (config.get("hidden_act"), args.get("act_layer")):
-        if isinstance(act, str) and act in _GELUS and "activation" not in out:
-            out["activation"] = _GELUS[act]
-    if isinstance(name := config.get("architecture"), str) and "_clip_" in name:  # of timm
-        out["norm_eps"] = 1e-5
-        if "quickgelu" in name:
-            out.setdefault("activation", "quick_gelu")
-    if isinstance(eps := config.get("layer_norm_eps"), float) and 0 < eps < 1:
-        out["norm_eps"] = eps
-    if _is_number(base := config.get("rope_theta")) and base > 1:
-        out["rope_base"] = float(base)
-    size = _part(config, "pretrained_cfg").get("input_size")
-    if isinstance(size, list | tuple) and len(size) == 3 and _is_size(size[-1]):
-        out["image_size"] = size[-1]
-    if _is_size(side := config.get("image_size")):  # unless a processor or a table says otherwise
-        out["image_size"] = side
-    return out | _preprocessing(config)
-
-
-def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Preprocessing settings: from the processor of Hugging Face or the `pretrained_cfg` of timm,
-    then from our preprocessing.json.
-
-    >>> _preprocessing({"crop_size": 224, "size": {"shortest_edge": 256}})
-    {'crop': 0.875, 'image_size': 224}
-    >>> _preprocessing({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0.9}})
-    {'crop': 0.9142857142857143}
-    """
-    pretrained, ours = _part(config, "pretrained_cfg"), _part(config, tensor_files.PREPROCESSING)
-    out: dict[str, Any] = {}
-    for name, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        for value in (config.get(theirs), pretrained.get(name), ours.get(name)):
-            if (
-                name not in out
-                and isinstance(value, list | tuple)
-                and len(value) == 3
-                and all(_is_number(x) for x in value)
-            ):
-                out[name] = tuple(float(x) for x in value)
-    sides = (
-        _side(config.get("crop_size")),
-        _side(config.get("size"), "shortest_edge"),
-        _side(config.get("size")),
-    )
-    if sides[0] and sides[1] and sides[0] <= sides[1]:  # CLIP's processor
-        out["crop"] = sides[0] / sides[1]
-    elif not sides[0] and sides[2]:  # ViT's processor, which does not crop
-        out["crop"] = 1.0
-    size, share = pretrained.get("input_size"), pretrained.get("crop_pct")
-    if (
-        isinstance(size, list | tuple)
-        and len(size) == 3
-        and _is_size(size[-1])
-        and _is_number(share)
-        and 0 < share <= 1
-    ):
-        out["crop"] = size[-1] / math.floor(size[-1] / share)
-    if _is_number(share := ours.get("crop")) and 0 < share <= 1:
-        out.setdefault("crop", share)
-    if _is_size(side := sides[0] or ours.get("image_size")):
-        out["image_size"] = side
-    if isinstance(gray := ours.get("background"), int) and 0 <= gray <= 255:
-        out["background"] = gray
-    return out
-
-
-def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A section of a configuration; {} if it is not a mapping."""
-    section = config.get(name)
-    return section if isinstance(section, Mapping) else {}
-
-
-def _is_size(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    # false for NaN too
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
-
-
-def _side(size: Any, key: str = "height") -> int:
-    """Pixels of a size as processors store it, a number or {key: number}; 0 for anything else."""
-    side = size.get(key) if isinstance(size, Mapping) else size
-    return side if _is_size(side) else 0
-
-
-def read_sidecar_configs(path: str) -> dict[str, Any]:
-    """Returns the content of config.json and preprocessor_config.json next to a file of weights,
-    merged, and, under its name, that of our preprocessing.json; {} without such files.
-
-    Raises:
-      UserError: one of them is not a JSON object.
-    """
-    directory = pathlib.Path(path)
-    directory = directory if directory.is_dir() else directory.parent
-    out: dict[str, Any] = {}
-    for name in ("preprocessor_config.json", "config.json"):
-        if (directory / name).is_file():
-            out |= tensor_files.read_json(directory / name)
-    if (directory / tensor_files.PREPROCESSING).is_file():
-        out[tensor_files.PREPROCESSING] = tensor_files.read_json(
-            directory / tensor_files.PREPROCESSING
-        )
-    return out
-
-
 def _no_copy(layout: str) -> UserError:
     return UserError(
         f"the weights have the layout {layout} and no momentum copy: use init.weights=online"
@@ -399,7 +268,7 @@ def _intern_image(
             out |= flat(node, below) if isinstance(node, Mapping) else {below: node}
         return out
 
-    settings = IMAGENET | _preprocessing(config)
+    settings = IMAGENET | sidecar_configs.preprocessing_settings(config)
     return PublishedWeights(
         "intern_image",
         flat(intern_image_weights.load_intern_image({name: arrays[name] for name in arrays})),

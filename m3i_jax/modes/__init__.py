@@ -154,7 +154,10 @@ MODES = {
         " tools (--format), with a model card, to WORKDIR/export",
         flags=("format",),
         of_run=True,
-        reads=("evaluate.encoder", "evaluate.crop", "report.licence", "report.private"),
+        reads=(
+            *(f"evaluate.{name}" for name in ("encoder", "crop", "interpolation", "squash")),
+            *("report.licence", "report.private"),
+        ),
     ),
     "features": Mode(
         "write the features of all images of the source to a file (--out), by the run in the"

@@ -131,8 +131,9 @@ def _export(
 def _preprocessing_line(model: load.LoadedEncoder) -> str:
     preprocessing = model.preprocessing
     return (
-        f"preprocessing, as in {tensor_files.PREPROCESSING}: resize the short side to"
-        f" {preprocessing.short_side}, centre crop {preprocessing.image_size}"
+        f"preprocessing, as in {tensor_files.PREPROCESSING}: resize the"
+        f" {preprocessing.resized_side} to {preprocessing.short_side}"
+        f" ({preprocessing.interpolation}), centre crop {preprocessing.image_size}"
     )
 
 

@@ -58,7 +58,8 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
         _remove_other_parts(parts_dir, identity)
         print(
             f"{model.name}, {model.pool}: {len(train):,} training images, {len(held_out):,} held"
-            f" out; short side {preprocessing.short_side}, centre crop {preprocessing.image_size}"
+            f" out; {preprocessing.resized_side} {preprocessing.short_side},"
+            f" {preprocessing.interpolation}, centre crop {preprocessing.image_size}"
         )
         parts = [
             _part(model, preprocessing, config, source, parts_dir / f"{name}.{start}.npz", start)
@@ -114,10 +115,13 @@ def _model(config: schema.Config, workdir: str) -> load.LoadedEncoder:
 
 
 def _preprocessing(config: schema.Config, model: load.LoadedEncoder) -> Preprocessing:
-    """The preprocessing of the weights, with the crop and background of the configuration."""
-    return dataclasses.replace(
-        model.preprocessing, crop=config.evaluate.crop, background=config.data.background
-    )
+    """The preprocessing of the weights, with the crop and background of the configuration; of
+    weights of `init_from` with their own crop, unless the configuration has another than the
+    default."""
+    crop = config.evaluate.crop
+    if config.init_from and crop == schema.Evaluate.crop:
+        crop = model.preprocessing.crop
+    return dataclasses.replace(model.preprocessing, crop=crop, background=config.data.background)
 
 
 def _remove_other_parts(parts_dir: pathlib.Path, identity: dict[str, Any]) -> None:

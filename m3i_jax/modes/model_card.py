@@ -55,8 +55,9 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
         (
             "preprocessing",
             (
-                f"short side resized to {model.preprocessing.short_side}, bicubic, centre crop"
-                f" (evaluate.crop={c.evaluate.crop:g})"
+                f"{model.preprocessing.resized_side} resized to"
+                f" {model.preprocessing.short_side}, {model.preprocessing.interpolation}, centre"
+                f" crop (evaluate.crop={c.evaluate.crop:g})"
             ),
         ),
         ("objective", " + ".join(c.objective.forms)),

@@ -159,8 +159,8 @@ class Data:
     )
     class_space: str = option(
         "shared",
-        "classes of a mixture; shared: classes of equal name are one class; separate: each"
-        " source keeps its own classes",
+        "classes of a mixture; shared: classes of equal WordNet id, or of equal name in a source"
+        " without ids, are one class; separate: each source keeps its own classes",
         "shared",
         "separate",
     )

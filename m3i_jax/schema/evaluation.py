@@ -96,6 +96,17 @@ class Evaluate:
         " CLIP's zero-shot protocol",
         NumberLimit(0, 1, natural=True, above=True, text="(a share of the short side)"),
     )
+    interpolation: str = option(
+        "bicubic",
+        "how images are resized for the central crop, always antialiased",
+        "bicubic",
+        "bilinear",
+    )
+    squash: bool = option(
+        False,
+        "resize both sides to the length of the short side, so that images become squares, as for"
+        " SigLIP",
+    )
     k: int = option(20, "number of neighbours that vote", EVERY)
     temperature: float = option(
         0.07, "temperature of the votes, exp(similarity / temperature)", TEMPERATURE

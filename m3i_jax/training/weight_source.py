@@ -15,7 +15,13 @@ import orbax.checkpoint as ocp
 from m3i_jax import config as configuration
 from m3i_jax import library_errors, run_files
 from m3i_jax.errors import UserError
-from m3i_jax.interop import dense_weights, published_dense, tensor_files, vit_weights
+from m3i_jax.interop import (
+    dense_weights,
+    published_dense,
+    sidecar_configs,
+    tensor_files,
+    vit_weights,
+)
 from m3i_jax.models import backbones, composite
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint_dir, checksums, update_rules
@@ -80,7 +86,7 @@ def open_weights(
         table = tensor_files.read_tensors(location)
         dense = published_dense.load_published_dense(table) if weights == "online" else None
         published = dense or vit_weights.load_vit(
-            table, momentum=weights == "ema", config=vit_weights.read_sidecar_configs(location)
+            table, momentum=weights == "ema", config=sidecar_configs.read_sidecar_configs(location)
         )
         if published.layout == "detectron2" and dense_weights.has_mask_rcnn(table.shapes):
             _add_detector(published, table)

@@ -56,6 +56,47 @@ def test_held_out_classes_are_matched_by_their_ids(fill):
     assert of_held == {name: of_train[name] for name in few}
 
 
+def test_a_mixture_joins_classes_by_their_ids(fill):
+    """The bird and the machine are both "crane" in a source that has one of them alone; the bird
+    has another name beside the machine; a source with ids and no names has the bird as well."""
+    lines = "".join(f"{a} {b}\n" for a, b in IDS.items()).encode()
+    bird, machine, fish, tench = "n02012849", "n03126707", "n01443537", "n01440764"
+    parts = {"a": (bird, fish), "b": (machine, tench), "c": tuple(IDS)}
+    root = fill(
+        {
+            f"{part}/{split}/{name}/1.JPEG": b"x"
+            for part, names in parts.items()
+            for split, held in (("train", names), ("val", names[1:]))
+            for name in (*held, "n00000001")
+        }
+        | {f"{part}/words.txt": lines for part in ("a", "b")}
+    )
+    entries = tuple(f"folder:{root / part}@train|val" for part in parts)
+    train, held = splits.open_splits(schema.Data(source="mixture", mixture=entries))
+    assert train.classes == held.classes
+    assert set(train.classes) == {
+        *("n00000001", f"crane ({bird})", f"crane ({machine})", "goldfish", "tench"),
+    }
+    for part in (train, held):
+        for i in range(len(part)):
+            name = train.classes[part[i].label]
+            identity = part[i].key.split("/")[0]
+            known = {tench: "tench", fish: "goldfish", "n00000001": "n00000001"}
+            assert name == known.get(identity, f"crane ({identity})")
+
+
+def test_classes_without_ids_are_joined_by_name():
+    """A class without an id is that with an id, if one alone has its name, in any order."""
+    ids = ("n02012849", "n01443537")
+    spaces = [("goldfish", "ant"), ("crane", "goldfish"), ("crane",)]
+    names, tables = class_names.join_classes(spaces, [(), ids, ("n03126707",)], True)
+    assert names == ("goldfish", "ant", "crane (n02012849)", "crane (n03126707)")
+    assert [table.tolist() for table in tables] == [[0, 1], [2, 0], [3]]
+    # those of numbers, which a file names, are no WordNet ids
+    names, tables = class_names.join_classes([("ant",), ("ant",)], [("0",), ("1",)], True)
+    assert names == ("ant",) and [table.tolist() for table in tables] == [[0], [0]]
+
+
 def test_without_a_file_the_ids_stay(fill):
     root = fill({"n01440764/1.jpg": b"x", "n02012849/1.jpg": b"x"})
     assert splits.open_source(schema.Data(source="folder", path=str(root))).classes == (

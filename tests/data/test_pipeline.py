@@ -340,6 +340,27 @@ def test_captions_on_demand(make):
         pipeline.uses_captions(schema.Data(captions="yes"), silent)
 
 
+def test_the_levels_that_rand_augment_fills_with_identify_the_stream(make):
+    """They follow the mean. A stream without RandAugment, or with ImageNet's mean, keeps its
+    fingerprint."""
+    config, source = make.settings(), make.ColorImages(50)
+
+    def settings(ops: int, mean: float) -> schema.Config:
+        augment = dataclasses.replace(config.data.augment, mean=(mean,) * 3)
+        rand_augment = dataclasses.replace(config.data.rand_augment, ops=ops)
+        data = dataclasses.replace(config.data, rand_augment=rand_augment)
+        return dataclasses.replace(
+            config, data=dataclasses.replace(data, augment=augment) if mean else data
+        )
+
+    plain, imagenet, other, halves, third = (
+        pipeline.stream_fingerprint(settings(*of), source)
+        for of in ((0, 0), (2, 0), (0, 0.5), (2, 0.5), (2, 0.4))
+    )
+    assert plain == imagenet == other and len({plain, halves, third}) == 3
+    assert "fill 128 128 128" in pipeline.stream_identity(settings(2, 0.5), source)
+
+
 def test_the_fingerprint_identifies_the_stream(make):
     config, source = make.settings(), make.ColorImages(50)
     full = pipeline.stream_fingerprint(config, source)

@@ -15,7 +15,7 @@ import pytest
 from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
-from m3i_jax.interop import intern_image_weights, tensor_files, vit_weights
+from m3i_jax.interop import intern_image_weights, sidecar_configs, tensor_files
 from m3i_jax.training import checksums, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import saved, toy
@@ -216,15 +216,15 @@ def test_a_configuration_that_cannot_be_read(name: str, trials, tmp_path: pathli
 @pytest.mark.fast
 @pytest.mark.row("F8")
 def test_a_configuration_of_wrong_values_is_as_if_it_were_not_there(trials) -> None:
-    plain = vit_weights._config_settings({})
+    plain = sidecar_configs.sidecar_settings({})
     for config in IGNORED:
-        assert trials.add(vit_weights._config_settings(config) == plain), (
+        assert trials.add(sidecar_configs.sidecar_settings(config) == plain), (
             config,
-            vit_weights._config_settings(config),
+            sidecar_configs.sidecar_settings(config),
         )
     for share in ("x", 0, 7.0):  # a size that is right is read beside it
         config = {"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": share}}
-        assert trials.add(vit_weights._config_settings(config) == {"image_size": 32}), share
+        assert trials.add(sidecar_configs.sidecar_settings(config) == {"image_size": 32}), share
 
 
 @pytest.mark.fast

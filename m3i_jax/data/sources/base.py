@@ -311,6 +311,7 @@ class SubsetSource:
             source.captions,
         )
         self.map_classes = map_classes(source)
+        self.class_ids: tuple[str, ...] = getattr(source, "class_ids", ())
         weights = getattr(source, "record_weights", None)  # see `sampler.records_at`
         self.record_weights: np.ndarray | None = None if weights is None else weights[indices]
 

@@ -11,6 +11,8 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 
@@ -92,6 +94,64 @@ def readable_class_names(classes: Sequence[str], known: Mapping[str, str]) -> tu
         count = collections.Counter(names)
         names = [b if count[n] > 1 else n for n, b in zip(names, better, strict=True)]
     return tuple(names)
+
+
+def join_classes(
+    spaces: Sequence[Sequence[str]], ids: Sequence[Sequence[str]], shared: bool
+) -> tuple[tuple[str, ...], list[np.ndarray]]:
+    """Joins lists of classes, in the order in which they first appear. Classes with the same
+    WordNet id are one class, whatever their names, and so are classes with the same name of lists
+    without ids. Such a class is also that with an id, if one id alone has its name.
+
+    Args:
+        spaces: names of the classes of each list.
+        ids: of the classes of each list; () for a list without, or whose names are its ids.
+        shared: join them; else the lists are concatenated.
+
+    Returns:
+        (names of all classes, for each list the new label of each of its classes). Where classes
+        with different ids have the same name, the id is added in brackets.
+
+    >>> [join_classes([("a", "b"), ("b", "c")], [(), ()], both)[0] for both in (True, False)]
+    [('a', 'b', 'c'), ('a', 'b', 'b', 'c')]
+    >>> birds, machines = ("n02012849",), ("n03126707",)
+    >>> join_classes([("crane",), ("crane",)], [birds, machines], True)[0]
+    ('crane (n02012849)', 'crane (n03126707)')
+    """
+    if not shared:
+        starts = np.cumsum([0, *map(len, spaces)])
+        return tuple(name for space in spaces for name in space), [
+            np.arange(start, start + len(space), dtype=np.int32)
+            for start, space in zip(starts.tolist(), spaces, strict=False)
+        ]
+    known = [
+        own if len(own) == len(space) and are_wordnet_ids(own) else ()
+        for space, own in zip(spaces, ids, strict=True)
+    ]
+    ids_of: dict[str, set[str]] = {}
+    for space, own in zip(spaces, known, strict=True):
+        for name, identity in zip(space, own, strict=False):
+            ids_of.setdefault(name, set()).add(identity)
+    number: dict[str, int] = {}
+    names: list[str] = []
+    tables: list[np.ndarray] = []
+    for space, own in zip(spaces, known, strict=True):
+        table = np.empty(len(space), np.int32)
+        for i, name in enumerate(space):
+            identity = own[i] if own else name
+            if not own and len(found := ids_of.get(name, set())) == 1:
+                (identity,) = found
+            if identity not in number:
+                number[identity] = len(names)
+                names.append(name)
+            table[i] = number[identity]
+        tables.append(table)
+    count = collections.Counter(names)
+    joined = (
+        f"{name} ({identity})" if count[name] > 1 and identity != name else name
+        for name, identity in zip(names, number, strict=True)
+    )
+    return tuple(joined), tables
 
 
 def _text(path: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.data import sampler
-from m3i_jax.data.sources import base, registry
+from m3i_jax.data.sources import base, class_names, registry
 from m3i_jax.data.sources.base import DataSource, Record
 from m3i_jax.data.sources.objects import ObjectTable
 from m3i_jax.errors import UserError
@@ -213,8 +213,8 @@ class Mixture:
     Args:
         sources: to mix.
         weights: share of the samples of each source; all None for shares by size, that of an epoch.
-        shared: classes of the same name are one class; else the classes of the sources are
-            concatenated.
+        shared: classes of the same WordNet id, or of the same name where a source has no ids, are
+            one class; else the classes of the sources are concatenated.
 
     Raises:
         UserError: only some sources have a weight.
@@ -245,7 +245,11 @@ class Mixture:
         self._epoch_sizes = [sampler.epoch_size(source) for source in sources]
         self.shares = integer_shares(weights, self._epoch_sizes)
         self._ends = np.cumsum(self.sizes)
-        self.classes, self._tables = join_classes([source.classes for source in sources], shared)
+        self.classes, self._tables = class_names.join_classes(
+            [source.classes for source in sources],
+            [getattr(source, "class_ids", ()) for source in sources],
+            shared,
+        )
         self.captions = any(source.captions for source in sources)
         self.name = "mixture of " + " and ".join(source.name for source in sources)
 
@@ -419,6 +423,7 @@ class RelabelledSource:
             )
         self.source, self.name, self.captions = source, source.name, source.captions
         self.classes = tuple(classes)
+        self.class_ids = tuple(ours) if ids else ()
         self._table = np.array([number.get(name, -1) for name in theirs], np.int32)
 
     def __len__(self) -> int:
@@ -460,26 +465,3 @@ def relabel_record(record: Record, table: np.ndarray) -> Record:
     if record.objects is not None:
         record = dataclasses.replace(record, objects=record.objects.relabel(table))
     return record if label == record.label else dataclasses.replace(record, label=label)
-
-
-def join_classes(
-    spaces: Sequence[Sequence[str]], shared: bool
-) -> tuple[tuple[str, ...], list[np.ndarray]]:
-    """Joins lists of classes, in the order in which names first appear.
-
-    Returns:
-        (all classes, for each list the new label of each of its classes).
-
-    >>> [join_classes([("a", "b"), ("b", "c")], shared)[0] for shared in (True, False)]
-    [('a', 'b', 'c'), ('a', 'b', 'b', 'c')]
-    """
-    tables, count = [], 0
-    if not shared:
-        for space in spaces:
-            tables.append(np.arange(count, count + len(space), dtype=np.int32))
-            count += len(space)
-        return tuple(name for space in spaces for name in space), tables
-    number: dict[str, int] = {}
-    for space in spaces:
-        tables.append(np.array([number.setdefault(name, len(number)) for name in space], np.int32))
-    return tuple(number), tables

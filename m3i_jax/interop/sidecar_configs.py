@@ -1,0 +1,227 @@
+"""Settings in the JSON files beside published weights: config.json and preprocessor_config.json of
+Hugging Face, config.json of timm, and preprocessing.json of our exports."""
+
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from m3i_jax.interop import tensor_files
+from m3i_jax.interop.layout_entries import IMAGENET
+
+_GELUS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
+# the SigLIPs of timm whose entry points have the tanh form of GELU; the others have the exact one
+_TANH_OF_TIMM = re.compile(
+    r"(patch32|so400m_patch16|giantopt_patch16)_siglip_|large_patch16_siglip_(gap_)?512"
+)
+# families of Hugging Face whose names of arrays are those of its ViT, trained with ImageNet's mean
+_OF_IMAGENET = {"deit": "DeiT", "vit_mae": "ViTMAE", "vit_msn": "ViTMSN"}
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # of Pillow
+# processors of Hugging Face that are bilinear where a file does not say; the second group reads a
+# bare number as the side of a square
+_BILINEAR = ("ViTImage", "ViTFeature", "DINOv3ViT")
+_SQUARE = (*_BILINEAR, "DeiT")
+_TIMM_CROP = 0.875  # of files without crop_pct
+
+
+def sidecar_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings stored in a config.json: keys of Hugging Face, or `model_args` and
+    `pretrained_cfg` of timm.
+
+    >>> config = {"num_attention_heads": 2, "image_mean": [0.5, 0.5, 0.5], "hidden_act": ["gelu"]}
+    >>> sidecar_settings(config)
+    {'heads': 2, 'mean': (0.5, 0.5, 0.5)}
+    >>> sidecar_settings({"architecture": "vit_base_patch32_clip_quickgelu_224"})
+    {'norm_eps': 1e-05, 'activation': 'quick_gelu'}
+    >>> sidecar_settings({"architecture": "vit_so400m_patch16_siglip_256"})
+    {'activation': 'gelu_tanh'}
+    """
+    whole, config = config, config_section(config, "vision_config") or config
+    args = config_section(config, "model_args")
+    out: dict[str, Any] = {}
+    for heads in (config.get("num_attention_heads"), args.get("num_heads")):
+        if _is_size(heads):
+            out["heads"] = heads
+    for act in (config.get("hidden_act"), args.get("act_layer")):
+        if isinstance(act, str) and act in _GELUS and "activation" not in out:
+            out["activation"] = _GELUS[act]
+    if isinstance(name := config.get("architecture"), str):  # of timm
+        if "_clip_" in name:
+            out["norm_eps"] = 1e-5
+            if "quickgelu" in name:
+                out.setdefault("activation", "quick_gelu")
+        elif _TANH_OF_TIMM.search(name):
+            out.setdefault("activation", "gelu_tanh")
+    if isinstance(eps := config.get("layer_norm_eps"), float) and 0 < eps < 1:
+        out["norm_eps"] = eps
+    if _is_number(base := config.get("rope_theta")) and base > 1:
+        out["rope_base"] = float(base)
+    size = config_section(config, "pretrained_cfg").get("input_size")
+    if isinstance(size, list | tuple) and len(size) == 3 and _is_size(size[-1]):
+        out["image_size"] = size[-1]
+    if _is_size(side := config.get("image_size")):  # unless a processor or a table says otherwise
+        out["image_size"] = side
+    if _is_of_imagenet(config):  # unless a processor says otherwise
+        out |= IMAGENET
+    return out | preprocessing_settings(whole)  # a processor is beside `vision_config`, not in it
+
+
+def _is_of_imagenet(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json of Hugging Face is of a family with ImageNet's mean and deviation."""
+    classes = config.get("architectures")
+    names = [name for name in classes if isinstance(name, str)] if _is_list(classes) else []
+    return any(
+        config.get("model_type") == family or any(name.startswith(start) for name in names)
+        for family, start in _OF_IMAGENET.items()
+    )
+
+
+def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the preprocessing: from the processor of Hugging Face or the `pretrained_cfg` of
+    timm, then from our preprocessing.json.
+
+    >>> preprocessing_settings({"crop_size": 224, "size": {"shortest_edge": 256}, "resample": 2})
+    {'interpolation': 'bilinear', 'crop': 0.875, 'image_size': 224}
+    >>> preprocessing_settings({"size": {"height": 224, "width": 224}, "resample": 3})
+    {'interpolation': 'bicubic', 'crop': 1.0, 'squash': True}
+    >>> preprocessing_settings({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0.9}})
+    {'crop': 0.9142857142857143}
+    """
+    pretrained = config_section(config, "pretrained_cfg")
+    ours = config_section(config, tensor_files.PREPROCESSING)
+    out: dict[str, Any] = {}
+    for name, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        for value in (config.get(theirs), pretrained.get(name), ours.get(name)):
+            if (
+                name not in out
+                and _is_list(value)
+                and len(value) == 3
+                and all(_is_number(x) for x in value)
+            ):
+                out[name] = tuple(float(x) for x in value)
+    kind = _processor_kind(config)
+    resample = config.get("resample")
+    for value in (
+        _RESAMPLE.get(resample) if _is_size(resample) else None,
+        "bilinear" if resample is None and kind.startswith(_BILINEAR) else None,
+        pretrained.get("interpolation"),
+        ours.get("interpolation"),
+    ):
+        if value in ("bilinear", "bicubic"):
+            out.setdefault("interpolation", value)
+    cropped = 0 if config.get("do_center_crop") is False else _side(config.get("crop_size"))
+    squash = _squashes(config, kind)
+    resized = _side(config.get("size"), "height" if squash else "shortest_edge")
+    if cropped and resized and cropped <= resized:
+        out["crop"] = cropped / resized
+    elif not cropped and _side(config.get("size")):  # ViT's processor, which does not crop
+        out["crop"] = 1.0
+    if squash and cropped <= resized:
+        out["squash"] = True
+    out |= _timm_crop(pretrained)
+    if _is_number(share := ours.get("crop")) and 0 < share <= 1:
+        out.setdefault("crop", share)
+    if isinstance(value := ours.get("squash"), bool):
+        out.setdefault("squash", value)
+    if _is_size(side := cropped or ours.get("image_size")):
+        out["image_size"] = side
+    if isinstance(gray := ours.get("background"), int) and 0 <= gray <= 255:
+        out["background"] = gray
+    return out
+
+
+def _timm_crop(pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """The crop of a `pretrained_cfg`, of the length that timm resizes to, which is rounded down.
+
+    >>> 384 / _timm_crop({"input_size": [3, 384, 384]})["crop"]
+    438.0
+    """
+    size, share = pretrained.get("input_size"), pretrained.get("crop_pct")
+    share = _TIMM_CROP if share is None else share
+    if not (
+        _is_list(size)
+        and len(size) == 3
+        and _is_size(size[-1])
+        and _is_number(share)
+        and 0 < share <= 1
+    ):
+        return {}
+    squash = {"squash": True} if pretrained.get("crop_mode") == "squash" else {}
+    return {"crop": size[-1] / math.floor(size[-1] / share), **squash}
+
+
+def _processor_kind(config: Mapping[str, Any]) -> str:
+    """The class of a processor of Hugging Face; "" if the file does not name it."""
+    names = (config.get("image_processor_type"), config.get("feature_extractor_type"))
+    return next((name for name in names if isinstance(name, str)), "")
+
+
+def _squashes(config: Mapping[str, Any], kind: str) -> bool:
+    """Whether a processor resizes to a square: by its size, or by its class if that is a bare
+    number.
+
+    >>> _squashes({"size": 224}, "ViTFeatureExtractor"), _squashes({"size": 224}, "CLIPProcessor")
+    (True, False)
+    """
+    size = config.get("size")
+    if isinstance(size, Mapping):
+        return bool(_side(size)) and _side(size) == _side(size, "width")
+    if not _is_size(size):
+        return False
+    return kind.startswith(_SQUARE) if kind else "crop_size" not in config
+
+
+def config_section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns a section of a configuration; {} if it is not a mapping.
+
+    >>> config_section({"a": {"b": 1}, "c": 2}, "a"), config_section({"a": {"b": 1}, "c": 2}, "c")
+    ({'b': 1}, {})
+    """
+    section = config.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    # false for NaN too
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
+
+
+def _is_list(value: Any) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    return isinstance(value, list | tuple)
+
+
+def _side(size: Any, key: str = "height") -> int:
+    """Pixels of a size as processors store it, a number or {key: number}; 0 for anything else."""
+    side = size.get(key) if isinstance(size, Mapping) else size
+    return side if _is_size(side) else 0
+
+
+def read_sidecar_configs(path: str) -> dict[str, Any]:
+    """Returns the content of config.json and preprocessor_config.json next to a file of weights,
+    merged, and, under its name, that of our preprocessing.json; {} without such files.
+
+    Raises:
+      UserError: one of them is not a JSON object.
+    """
+    directory = pathlib.Path(path)
+    directory = directory if directory.is_dir() else directory.parent
+    out: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "config.json"):
+        if (directory / name).is_file():
+            out |= tensor_files.read_json(directory / name)
+    if (directory / tensor_files.PREPROCESSING).is_file():
+        out[tensor_files.PREPROCESSING] = tensor_files.read_json(
+            directory / tensor_files.PREPROCESSING
+        )
+    return out

@@ -1,0 +1,205 @@
+"""The JSON files beside published weights: how images are resized, mean and deviation, activation,
+read as their libraries use them, and written back."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_jax.data.preprocessing import Preprocessing
+from m3i_jax.evaluation import load
+from m3i_jax.interop import export_formats, sidecar_configs, tensor_files, vit_weights
+from m3i_jax.interop.layout_entries import HALVES, IMAGENET
+from tests.interop.published_vit import ENCODERS, TINY, weights
+
+SIDE = 12  # pixels of an image of TINY
+SQUARE = {"height": SIDE, "width": SIDE}
+# what a file says -> (interpolation, squash, short side); "processor" is of Hugging Face
+PROCESSORS = {
+    "ViT": ({"size": SQUARE, "resample": 2}, ("bilinear", True, 12)),
+    "an old ViT": (
+        {"size": SIDE, "feature_extractor_type": "ViTFeatureExtractor"},
+        ("bilinear", True, 12),
+    ),
+    "SigLIP": (
+        {"size": SQUARE, "resample": 3, "do_center_crop": None, "crop_size": None},
+        ("bicubic", True, 12),
+    ),
+    "DeiT": (
+        {
+            "size": 14,
+            "crop_size": SIDE,
+            "resample": 3,
+            "feature_extractor_type": "DeiTFeatureExtractor",
+        },
+        ("bicubic", True, 14),
+    ),
+    "CLIP": (
+        {"size": {"shortest_edge": 14}, "crop_size": SQUARE, "resample": 3},
+        ("bicubic", False, 14),
+    ),
+    "an old CLIP": (
+        {"size": 14, "crop_size": SIDE, "feature_extractor_type": "CLIPFeatureExtractor"},
+        ("bicubic", False, 14),
+    ),
+    "no crop": (
+        {"size": SQUARE, "do_center_crop": False, "crop_size": 10, "resample": 3},
+        ("bicubic", True, 12),
+    ),
+}
+# of a pretrained_cfg of timm: 12 / 0.9 = 13.3 and 12 / 0.875 = 13.7 are rounded down
+TIMM = {
+    "center": ({"crop_pct": 0.9, "interpolation": "bilinear"}, ("bilinear", False, 13)),
+    "squash": ({"crop_pct": 1.0, "crop_mode": "squash"}, ("bicubic", True, 12)),
+    "squash and crop": ({"crop_pct": 0.9, "crop_mode": "squash"}, ("bicubic", True, 13)),
+    "no crop_pct": ({}, ("bicubic", False, 13)),
+}
+NOISE = np.random.default_rng(0).integers(0, 256, (48, 24, 3), np.uint8)
+
+
+def published(directory: pathlib.Path, layout: str, **files: dict) -> Preprocessing:
+    """Writes tiny weights of a layout with JSON files beside them; the preprocessing they have."""
+    tensor_files.write_safetensors(
+        directory / "model.safetensors", weights(ENCODERS[layout], **TINY)
+    )
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return load.load(str(directory), heads=2).preprocessing
+
+
+def resized(preprocessing: Preprocessing) -> tuple[str, bool, int]:
+    return preprocessing.interpolation, preprocessing.squash, preprocessing.short_side
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_processor_of_hugging_face(name: str) -> None:
+    config, expected = PROCESSORS[name]
+    # beside a model with parts, whose processor is not part of `vision_config`
+    for model in ({}, {"vision_config": {"num_attention_heads": 2, "image_size": SIDE}}):
+        found = sidecar_configs.sidecar_settings({**config, **model})
+        found = {key: found[key] for key in ("crop", "interpolation", "squash") if key in found}
+        assert resized(Preprocessing(image_size=SIDE, **found)) == expected
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_a_file_of_timm(name: str, tmp_path: pathlib.Path) -> None:
+    config, expected = TIMM[name]
+    cfg = {"input_size": [3, SIDE, SIDE], **config}
+    preprocessing = published(tmp_path, "timm", config={"pretrained_cfg": cfg})
+    assert resized(preprocessing) == expected
+    timm = pytest.importorskip("timm")
+    see = timm.data.create_transform(**timm.data.resolve_data_config({}, pretrained_cfg=cfg))
+    # The range of the levels is kept from the ends, at which Pillow clips between its two passes.
+    image = NOISE // 4 + 96
+    theirs = see.transforms[1](see.transforms[0](Image.fromarray(image)))
+    difference = preprocessing.view(image).astype(int) - np.asarray(theirs)
+    assert np.abs(difference).max() <= 2
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_transformers_see_what_is_written(squash: bool, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    preprocessing = Preprocessing(
+        image_size=SIDE, crop=SIDE / 14, interpolation="bilinear", squash=squash
+    )
+    content = export_formats._processor(preprocessing.described())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    see = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    image = NOISE // 4 + 96
+    seen = see(Image.fromarray(image), return_tensors="pt")["pixel_values"][0].numpy()
+    theirs = 255 * (seen.transpose(1, 2, 0) * preprocessing.std + preprocessing.mean)
+    assert np.abs(preprocessing.view(image) - theirs).max() < 2.1
+
+
+def test_squashed_and_bilinear_views() -> None:
+    """The reference is Pillow's resize of the whole image to a square."""
+    preprocessing = Preprocessing(image_size=SIDE, crop=1.0, interpolation="bilinear", squash=True)
+    expected = np.asarray(
+        Image.fromarray(NOISE).resize((SIDE, SIDE), Image.Resampling.BILINEAR), int
+    )
+    assert (preprocessing.view(NOISE) == expected).all()
+    assert np.abs(preprocessing.view(NOISE / np.float32(255)) * 255 - expected).max() < 1.6
+    usual = Preprocessing(image_size=SIDE, crop=1.0)
+    assert np.abs(usual.view(NOISE).astype(int) - expected).max() > 16
+
+
+def test_a_run_keeps_its_rounding_and_timm_has_its_own() -> None:
+    """384 / 0.875 = 438.86: a run's evaluation rounds, timm rounds down."""
+    cfg = {"input_size": [3, 384, 384], "crop_pct": 0.875}
+    found = sidecar_configs.sidecar_settings({"pretrained_cfg": cfg})
+    assert Preprocessing(**found).short_side == 438
+    assert Preprocessing(image_size=384, crop=0.875).short_side == 439
+
+
+@pytest.mark.parametrize("format", ["timm", "hf", "npz"])
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        Preprocessing(image_size=SIDE, crop=1.0, interpolation="bilinear", squash=True),
+        Preprocessing(image_size=SIDE, crop=SIDE / 14, squash=True, mean=(0.5, 0.4, 0.3)),
+        Preprocessing(image_size=SIDE, crop=SIDE / 14, interpolation="bilinear"),
+    ],
+)
+def test_what_is_written_is_read_back(
+    preprocessing: Preprocessing, format: str, tmp_path: pathlib.Path
+) -> None:
+    found = vit_weights.load_vit(weights(ENCODERS["timm"], **TINY))
+    encoder = {**found.settings, "heads": 2}
+    described = preprocessing.described()
+    if format == "timm":
+        export_formats.timm_config(tmp_path, found.arrays, encoder, described)
+    elif format == "hf":
+        export_formats.hugging_face_config(tmp_path, found.arrays, encoder, described)
+    else:
+        export_formats.description(tmp_path, described)
+    settings = sidecar_configs.sidecar_settings(sidecar_configs.read_sidecar_configs(str(tmp_path)))
+    names = ("image_size", "crop", "interpolation", "squash", "mean", "std")
+    again = Preprocessing(**{name: settings[name] for name in names if name in settings})
+    assert {**again.described(), "crop": 0} == {**described, "crop": 0}
+
+
+def test_an_old_description_is_read() -> None:
+    """preprocessing.json of version 0.1 has no interpolation and no squash."""
+    old = {"resample": "bicubic", "image_size": SIDE, "crop": 1.0, "short_side": SIDE}
+    found = sidecar_configs.sidecar_settings({tensor_files.PREPROCESSING: old})
+    assert resized(Preprocessing(**found)) == ("bicubic", False, SIDE)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "vit"}, HALVES),
+        ({"model_type": "vit_mae"}, IMAGENET),
+        ({"model_type": "deit"}, IMAGENET),
+        ({"architectures": ["DeiTForImageClassification"]}, IMAGENET),
+        ({"model_type": "vit_mae", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, HALVES),
+    ],
+)
+def test_mean_and_deviation_of_families_of_hugging_face(config: dict, expected: dict) -> None:
+    settings = vit_weights.load_vit(weights(ENCODERS["hf"], **TINY), config=config).settings
+    assert {name: settings[name] for name in ("mean", "std")} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        ("vit_base_patch16_siglip_224", "gelu"),
+        ("vit_so400m_patch14_siglip_384", "gelu"),
+        ("vit_base_patch32_siglip_256", "gelu_tanh"),
+        ("vit_large_patch16_siglip_512", "gelu_tanh"),
+        ("vit_so400m_patch16_siglip_gap_384", "gelu_tanh"),
+        ("vit_giantopt_patch16_siglip_256", "gelu_tanh"),
+    ],
+)
+def test_a_siglip_of_timm(name: str, activation: str) -> None:
+    """Its pooling head is known and left out; the form of GELU is that of its entry point."""
+    table = weights(ENCODERS["timm"], **TINY)
+    del table["cls_token"]
+    table["pos_embed"] = table["pos_embed"][:, 1:]
+    table |= {"attn_pool.latent": np.zeros((1, 1, 16)), "attn_pool.q.weight": np.zeros((16, 16))}
+    found = vit_weights.load_vit(table, config={"architecture": name})
+    assert found.unused == {"pooling head": 2} and not found.unknown
+    assert found.settings["activation"] == activation and not found.settings["cls_token"]
