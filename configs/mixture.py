@@ -5,8 +5,8 @@ captioned and 15 million labelled images.
       --config 'configs/mixture.py:sources=tars:/a/*.tar=427;folder:/b=15'
 
 A source is KIND:PATH[@SPLIT[|HELD_OUT]][=WEIGHT], with KIND one of folder, tars, array_record,
-tfds, hugging_face, shapes. Without weights, the shares are proportional to the numbers of images,
-and one pass reads each image once.
+tfds, hugging_face, coco, shapes, scenes. Without weights, the shares are proportional to the
+numbers of images, and one pass reads each image once.
 
 Learning rate, momentum, warm-up, crops and colours follow from the batch size, the length, and the
 number and size of the images (m3i_jax/training/scaling.py); --mode=show prints them.

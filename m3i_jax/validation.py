@@ -83,18 +83,6 @@ def _validate_networks(c: schema.Config) -> None:
     )
 
 
-def _validate_queries(c: schema.Config) -> None:
-    """A detection head with queries matches every object of a batch with one of them."""
-    head, most = c.dense.detect.head, c.dense.geometry.max_objects
-    queries = getattr(getattr(c.dense.detect, head, None), "queries", most)
-    _require(
-        c.task != "detect" or most <= queries,
-        f"dense.detect.{head}.queries",
-        queries,
-        f"must be at least dense.geometry.max_objects, {most}: each object is matched with a query",
-    )
-
-
 def validate_settings(c: schema.Config) -> None:
     """Check settings as far as they do not depend on data and devices.
 
@@ -105,7 +93,6 @@ def validate_settings(c: schema.Config) -> None:
     check_limits(c)
     _validate_combinations(c)
     _validate_networks(c)
-    _validate_queries(c)
     _validate_compare(c)
     _validate_init(c)
     patch, image = c.model.encoder.patch_size, c.data.image_size

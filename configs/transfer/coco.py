@@ -1,4 +1,5 @@
-"""COCO detection and instance segmentation as in the paper's Table 10: ViTDet's Mask R-CNN.
+"""COCO detection and instance segmentation: ViTDet's Mask R-CNN as in the paper's Table 10; or
+with head=dino as in Table 2, or head=mask2former.
 
     python -m m3i_jax.main --config configs/transfer/coco.py:path=DIR,from=RUN,epochs=25 \\
       --workdir runs/coco
@@ -8,9 +9,10 @@ directory of a run or a weights file that `init_from` reads; `model` is any ViT 
 preset without it. From a run of configs/transfer/objects365.py, as in the paper's Table 2, pyramid
 and head are taken, too, and only what belongs to the categories restarts.
 
-The published settings are those of detectron2's ViTDet project, on which the paper builds (see
-m3i_jax/evaluation/dense_recipes.py); [R] marks them. --mode=show prints cost and days; nothing
-of this was trained at its full size by this project.
+The published settings are those of detectron2's ViTDet project, on which the paper builds; DINO's
+are those of detrex, Mask2Former's those of its authors, and on an InternImage those of its
+repository (see m3i_jax/evaluation/dense_recipes.py). [R] marks them. --mode=show prints cost and
+days; nothing of this was trained at its full size by this project.
 """
 
 from ml_collections import ConfigDict

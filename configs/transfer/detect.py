@@ -1,6 +1,5 @@
-"""Detection and instance segmentation on images of one's own: ViTDet's Mask R-CNN, with
-head=mask2former masks by Mask2Former, or with head=dino boxes by DINO, with the trainer of
-pre-training.
+"""Detection and instance segmentation on images of one's own, with the trainer of pre-training:
+ViTDet's Mask R-CNN, with head=mask2former masks by Mask2Former, or with head=dino boxes by DINO.
 
     python -m m3i_jax.main --config configs/transfer/detect.py --workdir runs/detect_scenes
     python -m m3i_jax.main --workdir runs/mine \\
@@ -12,8 +11,9 @@ COCO's form, with or without masks (masks=false); a fifth of the images is held 
 weights file that `init_from` reads.
 
 configs/transfer/coco.py and lvis.py have the published settings. Here, for data sets of thousands
-of images, rate and length are a choice of this project: AdamW with 2e-3 (other heads: 1e-3)
-below 384 channels and 1e-4 above, a cosine schedule, and images scaled by 0.5 to 1.5.
+of images, rate and length are a choice of this project: AdamW with 2e-3 (DINO and
+Mask2Former: 1e-3) below 384 channels and 1e-4 from there on, a cosine schedule, and images scaled
+by 0.5 to 1.5.
 """
 
 from ml_collections import ConfigDict
@@ -50,7 +50,7 @@ def get_config(
         from scratch.
       model: preset, used without `from`; empty: vit_tiny for scenes, vit_s16 otherwise.
       image_size: side of the square that images are fitted into; 0: 96 for scenes, 512 otherwise.
-      epochs: passes over the images; 0: 36.
+      epochs: passes over the images; 0: 36, or 2 over the scenes.
       steps: optimizer steps instead of epochs; 0: from epochs.
       batch_size: images per step.
       masks: predict masks; the annotations must have them. DINO predicts none.

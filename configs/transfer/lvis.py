@@ -1,5 +1,5 @@
 """LVIS detection and instance segmentation as in the paper's Table 11: ViTDet's Mask R-CNN with the
-federated loss and repeated images of rare categories.
+federated loss and repeated images of rare categories; or with head=dino as in Table 2.
 
     python -m m3i_jax.main --config configs/transfer/lvis.py:path=DIR,from=RUN \\
       --workdir runs/lvis

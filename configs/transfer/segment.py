@@ -11,8 +11,8 @@ x - 1. With `annotations`, a file in COCO's form, its objects are the maps. `fro
 directory of a run or a weights file that `init_from` reads.
 
 configs/transfer/ade20k.py has the published settings. Here, for data sets of thousands of images,
-rate and length are a choice of this project: AdamW with 3e-3 below 384 channels and 1e-4 from
-there on, and a cosine schedule.
+rate and length are a choice of this project: AdamW with 3e-3 (Mask2Former: 1e-3) below
+384 channels and 1e-4 from there on, and a cosine schedule.
 """
 
 from ml_collections import ConfigDict
@@ -57,7 +57,7 @@ def get_config(
       model: preset, used without `from`; empty: vit_tiny for scenes, vit_s16 otherwise.
       head: upernet, mask2former or linear.
       image_size: side of a crop; 0: 96 for scenes, 512 otherwise.
-      epochs: passes over the images; 0: 40.
+      epochs: passes over the images; 0: 40, or 2 over the scenes.
       steps: optimizer steps instead of epochs; 0: from epochs.
       batch_size: images per step.
     """

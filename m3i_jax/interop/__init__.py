@@ -1,2 +1,2 @@
-"""Conversion of weights between the formats of other projects and trees of arrays. This room knows
-names and layouts, and no models."""
+"""Conversion of weights between the formats of other projects and trees of arrays. This
+folder knows names and layouts, and no models."""

@@ -1,5 +1,5 @@
 """Modes of the command line, one file each, with `run(config, *, workdir, ...) -> exit code`. Only
-modes import all other rooms."""
+modes import all other folders of the package."""
 
 import os
 import pathlib
@@ -57,7 +57,7 @@ FLAGS = {
     "data": Flag(
         "SOURCE",
         "other data: a directory, a pattern of tar files, an entry of the mixture by name,"
-        " KIND:PATH, or shapes",
+        " KIND:PATH, or built-in images (shapes, scenes)",
     ),
     "untrained": Flag("", "also evaluate the initial weights of the same network"),
     "topology": Flag("NAME", "target devices, such as v5e:4x4, v5p:4x4x4, h100:8, cpu:8"),
@@ -92,7 +92,7 @@ _DATA = tuple(
 _EVALUATION = ("image_size", "classes", "captions", "caption_length", "augment.mean", "augment.std")
 MODES = {
     "train": Mode(
-        "pre-train, or resume the run in the working directory",
+        "train, or resume the run in the working directory",
         flags=("allow_changes",),
         together=True,
         timed=True,
@@ -150,8 +150,8 @@ MODES = {
         ),
     ),
     "export": Mode(
-        "write the encoder of the run in the working directory for other tools (--format), with a"
-        " model card, to WORKDIR/export",
+        "write the encoder, detector or segmenter of the run in the working directory for other"
+        " tools (--format), with a model card, to WORKDIR/export",
         flags=("format",),
         of_run=True,
         reads=("evaluate.encoder", "evaluate.crop", "report.licence", "report.private"),

@@ -224,7 +224,10 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
                 "kernels/refused", "", "calls that do not, in whose place the plain form runs", "0"
             ),
             MetricText(
-                "kernels/error", "share", "largest error of the values and gradients", "below 0.05"
+                "kernels/error",
+                "share",
+                "largest error of the values and gradients",
+                "below 0.05 in bfloat16, 0.001 in float32",
             ),
         ),
     ),

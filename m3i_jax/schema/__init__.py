@@ -2,8 +2,8 @@
 
 `config.default_config` turns the tree into a ConfigDict, `config.resolve` builds it from a
 ConfigDict and checks it, `--help` prints it. The defaults are the paper's ViT-B/16 run (Table 7)
-unless a help text says otherwise; `[P]` marks what the paper states, the README lists what it
-leaves open.
+unless a help text says otherwise; `[P]` marks what the paper states, configs/README.md lists what
+it leaves open.
 """
 
 import dataclasses
@@ -101,8 +101,9 @@ class Config:
     seed: int = option(0, "seed of all randomness", NumberLimit(0, 2**63 - 1))
     init_from: str = option(
         "",
-        "initial weights: workdir of a run, or a weights file of timm, Hugging Face ViT or"
-        " CLIP, MAE, SiameseIM or Google ViT",
+        "initial weights: workdir of a run, or weights of timm, Hugging Face ViT, CLIP or SigLIP,"
+        " DINOv2 or DINOv3, MAE, SiameseIM, Google ViT, InternImage, or a detector or segmenter"
+        " (configs/README.md)",
         PATH,
     )
     task: str = option(

@@ -144,8 +144,8 @@ class Data:
     )
     path: str = option(
         "",
-        "directory (folder, array_record, hugging_face), glob of tar files (tars; gs:// and"
-        " similar URLs too) or name (tfds)",
+        "directory (folder, array_record, hugging_face, coco, maps), glob of tar files (tars; gs://"
+        " and similar URLs too) or name (tfds)",
         PATH,
     )
     directory: str = option(

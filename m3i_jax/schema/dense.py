@@ -22,8 +22,8 @@ from m3i_jax.schema.limits import (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dino:
     """The head dino; its width is `dense.detect.width`. The defaults are those of its authors;
-    InternImage's detectors have other denoising (noise of 1.0; H: 1000 queries), heads of their own
-    for every layer, and no biases in the projections."""
+    InternImage's detectors have other denoising (noise of 1.0; H: 1000 pairs of noised objects),
+    heads of their own for every layer, and no biases in the projections."""
 
     queries: int = option(
         900, "boxes that are predicted per image; at least `dense.geometry.max_objects`", EVERY
@@ -196,9 +196,8 @@ class Geometry:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask2Former:
     """The head mask2former of segmentation and of detection; its width is `dense.segment.width` or
-    `dense.detect.width`. The defaults are those of its
-    authors for ADE20k at a width of 256; InternImage-H has a width of 1024, 32 attention heads,
-    hidden layers of 4096 and 200 queries."""
+    `dense.detect.width`. The defaults are those of its authors for ADE20k at a width of 256;
+    InternImage-H has a width of 1024, 32 attention heads, hidden layers of 4096 and 200 queries."""
 
     queries: int = option(100, "masks that are predicted per image", EVERY)
     heads: int = option(8, "attention heads of both transformers; they divide the width", HEADS)

@@ -93,6 +93,21 @@ class DetectTask(DenseTask):
             )
         return max(canvases, key=lambda each: each[0] * each[1], default=(side, side))
 
+    def _require_queries(self) -> None:
+        """Refuse objects that a head with queries could not match, before anything is compiled.
+
+        Raises:
+          UserError: a batch has room for more objects than the head has queries.
+        """
+        settings, most = self.config.dense.detect, self.config.dense.geometry.max_objects
+        queries = getattr(getattr(settings, settings.head, None), "queries", most)
+        if queries < most:
+            raise UserError(
+                f"config.dense.detect.{settings.head}.queries: {queries} queries cannot be matched"
+                f" with {most} objects; set at least as many, or a smaller"
+                " dense.geometry.max_objects"
+            )
+
     def divisor(self, batch: Batch) -> Divisor:
         return self.head.divisor(self.config.dense.detect, batch["classes"])
 
@@ -120,6 +135,7 @@ class DetectTask(DenseTask):
     def batches(self, source: Any, tokenizer: Any, **options: Any) -> pipeline.Batches:
         options.pop("views", None)
         self._canvas()
+        self._require_queries()
         return annotated_batches.iterate_detect_batches(self.config, source, **options)
 
     @classmethod

@@ -24,8 +24,8 @@ from m3i_jax.training import entropy_losses, predictions, targets, teachers, vie
 from m3i_jax.training.plan import Plan, TargetKey, target_pass
 
 PlanRow = Sequence[str]
-# (function, *arguments) -> an object with `.total`: profiling.flops.count_flops, which this room
-# may not import
+# (function, *arguments) -> an object with `.total`: profiling.flops.count_flops, which this
+# folder may not import
 Count = Callable[..., Any]
 HEADERS_TERMS = ("term", "encoder reads", "image", "predicts", "by", "posterior", "group")
 HEADERS_CALLS = ("call", "reads", "used by", "GFLOP an image, forward")

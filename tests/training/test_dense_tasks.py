@@ -318,7 +318,7 @@ def test_strides_that_the_encoder_cannot_give_are_refused(
     [
         ({"dense__detect__masks": True}, "config.dense.detect.masks: the head dino predicts boxes"),
         ({"dense__detect__dino__queries": 21}, "dino.queries: 21 queries .* at most 20"),
-        ({"dense__geometry__max_objects": 9}, "dino.queries: 8 must be at least .*max_objects, 9"),
+        ({"dense__geometry__max_objects": 9}, "8 queries cannot be matched with 9 objects"),
         ({"dense__detect__dino__heads": 3}, "config.dense.detect.width: 8 must be a multiple"),
     ],
 )
@@ -330,6 +330,12 @@ def test_settings_that_dino_cannot_have_are_refused(changes: dict, words: str) -
         opt = {"running": RunningState({"pyramid": {}, "head": {}})}
         jax.eval_shape(task.gradients, params, opt, task.batch_shapes())
     assert "\n" not in str(error.value)
+
+
+def test_fewer_queries_than_objects_are_refused_before_the_data_are_read() -> None:
+    task = make_task(dense_settings("dino", dense__geometry__max_objects=9))
+    with pytest.raises(UserError, match="dino.queries: 8 queries cannot be matched with 9 objects"):
+        task.batches(None, None, start=0)
 
 
 def test_dino_reads_the_maps_of_a_convolutional_encoder_as_they_are() -> None:
