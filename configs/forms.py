@@ -42,7 +42,9 @@ def get_config(
     names = tuple(terms.LETTERS.get(name, name) for name in form.split("+"))
     config.objective.forms = names
     config.train.epochs = 400.0  # M3I section 4.2
-    published = {name: published_settings.SETTINGS.get(name, {}) for name in names}
+    batch_size = batch_size or (64 if tiny else 4096)
+    rescale(config, batch_size)
+    published = {name: published_settings.settings_at(name, batch_size) for name in names}
     for settings in published.values():
         apply_overrides(config, [f"{key}={value}" for key, value in settings.items()])
     if epochs:
@@ -53,7 +55,6 @@ def get_config(
         _tiny(config)
     patch = config.model.encoder.patch_size
     config.data.small_views = tuple(_fit(view, patch) for view in config.data.small_views)
-    rescale(config, batch_size or (64 if tiny else 4096))
     if tiny:
         config.optim.lr = 2e-3
         config.optim.ema = min(config.optim.ema, 0.98)  # for hundreds of steps

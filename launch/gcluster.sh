@@ -13,7 +13,8 @@
 # M3I_ACCOUNT, M3I_WORKDIR and M3I_ARGUMENTS, and reads M3I_QUEUE (gcluster finds a single queue
 # itself) and M3I_RESTARTS (default: 100). gcluster counts all restarts alike, also those after exit
 # 42, so there are more of them than in gke.yaml. Refused settings (exit 2) and a model that does
-# not fit (3) end the run at once.
+# not fit (3) end the run at once. The bucket must have a hierarchical namespace: gcluster passes no
+# mount options, and by default gcsfuse renames directories in no other bucket.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -22,8 +22,11 @@ bucket="${BASH_REMATCH[1]}" folder="${BASH_REMATCH[3]}"
 
 read -ra flags <<<"${M3I_GCSFUSE:-}"
 # by the user and not by root, since only who mounts a bucket may use it
-mount=(gcsfuse --implicit-dirs ${folder:+--only-dir "$folder"} ${flags[@]+"${flags[@]}"}
-    "$bucket" "$directory")
+# A save renames the directory of its checkpoint, which gcsfuse refuses by default in a bucket
+# without hierarchical namespace; on large machines it would never notice a file that another host
+# has replaced.
+mount=(gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=60
+    ${folder:+--only-dir "$folder"} ${flags[@]+"${flags[@]}"} "$bucket" "$directory")
 own=(sudo install -d -o "$(id -un)" "$directory")
 if [[ -n "$dry" ]]; then
     quoted "${own[@]}"

@@ -23,16 +23,18 @@ if [[ -z "$extra" ]]; then
     keep_heap
 fi
 
-workdir=runs/quickstart
+# the program refuses a flag that is given twice
+own=(--config configs/quickstart.py) place=(--workdir runs/quickstart) workdir=runs/quickstart
 for ((i = 1; i <= $#; i++)); do
     case "${!i}" in
-        --workdir=*) workdir="${!i#*=}" ;;
-        --workdir) next=$((i + 1)) && workdir="${!next:-}" ;;
+        --config | --config=*) own=() ;;
+        --workdir=*) place=() workdir="${!i#*=}" ;;
+        --workdir) next=$((i + 1)) && place=() workdir="${!next:-}" ;;
     esac
 done
 
 cd "$ROOT"
-"$venv/bin/python" -m m3i_jax.main --config configs/quickstart.py --workdir runs/quickstart "$@"
+"$venv/bin/python" -m m3i_jax.main ${own[@]+"${own[@]}"} ${place[@]+"${place[@]}"} "$@"
 
 "$venv/bin/python" - "$workdir" <<'PYTHON'
 import json

@@ -8,7 +8,8 @@
 #       # prints the commands, to be pasted into a shell
 #
 # Two minutes before the time limit, or when Slurm preempts the job, the run saves and exits with
-# 42, and the job requeues itself. All nodes must see the project and the working directory.
+# 42, and the job requeues itself; also where the signal comes before the first step (143). All
+# nodes must see the project and the working directory.
 #SBATCH --job-name=m3i
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -59,7 +60,7 @@ step=(srun --kill-on-bad-exit=0 --ntasks-per-node=1
 again=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
 if [[ -n "$dry" ]]; then
     command="export M3I_AGAIN=0; $(printf '%q ' "${step[@]}")||"
-    command+=" { ((\$? != 42)) || ${again[*]}; }"
+    command+=" { code=\$?; ((code != 42 && code != 143)) || ${again[*]}; }"
     printf 'cd %q\n' "$PWD"
     if [[ -z "${SLURM_JOB_ID:-}" ]]; then
         echo "sbatch --nodes=$nodes launch/slurm.sh$(printf ' %q' "$@")"
@@ -72,7 +73,8 @@ fi
 trap : TERM # the step gets the signal too: this shell waits until the step has saved
 status=0
 "${step[@]}" || status=$?
-if ((status == 42)); then
+# 143: the signal came before the first step, when there was nothing to save
+if ((status == 42 || status == 143)); then
     echo "slurm.sh: preempted and saved; requeueing the job"
     "${again[@]}"
 fi

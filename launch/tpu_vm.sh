@@ -108,7 +108,7 @@ delete() {
 
 # waits until the slice is active, and requests it again after a preemption
 ready() {
-    local now last='' begun=$SECONDS printed=$SECONDS failures=0 why
+    local now last='' begun=$SECONDS printed=$SECONDS failures=0 refused=0 why
     if [[ -n "$dry" ]]; then
         say "request the slice, unless it exists, and wait until it is there"
         create
@@ -120,7 +120,10 @@ ready() {
         now="$(state)"
         case "$now" in
             ACTIVE) return ;;
-            ABSENT) create || fail "$name could not be requested; see gcloud's message above" ;;
+            ABSENT) # a moment without network looks the same, and the slice cannot be made then
+                create || ((++refused < 3)) ||
+                    fail "$name could not be requested; see gcloud's messages above"
+                ;;
             SUSPENDED | SUSPENDING) delete ;;
             FAILED)
                 why="$("${describe[@]:0:$((${#describe[@]} - 1))}" \
@@ -130,6 +133,7 @@ ready() {
                 delete
                 ;;
         esac
+        if [[ "$now" != ABSENT ]]; then refused=0; fi
         if [[ "$now" != "$last" ]] || ((SECONDS - printed >= 600)); then
             echo "tpu_vm.sh: $name is $now; waited $(((SECONDS - begun) / 60)) of at most $wait" \
                 "minutes for it" >&2

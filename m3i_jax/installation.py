@@ -1,8 +1,10 @@
 """Checks which packages are installed: the losses and encoders alone (`pip install m3i-jax`), or
 the program as well (`pip install 'm3i-jax[train]'`)."""
 
+import importlib
 import importlib.util
 import sys
+from typing import NoReturn
 
 # {module that the program imports: package of the extra `train`}
 PROGRAM = {
@@ -49,9 +51,17 @@ def require_program(user: str) -> None:
 
 
 def exit_without_program() -> None:
-    """End the process with one line and exit code 2 unless the program is installed."""
+    """End the process with one line and exit code 2 unless the program is installed and jax accepts
+    its environment variables, which it reads when it is imported."""
     try:
         require_program("the command line")
+        importlib.import_module("jax")
     except ImportError as error:
-        print(f"m3i_jax: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except ValueError as error:
+        _refuse(f"jax refuses its environment ({error}); correct or unset the variable JAX_...")
+
+
+def _refuse(reason: str) -> NoReturn:
+    print(f"m3i_jax: {reason}", file=sys.stderr)
+    sys.exit(2)

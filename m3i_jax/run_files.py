@@ -235,7 +235,7 @@ def note_mark(path: pathlib.Path, new: Mark) -> None:
     """
     note = _note_of(path)
     known = [new, *(old for old in noted_marks(path) if old != new)][:2]
-    temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
+    temporary = note.with_name(f".{note.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -167,6 +167,24 @@ def test_unknown_devices_are_refused_on_one_line() -> None:
     )
 
 
+@pytest.mark.parametrize("module", ["m3i_jax", "m3i_jax.main"])
+def test_environment_that_jax_cannot_read_is_refused_on_one_line(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_ENABLE_X64": "perhaps"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        done.returncode == 2
+        and "'perhaps'" in done.stderr
+        and "JAX_ENABLE_X64" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
+
+
 def test_full_output_is_refused() -> None:
     show = f"--config configs/quickstart.py --mode=show {' '.join(TINY)}"
     command_line = f"{sys.executable} -m m3i_jax.main {show} > /dev/full"

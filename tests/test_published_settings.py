@@ -81,6 +81,22 @@ def test_steps_override_epochs_and_rates_scale_with_the_batch():
     ) >= {"optim.lr", "train.steps", "model.decoder.width"}
 
 
+def test_rates_are_those_of_the_batch_that_they_were_published_for():
+    """capi's of 16,384 images; the rate at the end stays below the peak; a method that is joined
+    with another keeps its own."""
+    for batch, expected in (
+        (40_000, (1e-3, 1.04e-4, 0.999)),
+        (16_384, (1e-3, 1.04e-4, 0.999)),
+        (4096, (2.5e-4, 2.6e-5, 0.99975)),
+    ):
+        optim = resolved(f"forms.py:form=capi,batch_size={batch}").optim
+        assert (optim.lr, optim.min_lr, optim.ema) == pytest.approx(expected)
+    joined = configuration.load_config(f"{ROOT}/configs/forms.py:form=capi+dino").optim
+    assert (joined.lr, joined.ema) == pytest.approx((8e-3, 0.984))
+    clip = resolved("forms.py:form=clip,batch_size=64").optim
+    assert (clip.lr, clip.min_lr) == pytest.approx((5e-4 / 64, 1e-5 / 64))
+
+
 def test_show_prints_the_line(capsys, monkeypatch):
     leave_out_estimates(monkeypatch)
     config = toy.settings(objective__forms="simclr")

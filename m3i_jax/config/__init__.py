@@ -125,11 +125,13 @@ def resolve(config: ml_collections.ConfigDict) -> schema.Config:
 
 
 def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
-    """Set the batch size, and scale learning rate and target momentum to it by the linear rule.
+    """Set the batch size, and scale learning rates and target momentum to it by the linear rule.
 
-    Below the paper's 4,096 images, lr becomes lr * B / 4096 and the momentum m becomes
-    1 - (1 - m) * B / 4096, so that the target moves equally far per epoch; warm-up and length are
-    in epochs and stay. Above 4,096 both stay, as the paper has the same values at 4,096 and 40,000.
+    Below `train.batch_size`, the images R that the rates are given for (the paper's 4,096), lr and
+    min_lr are multiplied by B / R and the momentum m becomes 1 - (1 - m) * B / R, so that the
+    target moves equally far per epoch; warm-up and length are in epochs and stay. Above R all stay,
+    as the paper has the same values at 4,096 and 40,000. A method whose rates are given for another
+    R: `published_settings.settings_at`.
 
     >>> config = default_config(); rescale(config, 1024)
     >>> config.optim.lr, round(config.optim.ema, 5)
@@ -140,6 +142,7 @@ def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
     """
     scale = min(1.0, batch_size / config.train.batch_size)
     config.optim.lr *= scale
+    config.optim.min_lr *= scale
     config.optim.ema = 1 - (1 - config.optim.ema) * scale
     config.train.batch_size = batch_size
 

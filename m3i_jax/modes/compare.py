@@ -25,7 +25,14 @@ from m3i_jax import parallel, published_settings, run_files, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.modes import monitoring, train
-from m3i_jax.modes.setup import Setup, lock_workdir, open_setup, require_views, with_objective
+from m3i_jax.modes.setup import (
+    Setup,
+    lock_workdir,
+    open_setup,
+    require_shared,
+    require_views,
+    with_objective,
+)
 from m3i_jax.reporting import compare_table, run_log, text_table
 from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import loop, plan
@@ -86,6 +93,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     for name in itertools.chain(*trains):
         plan.terms_named(name, "config.compare.forms")
     plan.reject_unused_settings(config, trains)
+    require_shared(pathlib.Path(workdir))
     base = open_setup(config, workdir, trains=trains)
     main = jax.process_index() == 0
     with lock_workdir(base.workdir):
@@ -137,28 +145,35 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
 
 
 def read_result(setup: Setup, allow_changes: bool) -> dict[str, Any] | None:
-    """Returns the saved result of a run; None if it has none yet.
+    """Returns the saved result of a run; None if it has none yet. The first host reads it for all:
+    others may not see it yet.
 
     Raises:
       UserError: the file is not a result, or of a run with other settings.
     """
     path = setup.workdir / RESULT
-    if not path.is_file():
-        return None
-    result = run_files.read_run_json(
-        path, "restore it, or delete it: it is written again from the run's log"
-    )
-    if not is_result(result):
-        raise UserError(
-            f"{path}: is not the result of a run; delete it: it is written again from the run's log"
+    result: dict[str, Any] = {}
+    if not jax.process_index() and path.is_file():
+        result = run_files.read_run_json(
+            path, "restore it, or delete it: it is written again from the run's log"
         )
+        if not is_result(result):
+            raise UserError(
+                f"{path}: is not the result of a run; delete it: it is written again from the run's"
+                " log"
+            )
+    result = json.loads(parallel.exchange_values("result", json.dumps(result))[0])
+    if not result:
+        return None
     train.check_same_run(setup, result, allow_changes)
     return result
 
 
 def write_result(setup: Setup, form: str, seed: int, cost: float) -> dict[str, Any]:
     """Write the result of a run that has ended; returns it. cost: FLOPs of a step."""
-    values = read_outcome(setup) | {"flops": cost}
+    # the first host wrote the log, of which others may not see the end yet
+    own = {} if jax.process_index() else read_outcome(setup)
+    values = json.loads(parallel.exchange_values("outcome", json.dumps(own))[0]) | {"flops": cost}
     values |= {
         "images": values["step"] * setup.config.train.batch_size,
         "run_flops": values["step"] * cost,
@@ -204,7 +219,7 @@ def run_one(setup: Setup, allow_changes: bool) -> int:
     """Train one run, as --mode=train would in its directory."""
     setup.workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
     vocabulary = setup.workdir / "tokenizer.json"
-    if setup.tokenizer and not vocabulary.is_file():
+    if setup.tokenizer and not jax.process_index() and not vocabulary.is_file():
         setup.tokenizer.save(str(vocabulary))
     with lock_workdir(setup.workdir):
         code = train.pretrain(setup, allow_changes)

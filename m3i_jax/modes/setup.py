@@ -8,8 +8,10 @@ import functools
 import os
 import pathlib
 import re
+import secrets
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -239,6 +241,41 @@ def make_workdir(workdir: pathlib.Path) -> None:
             " directory"
         ) from error
     check_writable(workdir, f"--workdir {workdir}", "choose another directory")
+
+
+def require_shared(workdir: pathlib.Path) -> None:
+    """Refuse a working directory that is another one on each host, as on local disks: checkpoints
+    would be scattered over them. Creates it if it does not exist; all hosts call this.
+
+    Raises:
+      UserError: on every host; names those that do not see a file of the first host.
+
+    >>> require_shared(pathlib.Path("/tmp"))
+    """
+    if parallel.host_names() == 1:
+        return
+    make_workdir(workdir)
+    main = not jax.process_index()
+    word = parallel.exchange_values("shared", secrets.token_hex(8) if main else "")[0]
+    file = workdir / f".shared-{word}"
+    if main:
+        file.write_text(word, encoding="utf-8")
+    parallel.barrier("shared, written")
+    for _ in range(10):
+        if seen := file.is_file():
+            break
+        time.sleep(0.5)  # a network file system may be late
+    answers = parallel.exchange_values("shared, seen", "" if seen else "no")
+    if main:
+        with contextlib.suppress(OSError):
+            file.unlink()
+    if blind := [parallel.host_label(number) for number, answer in enumerate(answers) if answer]:
+        more = f" and {len(blind) - 3} more" if len(blind) > 3 else ""
+        raise UserError(
+            f"--workdir {workdir}: is another directory on {', '.join(blind[:3])}{more} than on"
+            f" {parallel.host_label(0)}; give one that all hosts see, of a network file system or a"
+            " mounted bucket"
+        )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.modes import evaluators, monitoring, report
-from m3i_jax.modes.setup import Setup, lock_workdir, open_setup
+from m3i_jax.modes.setup import Setup, lock_workdir, open_setup, require_shared
 from m3i_jax.modes.task_views import task_views
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import run_log, writers
@@ -33,6 +33,7 @@ def run(
     kind = task_kind(config.task)
     kind.reject_unused_settings(config)
     report.refuse_absent(config)
+    require_shared(pathlib.Path(workdir))
     setup = open_setup(config, workdir, trains=kind.objectives(config))
     distributed.assert_same_on_all_hosts("data", {"data": setup.identity})
     with lock_workdir(setup.workdir):
@@ -201,11 +202,7 @@ def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
     views = task_views(config.task)
     trainer = setup.make_trainer()
     trainer.check_state_fits()
-    earlier = (
-        goodput.resumed_seconds(position.get("seconds", {}), monitoring.log_metrics(workdir / LOG))
-        if newest
-        else {}
-    )
+    earlier = earlier_seconds(workdir, position) if newest else {}
     writer = writers.open_writers(
         config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0
     )
@@ -292,6 +289,13 @@ def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
             f" in {workdir / 'report.html'}"
         )
     return code
+
+
+def earlier_seconds(workdir: pathlib.Path, position: dict[str, Any]) -> dict[str, float]:
+    """Returns seconds by phase of a run before it was resumed from a checkpoint. Only the first
+    host reads the log: it replaces the file meanwhile."""
+    logged = {} if jax.process_index() else monitoring.log_metrics(workdir / LOG)
+    return goodput.resumed_seconds(position.get("seconds", {}), logged)
 
 
 def evaluations_done(log: pathlib.Path) -> frozenset[int]:

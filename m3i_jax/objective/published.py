@@ -232,7 +232,8 @@ PUBLISHED: dict[str, PublishedMethod] = {
         ),
         left_out=(
             "a random choice of the masked view and a random share of hidden cells (the first view"
-            " and 30 %), a patch centre over visible tokens too, the rest as in dino"
+            " and 30 %), a patch centre over visible tokens too, trained lengths of the prototypes"
+            " of its ViT-S, the rest as in dino"
         ),
     ),
     # DINOv2 (arXiv 2304.07193, section 4 and table 16; dinov2/train/ssl_meta_arch.py)
@@ -254,10 +255,9 @@ PUBLISHED: dict[str, PublishedMethod] = {
         ),
         left_out=(
             "a random choice of the masked views and of the share of hidden cells (the first view"
-            " and 30 %), separate heads and SwiGLU of its large models, LayerScale, stochastic"
-            " depth by a subset of the batch, a fifth of the rate for the patch embedding,"
-            " clipping of each part by itself, the rate by the root of the batch size, the rest as"
-            " in dino"
+            " and 30 %), separate heads and SwiGLU of its large models, stochastic depth by a"
+            " subset of the batch, a fifth of the rate for the patch embedding, clipping of each"
+            " part by itself, the rate by the root of the batch size, the rest as in dino"
         ),
     ),
     # I-JEPA (arXiv 2301.08243, section 3; facebookresearch/ijepa, src/masks/multiblock.py)
@@ -273,7 +273,8 @@ PUBLISHED: dict[str, PublishedMethod] = {
         left_out=(
             "block sizes and the cut of the context drawn once for a batch (here of each image,"
             " with fixed counts, cut at either end), places that never reach the last row and"
-            " column, the linear EMA schedule, the rising weight decay, the predictor's last norm"
+            " column, the linear EMA schedule, the rising weight decay, the predictor's last norm,"
+            " its initial values (normal, 0.02, and last matrices of block l by the root of 2 l)"
         ),
     ),
     "siamese_im": PublishedMethod(

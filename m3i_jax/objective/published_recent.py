@@ -130,18 +130,17 @@ RECENT: dict[str, PublishedMethod] = {
     "simdino": PublishedMethod(
         terms=(
             *dino_terms(FULL, _SIM, Cosine(scale=0.5)),
-            *_of_both_views("coding_rate", CodingRate(eps=0.5, scaled=True), _SIM, 0.5),
+            *_of_both_views("coding_rate", CodingRate(eps=0.05, scaled=True), _SIM, 0.5),
         ),
         kept=(
             "DINO's views and pairs, head of three layers to 256 without prototypes, cosine to the"
             " EMA target of another view, coding rate of the online large views times (D + m) / (D"
-            " m) with eps 0.5; no temperature, centre or Sinkhorn"
+            " m) with eps 0.05, its command's; no temperature, centre or Sinkhorn"
         ),
         left_out=(
             "the rising weight decay, the coding rate of one"
             " device (here of the batch; CodingRate.group sets another number of rows) and of the"
-            " mean with the target's features (here of the online ones), eps 0.05 of its command"
-            " (here its code's default)"
+            " mean with the target's features (here of the online ones)"
         ),
     ),
     # DINOv3's Gram anchoring (arXiv 2508.10104, sections 4.2 and 4.3; facebookresearch/dinov3,
@@ -169,7 +168,7 @@ RECENT: dict[str, PublishedMethod] = {
         left_out=(
             "views of the target cut anew at twice the pixels and without colour changes (here the"
             " input's view is enlarged), the rise of the weight by a cosine over 1,000 steps, half"
-            " of the weight of small views in this stage"
+            " of the weight of small views in this stage, rotary positions rescaled at random"
         ),
     ),
     # CAPI (arXiv 2502.08769, sections 3 and 4; facebookresearch/capi, train_capi.py, model.py)
@@ -287,8 +286,9 @@ RECENT: dict[str, PublishedMethod] = {
         ),
         left_out=(
             "boxes and their captions in the decoder's text (locca+siglip2 has them),"
-            " self-distillation in the last fifth of the run alone and on views of its own (here"
-            " the pairs read an augmented view, too), NaFlex"
+            " self-distillation in the last fifth of the run alone and on augmented views of its"
+            " own (here pairs and target read one plain view, and small ones have its colours), an"
+            " encoder without cls, the pooling as in siglip, 256,000 tokens, NaFlex"
         ),
     ),
     # TIPS (arXiv 2410.16512, section 3)
@@ -300,7 +300,9 @@ RECENT: dict[str, PublishedMethod] = {
         ),
         left_out=(
             "the second cls token with a synthetic caption (a record has one caption), sinusoidal"
-            " positions and scaled embeddings of the text tower, rates and length of its runs"
+            " positions, scaled embeddings and ReLU of the text tower, LayerScale, its augmentation"
+            " (here the pairs read a view with colour changes and flips), rates and length of its"
+            " runs"
         ),
     ),
 }

@@ -56,7 +56,7 @@ class Heartbeat:
         else:
             address = barriers.coordinator().rsplit(":", 1)[0].strip("[]")
             connection = socket.create_connection(
-                (address, int(barriers.read_published(_KEY))), timeout=min(self.limit, 20.0)
+                (address, int(barriers.read_published(_KEY))), timeout=min(self.limit / 2, 20.0)
             )
             connection.sendall(
                 f"{barriers.host_name()} {barriers.host_label(barriers.host_name())}\n".encode()
@@ -71,6 +71,11 @@ class Heartbeat:
         self._connections[number], self._buffers[number] = connection, b""
         self._last_heard[number] = time.monotonic()
         self._selector.register(connection, selectors.EVENT_READ, number)
+
+    def leave_out(self, hosts: list[int]) -> None:
+        """These hosts send no heartbeats, so their silence means nothing."""
+        for number in hosts:
+            self._last_heard.pop(number, None)
 
     def refuse(self, status: int) -> None:
         """A user's mistake ends this process with a status: from here on no other host counts as
@@ -185,18 +190,33 @@ def end_heartbeat(text: str) -> None:
 
 
 def start_heartbeat(limit: float, log: Callable[[str], None] = print) -> None:
-    """Start the heartbeats of this process. Does nothing with one host, with a limit of 0, or if
-    they were started."""
-    if barriers.host_names() == 1 or not limit or _running:
+    """Start the heartbeats of this process, unless the limit is 0; all hosts call this. With one
+    host, or if they were started, it does nothing."""
+    if barriers.host_names() == 1 or _running:
         return
-    heartbeat = Heartbeat(limit, end_heartbeat)
+    heartbeat, first, reason = Heartbeat(limit, end_heartbeat), barriers.host_name() == 0, ""
     try:
-        heartbeat.open()
+        if limit:
+            heartbeat.open()
+        else:
+            reason = "parallel.heartbeat is 0"
     except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    if first and reason:  # the others wait for its port
+        barriers.publish(_KEY, "")
+    # host 0 would take a host that cannot connect, as behind a firewall, for lost
+    reasons = barriers.exchange_values("heartbeats", reason)
+    silent = [number for number, text in enumerate(reasons) if text]
+    heartbeat.leave_out(silent)
+    if limit and (reason or (first and silent)):
+        number = silent[0] if first and not reason else 0
+        more = f" and {len(silent) - 1} more" if number and len(silent) > 1 else ""
         log(
-            f"warning: no heartbeats from {barriers.host_label(0)} ({error}); only jax.distributed"
-            " detects a lost host, without its name"
+            f"warning: no heartbeats from {barriers.host_label(number)}{more}"
+            f" ({reasons[number] or reason}); only jax.distributed detects a lost host, without its"
+            " name"
         )
+    if reason:
         return
     before = sys.excepthook
 
@@ -226,8 +246,8 @@ def _close_at_exit(heartbeat: Heartbeat) -> None:
 
 @contextlib.contextmanager
 def refuse_on_error() -> Iterator[None]:
-    """End the other hosts too if the block raises a UserError that only this host has, such as a
-    file that vanished while host 0 read it. They would wait for this host.
+    """End the other hosts too if the block raises an error that only this host has, such as a file
+    that vanished while host 0 read it, or a bug. They would wait for this host.
 
     >>> with refuse_on_error(): print("one host")
     one host
@@ -237,4 +257,8 @@ def refuse_on_error() -> Iterator[None]:
     except UserError as error:
         for heartbeat in _running:
             heartbeat.refuse(error.status)
+        raise
+    except Exception:  # main prints it and exits without `sys.excepthook`
+        for heartbeat in _running:
+            heartbeat.status = 1
         raise

@@ -48,10 +48,7 @@ class JsonLines:
     def __init__(self, path: pathlib.Path):
         self._path = path = pathlib.Path(path)
         try:
-            # opening a pipe without a reader must not block
-            self._file = os.open(
-                path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666
-            )
+            self._file = self._open()
             device = stat.S_ISCHR(os.fstat(self._file).st_mode)
             before = b"" if device else run_files.read_bytes(path, 2**32)
         except OSError as error:
@@ -60,6 +57,11 @@ class JsonLines:
                 " --workdir"
             ) from error
         self._size, self._content = len(before), xxhash.xxh3_64(before)
+
+    def _open(self) -> int:
+        # opening a pipe without a reader must not block
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
+        return os.open(self._path, flags, 0o666)
 
     def write(self, step: int, values: Values) -> None:
         line = (
@@ -81,8 +83,17 @@ class JsonLines:
         now = self._size, self._content.hexdigest()
         with contextlib.suppress(UserError):  # a full disk: the earlier record still holds
             if self._path.is_file():
+                self._flush()
                 run_files.note_mark(self._path, now)
         return now
+
+    def _flush(self) -> None:
+        """Bring all lines to the disk. A mounted bucket keeps what is written to an open file on
+        this machine, so the file is closed, and another descriptor of it goes on."""
+        with contextlib.suppress(OSError):  # the lines stay where they are
+            os.fsync(self._file)
+            before, self._file = self._file, self._open()
+            os.close(before)
 
     def close(self) -> None:
         self.mark()

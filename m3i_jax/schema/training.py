@@ -77,16 +77,16 @@ class Optim:
     )
     weight_decay: float = option(
         0.1,
-        "AdamW's decoupled weight decay [P]; biases, norms, tokens, position tables and"
-        " logit scale are exempt",
+        "AdamW's decoupled weight decay [P]; biases, norms, LayerScale, tokens, registers, queries,"
+        " prototypes, tables of positions and levels, and logit scale are exempt",
         WEIGHT,
     )
     decayed: str = option(
         "matrices",
-        "which parameters decay; matrices: not biases, norms, tokens, position tables and logit"
-        " scale; but_norms: not the norms of the encoder and of the transformers of heads, its"
-        " position table, and queries of masks (detectron2); ranks: those with more than one axis,"
-        " tokens and tables too, but not offsets of deformable attention in heads (mmsegmentation)",
+        "which parameters decay; matrices: not those that weight_decay lists; but_norms: not the"
+        " norms of the encoder and of the transformers of heads, its position table, and queries of"
+        " masks (detectron2); ranks: those with more than one axis, tokens and tables too, but not"
+        " offsets of deformable attention in heads (mmsegmentation)",
         "matrices",
         "but_norms",
         "ranks",

@@ -143,8 +143,11 @@ class Checkpoints:
           SavesFailed: the previous save failed, as the last of MAX_FAILURES in a row.
         """
         self._finish_previous()
-        # the view that one host has of a shared disk may be old: it alone would start a save
-        if step not in (self._saved, *checkpoint_dir.complete_steps(self._directory)):
+        # The view that one host has of a shared disk may be old: it alone would start a save, or
+        # none. The first host decides.
+        there = step in (self._saved, *checkpoint_dir.complete_steps(self._directory))
+        answers = parallel.exchange_values("save", "there" if there else "", limit=self.LIMIT)
+        if not answers[0]:
             self._start(step, state, position)
 
     def retry(self) -> bool:

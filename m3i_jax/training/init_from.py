@@ -26,7 +26,7 @@ from m3i_jax.models.vit import fixed_positions
 from m3i_jax.objective import positions
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training.task import State
-from m3i_jax.training.weight_source import RUNNING, WeightSource, open_weights, put_array
+from m3i_jax.training.weight_source import RUNNING, WeightSource, open_on_all_hosts, put_array
 
 _RELATIVE = ("encoder/relative/", f"encoder/{composite.SECOND}relative/")
 TABLE, MASK_TOKEN = "encoder/positions", "encoder/mask_token"
@@ -85,7 +85,7 @@ def initialize_from(
     layout = {
         path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
     }
-    source = open_weights(config.init_from, weights=config.init.weights)
+    source = open_on_all_hosts(config.init_from, weights=config.init.weights)
     source = _for_both_copies(source, target)
     selected = {path for path in target if _matches(config.init.only, path)}
     restarted: list[str] = []
@@ -123,7 +123,7 @@ def with_statistics(state: State, location: str) -> State:
     Raises:
       UserError: as of `open_weights`.
     """
-    source = open_weights(location)
+    source = open_on_all_hosts(location)
     names = {path: path.removeprefix(RUNNING) for path in source.shapes if path.startswith(RUNNING)}
     if not names:
         return state

@@ -308,8 +308,9 @@ def run_loop(
                 raise reason.error from None
             callbacks.log(f"preempted: saved step {now}; run the same command again to resume")
             return PREEMPTED, state
-    with metrics_log.clock.phase("save"):
-        callbacks.checkpoints.wait(state)
+        # a signal meanwhile does not cost the last checkpoint
+        with metrics_log.clock.phase("save"):
+            callbacks.checkpoints.wait(state)
     return DONE, state
 
 

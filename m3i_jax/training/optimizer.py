@@ -20,7 +20,7 @@ from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import targets, teachers
-from m3i_jax.training.update_rules import muon_or_adam, schedule_free
+from m3i_jax.training.update_rules import clip_update, muon_or_adam, schedule_free
 
 Schedule = Callable[[Any], Any]  # a function of the step
 Mask = Callable[[Any], Any]  # params -> tree of booleans
@@ -131,7 +131,8 @@ def build_chain(
     rule: optax.GradientTransformation = optax.chain(*links, scale_by_lr_factor(config))
     if o.rule == "schedule_free":  # what is held stays in z, too, or the average would move
         rule = optax.chain(rule, *(transform for _, transform in held))
-        rule, held = schedule_free(rule, rate, b1=o.b1), ()
+        limits = {"logit_scale": LOGIT_SCALE_LIMITS}
+        rule, held = schedule_free(rule, rate, b1=o.b1, limits=limits), ()
     return optax.named_chain(
         *first,
         ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
@@ -367,10 +368,7 @@ def clamp_parameter(name: str, low: float, high: float) -> optax.GradientTransfo
     [low, high]."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if name in updates:
-            old = params[name]
-            updates = {**updates, name: jnp.clip(old + updates[name], low, high) - old}
-        return updates, state
+        return clip_update(updates, params, name, low, high), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

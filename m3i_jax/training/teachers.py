@@ -158,7 +158,7 @@ def load_params(path: str, shardings: Any) -> Any:
     """Returns the parameters of a teacher with these shardings."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(shardings)
     names = {f"encoder/{path_text(key)}": sharding for key, sharding in leaves}
-    arrays = weight_source.open_weights(path, key=KEY).read(names)
+    arrays = weight_source.open_on_all_hosts(path, key=KEY).read(names)
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
 

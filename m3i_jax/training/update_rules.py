@@ -16,7 +16,7 @@ L layers, n matrices, a b rows and columns.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -157,8 +157,25 @@ def muon_or_adam(
     return optax.partition(rules, labels)
 
 
+def clip_update(updates: Any, params: Any, name: str, low: float, high: float) -> Any:
+    """Returns updates with which the top-level parameter `name`, if there is one, stays inside
+    [low, high].
+
+    >>> print(clip_update({"scale": 3.0}, {"scale": 1.0}, "scale", 0.0, 2.0)["scale"])
+    1.0
+    """
+    if name not in updates:
+        return updates
+    old = params[name]
+    return {**updates, name: jnp.clip(old + updates[name], low, high) - old}
+
+
 def schedule_free(
-    base: optax.GradientTransformation, rate: Callable[[Any], Any], *, b1: float
+    base: optax.GradientTransformation,
+    rate: Callable[[Any], Any],
+    *,
+    b1: float,
+    limits: Mapping[str, tuple[float, float]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`z <- z + base(gradient at y)`, `x <- (1 - c) x + c z`, `y <- b1 x + (1 - b1) z`, with c the
     share of this step's squared learning rate (the largest so far) in their sum.
@@ -167,8 +184,28 @@ def schedule_free(
       base: a rule without momentum, with its learning rate and decay, which act at y.
       rate: its learning rate by step: a warm-up, then constant.
       b1: between 0 and 1, 0 excluded; the part of x in y.
+      limits: {top-level parameter: (low, high)} of z, and so of its averages x and y. If y alone
+        were limited, z would go on beyond the limit, and x = (y - (1 - b1) z) / b1 would fall away
+        from it on the other side.
     """
-    return optax.contrib.schedule_free(base, rate, b1=b1)
+    base = optax.with_extra_args_support(base)
+
+    def limited(
+        grads: Any, state: Any, params: Any = None, *, z: Any, **more: Any
+    ) -> tuple[Any, Any]:
+        updates, state = base.update(grads, state, params, **more)
+        for name, (low, high) in (limits or {}).items():
+            updates = clip_update(updates, z, name, low, high)
+        return updates, state
+
+    rule = optax.contrib.schedule_free(
+        optax.GradientTransformationExtraArgs(base.init, limited), rate, b1=b1
+    )
+
+    def update(grads: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
+        return rule.update(grads, state, params, z=state.z, **more)
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
 
 
 def averaged_params(opt: Any, params: Any) -> Any:

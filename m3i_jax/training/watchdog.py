@@ -1,17 +1,19 @@
 """Detects a run that hangs: a thread writes the stacks of all threads to a file, logs one line, and
 ends the run if so configured."""
 
+import contextlib
 import faulthandler
 import os
 import pathlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from m3i_jax.training.goodput import GoodputClock
 
 FAILED = 1
+PATIENCE = 10.0  # seconds that a report may take: what hangs may be the disk that it goes to
 
 
 class Watchdog:
@@ -21,7 +23,7 @@ class Watchdog:
     seconds without any (`first` seconds before the first step of the process has ended, since it
     compiles), the stacks of all threads are appended to `path` and `log` gets one line; again
     after every further `limit` seconds. The stacks are written even if the interpreter is stuck
-    and runs no Python thread.
+    and runs no Python thread. A disk that hangs or is full costs the report, not the end.
 
     Args:
       clock: of the run.
@@ -58,12 +60,13 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout=2 * PATIENCE)
 
     def _watch(self) -> None:
         period = min(self._limit / 4, 10.0)
         reports, alive = 0, self._clock.alive
-        with open(self._path, "a", encoding="utf-8") as file:
+        # closing the file may fail as writing to it did
+        with contextlib.suppress(OSError), self._open() as file:
             try:
                 while not self._stop.wait(period):
                     limit = self._limit if self._clock.ended else max(self._first, self._limit)
@@ -74,7 +77,11 @@ class Watchdog:
                     silent = time.monotonic() - alive
                     if silent >= limit * (reports + 1):
                         reports += 1
-                        self._report(file, silent)
+                        report = threading.Thread(
+                            target=self._report, args=(file, silent), name="report", daemon=True
+                        )
+                        report.start()
+                        report.join(timeout=PATIENCE)
                         if self._abort and reports >= self._abort:
                             self._log(
                                 f"ended by the watchdog after {reports} report(s) in a row"
@@ -84,19 +91,30 @@ class Watchdog:
                             return
             finally:
                 faulthandler.cancel_dump_traceback_later()
-        if not self._path.stat().st_size:
-            self._path.unlink()
+        with contextlib.suppress(OSError):
+            if not self._path.stat().st_size:
+                self._path.unlink()
 
-    def _report(self, file: Any, silent: float) -> None:
+    def _open(self) -> TextIO:
+        try:
+            return open(self._path, "a", encoding="utf-8")
+        except OSError as error:
+            self._log(
+                f"warning: {self._path} cannot be written ({error.strerror or error}): if the run"
+                " hangs, the log says so without stacks"
+            )
+            return open(os.devnull, "a", encoding="utf-8")
+
+    def _report(self, file: TextIO, silent: float) -> None:
         where = f"in phase {self._clock.now!r} after {self._clock.ended:,} step(s) of this process"
-        file.write(
-            f"{time.strftime('%Y-%m-%d %H:%M:%S')}  no sign of life for {silent:,.1f} s, {where}\n"
-        )
-        file.flush()
-        faulthandler.dump_traceback(file=file, all_threads=True)
-        file.write("\n")
-        file.flush()
-        self._log(
-            f"warning: no sign of life for {silent:,.0f} s, {where}: the stacks of all threads are"
-            f" in {self._path}"
-        )
+        stacks = f"the stacks of all threads are in {self._path}"
+        when = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            file.write(f"{when}  no sign of life for {silent:,.1f} s, {where}\n")
+            file.flush()
+            faulthandler.dump_traceback(file=file, all_threads=True)
+            file.write("\n")
+            file.flush()
+        except OSError as error:
+            stacks = f"{self._path} cannot be written ({error.strerror or error})"
+        self._log(f"warning: no sign of life for {silent:,.0f} s, {where}: {stacks}")

@@ -23,6 +23,7 @@ from m3i_jax.interop import (
     vit_weights,
 )
 from m3i_jax.models import backbones, composite
+from m3i_jax.parallel import distributed
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint_dir, checksums, update_rules
 
@@ -127,6 +128,16 @@ def open_weights(
         unused,
         published.notes,
     )
+
+
+def open_on_all_hosts(
+    location: str, *, weights: str = "online", key: str = "config.init_from"
+) -> WeightSource:
+    """`open_weights`, when a run starts: its hosts must read the same checkpoint, and a run that
+    still trains may show them different newest ones. Also raises UserError: it does."""
+    source = open_weights(location, weights=weights, key=key)
+    distributed.assert_same_on_all_hosts(key, {key: source.name})
+    return source
 
 
 def _add_detector(published: vit_weights.PublishedWeights, table: tensor_files.TensorFile) -> None:
@@ -365,6 +376,7 @@ def load_encoder(workdir: str, template: Any, shardings: Any) -> Any:
     """
     key = "config.objective.target_checkpoint"
     run = RunWeights(workdir, key)
+    distributed.assert_same_on_all_hosts(key, {key: f"{workdir} (step {run.step:,})"})
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
     own = {"params/encoder/" + path_text(path): leaf.shape for path, leaf in leaves}
     if differences := [

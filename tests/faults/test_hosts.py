@@ -208,12 +208,13 @@ REFUSE = (
     from m3i_jax.parallel import heartbeat
     distributed.initialize(place, limit=60)
     barriers.barrier("all")
+    bug = sys.argv[4].startswith("bug")
     if str(me) in sys.argv[4]:
         try:
             with heartbeat.refuse_on_error():
-                raise UserError("'7.jpg' cannot be read")
-        except UserError as error:
-            sys.exit(error.status)  # as main does
+                raise ValueError("a bug") if bug else UserError("'7.jpg' cannot be read")
+        except Exception as error:
+            sys.exit(getattr(error, "status", 1))  # as main does
     barriers.barrier("never", limit=100.0)
 """
 )
@@ -225,13 +226,14 @@ def test_a_mistake_that_one_host_meets_ends_all(tmp_path: pathlib.Path) -> None:
     error that all hosts have is reported by each."""
     script = tmp_path / "refuse.py"
     script.write_text(textwrap.dedent(REFUSE))
-    pairs = {who: start(script, who) for who in ("0", "1", "01")}
+    pairs = {who: start(script, who) for who in ("0", "1", "01", "bug 1")}
     try:
         for who, both in pairs.items():
             for i, process in enumerate(both):
                 _, err = process.communicate(timeout=90)
-                expected = "" if str(i) in who else f"m3i_jax: lost host {who} ("
-                assert process.returncode == (1 if expected else 2) and expected in err, (
+                expected = "" if str(i) in who else f"m3i_jax: lost host {who[-1]} ("
+                code = 1 if expected or "bug" in who else 2
+                assert process.returncode == code and expected in err, (
                     who,
                     i,
                     process.returncode,

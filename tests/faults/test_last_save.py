@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 from typing import Any
 
 import jax
@@ -37,6 +38,21 @@ def failing(event: str, error: Exception, **more: Any) -> World:
 
     world.at[event] = fail
     return world
+
+
+@pytest.mark.fast
+@pytest.mark.row("A2", "A3")
+def test_a_signal_during_the_last_save_does_not_cost_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the handlers, SIGTERM would end the process, and with it the save."""
+    world, before = World(2), signal.getsignal(signal.SIGTERM)
+
+    def wait() -> None:
+        assert signal.getsignal(signal.SIGTERM) != before
+        signal.raise_signal(signal.SIGTERM)
+
+    world.at["wait"] = wait
+    assert world.run(monkeypatch) == loop.DONE and world.events[-1] == "wait"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.fast

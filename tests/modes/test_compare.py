@@ -140,6 +140,22 @@ def test_finished_runs_are_not_repeated(ran, tmp_path) -> None:
     assert [(row["form"], row["seeds"]) for row in rows] == [("sim", [0, 1]), ("mim", [0, 1])]
 
 
+def test_another_host_takes_what_the_first_reads(ran, tmp_path, monkeypatch) -> None:
+    """It may not see the log or the result yet, nor does it write."""
+    compare.run(settings(compare__seeds=1), workdir=str(tmp_path), allow_changes=False)
+    job = next(job for job in ran if job.workdir.name == "mim-0")
+    outcome, result = compare.read_outcome(job), compare.read_result(job, False)
+    for name in ("metrics.jsonl", compare.RESULT):
+        (job.workdir / name).unlink()
+    sent = {"outcome": outcome, "result": result}
+    exchange = lambda name, text, **_: [json.dumps(sent[name]) if name in sent else text, text]
+    monkeypatch.setattr(compare.parallel, "exchange_values", exchange)
+    monkeypatch.setattr(compare.jax, "process_index", lambda: 1)
+    assert compare.read_result(job, False) == result
+    assert compare.write_result(job, "mim", 0, 7e9) == result
+    assert not (job.workdir / compare.RESULT).exists()
+
+
 def test_a_result_of_other_settings_is_refused(ran, tmp_path) -> None:
     compare.run(settings(), workdir=str(tmp_path), allow_changes=False)
     with pytest.raises(UserError, match=r"mim-0.*optim.lr"):

@@ -174,3 +174,12 @@ def test_a_run_and_its_restart_account_for_all_time(
         after["perf/seconds/step"] > last["perf/seconds/step"]
         and after["perf/wall_seconds"] > last["perf/wall_seconds"]
     )
+
+
+def test_only_the_first_host_reads_the_log_that_it_replaces(monkeypatch, tmp_path) -> None:
+    (tmp_path / train.LOG).write_text('{"step": 1, "perf/seconds/save": 3.0}\n')
+    position = {"seconds": {"step": 2.0}}
+    assert train.earlier_seconds(tmp_path, position)["save"] == 3.0
+    monkeypatch.setattr(train.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(monitoring, "log_metrics", lambda log: pytest.fail("read"))
+    assert train.earlier_seconds(tmp_path, position)["step"] == 2.0

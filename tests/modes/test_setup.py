@@ -128,3 +128,26 @@ def test_categories_that_the_data_lack_are_counted_as_never_seen(tmp_path: pathl
     config.dense.detect.loss = "federated"
     counts = jobs.open_setup(configuration.resolve(config), str(tmp_path)).task.category_counts
     assert len(counts) == 20 and counts[0] > 0 and counts[-1] == 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_working_directory_on_the_disk_of_each_host_is_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """As the second host of two."""
+    if shared:
+        (tmp_path / ".shared-word").touch()
+    monkeypatch.setattr(jobs.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
+    for name, value in {
+        "host_names": lambda: 2,
+        "barrier": lambda name: None,
+        "host_label": lambda number: f"host {number}",
+        "exchange_values": lambda name, text: ["word" if name == "shared" else "", text],
+    }.items():
+        monkeypatch.setattr(jobs.parallel, name, value)
+    if shared:
+        jobs.require_shared(tmp_path)
+    else:
+        with pytest.raises(UserError, match=r"is another directory on host 1 than on host 0; give"):
+            jobs.require_shared(tmp_path)

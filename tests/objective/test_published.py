@@ -42,9 +42,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "warmup": 10,
         "rise": 0.0375,
     },
-    "dinov2": {"epochs": 100, "ema": 0.984, "warmup": 10, "b2": 0.999, "rise": 0.3},
+    "dinov2": {"epochs": 100, "ema": 0.984, "warmup": 10, "b2": 0.999, "rise": 0.3, "scale": 1e-5},
     "ijepa": {"epochs": 300, "warmup": 40, "flip": 0.0, "ema": 0.992, "b2": 0.999},
-    "dinov3_gram": {"epochs": 400, "decay": 0.04, "b2": 0.99, "ema": 0.999, "flip": 0.0},
+    "dinov3_gram": {
+        "epochs": 400,
+        "decay": 0.04,
+        "b2": 0.99,
+        "ema": 0.999,
+        "flip": 0.0,
+        "eps": 1e-5,
+    },
     "capi": {"epochs": 57.7, "decay": 0.1, "ema": 0.99975, "warmup": 5.77, "clip": 0.0},
     "siamese_im": {"epochs": 1600, "warmup": 40, "decay": 0.05},
     "clip": {"epochs": 25, "warmup": 1, "flip": 0.0, "decay": 0.5, "b2": 0.98, "lowest": 1e-5},
@@ -54,12 +61,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "vicreg": {"epochs": 1000, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)},
     "lejepa": {"epochs": 800, "warmup": 1, "solarize": (0.2, 0.2), "b2": 0.999},
     "simdino": {"epochs": 100, "decay": 0.04, "ema": 0.968, "warmup": 10, "b2": 0.999},
-    "siglip2": {"epochs": 4, "decay": 1e-4},
+    "siglip2": {"epochs": 4, "decay": 1e-4, "flip": 0.0, "jitter": 0.0, "last_norm": True},
     "cap": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
     "cappa": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
     "locca": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
     "coca": {"epochs": 5, "decay": 0.01, "b2": 0.999, "jitter": 0.0},
-    "tips": {"epochs": 400},
+    "tips": {"epochs": 400, "last_norm": True},
     "siglip": {"epochs": 4, "decay": 1e-4, "b2": 0.95, "flip": 0.0, "jitter": 0.0},
 }
 
@@ -82,6 +89,9 @@ def test_a_named_method_has_the_recipe_it_was_published_with(name: str) -> None:
         "blur": a.blur_p,
         "solarize": a.solarize_p,
         "rise": config.objective.target_temperature_rise,
+        "scale": config.model.encoder.layer_scale,
+        "eps": config.model.encoder.norm_eps,
+        "last_norm": config.model.encoder.final_norm,
     }
     assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 

@@ -118,6 +118,27 @@ def test_a_failing_sink_is_counted_and_logged_and_stops_nothing():
     assert len(logged) == 3
 
 
+def test_a_mark_brings_all_lines_to_a_bucket(tmp_path, monkeypatch):
+    """A mounted bucket gets what is written to a file when it is synced and closed. A machine that
+    is taken away would else lose all lines since the start."""
+    writer, done = writers.JsonLines(tmp_path / "metrics.jsonl"), []
+    for name in ("fsync", "close"):
+        before = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda file, name=name, before=before: (done.append(name), before(file))
+        )
+    writer.write(1, VALUES)
+    marks = [writer.mark()]
+    assert done[:2] == ["fsync", "close"]
+    writer.write(2, VALUES)
+    marks.append(writer.mark())
+    assert marks[1][0] == (tmp_path / "metrics.jsonl").stat().st_size == 2 * marks[0][0]
+    monkeypatch.setattr(os, "fsync", lambda file: os.pread(-1, 1, 0))  # an OSError
+    writer.write(3, VALUES)
+    writer.close()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
 def test_a_full_disk_is_survived(tmp_path, capsys):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")

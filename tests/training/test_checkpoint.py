@@ -196,6 +196,18 @@ def test_a_host_that_does_not_see_the_step_yet_does_not_write_it_again_alone(
     one.save(2, {}, POSITION)
 
 
+def test_a_host_that_still_sees_a_step_writes_with_the_others(
+    tmp_path: pathlib.Path, open_at, monkeypatch
+) -> None:
+    """The first host set it aside; alone, it would wait for the others."""
+    one, started = open_at(tmp_path / "here"), []
+    monkeypatch.setattr(checkpoint.checkpoint_dir, "complete_steps", lambda directory: [2])
+    monkeypatch.setattr(checkpoint.parallel, "exchange_values", lambda name, text, **_: ["", text])
+    monkeypatch.setattr(one, "_start", lambda step, *_: started.append(step))
+    one.save(2, {}, POSITION)
+    assert started == [2]
+
+
 @pytest.mark.row("B5")
 def test_what_a_killed_save_leaves_is_not_a_checkpoint(
     eight: pathlib.Path, tmp_path: pathlib.Path, open_at

@@ -2,6 +2,7 @@
 every array, and no random start that was not asked for."""
 
 import dataclasses
+import json
 import pathlib
 import re
 
@@ -16,6 +17,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.interop import intern_image_weights, tensor_files
 from m3i_jax.models import m3i, vit
 from m3i_jax.objective import positions
+from m3i_jax.parallel import barriers
 from m3i_jax.training import init_from, weight_source
 from m3i_jax.training.trainer import Trainer
 from tests import saved, toy
@@ -431,3 +433,23 @@ def test_clip_weights_compute_what_clip_defines(tmp_path: pathlib.Path) -> None:
         ).max()
         > 0.01
     )
+
+
+def test_hosts_that_see_different_checkpoints_of_a_run_do_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run that still trains has another newest checkpoint a moment later."""
+    source = weight_source.WeightSource("run (step 4, online)", {}, dict, {}, {}, [])
+    monkeypatch.setattr(weight_source, "open_weights", lambda path, **_: source)
+    assert weight_source.open_on_all_hosts("run") is source
+    earlier = json.dumps({"config.init_from": "run (step 3, online)"})
+    first = {"config.init_from, digests": "another", "config.init_from, host 0": earlier}
+    for name, value in {
+        "host_names": lambda: 2,
+        "host_name": lambda: 1,
+        "host_label": lambda number: f"host {number}",
+        "exchange_values": lambda name, text, **_: [first.get(name, ""), text],
+    }.items():
+        monkeypatch.setattr(barriers, name, value)
+    with pytest.raises(UserError, match=r"host 1: config.init_from is run \(step 4.*step 3"):
+        weight_source.open_on_all_hosts("run")

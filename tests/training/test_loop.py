@@ -400,7 +400,9 @@ class Pull(posteriors.Gaussian):
     def cost(
         self, prediction: Any, target: Any, where: Any, given: posteriors.LossInputs
     ) -> posteriors.LossSum:
-        made = super().cost(prediction, target, where, dataclasses.replace(given, weight=0.0))
+        made = super().cost(
+            prediction, target, where, dataclasses.replace(given, moment_weight=0.0)
+        )
         other = losses.gaussian(
             target.reshape(-1, target.shape[-1]),
             prediction.reshape(-1, target.shape[-1]),

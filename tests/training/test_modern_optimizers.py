@@ -180,6 +180,26 @@ def test_schedule_free_is_its_definition() -> None:
         np.testing.assert_allclose(pick(averaged), x, atol=2e-5)
 
 
+@pytest.mark.parametrize(("sign", "limit"), enumerate(optimizer.LOGIT_SCALE_LIMITS[::-1]))
+def test_the_average_of_the_logit_scale_stays_at_its_limit(sign: int, limit: float) -> None:
+    """y, z and x after steps that all point beyond it; were z free, x would turn back."""
+    settings = config(rule="schedule_free", schedule="constant")
+    bounds = optimizer.clamp_parameter("logit_scale", *optimizer.LOGIT_SCALE_LIMITS)
+    tx = optimizer.build_chain(settings, steps=200, warmup=0, last=(("bounds", bounds),))
+    params = {"logit_scale": jnp.float32(abs(limit - 0.25))}
+    grads = {"logit_scale": jnp.float32(1.0 if sign else -1.0)}
+
+    def step(_, both):
+        updates, opt = tx.update(grads, both[1], both[0])
+        return optax.apply_updates(both[0], updates), opt
+
+    y, opt = jax.lax.fori_loop(0, 200, step, (params, tx.init(params)))
+    z, x = opt["schedule_free"].z, update_rules.averaged_params(opt, y)
+    found = [float(tree["logit_scale"]) for tree in (y, z, x)]
+    np.testing.assert_allclose(found, limit, atol=0.02)
+    assert all(abs(value - 2.3026) < 2.3026 + 1e-5 for value in found)
+
+
 def test_evaluation_reads_the_average() -> None:
     settings = config(rule="schedule_free", schedule="constant")
     params, opt = run(settings)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from m3i_jax.training import loop
+from m3i_jax.training import loop, watchdog
 from m3i_jax.training.goodput import GoodputClock
 from m3i_jax.training.watchdog import Watchdog
 from tests.training.test_loop import World
@@ -87,6 +87,29 @@ def test_it_ends_the_process_after_so_many_reports_in_a_row(
         world.run(monkeypatch, clock=clock)
     assert ended == [1]
     assert [line.split()[0] for line in logged] == ["warning:"] * 3 + ["ended"]
+
+
+@pytest.mark.parametrize("disk", ["full", "absent", "hangs"])
+def test_a_disk_that_takes_no_report_does_not_keep_it_from_ending_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, disk: str
+) -> None:
+    world, clock, logged, ended = Hanging(3), GoodputClock(images=8), [], []
+    path = tmp_path / ("absent/stacks-0.txt" if disk == "absent" else "stacks-0.txt")
+    if disk == "full":
+        path.symlink_to("/dev/full")
+    if disk == "hangs":
+        monkeypatch.setattr(watchdog, "PATIENCE", 0.1, raising=False)
+        monkeypatch.setattr(Watchdog, "_report", lambda *_: world.freed.wait(SECONDS))
+
+    def end(status: int) -> None:
+        ended.append(status)
+        world.freed.set()
+
+    with Watchdog(clock, path, logged.append, limit=0.2, first=SECONDS, abort=1, end=end):
+        world.run(monkeypatch, clock=clock)
+    assert ended == [1] and logged[-1].startswith("ended by the watchdog")
+    if disk != "hangs":
+        assert any(f"{path} cannot be written" in line for line in logged)
 
 
 def test_a_run_that_lives_leaves_nothing(
