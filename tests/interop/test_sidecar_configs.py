@@ -1,6 +1,7 @@
 """The JSON files beside published weights: how images are resized, mean and deviation, activation,
 read as their libraries use them, and written back."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3i_jax import schema
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.evaluation import load
 from m3i_jax.interop import export_formats, sidecar_configs, tensor_files, vit_weights
 from m3i_jax.interop.layout_entries import HALVES, IMAGENET
+from m3i_jax.modes import features
+from tests import toy
 from tests.interop.published_vit import ENCODERS, TINY, weights
 
 SIDE = 12  # pixels of an image of TINY
@@ -159,6 +163,19 @@ def test_what_is_written_is_read_back(
     names = ("image_size", "crop", "interpolation", "squash", "mean", "std")
     again = Preprocessing(**{name: settings[name] for name in names if name in settings})
     assert {**again.described(), "crop": 0} == {**described, "crop": 0}
+
+
+def test_evaluations_of_a_file_see_what_it_describes(tmp_path: pathlib.Path) -> None:
+    """With its crop, unless the settings have another than the default."""
+    published(tmp_path, "hf", preprocessor_config=PROCESSORS["ViT"][0])
+    model = load.load(str(tmp_path), heads=2)
+    for crop, expected in ((0.875, 12), (0.75, 16)):
+        evaluate = schema.Evaluate(crop=crop)
+        config = toy.settings()
+        config = dataclasses.replace(config, evaluate=evaluate, init_from=str(tmp_path))
+        fitted = load.fit_config_to_weights(config, str(tmp_path), "--checkpoint")
+        for found in (features._preprocessing(config, model), Preprocessing.of(fitted)):
+            assert resized(found) == ("bilinear", True, expected)
 
 
 def test_an_old_description_is_read() -> None:
