@@ -456,7 +456,7 @@ def test_a_forced_collapse_warns_within_100_steps_and_a_healthy_run_does_not(
     monkeypatch.setattr(world, "save", lambda *_: None)
     loop.run_loop(made, made.init(), samples_seen=0, callbacks=outside)
     if form == "collapsing":
-        assert len(logged) == 1 and "have collapsed" in logged[0]
+        assert len(logged) == 1 and "the targets collapsed" in logged[0]
         first = next(step for step, values in lines if values["collapse/alarm"])
         assert (
             first <= 60
