@@ -95,7 +95,8 @@ def as_command(arguments: list[str], folder: str, environment: Mapping[str, str]
     """Run a command in this child, whose standard streams are set, and return its status."""
     atexit._clear()  # the directories of the parent are its own to remove
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None

@@ -14,7 +14,11 @@ from tests.launch_stage import RUN, Stage, stage  # noqa: F401
         (["--workdir=a b", "--config=c.py"], ""),
     ],
 )
-def test_the_quickstart_gives_no_flag_twice(stage: Stage, given: list[str], wanted: str) -> None:  # noqa: F811
+def test_the_quickstart_gives_no_flag_twice(
+    stage: Stage,  # noqa: F811
+    given: list[str],
+    wanted: str,
+) -> None:
     stage.python("exit 0")
     stage.stand_in("nvidia-smi", "exit 1")
     status, _, err = stage.run("launch/quickstart.sh", *given, M3I_EXTRA="")
@@ -24,7 +28,9 @@ def test_the_quickstart_gives_no_flag_twice(stage: Stage, given: list[str], want
     assert summary == ("python - a b" if "a b" in program else "python - runs/quickstart")
 
 
-def test_a_moment_without_network_does_not_end_the_wait_for_a_tpu(stage: Stage) -> None:  # noqa: F811
+def test_a_moment_without_network_does_not_end_the_wait_for_a_tpu(
+    stage: Stage,  # noqa: F811
+) -> None:
     stage.stand_in("sleep", "exit 0")
     does = """case "$*" in
 *describe*) [[ -e "$HOME/asked" ]] || { touch "$HOME/asked"; exit 1; }; echo ACTIVE ;;
