@@ -8,7 +8,10 @@ ROWS: dict[str, tuple[str, str]] = {  # row -> (fault, promise)
         "SIGKILL at a random instant",
         "the next start goes on bitwise from the last committed step",
     ),
-    "A2": ("SIGTERM in any phase", "the step is finished and saved, exit 42"),
+    "A2": (
+        "SIGTERM in any phase",
+        "the step is finished and saved, or there is nothing to save yet; one line, exit 42",
+    ),
     "A3": (
         "SIGTERM during an asynchronous save",
         "one complete newest step, no second save beside it",
