@@ -72,7 +72,8 @@ def outputs(path: str) -> dict[str, np.ndarray]:
 
 
 # The composed system has the same head; the weights of one copy are those of UperNet's system.
-@pytest.mark.parametrize("system", [pytest.param("dino", marks=pytest.mark.slow), "composite"])
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["dino", "composite"])
 def test_detections_of_a_file_are_those_of_its_system(files: dict, system: str) -> None:
     loaded, made = model(files[system]), outputs(files[system])
     maps, detect = loaded.config.dense.maps, loaded.config.dense.detect
