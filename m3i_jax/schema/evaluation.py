@@ -98,9 +98,14 @@ class Evaluate:
     )
     interpolation: str = option(
         "bicubic",
-        "how images are resized for the central crop, always antialiased",
+        "how images are resized for the central crop: a filter of Pillow, antialiased but for"
+        " nearest",
         "bicubic",
         "bilinear",
+        "lanczos",
+        "box",
+        "hamming",
+        "nearest",
     )
     squash: bool = option(
         False,
