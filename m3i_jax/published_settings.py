@@ -39,15 +39,8 @@ _DINO = {
     "data.augment.solarize_p": (0.0, 0.2, 0.0),
 }
 # Runs of SLIP's paper on YFCC, CLIP's included; its code decays tables and tokens, too.
-_YFCC = {
-    "optim.b2": 0.98,
-    "optim.decayed": "ranks",
-    "optim.min_lr": 1e-5,
-    "optim.warmup_epochs": 1.0,
-    "train.epochs": 25.0,
-}
-# Of big_vision, which decays kernels alone, by 1e-4 times the schedule of the learning rate without
-# its peak: AdamW's, which the peak of 1e-3 multiplies, is 0.1.
+_YFCC = {"optim.b2": 0.98, "optim.min_lr": 1e-5, "optim.warmup_epochs": 1.0, "train.epochs": 25.0}
+# Of big_vision: kernels alone; its 1e-4 is not multiplied by the peak of 1e-3, as AdamW's 0.1 is.
 _BIG_VISION = {"optim.decayed": "kernels", "optim.weight_decay": 0.1}
 
 # SigLIP's on the 10 B images of WebLI, 32,768 a step; warm-up of 20,000 steps.
@@ -262,6 +255,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.weight_decay": 0.5,
         "data.flip_p": 0.0,
         **_PLAIN,
+        "optim.decayed": "ranks",
         **_YFCC,
     },
     "slip": {
@@ -271,6 +265,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.text.pool": "last",
         "objective.weighting": "fixed",
         "optim.lr": 3e-3,
+        "optim.decayed": "ranks",
         **_YFCC,
     },
     "deit": {
