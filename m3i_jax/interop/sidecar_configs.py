@@ -90,7 +90,8 @@ def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     timm, then from our preprocessing.json.
 
     Raises:
-      UserError: they name a filter that is none of Pillow's, or borders around images.
+      UserError: they name a filter that is none of Pillow's, borders around images, a long side, or
+        a size that is no square.
 
     >>> preprocessing_settings({"crop_size": 224, "size": {"shortest_edge": 256}, "resample": 2})
     {'interpolation': 'bilinear', 'crop': 0.875, 'image_size': 224}
@@ -121,6 +122,7 @@ def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         or _filter("interpolation", ours.get("interpolation"))
     ):
         out["interpolation"] = name
+    _check_size(config.get("size"))
     cropped = 0 if config.get("do_center_crop") is False else _side(config.get("crop_size"))
     squash = _squashes(config, kind)
     resized = _side(config.get("size"), "height" if squash else "shortest_edge")
@@ -140,6 +142,19 @@ def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(gray := ours.get("background"), int) and 0 <= gray <= 255:
         out["background"] = gray
     return out
+
+
+def _check_size(size: Any) -> None:
+    """Refuses a size of a processor to which no evaluation resizes."""
+    if not isinstance(size, Mapping) or _side(size, "shortest_edge"):
+        return
+    height, width = _side(size), _side(size, "width")
+    if _side(size, "longest_edge") or (height and width and height != width):
+        raise UserError(
+            f"the preprocessing of the weights has size={dict(size)!r}, but images are resized to a"
+            " square or by their short side: use 'height' and 'width', or 'shortest_edge', in the"
+            " preprocessor_config.json beside them"
+        )
 
 
 def _filter(key: str, value: Any) -> str:

@@ -118,6 +118,8 @@ def test_a_file_of_timm(name: str, tmp_path: pathlib.Path) -> None:
     ("config", "words"),
     [
         ({"resample": 6}, "resample=6"),
+        ({"size": {"longest_edge": 64}}, "size={'longest_edge': 64}"),
+        ({"size": {"height": 64, "width": 32}}, "'width': 32"),
         ({"pretrained_cfg": {"interpolation": "random"}}, "interpolation='random'"),
         (
             {"pretrained_cfg": {"input_size": [3, SIDE, SIDE], "crop_mode": "border"}},
