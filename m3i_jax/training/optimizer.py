@@ -20,12 +20,17 @@ from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import targets, teachers
-from m3i_jax.training.update_rules import clip_update, muon_or_adam, schedule_free
+from m3i_jax.training.update_rules import (
+    NamedLink,
+    chain_of_average,
+    clip_update,
+    muon_or_adam,
+    schedule_free,
+)
 
 Schedule = Callable[[Any], Any]  # a function of the step
 Mask = Callable[[Any], Any]  # params -> tree of booleans
 Links = tuple[optax.GradientTransformation, ...]
-NamedLink = tuple[str, optax.GradientTransformation]
 
 # Never decayed, whatever their rank: tokens, queries, tables of positions and levels, norms,
 # biases, LayerScale and the logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's
@@ -133,14 +138,15 @@ def build_chain(
         rule = optax.chain(rule, *(transform for _, transform in held))
         limits = {"logit_scale": LOGIT_SCALE_LIMITS}
         rule, held = schedule_free(rule, rate, b1=o.b1, limits=limits), ()
-    return optax.named_chain(
+    before: tuple[NamedLink, ...] = (
         *first,
         ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
         (o.rule, rule),
-        *held,
-        *last,
-        *([("spikes", watch_spikes())] if o.skip_spikes else []),
     )
+    after = (*held, *last, *([("spikes", watch_spikes())] if o.skip_spikes else []))
+    if o.rule == "schedule_free":
+        return chain_of_average(before, after, o.b1)
+    return optax.named_chain(*before, *after)
 
 
 def adamw(
@@ -213,9 +219,9 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
     >>> params = {"encoder": {"norm": {"scale": np.ones(2)}, "cls_token": np.ones((1, 1, 2))}}
     >>> [
     ...     jax.tree.leaves(decay_mask(params, rule=rule))
-    ...     for rule in ("matrices", "but_norms", "ranks")
+    ...     for rule in ("matrices", "but_norms", "ranks", "kernels")
     ... ]
-    [[False, False], [True, False], [True, False]]
+    [[False, False], [True, False], [True, False], [False, False]]
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -226,6 +232,8 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
             axes = leaf.ndim - bool(_STACKED.search(name))
             others = name.endswith("/bias") or _NORMS.search(name) or _HEAD_OFFSETS.search(name)
             decays = axes > 1 and not others
+        elif rule == "kernels":
+            decays = name.endswith("/kernel")
         else:
             decays = not _NO_DECAY.search(name)
         return decays and not name.startswith(frozen)

@@ -9,14 +9,16 @@ square of AdamW's. Under an fsdp axis a device needs whole matrices: they are de
 to every device, orthogonalised there, and the results go back to their shards.
 
 Schedule-free AdamW (Defazio et al. 2024): the parameters of a run are y, where gradients are taken;
-its state has z, which takes the steps; evaluation reads their average x.
+its state has z, which takes the steps; evaluation reads their average x, and the EMA target follows
+it.
 
 L layers, n matrices, a b rows and columns.
 """
 
+import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +34,7 @@ STEPS = 5
 _EPS = 1e-8
 _MATRIX = re.compile(r"(^|/)(blocks|layers|projector)/(?!.*(offset|mask))(.*/)?kernel$")
 LINK = "schedule_free"
+NamedLink = tuple[str, optax.GradientTransformation]
 
 
 def is_matrix(path: str, shape: tuple[int, ...]) -> bool:
@@ -229,3 +232,30 @@ def average_of(y: Any, z: Any, b1: float) -> Any:
     0.0
     """
     return (y - (1 - b1) * z) / b1
+
+
+def chain_of_average(
+    before: Sequence[NamedLink], after: Sequence[NamedLink], b1: float
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.named_chain` of all links, the last of `before` being `schedule_free`, in which an EMA
+    target averages x. y is only where gradients are taken, and all else reads x (Defazio et al.
+    2024, whose code has no EMA): a target encoder has no gradients.
+
+    Args:
+      before: links up to the rule, and the rule, named LINK.
+      after: links after it, the target among them.
+      b1: of the rule.
+    """
+    whole = optax.named_chain(*before, *after)
+    one, two = optax.named_chain(*before), optax.named_chain(*after)
+
+    def update(grads: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
+        updates, done = one.update(grads, {name: state[name] for name, _ in before}, params, **more)
+        z = done[LINK].z
+        more["evaluated"] = lambda y: jax.tree.map(functools.partial(average_of, b1=b1), y, z)
+        updates, rest = two.update(
+            updates, {name: state[name] for name, _ in after}, params, **more
+        )
+        return updates, type(state)({**done, **rest})
+
+    return optax.GradientTransformationExtraArgs(whole.init, update)

@@ -189,7 +189,7 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
         of_z = {
             path: steps + path
             for path in shardings
-            if weights == "online" and steps + path in run.shapes
+            if not paths[path].startswith("opt/") and steps + path in run.shapes
         }
         layout = {paths[path]: sharding for path, sharding in shardings.items()}
         arrays = run.read({**layout, **{of_z[path]: shardings[path] for path in of_z}})

@@ -14,7 +14,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
-from m3i_jax.objective import registry
+from m3i_jax.objective import ema, registry
 from m3i_jax.training import checkpoint, optimizer, update_rules, weight_source
 from m3i_jax.training.task import State
 from tests import toy
@@ -212,6 +212,27 @@ def test_evaluation_reads_the_average() -> None:
     assert feature_extraction.encoder_params(settings, adam) is params
 
 
+def test_the_target_follows_the_average() -> None:
+    """What is evaluated, not the point where gradients are taken."""
+    settings = config(rule="schedule_free", schedule="constant", b1=0.6)
+    target = ema.track_target(0.5, lambda params: params["scale"])
+    tx = optimizer.build_chain(settings, steps=9, warmup=0, last=(("target", target),))
+
+    @jax.jit
+    def step(params, opt):
+        updates, opt = tx.update({"scale": jnp.float32(1.0)}, opt, params)
+        params = optax.apply_updates(params, updates)
+        return params, opt, update_rules.averaged_params(opt, params)["scale"]
+
+    params = {"scale": jnp.float32(1.0)}
+    opt, expected = tx.init(params), 1.0
+    for _ in range(4):
+        params, opt, x = step(params, opt)
+        expected = 0.5 * expected + 0.5 * float(x)
+        np.testing.assert_allclose(float(opt["target"].params), expected, atol=1e-6)
+    assert abs(float(x) - float(params["scale"])) > 0.01
+
+
 def test_prototypes_that_are_held_stay_in_the_average_too() -> None:
     """z of a held parameter does not move, or its average x = (y - (1 - b1) z) / b1 would."""
     settings = schema.Config(
@@ -264,11 +285,14 @@ def test_a_restart_changes_no_bit(rule: str, tmp_path) -> None:
 def test_weights_of_a_schedule_free_run_are_its_average(tmp_path) -> None:
     """What load, --mode=eval and init_from read of its checkpoint."""
     settings = toy.settings(optim__rule="schedule_free", optim__schedule="constant")
-    params = {"encoder": {"patch_embed": {"kernel": jnp.ones((192, 32))}}}
+    params = {"encoder": {"patch_embed": {"kernel": jnp.ones((192, 32))}}, "scalars": jnp.ones(2)}
     z = jax.tree.map(lambda leaf: 3 * leaf, params)
     link = optax.contrib.schedule_free(optax.sgd(1.0), 1.0).init(params)._replace(z=z)
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", 2)
-    state = State(jnp.int32(1), params, {"schedule_free": link})
+    target = ema.TargetState(
+        jnp.int32(1), {"encoder": jax.tree.map(lambda x: 5 * x, params)["encoder"]}
+    )
+    state = State(jnp.int32(1), params, {"schedule_free": link, "target": target})
     checkpoints.save(1, state, {"samples_seen": 16, "fingerprint": "x"})
     checkpoints.wait()
     checkpoints.close()
@@ -276,6 +300,11 @@ def test_weights_of_a_schedule_free_run_are_its_average(tmp_path) -> None:
     path = "encoder/patch_embed/kernel"
     found = weight_source.open_weights(str(tmp_path)).read({path: None})[path]
     np.testing.assert_allclose(found, (1 - 0.1 * 3) / 0.9, rtol=1e-6)
+    found = weight_source.open_weights(str(tmp_path), weights="ema").read(
+        {path: None, "scalars": None}
+    )
+    np.testing.assert_allclose(found[path], 5.0)  # the target's own
+    np.testing.assert_allclose(found["scalars"], (1 - 0.1 * 3) / 0.9, rtol=1e-6)  # it has none
 
 
 def test_schedules() -> None:
