@@ -20,7 +20,7 @@ NEEDED = {
 def test_a_row_states_what_its_platform_needs(kind: str) -> None:
     chip = CHIPS[kind]
     missing = [name for name in NEEDED[chip.platform].split() if not getattr(chip, name) > 0]
-    assert not missing and chip.slices
+    assert not missing and chip.slices and (chip.sides > 1) == (chip.platform == "tpu")
     assert hardware.find_chip(chip.device_kind, chip.cores) == (kind, chip.peak, 1)
     # the capacity of the maker's table, and what a program is left of it, in bytes of a chip
     assert 0.85 < chip.usable * chip.cores / chip.memory < 1.01
