@@ -17,7 +17,7 @@ LONGEST = 500
 
 # A room (a folder of the package, or a module beside them) may import itself and these. Lower rooms
 # never know higher ones.
-BASE = {"schema", "errors", "version", "privacy", "progress", "run_files"}
+BASE = {"schema", "errors", "version", "privacy", "progress", "run_files", "registries"}
 BELOW_TRAINING = BASE | {
     "config",
     "published_settings",
@@ -37,10 +37,11 @@ ROOMS: dict[str, set[str]] = {
     "interrupts": set(),
     "installation": set(),
     "privacy": set(),
+    "registries": set(),
     "progress": set(),
     "run_files": {"errors", "privacy"},
     "schema": {"errors"},
-    "objective": set(),
+    "objective": {"registries"},
     # the last two for `load` and `roi_align` and the like, when they are asked for
     "__init__": {"objective", "version", "evaluation", "models", "installation"},
     "published_settings": BASE | {"config"},

@@ -90,10 +90,10 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backbones, "_BACKBONES", backbones.registered_backbones())
     monkeypatch.setattr(sharding, "_added", list(sharding._added))
-    backbones.register_backbone("my_mlp", MLP)
-    yield
+    with backbones.BACKBONES.temporary():
+        backbones.register_backbone("my_mlp", MLP)
+        yield
 
 
 @pytest.mark.parametrize("form", ["sim", "mim"])
