@@ -34,14 +34,15 @@ class Registry(Generic[T]):
     Args:
       kind: what a value is, for messages.
       choices: the names, a list that registering lengthens, such as the choices of a setting. What
-        it holds at first are names of this package.
+        it holds at first are names of this package, which others cannot have.
       reserved: names that nothing can have.
       home: name -> the module that registers it, imported when a name of `choices` is first looked
         up; None: all is imported already.
-      made_in: value -> the module that its code is in. With it, names of this package are refused
-        to others.
-      replace: a name is given another value by registering it again, so that a cell of a notebook
-        can run twice; else it keeps the first.
+      made_in: value -> the module that its code is in, for files of this package that register
+        their names when they are imported, perhaps after others; None: this package is first.
+      replace: a name from outside gets another value by registering it again, so that a cell of a
+        notebook can run twice; else it keeps the first.
+      protect: whether names of this package are refused to others.
       valid: whether a text can be a name.
       unknown: (name, known names) -> the error for a name that does not exist.
 
@@ -65,6 +66,7 @@ class Registry(Generic[T]):
         home: Callable[[str], str] | None = None,
         made_in: Callable[[T], str] | None = None,
         replace: bool = False,
+        protect: bool = True,
         valid: Callable[[str], bool] = str.isidentifier,
         unknown: Callable[[str, list[str]], Exception] | None = None,
     ) -> None:
@@ -75,7 +77,8 @@ class Registry(Generic[T]):
         self._home, self._made_in = home, made_in
         self._replace, self._valid = replace, valid
         self._unknown = unknown or (lambda name, names: ValueError(not_one_of(repr(name), names)))
-        self._built_in = set(self._names) if made_in else set()
+        self._first = frozenset(self._names)
+        self._built_in = set(self._names) if protect else set()
 
     def register(self, name: str, value: T) -> T:
         """Returns the value that the name has from now on. Registering an equal value again changes
@@ -106,7 +109,10 @@ class Registry(Generic[T]):
                 f"{self.kind} {name!r}: {refusal}; it needs a name of letters, digits and"
                 " underscores"
             )
-        if name in self._reserved or (name in self._built_in and not self._is_ours(value)):
+        first = self._made_in is None and (known is None or known == value)
+        if name in self._reserved or (
+            name in self._built_in and not first and not self._is_ours(value)
+        ):
             raise ValueError(
                 f"{self.kind} {name!r} exists already: {refusal}, this name is built in; choose"
                 " another name"
@@ -150,6 +156,6 @@ class Registry(Generic[T]):
         try:
             yield
         finally:
-            ours = {name: self._values[name] for name in self._built_in & self._values.keys()}
-            self._values = values | ours
+            ours = {n: v for n, v in self._values.items() if n in self._built_in | self._first}
+            self._values = ours | values
             self._names[:] = [*names, *(name for name in ours if name not in names)]

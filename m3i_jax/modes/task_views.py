@@ -38,6 +38,7 @@ VIEWS: Registry[TaskViews] = Registry(
     choices=list(schema.BUILT_IN_TASKS),
     home=lambda name: f"{__package__}.{'pretrain' if name == 'pretrain' else 'dense'}_views",
     replace=True,
+    protect=False,
 )
 
 

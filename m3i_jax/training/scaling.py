@@ -15,6 +15,7 @@ from typing import Any
 from m3i_jax import schema
 from m3i_jax.objective import terms
 from m3i_jax.training import plan
+from m3i_jax.training.update_rules import update_rule
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
 MIN_LR_SUM = 0.03  # initial matrices have a std of 0.1 at width 96, 0.04 at 768
@@ -184,7 +185,8 @@ def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[
     """
     o, warnings = config.optim, []
     lr_sum = f"{o.lr * warmup / 2 + (o.lr + o.min_lr) / 2 * (steps - warmup):.2g}"
-    if o.rule == "adamw" and not config.model.encoder.freeze and float(lr_sum) < MIN_LR_SUM:
+    bounded = update_rule(o.rule).bounded and not config.model.encoder.freeze
+    if bounded and float(lr_sum) < MIN_LR_SUM:
         warnings.append(
             f"warning: optim.lr={o.lr:.3g}: the learning rates of all {steps:,} steps sum to"
             f" {lr_sum}, the most by which AdamW can change a weight; runs below {MIN_LR_SUM}"

@@ -72,15 +72,12 @@ class Task(abc.ABC):
       category_counts: training images that show each category, for losses that need them; () if
         the task reads none or no data are open.
       traits: of the kind; see `schema.TaskTraits`.
-      category_parameters: patterns of the paths of parameters that belong to single categories;
-        they restart where `init_from` has other categories.
     """
 
     config: schema.Config
     vocabulary: int = 0
     category_counts: tuple[int, ...] = ()
     traits: ClassVar[schema.TaskTraits] = schema.TaskTraits()
-    category_parameters: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def init(self, rng: jax.Array) -> Any:
@@ -126,6 +123,12 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def panel_outputs(self, state: State, batch: Batch) -> dict[str, jax.Array]:
         """Returns arrays of a few rows of a batch, for people."""
+
+    @property
+    def category_parameters(self) -> tuple[str, ...]:
+        """Patterns of the paths of parameters that belong to single categories; they restart where
+        `init_from` has other categories."""
+        return ()
 
     def waiting(self, state: State, batch: Batch) -> Any:
         """Returns arrays that are computed of all microbatches before the first gradient."""
