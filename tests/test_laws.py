@@ -45,6 +45,7 @@ ROOMS: dict[str, set[str]] = {
     # the last two for `load` and `roi_align` and the like, when they are asked for
     "__init__": {"objective", "version", "evaluation", "models", "installation"},
     "published_settings": BASE | {"config"},
+    "published_dense_settings": BASE | {"models"},
     "validation": BASE | {"objective"},
     "config": BASE | {"objective", "validation"},
     "models": BASE | {"objective", "parallel"},
@@ -57,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
     "training": BELOW_TRAINING | {"library_errors"},
     "evaluation": BASE
     | {"config", "objective", "models", "augment", "data", "parallel"}
-    | {"training", "interop"},
+    | {"training", "interop", "published_dense_settings"},
     "modes": BELOW_TRAINING | {"training", "evaluation", "validation", "interrupts"},
     "main": BELOW_TRAINING
     | {"training", "evaluation", "validation", "modes", "library_errors", "interrupts"}
