@@ -107,7 +107,7 @@ MLP = Backbone(
     presets={"my_mlp_s": {"encoder": {"width": 48, "depth": 3, "cls_token": False}}},
     clip=2.0,
     finetuning=Finetuning(
-        reference=Reference(lr=7e-4, batch=8, samples=9.0, most=8e-4),
+        reference=Reference(lr=7e-4, batch=8, samples=2e6, most=8e-4),
         epochs=7.0,
         layer_decay=lambda model: 0.5,
         settings={"optim.weight_decay": 0.03},
@@ -211,7 +211,7 @@ def test_recipes_have_no_settings_of_other_encoders_for_it(recipe: str, classes:
     """Those of `Backbone.finetuning`, and on dense tasks neither a ViT's maps and rates nor the
     sizes of InternImage-H, which are the defaults of its section."""
     config = configuration.load_config(f"configs/transfer/{recipe}")
-    config.data.classes, config.data.captions, config.data.size = classes, "no", 1000
+    config.data.classes, config.data.captions, config.data.size = classes, "no", 10**6
     made = configuration.resolve(config)
     backbones.validate_backbone(made)
     assert made.model.backbone == "my_mlp" and made.model.encoder.freeze == ("probe" in recipe)
