@@ -1,11 +1,13 @@
 """The runner of the toy-scale tables: its arithmetic, its splits of the data, and one run of two
 steps on built-in images in tars."""
 
+import dataclasses
 import gzip
 import io
 import json
 import pathlib
 import re
+import subprocess
 import tarfile
 
 import jax
@@ -221,6 +223,35 @@ def test_a_chain_continues_and_is_taught_by_its_stages(
     assert f"--config.objective.target_checkpoint={first}" in mim and str(second) in mim
     assert not [text for text in mim if "init_from" in text]
     assert f"--config.init_from={second}" in supervised and str(run.path(tmp_path)) in supervised
+
+
+def test_a_run_of_two_sets_is_trained_once(
+    sets: dict[str, table_sets.Set],
+    images: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """M3I is a row of `encoders` and of `recent`, and its run at equal FLOPs is that at equal
+    images; with another seed, or on another encoder, it is another run."""
+    monkeypatch.setattr(table_runs, "flops_a_step", lambda *_: 1.0)
+    private = {str(tmp_path): "OUT"}
+    first = table_runs.Run(sets["recent"], table_rows.RECENT["M3I"], 0)
+    made = table_runs.commands(first, tmp_path, [table_sets.STEPS_OF_A_ROW], 1)
+    public = [table_runs.public_command(c, private) for c in made]
+    known = result("epochs", "recent", "M3I", 0, eval__knn__top1=0.4) | {"commands": public}
+
+    started: list[int] = []
+    failed = subprocess.CompletedProcess([], returncode=2)
+    monkeypatch.setattr(table_runs.subprocess, "run", lambda *_, **__: started.append(1) or failed)
+    encoders, m3i = sets["encoders"], table_rows.ENCODERS["M3I"]
+    for run in (table_runs.Run(encoders, m3i, 0), dataclasses.replace(first, protocol="flops")):
+        same = table_runs.run_once(run, tmp_path, 1, private, [known])
+        assert same == known | {"protocol": run.protocol, "set": run.image_set.name}
+    assert not started
+    other = table_rows.ENCODERS["M3I, registers"]
+    for run in (table_runs.Run(encoders, m3i, 1), table_runs.Run(encoders, other, 0)):
+        assert table_runs.run_once(run, tmp_path, 1, private, [known]) is None
+    assert len(started) == 2
 
 
 def test_equal_time_is_what_equal_images_took(

@@ -42,8 +42,17 @@ class Run:
         return self.protocol, self.image_set.name, self.row.title, self.seed
 
     def path(self, out: pathlib.Path) -> pathlib.Path:
-        name = self.row.title.replace(", ", "-").replace(" ", "_")
-        return out / "runs" / self.protocol / self.image_set.name / f"{name}-{self.seed}"
+        return out / run_directory(*self.key)
+
+
+def run_directory(protocol: str, set_name: str, title: str, seed: int) -> str:
+    """The directory of a run, relative to that of all runs.
+
+    >>> run_directory("epochs", "recent", "dino, multi-crop", 0)
+    'runs/epochs/recent/dino-multi-crop-0'
+    """
+    name = title.replace(", ", "-").replace(" ", "_")
+    return f"runs/{protocol}/{set_name}/{name}-{seed}"
 
 
 def result_key(result: Mapping[str, Any]) -> tuple[str, str, str, int]:
@@ -211,6 +220,10 @@ def run_once(
         print(f"{', '.join(map(str, run.key))}: {error}", flush=True)
         return None
     run_commands, start = commands(run, out, steps, finetune), time.time()
+    public = [public_command(c, private) for c in run_commands]
+    if same := same_run(run, public, results):
+        write_text_atomic(done, json.dumps(same, indent=1) + "\n")
+        return same
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with open(path / "log.txt", "a") as log:
         for command in run_commands:
@@ -238,12 +251,28 @@ def run_once(
         "seed": run.seed,
         "machine": machine(),
         "version": version(),
-        "commands": [public_command(c, private) for c in run_commands],
+        "commands": public,
         "values": metrics,
         "hits": _hits(path, metrics["eval/knn/top1"]),
     }
     write_text_atomic(done, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def same_run(run: Run, public: Sequence[str], results: Results) -> dict[str, Any] | None:
+    """The result of a run of another set or protocol whose commands are the same but for their
+    directories, such as M3I's in `recent` and `encoders`; None if there is no such result. Its
+    commands stay those that were executed."""
+
+    def general(texts: Sequence[str], key: tuple[str, str, str, int]) -> list[str]:
+        return [text.replace(f"OUT/{run_directory(*key)}", "RUN") for text in texts]
+
+    wanted = general(public, run.key)
+    for result in results:
+        key = result_key(result)
+        if key[2:] == run.key[2:] and general(result["commands"], key) == wanted:
+            return dict(result) | {"protocol": run.protocol, "set": run.image_set.name}
+    return None
 
 
 def _hits(path: pathlib.Path, accuracy: float) -> dict[str, Any]:
