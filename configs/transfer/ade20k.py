@@ -39,7 +39,7 @@ IMAGES = 20_210  # of training, for modes that do not open the data
 WARMUP = 1499  # steps [R]
 IMAGE_SIZE = 512  # [R]
 
-SIDES = (768, 832, 896, 960, 1024)  # of Mask2Former's evaluation at several scales, over 896 [R]
+SIDES = (768, 832, 896, 960, 1024)  # of InternImage-H's evaluation at several scales, over 896 [R]
 
 
 def _upernet_of_intern_image(config: ConfigDict, rates: DenseRates) -> None:
@@ -58,8 +58,6 @@ def _mask2former(
     segment, optim = config.dense.segment, config.optim
     segment.width = 256  # [R]
     segment.test_whole = 32  # [R]
-    if multi_scale:
-        segment.test_scales = tuple(side / 896 for side in SIDES)
     optim.clip = 0.1  # [R]
     if rates and rates.large:
         segment.width = 1024  # [R]
@@ -67,6 +65,9 @@ def _mask2former(
             {"queries": 200, "heads": 32, "encoder_hidden": 4096, "hidden": 4096}  # [R]
         )
         optim.lr *= 0.1  # [R]
+        if multi_scale:
+            segment.test_scales = tuple(side / 896 for side in SIDES)
+            segment.test_average = "softmax"  # [R]
     elif not is_vit:
         optim.layer_decay, optim.encoder_lr = 1.0, 0.1  # [R]: its authors
 

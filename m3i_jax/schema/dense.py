@@ -306,6 +306,14 @@ class Segment:
     test_flip: bool = option(
         False, "average with the predictions of the mirrored images at evaluation"
     )
+    test_average: str = option(
+        "auto",
+        "what is averaged over scales and mirrored images; auto: probabilities, which for the masks"
+        " of mask2former are the sums over its queries, as they are (its authors'); softmax: the"
+        " softmax also of those sums (mmsegmentation, InternImage)",
+        "auto",
+        "softmax",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -87,10 +87,12 @@ class Optim:
         "which parameters decay; matrices: not those that weight_decay lists; but_norms: not the"
         " norms of the encoder and of the transformers of heads, its position table, and queries of"
         " masks (detectron2); ranks: those with more than one axis, tokens and tables too, but not"
-        " offsets of deformable attention in heads (mmsegmentation)",
+        " offsets of deformable attention in heads (mmsegmentation, SLIP); kernels: matrices and"
+        " convolutions alone, not the table of token embeddings either (big_vision)",
         "matrices",
         "but_norms",
         "ranks",
+        "kernels",
     )
     b1: float = option(0.9, "AdamW beta 1 [P]", BELOW_ONE)
     b2: float = option(0.95, "AdamW beta 2 [P]", BELOW_ONE)

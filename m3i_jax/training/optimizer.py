@@ -20,9 +20,8 @@ from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import targets, teachers
-from m3i_jax.training.update_rules import Schedule, clip_update, update_rule
-
-NamedLink = tuple[str, optax.GradientTransformation]
+from m3i_jax.training.schedule_free import clip_update
+from m3i_jax.training.update_rules import NamedLink, Schedule, update_rule
 
 # Never decayed, whatever their rank: tokens, queries, tables of positions and levels, norms,
 # biases, LayerScale and the logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's
@@ -121,14 +120,13 @@ def build_chain(
     if known.around is not None:  # what is held stays in its copy, too, or the average would move
         rule = optax.chain(rule, *(transform for _, transform in held))
         rule, held = known.around(o, rate, rule, {"logit_scale": LOGIT_SCALE_LIMITS}), ()
-    return optax.named_chain(
+    before: tuple[NamedLink, ...] = (
         *first,
         ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
         (o.rule, rule),
-        *held,
-        *last,
-        *([("spikes", watch_spikes())] if o.skip_spikes else []),
     )
+    after = (*held, *last, *([("spikes", watch_spikes())] if o.skip_spikes else []))
+    return known.chain(o, before, after) if known.chain else optax.named_chain(*before, *after)
 
 
 def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] = ()) -> Any:
@@ -139,9 +137,9 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
     >>> params = {"encoder": {"norm": {"scale": np.ones(2)}, "cls_token": np.ones((1, 1, 2))}}
     >>> [
     ...     jax.tree.leaves(decay_mask(params, rule=rule))
-    ...     for rule in ("matrices", "but_norms", "ranks")
+    ...     for rule in ("matrices", "but_norms", "ranks", "kernels")
     ... ]
-    [[False, False], [True, False], [True, False]]
+    [[False, False], [True, False], [True, False], [False, False]]
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -152,6 +150,8 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
             axes = leaf.ndim - bool(_STACKED.search(name))
             others = name.endswith("/bias") or _NORMS.search(name) or _HEAD_OFFSETS.search(name)
             decays = axes > 1 and not others
+        elif rule == "kernels":
+            decays = name.endswith("/kernel")
         else:
             decays = not _NO_DECAY.search(name)
         return decays and not name.startswith(frozen)

@@ -2,6 +2,7 @@
 One idea a file; sources of other projects import from here."""
 
 from m3i_jax.data.sources.array_files import load_arrays, save_arrays, zip_member_count
+from m3i_jax.data.sources.captions import source_caption, source_captions
 from m3i_jax.data.sources.digests import key_hash, stable_digest
 from m3i_jax.data.sources.foreign_fields import column, parse_label
 from m3i_jax.data.sources.interface import (
@@ -11,7 +12,6 @@ from m3i_jax.data.sources.interface import (
     map_classes,
     object_table,
     read_items,
-    source_caption,
     source_identity,
     source_key,
     source_key_hashes,
@@ -22,6 +22,7 @@ from m3i_jax.data.sources.local_files import (
     HandleCache,
     format_counts,
     missing_path_error,
+    open_nonblocking,
     read_byte_range,
     split_path,
     write_atomic,
@@ -43,11 +44,13 @@ __all__ = [
     "map_classes",
     "missing_path_error",
     "object_table",
+    "open_nonblocking",
     "parse_label",
     "read_byte_range",
     "read_items",
     "save_arrays",
     "source_caption",
+    "source_captions",
     "source_identity",
     "source_key",
     "source_key_hashes",

@@ -21,7 +21,8 @@ class Record:
 
     key: identifies the record in its source. image: encoded bytes, or RGB uint8 [height, width, 3].
     label: category, -1 if unknown. caption: None if absent. objects: None if the source annotates
-    none. map: class of each pixel, 255 where unknown: a PNG, or uint8 [height, width]."""
+    none. map: class of each pixel, 255 where unknown: a PNG, or uint8 [height, width].
+    other_captions: further captions, which only the evaluation of retrieval reads."""
 
     key: str
     image: bytes | np.ndarray
@@ -29,6 +30,7 @@ class Record:
     caption: str | bytes | None = None
     objects: Objects | None = dataclasses.field(default=None, repr=False)
     map: bytes | np.ndarray | None = dataclasses.field(default=None, repr=False)
+    other_captions: tuple[str | bytes, ...] = dataclasses.field(default=(), repr=False)
 
 
 @runtime_checkable
@@ -38,9 +40,10 @@ class DataSource(Protocol):
     classes: names of the categories, by label. captions: whether any record has one. fingerprint():
     changes when the records or their order do.
 
-    Optional, for speed: `__getitems__(indices)`, `key(i)`, `caption(i)`, `key_hashes()`; the
-    functions below fall back to `__getitem__`. Annotated sources: `object_table()`, `map_classes`,
-    and for the tables of an evaluation `category_ids` and `frequencies`. Sources of sources:
+    Optional, for speed: `__getitems__(indices)`, `key(i)`, `key_hashes()`, `caption(i)`, and if
+    records have several, `caption_list(i)`; functions fall back to `__getitem__`. Annotated
+    sources: `object_table()`, `map_classes`, and for the tables of an evaluation `category_ids` and
+    `frequencies`. Sources of sources:
     `identity()`, `part(holdout, part)`, `locate(seed, positions, attempt)`, `record_weights` and
     `cumulative_weights`. `names_its_classes`: see `registry.SourceKind`."""
 
@@ -74,16 +77,6 @@ def source_key(source: DataSource, index: int) -> str:
     """
     key = getattr(source, "key", None)
     return key(index) if key else str(index)
-
-
-def source_caption(source: DataSource, index: int) -> str | bytes | None:
-    """Returns the caption of a record, without reading its image if the source has `caption`.
-
-    >>> source_caption([Record("a", b"", caption="a cat")], 0)
-    'a cat'
-    """
-    caption = getattr(source, "caption", None)
-    return caption(index) if caption else source[index].caption
 
 
 def object_table(source: DataSource) -> ObjectTable | None:

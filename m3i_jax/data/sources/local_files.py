@@ -58,7 +58,7 @@ def format_counts(ignored: dict[str, int]) -> str:
     return f"; ignored: {kinds}" if kinds else ""
 
 
-def _open_nonblocking(path: str, flags: int) -> int:
+def open_nonblocking(path: str, flags: int) -> int:
     """An opener for `open` that does not block on a named pipe without a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
@@ -88,7 +88,7 @@ def read_byte_range(
     """
     for attempt in range(1, tries + 1):
         try:
-            with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
+            with open(path, "rb", buffering=0, opener=open_nonblocking) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise UnreadableError(
                         f"{path!r} is no longer a regular file, as it was when the run began;"

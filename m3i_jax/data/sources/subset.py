@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from m3i_jax.data.sources import captions
 from m3i_jax.data.sources.digests import stable_digest
 from m3i_jax.data.sources.interface import (
     DataSource,
@@ -12,7 +13,6 @@ from m3i_jax.data.sources.interface import (
     map_classes,
     object_table,
     read_items,
-    source_caption,
     source_key,
     source_key_hashes,
 )
@@ -55,7 +55,10 @@ class SubsetSource:
         return source_key_hashes(self.source)[self.indices]
 
     def caption(self, index: int) -> str | bytes | None:
-        return source_caption(self.source, int(self.indices[index]))
+        return captions.source_caption(self.source, int(self.indices[index]))
+
+    def caption_list(self, index: int) -> tuple[str | bytes, ...]:
+        return captions.source_captions(self.source, int(self.indices[index]))
 
     def object_table(self) -> ObjectTable | None:
         table = object_table(self.source)

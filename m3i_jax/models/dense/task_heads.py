@@ -196,8 +196,8 @@ class SegmentationHead:
       category_parameters, shape_settings: as of `DetectionHead`.
       plain_pyramid: the pyramid that makes maps for it from those of a plain ViT.
       coarsest: whether it reads the coarsest map of the encoder only.
-      averaged: whether `logits` are scores that are averaged over views of an image as they are;
-        else their softmax is.
+      averaged: whether `logits` are scores that its authors average over views of an image as they
+        are; else their softmax is (see `dense.segment.test_average`).
     """
 
     init: Callable[..., tuple[Params, Params]]
