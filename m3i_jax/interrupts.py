@@ -1,9 +1,11 @@
-"""Ctrl-C (SIGINT) outside the training loop: the process ends with one line and exit code 130.
+"""Signals outside the training loop. Ctrl-C (SIGINT): the process ends with one line and exit code
+130. SIGTERM in training and evaluation, by which a scheduler preempts: one line and exit code 42,
+as in the loop, where a checkpoint is saved first; before and after it there is nothing to save.
 
-The handler ends the process instead of raising KeyboardInterrupt, which imports, callbacks of the
+The handlers end the process instead of raising KeyboardInterrupt, which imports, callbacks of the
 garbage collector and threads of libraries print, swallow or wait for. A killed run loses nothing
-either. Two blocks have another handler: the training loop, which saves a checkpoint first
-(training/loop.py), and `--mode=convert`, which reports the complete shards.
+either. Two blocks have others: the training loop (training/loop.py), for SIGTERM from its first
+step on, and `--mode=convert`, which reports the complete shards.
 
 A terminal sends the signal to the worker processes as well, which are started with it blocked: the
 process that started them ends them."""
@@ -14,30 +16,57 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from typing import NoReturn
 
 STATUS = 130  # exit code: 128 + SIGINT, as shells report it
+PREEMPTED = 42  # exit code
 _LINE = "m3i_jax: interrupted; run the same command again to continue\n"
+_WHY = (
+    "preempted (SIGTERM) outside the training loop, where nothing is to be saved; run the same"
+    " command again to continue"
+)
 _once = threading.Lock()
+_watching = False  # whether the thread of `watch_long_calls` runs
+_owner = 0  # the process that installed the handler of SIGTERM
+_tell: Callable[[int, str], None] = lambda status, why: None  # the other hosts
 
 
 def exit_interrupted() -> NoReturn:
     """Print the line and end the process without cleaning up."""
+    _exit(STATUS, _LINE)
+
+
+def exit_preempted() -> NoReturn:
+    """As `exit_interrupted`, after SIGTERM; other hosts end too."""
+    _exit(PREEMPTED, f"m3i_jax: {_WHY}\n", lambda: _tell(PREEMPTED, _WHY))
+
+
+def _exit(status: int, line: str, then: Callable[[], None] = lambda: None) -> NoReturn:
     if _once.acquire(blocking=False):
         # a stream may be closed, full, or in use by the interrupted code
         with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):
             sys.stdout.flush()
         with contextlib.suppress(OSError):
-            os.write(2, _LINE.encode())
+            os.write(2, line.encode())
+        with contextlib.suppress(Exception):
+            then()
     else:  # the other thread prints, or waits for a reader of stdout
-        time.sleep(1.0)
-    os._exit(STATUS)
+        time.sleep(3.0)
+    os._exit(status)
 
 
 def _handle(number: int, frame: object) -> None:
     exit_interrupted()
+
+
+def _terminate(number: int, frame: object) -> None:
+    if os.getpid() != _owner:  # a fork, such as a worker process, ends as any other process
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        return
+    exit_preempted()
 
 
 def _raise(number: int, frame: object) -> None:
@@ -51,11 +80,37 @@ def install_handler() -> None:
         signal.signal(signal.SIGINT, _handle)
 
 
+def exit_on_sigterm(tell: Callable[[int, str], None] | None = None) -> None:
+    """Replace the default action of SIGTERM by `exit_preempted`. Does nothing where the signal is
+    ignored, or where a program has its own handler.
+
+    Args:
+      tell: called before the exit with its code and reason, for other hosts; None: as before.
+    """
+    global _owner, _tell
+    _tell = tell or _tell
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        _owner = os.getpid()
+        signal.signal(signal.SIGTERM, _terminate)
+        watch_long_calls()
+
+
+def exits_on_sigterm() -> bool:
+    """Returns whether SIGTERM ends this process now, by `exit_preempted`.
+
+    >>> exits_on_sigterm()
+    False
+    """
+    return signal.getsignal(signal.SIGTERM) is _terminate
+
+
 def watch_long_calls() -> None:
-    """Start a thread that calls the handler while the main thread compiles, or waits for another
-    host: Python itself runs handlers only between two of its own instructions."""
-    if signal.getsignal(signal.SIGINT) is not _handle:
+    """Start a thread that calls the handlers while the main thread compiles, or waits for another
+    host: Python itself runs them only between two of its own instructions. Once per process."""
+    global _watching
+    if _watching or (signal.getsignal(signal.SIGINT) is not _handle and not exits_on_sigterm()):
         return
+    _watching = True
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -66,6 +121,8 @@ def _watch(reader: int) -> None:
     while received := os.read(reader, 512):
         if signal.SIGINT in received and signal.getsignal(signal.SIGINT) is _handle:
             exit_interrupted()
+        if signal.SIGTERM in received and exits_on_sigterm():
+            exit_preempted()
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@
 
 `python -m m3i_jax` and the console command `m3i-jax` are the same.
 
-Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted and saved, 130 interrupted, 1 any other
-error. Only the module of the requested mode is imported.
+Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted (what was trained is saved), 130
+interrupted, 1 any other error. Only the module of the requested mode is imported.
 """
 
 from m3i_jax import installation, interrupts
@@ -242,14 +242,19 @@ def _start_hosts(
         settings.parallel.mesh,
         beat=settings.parallel.heartbeat,
     )
+    if interrupts.exits_on_sigterm():
+        interrupts.exit_on_sigterm(heartbeat.end_hosts)
     return heartbeat.refuse_on_error()
 
 
-def _run(arguments: Sequence[str], began: float) -> int:
+def _run(arguments: Sequence[str], began: float, process: bool) -> int:
     if arguments[:1] == ["init"]:
         return _init(arguments[1:])
     flags, overrides = _parse(arguments)
-    settings, mode = _settings(flags, overrides), MODES[flags.mode]
+    mode = MODES[flags.mode]
+    if process and mode.preemptible:
+        interrupts.exit_on_sigterm()
+    settings = _settings(flags, overrides)
     options = {name: getattr(flags, name) for name in mode.flags}
     if mode.timed:
         options["began"] = began
@@ -284,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             library_errors.install_hooks()
         try:
             with refuse_system_errors():
-                code = _run(sys.argv[1:] if arguments is None else arguments, began)
+                code = _run(sys.argv[1:] if arguments is None else arguments, began, process)
                 if sys.stdout is not None:
                     # a full disk or a closed pipe is reported here, not at interpreter exit
                     sys.stdout.flush()

@@ -191,14 +191,15 @@ def read_bytes(path: pathlib.Path, limit: int = LARGEST) -> bytes:
         return stream.read(min(limit, status.st_size))
 
 
-def _note_of(path: pathlib.Path) -> pathlib.Path:
+def note_path(path: pathlib.Path) -> pathlib.Path:
+    """Returns the path of the record of a file."""
     return path.parent / DIGESTS / path.name
 
 
 def noted_marks(path: pathlib.Path) -> list[Mark]:
     """Recorded sizes and digests of a file of a run, the newest first; [] without a record. Logs a
     warning if the record is damaged."""
-    note = _note_of(path)
+    note = note_path(path)
     try:
         marks = parse_marks(unseal_note(read_bytes(note, 2**12)))
     except FileNotFoundError:
@@ -233,7 +234,7 @@ def note_mark(path: pathlib.Path, new: Mark) -> None:
     Raises:
       UserError: the record cannot be written.
     """
-    note = _note_of(path)
+    note = note_path(path)
     known = [new, *(old for old in noted_marks(path) if old != new)][:2]
     temporary = note.with_name(f".{note.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
@@ -295,7 +296,7 @@ def read_run_file(path: pathlib.Path, remedy: str = "restore it", *, limit: int 
             return content
     raise FileChanged(
         f"{path}: is damaged, or was changed by hand ({mismatch}); {remedy}; if the change is"
-        f" yours, delete {_note_of(path)}"
+        f" yours, delete {note_path(path)}"
     )
 
 

@@ -30,8 +30,8 @@ COLLECTED = (  # Python prints and ignores what a callback of the garbage collec
 )
 
 
-def interrupted(*command: str) -> tuple[int, str]:
-    """Exit code and stderr of a process that gets SIGINT when it has printed "ready"."""
+def interrupted(*command: str, number: int = signal.SIGINT) -> tuple[int, str]:
+    """Exit code and stderr of a process that gets a signal when it has printed "ready"."""
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
@@ -43,7 +43,7 @@ def interrupted(*command: str) -> tuple[int, str]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
     return process.returncode, error
 
@@ -61,6 +61,37 @@ def test_every_mode_while_it_starts(tmp_path: pathlib.Path, mode: str) -> None:
 @pytest.mark.parametrize("code", [f"{READY}import time\ntime.sleep(100)", LONG_CALL, COLLECTED])
 def test_python_a_long_call_and_a_callback(code: str) -> None:
     assert interrupted("-c", START + code) == (130, LINE)
+
+
+def preempted(*command: str) -> None:
+    code, error = interrupted(*command, number=signal.SIGTERM)
+    assert code == 42 and error.count("\n") == 1, (code, error)
+    assert error.startswith("m3i_jax: preempted (SIGTERM) outside the training loop")
+
+
+@pytest.mark.row("A2")
+@pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.preemptible])
+def test_sigterm_before_the_loop(tmp_path: pathlib.Path, mode: str) -> None:
+    """As a preemption in the loop, which saves: a scheduler starts the run again."""
+    config = tmp_path / "config.py"
+    config.write_text(WAITING)
+    arguments = ("--config", str(config), "--workdir", str(tmp_path / "run"), f"--mode={mode}")
+    preempted("-m", "m3i_jax.main", *arguments)
+
+
+@pytest.mark.row("A2")
+def test_sigterm_while_a_program_is_compiled() -> None:
+    preempted("-c", f"from m3i_jax import interrupts\ninterrupts.exit_on_sigterm()\n{LONG_CALL}")
+
+
+def test_a_fork_ends_by_sigterm_as_any_process() -> None:
+    code = (
+        "import os, signal, time\nfrom m3i_jax import interrupts\ninterrupts.exit_on_sigterm()\n"
+        "child = os.fork()\nif not child:\n    time.sleep(100)\nos.kill(child, signal.SIGTERM)\n"
+        "assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM\n"
+        f"{READY}time.sleep(100)\n"
+    )
+    preempted("-c", code)
 
 
 def test_a_block_that_catches_it() -> None:

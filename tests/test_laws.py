@@ -55,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
     "reporting": BASE,
     "profiling": BASE | {"parallel", "reporting"},
     "interop": BASE | {"objective"},
-    "training": BELOW_TRAINING | {"library_errors"},
+    "training": BELOW_TRAINING | {"library_errors", "interrupts"},
     "evaluation": BASE
     | {"config", "objective", "models", "augment", "data", "parallel"}
     | {"training", "interop", "published_dense_settings"},

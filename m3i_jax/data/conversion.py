@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from m3i_jax import interrupts
 from m3i_jax.data.reencode import UNCHANGED, Reencoding
-from m3i_jax.data.sources import array_record, base, tar_shards
+from m3i_jax.data.sources import array_record, base, shared_files, tar_shards
 from m3i_jax.data.sources.base import DataSource, Record
 from m3i_jax.errors import UserError
 
@@ -106,11 +106,19 @@ def check_plan(
     }
     # before the plan is looked for: another host writes it before its first shard
     names = sorted(os.listdir(directory))
-    if os.path.exists(path):
+    if PLAN not in names and not os.path.exists(path):
+        foreign = [name for name in names if form.ending in name or name == array_record.INDEX]
+        if foreign:
+            raise UserError(
+                f"--workdir {directory}: {foreign[0]!r} is not from this conversion: choose another"
+                " directory"
+            )
+    # of hosts that start together, the first writes it, and all have the plan that is there then
+    content = json.dumps(plan, ensure_ascii=False).encode("utf-8", "replace")
+    if (written := shared_files.write_first(path, content)) != content:
         try:
-            with open(path, encoding="utf-8") as file:
-                old_plan = json.load(file)
-        except (OSError, ValueError) as error:
+            old_plan = json.loads(written)
+        except ValueError as error:
             raise UserError(
                 f"--workdir: {path!r} cannot be read ({error}): remove the directory, or choose"
                 " another one"
@@ -133,14 +141,6 @@ def check_plan(
                 f" ({old_plan.get('records')} records, this one has {len(source)}): choose another"
                 " directory"
             )
-    else:
-        foreign = [name for name in names if form.ending in name or name == array_record.INDEX]
-        if foreign:
-            raise UserError(
-                f"--workdir {directory}: {foreign[0]!r} is not from this conversion: choose another"
-                " directory"
-            )
-        base.write_atomic(path, json.dumps(plan, ensure_ascii=False).encode("utf-8", "replace"))
     return shards
 
 

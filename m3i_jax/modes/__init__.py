@@ -21,6 +21,7 @@ class Mode(NamedTuple):
       together: runs on all hosts; the others run on one.
       shares: several processes may run it, each its share, without communication; its `run` takes
         `hosts`, the flags --coordinator, --processes and --process-id.
+      preemptible: SIGTERM ends it with exit code 42, in all of its phases.
       timed: its `run` takes `began`, the start time of the process.
       compiles: keeps compiled programs for the next start.
       reads: prefixes of the settings that it reads; (): all.
@@ -32,6 +33,7 @@ class Mode(NamedTuple):
     settings: bool = True
     together: bool = False
     shares: bool = False
+    preemptible: bool = False
     timed: bool = False
     compiles: bool = False
     reads: tuple[str, ...] = ()
@@ -95,6 +97,7 @@ MODES = {
         "train, or resume the run in the working directory",
         flags=("allow_changes",),
         together=True,
+        preemptible=True,
         timed=True,
         compiles=True,
     ),
@@ -108,6 +111,7 @@ MODES = {
         " .json and .png",
         flags=("allow_changes",),
         together=True,
+        preemptible=True,
         compiles=True,
     ),
     "report": Mode(
@@ -122,6 +126,7 @@ MODES = {
         flags=("checkpoint", "data", "untrained"),
         of_run=True,
         together=True,
+        preemptible=True,
         compiles=True,
         reads=(
             "seed",

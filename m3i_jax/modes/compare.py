@@ -27,7 +27,7 @@ from m3i_jax.models import backbones
 from m3i_jax.modes import monitoring, train
 from m3i_jax.modes.setup import (
     Setup,
-    lock_workdir,
+    lock_on_all_hosts,
     open_setup,
     require_shared,
     require_views,
@@ -96,7 +96,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     require_shared(pathlib.Path(workdir))
     base = open_setup(config, workdir, trains=trains)
     main = jax.process_index() == 0
-    with lock_workdir(base.workdir):
+    with lock_on_all_hosts(base.workdir):
         firsts = {form: config_for(base, form, config.seed) for form in config.compare.forms}
         budget = plan_budget(base, firsts, flops_a_step)
         if budget.costs and main:
@@ -153,15 +153,16 @@ def read_result(setup: Setup, allow_changes: bool) -> dict[str, Any] | None:
     """
     path = setup.workdir / RESULT
     result: dict[str, Any] = {}
-    if not jax.process_index() and path.is_file():
-        result = run_files.read_run_json(
-            path, "restore it, or delete it: it is written again from the run's log"
-        )
-        if not is_result(result):
-            raise UserError(
-                f"{path}: is not the result of a run; delete it: it is written again from the run's"
-                " log"
+    with parallel.fail_together("result.json"):
+        if not jax.process_index() and path.is_file():
+            result = run_files.read_run_json(
+                path, "restore it, or delete it: it is written again from the run's log"
             )
+            if not is_result(result):
+                raise UserError(
+                    f"{path}: is not the result of a run; delete it: it is written again from the"
+                    " run's log"
+                )
     result = json.loads(parallel.exchange_values("result", json.dumps(result))[0])
     if not result:
         return None
@@ -172,7 +173,8 @@ def read_result(setup: Setup, allow_changes: bool) -> dict[str, Any] | None:
 def write_result(setup: Setup, form: str, seed: int, cost: float) -> dict[str, Any]:
     """Write the result of a run that has ended; returns it. cost: FLOPs of a step."""
     # the first host wrote the log, of which others may not see the end yet
-    own = {} if jax.process_index() else read_outcome(setup)
+    with parallel.fail_together("log"):
+        own = {} if jax.process_index() else read_outcome(setup)
     values = json.loads(parallel.exchange_values("outcome", json.dumps(own))[0]) | {"flops": cost}
     values |= {
         "images": values["step"] * setup.config.train.batch_size,
@@ -217,11 +219,12 @@ def config_for(base: Setup, form: str, seed: int) -> Setup:
 
 def run_one(setup: Setup, allow_changes: bool) -> int:
     """Train one run, as --mode=train would in its directory."""
-    setup.workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
     vocabulary = setup.workdir / "tokenizer.json"
-    if setup.tokenizer and not jax.process_index() and not vocabulary.is_file():
-        setup.tokenizer.save(str(vocabulary))
-    with lock_workdir(setup.workdir):
+    with parallel.fail_together("tokenizer.json"):
+        setup.workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if setup.tokenizer and not jax.process_index() and not vocabulary.is_file():
+            setup.tokenizer.save(str(vocabulary))
+    with lock_on_all_hosts(setup.workdir):
         code = train.pretrain(setup, allow_changes)
     gc.collect()
     jax.clear_caches()  # the next run compiles other programs
@@ -379,12 +382,13 @@ def _step_seconds(base: Setup, runs: Mapping[str, Setup]) -> dict[str, float]:
     the length that it began with."""
     path, main = base.workdir / "compare" / MEASURED, jax.process_index() == 0
     known: dict[str, Any] = {}
-    if main and path.is_file():
-        known = run_files.read_run_json(path, "restore it, or begin in an empty workdir")
-    if wrong := [x for x in known.values() if not isinstance(x, int | float) or not x > 0]:
-        raise UserError(
-            f"{path}: {wrong[0]!r} is not the time of a step; begin in an empty workdir"
-        )
+    with parallel.fail_together("times of steps"):
+        if main and path.is_file():
+            known = run_files.read_run_json(path, "restore it, or begin in an empty workdir")
+        if wrong := [x for x in known.values() if not isinstance(x, int | float) or not x > 0]:
+            raise UserError(
+                f"{path}: {wrong[0]!r} is not the time of a step; begin in an empty workdir"
+            )
     # every host runs the steps that host 0 has no time of, and all take host 0's times
     times = parallel.broadcast_from_host0(np.array([known.get(form, 0.0) for form in runs]))
     for (form, setup), seconds in zip(runs.items(), times, strict=True):

@@ -2,7 +2,8 @@
 (--format). The same command resumes an interrupted conversion.
 
 On several hosts each writes every n-th shard (--shard=i/n). They share the directory and do not
-communicate; the one that finds all shards complete checks them and writes the index."""
+communicate; the one that finds all shards complete checks them and writes the index. Of hosts that
+end at the same moment all may find that, and write the same."""
 
 import contextlib
 import os
@@ -80,7 +81,12 @@ def run(
                 file=sys.stderr,
             )
             return PREEMPTED
-        if missing := conversion.missing_shards(len(source), str(directory), shards, form):
+        missing = host_share.settle_missing(
+            lambda: conversion.missing_shards(len(source), str(directory), shards, form),
+            str(directory),
+            begun=lambda number: _lock_file(directory, number % share.count, share.count).exists(),
+        )
+        if missing:
             print(
                 f"share {share} is complete; {len(missing):,} of {shards:,} shards are still to be"
                 " written by other shares, of which the last one writes the index"
@@ -107,9 +113,14 @@ def _lock(directory: pathlib.Path, share: host_share.HostShare) -> Iterator[None
     with contextlib.ExitStack() as locks:
         locks.enter_context(lock_workdir(directory, shared=share.count > 1))
         if share.count > 1:
-            name = f"share-{share.number:05d}-of-{share.count:05d}.lock"
+            name = _lock_file(directory, share.number, share.count).name
             locks.enter_context(lock_workdir(directory, name=name))
         yield
+
+
+def _lock_file(directory: pathlib.Path, number: int, count: int) -> pathlib.Path:
+    """The lock of a share, which stays when the share has ended."""
+    return directory / f"share-{number:05d}-of-{count:05d}.lock"
 
 
 class Progress:

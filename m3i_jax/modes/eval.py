@@ -321,7 +321,8 @@ def evaluate(
       run: directory whose report shows the results too; None: that of the file.
     """
     main, path = not jax.process_index(), setup.workdir / RESULT
-    saved = (earlier_results(path, about) or {}) if main else {}
+    with parallel.fail_together(RESULT):
+        saved = (earlier_results(path, about) or {}) if main else {}
     parts = {part: saved.get(part) for part in ("results", "untrained")}
     parts = {part: known if isinstance(known, dict) else {} for part, known in parts.items()}
     # all hosts skip the same evaluators
@@ -334,6 +335,7 @@ def evaluate(
         passes.append((results.untrained, parts["untrained"], measured, "untrained ", untrained))
     results.untrained |= parts["untrained"]
     with loop.Preemption() as notice:
+        notice.arm()
         try:
             for values, known, enabled, prefix, make in passes:
                 values |= {name: known[name] for name in enabled if name in known}

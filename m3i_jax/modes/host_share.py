@@ -1,11 +1,15 @@
 """Which share of work without communication this process does, as one of several on a cluster."""
 
+import contextlib
 import dataclasses
+import os
 import re
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Callable, Mapping
 
 from m3i_jax.errors import UserError
-from m3i_jax.parallel import distributed
+from m3i_jax.parallel import barriers, distributed
 
 _ARRAY = tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT"))
 
@@ -85,6 +89,56 @@ def detect_share(
             " n of `completions`"
         )
     return HostShare(info.process, info.processes, info.source)
+
+
+def settle_missing(
+    missing: Callable[[], list[int]],
+    directory: str,
+    *,
+    begun: Callable[[int], bool] = lambda item: True,
+) -> list[int]:
+    """Returns the items of a common directory that are missing when this share is complete; the
+    share that finds none has the work that is left.
+
+    Two shares that end at the same moment may not see yet what the other wrote, for NFS and gcsfuse
+    keep for a minute that a file is absent. Each would leave that work to the other. So on such a
+    file system this looks again, until nothing is missing or VIEW_AGE has passed: a share that ends
+    later sees all of this one.
+
+    Args:
+        missing: returns the items, by number, that are not seen.
+        directory: of the items.
+        begun: whether the share that writes an item has begun. One that has not will end later, so
+            there is nothing to wait for.
+
+    >>> settle_missing(lambda: [], "/tmp")
+    []
+    """
+    deadline, noted = time.monotonic() + barriers.VIEW_AGE, False
+    while left := missing():
+        if _is_local(directory) or not all(map(begun, left)) or time.monotonic() >= deadline:
+            break
+        if not noted:
+            noted = True
+            print(
+                f"looking for up to {barriers.VIEW_AGE:.0f} seconds for what other shares have just"
+                " written",
+                flush=True,
+            )
+        # a change makes NFS ask its server for the state of the directory
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=directory, prefix=".look-"):
+            pass
+        time.sleep(min(2.0, barriers.VIEW_AGE / 10))
+    return left
+
+
+def _is_local(directory: str) -> bool:
+    """Whether a directory is on a disk of this machine, whose state no other one changes; False if
+    that is not known."""
+    try:
+        return os.major(os.stat(directory).st_dev) != 0
+    except OSError:
+        return False
 
 
 def _index(environ: Mapping[str, str], count: int) -> int:

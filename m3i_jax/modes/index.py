@@ -3,7 +3,8 @@ WORKDIR/index, so that no run has to.
 
 The index is built in parts, each a pure function of some tar files. The same command goes on where
 it was stopped. On several hosts each writes every n-th part (--shard=i/n) to a common directory;
-the one that finds all parts complete joins them."""
+the one that finds all parts complete joins them. Of hosts that end at the same moment all may find
+that, and write the same."""
 
 import os
 import pathlib
@@ -65,6 +66,10 @@ def _build(
     written = engines.map_items("local", builder, todo, workers=workers)
     records = sum(progress.track_progress(written, f"indexing {pattern}", len(todo), "parts"))
     print(f"{pattern}: {records:,} records of {len(builder.files):,} tar files are indexed here")
+    host_share.settle_missing(
+        lambda: [] if builder.load(verify=False) is not None else builder.missing(),
+        os.path.dirname(builder.path),
+    )
     if builder.finish():
         index = builder.load(verify=False)
         count = 0 if index is None else len(index["shard"])

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import glob
 import os
 import pathlib
 import re
@@ -12,7 +13,7 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -119,21 +120,23 @@ class Setup:
 def _with_rounded_batch(config: schema.Config, workdir: pathlib.Path) -> schema.Config:
     """The configuration with the batch size of the run in a directory, if that was rounded up from
     this one: other devices would round it to another number, which would be another run."""
-    if not config.train.round_batch or not (workdir / "config.txt").is_file():
+    if not config.train.round_batch:
         return config
-    saved = configuration.load_from_workdir(str(workdir), "--workdir").train
-    configured = config.train.batch_size
-    if not saved.round_batch or not configured < saved.batch_size < 1.1 * configured:
+    configured, size = config.train.batch_size, 0
+    # the first host reads it for all: they must have one size
+    with parallel.fail_together("config.txt, batch size"):
+        if not jax.process_index() and (workdir / "config.txt").is_file():
+            saved = configuration.load_from_workdir(str(workdir), "--workdir").train
+            if saved.round_batch and configured < saved.batch_size < 1.1 * configured:
+                size = saved.batch_size
+    if not (size := int(parallel.exchange_values("batch size", str(size))[0])):
         return config
     if not jax.process_index():
         print(
-            f"train.batch_size: {saved.batch_size:,}, as in the run in {workdir}, instead of"
-            f" {configured:,}",
+            f"train.batch_size: {size:,}, as in the run in {workdir}, instead of {configured:,}",
             flush=True,
         )
-    return dataclasses.replace(
-        config, train=dataclasses.replace(config.train, batch_size=saved.batch_size)
-    )
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
 
 
 def fit_to_devices(
@@ -169,10 +172,12 @@ def open_setup(
     backbones.validate_backbone(config)  # before data are opened, which may take minutes
     path = pathlib.Path(workdir)
     config, devices = fit_to_devices(_with_rounded_batch(config, path))
-    make_workdir(path)
+    with parallel.fail_together("--workdir"):
+        make_workdir(path)
+    index = index_directory(config.data, path)
     # the first host reads the headers of all files, the others its index
-    with parallel.host0_first("index"):
-        train, held_out = splits.open_splits(config.data, cache=index_directory(config.data, path))
+    with parallel.host0_first("index", written=_new_files(os.path.join(index, "*.npz"))):
+        train, held_out = splits.open_splits(config.data, cache=index)
     kind = task_kind(config.task)
     train, held_out = kind.with_annotations(train), kind.with_annotations(held_out)
     train, names = kind.training_records(train), kind.class_names(train)
@@ -190,9 +195,10 @@ def open_setup(
     ):
         captions = False
         done = complete_config(config, classes=count, captions=False, size=len(train))
-    with parallel.host0_first("tokenizer"):
+    vocabulary = str(path / "tokenizer.json")
+    with parallel.host0_first("tokenizer", written=_new_files(vocabulary)):
         opened = (
-            tokenizer.open_tokenizer(done.data, train, str(path / "tokenizer.json"))
+            tokenizer.open_tokenizer(done.data, train, vocabulary)
             if captions or done.data.regions
             else None
         )
@@ -206,6 +212,14 @@ def open_setup(
         workdir=path,
         configured_size=config.data.size,
     )
+
+
+def _new_files(path: str) -> Callable[[], list[str]]:
+    """Returns a function that lists the files of a directory that are new since now; the last part
+    of the path may be a pattern."""
+    pattern = os.path.join(glob.escape(os.path.dirname(path)), os.path.basename(path))
+    before = set(glob.glob(pattern))
+    return lambda: sorted(set(glob.glob(pattern)) - before)
 
 
 def _predicted_names(config: schema.Config, names: tuple[str, ...], count: int) -> tuple[str, ...]:
@@ -254,13 +268,13 @@ def require_shared(workdir: pathlib.Path) -> None:
     """
     if parallel.host_names() == 1:
         return
-    make_workdir(workdir)
     main = not jax.process_index()
     word = parallel.exchange_values("shared", secrets.token_hex(8) if main else "")[0]
     file = workdir / f".shared-{word}"
-    if main:
-        file.write_text(word, encoding="utf-8")
-    parallel.barrier("shared, written")
+    with parallel.fail_together("shared, written"):
+        make_workdir(workdir)
+        if main:
+            file.write_text(word, encoding="utf-8")
     for _ in range(10):
         if seen := file.is_file():
             break
@@ -310,6 +324,15 @@ def lock_workdir(
         yield
     finally:
         os.close(file)
+
+
+@contextlib.contextmanager
+def lock_on_all_hosts(workdir: pathlib.Path) -> Iterator[None]:
+    """`lock_workdir`, of a run on several hosts: all are refused where the first is."""
+    with contextlib.ExitStack() as locks:
+        with parallel.fail_together("run.lock"):
+            locks.enter_context(lock_workdir(workdir))
+        yield
 
 
 def _open_lock(path: pathlib.Path) -> tuple[int, str]:

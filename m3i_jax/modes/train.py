@@ -14,7 +14,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.modes import evaluators, monitoring, report
-from m3i_jax.modes.setup import Setup, lock_workdir, open_setup, require_shared
+from m3i_jax.modes.setup import Setup, lock_on_all_hosts, open_setup, require_shared
 from m3i_jax.modes.task_views import task_views
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import run_log, writers
@@ -36,7 +36,7 @@ def run(
     require_shared(pathlib.Path(workdir))
     setup = open_setup(config, workdir, trains=kind.objectives(config))
     distributed.assert_same_on_all_hosts("data", {"data": setup.identity})
-    with lock_workdir(setup.workdir):
+    with lock_on_all_hosts(setup.workdir):
         return pretrain(setup, allow_changes, began)
 
 
@@ -44,7 +44,10 @@ def check_same_run(setup: Setup, position: dict[str, Any] | None, allow_changes:
     """Refuse to resume a run with other relevant settings, data or tokenizer; write config.txt and
     data.txt. Secrets in paths are redacted, so that new credentials are no change. The first host
     checks for all."""
-    changed = _changes(setup, position) if position and not jax.process_index() else []
+    main, changed = not jax.process_index(), list[str]()
+    with parallel.fail_together("config.txt"):
+        if position and main:
+            changed = _changes(setup, position)
     changed = list(filter(None, parallel.exchange_values("changes", "; ".join(changed)[:4000])[:1]))
     if changed and not allow_changes:
         raise UserError(
@@ -52,10 +55,12 @@ def check_same_run(setup: Setup, position: dict[str, Any] | None, allow_changes:
             f" ({'; '.join(changed)}); choose another directory, or add --allow-changes to continue"
             " with the new one"
         )
-    if not jax.process_index():
-        write_text_atomic(setup.workdir / "config.txt", privacy.redact(setup.text), noted=True)
-        write_text_atomic(setup.workdir / "data.txt", privacy.redact(setup.identity), noted=True)
-        if not setup.config.traits.views:  # predictions of the run have their names
+    with parallel.fail_together("config.txt, written"):
+        if main:
+            write_text_atomic(setup.workdir / "config.txt", privacy.redact(setup.text), noted=True)
+            identity = privacy.redact(setup.identity)
+            write_text_atomic(setup.workdir / "data.txt", identity, noted=True)
+        if main and not setup.config.traits.views:  # predictions of the run have their names
             names = json.dumps({"classes": setup.classes}, indent=1) + "\n"
             write_text_atomic(setup.workdir / weight_source.CLASSES, names, noted=True)
 
@@ -192,25 +197,28 @@ def _log_start(setup: Setup, trainer: Trainer, log: Callable[[str], None]) -> No
 
 
 def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
-    config, workdir = setup.config, setup.workdir
-    if not jax.process_index():
-        checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
+    config, workdir, main = setup.config, setup.workdir, not jax.process_index()
+    with parallel.fail_together("checkpoints"):
+        if main:
+            checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
+        checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
     newest = _newest_position(setup, checkpoints, allow_changes)
     start, position = newest or (0, {})
     samples = position.get("samples_seen", 0)
     views = task_views(config.task)
     trainer = setup.make_trainer()
     trainer.check_state_fits()
-    earlier = earlier_seconds(workdir, position) if newest else {}
-    writer = writers.open_writers(
-        config, workdir, resume_at=start, total=trainer.length.steps, main=jax.process_index() == 0
-    )
+    with parallel.fail_together("files of the run", limit=1800.0):
+        earlier = earlier_seconds(workdir, position) if newest else {}
+        writer = writers.open_writers(
+            config, workdir, resume_at=start, total=trainer.length.steps, main=main
+        )
+        own = sorted(evaluations_done(workdir / LOG)) if main else []
+        # for the position, which the first host writes
+        vocabulary_mark = tokenizer_of(workdir) if setup.tokenizer and main else {}
     log = writer.log
     # all hosts skip the evaluations that are in the log of the first
-    own = sorted(evaluations_done(workdir / LOG)) if not jax.process_index() else []
     done = frozenset(json.loads(parallel.exchange_values("evaluated", json.dumps(own))[0]))
-    vocabulary_mark = tokenizer_of(workdir) if setup.tokenizer else {}
     _log_start(setup, trainer, log)
     restarts = 1 + position.get("restarts", 0) if newest else 0
     clock = monitoring.make_clock(trainer, log, earlier=earlier, restarts=restarts, began=began)

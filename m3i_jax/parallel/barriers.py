@@ -3,18 +3,23 @@ jax.distributed instead of a collective, so that a wait for a host that hangs or
 limit and ends in an error that names it. With one host, all functions return at once."""
 
 import contextlib
+import json
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jax._src import distributed as _distributed  # the store has no public name
 
-from m3i_jax.errors import RunStopped
+from m3i_jax.errors import DoesNotFit, RunStopped, UserError, as_refusal, one_line
 
 LIMIT = 600.0  # seconds
 NOTICE = 15.0  # seconds of waiting before each log line about it
+# seconds after which a host sees what another wrote: NFS and gcsfuse keep what they know of a
+# directory, also that a file is absent, for up to 60
+VIEW_AGE = 75.0
 _log = logging.getLogger(__name__)
 _rounds: dict[str, int] = {}
 
@@ -152,9 +157,59 @@ def barrier(name: str, *, limit: float = LIMIT) -> None:
 
 
 @contextlib.contextmanager
-def host0_first(name: str, *, limit: float = 6 * 3600.0) -> Iterator[None]:
+def fail_together(name: str, *, limit: float = LIMIT) -> Iterator[None]:
+    """Run a block that reads or writes files on every host, or on some, and waits for no other. An
+    error that one host has, such as a file that it alone cannot read, is raised on all of them:
+    they would wait for that host in the next collective. A barrier.
+
+    Raises:
+      UserError: the block failed on a host; names the host and its reason, which has the file.
+      HostMissing: not all hosts came.
+
+    >>> with fail_together("docs"): print("one host")
+    one host
+    """
+    if host_names() == 1:
+        yield
+        return
+    own: Exception | None = None
+    try:
+        yield
+    except RunStopped:  # a wait for the others ended: they cannot learn of it
+        raise
+    except Exception as error:
+        own = error
+    answers = exchange_values(name, _reason(own) if own else "", limit=limit)
+    if own and as_refusal(own) is None:  # a bug: its traceback is here
+        raise own
+    if not (failed := [number for number, answer in enumerate(answers) if answer]):
+        return
+    status, _, reason = answers[failed[0]].partition(" ")
+    more = f" (and {len(failed) - 1} more hosts)" if len(failed) > 1 else ""
+    kind = DoesNotFit if status == str(DoesNotFit.status) else UserError
+    raise kind(f"{host_label(failed[0])}{more}: {reason}") from own
+
+
+def _reason(error: Exception) -> str:
+    """Exit code and message of an error, on one line for the other hosts."""
+    refusal = as_refusal(error)
+    if refusal is None:
+        return f"1 a bug in m3i_jax ({type(error).__name__}: {one_line(error, 200)})"
+    return f"{getattr(refusal, 'status', 1)} {one_line(refusal)}"
+
+
+@contextlib.contextmanager
+def host0_first(
+    name: str, *, limit: float = 6 * 3600.0, written: Callable[[], Iterable[str]] = tuple
+) -> Iterator[None]:
     """Run the block on host 0, then on all others, which find the files that host 0 wrote to a
     shared directory. Returns when all hosts are done, so that an error of one ends all.
+
+    Args:
+      name: of the barrier.
+      limit: seconds to wait for host 0, and then for the last host.
+      written: paths of the files, asked on host 0 after its block. The other hosts wait until they
+        see them, at most VIEW_AGE seconds, or they would make them again.
 
     Raises:
       HostMissing: another host failed in the block, or took longer than the limit in seconds.
@@ -175,21 +230,43 @@ def host0_first(name: str, *, limit: float = 6 * 3600.0) -> Iterator[None]:
                 f"{name}: waited {limit:.0f} seconds for {host_label(0)}; look into its output"
             ) from None
     try:
-        if host_name() and client.key_value_try_get(key) != "done":
-            raise HostMissing(f"{name}: {host_label(0)} failed; its output says why")
+        if host_name():
+            result = client.key_value_try_get(key)
+            if not result.startswith("["):
+                raise HostMissing(f"{name}: {host_label(0)} {result}")
+            _await_view(name, json.loads(result))
         yield
-    except BaseException:
         if not host_name():
-            client.key_value_set(key, "failed")
+            files = json.dumps(list(written()))
+    except BaseException as error:
+        refusal = None if isinstance(error, HostMissing) else as_refusal(error)
+        why = f"failed ({one_line(refusal)})" if refusal else "failed; its output says why"
+        if not host_name():
+            client.key_value_set(key, why)
         # the other hosts get the failure, this one raises its own error
         with contextlib.suppress(HostMissing):
-            exchange_values(f"{name}, done", "failed", limit=60.0)
+            exchange_values(f"{name}, done", why, limit=60.0)
         raise
     if not host_name():
-        client.key_value_set(key, "done")
+        client.key_value_set(key, files)
     results = exchange_values(f"{name}, done", "done", limit=limit)
-    if failed := [host_label(number) for number, result in enumerate(results) if result != "done"]:
-        raise HostMissing(f"{name}: {', '.join(failed)} failed; its output says why")
+    if failed := [number for number, result in enumerate(results) if result != "done"]:
+        raise HostMissing(f"{name}: {host_label(failed[0])} {results[failed[0]]}")
+
+
+def _await_view(name: str, paths: list[str]) -> None:
+    """Wait until this host sees the files that host 0 wrote."""
+    deadline = time.monotonic() + VIEW_AGE
+    while absent := [path for path in paths if not os.path.exists(path)]:
+        if time.monotonic() >= deadline:
+            _log.warning(
+                "%s: %s, which %s wrote, is not seen here: it is made again",
+                name,
+                absent[0],
+                host_label(0),
+            )
+            return
+        time.sleep(0.5)
 
 
 class CoordinatedStop:

@@ -2,7 +2,8 @@
 more, and ends the others with a C++ stack trace that names no host. Here every host has a
 connection to host 0, and both ends send heartbeats. A host that is silent for too long, or whose
 connection breaks without a goodbye, is lost: all others log its name and exit at once, and the
-launcher restarts all."""
+launcher restarts all. A host that ends for a reason that it knows sends that first, with its exit
+code: the others end with the same code and one line."""
 
 import atexit
 import contextlib
@@ -15,13 +16,13 @@ import time
 import types
 from collections.abc import Callable, Iterator
 
-from m3i_jax.errors import UserError
+from m3i_jax.errors import UserError, one_line
 from m3i_jax.parallel import barriers
 
 LIMIT = 60.0  # seconds
 TOGETHER = 3.0  # seconds within which all hosts fail from a common cause
 _KEY = "m3i/heartbeat"
-_BEAT, _BYE, _LOST = b".\n", b"bye\n", b"lost "
+_BEAT, _BYE, _LOST, _ENDS = b".\n", b"bye\n", b"lost ", b"ends "
 _running: list["Heartbeat"] = []  # of this process: one, or none
 
 
@@ -30,10 +31,11 @@ class Heartbeat:
 
     Args:
       limit: seconds of silence after which a host is lost.
-      on_lost: called with a message about the lost host; ends the process.
+      on_lost: called with a message about the lost host, and the exit code that it sent if it did;
+        ends the process.
     """
 
-    def __init__(self, limit: float, on_lost: Callable[[str], None]):
+    def __init__(self, limit: float, on_lost: Callable[..., None]):
         self.limit, self._on_lost = limit, on_lost
         # host -> name; kept here, since the store may be gone when a host is lost
         self._names: dict[int, str] = {}
@@ -43,10 +45,13 @@ class Heartbeat:
         self._selector, self._closed = selectors.DefaultSelector(), threading.Event()
         self._server: socket.socket | None = None
         self.status = 0  # exit status of the process, as far as is known
+        self._why = ""  # the mistake that ends this process
+        self._label = ""  # of this host; kept here, as the names
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def open(self) -> "Heartbeat":
         """Connect; all hosts call this. Raises OSError if host 0 cannot be reached on its port."""
+        self._label = barriers.host_label(barriers.host_name())
         if barriers.host_name() == 0:
             self._server = socket.create_server(("", 0), backlog=barriers.host_names())
             self._selector.register(self._server, selectors.EVENT_READ, None)
@@ -58,9 +63,7 @@ class Heartbeat:
             connection = socket.create_connection(
                 (address, int(barriers.read_published(_KEY))), timeout=min(self.limit / 2, 20.0)
             )
-            connection.sendall(
-                f"{barriers.host_name()} {barriers.host_label(barriers.host_name())}\n".encode()
-            )
+            connection.sendall(f"{barriers.host_name()} {self._label}\n".encode())
             self._names[0] = barriers.host_label(0)
             self._add(0, connection)
         self._thread.start()
@@ -77,11 +80,20 @@ class Heartbeat:
         for number in hosts:
             self._last_heard.pop(number, None)
 
-    def refuse(self, status: int) -> None:
+    def refuse(self, status: int, why: str) -> None:
         """A user's mistake ends this process with a status: from here on no other host counts as
         lost."""
-        self.status = status
+        self.status, self._why = status, why
         self._closed.set()
+
+    def end_all(self, status: int, why: str) -> None:
+        """Tell the other hosts that this process ends now, with this status and for this reason."""
+        self._closed.set()
+        text = f"{status} {self._label}: {one_line(why, 1000)}"
+        self._send(_ENDS + text.encode(errors="replace") + b"\n")
+        if barriers.host_name() == 0:
+            # the coordinator ends with this process, and with it hosts that have not read this
+            time.sleep(1.0)
 
     def close(self) -> bool:
         """Send a goodbye, so that this host does not count as lost; with a status it shall. Then it
@@ -101,6 +113,8 @@ class Heartbeat:
                 abandoned = True
         if not abandoned:
             self._send(_BYE)
+        elif self._why:
+            self.end_all(self.status, self._why)
         self._thread.join(timeout=2.0)
         for one in (*self._connections.values(), *([self._server] if self._server else [])):
             with contextlib.suppress(OSError):
@@ -159,11 +173,24 @@ class Heartbeat:
                 del self._last_heard[number]
             elif line.startswith(_LOST):
                 self._on_lost(line[len(_LOST) :].decode(errors="replace"))
+            elif line.startswith(_ENDS) and not self._closed.is_set():
+                self._ended(number, line)
         if not received:
             self._selector.unregister(self._connections[number])
             self._connections.pop(number).close()
             if number in self._last_heard:
                 self._lost(number, "its process ended")
+
+    def _ended(self, number: int, line: bytes) -> None:
+        """A host said with which status it ends, and why."""
+        status, _, text = line[len(_ENDS) :].decode(errors="replace").partition(" ")
+        if not status.isascii() or not status.isdigit() or not 0 < int(status) < 256:
+            return
+        self._last_heard.pop(number, None)
+        if barriers.host_name() == 0 and barriers.host_names() > 2:
+            self._send(line + b"\n")
+            time.sleep(1.0)
+        self._on_lost("".join(c for c in text if c.isprintable()), int(status))
 
     def _lost(self, number: int, why: str) -> None:
         self._last_heard.pop(number, None)
@@ -182,11 +209,18 @@ class Heartbeat:
         self._on_lost(text)
 
 
-def end_heartbeat(text: str) -> None:
+def end_heartbeat(text: str, status: int = 1) -> None:
     """Print a message and end the process now: a wait for a lost host cannot be unwound."""
     with contextlib.suppress(OSError):
         os.write(2, f"m3i_jax: {text}\n".encode())
-    os._exit(1)
+    os._exit(status)
+
+
+def end_hosts(status: int, why: str) -> None:
+    """Tell the other hosts that this process ends now, with this status and for this reason: they
+    end in the same way. With one host it does nothing."""
+    for heartbeat in _running:
+        heartbeat.end_all(status, why)
 
 
 def start_heartbeat(limit: float, log: Callable[[str], None] = print) -> None:
@@ -256,7 +290,7 @@ def refuse_on_error() -> Iterator[None]:
         yield
     except UserError as error:
         for heartbeat in _running:
-            heartbeat.refuse(error.status)
+            heartbeat.refuse(error.status, str(error))
         raise
     except Exception:  # main prints it and exits without `sys.excepthook`
         for heartbeat in _running:

@@ -7,14 +7,16 @@ its files, its arrays and its step number. A run starts from the first of these:
     3. the initial parameters of the configuration
 
 A save writes <step>.new in the background, computes the checksums of its files, and renames it to
-<step>, so that a step is complete or absent. At a start, a damaged step is renamed to
-<step>.bad-<time> and the step before it is used. A step that cannot be read counts as undamaged:
-the run retries, then stops, and renames nothing.
+<step>, so that a step is complete or absent. In a bucket without hierarchical namespace the rename
+moves file by file; one that was interrupted is finished at the next start. At a start, a damaged
+step is renamed to <step>.bad-<time> and the step before it is used. A step that cannot be read
+counts as undamaged: the run retries, then stops, and renames nothing. What a host alone meets is
+raised on all.
 """
 
 import concurrent.futures
 import contextlib
-import os
+import json
 import pathlib
 import shutil
 import time
@@ -25,7 +27,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from m3i_jax import library_errors, parallel
-from m3i_jax.errors import UserError
+from m3i_jax.errors import RunStopped, UserError
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint_dir, checksums, malloc
 
@@ -99,29 +101,40 @@ class Checkpoints:
         Raises: UserError: all steps are damaged, so a person must decide to start again; or a step
           cannot be read.
         """
-        good = parallel.exchange_values(
-            "checkpoint", self._find_good() if self._first else "", limit=6 * 3600.0
-        )[0]
-        bad = sorted(p.name for p in self._directory.glob("*.bad-*"))
-        if not good and bad:
-            raise UserError(
-                f"{self._directory}: no undamaged checkpoint is left ({', '.join(bad)[:200]}); move"
-                " the directory away to start again"
-            )
+        good = self._ask_first("checkpoint", self._find_good)
         if good:
             self._verified.add(int(good))
         return int(good) if good else None
 
+    def _ask_first(self, name: str, ask: Callable[[], str], limit: float = 6 * 3600.0) -> str:
+        """The answer of host 0 on every host, or its error."""
+        answer = ""
+        with parallel.fail_together(name, limit=limit):
+            if self._first:
+                answer = ask()
+        return parallel.exchange_values(f"{name}, answer", answer, limit=self.LIMIT)[0]
+
     def _find_good(self) -> str:
         """The newest undamaged step, "" without one; sets newer ones aside."""
-        for step in reversed(
-            checkpoint_dir.retry_read(
-                lambda: checkpoint_dir.complete_steps(self._directory), self._directory, self._log
-            )
-        ):
+        steps = checkpoint_dir.retry_read(
+            lambda: checkpoint_dir.complete_steps(self._directory), self._directory, self._log
+        )
+        for step in reversed(steps):
+            path = self._directory / str(step)
             if not (problems := self._find_damage(step)):
                 return str(step)
-            self._log(checkpoint_dir.quarantine_step(self._directory / str(step), problems))
+            if checkpoint_dir.finish_rename(path, self._log):
+                if not (problems := self._find_damage(step)):
+                    return str(step)
+                if len(steps) == 1 and checkpoint_dir.never_saved(self._directory):
+                    self._log(checkpoint_dir.drop_first(path, problems))
+                    return ""
+            self._log(checkpoint_dir.quarantine_step(path, problems))
+        if bad := sorted(path.name for path in self._directory.glob("*.bad-*")):
+            raise UserError(
+                f"{self._directory}: no undamaged checkpoint is left ({', '.join(bad)[:200]}); move"
+                " the directory away to start again"
+            )
         return ""
 
     def _find_damage(self, step: int) -> list[str]:
@@ -145,7 +158,9 @@ class Checkpoints:
         self._finish_previous()
         # The view that one host has of a shared disk may be old: it alone would start a save, or
         # none. The first host decides.
-        there = step in (self._saved, *checkpoint_dir.complete_steps(self._directory))
+        there = step == self._saved
+        with contextlib.suppress(OSError):  # a disk that fails: the save fails too, and is retried
+            there = there or step in checkpoint_dir.complete_steps(self._directory)
         answers = parallel.exchange_values("save", "there" if there else "", limit=self.LIMIT)
         if not answers[0]:
             self._start(step, state, position)
@@ -202,8 +217,7 @@ class Checkpoints:
             return
         new = self._directory / f"{step}.new"
         checksums.write_checksums(new, format=FORMAT, step=step, arrays=arrays.read())
-        os.rename(new, self._directory / str(step))
-        checkpoint_dir.fsync_dir(self._directory)
+        checkpoint_dir.rename_step(new, self._directory / str(step))
         with contextlib.suppress(UserError):  # the note only guards against a lost directory
             checkpoint_dir.note_newest(self._directory, step)
         checkpoint_dir.retain_newest(self._directory, self._keep, self._log)
@@ -224,8 +238,12 @@ class Checkpoints:
             self._failures, self._saved = 0, step
             return True
         self._failures, self._cleaned = self._failures + 1, False
-        if self._first:
-            checkpoint_dir.remove_leftovers(self._directory)
+        newest = "not known"
+        with contextlib.suppress(OSError):  # the disk may still fail
+            if self._first:
+                checkpoint_dir.remove_leftovers(self._directory)
+            step_ = self.latest()
+            newest = "none" if step_ is None else str(step_)
         wait = self.BACK_OFF * 2 ** (self._failures - 1)
         self._retry_at = time.monotonic() + wait
         reasons = (
@@ -239,25 +257,30 @@ class Checkpoints:
         )
         if self._failures >= self.MAX_FAILURES:
             raise SavesFailed(message)
-        newest = self.latest()
         self._log(
-            f"warning: {message}; the newest checkpoint is {'none' if newest is None else newest},"
-            f" the save is retried in {wait:.0f} seconds or with the next one"
+            f"warning: {message}; the newest checkpoint is {newest}, the save is retried in"
+            f" {wait:.0f} seconds or with the next one"
         )
         return False
 
     # Restoring
 
     def position(self, step: int) -> dict[str, Any]:
-        """Returns the JSON that was saved with a state. Raises UserError if it cannot be read."""
+        """Returns the JSON that was saved with a state, as host 0 reads it. Raises UserError if it
+        cannot be read."""
         path = self._directory / str(step)
-        try:
-            saved = checkpoint_dir.retry_read(
-                lambda: checkpoint_dir.position(path), path, self._log
-            )
-        except ValueError as error:
-            raise self._damaged(step, error) from error
-        return {name: value for name, value in saved.items() if name != "format"}
+
+        def read() -> str:
+            try:
+                saved = checkpoint_dir.retry_read(
+                    lambda: checkpoint_dir.position(path), path, self._log
+                )
+            except ValueError as error:
+                raise self._damaged(step, error) from error
+            return json.dumps({name: value for name, value in saved.items() if name != "format"})
+
+        saved: dict[str, Any] = json.loads(self._ask_first("position", read))
+        return saved
 
     def _damaged(self, step: int, error: Exception) -> UserError:
         reason, path = " ".join(str(error).split())[:200], self._directory / str(step)
@@ -288,20 +311,26 @@ class Checkpoints:
         try:
             with checkpoint_dir.hold_step(path):
                 self._verify(step)
-                # compared first: after one failed read, Orbax logs errors of all others
-                differences = self._differences(step, template)
+                # before the collectives, in which the others would wait for a host that cannot
+                # read; and after one failed read, Orbax logs errors of all others
+                with parallel.fail_together(f"checkpoint {step}", limit=self.LIMIT):
+                    saved = checkpoint_dir.saved_checksums(path, self._log)
+                    try:
+                        differences = self._differences(step, template)
+                    except Exception as error:
+                        raise self._damaged(step, error) from error
                 if not differences:
                     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
                     args = ocp.args.Composite(
                         state=ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
                     )
                     state = self._orbax.restore(path, args=args)["state"]
-        except UserError:
+        except (UserError, RunStopped):
             raise
         except Exception as error:
             raise self._damaged(step, error) from error
         if not differences:
-            return self._verify_arrays(step, state)
+            return self._verify_arrays(step, state, saved)
         more, file = "", self._directory.parent / "layout.txt"
         if len(differences) > 3:
             more = f", and {len(differences) - 3} more: {file}"
@@ -314,10 +343,9 @@ class Checkpoints:
             " that run"
         )
 
-    def _verify_arrays(self, step: int, state: Any) -> Any:
+    def _verify_arrays(self, step: int, state: Any, saved: dict[str, Any]) -> Any:
         """The state, if its arrays have the checksums that were saved with them; a step of an older
         version has none."""
-        saved = checksums.read_checksums(self._directory / str(step)) or {}
         changed = checksums.changed_arrays(state, saved["arrays"]) if "arrays" in saved else []
         problems = [f"{path}: differs from what was trained" for path in changed]
         counters = [
@@ -331,8 +359,9 @@ class Checkpoints:
             problems = problems or [f"step: is {int(counters[0])}, that of another checkpoint"]
         if not changed:
             return state
-        if self._first:
-            self._log(checkpoint_dir.quarantine_step(self._directory / str(step), problems))
+        with parallel.fail_together("set aside", limit=self.LIMIT):
+            if self._first:
+                self._log(checkpoint_dir.quarantine_step(self._directory / str(step), problems))
         raise CheckpointDamaged(
             f"checkpoint {step}: {len(changed)} arrays differ from what was trained, first"
             f" {changed[0]}; it was set aside, run again"
@@ -342,11 +371,7 @@ class Checkpoints:
         """Verify the files of a step once; host 0 does it for all."""
         if step in self._verified:
             return
-        problems = parallel.exchange_values(
-            "verify",
-            "; ".join(self._find_damage(step)[:3]) if self._first else "",
-            limit=6 * 3600.0,
-        )[0]
+        problems = self._ask_first("verify", lambda: "; ".join(self._find_damage(step)[:3]))
         if problems:
             raise ValueError(problems)
         self._verified.add(step)

@@ -2,7 +2,7 @@
 step, and removing what interrupted saves left.
 
 checkpoints/<step>              complete: renamed to this when all of it was written
-checkpoints/<step>.new[...]     being written
+checkpoints/<step>.new[...]     being written; beside <step>, the rename was interrupted
 checkpoints/<step>.old          being deleted
 checkpoints/<step>.bad-<time>   damaged, set aside
 """
@@ -146,6 +146,102 @@ def retry_read(read: Callable[[], T], path: pathlib.Path, log: Callable[[str], N
     raise AssertionError("unreachable")
 
 
+def saved_checksums(step: pathlib.Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Returns the JSON object of digests.json, read as `retry_read` does; {} for an older step.
+    Raises UserError."""
+    return retry_read(lambda: checksums.read_checksums(step), step / checksums.NAME, log) or {}
+
+
+def rename_step(new: pathlib.Path, step: pathlib.Path) -> None:
+    """Rename what was written to its step. Where directories are renamed file by file, a failure
+    may leave a part in each; then the other files are moved one by one.
+
+    Raises:
+      OSError: files are left in `new`.
+    """
+    began = step.exists()
+    try:
+        os.rename(new, step)
+    except OSError:
+        if began or not (step.is_dir() and new.is_dir()):
+            raise
+        try:
+            _move_files(new, step)
+        except OSError:
+            shutil.rmtree(step, ignore_errors=True)  # a part of it would count as complete
+            raise
+    fsync_dir(step.parent)
+
+
+def _move_files(new: pathlib.Path, step: pathlib.Path) -> None:
+    for folder, _, names in os.walk(new):
+        to = step / pathlib.Path(folder).relative_to(new)
+        to.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            os.replace(pathlib.Path(folder, name), to / name)
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def finish_rename(step: pathlib.Path, log: Callable[[str], None]) -> bool:
+    """Finish the rename of a step that was interrupted while files were moved one by one, which
+    only the process that saves may call. Returns whether there was one: <step>.new is beside it.
+
+    Raises:
+      UserError: the files cannot be moved.
+    """
+    new = step.with_name(f"{step.name}.new")
+    if not new.is_dir() or new.is_symlink():
+        return False
+    log(
+        f"warning: the rename of checkpoint {step.name} was interrupted: the files that are still"
+        f" in {new.name} are moved now"
+    )
+    try:
+        _move_files(new, step)
+    except OSError as error:
+        raise UserError(
+            f"{new}: its files cannot be moved to {step.name} ({error.strerror or error}); check"
+            f" the disk and run again, or move both away"
+        ) from error
+    fsync_dir(step.parent)
+    return True
+
+
+def never_saved(directory: pathlib.Path) -> bool:
+    """Returns whether this is of a run of which no step was ever saved completely: none is noted
+    outside the directory (`note_newest`), and none was set aside."""
+    of_run = directory.name == "checkpoints"
+    return of_run and not _has_note(directory) and not any(directory.glob("*.bad-*"))
+
+
+def _has_note(directory: pathlib.Path) -> bool:
+    """Whether a saved step is noted, or may be, in a record that cannot be read now."""
+    try:
+        run_files.note_path(directory).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def drop_first(step: pathlib.Path, problems: list[str]) -> str:
+    """Make the first step of a run, whose save was interrupted, a leftover that the next save
+    removes; returns the warning to log. Raises UserError if that fails."""
+    try:
+        os.rename(step, step.with_name(f"{step.name}.old"))
+    except OSError as error:
+        raise UserError(
+            f"{step}: is incomplete ({problems[0]}) and cannot be renamed ({error.strerror}); move"
+            " it away and run again"
+        ) from error
+    fsync_dir(step.parent)
+    return (
+        f"warning: the save of checkpoint {step.name}, the first of this run, was interrupted"
+        f" ({problems[0]}): nothing was saved yet, and the run starts again"
+    )
+
+
 def note_newest(directory: pathlib.Path, step: int) -> None:
     """Record outside the directory of checkpoints that a step was saved, so that a directory that
     is empty later counts as lost."""
@@ -192,6 +288,8 @@ def refuse_lost(workdir: pathlib.Path, log: list[dict[str, Any]]) -> None:
     last = max((line["step"] for line in log), default=0)
     if saved:
         progress = f"saved checkpoint {saved[0][0]:,}"
+    elif _has_note(directory):
+        progress = f"may have saved some: {run_files.note_path(directory)} is damaged or unreadable"
     elif last and not directory.is_dir():
         progress = f"logged {last:,} steps in metrics.jsonl"
     else:
@@ -241,10 +339,15 @@ def delete_step(step: pathlib.Path) -> bool:
 
 def retain_newest(directory: pathlib.Path, keep: int, log: Callable[[str], None]) -> None:
     """Delete all steps but the newest `keep`."""
-    for old in complete_steps(directory)[:-keep]:
+    try:
+        steps = complete_steps(directory)
+    except OSError as error:  # the save itself succeeded
+        log(f"warning: {directory} cannot be listed ({error.strerror or error})")
+        return
+    for old in steps[:-keep]:
         try:
             delete_step(directory / str(old))
-        except OSError as error:  # the save itself succeeded
+        except OSError as error:
             log(f"warning: checkpoint {old} cannot be deleted ({error.strerror or error})")
 
 

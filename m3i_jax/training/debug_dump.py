@@ -60,14 +60,15 @@ def write_dump(
       OSError, or the errors of a save.
     """
     dump = directory / str(step)
-    dump.mkdir(mode=0o700, parents=True, exist_ok=True)
-    rows = dump / f"batch-{jax.process_index()}.npz"
-    np.savez(rows, **dict[str, Any](batch))
-    run_files.note_mark(rows, run_files.file_mark(rows.read_bytes()))
-    if jax.process_index() == 0:
-        write_text_atomic(
-            dump / "config.txt", configuration.config_to_text(trainer.config), noted=True
-        )
+    with parallel.fail_together("dump, rows"):  # all save the state, or none
+        dump.mkdir(mode=0o700, parents=True, exist_ok=True)
+        rows = dump / f"batch-{jax.process_index()}.npz"
+        np.savez(rows, **dict[str, Any](batch))
+        run_files.note_mark(rows, run_files.file_mark(rows.read_bytes()))
+        if jax.process_index() == 0:
+            write_text_atomic(
+                dump / "config.txt", configuration.config_to_text(trainer.config), noted=True
+            )
     before = State(step=state.step - 1, params=state.params, opt=state.opt)
     checkpoints = Checkpoints(dump / "state", 1)
     try:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from m3i_jax import parallel
+from m3i_jax import interrupts, parallel
 from m3i_jax.objective import collapse
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 from m3i_jax.training.goodput import GoodputClock, InputStallAlarm
@@ -55,7 +55,9 @@ def _wrap_errors() -> Iterator[None]:
 
 class Preemption:
     """Turns SIGTERM and SIGINT into a flag that the loop polls; a second SIGINT interrupts at once.
-    All hosts stop at the same poll, whichever of them got the signal."""
+    All hosts stop at the same poll, whichever of them got the signal. Where SIGTERM ends the
+    process (interrupts.py), it does so until `arm` is called: the first step is compiled for
+    minutes, and before it there is nothing to save."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -64,11 +66,16 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {
-                s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)
-            }
+            self._handlers = {signal.SIGINT: signal.signal(signal.SIGINT, self._request)}
+            if not interrupts.exits_on_sigterm():
+                self.arm()
         self._stop.open()
         return self
+
+    def arm(self) -> None:
+        """From here on SIGTERM is polled for as well."""
+        if self._handlers and signal.SIGTERM not in self._handlers:
+            self._handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request)
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._stop.close(failed=kind is not None)
@@ -290,6 +297,7 @@ def run_loop(
                     with metrics_log.clock.phase("panel"):
                         callbacks.panel(step, state, host)
                 state, metrics = trainer.step(state, parallel.to_global(trainer.mesh, host))
+                notice.arm()
                 samples_seen += train.batch_size
                 metrics_log.push(step + 1, samples_seen, metrics)
                 callbacks.on_step(step + 1, metrics)

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from m3i_jax import config as configuration
-from m3i_jax import library_errors, run_files
+from m3i_jax import library_errors, parallel, run_files
 from m3i_jax.errors import UserError
 from m3i_jax.interop import (
     dense_weights,
@@ -135,7 +135,8 @@ def open_on_all_hosts(
 ) -> WeightSource:
     """`open_weights`, when a run starts: its hosts must read the same checkpoint, and a run that
     still trains may show them different newest ones. Also raises UserError: it does."""
-    source = open_weights(location, weights=weights, key=key)
+    with parallel.fail_together(key):
+        source = open_weights(location, weights=weights, key=key)
     distributed.assert_same_on_all_hosts(key, {key: source.name})
     return source
 
@@ -350,6 +351,8 @@ class RunWeights:
             )
         restore = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
         with checkpoint_dir.hold_step(self._path):
+            # before the hosts read together: the others would wait for one that cannot read this
+            saved = checkpoint_dir.saved_checksums(self._path, print).get("arrays")
             try:
                 tree = self._reader.restore(self._path, args=ocp.args.Composite(state=restore))[
                     "state"
@@ -358,7 +361,6 @@ class RunWeights:
                 raise self._damaged(error) from error
         out = {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         # a step of an older version has no checksums of its arrays
-        saved = (checksums.read_checksums(self._path) or {}).get("arrays")
         if saved is not None and (changed := checksums.changed_arrays(out, saved)):
             raise self._damaged(ValueError(f"{changed[0]}: differs from what was trained"))
         return out
@@ -375,7 +377,8 @@ def load_encoder(workdir: str, template: Any, shardings: Any) -> Any:
       UserError: there is no checkpoint, or its encoder has other shapes.
     """
     key = "config.objective.target_checkpoint"
-    run = RunWeights(workdir, key)
+    with parallel.fail_together(key):
+        run = RunWeights(workdir, key)
     distributed.assert_same_on_all_hosts(key, {key: f"{workdir} (step {run.step:,})"})
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
     own = {"params/encoder/" + path_text(path): leaf.shape for path, leaf in leaves}

@@ -209,7 +209,11 @@ REFUSE = (
     distributed.initialize(place, limit=60)
     barriers.barrier("all")
     bug = sys.argv[4].startswith("bug")
-    if str(me) in sys.argv[4]:
+    if "preempted" in sys.argv[4] and str(me) in sys.argv[4]:
+        from m3i_jax import interrupts
+        interrupts.exit_on_sigterm(heartbeat.end_hosts)
+        os.kill(os.getpid(), 15)
+    elif str(me) in sys.argv[4]:
         try:
             with heartbeat.refuse_on_error():
                 raise ValueError("a bug") if bug else UserError("'7.jpg' cannot be read")
@@ -222,17 +226,26 @@ REFUSE = (
 
 @pytest.mark.row("A5", "A6")
 def test_a_mistake_that_one_host_meets_ends_all(tmp_path: pathlib.Path) -> None:
-    """Only the host whose turn it was sees that a file vanished: the others would wait for it. An
-    error that all hosts have is reported by each."""
+    """Only the host whose turn it was sees that a file vanished: the others would wait for it, and
+    end with its code and its reason, as after SIGTERM before the loop. An error that all hosts have
+    is reported by each."""
     script = tmp_path / "refuse.py"
     script.write_text(textwrap.dedent(REFUSE))
-    pairs = {who: start(script, who) for who in ("0", "1", "01", "bug 1")}
+    cases = ("0", "1", "01", "bug 1", "preempted 1")
+    pairs = {who: start(script, who) for who in cases}
     try:
         for who, both in pairs.items():
             for i, process in enumerate(both):
                 _, err = process.communicate(timeout=90)
-                expected = "" if str(i) in who else f"m3i_jax: lost host {who[-1]} ("
-                code = 1 if expected or "bug" in who else 2
+                expected, code = f"m3i_jax: host {who[-1]} (", 2
+                why = "preempted (SIGTERM) outside" if "preempted" in who else "cannot be read"
+                if "bug" in who:
+                    expected, code, why = "m3i_jax: lost host 1 (", 1, "its process ended"
+                elif "preempted" in who:
+                    code = 42
+                if str(i) in who:
+                    expected = why = "preempted" if "preempted" in who else ""
+                assert why in err, (who, i, err[-2000:])
                 assert process.returncode == code and expected in err, (
                     who,
                     i,

@@ -55,6 +55,17 @@ def test_a_signal_during_the_last_save_does_not_cost_it(monkeypatch: pytest.Monk
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.row("A2")
+def test_until_the_first_step_sigterm_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it does so outside the loop: there is nothing to save while the step is compiled."""
+    world, before, ends = World(2), signal.getsignal(signal.SIGTERM), list[bool]()
+    look = lambda: ends.append(signal.getsignal(signal.SIGTERM) == before)
+    world.at = {"evaluate 0": look, "dispatch 1": look, "dispatch 2": look, "wait": look}
+    monkeypatch.setattr(loop.interrupts, "exits_on_sigterm", lambda: True)
+    assert world.run(monkeypatch) == loop.DONE and ends == [True, True, False, False]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.fast
 @pytest.mark.row("C9", "C10")
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

@@ -178,6 +178,91 @@ def test_what_cannot_be_read_is_not_damaged(
     assert names(pair) == ["4", "8"]
 
 
+@pytest.mark.row("B13", "A6")
+@pytest.mark.parametrize("what", ["checkpoint", "checkpoint 8", "position"])
+def test_a_host_that_alone_cannot_read_ends_all(
+    pair: pathlib.Path, opened, monkeypatch, what: str
+) -> None:
+    """All learn of it before they read together, in a collective that waits for that host."""
+    one, _ = opened()
+    wrong = f"2 {pair}/8/digests.json cannot be read (Input/output error)"
+    monkeypatch.setattr(parallel.barriers, "host_names", lambda: 2)
+    for module in (parallel, parallel.barriers):
+        monkeypatch.setattr(
+            module,
+            "exchange_values",
+            lambda name, text, **_: [text, wrong if name == what else text],
+        )
+    monkeypatch.setattr(one._orbax, "restore", lambda *_, **__: pytest.fail("a collective"))
+    with pytest.raises(UserError, match=r"^host 1: .*8/digests\.json cannot be read \(Input/"):
+        one.newest_good()
+        one.position(8)
+        restored(one, 8)
+    assert names(pair) == ["4", "8"]
+
+
+def interrupt_rename(pair: pathlib.Path, *, lose: bool) -> None:
+    """The first save of a run, killed while a bucket without hierarchical namespace moved its files
+    one by one."""
+    shutil.rmtree(pair / "8")
+    shutil.rmtree(pair.parent / "digests")
+    (pair / "4.new" / "state").mkdir(parents=True)
+    for name in ("digests.json", "state/manifest.ocdbt"):
+        (pair / "4" / name).rename(pair / "4.new" / name)
+    if lose:
+        (pair / "4.new" / "state" / "manifest.ocdbt").unlink()
+
+
+@pytest.mark.row("B13", "B1")
+def test_an_interrupted_rename_is_finished(pair: pathlib.Path, opened) -> None:
+    interrupt_rename(pair, lose=False)
+    one, logged = opened()
+    assert one.newest_good() == 4 and names(pair) == ["4"]
+    assert (restored(one, 4)["w"] == state(4)["w"]).all()
+    assert "the rename of checkpoint 4 was interrupted" in logged[0]
+
+
+@pytest.mark.row("B13", "B1")
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_whose_first_save_was_interrupted_starts_again(
+    pair: pathlib.Path, opened, saved: bool
+) -> None:
+    """Unless something was saved: what is lost then may be on a disk that is not mounted."""
+    interrupt_rename(pair, lose=True)
+    if saved:
+        checkpoint_dir.note_newest(pair, 4)
+    one, logged = opened()
+    if saved:
+        with pytest.raises(UserError, match="no undamaged checkpoint is left"):
+            one.newest_good()
+        assert names(pair) == ["4.bad"]
+        return
+    assert one.newest_good() is None and names(pair) == ["4.old"]
+    assert "nothing was saved yet, and the run starts again" in logged[-1]
+    checkpoint_dir.refuse_lost(pair.parent, LOG)  # nor does it refuse the start after this one
+    one.save(4, state(4), {"samples_seen": 40})
+    one.wait()
+    assert one.newest_good() == 4 and names(pair) == ["4"]
+
+
+@pytest.mark.row("B2", "B13")
+def test_a_rename_that_fails_half_way_goes_on(pair: pathlib.Path, opened, monkeypatch) -> None:
+    rename = os.rename
+
+    def half(new: pathlib.Path, step: pathlib.Path) -> None:
+        if not str(new).endswith(".new"):
+            return rename(new, step)
+        (step / "state").mkdir(parents=True)
+        rename(new / "state" / "manifest.ocdbt", step / "state" / "manifest.ocdbt")
+        raise OSError(errno.EIO, "Input/output error")
+
+    one, _ = opened()
+    monkeypatch.setattr(checkpoint_dir.os, "rename", half)
+    one.save(12, state(12), {"samples_seen": 120})
+    one.wait()
+    assert one.newest_good() == 12 and names(pair) == ["12", "4", "8"]
+
+
 @pytest.mark.row("B13")
 def test_a_damaged_step_that_cannot_be_renamed_is_named(
     pair: pathlib.Path, opened, monkeypatch
@@ -228,6 +313,11 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_from_the_beginning(
             or "move metrics.jsonl and digests/ away" in str(refusal.value)
         ), kind
     pair.unlink()
+    pair.mkdir()
+    (place / "digests" / "checkpoints").write_text("damaged")  # as if it could not be read
+    with pytest.raises(UserError, match="may have saved some: .*digests/checkpoints is damaged"):
+        checkpoint_dir.refuse_lost(place, LOG)
+    pair.rmdir()
     shutil.rmtree(place / "digests")  # a run of an older version
     with pytest.raises(
         UserError, match="checkpoints/ has no checkpoint, but the run logged 25 steps"

@@ -128,6 +128,48 @@ def test_shares_write_what_one_process_writes(images, tmp_path, capsys):
         mode.run(config(images, 1), workdir=str(shared), size="24", shard="1/2")
 
 
+def test_a_share_that_sees_the_others_late_writes_the_index(images, tmp_path, monkeypatch, capsys):
+    """Both end at the same moment, and a network disk shows neither what the other wrote: without
+    another look both would leave the index to a second start."""
+    assert mode.run(config(images, 1), workdir=str(tmp_path), size="24", shard="1/2") == 0
+    see, late = conversion.missing_shards, [[], [1], [1]]
+    monkeypatch.setattr(conversion, "missing_shards", lambda *a: (late and late.pop(0)) or see(*a))
+    monkeypatch.setattr(host_share, "_is_local", lambda directory: False)
+    monkeypatch.setattr(host_share.barriers, "VIEW_AGE", 1.0)
+    assert mode.run(config(images, 1), workdir=str(tmp_path), size="24", shard="0/2") == 0
+    assert "620 records in 3 shards" in capsys.readouterr().out and not late
+    assert (tmp_path / "dataset.json").exists() and not list(tmp_path.glob(".look-*"))
+
+
+def test_a_share_does_not_wait_for_one_that_has_not_begun(monkeypatch):
+    monkeypatch.setattr(host_share, "_is_local", lambda directory: False)
+    looks = iter([[1, 2]])
+    assert host_share.settle_missing(lambda: next(looks), ".", begun=lambda i: i == 1) == [1, 2]
+
+
+def test_the_first_of_two_plans_counts(images, tmp_path, monkeypatch):
+    """A host that does not see the plan of the other yet does not replace it."""
+    conversion.check_plan(FolderSource(str(images)), str(tmp_path))
+    plan = (tmp_path / conversion.PLAN).read_bytes()
+    monkeypatch.setattr(conversion.os, "listdir", lambda directory: [])
+    monkeypatch.setattr(conversion.os.path, "exists", lambda path: False)
+    assert conversion.check_plan(FolderSource(str(images)), str(tmp_path)) == 3
+    with pytest.raises(UserError, match="another source, or another state of it"):
+        conversion.check_plan(FolderSource(str(images / "a")), str(tmp_path))
+    monkeypatch.undo()
+    assert (tmp_path / conversion.PLAN).read_bytes() == plan
+    assert os.listdir(tmp_path) == [conversion.PLAN]
+
+
+@pytest.mark.parametrize("form", conversion.FORMATS.values(), ids=lambda form: form.name)
+def test_the_small_file_alone_is_no_shard(tmp_path, form):
+    """It is renamed first: another share may look, or the process be killed, before the second."""
+    path = str(tmp_path / f"x{form.ending}")
+    assert form.module.write_shard(path, [Record("7", b"x")]) == form.module.shard_length(path) == 1
+    os.unlink(path)
+    assert form.module.shard_length(path) is None and not form.module.check_shard(path, 1)
+
+
 @pytest.mark.parametrize(
     ("shard", "environ", "expected"),
     [

@@ -46,6 +46,22 @@ def test_shares_build_one_index(tmp_path: pathlib.Path, monkeypatch: Any, capsys
         mode.run(schema.Config(), workdir=str(tmp_path))
 
 
+def test_the_parts_that_another_share_joined_are_not_missing(
+    tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+    """It may write the index and remove the parts while this share looks for both."""
+    write_tars(tmp_path / "data", 2, 1)
+    builder = tars.index_builder(str(tmp_path / "data"), cache=str(tmp_path / "cache"))
+    builder.build()
+    load, late = tar_index.IndexBuilder.load, [None]
+    monkeypatch.setattr(
+        tar_index.IndexBuilder,
+        "load",
+        lambda self, **options: late.pop() if late else load(self, **options),
+    )
+    assert builder.missing() == [0] and builder.finish() and not late
+
+
 def test_processes_write_parts(tmp_path: pathlib.Path) -> None:
     write_tars(tmp_path / "data", tar_index.PART + 1, 1)
     builder = tars.index_builder(str(tmp_path / "data"), cache=str(tmp_path / "cache"))

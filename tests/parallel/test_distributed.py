@@ -114,6 +114,15 @@ TALK = """
                 assert me != who, "broken"
         except (AssertionError, barriers.HostMissing) as error:
             print(f"fails{who}", type(error).__name__, error)
+    for who in (0, 1):
+        try:
+            with barriers.fail_together("read"):
+                if me == who:
+                    raise OSError(5, "Input/output error", "/run/digests.json")
+        except UserError as error:
+            print(f"together{who}", error)
+    with barriers.fail_together("read"):
+        pass
     distributed.assert_same_on_all_hosts("start", {"code": "1", "seed": "0"})
     try:
         distributed.assert_same_on_all_hosts("start", {"code": "1", "seed": str(me), "lr": "1"})
@@ -181,6 +190,10 @@ def test_hosts_talk(tmp_path: pathlib.Path) -> None:
         assert (
             outputs[1 - who][f"fails{who}"]
             == f"HostMissing fails: host {who} (name{who}) failed; its output says why"
+        )
+        assert outputs[0][f"together{who}"] == outputs[1][f"together{who}"]
+        assert outputs[0][f"together{who}"].startswith(
+            f"host {who} (name{who}): /run/digests.json: Input/output error; "
         )
     for s in outputs:
         assert (

@@ -12,7 +12,7 @@ known, `label` and `caption`. Nothing is pickled. A converted data set is a dire
                                           last, so it marks a complete data set
 
 Written by `write_shard` for each shard, in any order and process, then `write_shard_index`. A
-complete shard is renamed into place: one that exists is complete (`shard_length`)."""
+complete shard is renamed into place, after its small file (`shard_length`)."""
 
 import glob
 import hashlib
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import privacy, progress
-from m3i_jax.data.sources import base, tf_example
+from m3i_jax.data.sources import base, shared_files, tf_example
 from m3i_jax.data.sources.base import HandleCache, Record
 from m3i_jax.data.sources.captions import encoded_captions
 from m3i_jax.data.sources.registry import SourceKind, register_source
@@ -148,7 +148,7 @@ def shard_length(path: str) -> int | None:
     >>> shard_length("/no/such.array_record") is None
     True
     """
-    columns = _load(f"{path}.npz") if os.path.exists(path) else None
+    columns = _load(f"{path}.npz") if os.path.isfile(path) else None
     return None if columns is None else len(columns["key"])
 
 
@@ -211,7 +211,7 @@ def write_shard_index(
         "count": count,
         "captions": any_caption if captions is None else captions,
     }
-    base.write_atomic(
+    shared_files.write_shared(
         os.path.join(directory, INDEX),
         json.dumps({**metadata, "classes": list(classes), "shards": shards}, indent=1).encode(),
     )

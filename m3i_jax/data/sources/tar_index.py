@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -141,11 +142,13 @@ class IndexBuilder:
         missing."""
         if self.load(verify=False) is not None:
             return True
-        if self.missing():
-            return False
+        if self.missing():  # or another host wrote the index meanwhile and removed its parts
+            return self.load(verify=False) is not None
         try:
             self._write([self._part_reader(part) for part in range(self.parts())])
-        except FileNotFoundError:  # another host wrote the index and removed its parts
+        except OSError as error:  # another host wrote the index and removed its parts
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
             return self.load(verify=False) is not None
         return True
 

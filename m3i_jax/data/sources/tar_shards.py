@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from m3i_jax import privacy
-from m3i_jax.data.sources import base
+from m3i_jax.data.sources import base, shared_files
 from m3i_jax.data.sources.base import FILE_LIMIT, Record
 from m3i_jax.data.sources.captions import encoded_captions
 from m3i_jax.data.sources.tar_index import JSON_LIMIT
@@ -139,12 +139,13 @@ def _check_key(key: str, keys: set[str]) -> None:
 
 
 def shard_length(path: str) -> int | None:
-    """Returns the number of records of a complete shard, or None if it is missing.
+    """Returns the number of records of a complete shard, or None if it is missing. Its small file
+    is renamed first, and alone is no shard.
 
     >>> shard_length("/no/such.tar") is None
     True
     """
-    facts = base.load_arrays(f"{path}.npz") if os.path.exists(path) else None
+    facts = base.load_arrays(f"{path}.npz") if os.path.isfile(path) else None
     return None if facts is None or "count" not in facts else int(facts["count"])
 
 
@@ -182,8 +183,8 @@ def write_shard_index(directory: str, *, classes: Sequence[str] = (), name: str 
     if classes:
         lines = "".join(f"{' '.join(text.split())}\n" for text in classes)
         path = os.path.join(directory, CLASS_NAMES)
-        base.write_atomic(path, lines.encode("utf-8", "replace"))
+        shared_files.write_shared(path, lines.encode("utf-8", "replace"))
     about = {"version": VERSION, "name": privacy.redact(name), "count": count}
     text = json.dumps({**about, "classes": list(classes), "shards": shards}, indent=1)
-    base.write_atomic(os.path.join(directory, INDEX), text.encode("utf-8", "replace"))
+    shared_files.write_shared(os.path.join(directory, INDEX), text.encode("utf-8", "replace"))
     return count
