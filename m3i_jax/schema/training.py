@@ -42,17 +42,18 @@ class Init:
     )
 
 
+# Values of optim.rule; training/update_rules.py adds those that other packages register.
+UPDATE_RULES = ["adamw", "muon", "schedule_free", "lars"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     rule: str = option(
         "adamw",
         "optimizer: AdamW; Muon for the matrices of blocks and AdamW for all else; AdamW without a"
-        " schedule, whose average is evaluated (schedule_free); or LARS for linear probes, with"
-        " momentum b1",
-        "adamw",
-        "muon",
-        "schedule_free",
-        "lars",
+        " schedule, whose average is evaluated (schedule_free); LARS for linear probes, with"
+        " momentum b1; or a registered rule",
+        UPDATE_RULES,
     )
     muon_momentum: float = option(0.95, "momentum of Muon", BELOW_ONE)
     muon_rms: float = option(

@@ -15,7 +15,7 @@ from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
 from m3i_jax.objective import ema, registry
-from m3i_jax.training import checkpoint, optimizer, update_rules, weight_source
+from m3i_jax.training import checkpoint, muon, optimizer, schedule_free, weight_source
 from m3i_jax.training.task import State
 from tests import toy
 
@@ -130,8 +130,8 @@ def test_which_parameters_are_matrices() -> None:
         "heads/global/projector/layer0/kernel": (8, 8),
         "head/encoder/layers/attention/offsets/kernel": (2, 8, 8),
     }
-    assert all(update_rules.is_matrix(path, shape) for path, shape in of_muon.items())
-    assert not any(update_rules.is_matrix(path, shape) for path, shape in of_adam.items())
+    assert all(muon.is_matrix(path, shape) for path, shape in of_muon.items())
+    assert not any(muon.is_matrix(path, shape) for path, shape in of_adam.items())
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2)])
@@ -139,7 +139,7 @@ def test_muon_on_a_mesh_computes_the_same(shape, monkeypatch) -> None:
     """Matrices are dealt out whole, here 9 and 3 of them to 4 devices."""
     monkeypatch.setattr(parallel.sharding, "SMALL", 1)
     mesh = parallel.make_mesh(shape, jax.devices()[:4])
-    tx = update_rules.muon_or_adam(momentum=0.95, rms=0.2, b1=0.9, b2=0.95, eps=1e-8)
+    tx = muon.muon_or_adam(momentum=0.95, rms=0.2, b1=0.9, b2=0.95, eps=1e-8)
     grads = gradients(1)
     state = tx.init(PARAMS)
     expected, _ = jax.jit(tx.update)(grads, state)
@@ -163,7 +163,7 @@ def test_schedule_free_is_its_definition() -> None:
     """Three steps in numpy; the matrices decay at y, the token does not."""
     settings = config(rule="schedule_free", schedule="constant", b1=0.8, b2=0.95)
     params, opt = run(settings)
-    averaged = update_rules.averaged_params(opt, params)
+    averaged = schedule_free.averaged_params(opt, params)
     for path, decay in ((("patch_embed", "kernel"), 0.1), (("cls_token",), 0.0)):
         pick = lambda tree, path=path: functools.reduce(lambda n, k: n[k], path, tree["encoder"])
         y = pick(PARAMS).astype(np.float64)
@@ -194,7 +194,7 @@ def test_the_average_of_the_logit_scale_stays_at_its_limit(sign: int, limit: flo
         return optax.apply_updates(both[0], updates), opt
 
     y, opt = jax.lax.fori_loop(0, 200, step, (params, tx.init(params)))
-    z, x = opt["schedule_free"].z, update_rules.averaged_params(opt, y)
+    z, x = opt["schedule_free"].z, schedule_free.averaged_params(opt, y)
     found = [float(tree["logit_scale"]) for tree in (y, z, x)]
     np.testing.assert_allclose(found, limit, atol=0.02)
     assert all(abs(value - 2.3026) < 2.3026 + 1e-5 for value in found)
@@ -222,7 +222,7 @@ def test_the_target_follows_the_average() -> None:
     def step(params, opt):
         updates, opt = tx.update({"scale": jnp.float32(1.0)}, opt, params)
         params = optax.apply_updates(params, updates)
-        return params, opt, update_rules.averaged_params(opt, params)["scale"]
+        return params, opt, schedule_free.averaged_params(opt, params)["scale"]
 
     params = {"scale": jnp.float32(1.0)}
     opt, expected = tx.init(params), 1.0
@@ -248,7 +248,7 @@ def test_prototypes_that_are_held_stay_in_the_average_too() -> None:
         more = {"feature_grad_norms": (jnp.ones(()), jnp.ones(())), "mean_logits": {}}
         updates, opt = tx.update(start, opt, params, **more)
         params = optax.apply_updates(params, updates)
-        return params, opt, update_rules.averaged_params(opt, params)
+        return params, opt, schedule_free.averaged_params(opt, params)
 
     params, opt, found = start, tx.init(start), []
     for _ in range(4):
