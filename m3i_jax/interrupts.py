@@ -29,7 +29,6 @@ _WHY = (
 )
 _once = threading.Lock()
 _watching = False  # whether the thread of `watch_long_calls` runs
-_owner = 0  # the process that installed the handler of SIGTERM
 _tell: Callable[[int, str], None] = lambda status, why: None  # the other hosts
 
 
@@ -62,11 +61,15 @@ def _handle(number: int, frame: object) -> None:
 
 
 def _terminate(number: int, frame: object) -> None:
-    if os.getpid() != _owner:  # a fork, such as a worker process, ends as any other process
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-        return
     exit_preempted()
+
+
+def _after_fork() -> None:
+    """A fork, such as a worker process, ends by SIGTERM as any other process, and does not write to
+    the pipe of `watch_long_calls`, by which the first process would end."""
+    if exits_on_sigterm():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
 
 
 def _raise(number: int, frame: object) -> None:
@@ -87,11 +90,11 @@ def exit_on_sigterm(tell: Callable[[int, str], None] | None = None) -> None:
     Args:
       tell: called before the exit with its code and reason, for other hosts; None: as before.
     """
-    global _owner, _tell
+    global _tell
     _tell = tell or _tell
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        _owner = os.getpid()
         signal.signal(signal.SIGTERM, _terminate)
+        os.register_at_fork(after_in_child=_after_fork)
         watch_long_calls()
 
 

@@ -87,8 +87,10 @@ def test_sigterm_while_a_program_is_compiled() -> None:
 def test_a_fork_ends_by_sigterm_as_any_process() -> None:
     code = (
         "import os, signal, time\nfrom m3i_jax import interrupts\ninterrupts.exit_on_sigterm()\n"
-        "child = os.fork()\nif not child:\n    time.sleep(100)\nos.kill(child, signal.SIGTERM)\n"
-        "assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM\n"
+        "reader, writer = os.pipe()\nchild = os.fork()\n"
+        "if not child:\n    os.write(writer, b'x')\n    time.sleep(20)\n    os._exit(1)\n"
+        "os.read(reader, 1)\nos.kill(child, signal.SIGTERM)\n"
+        "assert os.waitpid(child, 0)[1] == signal.SIGTERM\ntime.sleep(0.5)\n"
         f"{READY}time.sleep(100)\n"
     )
     preempted("-c", code)

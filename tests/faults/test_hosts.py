@@ -226,13 +226,11 @@ REFUSE = (
 
 @pytest.mark.row("A5", "A6")
 def test_a_mistake_that_one_host_meets_ends_all(tmp_path: pathlib.Path) -> None:
-    """Only the host whose turn it was sees that a file vanished: the others would wait for it, and
-    end with its code and its reason, as after SIGTERM before the loop. An error that all hosts have
-    is reported by each."""
+    """The others would wait for it, and end with its code and reason, as after SIGTERM before the
+    loop. An error that all hosts have is reported by each."""
     script = tmp_path / "refuse.py"
     script.write_text(textwrap.dedent(REFUSE))
-    cases = ("0", "1", "01", "bug 1", "preempted 1")
-    pairs = {who: start(script, who) for who in cases}
+    pairs = {who: start(script, who) for who in ("0", "1", "01", "bug 1", "preempted 1")}
     try:
         for who, both in pairs.items():
             for i, process in enumerate(both):

@@ -1,6 +1,7 @@
 """Writes files of a directory that several hosts share and whose processes do not communicate: what
 one of them wrote first counts for all."""
 
+import contextlib
 import os
 
 from m3i_jax.data.sources import base
@@ -32,7 +33,7 @@ def write_first(path: str, content: bytes) -> bytes:
                 if not os.path.exists(path):
                     os.replace(temporary, path)
         finally:
-            if os.path.exists(temporary):
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
         return base.read_byte_range(path)
     except OSError as error:
