@@ -38,11 +38,14 @@ def _validate_combinations(c: schema.Config) -> None:
         f"has no effect: it applies to data.tokenizer=clip, and the tokenizer is {d.tokenizer};"
         " leave it empty",
     )
-    for key in ("encoder", "decoder", "text", "captioner", "intern_image"):
-        width, ratio = getattr(m, key).width, getattr(m, key).mlp_ratio
+    for field in dataclasses.fields(m):
+        section = getattr(m, field.name)
+        if not hasattr(section, "mlp_ratio"):
+            continue
+        width, ratio = section.width, section.mlp_ratio
         _require(
             width * ratio >= 1,
-            f"model.{key}.mlp_ratio",
+            f"model.{field.name}.mlp_ratio",
             ratio,
             f"makes the MLP narrower than one unit at width {width}",
         )

@@ -39,6 +39,7 @@ gc.set_threshold(100_000, 10, 10)
 ROOT = pathlib.Path(__file__).parent.parent
 # by module: generators of its tests, and their states after its import
 GENERATORS: dict[str, list[tuple[Any, Any]]] = {}
+FILE = [ROOT]  # of the last test
 # Files that take the most processor time, begun first: a file is the work of one process, and one
 # of these at the end would be waited for by all others.
 LONGEST = (
@@ -140,7 +141,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Lets the generators of a test module begin as they were imported: what a test draws does not
-    depend on the tests before it."""
+    depend on the tests before it. And leaves what the tests of other files left, traced programs
+    of hundreds of megabytes, out of the search for garbage."""
+    if item.path != FILE[0]:
+        FILE[0] = item.path
+        gc.freeze()
     for one, state in GENERATORS.get(getattr(getattr(item, "module", None), "__name__", ""), ()):
         one.bit_generator.state = state
 

@@ -17,7 +17,7 @@ LONGEST = 500
 
 # A room (a folder of the package, or a module beside them) may import itself and these. Lower rooms
 # never know higher ones.
-BASE = {"schema", "errors", "version", "privacy", "progress", "run_files"}
+BASE = {"schema", "errors", "version", "privacy", "progress", "run_files", "registries"}
 BELOW_TRAINING = BASE | {
     "config",
     "published_settings",
@@ -37,13 +37,15 @@ ROOMS: dict[str, set[str]] = {
     "interrupts": set(),
     "installation": set(),
     "privacy": set(),
+    "registries": set(),
     "progress": set(),
     "run_files": {"errors", "privacy"},
     "schema": {"errors"},
-    "objective": set(),
+    "objective": {"registries"},
     # the last two for `load` and `roi_align` and the like, when they are asked for
     "__init__": {"objective", "version", "evaluation", "models", "installation"},
     "published_settings": BASE | {"config"},
+    "published_dense_settings": BASE | {"models"},
     "validation": BASE | {"objective"},
     "config": BASE | {"objective", "validation"},
     "models": BASE | {"objective", "parallel"},
@@ -56,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
     "training": BELOW_TRAINING | {"library_errors", "interrupts"},
     "evaluation": BASE
     | {"config", "objective", "models", "augment", "data", "parallel"}
-    | {"training", "interop"},
+    | {"training", "interop", "published_dense_settings"},
     "modes": BELOW_TRAINING | {"training", "evaluation", "validation", "interrupts"},
     "main": BELOW_TRAINING
     | {"training", "evaluation", "validation", "modes", "library_errors", "interrupts"}

@@ -13,6 +13,7 @@ from m3i_jax import parallel, schema, validation
 from m3i_jax.data.sources import mixture
 from m3i_jax.errors import UserError
 from m3i_jax.modes import show
+from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.profiling import flops, hardware, traffic_model
 from m3i_jax.training import trainer
 from tests.bench import formula
@@ -248,9 +249,7 @@ def test_days_of_the_paper_s_run() -> None:
 
 def test_slices_are_of_known_chips_and_named_once() -> None:
     names = [name for name, *_ in hardware.SLICES]
-    assert len(set(names)) == len(names) and {kind for _, kind, _ in hardware.SLICES} == set(
-        hardware.CHIPS
-    )
+    assert len(set(names)) == len(names) and {kind for _, kind, _ in hardware.SLICES} == set(CHIPS)
 
 
 def test_the_share_of_the_peak_is_a_share() -> None:

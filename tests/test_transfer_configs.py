@@ -182,8 +182,8 @@ def test_impossible_values(change: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "strides", "head"),
     [
-        ("coco.py:head=dino", {8: 256, 16: 256, 32: 256, 64: 256}, 18_579_880),
-        ("lvis.py:head=dino", {8: 256, 16: 256, 32: 256, 64: 256}, 19_444_590),
+        ("coco.py:head=dino", {8: 256, 16: 256, 32: 256, 64: 256}, 18_055_592),
+        ("lvis.py:head=dino", {8: 256, 16: 256, 32: 256, 64: 256}, 18_920_302),
         (
             "objects365.py:head=dino,model=internimage_t",
             {8: 128, 16: 256, 32: 512},
@@ -192,8 +192,8 @@ def test_impossible_values(change: dict, message: str) -> None:
     ],
 )
 def test_dino_on_published_data(recipe: str, strides: dict, head: int) -> None:
-    """On a ViT the maps come from a pyramid, on an InternImage from its stages; boxes only; layers
-    of categories are named."""
+    """On a ViT the maps come from a pyramid, the last one too (as in detrex), on an InternImage
+    from its stages; boxes only; layers of categories are named."""
     cfg = load(recipe)
     task = make_task(cfg)
     params = jax.eval_shape(task.init, jax.random.key(0))
@@ -211,6 +211,25 @@ def test_dino_on_published_data(recipe: str, strides: dict, head: int) -> None:
         p.removeprefix("head/").split("/classes")[0].removesuffix("/layers") for p in of_categories
     }
     assert found == parts
+
+
+@pytest.mark.parametrize(
+    ("options", "scales", "average"),
+    [
+        ("head=upernet", (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "auto"),
+        ("head=mask2former", (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "auto"),
+        (
+            "head=mask2former,model=internimage_h,image_size=896",
+            (768 / 896, 832 / 896, 1.0, 960 / 896, 1024 / 896),
+            "softmax",
+        ),
+    ],
+)
+def test_views_of_published_segmentation(options: str, scales: tuple, average: str) -> None:
+    """InternImage-H has scales of its own, and averages the softmax of Mask2Former's sums."""
+    segment = load(f"ade20k.py:{options},multi_scale=true").dense.segment
+    assert tuple(segment.test_scales) == pytest.approx(scales)
+    assert (segment.test_flip, segment.test_average) == (True, average)
 
 
 @pytest.mark.parametrize("head", ["dino", "mask2former"])

@@ -29,46 +29,45 @@ this project.
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_recipes import (
-    InternImageRates,
-    build_dense_encoder,
-    continue_dense_run,
-    map_blocks,
-    set_intern_image,
-)
+from m3i_jax.evaluation.dense_recipes import build_dense_encoder, continue_dense_run
+from m3i_jax.models import backbones
+from m3i_jax.models.transfer import DenseRates
+from m3i_jax.published_dense_settings import map_blocks, set_dense_rates
 
 STEPS, BATCH = 160_000, 16  # [R]
 IMAGES = 20_210  # of training, for modes that do not open the data
 WARMUP = 1499  # steps [R]
 IMAGE_SIZE = 512  # [R]
 
-SIDES = (768, 832, 896, 960, 1024)  # of Mask2Former's evaluation at several scales, over 896 [R]
+SIDES = (768, 832, 896, 960, 1024)  # of InternImage-H's evaluation at several scales, over 896 [R]
 
 
-def _upernet_of_intern_image(config: ConfigDict, rates: InternImageRates) -> None:
+def _upernet_of_intern_image(config: ConfigDict, rates: DenseRates) -> None:
     """UperNet of InternImage's repository: its sizes from L on with a smaller rate and clipping."""
-    large = config.model.intern_image.width >= 160
     config.dense.segment.width = 512  # [R]
     config.dense.segment.test_whole = 32  # [R]
-    config.optim.lr *= 0.2 if large else 0.6  # [R]: 2e-5 and 6e-5
+    config.optim.lr *= rates.pixel_lr  # [R]: to 2e-5 and 6e-5
     config.optim.layer_decay = rates.pixels  # [R]
-    config.optim.clip = 0.1 if large else 0.0  # [R]
+    config.optim.clip = rates.pixel_clip  # [R]
 
 
-def _mask2former(config: ConfigDict, *, is_vit: bool, multi_scale: bool) -> None:
+def _mask2former(
+    config: ConfigDict, rates: DenseRates | None, *, is_vit: bool, multi_scale: bool
+) -> None:
     """Mask2Former; on an InternImage of 320 channels or more, that of InternImage-H."""
     segment, optim = config.dense.segment, config.optim
     segment.width = 256  # [R]
     segment.test_whole = 32  # [R]
-    if multi_scale:
-        segment.test_scales = tuple(side / 896 for side in SIDES)
     optim.clip = 0.1  # [R]
-    if not is_vit and config.model.intern_image.width >= 320:
+    if rates and rates.large:
         segment.width = 1024  # [R]
         segment.mask2former.update(
             {"queries": 200, "heads": 32, "encoder_hidden": 4096, "hidden": 4096}  # [R]
         )
         optim.lr *= 0.1  # [R]
+        if multi_scale:
+            segment.test_scales = tuple(side / 896 for side in SIDES)
+            segment.test_average = "softmax"  # [R]
     elif not is_vit:
         optim.layer_decay, optim.encoder_lr = 1.0, 0.1  # [R]: its authors
 
@@ -110,7 +109,7 @@ def get_config(
             {
                 "relative": "table",  # [R]
                 "layer_scale": 1.0,  # [R]
-                "blocks": map_blocks(config.model.encoder.depth)
+                "blocks": map_blocks(backbones.get_backbone(config.model).depth(config.model))
                 if head == "upernet"
                 else (),  # [R]
             }
@@ -159,12 +158,12 @@ def get_config(
     config.optim.layer_decay = 0.65  # [R]
     config.optim.clip = 0.0  # [R]
     config.evaluate.batch_size = batch_size
-    rates = set_intern_image(config)
+    rates = set_dense_rates(config)
     if rates and head == "upernet":
         _upernet_of_intern_image(config, rates)
     elif not is_vit:
         config.optim.layer_decay = rates.pixels if rates else 1.0  # [R] for InternImage-H
     if head == "mask2former":
-        _mask2former(config, is_vit=is_vit, multi_scale=multi_scale)
+        _mask2former(config, rates, is_vit=is_vit, multi_scale=multi_scale)
     continue_dense_run(config, from_=from_, flag="configs/transfer/ade20k.py:from")
     return config

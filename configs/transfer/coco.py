@@ -11,13 +11,14 @@ and head are taken, too, and only what belongs to the categories restarts.
 
 The published settings are those of detectron2's ViTDet project, on which the paper builds; DINO's
 are those of detrex, Mask2Former's those of its authors, and on an InternImage those of its
-repository (see m3i_jax/evaluation/dense_recipes.py). [R] marks them. --mode=show prints cost and
+repository (see m3i_jax/published_dense_settings.py). [R] marks them. --mode=show prints cost and
 days; nothing of this was trained at its full size by this project.
 """
 
 from ml_collections import ConfigDict
 
-from m3i_jax.evaluation.dense_recipes import DetectionData, Schedule, build_detection
+from m3i_jax.evaluation.dense_recipes import build_detection
+from m3i_jax.published_dense_settings import DetectionData, Schedule
 
 COCO = DetectionData(
     recipe="configs/transfer/coco.py",

@@ -19,12 +19,9 @@ by 0.5 to 1.5.
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_recipes import (
-    build_dense_encoder,
-    continue_dense_run,
-    global_blocks,
-)
+from m3i_jax.evaluation.dense_recipes import build_dense_encoder, continue_dense_run
 from m3i_jax.models import backbones
+from m3i_jax.published_dense_settings import global_blocks
 
 SMALL = 512  # pixels below which strides, anchors and heads are small
 
@@ -167,7 +164,8 @@ def get_config(
         config.optim.layer_decay = 0.8 if is_vit else 0.9  # an InternImage has 30 layers or more
     config.evaluate.batch_size = batch_size
     continue_dense_run(config, from_=from_, flag="configs/transfer/detect.py:from")
-    if head != "mask_rcnn":  # every object needs a query
-        queries = config.dense.detect[head].queries
+    own = config.dense.detect.get(head)
+    if own is not None and "queries" in own:  # every object needs one
+        queries = own.queries
         config.dense.geometry.max_objects = min(config.dense.geometry.max_objects, queries)
     return config

@@ -28,23 +28,6 @@ from m3i_jax.evaluation.load import build_encoder
 from m3i_jax.models import backbones, presets
 
 BATCH = 1024  # [P]
-# InternImage-H in the paper: 30 epochs [P]; the rest as its authors fine-tune it, without mixup and
-# CutMix. The head pools the mean of the features, as for a ViT, whereas the authors keep the
-# attention pooling of their pre-training. [C]
-INTERN_IMAGE = {
-    "optim.layer_decay": 0.9,
-    "optim.weight_decay": 0.05,
-    "optim.offset_lr": 0.1,
-    "optim.center_lr": 0.1,
-    "optim.clip": backbones.INTERN_IMAGE.clip,
-    "model.encoder.drop_path": 0.2,
-    "model.encoder.drop_path_rule": "linear",
-    "objective.label_smoothing": 0.3,
-    "data.augment.mixup": 0.0,
-    "data.augment.cutmix": 0.0,
-    "data.augment.erase_p": 0.0,
-}
-INTERN_IMAGE_WARMUP = 2.0  # epochs, with pre-trained weights
 
 
 def get_config(
@@ -75,9 +58,10 @@ def get_config(
         build_encoder(config, from_, "configs/transfer/finetune.py:from")
     else:
         config.model.update(presets.preset(model))
-    convolutional = config.model.backbone == "intern_image"
+    backbone = backbones.get_backbone(config.model)
+    own = backbone.finetuning
     if image_size and image_size != config.data.image_size:
-        if backbones.get_backbone(config.model).resizes_positions:
+        if backbone.resizes_positions:
             config.model.encoder.position_grid = (
                 config.data.image_size // config.model.encoder.patch_size
             )
@@ -106,7 +90,7 @@ def get_config(
     config.model.pool.kind = "mean"  # [M]
     config.model.pool.projection = False
     config.model.category_std = 2e-5  # [M]
-    depth = config.model.encoder.depth
+    depth = backbone.depth(config.model)
     # [P]; L and H [M]
     config.model.encoder.drop_path = 0.3 if depth >= 32 else 0.2 if depth >= 24 else 0.1
     config.model.encoder.final_norm = False  # [M]: replaced by the norm of the pooled token
@@ -114,7 +98,7 @@ def get_config(
 
     # Optimization.
     config.train.batch_size = batch_size
-    config.train.epochs = epochs or (30.0 if convolutional else 100.0)  # [P]
+    config.train.epochs = epochs or own.epochs  # [P]: 100, InternImage-H 30
     config.train.panel_every = 0
     config.optim.lr = 0.0  # 2e-3 [P] in long runs at the paper's batch
     config.optim.min_lr = 1e-6  # [M]
@@ -127,10 +111,9 @@ def get_config(
     config.optim.ema = ema
     config.optim.ema_schedule = "constant"
     config.optim.ema_of = "all" if ema < 1 else "targets"
-    if convolutional:
-        config.update_from_flattened_dict(INTERN_IMAGE)
-        if from_:
-            config.optim.warmup_epochs = min(INTERN_IMAGE_WARMUP, config.optim.warmup_epochs)
+    config.update_from_flattened_dict(own.settings)
+    if from_:
+        config.optim.warmup_epochs = min(own.warmup_epochs, config.optim.warmup_epochs)
 
     config.evaluate.query_limit = 50_000  # [M]: all validation images of ImageNet
     config.evaluate.knn = False  # the head's accuracy is evaluated instead

@@ -14,7 +14,8 @@ fraction anew every epoch.
 
 from ml_collections import ConfigDict
 
-from m3i_jax.evaluation.dense_recipes import DetectionData, Schedule, build_detection
+from m3i_jax.evaluation.dense_recipes import build_detection
+from m3i_jax.published_dense_settings import DetectionData, Schedule
 
 LVIS = DetectionData(
     recipe="configs/transfer/lvis.py",

@@ -20,7 +20,8 @@ by this project.
 
 from ml_collections import ConfigDict
 
-from m3i_jax.evaluation.dense_recipes import DetectionData, Schedule, build_detection
+from m3i_jax.evaluation.dense_recipes import build_detection
+from m3i_jax.published_dense_settings import DetectionData, Schedule
 
 # Images of the training set, as Ultralytics' Objects365.yaml of YOLOv5 and YOLOv8 counts them
 # (1,742,289) and https://huggingface.co/datasets/jxu124/objects365 counts the entries of the

@@ -18,12 +18,9 @@ rate and length are a choice of this project: AdamW with 3e-3 (Mask2Former: 1e-3
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
-from m3i_jax.evaluation.dense_recipes import (
-    build_dense_encoder,
-    continue_dense_run,
-    map_blocks,
-)
+from m3i_jax.evaluation.dense_recipes import build_dense_encoder, continue_dense_run
 from m3i_jax.models import backbones
+from m3i_jax.published_dense_settings import map_blocks
 
 SMALL = 512  # pixels below which the head is small
 

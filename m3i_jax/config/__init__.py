@@ -8,7 +8,6 @@ Nothing downstream of `resolve` reads a ConfigDict or a flag. Every mistake is r
 """
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -38,6 +37,7 @@ from m3i_jax.config.values import (
     unknown_key_error,
 )
 from m3i_jax.errors import UserError, shorten
+from m3i_jax.registries import not_one_of
 
 __all__ = [
     "DEFAULT_RECIPE",
@@ -100,11 +100,7 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
         value = typed_value(f"config.{key}", kind, node[name])
         choices = fields[name].metadata["choices"]
         if choices and value not in choices:
-            near = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
-            raise UserError(
-                f"config.{key}: {shorten(value)} is not one of {', '.join(map(str, choices))}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+            raise UserError(f"config.{key}: {not_one_of(shorten(value), choices)}")
         values[name] = value
     return cls(**values)
 

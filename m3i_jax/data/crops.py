@@ -19,7 +19,8 @@ from PIL import Image
 from m3i_jax.data import decode_fast
 from m3i_jax.errors import UserError
 
-FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_NAMES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+FILTERS = {name: Image.Resampling[name.upper()] for name in _NAMES}
 WIDTH = 24  # uniforms per view, a multiple of four
 Box = tuple[int, int, int, int]
 
@@ -120,7 +121,7 @@ def cut_view(
     interpolation: str = "bicubic",
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Cuts one view with antialiased interpolation.
+    """Cuts one view with interpolation, antialiased but for nearest.
 
     Args:
         image: RGB, the full image, possibly decoded at a smaller scale. A packed one is always cut
@@ -129,7 +130,7 @@ def cut_view(
         size: side of the view in pixels.
         height, width: of the image at full scale.
         by: a resizer, as `choose_resizer` names it.
-        interpolation: bicubic, or, by Pillow alone, bilinear.
+        interpolation: bicubic, or, by Pillow alone, another of FILTERS.
         out: uint8 [size * size * 3] to fill and return; None for a new array.
 
     Returns:

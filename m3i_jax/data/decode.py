@@ -22,6 +22,7 @@ from PIL import Image, ImageFile
 from m3i_jax.data import decode_fast
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource, Record
+from m3i_jax.data.sources.captions import source_caption
 from m3i_jax.errors import UnreadableError
 
 EMPTY, UNDECODABLE, TRUNCATED, TOO_SMALL, TOO_LARGE, UNREADABLE = REASONS = (
@@ -131,7 +132,7 @@ def sample_captions(
 
     def read(index: int) -> str | bytes | None:
         with contextlib.suppress(BadRecord), replaceable(missing):
-            return base.source_caption(source, index)
+            return source_caption(source, index)
         return None
 
     indices = range(0, len(source), -(-len(source) // limit))

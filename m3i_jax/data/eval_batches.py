@@ -125,6 +125,8 @@ def _central_view(record: base.Record, preprocessing: Preprocessing) -> np.ndarr
     opened, size = decode.open_image(record.image), preprocessing.image_size
     box = preprocessing.box(opened.height, opened.width)
     least = (decode.GAP * size / box[2] * opened.height, decode.GAP * size / box[3] * opened.width)
+    if preprocessing.interpolation == "nearest":  # of the image's own pixels
+        least = (opened.height, opened.width)
     image = opened.rgb(background=preprocessing.background, least=least)
     return crops.cut_view(
         image,

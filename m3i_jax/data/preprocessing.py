@@ -13,12 +13,13 @@ from m3i_jax.data import crops
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """Composes transparent pixels over gray, resizes the short side, or both, to `short_side`
-    (antialiased), crops the centre, and normalizes RGB in 0..1 by mean and standard deviation.
+    (antialiased but for nearest), crops the centre, and normalizes RGB in 0..1 by mean and standard
+    deviation.
 
     Attributes:
       image_size: side of the view in pixels, S.
       crop: share of the short side that the view keeps.
-      interpolation: bicubic or bilinear.
+      interpolation: a filter of Pillow, one of `crops.FILTERS`.
       squash: both sides are resized to `short_side`, so that the image becomes a square.
       background: gray level under transparent pixels.
       mean, std: of R, G and B.

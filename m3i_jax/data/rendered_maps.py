@@ -1,5 +1,6 @@
 """Makes class maps of annotated objects, so that segmentation can be learned from them."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -69,7 +70,7 @@ def _with_map(record: Record) -> Record:
             return record
         height, width = opened.height, opened.width
     map_HxW = render_map(record.objects, height, width)
-    return Record(record.key, record.image, record.label, record.caption, record.objects, map_HxW)
+    return dataclasses.replace(record, map=map_HxW)
 
 
 def render_map(objects: Objects, height: int, width: int) -> np.ndarray:

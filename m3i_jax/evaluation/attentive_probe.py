@@ -28,7 +28,7 @@ from m3i_jax.evaluation.feature_extraction import (
 )
 from m3i_jax.models import pooling
 from m3i_jax.objective import losses
-from m3i_jax.training import optimizer
+from m3i_jax.training import optimizer, update_rules
 
 Batches = Callable[[], Any]
 
@@ -85,7 +85,7 @@ class AttentiveProbe:
             warmup=steps,
         )
         tx = optax.chain(
-            *optimizer.adamw(
+            *update_rules.adamw(
                 rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.05, mask=optimizer.decay_mask
             )
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from m3i_jax import parallel, progress, schema
 from m3i_jax.models import backbones, m3i, pooling
-from m3i_jax.training import update_rules, views
+from m3i_jax.training import schedule_free, views
 
 AttentionMaps = dict[str, jax.Array]
 
@@ -200,7 +200,7 @@ def encoder_params(config: schema.Config, state: Any) -> Any:
     statistics of batch norms, if the task has any."""
     link = state.opt.get("running") if hasattr(state.opt, "get") else None
     running = {} if link is None else {"running": link.statistics}
-    online = update_rules.averaged_params(state.opt, state.params)
+    online = schedule_free.averaged_params(state.opt, state.params)
     if config.evaluate.encoder == "online":
         return {**online, **running} if running else online
     average = state.opt["target"].params

@@ -21,7 +21,7 @@ from m3i_jax.evaluation import registry
 from m3i_jax.evaluation.category_head import head_accuracy, top_k_hits
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 from m3i_jax.objective import losses
-from m3i_jax.training import optimizer
+from m3i_jax.training import optimizer, update_rules
 
 BATCH = 16_384  # the learning rate is that of a batch of this size
 EPS, KEEP = 1e-6, 0.9  # batch norm: added to the variance; decay of the running statistics
@@ -104,7 +104,7 @@ def fit_linear_probe(
     steps = rows // size
     settings = schema.Optim(lr=lr * size / BATCH, min_lr=0.0)
     tx = optax.chain(
-        *optimizer.lars(
+        *update_rules.lars(
             optimizer.lr_schedule(
                 settings, steps=epochs * steps, warmup=min(warmup, epochs) * steps
             )

@@ -68,18 +68,8 @@ class LoadedEncoder:
     @property
     def network(self) -> networks.Network:
         """The encoder as a function of (params["encoder"], normalised images), and as a module of
-        flax; see `models.networks`.
-
-        Raises:
-          UserError: the backbone is neither a ViT nor an InternImage.
-        """
-        network = networks.network_of(self.config.model, self.config.data.image_size)
-        if network is None:
-            raise UserError(
-                f"load: {self.name}: m3i_jax has no backbone {self.config.model.backbone!r}; use"
-                " `function`"
-            )
-        return network
+        flax; see `models.networks`."""
+        return networks.network_of(self.config.model, self.config.data.image_size)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -394,7 +384,7 @@ def _described(
         config.task = task
         config.dense[task].update(stored[task])
         config.dense.maps.update(stored.get("maps", {}))
-        if config.model.backbone == "vit":
+        if backbones.get_backbone(config.model).resizes_positions:
             config.dense.maps.image_size = stored["image_size"]
         config.data.classes = stored["classes"]
         side = stored.get("dense_size", stored["image_size"])

@@ -27,6 +27,7 @@ from m3i_jax import evaluation, schema
 from m3i_jax.data.sources import base
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
+from m3i_jax.registries import Registry
 
 __all__ = ["EvalContext", "EvalInputs", "Evaluator", "Metric", "evaluators", "register_evaluator"]
 
@@ -120,7 +121,12 @@ class Evaluator:
 
 
 _SETTINGS = tuple(field.name for field in dataclasses.fields(schema.Evaluate))
-_EVALUATORS: dict[str, Evaluator] = {}
+EVALUATORS: Registry[Evaluator] = Registry(
+    "evaluator",
+    made_in=lambda evaluator: evaluator.build.__module__,
+    replace=True,
+    valid=bool,  # part of the name of a metric
+)
 
 
 def register_evaluator(evaluator: Evaluator) -> None:
@@ -136,13 +142,9 @@ def register_evaluator(evaluator: Evaluator) -> None:
     Traceback (most recent call last):
     ValueError: evaluator toy: unknown needs boxes; known are labels, names, captions, category_head, text_tower, classifier
     """  # noqa: E501
-    if not _is_builtin(evaluator):
+    name = evaluator.name
+    if not evaluator.build.__module__.startswith("m3i_jax."):
         _load_builtin()
-    name, owned = evaluator.name, _EVALUATORS.get(evaluator.name)
-    if not name:
-        raise ValueError("an evaluator needs a name")
-    if owned is not None and _is_builtin(owned):
-        raise ValueError(f"evaluator {name}: this name is built in; choose another one")
     if unknown := [need for need in evaluator.needs if need not in NEEDS]:
         raise ValueError(
             f"evaluator {name}: unknown needs {', '.join(unknown)}; known are {', '.join(NEEDS)}"
@@ -152,11 +154,7 @@ def register_evaluator(evaluator: Evaluator) -> None:
             f"evaluator {name}: config.evaluate has no setting {evaluator.setting!r}; leave"
             " `setting` out to enable it without one"
         )
-    _EVALUATORS[name] = evaluator
-
-
-def _is_builtin(evaluator: Evaluator) -> bool:
-    return evaluator.build.__module__.startswith("m3i_jax.")
+    EVALUATORS.register(name, evaluator)
 
 
 def _load_builtin() -> None:
@@ -171,5 +169,5 @@ def evaluators() -> tuple[Evaluator, ...]:
     _load_builtin()
     position = {setting: number for number, setting in enumerate(_SETTINGS)}
     return tuple(
-        sorted(_EVALUATORS.values(), key=lambda each: position.get(each.setting, len(position)))
+        sorted(EVALUATORS.values(), key=lambda each: position.get(each.setting, len(position)))
     )

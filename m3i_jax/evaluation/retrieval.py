@@ -1,10 +1,13 @@
 """Retrieval of images by captions and of captions by images: recall at 1, 5 and 10 among all
-held-out pairs.
+held-out images and their captions.
 
-Captions with the same tokens count as one: every image with that caption is a right answer, and the
-candidates of an image are the distinct captions. A tie with a wrong candidate counts as wrong, so a
-collapsed model scores 0, not 100 %."""
+An image may have several captions, as in COCO and Flickr30k: each of them is a query for its image,
+and an image is found if any of its captions is among the first k (CLIP's, big_vision's and
+CLIP_benchmark's definition; there, a wrong image of an equal caption is wrong). Captions with the
+same tokens count as one candidate here, and every image with that caption is a right answer. A tie
+with a wrong candidate counts as wrong, so a collapsed model scores 0, not 100 %."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -14,6 +17,7 @@ import numpy as np
 from m3i_jax import parallel
 from m3i_jax.data import decode
 from m3i_jax.data.sources import base
+from m3i_jax.data.sources.captions import source_captions
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.evaluation import registry
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
@@ -46,7 +50,7 @@ def retrieval_ranks(
 def recall_at(
     images_NxE: np.ndarray,
     texts_MxE: np.ndarray,
-    caption_N: np.ndarray,
+    pairs_Px2: np.ndarray,
     *,
     chunk: int = 1024,
     poll: Callable[[], None] = lambda: None,
@@ -56,73 +60,100 @@ def recall_at(
     Args:
       images_NxE: L2-normalised embeddings of N images.
       texts_MxE: L2-normalised embeddings of the M distinct captions.
-      caption_N: int, the caption of each image; a caption of several images counts once an image.
+      pairs_Px2: int, (image, caption) of every caption of every image, at least one each; a caption
+        of several images counts once an image.
       chunk: queries at a time; the last chunk is padded.
       poll: called between chunks; may raise.
 
-    >>> dict(recall_at(np.eye(2), np.eye(2), np.array([0, 1])))["text_to_image/r1"]
-    1.0
+    >>> pairs = np.array([[0, 0], [1, 1], [1, 2]])  # the second image has two captions
+    >>> dict(recall_at(np.eye(2), np.eye(2)[[0, 1, 0]], pairs))["text_to_image/r1"]
+    0.6666666666666666
     """
-    count = len(texts_MxE)
-    images, texts, owner = jax.device_put((images_NxE, texts_MxE, caption_N))
-    every = jnp.arange(count)
+    images, texts = jax.device_put((images_NxE, texts_MxE))
+    image_P, text_P = pairs_Px2.T
 
     def all_ranks(
-        queries: jax.Array, query_id: jax.Array, candidates: jax.Array, candidate_id: jax.Array
+        queries: jax.Array, query_P: np.ndarray, candidates: jax.Array, candidate_P: np.ndarray
     ) -> np.ndarray:
         ranks = []
         for start in range(0, len(queries), chunk):
             poll()
             # padded with rows from the start: one shape, one compilation
             rows = np.arange(start, start + chunk) % len(queries)
-            right = query_id[rows][:, None] == candidate_id[None]
+            right = np.zeros((chunk, len(candidates)), bool)
+            here = (query_P >= start) & (query_P < start + chunk)
+            right[query_P[here] - start, candidate_P[here]] = True
             rank_Q = np.asarray(retrieval_ranks(queries[rows], candidates, right))
             ranks.append(rank_Q[: len(queries) - start])
         return np.concatenate(ranks)
 
-    of_text = all_ranks(texts, every, images, owner)[caption_N]
-    of_image = all_ranks(images, owner, texts, every)
-    for direction, rank_N in (("text_to_image", of_text), ("image_to_text", of_image)):
+    of_text = all_ranks(texts, text_P, images, image_P)[text_P]
+    of_image = all_ranks(images, image_P, texts, text_P)
+    for direction, rank in (("text_to_image", of_text), ("image_to_text", of_image)):
         for top in TOP:
-            yield f"{direction}/r{top}", float((rank_N < top).mean())
+            yield f"{direction}/r{top}", float((rank < top).mean())
+
+
+Tokens = tuple[int, ...]
 
 
 class _Captions:
-    """Token ids of the captions of a source; each caption is read and tokenized once a run, by one
-    host. `unreadable`: records whose caption cannot be read, which count as without caption."""
+    """Token ids of the captions of a source; each record is read and tokenized once a run, by one
+    host. `unreadable`: records whose captions cannot be read, which count as without any."""
 
     def __init__(
-        self, source: base.DataSource, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, missing: str
+        self,
+        source: base.DataSource,
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh,
+        missing: str,
+        lines: bool,
     ) -> None:
         self._source, self._tokenizer, self._mesh = source, tokenizer, mesh
-        self._missing = missing
-        self._token_ids: dict[int, tuple[int, ...]] = {}
+        self._missing, self._lines = missing, lines
+        self._token_ids: dict[int, tuple[Tokens, ...]] = {}
         self.unreadable: set[int] = set()
 
-    def __call__(self, records: Sequence[int]) -> list[tuple[int, ...]]:
-        """Token ids of each record, start and end included; () without a caption."""
+    def __call__(self, records: Sequence[int]) -> list[tuple[Tokens, ...]]:
+        """Token ids of all captions of each record, start and end included."""
         if new := [record for record in dict.fromkeys(records) if record not in self._token_ids]:
             unit = self._mesh.shape["replica"] * self._mesh.shape["fsdp"]
             hosts, host = jax.process_count(), jax.process_index()
             share = -(-len(new) // unit) * unit // hosts
+            own = [self._read(record) for record in new[host * share : (host + 1) * share]]
+            number = np.zeros(share, np.int32)
+            number[: len(own)] = [_UNREADABLE if read is None else len(read) for read in own]
+            number = parallel.allgather_rows(self._mesh, {"captions": number})["captions"]
+            most = max(1, int(number.max()))
             rows = {
-                "tokens": np.zeros((share, self._tokenizer.length), np.int32),
-                "length": np.zeros(share, np.int32),
+                "tokens": np.zeros((share, most, self._tokenizer.length), np.int32),
+                "length": np.zeros((share, most), np.int32),
             }
-            for row, record in enumerate(new[host * share : (host + 1) * share]):
-                try:
-                    with decode.replaceable(self._missing):
-                        text = decode.clean_caption(base.source_caption(self._source, record))
-                except decode.BadRecord:
-                    rows["length"][row] = _UNREADABLE
-                    continue
-                if text:
-                    rows["tokens"][row], rows["length"][row] = self._tokenizer.encode(text)
+            for row, texts in enumerate(own):
+                for column, text in enumerate(texts or ()):
+                    ids, length = self._tokenizer.encode(text)
+                    rows["tokens"][row, column], rows["length"][row, column] = ids, length
             rows = parallel.allgather_rows(self._mesh, rows)
-            for record, tokens, length in zip(new, rows["tokens"], rows["length"], strict=False):
-                self._token_ids[record] = tuple(tokens[: max(length, 0)].tolist())
-                self.unreadable |= {record} if length == _UNREADABLE else set()
+            for row, record in enumerate(new):
+                self._token_ids[record] = tuple(
+                    tuple(tokens[:length].tolist())
+                    for tokens, length in zip(
+                        rows["tokens"][row], rows["length"][row].tolist(), strict=True
+                    )
+                    if length
+                )
+                self.unreadable |= {record} if number[row] == _UNREADABLE else set()
         return [self._token_ids[record] for record in records]
+
+    def _read(self, record: int) -> list[str] | None:
+        """The texts of a record; None if they cannot be read."""
+        try:
+            with decode.replaceable(self._missing):
+                texts = source_captions(self._source, record)
+        except decode.BadRecord:
+            return None
+        parts = (part for text in texts for part in (text.splitlines() if self._lines else [text]))
+        return [text for part in parts if (text := decode.clean_caption(part))]
 
 
 def measure(
@@ -132,6 +163,7 @@ def measure(
     *,
     image_set: str = "queries",
     missing: str = "stop",
+    lines: bool = False,
 ) -> Metric:
     """eval/retrieval/text_to_image/r1, ... of the images of a set that have a caption; no metric if
     none has.
@@ -144,11 +176,12 @@ def measure(
         That they are normalised changes nothing, since the projection has no bias.
       missing: "replace": a caption that cannot be read is left out and counted in
         `EvalContext.skipped`; see `schema.Data.missing`.
+      lines: whether each line of a text is a caption.
 
     Raises:
       Unreadable: by the metric, with missing="stop".
     """
-    captions = _Captions(source, embed.words, mesh, missing)
+    captions = _Captions(source, embed.words, mesh, missing, lines)
 
     def run(context: EvalContext) -> Iterator[tuple[str, float]]:
         features = context(image_set)
@@ -158,15 +191,18 @@ def measure(
         captioned = np.array([bool(text) for text in texts], bool)
         if not captioned.any():
             return
-        distinct = {text: number for number, text in enumerate(dict.fromkeys(filter(None, texts)))}
+        kept = [each for each in texts if each]
+        distinct = {
+            text: number for number, text in enumerate(dict.fromkeys(itertools.chain(*kept)))
+        }
         tokens = np.zeros((len(distinct), embed.words.length), np.int32)
         for text, number in distinct.items():
             tokens[number, : len(text)] = text
         lengths = np.array([len(text) for text in distinct], np.int32)
         images = embed.images(context.params, features.vectors[captioned], context.poll)
         embedded = embed.tokens(context.params, tokens, lengths, context.poll)
-        owner = np.array([distinct[text] for text in texts if text])
-        for name, value in recall_at(images, embedded, owner, poll=context.poll):
+        pairs = [(image, distinct[text]) for image, each in enumerate(kept) for text in each]
+        for name, value in recall_at(images, embedded, np.array(pairs), poll=context.poll):
             yield f"eval/retrieval/{name}", value
 
     return run
@@ -183,6 +219,7 @@ registry.register_evaluator(
             shared_embedder(inputs),
             image_set=inputs.pooled_set,
             missing=inputs.config.data.missing,
+            lines=inputs.config.evaluate.caption_lines,
         ),
     )
 )

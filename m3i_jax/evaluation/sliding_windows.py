@@ -53,8 +53,8 @@ class SlidingSettings:
       classes: K.
       scales: of the images; the probabilities of all are averaged.
       flip: average with the mirrored images.
-      softmax: whether the model's outputs are logits, whose softmax is averaged over views; else
-        they are scores that are averaged as they are.
+      softmax: whether the softmax of the model's outputs is averaged over views; else they are
+        scores that are averaged as they are. Of one view, both give the same class map.
     """
 
     window: int
@@ -88,7 +88,7 @@ def sliding_settings(config: schema.Config, *, classes: int, batch: int) -> Slid
         whole=segment.test_whole > 0,
         scales=tuple(segment.test_scales),
         flip=segment.test_flip,
-        softmax=not segmentation_head(segment).averaged,
+        softmax=segment.test_average == "softmax" or not segmentation_head(segment).averaged,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from m3i_jax.errors import UserError
-from m3i_jax.interop import intern_image_weights, tensor_files, vit_weights
+from m3i_jax.interop import intern_image_weights, sidecar_configs, tensor_files, vit_weights
 
 # timm's entry points by width: every setting is passed too, so that the name only has to exist
 _TIMM = {
@@ -202,7 +202,7 @@ def _processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
-        "resample": {"bilinear": 2, "bicubic": 3}[preprocessing["interpolation"]],
+        "resample": sidecar_configs.RESAMPLE.index(preprocessing["interpolation"]),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -222,6 +222,7 @@ def _mask2former_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
         "strides": _STRIDES[: levels + 1],
         "width": width,
         "test_whole": 32,
+        "test_average": "softmax",
         "mask2former": {
             "queries": queries,
             "heads": heads,

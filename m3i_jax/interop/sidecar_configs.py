@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+from m3i_jax.errors import UserError
 from m3i_jax.interop import tensor_files
 from m3i_jax.interop.layout_entries import IMAGENET
 
@@ -23,7 +24,8 @@ _TANH_OF_TIMM = re.compile(
 )
 # families of Hugging Face whose names of arrays are those of its ViT, trained with ImageNet's mean
 _OF_IMAGENET = {"deit": "DeiT", "vit_mae": "ViTMAE", "vit_msn": "ViTMSN"}
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # of Pillow
+# of Pillow, which numbers its filters; all names are values of evaluate.interpolation
+RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 # processors of Hugging Face that are bilinear where a file does not say; the second group reads a
 # bare number as the side of a square
 _BILINEAR = ("ViTImage", "ViTFeature", "DINOv3ViT")
@@ -87,6 +89,10 @@ def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the preprocessing: from the processor of Hugging Face or the `pretrained_cfg` of
     timm, then from our preprocessing.json.
 
+    Raises:
+      UserError: they name a filter that is none of Pillow's, borders around images, a long side, or
+        a size that is no square.
+
     >>> preprocessing_settings({"crop_size": 224, "size": {"shortest_edge": 256}, "resample": 2})
     {'interpolation': 'bilinear', 'crop': 0.875, 'image_size': 224}
     >>> preprocessing_settings({"size": {"height": 224, "width": 224}, "resample": 3})
@@ -106,16 +112,17 @@ def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
                 and all(_is_number(x) for x in value)
             ):
                 out[name] = tuple(float(x) for x in value)
+    if config.get("do_normalize") is False:
+        out |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     kind = _processor_kind(config)
-    resample = config.get("resample")
-    for value in (
-        _RESAMPLE.get(resample) if _is_size(resample) else None,
-        "bilinear" if resample is None and kind.startswith(_BILINEAR) else None,
-        pretrained.get("interpolation"),
-        ours.get("interpolation"),
+    if name := (
+        _filter("resample", config.get("resample"))
+        or ("bilinear" if kind.startswith(_BILINEAR) else "")
+        or _filter("pretrained_cfg.interpolation", pretrained.get("interpolation"))
+        or _filter("interpolation", ours.get("interpolation"))
     ):
-        if value in ("bilinear", "bicubic"):
-            out.setdefault("interpolation", value)
+        out["interpolation"] = name
+    _check_size(config.get("size"))
     cropped = 0 if config.get("do_center_crop") is False else _side(config.get("crop_size"))
     squash = _squashes(config, kind)
     resized = _side(config.get("size"), "height" if squash else "shortest_edge")
@@ -137,6 +144,37 @@ def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _check_size(size: Any) -> None:
+    """Refuses a size of a processor to which no evaluation resizes."""
+    if not isinstance(size, Mapping) or _side(size, "shortest_edge"):
+        return
+    height, width = _side(size), _side(size, "width")
+    if _side(size, "longest_edge") or (height and width and height != width):
+        raise UserError(
+            f"the preprocessing of the weights has size={dict(size)!r}, but images are resized to a"
+            " square or by their short side: use 'height' and 'width', or 'shortest_edge', in the"
+            " preprocessor_config.json beside them"
+        )
+
+
+def _filter(key: str, value: Any) -> str:
+    """The name of a filter of Pillow by its number or name; "" for None.
+
+    >>> _filter("resample", 1), _filter("interpolation", "box"), _filter("resample", None)
+    ('lanczos', 'box', '')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(RESAMPLE):
+        return RESAMPLE[value]
+    if isinstance(value, str) and value in RESAMPLE:
+        return value
+    raise UserError(
+        f"the preprocessing of the weights has {key}={value!r}, which is no filter to resize images"
+        f" with: use one of {', '.join(RESAMPLE)} in the JSON file beside them"
+    )
+
+
 def _timm_crop(pretrained: Mapping[str, Any]) -> dict[str, Any]:
     """The crop of a `pretrained_cfg`, of the length that timm resizes to, which is rounded down.
 
@@ -153,6 +191,12 @@ def _timm_crop(pretrained: Mapping[str, Any]) -> dict[str, Any]:
         and 0 < share <= 1
     ):
         return {}
+    if pretrained.get("crop_mode") == "border":
+        raise UserError(
+            "the preprocessing of the weights has pretrained_cfg.crop_mode='border', borders around"
+            " the whole image, which evaluations do not draw: use 'center' or 'squash' in the"
+            " config.json beside them"
+        )
     squash = {"squash": True} if pretrained.get("crop_mode") == "squash" else {}
     return {"crop": size[-1] / math.floor(size[-1] / share), **squash}
 

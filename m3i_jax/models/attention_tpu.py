@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from m3i_jax.parallel.chips import LEAST_SCRATCHPAD
+
 _LANES = 128
 _SCORES = 2**19  # largest number of queries times keys, padded
-_BYTES = 16 * 2**20  # VMEM of the smallest supported chip (v4)
 _MAX_HEADS = 16  # heads side by side; the kernel unrolls over them
 # its weight is exactly 0 beside any real logit; rows without a key get uniform weights, not NaN
 MASKED_LOGIT = -1e30
@@ -60,7 +61,7 @@ def fits(queries: int, tokens: int, heads: int, depth: int, dtype: Any) -> bool:
     # A grid step of the backward pass holds six score arrays in float32 and, double-buffered,
     # three arrays like the queries and four like the keys.
     used = 6 * 4 * padded + 2 * jnp.dtype(dtype).itemsize * lanes * (3 * queries + 4 * tokens)
-    return padded <= _SCORES and lanes > 0 and used <= _BYTES
+    return padded <= _SCORES and lanes > 0 and used <= LEAST_SCRATCHPAD
 
 
 def _product(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:

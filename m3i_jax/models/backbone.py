@@ -18,6 +18,7 @@ import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.models.layers import Params
+from m3i_jax.models.transfer import DenseRates, Finetuning
 from m3i_jax.parallel.sharding import ShardingRules
 
 Preset = Mapping[str, Any]  # settings of a configuration's `model`, nested
@@ -65,13 +66,22 @@ class Backbone:
       can_isolate: the two images of a mixed input can be kept from seeing each other.
       can_average_blocks: dense features can be a mean over the outputs of several last blocks.
       has_cls_token: `model.encoder.cls_token` may be set.
-      resizes_positions: `model.encoder.position_grid` may be set.
+      resizes_positions: it has positions of a grid, which are resized for images of other sizes:
+        `model.encoder.position_grid` and `dense.maps.image_size` may be set.
+      reads_maps: `dense.maps` describes its maps: windows, global blocks, relative positions and
+        the blocks whose outputs become maps. Otherwise only a composition can be set there.
 
     Settings:
       validate(config): raises UserError for the first setting that it cannot work with.
       sections: names of the sections of `model` that belong to it alone.
       presets: sizes by name. Names are unique over all backbones.
       clip: norm to which gradients are clipped in its published recipe; None: the usual one.
+      finetuning: how it is fine-tuned on categories.
+      dense_rates(model): how its authors train this size on dense tasks; None: it has the settings
+        of a ViT, or of the smallest published size.
+      dense_settings: {key: value} of all sizes on dense tasks.
+      scans_from: layers from which recipes of dense tasks run blocks in a scan, without which
+        compile time grows with depth; None: as its preset says.
       lr_settings: pairs (part of a path, key of `optim` with the factor of its learning rate).
       sharding_rules: rows for `parallel.sharding`, tried before the general ones.
 
@@ -107,11 +117,16 @@ class Backbone:
     can_average_blocks: bool = False
     has_cls_token: bool = False
     resizes_positions: bool = False
+    reads_maps: bool = False
 
     validate: Callable[[schema.Config], object] = _nothing
     sections: tuple[str, ...] = ()
     presets: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
     clip: float | None = None
+    finetuning: Finetuning = Finetuning()
+    dense_rates: Callable[[schema.Model], DenseRates | None] = lambda _: None
+    dense_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scans_from: int | None = None
     lr_settings: tuple[tuple[str, str], ...] = ()
     sharding_rules: ShardingRules = ()
 

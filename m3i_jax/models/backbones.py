@@ -10,7 +10,6 @@ with every objective. A program that reads the run later (evaluation, `m3i_jax.l
 same module first.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +22,15 @@ from m3i_jax.models.backbone import Backbone
 from m3i_jax.models.intern_image_backbone import INTERN_IMAGE
 from m3i_jax.models.vit_backbone import VIT
 from m3i_jax.parallel import sharding
+from m3i_jax.registries import Registry, not_one_of
 
-_BACKBONES: dict[str, Backbone] = {}
+BACKBONES: Registry[Backbone] = Registry(
+    "backbone",
+    unknown=lambda name, names: UserError(
+        "config.model.backbone: "
+        + not_one_of(repr(name), names, "import the module that registers it")
+    ),
+)
 
 
 def register_backbone(name: str, backbone: Backbone) -> Backbone:
@@ -46,17 +52,15 @@ def register_backbone(name: str, backbone: Backbone) -> Backbone:
     >>> register_backbone("vit", VIT) is get_backbone(schema.Model())
     True
     """
-    if not name.isidentifier():
-        raise ValueError(f"backbone {name!r}: a name consists of letters, digits and underscores")
-    if _BACKBONES.get(name, backbone) is not backbone:
-        raise ValueError(f"backbone {name!r} exists already; choose another name")
-    for other, known in _BACKBONES.items():
+    BACKBONES.check(name, backbone)
+    for other, known in BACKBONES.as_dict().items():
         if other != name and (shared := known.presets.keys() & backbone.presets.keys()):
             raise ValueError(
                 f"backbone {name!r}: preset {min(shared)!r} belongs to {other}; choose another name"
             )
-    sharding.add_rules(backbone.sharding_rules)
-    return _BACKBONES.setdefault(name, backbone)
+    registered = BACKBONES.register(name, backbone)
+    sharding.add_rules(registered.sharding_rules)
+    return registered
 
 
 register_backbone("vit", VIT)
@@ -69,7 +73,7 @@ def registered_backbones() -> dict[str, Backbone]:
     >>> {"vit", "intern_image"} <= registered_backbones().keys()
     True
     """
-    return dict(_BACKBONES)
+    return BACKBONES.as_dict()
 
 
 def get_backbone(model: schema.Model) -> Backbone:
@@ -81,13 +85,7 @@ def get_backbone(model: schema.Model) -> Backbone:
     >>> get_backbone(schema.Model()).describe(schema.Model())
     '12 blocks of 768'
     """
-    if model.backbone in _BACKBONES:
-        return _BACKBONES[model.backbone]
-    near = difflib.get_close_matches(model.backbone, _BACKBONES, 1)
-    hint = f"did you mean {near[0]}?" if near else "import the module that registers it"
-    raise UserError(
-        f"config.model.backbone: {model.backbone!r} is not one of {', '.join(_BACKBONES)}; {hint}"
-    )
+    return BACKBONES[model.backbone]
 
 
 def validate_backbone(config: schema.Config) -> None:
@@ -108,7 +106,7 @@ def recognize_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     >>> recognize_weights({"patch_embed/kernel": (768, 768)})["backbone"], recognize_weights({})
     ('vit', {})
     """
-    matches = (backbone.recognize(shapes) for backbone in _BACKBONES.values())
+    matches = (backbone.recognize(shapes) for backbone in BACKBONES.values())
     return next((settings for settings in matches if settings is not None), {})
 
 
@@ -118,7 +116,7 @@ def section_names() -> tuple[str, ...]:
     >>> section_names()
     ('intern_image',)
     """
-    return tuple(name for backbone in _BACKBONES.values() for name in backbone.sections)
+    return tuple(name for backbone in BACKBONES.values() for name in backbone.sections)
 
 
 def backbone_drop_rates(model: schema.Model) -> np.ndarray:

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax.models.dcnv3_dense import Samples, hat, sample_gradients, slope
+from m3i_jax.parallel.chips import LEAST_SCRATCHPAD
 
 _LANES = 128
 _ONE_TILE = 256  # up to so many outputs are one tile; of more, a tile has _LANES
-# of the 16 MiB of VMEM of the smallest supported chip (v4); the rest covers what is not counted
-_BYTES = 29 * 2**19
+_BYTES = LEAST_SCRATCHPAD * 29 // 32  # of VMEM; the rest covers what is not counted
 
 
 class _Shape(NamedTuple):

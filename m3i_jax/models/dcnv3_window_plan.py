@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from m3i_jax.parallel.chips import LEAST_SCRATCHPAD
+
 LANES = 128
 ALIGNED = 16  # columns of a tile of bfloat16 in memory
-# of the 16 MiB of VMEM of the smallest supported chip (v4); the rest covers what is not counted
-_BYTES = 12 * 2**20
+_BYTES = LEAST_SCRATCHPAD * 3 // 4  # of VMEM; the rest covers what is not counted
 
 
 class WindowPlan(NamedTuple):

@@ -18,6 +18,7 @@ from m3i_jax.models import intern_image, scan_blocks
 from m3i_jax.models.backbone import Backbone, as_toy
 from m3i_jax.models.intern_image import InternImageConfig
 from m3i_jax.models.layers import Params
+from m3i_jax.models.transfer import IMAGENET, DenseRates, Finetuning, Reference
 from m3i_jax.objective import mixing
 
 _SCAN_FROM = 50  # layers; in one scan per stage they compile as four
@@ -313,6 +314,50 @@ def _without_fusion(model: schema.Model) -> str:
     )
 
 
+# In the paper, H: 30 epochs [P]; the rest as its authors fine-tune it [R], without mixup and
+# CutMix. The head pools the mean of the features, as for a ViT, whereas the authors keep the
+# attention pooling of their pre-training.
+_CLIP = 5.0
+_FINETUNING = Finetuning(
+    reference=Reference(lr=4e-5, batch=1024, samples=30.0 * IMAGENET, most=1e-3),
+    epochs=30.0,
+    warmup_epochs=2.0,
+    settings={
+        "optim.layer_decay": 0.9,
+        "optim.weight_decay": 0.05,
+        "optim.offset_lr": 0.1,
+        "optim.center_lr": 0.1,
+        "optim.clip": _CLIP,
+        "model.encoder.drop_path": 0.2,
+        "model.encoder.drop_path_rule": "linear",
+        "objective.label_smoothing": 0.3,
+        "data.augment.mixup": 0.0,
+        "data.augment.cutmix": 0.0,
+        "data.augment.erase_p": 0.0,
+    },
+)
+# By the channels of the first stage: T, S, B, L, XL, H, G [R]. There is no published detector with
+# an FPN on H and G, and no DINO on S, B and XL; their layer decays are those of their neighbours
+# [C]. UperNet of L and above has a smaller rate and clipping.
+_UPERNET: dict[str, Any] = {"pixel_lr": 0.2, "pixel_clip": 0.1}
+_LARGE: dict[str, Any] = {"pixels": 0.95, "queries": 0.94, "large": True, **_UPERNET}
+_DENSE_RATES = {
+    64: DenseRates(drop_path=0.2, pixel_lr=0.6),
+    80: DenseRates(drop_path=0.3, pixel_lr=0.6),
+    112: DenseRates(drop_path=0.4, pixel_lr=0.6),
+    160: DenseRates(drop_path=0.4, boxes=0.94, pixels=0.94, **_UPERNET),
+    192: DenseRates(drop_path=0.4, boxes=0.94, pixels=0.94, **_UPERNET),
+    320: DenseRates(drop_path=0.5, boxes=0.94, **_LARGE),
+    512: DenseRates(drop_path=0.5, boxes=0.94, **_LARGE),
+}
+
+
+def _dense_rates(model: schema.Model) -> DenseRates | None:
+    """Those of the largest published size that is not larger; None for one smaller than all."""
+    sizes = [width for width in _DENSE_RATES if width <= model.intern_image.width]
+    return _DENSE_RATES[max(sizes)] if sizes else None
+
+
 INTERN_IMAGE = Backbone(
     init=_init,
     apply=_apply,
@@ -329,7 +374,10 @@ INTERN_IMAGE = Backbone(
     validate=_validate,
     sections=("intern_image",),
     presets=PRESETS,
-    clip=5.0,
+    clip=_CLIP,
+    finetuning=_FINETUNING,
+    dense_rates=_dense_rates,
+    dense_settings={"optim.offset_lr": 1.0},  # [R]
     lr_settings=(("dcn/offsets/", "offset_lr"), ("dcn/center/", "center_lr")),
     sharding_rules=(
         # columns are groups, as those of DCNv3's input are

@@ -21,11 +21,12 @@ from m3i_jax.models.cpu_codegen import fusion_barrier, matmul
 from m3i_jax.models.dcnv3 import dcnv3
 from m3i_jax.models.layers import Params, gelu, layer_norm
 from m3i_jax.models.scan_blocks import chunk_count, deal_rows, join_rows, split_blocks, with_remat
+from m3i_jax.parallel.chips import CHIPS
 
 _POINTS = 9
 SMALL = 16  # cells; smaller maps are convolved as a product of patches
 CHUNK = 3 * 2**20  # bytes of a map; a chunk of images has about as many
-GRADIENTS = 96 * 2**20  # bytes, of the 128 MiB of VMEM of a v5e or v6e
+GRADIENTS = CHIPS["v5e"].scratchpad * 3 // 4  # bytes; a v6e has as much VMEM
 
 
 def dense_layer(params: Params, x_xC: jax.Array, out: Any = None) -> jax.Array:

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from m3i_jax import schema
 from m3i_jax.models import (
+    backbones,
     intern_image,
     intern_image_backbone,
     intern_image_layer,
@@ -229,21 +230,58 @@ class DCNv3Layer(Network):
         return intern_image_layer.dcn(self.layer, params, x_BxHxWxC, self.method)
 
 
-def network_of(model: schema.Model, image_size: int) -> Network | None:
-    """Returns the network of settings of the package; None for a backbone that is neither a ViT nor
-    an InternImage.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneNetwork(Network):
+    """The encoder of any backbone: features [B, T, D] of normalised images [B, S, S, 3], cls first
+    where there is one. Stochastic depth is off.
+
+    Attributes:
+      model: settings of the package.
+      image_size: side S in pixels, to which positions belong.
+
+    >>> encoder = schema.Encoder(patch_size=8, width=8, depth=1, heads=2)
+    >>> small = BackboneNetwork(model=schema.Model(encoder=encoder), image_size=16)
+    >>> params = jax.eval_shape(small.init, jax.random.key(0))
+    >>> jax.eval_shape(small, params, jax.numpy.zeros((2, 16, 16, 3))).shape
+    (2, 5, 8)
+    """
+
+    model: schema.Model
+    image_size: int
+
+    def init(self, rng: jax.Array) -> Params:
+        grid = self.image_size // self.model.encoder.patch_size
+        return backbones.get_backbone(self.model).init(self.model, rng, mask_token=False, grid=grid)
+
+    def __call__(self, params: Params, images_BxSxSx3: jax.Array) -> jax.Array:
+        patch = self.model.encoder.patch_size
+        patches, grid = vit.patchify(images_BxSxSx3, patch), images_BxSxSx3.shape[1] // patch
+        return backbones.get_backbone(self.model).apply(self.model, params, patches, grid=grid)
+
+
+def _vit_network(model: schema.Model, image_size: int) -> ViTNetwork:
+    names = {field.name for field in dataclasses.fields(ViTNetwork)}
+    encoder = {k: v for k, v in dataclasses.asdict(model.encoder).items() if k in names}
+    return ViTNetwork(**encoder, image_size=image_size, dtype=model.dtype, scan=model.scan)
+
+
+def _intern_image_network(model: schema.Model, image_size: int) -> InternImageNetwork:
+    config = intern_image_backbone.intern_image_config(model)
+    return InternImageNetwork(config=config, dtype=model.dtype, scan=model.scan)
+
+
+# by `Backbone.layout`, which says whose parameters they are
+_NETWORKS = {"vit": _vit_network, "intern_image": _intern_image_network}
+
+
+def network_of(model: schema.Model, image_size: int) -> Network:
+    """Returns the network of settings of the package.
 
     >>> network_of(schema.Model(), 224).width
     768
     """
-    if model.backbone == "vit":
-        names = {field.name for field in dataclasses.fields(ViTNetwork)}
-        encoder = {k: v for k, v in dataclasses.asdict(model.encoder).items() if k in names}
-        return ViTNetwork(**encoder, image_size=image_size, dtype=model.dtype, scan=model.scan)
-    if model.backbone == "intern_image":
-        config = intern_image_backbone.intern_image_config(model)
-        return InternImageNetwork(config=config, dtype=model.dtype, scan=model.scan)
-    return None
+    make = _NETWORKS.get(backbones.get_backbone(model).layout)
+    return make(model, image_size) if make else BackboneNetwork(model=model, image_size=image_size)
 
 
 # the names of `import m3i_jax`; those of the classes differ from the settings of `schema`

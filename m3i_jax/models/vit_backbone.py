@@ -9,6 +9,7 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import vit, vit_maps
 from m3i_jax.models.backbone import Backbone, as_toy
+from m3i_jax.models.transfer import Finetuning
 
 
 def _validate(config: schema.Config) -> None:
@@ -120,8 +121,12 @@ VIT = Backbone(
     can_average_blocks=True,
     has_cls_token=True,
     resizes_positions=True,
+    reads_maps=True,
     validate=_validate,
     presets=PRESETS,
+    # MAE's L and H
+    finetuning=Finetuning(layer_decay=lambda model: 0.75 if model.encoder.depth >= 24 else 0.65),
+    scans_from=12,
     layout="vit",
     recognize=_recognize,
     shape_settings=(

@@ -22,6 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from m3i_jax import parallel, run_files, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.modes import batch_search, monitoring, setup, show
+from m3i_jax.parallel.chips import CHIPS, GPU_MEMORY
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.profiling import compile_report, flops, hardware, libtpu_dump
 from m3i_jax.profiling import topology as topologies
@@ -56,8 +57,8 @@ def compile_target(name: str, memory: str, *, code: bool = False) -> CompileTarg
     if memory and not 2**10 <= given < math.inf:  # nothing fits into less: no compilation for it
         raise UserError(f"--memory {memory}: is not a number of GiB a device, such as --memory=16")
     devices = topologies.topology_devices(parsed)
-    if parsed.kind in hardware.CHIPS:
-        available = hardware.CHIPS[parsed.kind].usable
+    if parsed.kind in CHIPS:
+        available = CHIPS[parsed.kind].usable
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / parsed.devices
     return CompileTarget(
@@ -376,11 +377,11 @@ def run(
     if (
         target.topology.family.platform == "cuda"
         and report["fits"]
-        and report["peak_bytes"] > GPU_POOL * hardware.CHIPS[target.chip].usable / 0.9
+        and report["peak_bytes"] > GPU_POOL * CHIPS[target.chip].device_memory
     ):
         print(
             "this needs more than the three quarters of a GPU that JAX allocates by default: set"
-            " XLA_PYTHON_CLIENT_MEM_FRACTION=0.9"
+            f" XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY}"
         )
     if assumed:
         print(f"assumed, since this mode reads no data: {', '.join(assumed)}")

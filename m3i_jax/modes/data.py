@@ -23,7 +23,7 @@ from m3i_jax.data import (
 from m3i_jax.data.sources import base
 from m3i_jax.modes import monitoring
 from m3i_jax.modes.setup import complete_config, index_directory, make_workdir
-from m3i_jax.profiling import hardware
+from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.reporting import data_page, data_report
 from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import trainer
@@ -151,7 +151,7 @@ def chips_fed(config: schema.Config, vocabulary: int, supply: float) -> dict[str
     Returns:
       "flops_per_image" of the model, "mfu", "image_size", "views" (whether a sample is two views
       of an image, or an annotated image) and "chips": for each kind of
-      `hardware.CHIPS` a row with its peak in FLOP/s, the samples a second that one chip consumes,
+      `chips.CHIPS` a row with its peak in FLOP/s, the samples a second that one chip consumes,
       and the number of chips that are fed.
     """
     one = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
@@ -166,7 +166,7 @@ def chips_fed(config: schema.Config, vocabulary: int, supply: float) -> dict[str
     cost, mfu = monitoring.model_flops(step_trainer) / config.train.batch_size, config.report.mfu
     rows = [
         (kind, chip.peak, chip.peak * mfu / cost, supply * cost / (chip.peak * mfu))
-        for kind, chip in hardware.CHIPS.items()
+        for kind, chip in CHIPS.items()
     ]
     return {
         "flops_per_image": cost,

@@ -70,7 +70,7 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
     config = settings_of(config, workdir)
     if not config.traits.views:
         return export_model(config, workdir=workdir, format=format)
-    write = {**_FORMATS, **_FORMATS_OF_LAYOUT[backbones.get_backbone(config.model).layout]}
+    write = {**_FORMATS, **_FORMATS_OF_LAYOUT.get(backbones.get_backbone(config.model).layout, {})}
     if format not in write:
         raise UserError(
             f"--format={format}: has no model for the backbone {config.model.backbone}; use"
@@ -308,7 +308,6 @@ def _to_orbax(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) 
 _FORMATS = {"stablehlo": _to_stablehlo, "orbax": _to_orbax}  # of any backbone
 # by `Backbone.layout`
 _FORMATS_OF_LAYOUT: dict[str, dict[str, Any]] = {
-    "": {},
     "vit": {"timm": _to_timm, "hf": _to_hugging_face, "npz": _to_npz},
     "intern_image": {"hf": _to_intern_image_hugging_face, "npz": _to_intern_image_npz},
 }

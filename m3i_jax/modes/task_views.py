@@ -5,11 +5,11 @@ Those of this package are in pretrain_views.py and dense_views.py, imported when
 needed."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 from m3i_jax import schema
+from m3i_jax.registries import Registry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,18 @@ class TaskViews:
     unit: str = "an image"
 
 
-_REGISTRY: dict[str, TaskViews] = {}
+VIEWS: Registry[TaskViews] = Registry(
+    "task",
+    choices=list(schema.BUILT_IN_TASKS),
+    home=lambda name: f"{__package__}.{'pretrain' if name == 'pretrain' else 'dense'}_views",
+    replace=True,
+    protect=False,
+)
 
 
 def register_task_views(name: str, views: TaskViews) -> TaskViews:
     """Registers what the modes show of a task. Registering the same name again replaces it."""
-    _REGISTRY[name] = views
-    return views
+    return VIEWS.register(name, views)
 
 
 def task_views(name: str) -> TaskViews:
@@ -48,7 +53,4 @@ def task_views(name: str) -> TaskViews:
     >>> task_views("pretrain").unit
     'a mixed view'
     """
-    if name not in _REGISTRY and name in schema.BUILT_IN_TASKS:
-        file = "pretrain_views" if name == "pretrain" else "dense_views"
-        importlib.import_module(f"{__package__}.{file}")
-    return _REGISTRY.get(name, TaskViews())
+    return VIEWS[name] if name in VIEWS else TaskViews()

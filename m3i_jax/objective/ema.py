@@ -42,7 +42,9 @@ def track_target(
         target (SiameseIM).
 
     Returns:
-      the transform; its state is a `TargetState`. `update` raises ValueError without params.
+      the transform; its state is a `TargetState`. `update` takes `evaluated=`, a function from the
+      parameters after the update to those that are averaged in their place (default: themselves),
+      and raises ValueError without params.
 
     Raises:
       ValueError: a constant momentum outside [0, 1].
@@ -71,7 +73,12 @@ def track_target(
         )
 
     def update(
-        updates: optax.Updates, state: TargetState, params: optax.Params | None = None, **extra: Any
+        updates: optax.Updates,
+        state: TargetState,
+        params: optax.Params | None = None,
+        *,
+        evaluated: Callable[[Any], Any] = lambda params: params,
+        **extra: Any,
     ) -> tuple[optax.Updates, TargetState]:
         del extra
         if params is None:
@@ -81,7 +88,7 @@ def track_target(
             )
         count = optax.safe_increment(state.count)
         m = jnp.asarray(momentum(count) if callable(momentum) else momentum).astype(jnp.float32)
-        new = select(optax.apply_updates(params, updates))
+        new = select(evaluated(optax.apply_updates(params, updates)))
         return updates, TargetState(
             count, jax.tree.map(lambda old, x: _average(old, x, m), state.params, new)
         )

@@ -14,19 +14,28 @@ An entropy term is registered in the same way, with predictions or alone.
 (evaluation, `m3i_jax.load`) must import the same module first.
 """
 
-import difflib
-
 from m3i_jax.objective import published, published_recent
 from m3i_jax.objective import terms as objective_terms
 from m3i_jax.objective.entropy_terms import AnyTerms, EntropyTerm
 from m3i_jax.objective.terms import Term
+from m3i_jax.registries import Registry, not_one_of
 
-_FORMS: dict[str, AnyTerms] = {
+_FORMS: Registry[AnyTerms] = Registry(
+    "form",
+    reserved=(*objective_terms.LETTERS, *published.LEFT_OUT),
+    unknown=lambda name, names: ValueError(
+        not_one_of(
+            repr(name), dict.fromkeys([*objective_terms.FORMS, *objective_terms.LETTERS, *names])
+        )
+    ),
+)
+for _name, _terms in {
     **objective_terms.FORMS,
     **objective_terms.TRANSFER,
     **{name: method.terms for name, method in published.PUBLISHED.items()},
     **published_recent.ENTROPIES,
-}
+}.items():
+    _FORMS.register(_name, _terms)
 
 
 def register_form(name: str, terms: AnyTerms) -> AnyTerms:
@@ -49,8 +58,6 @@ def register_form(name: str, terms: AnyTerms) -> AnyTerms:
     >>> form("mim_huge_weight")[0].weight
     9.0
     """
-    if not name.isidentifier():
-        raise ValueError(f"form {name!r}: a name consists of letters, digits and underscores")
     if (
         not isinstance(terms, tuple)
         or not terms
@@ -59,13 +66,7 @@ def register_form(name: str, terms: AnyTerms) -> AnyTerms:
         raise ValueError(
             f"form {name!r}: give a tuple of at least one Term or EntropyTerm, not {terms!r}"
         )
-    if (
-        name in objective_terms.LETTERS
-        or name in published.LEFT_OUT
-        or _FORMS.get(name, terms) != terms
-    ):
-        raise ValueError(f"form {name!r} exists already with other terms; choose another name")
-    return _FORMS.setdefault(name, terms)
+    return _FORMS.register(name, terms)
 
 
 def form(name: str) -> AnyTerms:
@@ -78,14 +79,9 @@ def form(name: str) -> AnyTerms:
     True
     """
     name = objective_terms.LETTERS.get(name, name)
-    if name in _FORMS:
-        return _FORMS[name]
     if name in published.LEFT_OUT:
         raise ValueError(f"{name!r} is not here: {published.LEFT_OUT[name]}")
-    names = dict.fromkeys([*objective_terms.FORMS, *objective_terms.LETTERS, *_FORMS])
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"{name!r} is not one of {', '.join(names)}{hint}")
+    return _FORMS[name]
 
 
 def forms() -> dict[str, AnyTerms]:
@@ -94,4 +90,4 @@ def forms() -> dict[str, AnyTerms]:
     >>> {"m3i", "mae", "finetune"} <= forms().keys()
     True
     """
-    return dict(_FORMS)
+    return _FORMS.as_dict()

@@ -1,6 +1,6 @@
 """The device mesh with axes (replica, fsdp, tensor), rules from parameter paths to shardings,
-global arrays from the rows of each host, and coordination of hosts. Works on trees and names,
-without models or training."""
+global arrays from the rows of each host, and coordination of hosts; facts about chips (`chips`).
+Works on trees and names, without models or training."""
 
 from m3i_jax.parallel.barriers import (
     CoordinatedStop,

@@ -49,8 +49,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.profiling import flops as operations
-from m3i_jax.profiling import hardware, hbm_traffic, hlo, traffic_parts
+from m3i_jax.profiling import hbm_traffic, hlo, traffic_parts
 from m3i_jax.reporting import text_table
 
 VERSION = 1
@@ -128,7 +129,7 @@ def analyze_program(text: str, *, chip: str, cores: int = 1, host: int = 0) -> d
 
     Args:
       text: `compiled.as_text()`.
-      chip: a key of hardware.CHIPS, or the name of an unknown chip.
+      chip: a key of `chips.CHIPS`, or the name of an unknown chip.
       cores: devices per chip, which share its peak.
       host: devices per host, if the chip's links connect only those; 0: they connect all.
     """
@@ -149,8 +150,8 @@ def analyze_program(text: str, *, chip: str, cores: int = 1, host: int = 0) -> d
         "roofline": None,
         "compiler_seconds": None,
     }
-    if chip in hardware.CHIPS:
-        limits = hardware.CHIPS[chip]
+    if chip in CHIPS:
+        limits = CHIPS[chip]
         times = {
             "compute_seconds": flops / limits.peak * cores,
             "memory_seconds": traffic / limits.bandwidth * cores,

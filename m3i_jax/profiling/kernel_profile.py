@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from m3i_jax.errors import one_line
 from m3i_jax.parallel import KernelCall, kernel_checks
+from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.profiling import flops, hardware
 from m3i_jax.reporting import text_table
 
@@ -84,7 +85,7 @@ def kernel_table(profiles: Sequence[KernelProfile]) -> str:
     below it."""
     device = jax.local_devices()[0]
     peak = hardware.find_chip(device.device_kind, 1)
-    bandwidth = hardware.CHIPS[peak.name].bandwidth * peak.chips if peak else 0.0
+    bandwidth = CHIPS[peak.name].bandwidth * peak.chips if peak else 0.0
     compute = peak.flops * peak.chips if peak else 0.0
     rows = []
     for each in profiles:

@@ -16,50 +16,12 @@ from typing import Any
 import jax
 
 from m3i_jax.errors import UserError
+from m3i_jax.parallel.chips import CHIPS, CPU, Chip
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DeviceFamily:
-    """A kind of device.
-
-    Attributes:
-      platform: tpu, cuda or cpu.
-      sides: number of sides of a slice (TPU).
-      cores: JAX devices per chip.
-      options: for libtpu.
-      host: devices per host, if the links between devices end there; else 0.
-    """
-
-    platform: str
-    sides: int = 1
-    cores: int = 1
-    options: tuple[tuple[str, Any], ...] = ()
-    host: int = 0
-
-
-PER_HOST = 8  # GPUs per host
-FAMILIES = {
-    "v4": DeviceFamily(platform="tpu", sides=3, options=(("chip_config_name", "megacore"),)),
-    "v5e": DeviceFamily(platform="tpu", sides=2),
-    "v5p": DeviceFamily(platform="tpu", sides=3),
-    "v6e": DeviceFamily(platform="tpu", sides=2),
-    "tpu7x": DeviceFamily(platform="tpu", sides=3, cores=2),
-    "a100": DeviceFamily(platform="cuda", host=PER_HOST),
-    "h100": DeviceFamily(platform="cuda", host=PER_HOST),
-    "h200": DeviceFamily(platform="cuda", host=PER_HOST),
-    "b200": DeviceFamily(platform="cuda", host=PER_HOST),
-    "cpu": DeviceFamily(platform="cpu"),
-}
+FAMILIES = CHIPS | {"cpu": CPU}
 EXAMPLES = "v5e:4x4, v5litepod-16, v5p:4x4x4, v6e:4x8, tpu7x:2x2x1, h100:8, cpu:8"
-# Google Cloud's accelerator types: first part of the name -> (kind, what the number counts a chip,
-# most chips). Of v4 and v5p it counts TensorCores, two a chip
-# (https://cloud.google.com/tpu/docs/v5p and v5e).
-CLOUD = {
-    "v4": ("v4", 2, 4096),
-    "v5litepod": ("v5e", 1, 256),
-    "v5p": ("v5p", 2, 4096),
-    "v6e": ("v6e", 1, 256),
-}
+# Google Cloud's accelerator types: first part of the name -> kind
+CLOUD = {chip.cloud: kind for kind, chip in CHIPS.items() if chip.cloud}
 EXTRA = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_plugins.xla_cuda12", "cuda")}
 # libtpu would otherwise query the cloud's metadata server, claim a chip, and log both to stderr
 _QUIET = {
@@ -77,54 +39,6 @@ COMPILER: dict[str, dict[str, Any]] = {
     "cpu": {},
     "cuda": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
 }
-# Of each card: cores, compute capability, clock in GHz, bytes of shared memory per core and per
-# block, of L2, of memory, of bandwidth per second, name; as CUDA reports them of the SXM cards.
-CARDS = {
-    "a100": (
-        108,
-        8,
-        1.41,
-        167_936,
-        166_912,
-        41_943_040,
-        85_100_068_864,
-        2_039_040_000_000,
-        "NVIDIA A100-SXM4-80GB",
-    ),
-    "h100": (
-        132,
-        9,
-        1.98,
-        233_472,
-        232_448,
-        52_428_800,
-        84_942_979_072,
-        3_352_320_000_000,
-        "NVIDIA H100 80GB HBM3",
-    ),
-    "h200": (
-        132,
-        9,
-        1.98,
-        233_472,
-        232_448,
-        62_914_560,
-        150_754_820_096,
-        4_814_000_000_000,
-        "NVIDIA H200",
-    ),
-    "b200": (
-        148,
-        10,
-        1.965,
-        233_472,
-        232_448,
-        132_644_864,
-        191_514_411_008,
-        7_672_320_000_000,
-        "NVIDIA B200",
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +50,7 @@ class Topology:
     shape: tuple[int, ...]
 
     @property
-    def family(self) -> DeviceFamily:
+    def family(self) -> Chip:
         return FAMILIES[self.kind]
 
     @property
@@ -186,30 +100,41 @@ def parse_topology(text: str) -> Topology:
         )
     shape = tuple(int(n) for n in size.split("x"))
     out = Topology(name=text, kind=kind, shape=shape)
-    hosts = (
-        f"{out.devices} devices are more than a host's {PER_HOST} and not whole hosts; use a"
-        f" multiple of {PER_HOST}"
-    )
-    if family.platform == "cuda" and out.devices > PER_HOST and out.devices % PER_HOST:
-        raise UserError(f"--topology {text}: {hosts}")
+    if family.host and out.devices > family.host and out.devices % family.host:
+        raise UserError(
+            f"--topology {text}: {out.devices} devices are more than a host's {family.host} and not"
+            f" whole hosts; use a multiple of {family.host}"
+        )
     return out
 
 
+def slice_shape(kind: str, chips: int) -> tuple[int, ...]:
+    """The sides of a slice of a power of two of chips: as equal as they can be, the longer ones
+    last.
+
+    >>> slice_shape("v5e", 32), slice_shape("v5p", 16), slice_shape("v4", 4), slice_shape("h100", 8)
+    ((4, 8), (2, 2, 4), (2, 2, 1), (8,))
+    """
+    sides, power = FAMILIES[kind].sides, chips.bit_length() - 1
+    if sides == 3 and power == 2:  # a host
+        return 2, 2, 1
+    return tuple(2 ** (power // sides + (i >= sides - power % sides)) for i in range(sides))
+
+
 def _of_cloud(name: str, number: int) -> tuple[str, tuple[int, ...]]:
-    """(kind, shape) of an accelerator type: a power of two of chips, and the sides as equal as they
-    can be, the longer ones last."""
-    kind, each, most = CLOUD[name]
-    sides, chips = FAMILIES[kind].sides, number // each
+    """(kind, shape) of an accelerator type, which has a power of two of chips."""
+    kind = CLOUD[name]
+    chip = CHIPS[kind]
+    chips = number // chip.counted
     power = chips.bit_length() - 1
-    least = 2 if sides == 3 else 0  # the smallest slice with three sides is a host, 2x2x1
-    if number != each << max(power, 0) or power < least or power == 1 or chips > most:
+    least = 2 if chip.sides == 3 else 0  # the smallest slice with three sides is a host, 2x2x1
+    whole = number == chip.counted << max(power, 0)
+    if not whole or power < least or power == 1 or chips > chip.most:
         raise UserError(
             f"--topology {name}-{number}: the shape of that slice is not known; give its sides,"
             f" such as {kind}:{_example(kind)}"
         )
-    if sides == 3 and power == 2:
-        return kind, (2, 2, 1)
-    return kind, tuple(2 ** (power // sides + (i >= sides - power % sides)) for i in range(sides))
+    return kind, slice_shape(kind, chips)
 
 
 def _example(kind: str) -> str:
@@ -249,7 +174,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
                     f"{topology.kind}:{shape}", platform="tpu", **options
                 ).devices
             )
-        hosts = max(1, cores // PER_HOST)
+        hosts = max(1, cores // topology.family.host)
         layout = f"1x{hosts}x{cores // hosts}"
         return list(
             topologies.get_topology_desc(
@@ -294,19 +219,19 @@ def _host(count: int, name: str) -> list[jax.Device]:
 
 def card(kind: str) -> str:
     """Description of a card for the CUDA compiler, a protocol buffer as text."""
-    cores, major, clock, shared, block, cache, memory, bandwidth, name = CARDS[kind]
+    chip = CHIPS[kind]
     return f"""gpu_device_info {{
       threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
-      core_count: {cores}  fpus_per_core: {64 if major == 8 else 128}
-      shared_memory_per_block: 49152  shared_memory_per_core: {shared}
-      shared_memory_per_block_optin: {block}
+      core_count: {chip.multiprocessors}  fpus_per_core: {chip.fp32_units}
+      shared_memory_per_block: 49152  shared_memory_per_core: {chip.shared}
+      shared_memory_per_block_optin: {chip.shared_of_block}
       registers_per_core_limit: 65536  registers_per_block_limit: 65536
       block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
       thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
-      memory_bandwidth: {bandwidth}  l2_cache_size: {cache}
-      clock_rate_ghz: {clock}  device_memory_size: {memory}
-      cuda_compute_capability {{ major: {major} }}
+      memory_bandwidth: {chip.reported_bandwidth}  l2_cache_size: {chip.cache}
+      clock_rate_ghz: {chip.clock / 1e9:g}  device_memory_size: {chip.device_memory}
+      cuda_compute_capability {{ major: {chip.capability} }}
     }}
     platform_name: "CUDA"  dnn_version_info {{ major: 9  minor: 8 }}
-    device_description_str: "{name}"
+    device_description_str: "{chip.device_kind}"
     """

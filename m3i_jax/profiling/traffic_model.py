@@ -20,6 +20,7 @@ from jax.extend import core
 
 from m3i_jax import parallel
 from m3i_jax.parallel import kernel_calls
+from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.profiling import hardware
 
 # Operations that read their operands from memory and leave their results there.
@@ -246,13 +247,14 @@ def chip_days(
     ... )["memory"]  # of 65 GB a step and chip
     0.0194...
     """
-    chip = hardware.CHIPS[kind]
+    chip = CHIPS[kind]
     sharded = 3 * state > chip.memory
     moved = traffic.of_chip(images / chips, 1 / chips if sharded else 1.0)
     # a gradient is reduced and its sum spread; sharded, weights are gathered in two bytes for the
     # forward and for the backward pass, and gradients are reduced
     received = params * (2 + 2 + 4 if sharded else 8) * (1 - 1 / chips)
-    speed = min(chip.link, 8 * chip.network) if chip.network and chips > 8 else chip.link
+    several = 0 < chip.host < chips  # hosts, between which GPUs have no links
+    speed = min(chip.link, chip.host * chip.network) if several else chip.link
     return {
         "FLOPs": hardware.training_days(flops * steps, kind=kind, chips=chips, mfu=mfu),
         "memory": moved / chip.bandwidth * steps / 86_400,
@@ -272,11 +274,9 @@ def bound_rows(slices: Sequence[tuple[str, str, int]], **run: Any) -> list[tuple
     """
     of_platform, out = run.pop("traffic"), []
     for name, kind, chips in slices:
-        gpu = bool(hardware.CHIPS[kind].network)
-        days = chip_days(
-            traffic=of_platform["cuda" if gpu else "tpu"], kind=kind, chips=chips, **run
-        )
+        chip = CHIPS[kind]
+        days = chip_days(traffic=of_platform[chip.platform], kind=kind, chips=chips, **run)
         shown = [f"{time:,.1f}" if time >= 1 else f"{time:.2f}" for time in days.values()]
-        memory = f"{hardware.CHIPS[kind].memory / 1e9:.1f} GB"
+        memory = f"{chip.memory / 1e9:.1f} GB"
         out.append((name, str(chips), memory, *shown, max(days, key=lambda each: days[each])))
     return out

@@ -55,7 +55,7 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
                 "zero_shot/*", "top1, top5 of classification by captions, for each set of templates"
             ),
             _accuracy(
-                "retrieval/*", "r1, r5, r10: own caption or image among the first 1, 5 or 10 found"
+                "retrieval/*", "r1, r5, r10: own image or an own caption among the first 1, 5 or 10"
             ),
             _accuracy("embedding/same_class", "images whose nearest neighbour is of their class"),
             MetricText(

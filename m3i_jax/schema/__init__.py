@@ -18,7 +18,17 @@ from m3i_jax.schema.data import (
     ViewGroup,
     parse_view_group,
 )
-from m3i_jax.schema.dense import DensePrediction, Detect, Dino, Geometry, Maps, Mask2Former, Segment
+from m3i_jax.schema.dense import (
+    DETECTION_HEADS,
+    SEGMENTATION_HEADS,
+    DensePrediction,
+    Detect,
+    Dino,
+    Geometry,
+    Maps,
+    Mask2Former,
+    Segment,
+)
 from m3i_jax.schema.evaluation import Compare, Evaluate, Report
 from m3i_jax.schema.limits import PATH, NumberLimit, option, section
 from m3i_jax.schema.model import (
@@ -32,7 +42,7 @@ from m3i_jax.schema.model import (
     Text,
 )
 from m3i_jax.schema.objective import Objective
-from m3i_jax.schema.training import Init, Optim, Parallel, Train
+from m3i_jax.schema.training import UPDATE_RULES, Init, Optim, Parallel, Train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +71,11 @@ BUILT_IN_TASKS = tuple(TASKS)
 
 __all__ = [
     "BUILT_IN_TASKS",
+    "DETECTION_HEADS",
+    "SEGMENTATION_HEADS",
     "SOURCES",
     "TASKS",
+    "UPDATE_RULES",
     "Augment",
     "Captioner",
     "Compare",

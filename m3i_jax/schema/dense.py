@@ -60,6 +60,11 @@ class Dino:
     )
 
 
+# Values of dense.detect.head and dense.segment.head; models/dense/task_heads.py adds those that
+# other packages register.
+DETECTION_HEADS = ["mask_rcnn", "dino", "mask2former"]
+SEGMENTATION_HEADS = ["upernet", "linear", "mask2former"]
+
 SIDES = NumberLimit(1, 2**16)
 OPEN_BLOCKS = NumberLimit(0, 1024, count=ListLimit(most=64, rising=True, unique=True, open=True))
 LEVELS = ListLimit(fewest=1, most=8, rising=True, unique=True)
@@ -241,10 +246,8 @@ class Segment:
     head: str = option(
         "upernet",
         "upernet: pyramid pooling and FPN; linear: one linear layer on the last map; mask2former:"
-        " masks and their categories from learned queries",
-        "upernet",
-        "linear",
-        "mask2former",
+        " masks and their categories from learned queries; or a registered head",
+        SEGMENTATION_HEADS,
     )
     strides: tuple[int, ...] = option(
         (4, 8, 16, 32),
@@ -303,6 +306,14 @@ class Segment:
     test_flip: bool = option(
         False, "average with the predictions of the mirrored images at evaluation"
     )
+    test_average: str = option(
+        "auto",
+        "what is averaged over scales and mirrored images; auto: probabilities, which for the masks"
+        " of mask2former are the sums over its queries, as they are (its authors'); softmax: the"
+        " softmax also of those sums (mmsegmentation, InternImage)",
+        "auto",
+        "softmax",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -312,10 +323,9 @@ class Detect:
     head: str = option(
         "mask_rcnn",
         "mask_rcnn: proposals from anchors, boxes and masks (ViTDet); dino: boxes from queries, by"
-        " deformable attention; mask2former: masks from queries, and the boxes around them",
-        "mask_rcnn",
-        "dino",
-        "mask2former",
+        " deformable attention; mask2former: masks from queries, and the boxes around them; or a"
+        " registered head",
+        DETECTION_HEADS,
     )
     strides: tuple[int, ...] = option(
         (4, 8, 16, 32, 64),

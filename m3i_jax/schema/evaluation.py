@@ -29,8 +29,11 @@ class Evaluate:
     )
     retrieval: bool = option(
         True,
-        "recall of images by caption and of captions by image, if there are captions and a"
-        " text term",
+        "recall of images by caption and of captions by image, with all captions of an image, if"
+        " there are captions and a text term",
+    )
+    caption_lines: bool = option(
+        False, "retrieval: each line of a text is a caption, as in CLIP_benchmark's tar files"
     )
     direct: bool = option(
         True,
@@ -98,9 +101,14 @@ class Evaluate:
     )
     interpolation: str = option(
         "bicubic",
-        "how images are resized for the central crop, always antialiased",
+        "how images are resized for the central crop: a filter of Pillow, antialiased but for"
+        " nearest",
         "bicubic",
         "bilinear",
+        "lanczos",
+        "box",
+        "hamming",
+        "nearest",
     )
     squash: bool = option(
         False,

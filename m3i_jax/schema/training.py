@@ -42,17 +42,18 @@ class Init:
     )
 
 
+# Values of optim.rule; training/update_rules.py adds those that other packages register.
+UPDATE_RULES = ["adamw", "muon", "schedule_free", "lars"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     rule: str = option(
         "adamw",
         "optimizer: AdamW; Muon for the matrices of blocks and AdamW for all else; AdamW without a"
-        " schedule, whose average is evaluated (schedule_free); or LARS for linear probes, with"
-        " momentum b1",
-        "adamw",
-        "muon",
-        "schedule_free",
-        "lars",
+        " schedule, whose average is evaluated (schedule_free); LARS for linear probes, with"
+        " momentum b1; or a registered rule",
+        UPDATE_RULES,
     )
     muon_momentum: float = option(0.95, "momentum of Muon", BELOW_ONE)
     muon_rms: float = option(
@@ -86,10 +87,12 @@ class Optim:
         "which parameters decay; matrices: not those that weight_decay lists; but_norms: not the"
         " norms of the encoder and of the transformers of heads, its position table, and queries of"
         " masks (detectron2); ranks: those with more than one axis, tokens and tables too, but not"
-        " offsets of deformable attention in heads (mmsegmentation)",
+        " offsets of deformable attention in heads (mmsegmentation, SLIP); kernels: matrices and"
+        " convolutions alone, not the table of token embeddings either (big_vision)",
         "matrices",
         "but_norms",
         "ranks",
+        "kernels",
     )
     b1: float = option(0.9, "AdamW beta 1 [P]", BELOW_ONE)
     b2: float = option(0.95, "AdamW beta 2 [P]", BELOW_ONE)

@@ -12,7 +12,7 @@ from m3i_jax.data import annotated_batches, geometry, pipeline
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models.dense import pyramid
-from m3i_jax.models.dense.task_heads import CATEGORY_PARAMETERS, DetectionHead, detection_head
+from m3i_jax.models.dense.task_heads import DetectionHead, detection_head
 from m3i_jax.objective import stream_keys
 from m3i_jax.training.dense_task import (
     DenseTask,
@@ -32,7 +32,6 @@ class DetectTask(DenseTask):
     images, or objects of the whole batch."""
 
     traits = schema.TASKS["detect"]
-    category_parameters = CATEGORY_PARAMETERS
 
     @property
     def head(self) -> DetectionHead:
@@ -42,6 +41,10 @@ class DetectTask(DenseTask):
           UserError: it cannot predict what the settings ask for.
         """
         return detection_head(self.config.dense.detect)
+
+    @property
+    def category_parameters(self) -> tuple[str, ...]:
+        return self.head.category_parameters
 
     def pyramid_config(self, sources: tuple[tuple[int, int], ...]) -> pyramid.PyramidConfig:
         settings, raw_strides = self.config.dense.detect, self.head.raw_strides

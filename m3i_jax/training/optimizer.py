@@ -20,12 +20,8 @@ from m3i_jax.objective import balance, ema
 from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import targets, teachers
-from m3i_jax.training.update_rules import clip_update, muon_or_adam, schedule_free
-
-Schedule = Callable[[Any], Any]  # a function of the step
-Mask = Callable[[Any], Any]  # params -> tree of booleans
-Links = tuple[optax.GradientTransformation, ...]
-NamedLink = tuple[str, optax.GradientTransformation]
+from m3i_jax.training.schedule_free import clip_update
+from m3i_jax.training.update_rules import NamedLink, Schedule, update_rule
 
 # Never decayed, whatever their rank: tokens, queries, tables of positions and levels, norms,
 # biases, LayerScale and the logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's
@@ -117,92 +113,20 @@ def build_chain(
     if e.freeze_patch_embed:
         prefixes += ("encoder/patch_embed/",)
     mask = functools.partial(decay_mask, rule=o.decayed, frozen=prefixes)
-    of_adam: dict[str, Any] = {"b2": o.b2, "eps": o.eps}
-    decay: dict[str, Any] = {"weight_decay": o.weight_decay, "mask": mask}
-    if o.rule == "lars":
-        links = lars(rate, momentum=o.b1, **decay)
-    elif o.rule == "schedule_free":
-        links = adamw(rate, b1=0.0, **of_adam, **decay)
-    else:
-        links = adamw(rate, b1=o.b1, **of_adam, **decay)
-    if o.rule == "muon":
-        first_link = muon_or_adam(momentum=o.muon_momentum, rms=o.muon_rms, b1=o.b1, **of_adam)
-        links = (first_link, *links[1:])
-    rule: optax.GradientTransformation = optax.chain(*links, scale_by_lr_factor(config))
-    if o.rule == "schedule_free":  # what is held stays in z, too, or the average would move
+    known = update_rule(o.rule)
+    rule: optax.GradientTransformation = optax.chain(
+        *known.links(o, rate, mask), scale_by_lr_factor(config)
+    )
+    if known.around is not None:  # what is held stays in its copy, too, or the average would move
         rule = optax.chain(rule, *(transform for _, transform in held))
-        limits = {"logit_scale": LOGIT_SCALE_LIMITS}
-        rule, held = schedule_free(rule, rate, b1=o.b1, limits=limits), ()
-    return optax.named_chain(
+        rule, held = known.around(o, rate, rule, {"logit_scale": LOGIT_SCALE_LIMITS}), ()
+    before: tuple[NamedLink, ...] = (
         *first,
         ("clip", optax.clip_by_global_norm(o.clip) if o.clip else optax.identity()),
         (o.rule, rule),
-        *held,
-        *last,
-        *([("spikes", watch_spikes())] if o.skip_spikes else []),
     )
-
-
-def adamw(
-    rate: Schedule | float,
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    mask: Mask | None = None,
-) -> Links:
-    """AdamW: `p <- p - rate * (m / (sqrt(v) + eps) + weight_decay * p)`, bias-corrected; only
-    parameters of the mask decay. Factors of a layer's rate are left to the caller's chain."""
-    return (
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=mask),
-        optax.scale_by_learning_rate(rate),
-    )
-
-
-def lars(
-    rate: Schedule | float,
-    *,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    trust: float = 0.001,
-    mask: Mask | None = None,
-) -> Links:
-    """LARS as MoCo v3 and MAE train linear probes (M3I Table 9).
-
-    For the parameters of the mask: `g <- g + weight_decay * p`, then `g <- g * trust * |p| / |g|`,
-    or g itself if either norm is 0. For all parameters: `u <- momentum * u + g`, then
-    `p <- p - rate * u`. The rate is outside the momentum, so that a schedule acts at once.
-
-    Args:
-      rate: learning rate, or a schedule of the step.
-      momentum: of the buffer.
-      weight_decay: added to the gradient.
-      trust: coefficient of the ratio.
-      mask: params -> tree of booleans: those with decay and trust ratio; None: matrices, not
-        vectors.
-
-    >>> import jax.numpy as jnp
-    >>> tx = optax.chain(*lars(1.0))
-    >>> params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.ones(1)}
-    >>> grads = {"kernel": jnp.full((1, 1), 5.0), "bias": jnp.ones(1)}
-    >>> updates, _ = tx.update(grads, tx.init(params), params)
-    >>> round(float(updates["kernel"][0, 0]), 6), float(updates["bias"][0])
-    (-0.002, -1.0)
-    """
-    mask = mask or matrix_mask
-    return (
-        optax.add_decayed_weights(weight_decay, mask=mask),
-        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), mask),
-        optax.trace(decay=momentum),
-        optax.scale_by_learning_rate(rate),
-    )
-
-
-def matrix_mask(params: Any) -> Any:
-    """Returns a tree of booleans: which parameters have more than one axis."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    after = (*held, *last, *([("spikes", watch_spikes())] if o.skip_spikes else []))
+    return known.chain(o, before, after) if known.chain else optax.named_chain(*before, *after)
 
 
 def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] = ()) -> Any:
@@ -213,9 +137,9 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
     >>> params = {"encoder": {"norm": {"scale": np.ones(2)}, "cls_token": np.ones((1, 1, 2))}}
     >>> [
     ...     jax.tree.leaves(decay_mask(params, rule=rule))
-    ...     for rule in ("matrices", "but_norms", "ranks")
+    ...     for rule in ("matrices", "but_norms", "ranks", "kernels")
     ... ]
-    [[False, False], [True, False], [True, False]]
+    [[False, False], [True, False], [True, False], [False, False]]
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -226,6 +150,8 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
             axes = leaf.ndim - bool(_STACKED.search(name))
             others = name.endswith("/bias") or _NORMS.search(name) or _HEAD_OFFSETS.search(name)
             decays = axes > 1 and not others
+        elif rule == "kernels":
+            decays = name.endswith("/kernel")
         else:
             decays = not _NO_DECAY.search(name)
         return decays and not name.startswith(frozen)

@@ -1,5 +1,6 @@
 """The plan of a step as a table: every call of an encoder, a decoder or a head once, the terms that
-use it, and its FLOPs."""
+use it, and its FLOPs. Which calls there are is what the step itself asks: `views.encoder_calls`,
+`Plan.target_passes`, `predictions.image_calls`; a row counts the function that the step calls."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -7,7 +8,7 @@ from typing import Any
 
 import jax
 
-from m3i_jax.models import backbones, text
+from m3i_jax.models import backbones
 from m3i_jax.objective.caption_posterior import CAPTIONS, CaptionHead
 from m3i_jax.objective.derived_terms import SMALL
 from m3i_jax.objective.entropy_terms import EntropyTerm
@@ -17,7 +18,6 @@ from m3i_jax.objective.terms import (
     DecoderHead,
     Pass,
     PooledHead,
-    ProjectionHead,
     Term,
 )
 from m3i_jax.training import entropy_losses, predictions, targets, teachers, views
@@ -174,17 +174,17 @@ def call_rows(plan: Plan, params: Any, batch: Any, count: Count) -> list[PlanRow
         ),
         batch,
     )
-    z = _add_encoders(table, params, inputs, patches)
-    _add_image_heads(table, params, z, inputs)
+    z, of_targets = _add_encoders(table, params, inputs, patches)
+    _add_image_heads(table, params, z, of_targets, inputs)
     _add_other_heads(table, params, z, inputs, batch)
     return table.rows
 
 
-def _add_encoders(table: _CallTable, params: Any, inputs: Any, patches: Any) -> Any:
-    """The online encoder and the target encoders. Returns the features of the passes."""
+def _add_encoders(table: _CallTable, params: Any, inputs: Any, patches: Any) -> tuple[Any, Any]:
+    """The online encoder and the target encoders. Returns the features of all passes."""
     plan, config = table.plan, table.plan.config
     encode_passes = functools.partial(views.encode_passes, config)
-    for passes in encoder_calls(plan):
+    for passes in views.encoder_calls(config, plan.passes):
         users = [i for i, t in enumerate(plan.terms) if set(passes) & set(t.passes)]
         together = {read: inputs[read] for read in passes}
         shown = describe_pass(passes[0], table.drops)
@@ -192,6 +192,8 @@ def _add_encoders(table: _CallTable, params: Any, inputs: Any, patches: Any) -> 
             size = config.view_size(passes[0].view)
             shown = f"{len(passes)} small views of {size} pixels"
         table.add("encoder", shown, users, encode_passes, together, patches, params["encoder"])
+    of_targets: dict[Any, Any] = {}
+    names = {"ema": "EMA target", "snapshot": "earlier EMA target"}
     for target in plan.target_passes:
         users = [
             i
@@ -199,57 +201,52 @@ def _add_encoders(table: _CallTable, params: Any, inputs: Any, patches: Any) -> 
             if plan.terms[i].target.learned and target_pass(plan.terms[i].target) == target
         ]
         tree, shown = params["encoder"], f"view {target.view}"
+        name = names.get(target.encoder, f"{target.encoder} target")
         if target.encoder.startswith("teacher"):
             tree = teachers.teacher_shapes(config.objective.teachers)[target.encoder]
-            teach = functools.partial(teachers.encode_teacher, config, target.encoder)
-            table.add(target.encoder, shown, users, teach, tree, patches[target.view])
-            continue
-        encode = functools.partial(targets.encode_target, plan, target)
-        name = {"ema": "EMA target", "snapshot": "earlier EMA target"}.get(
-            target.encoder, f"{target.encoder} target"
-        )
+            name = target.encoder
         shown += f", enlarged {target.enlarge} times" if target.enlarge > 1 else ""
+        encode = functools.partial(targets.encode_target, plan, target)
         table.add(name, shown, users, encode, tree, patches[target.view])
-    return jax.eval_shape(encode_passes, inputs, patches, params["encoder"])
+        of_targets[target] = jax.eval_shape(encode, tree, patches[target.view])
+    return jax.eval_shape(encode_passes, inputs, patches, params["encoder"]), of_targets
 
 
-def _add_image_heads(table: _CallTable, params: Any, z: Any, inputs: Any) -> None:
+def _add_image_heads(table: _CallTable, params: Any, z: Any, of_targets: Any, inputs: Any) -> None:
     """Predictions of image targets: decoder, linear heads, projections and clusters."""
-    plan, config = table.plan, table.plan.config
-
-    def predict(group: Iterable[int]) -> Callable[..., Any]:
-        return functools.partial(predictions.predict_images, plan, indices=tuple(group))
-
-    for group in decoder_groups(plan, params, z, inputs):
-        reads = ", ".join(dict.fromkeys(table.reads(i) for i in group))
-        if len(group) > 1:
-            reads = f"{len(group)} x {reads}"
-        table.add("decoder", reads, group, predict(group), params, z, inputs)
-    calls: dict[Any, list[int]] = {}
-    for i in plan.where(*IMAGE_TARGETS):
-        term = plan.terms[i]
-        if not isinstance(term.head, DecoderHead):
-            is_shared = isinstance(term.head, ProjectionHead) and bool(term.head.prototypes)
-            key = (term.reads, term.image, term.head) if is_shared else i
-            calls.setdefault(key, []).append(i)
-    for group in calls.values():
-        term = plan.terms[group[0]]
-        if isinstance(term.head, ClusterHead):
-            cluster = functools.partial(predictions.predict_clusters, plan, indices=(group[0],))
-            tokens = jax.ShapeDtypeStruct(
-                (table.images, config.tokens, config.model.encoder.width), config.model.dtype
-            )
-            given = {TargetKey(term.target, None): tokens}
-            table.add("clusters", describe_target(term), group, cluster, params, given)
+    plan, images = table.plan, table.plan.where(*IMAGE_TARGETS)
+    inputs_of = functools.partial(predictions.head_inputs, plan, indices=images)
+    calls = predictions.image_calls(plan, jax.eval_shape(inputs_of, params, z, inputs))
+    listed: dict[int, tuple[Any, ...]] = {}  # by their first term, after the decoder
+    for call in calls:
+        terms = tuple(users[0] for users in call)
+        if isinstance(plan.terms[terms[0]].head, DecoderHead):
+            reads = ", ".join(dict.fromkeys(table.reads(i) for i in terms))
+            reads = f"{len(terms)} x {reads}" if len(terms) > 1 else reads
+            predict = functools.partial(predictions.predict_images, plan, indices=terms)
+            table.add("decoder", reads, terms, predict, params, z, inputs)
             continue
-        shown = table.reads(group[0])
-        table.add(describe_head(term), shown, group, predict(group[:1]), params, z, inputs)
+        for users in call:  # a row for each input
+            predict = functools.partial(predictions.predict_images, plan, indices=users[:1])
+            name, shown = describe_head(plan.terms[users[0]]), table.reads(users[0])
+            listed[users[0]] = (name, shown, users, predict, params, z, inputs)
+    for i in predictions.clustering_terms(plan, images):
+        term = plan.terms[i]
+        cluster = functools.partial(predictions.predict_clusters, plan, indices=(i,))
+        features = jax.eval_shape(
+            functools.partial(targets.project_target, plan, None, None),
+            of_targets[target_pass(term.target)],
+        )
+        given = {TargetKey(term.target, None): features}
+        listed[i] = ("clusters", describe_target(term), (i,), cluster, params, given)
+    for i in sorted(listed):
+        table.add(*listed[i])
 
 
 def _add_other_heads(table: _CallTable, params: Any, z: Any, inputs: Any, batch: Any) -> None:
     """Predictions of annotations, and the features of entropy terms."""
     plan = table.plan
-    if pooled := [i for i, t in enumerate(plan.terms) if isinstance(t.head, PooledHead)]:
+    if pooled := predictions.pooled_terms(plan):
         pool = functools.partial(predictions.pool_images, plan)
         table.add("pool", "own tokens of each image", pooled, pool, params, z, inputs)
     if captions := plan.where(*CAPTIONS):
@@ -265,23 +262,5 @@ def _add_other_heads(table: _CallTable, params: Any, z: Any, inputs: Any, batch:
         shown = f"{describe_space(term)} of {table.reads(i)}"
         table.add("entropy", shown, (i,), cost, features[i], batch)
     if captions := plan.where("text"):
-        encode = functools.partial(text.apply, plan.config.model)
-        of_captions = batch["tokens"], batch["length"]
-        table.add("text tower", "captions", captions, encode, params["text"], *of_captions)
-
-
-def encoder_calls(plan: Plan) -> list[list[Pass]]:
-    """Returns the passes of each call of the online encoder: small views of one size share one."""
-    calls: dict[Any, list[Pass]] = {}
-    for read in plan.passes:
-        size = plan.config.view_size(read.view) if read.view >= SMALL else read
-        calls.setdefault(size, []).append(read)
-    return list(calls.values())
-
-
-def decoder_groups(plan: Plan, params: Any, z: Any, inputs: Any) -> list[list[int]]:
-    """Returns indices of the terms of each decoder call."""
-    shapes = jax.eval_shape(
-        functools.partial(predictions.decoder_inputs, plan, indices=plan.dense), params, z, inputs
-    )
-    return predictions.group_by_shape(shapes)
+        encode = functools.partial(predictions.encode_captions, plan)
+        table.add("text tower", "captions", captions, encode, params, batch)

@@ -4,6 +4,7 @@ a pooling with inputs of equal shape are made together. No method has code of it
 Shapes: B images, R rows of a pass (B, or B / 2 of a batch in halves), N patches, K visible ones, D
 encoder width, W decoder width. Terms are named by their index in `plan.terms`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -36,6 +37,9 @@ from m3i_jax.training.views import (
 
 Arrays = dict[int, jax.Array]  # {term index: array}
 Features = dict[Pass, jax.Array]
+# Inputs of heads by the terms that read them: (tokens, cells, queries, cls or None) of a decoder,
+# one array of others.
+HeadInputs = dict[tuple[int, ...], tuple[Any, ...]]
 
 
 def predicts_hidden_only(term: Term) -> bool:
@@ -125,25 +129,24 @@ def decoder_inputs(
 
 
 def _decode(plan: Plan, params: Any, arguments: dict[int, tuple[Any, ...]]) -> Arrays:
-    """Predictions of the terms with a decoder: one call for inputs of equal shape, one head for
-    targets of one kind."""
+    """Predictions of terms with a decoder by one call of it, and by one head for targets of one
+    kind."""
     model, tree = plan.config.model, params.get("decoder")
-    out: Arrays = {}
-    for group in group_by_shape(arguments):
-        tokens, cells, queries = (stack_rows([arguments[i][k] for i in group]) for k in range(3))
-        no_cls = arguments[group[0]][3] is None
-        cls = None if no_cls else stack_rows([arguments[i][3] for i in group])
-        with jax.named_scope("decoder"):
-            decoded = decoder.apply(
-                model, tree, tokens, cells, queries, grid=plan.config.grid, cls_BxD=cls
-            )
-        kinds = {_output(plan.terms[i]) for i in group}
-        if len(kinds) == 1:
-            rows = _head_rows(plan, params, decoded, *kinds)
-            out |= dict(zip(group, unstack_rows(rows, len(group)), strict=True))
-        else:
-            for i, rows in zip(group, unstack_rows(decoded, len(group)), strict=True):
-                out[i] = _head_rows(plan, params, rows, _output(plan.terms[i]))
+    group, out = list(arguments), Arrays()
+    tokens, cells, queries = (stack_rows([arguments[i][k] for i in group]) for k in range(3))
+    no_cls = arguments[group[0]][3] is None
+    cls = None if no_cls else stack_rows([arguments[i][3] for i in group])
+    with jax.named_scope("decoder"):
+        decoded = decoder.apply(
+            model, tree, tokens, cells, queries, grid=plan.config.grid, cls_BxD=cls
+        )
+    kinds = {_output(plan.terms[i]) for i in group}
+    if len(kinds) == 1:
+        rows = _head_rows(plan, params, decoded, *kinds)
+        out |= dict(zip(group, unstack_rows(rows, len(group)), strict=True))
+    else:
+        for i, rows in zip(group, unstack_rows(decoded, len(group)), strict=True):
+            out[i] = _head_rows(plan, params, rows, _output(plan.terms[i]))
     for i, x in out.items():
         if predicts_blocks(plan.terms[i]):  # the blocks of an image side by side again
             out[i] = x.reshape(-1, plan.config.data.mask_blocks * x.shape[1], x.shape[2])
@@ -174,12 +177,56 @@ def predict_clusters(
     """Returns logits [B, N, K] of those of these terms whose head clusters the target encoder's
     tokens."""
     out: Arrays = {}
-    for i in indices:
-        head = plan.terms[i].head
-        if isinstance(head, ClusterHead):
-            tokens = targets[TargetKey(plan.terms[i].target, None)]
-            out[i] = heads.cluster_logits(plan.config.model, params["heads"][head.name], tokens)
+    for i in clustering_terms(plan, indices):
+        tokens, tree = targets[TargetKey(plan.terms[i].target, None)], params["heads"]
+        name = plan.terms[i].head.name  # type: ignore[union-attr]
+        out[i] = heads.cluster_logits(plan.config.model, tree[name], tokens)
     return out
+
+
+def clustering_terms(plan: Plan, indices: tuple[int, ...]) -> list[int]:
+    """Returns those of these terms that `predict_clusters` predicts."""
+    return _with_head(plan, ClusterHead, indices)
+
+
+def head_inputs(
+    plan: Plan, params: Any, z: Features, inputs: Inputs, indices: tuple[int, ...]
+) -> HeadInputs:
+    """Returns what the heads of these image terms read of the features. Terms that project the same
+    features read one array."""
+    decoded = decoder_inputs(plan, params, z, inputs, indices)
+    out: HeadInputs = {(i,): arrays for i, arrays in decoded.items()}
+    for i in _with_head(plan, LinearHead, indices):
+        out[(i,)] = (visible_tokens(plan, plan.terms[i], z, inputs)[0],)
+    users: dict[Any, list[int]] = {}
+    for i in _with_head(plan, ProjectionHead, indices):
+        term = plan.terms[i]
+        users.setdefault((term.reads, term.image, term.head), []).append(i)
+    for (read, image, head), group in users.items():
+        tokens, _, cls = visible_tokens(plan, plan.terms[group[0]], z, inputs)
+        if predicts_hidden_only(plan.terms[group[0]]):
+            tokens = mixing.gather(tokens, inputs[read].hidden_cells(image))
+        out[tuple(group)] = (pool_tokens(head, tokens, cls),)
+    return out
+
+
+def image_calls(plan: Plan, given: HeadInputs) -> list[tuple[tuple[int, ...], ...]]:
+    """Returns the calls of heads on these inputs, or on their shapes: of each, the terms by input.
+    `predict_images` makes them and `plan_table` lists them.
+
+    Inputs of equal shape go through a decoder together; so they do through a projection to
+    prototypes, which has no batch norm."""
+    calls: dict[Any, list[tuple[int, ...]]] = {}
+    for group, arrays in given.items():
+        head = plan.terms[group[0]].head
+        shapes = tuple(None if array is None else array.shape for array in arrays)
+        together: Any = group
+        if isinstance(head, DecoderHead):
+            together = DecoderHead, shapes
+        elif isinstance(head, ProjectionHead) and head.prototypes:
+            together = head, shapes
+        calls.setdefault(together, []).append(group)
+    return [tuple(call) for call in calls.values()]
 
 
 def predict_images(
@@ -187,49 +234,38 @@ def predict_images(
 ) -> Arrays:
     """Returns predictions of these image terms: [R, N, D] of dense ones at the positions of their
     target view, [R, D] of pooled ones."""
-    model = plan.config.model
-    out = _decode(plan, params, decoder_inputs(plan, params, z, inputs, indices))
-    for i in indices:
-        term = plan.terms[i]
-        if isinstance(term.head, LinearHead):
-            tree = params["heads"][linear_name(term)]
-            out[i] = heads.apply_linear(model, tree, visible_tokens(plan, term, z, inputs)[0])
-    return out | _project(plan, params, z, inputs, indices)
+    given, out = head_inputs(plan, params, z, inputs, indices), Arrays()
+    for call in image_calls(plan, given):
+        term = plan.terms[call[0][0]]
+        if isinstance(term.head, DecoderHead):
+            out |= _decode(plan, params, {i: given[(i,)] for (i,) in call})
+        elif isinstance(term.head, LinearHead):
+            tree, (tokens,) = params["heads"][linear_name(term)], given[call[0]]
+            out[call[0][0]] = heads.apply_linear(plan.config.model, tree, tokens)
+        elif isinstance(term.head, ProjectionHead):
+            rows = _project(plan, params, term.head, [given[group][0] for group in call])
+            for group, x in zip(call, rows, strict=True):
+                out |= dict.fromkeys(group, x)
+    return out
 
 
 def _project(
-    plan: Plan, params: Any, z: Features, inputs: Inputs, indices: tuple[int, ...]
-) -> Arrays:
-    """Predictions of the terms with a projection. Terms that project the same features share a
-    call; so do, in a space with prototypes, which has no batch norm, inputs of equal shape."""
-    users: dict[Any, list[int]] = {}
-    for i in indices:
-        term = plan.terms[i]
-        if isinstance(term.head, ProjectionHead):
-            users.setdefault((term.reads, term.image, term.head), []).append(i)
-    pooled = {}
-    for key, terms in users.items():
-        term = plan.terms[terms[0]]
-        assert isinstance(term.head, ProjectionHead)
-        tokens, _, cls = visible_tokens(plan, term, z, inputs)
-        if predicts_hidden_only(term):
-            tokens = mixing.gather(tokens, inputs[term.reads].hidden_cells(term.image))
-        pooled[key] = pool_tokens(term.head, tokens, cls)
-    calls: dict[Any, list[Any]] = {}
-    for key in users:
-        head = key[2]
-        calls.setdefault((head, pooled[key].shape) if head.prototypes else key, []).append(key)
-    out: Arrays = {}
-    for keys in calls.values():
-        head = keys[0][2]
-        tree = params.get("heads", {}).get(head.name, {})
-        x = pooled[keys[0]] if len(keys) == 1 else stack_rows([pooled[key] for key in keys])
-        y = heads.apply_predictor(plan.config.model, tree, head, x)
-        for key, rows in zip(
-            keys, [y] if len(keys) == 1 else unstack_rows(y, len(keys)), strict=True
-        ):
-            out |= dict.fromkeys(users[key], rows)
-    return out
+    plan: Plan, params: Any, head: ProjectionHead, pooled: list[jax.Array]
+) -> list[jax.Array]:
+    """Projections of features of equal shape, by one call."""
+    tree = params.get("heads", {}).get(head.name, {})
+    x = pooled[0] if len(pooled) == 1 else stack_rows(pooled)
+    y = heads.apply_predictor(plan.config.model, tree, head, x)
+    return [y] if len(pooled) == 1 else unstack_rows(y, len(pooled))
+
+
+def _with_head(plan: Plan, kind: type, indices: Iterable[int]) -> list[int]:
+    return [i for i in indices if isinstance(plan.terms[i].head, kind)]
+
+
+def pooled_terms(plan: Plan) -> list[int]:
+    """Returns indices of the terms whose features `pool_images` pools."""
+    return _with_head(plan, PooledHead, range(len(plan.terms)))
 
 
 def pool_key(term: Term) -> Any:
@@ -241,11 +277,8 @@ def pool_key(term: Term) -> Any:
 
 def pool_images(plan: Plan, params: Any, z: Features, inputs: Inputs) -> dict[Any, jax.Array]:
     """Returns pooled features [R, pool width] by `pool_key` of every annotation term, each once."""
-    arguments = {
-        pool_key(t): visible_tokens(plan, t, z, inputs)
-        for t in plan.terms
-        if isinstance(t.head, PooledHead)
-    }
+    terms = [plan.terms[i] for i in pooled_terms(plan)]
+    arguments = {pool_key(t): visible_tokens(plan, t, z, inputs) for t in terms}
     out: dict[Any, jax.Array] = {}
     for group in group_by_shape(arguments):
         tokens = stack_rows([arguments[key][0] for key in group])
@@ -269,8 +302,12 @@ def contrastive_embeddings(
         for i in indices
     }
     with jax.named_scope("text"):
-        captions = text.apply(plan.config.model, params["text"], batch["tokens"], batch["length"])
-    return images, captions
+        return images, encode_captions(plan, params, batch)
+
+
+def encode_captions(plan: Plan, params: Any, batch: Batch) -> jax.Array:
+    """Returns embeddings [B, E] of the captions of a batch."""
+    return text.apply(plan.config.model, params["text"], batch["tokens"], batch["length"])
 
 
 def caption_rows(term: Term, inputs: PassInputs) -> tuple[jax.Array, jax.Array, Any]:

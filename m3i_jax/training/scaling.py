@@ -13,10 +13,12 @@ import math
 from typing import Any
 
 from m3i_jax import schema
+from m3i_jax.models import backbones
+from m3i_jax.models.transfer import FINETUNING, IMAGENET, Reference
 from m3i_jax.objective import terms
 from m3i_jax.training import plan
+from m3i_jax.training.update_rules import update_rule
 
-IMAGENET = 1_281_167  # training images of ImageNet-1k
 MIN_LR_SUM = 0.03  # initial matrices have a std of 0.1 at width 96, 0.04 at 768
 SHORT_RUN = 1e6  # samples up to which a run has the weakest augmentation
 # settings that may be open, and the value that means open
@@ -37,28 +39,8 @@ OPEN: dict[str, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reference:
-    """A published run that the rules reproduce.
-
-    Attributes:
-      lr: peak learning rate.
-      batch: images a step.
-      samples: images of the run.
-      most: highest learning rate of a short run at width 96.
-    """
-
-    lr: float
-    batch: int
-    samples: float
-    most: float
-
-
-# M3I's ablations, the shortest runs with the values of Table 7; Table 8; and the fine-tuning of
-# InternImage by its authors, which starts from pre-trained weights
+# M3I's ablations, the shortest runs with the values of Table 7
 PRETRAINING = Reference(lr=1e-3, batch=4096, samples=400.0 * IMAGENET, most=4e-3)
-FINETUNING = Reference(lr=2e-3, batch=1024, samples=100.0 * IMAGENET, most=1e-3)
-INTERN_IMAGE = Reference(lr=4e-5, batch=1024, samples=30.0 * IMAGENET, most=1e-3)
 
 
 def scaling_strength(reference: Reference, samples: float) -> float:
@@ -137,7 +119,7 @@ def reference(config: schema.Config) -> Reference:
         return PRETRAINING
     if not config.init_from:
         return dataclasses.replace(FINETUNING, most=PRETRAINING.most)
-    return INTERN_IMAGE if config.model.backbone == "intern_image" else FINETUNING
+    return backbones.get_backbone(config.model).finetuning.reference
 
 
 def fill_open_settings(config: schema.Config) -> schema.Config:
@@ -152,12 +134,12 @@ def fill_open_settings(config: schema.Config) -> schema.Config:
     samples = float(t.steps * t.batch_size or max(t.epochs * config.data.size, t.batch_size))
     share, steps = scaling_strength(known, samples), samples / t.batch_size
     width = config.model.encoder.width
-    deep = config.model.backbone == "vit" and config.model.encoder.depth >= 24  # MAE's L and H
+    decay = backbones.get_backbone(config.model).finetuning.layer_decay(config.model)
     lr = scaled_lr(known, batch=t.batch_size, samples=samples, width=width)
     values = {
         "optim.lr": float(f"{lr:.4g}"),
         "optim.ema": round(scaled_momentum(batch=t.batch_size, steps=steps), 7),
-        "optim.layer_decay": round((0.75 if deep else 0.65) ** share, 4),
+        "optim.layer_decay": round(decay**share, 4),
         "data.crop_scale": scaled_crop_scale(share, size=size),
         "data.augment.jitter_p": round(0.8 * share, 4),
         "data.augment.grayscale_p": round(0.2 * share, 4),
@@ -184,7 +166,8 @@ def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[
     """
     o, warnings = config.optim, []
     lr_sum = f"{o.lr * warmup / 2 + (o.lr + o.min_lr) / 2 * (steps - warmup):.2g}"
-    if o.rule == "adamw" and not config.model.encoder.freeze and float(lr_sum) < MIN_LR_SUM:
+    bounded = update_rule(o.rule).bounded and not config.model.encoder.freeze
+    if bounded and float(lr_sum) < MIN_LR_SUM:
         warnings.append(
             f"warning: optim.lr={o.lr:.3g}: the learning rates of all {steps:,} steps sum to"
             f" {lr_sum}, the most by which AdamW can change a weight; runs below {MIN_LR_SUM}"

@@ -28,12 +28,15 @@ class SegmentTask(DenseTask):
     """A category for every pixel."""
 
     traits = schema.TASKS["segment"]
-    category_parameters = ("^head/(aux_)?classifier/", "^head/decoder/classes/")
 
     @property
     def head(self) -> task_heads.SegmentationHead:
         """The head of this run."""
         return task_heads.segmentation_head(self.config.dense.segment)
+
+    @property
+    def category_parameters(self) -> tuple[str, ...]:
+        return self.head.category_parameters
 
     def pyramid_config(self, sources: tuple[tuple[int, int], ...]) -> pyramid.PyramidConfig:
         settings = self.config.dense.segment

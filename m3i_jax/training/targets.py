@@ -55,10 +55,7 @@ def encode_targets(
         kinds.setdefault(kind, []).append(p)
     for (encoder, *_), group in sorted(kinds.items()):
         tree, rows = encoders[encoder]["encoder"], stack_rows([patches[p.view] for p in group])
-        if encoder.startswith("teacher"):
-            z = teachers.encode_teacher(plan.config, encoder, tree, rows)
-        else:
-            z = encode_target(plan, group[0], tree, rows)
+        z = encode_target(plan, group[0], tree, rows)
         out |= dict(zip(group, unstack_rows(jax.lax.stop_gradient(z), len(group)), strict=True))
     return out
 
@@ -66,9 +63,9 @@ def encode_targets(
 def encode_target(
     plan: Plan, target: TargetPass, encoder: Any, patches_BxNxP: jax.Array
 ) -> jax.Array:
-    """Returns tokens [B, T, D] at the cells of a view, of a target encoder of the run's shape,
-    which may read the view enlarged. Pixels and features are then resized bicubically, as PyTorch
-    does without antialiasing.
+    """Returns tokens [B, T, D] at the cells of a view, of a teacher or of a target encoder of the
+    run's shape, which may read the view enlarged. Pixels and features are then resized bicubically,
+    as PyTorch does without antialiasing.
 
     Args:
       plan: of the run.
@@ -76,6 +73,8 @@ def encode_target(
       encoder: its parameters.
       patches_BxNxP: of a clean view.
     """
+    if target.encoder.startswith("teacher"):
+        return teachers.encode_teacher(plan.config, target.encoder, encoder, patches_BxNxP)
     blocks, enlarge = min(target.blocks, plan.config.model.encoder.depth), target.enlarge
     if enlarge == 1:
         return m3i.encode(plan.config, encoder, patches_BxNxP, blocks=blocks)

@@ -15,7 +15,6 @@ the modes show of a task is in modes/task_views.py."""
 
 import abc
 import dataclasses
-import importlib
 from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
@@ -28,6 +27,7 @@ from m3i_jax.data.pipeline import Batches
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.errors import UserError
+from m3i_jax.registries import Registry
 
 Batch = dict[str, Any]
 
@@ -72,15 +72,12 @@ class Task(abc.ABC):
       category_counts: training images that show each category, for losses that need them; () if
         the task reads none or no data are open.
       traits: of the kind; see `schema.TaskTraits`.
-      category_parameters: patterns of the paths of parameters that belong to single categories;
-        they restart where `init_from` has other categories.
     """
 
     config: schema.Config
     vocabulary: int = 0
     category_counts: tuple[int, ...] = ()
     traits: ClassVar[schema.TaskTraits] = schema.TaskTraits()
-    category_parameters: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def init(self, rng: jax.Array) -> Any:
@@ -127,6 +124,12 @@ class Task(abc.ABC):
     def panel_outputs(self, state: State, batch: Batch) -> dict[str, jax.Array]:
         """Returns arrays of a few rows of a batch, for people."""
 
+    @property
+    def category_parameters(self) -> tuple[str, ...]:
+        """Patterns of the paths of parameters that belong to single categories; they restart where
+        `init_from` has other categories."""
+        return ()
+
     def waiting(self, state: State, batch: Batch) -> Any:
         """Returns arrays that are computed of all microbatches before the first gradient."""
         return ()
@@ -171,7 +174,16 @@ class Task(abc.ABC):
         return None
 
 
-_REGISTRY: dict[str, type[Task]] = {}
+TASK_KINDS: Registry[type[Task]] = Registry(
+    "task",
+    choices=list(schema.TASKS),
+    home=lambda name: f"{__package__}.{name}_task",
+    made_in=lambda kind: kind.__module__,
+    replace=True,
+    unknown=lambda name, names: UserError(
+        f"config.task: {name!r} is not a task; use one of {', '.join(names)}"
+    ),
+)
 
 
 def register_task(name: str, kind: type[Task]) -> type[Task]:
@@ -184,14 +196,10 @@ def register_task(name: str, kind: type[Task]) -> type[Task]:
 
     >>> register_task("pretrain", type("Other", (), {"__module__": "elsewhere"}))
     Traceback (most recent call last):
-    ValueError: a task cannot be named 'pretrain'
+    ValueError: task 'pretrain' exists already: a task cannot be named 'pretrain', ...
     """
-    foreign = not kind.__module__.startswith(__package__)
-    if not name.isidentifier() or foreign and name in schema.BUILT_IN_TASKS:
-        raise ValueError(f"a task cannot be named {name!r}")
-    if name not in schema.TASKS:
-        schema.TASKS[name] = kind.traits
-    _REGISTRY[name] = kind
+    TASK_KINDS.register(name, kind)
+    schema.TASKS.setdefault(name, kind.traits)
     return kind
 
 
@@ -204,12 +212,7 @@ def task_kind(name: str) -> type[Task]:
     >>> task_kind("pretrain").__name__
     'Pretrain'
     """
-    if name not in schema.TASKS:
-        names = ", ".join(schema.TASKS)
-        raise UserError(f"config.task: {name!r} is not a task; use one of {names}")
-    if name not in _REGISTRY:
-        importlib.import_module(f"{__package__}.{name}_task")
-    return _REGISTRY[name]
+    return TASK_KINDS[name]
 
 
 def make_task(

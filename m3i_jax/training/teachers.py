@@ -84,10 +84,10 @@ def open_teacher(path: str) -> Teacher:
         for name in backbones.section_names()
         if isinstance(stored.get(name), Mapping)
     }
-    model = schema.Model(
-        backbone=stored.get("backbone", "vit"), encoder=encoder, scan=True, **sections
-    )
-    if encoder.positions in ("sincos", "sincos_columns") and not encoder.position_grid:
+    kind = stored.get("backbone", schema.Model.backbone)
+    model = schema.Model(backbone=kind, encoder=encoder, scan=True, **sections)
+    fixed = encoder.positions in ("sincos", "sincos_columns") and not encoder.position_grid
+    if fixed and backbones.get_backbone(model).resizes_positions:
         grid = stored["image_size"] // encoder.patch_size
         model = dataclasses.replace(model, encoder=dataclasses.replace(encoder, position_grid=grid))
     of_pixels = schema.Augment()

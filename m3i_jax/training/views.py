@@ -217,13 +217,21 @@ def encode_passes(
     config: schema.Config, inputs: Inputs, patches: Patches, encoder: Any
 ) -> dict[Pass, jax.Array]:
     """Returns features {pass: [R, T, D]} of the online encoder, cls first, every pass once."""
-    out = {}
-    small: dict[int, list[Pass]] = {}
-    for read, given in inputs.items():
-        x = encoder_input(config, read, given, patches)
+    out: dict[Pass, jax.Array] = {}
+    for reads in encoder_calls(config, inputs):
+        read, given = reads[0], inputs[reads[0]]
         if read.view >= SMALL:
-            small.setdefault(x.shape[1], []).append(read)
-        elif read.mixed and config.objective.isolate:
+            keep = [inputs[each].keep for each in reads]
+            z = m3i.encode(
+                config,
+                encoder,
+                stack_rows([patches[each.view] for each in reads]),
+                keep=None if keep[0] is None else stack_rows(keep),  # type: ignore[arg-type]
+            )
+            out |= dict(zip(reads, unstack_rows(z, len(reads)), strict=True))
+            continue
+        x = encoder_input(config, read, given, patches)
+        if read.mixed and config.objective.isolate:
             out[read] = _encode_isolated(config, encoder, x, given)
         else:
             dropped = read.masked and not read.mask_tokens
@@ -235,16 +243,16 @@ def encode_passes(
                 hidden=~given.mask if read.mask_tokens else None,
                 keep=given.keep,
             )
-    for reads in small.values():  # views of one size go through the encoder together
-        keep = [inputs[read].keep for read in reads]
-        z = m3i.encode(
-            config,
-            encoder,
-            stack_rows([patches[read.view] for read in reads]),
-            keep=None if keep[0] is None else stack_rows(keep),  # type: ignore[arg-type]
-        )
-        out |= dict(zip(reads, unstack_rows(z, len(reads)), strict=True))
     return out
+
+
+def encoder_calls(config: schema.Config, passes: Iterable[Pass]) -> list[list[Pass]]:
+    """Returns the passes of each call of the online encoder: small views of one size share one."""
+    calls: dict[Any, list[Pass]] = {}
+    for read in passes:
+        size = config.view_size(read.view) if read.view >= SMALL else read
+        calls.setdefault(size, []).append(read)
+    return list(calls.values())
 
 
 def stack_rows(arrays: list[jax.Array]) -> jax.Array:

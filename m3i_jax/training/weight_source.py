@@ -25,7 +25,7 @@ from m3i_jax.interop import (
 from m3i_jax.models import backbones, composite
 from m3i_jax.parallel import distributed
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_dir, checksums, update_rules
+from m3i_jax.training import checkpoint_dir, checksums, schedule_free
 
 RUNNING = published_dense.RUNNING  # of running statistics, in `shapes` of a file
 _COPIES = tuple(f"encoder/{name}/" for name in composite.OWN_PARTS)
@@ -183,18 +183,18 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
         paths |= average
 
     config = configuration.resolve(configuration.load_from_workdir(workdir, key))
-    steps = f"opt/{update_rules.LINK}/z/"  # where the run takes its steps; z of `schedule_free`
+    steps = f"opt/{schedule_free.LINK}/z/"  # where the run takes its steps; z of `schedule_free`
 
     def read(shardings: Mapping[str, Any]) -> dict[str, Any]:
         of_z = {
             path: steps + path
             for path in shardings
-            if weights == "online" and steps + path in run.shapes
+            if not paths[path].startswith("opt/") and steps + path in run.shapes
         }
         layout = {paths[path]: sharding for path, sharding in shardings.items()}
         arrays = run.read({**layout, **{of_z[path]: shardings[path] for path in of_z}})
         for path, z in of_z.items():
-            average = update_rules.average_of(arrays[paths[path]], arrays[z], config.optim.b1)
+            average = schedule_free.average_of(arrays[paths[path]], arrays[z], config.optim.b1)
             arrays[paths[path]] = average
         if bad := [path for path in shardings if not _is_finite(arrays[paths[path]])]:
             raise UserError(

@@ -23,7 +23,7 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.modes import batch_search, show
 from m3i_jax.modes import compile as mode
-from m3i_jax.profiling import compile_report
+from m3i_jax.profiling import compile_report, hardware, topology
 from m3i_jax.reporting import text_table as tables
 from m3i_jax.reporting.text_table import format_bytes
 from tests.bench.figures import Figure
@@ -31,9 +31,8 @@ from tests.bench.figures import Figure
 PARTS = ("remat", "largest", "days")
 HEADERS = ("figure", "measured", "target", "", "note")
 RECIPES = {"Table 10, COCO": "coco", "Table 11, LVIS": "lvis", "Table 12, ADE20k": "ade20k"}
-CHIPS = ("v5e:1x1", "v6e:1x1", "v5p:1x1x1")
-# name to order by -> topology
-SLICES = {"v5e-64": "v5e:8x8", "v6e-64": "v6e:8x8", "v5p-32": "v5p:2x2x4", "h100:8": "h100:8"}
+ONE_CHIP = ("v5e:1x1", "v6e:1x1", "v5p:1x1x1")
+SLICES = ("v5e-64", "v6e-64", "v5p-32", "h100:8")  # names of `hardware.SLICES`
 
 
 def settings(recipe: str, **changes: Any) -> schema.Config:
@@ -45,8 +44,8 @@ def settings(recipe: str, **changes: Any) -> schema.Config:
     return show.assume_data(configuration.resolve(config))[0]
 
 
-def compiled(topology: str, config: schema.Config) -> dict[str, Any]:
-    report = mode.report_program(config, mode.compile_target(topology, ""), 0)
+def compiled(target: str, config: schema.Config) -> dict[str, Any]:
+    report = mode.report_program(config, mode.compile_target(target, ""), 0)
     print(compile_report.report_tables(report), flush=True)
     return report
 
@@ -65,7 +64,7 @@ def remat() -> list[Figure]:
 def largest() -> list[Figure]:
     out = []
     for what, recipe in RECIPES.items():
-        for chip in CHIPS:
+        for chip in ONE_CHIP:
             config = batch_search.with_batch(settings(recipe), 2)
             count, report, _ = mode.search_batch(config, mode.compile_target(chip, ""), 0)
             note = f"{format_bytes(report['peak_bytes'])} of {format_bytes(report['limit_bytes'])}"
@@ -76,9 +75,11 @@ def largest() -> list[Figure]:
 def days() -> list[Figure]:
     out = []
     for what, recipe in RECIPES.items():
-        for name, topology in SLICES.items():
+        for name in SLICES:
+            kind, chips = {of: slice_ for of, *slice_ in hardware.SLICES}[name]
+            sides = "x".join(map(str, topology.slice_shape(kind, chips)))
             try:
-                report = compiled(topology, settings(recipe))
+                report = compiled(f"{kind}:{sides}", settings(recipe))
             except UserError as error:
                 out.append(Figure(f"{what} on {name}", None, note=str(error)))
                 continue

@@ -83,6 +83,8 @@ def test_splits_and_bare_columns(files, tmp_path):
     assert [source[i].caption for i in range(4)] == ["first", None, "third", "x"] and source.key(
         2
     ) == "2" == source[2].key
+    assert [source.caption_list(i) for i in range(2)] == [("first", "second"), ()]
+    assert source[0].other_captions == ("second",)
     assert len(HuggingFaceSource(str(tmp_path / "x"), "test")) == 1
     for split in ("", "val"):
         with pytest.raises(

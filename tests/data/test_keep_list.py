@@ -83,6 +83,7 @@ def test_captions_and_labels_replace_those_of_the_source(tmp_path: pathlib.Path)
     kept = keep_list.keep_records(Numbers(), path, cache=str(tmp_path))
     one, four, seven = kept.__getitems__([0, 1, 2])
     assert (one.label, one.caption) == (1, None) and (four.label, four.caption) == (-1, b"")
+    assert kept.caption_list(2) == ("seven \u00e9".encode(),) and seven.other_captions == ()
     assert (seven.label, seven.caption) == (0, "seven \u00e9".encode()) == (0, kept.caption(2))
     assert kept.captions and "its captions for 67%; its labels for 67%" in kept.description()
     assert base.split_by_hash(kept, 0.0, "train").captions

@@ -50,16 +50,16 @@ class GradientSource:
 def gradients(tmp_path: pathlib.Path) -> Iterator[str]:
     """Registers the source; the path of a file that it opens."""
     (tmp_path / "count.txt").write_text("40")
-    registry.register_source(
-        registry.SourceKind(
-            name="gradients",
-            open=lambda path, split, data, cache: GradientSource(path),
-            path="a file that holds a number",
+    with registry.SOURCE_KINDS.temporary():
+        registry.register_source(
+            registry.SourceKind(
+                name="gradients",
+                open=lambda path, split, data, cache: GradientSource(path),
+                path="a file that holds a number",
+            )
         )
-    )
-    yield str(tmp_path / "count.txt")
-    schema.SOURCES.remove("gradients")
-    del registry._REGISTRY["gradients"]
+        yield str(tmp_path / "count.txt")
+    assert "gradients" not in schema.SOURCES
 
 
 def test_a_registered_source_trains_a_step(gradients: str) -> None:

@@ -4,6 +4,7 @@ import collections
 import os
 import pathlib
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -283,7 +284,7 @@ def test_reading_fails_with_one_line(fill, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(os, "pread", pread)
-    monkeypatch.setattr(base.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert base.read_byte_range(path, 0, 3) == b"012" and not fails
     fails.extend([OSError(5, "Input/output error")] * 3)
     with pytest.raises(UserError, match="Input/output error"):

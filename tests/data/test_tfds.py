@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import pytest
 
@@ -37,9 +38,10 @@ def prepare(
             str(directory / f"tiny-{split}.{kind}-00000-of-00001"), "group_size:1"
         )
         for i, image in enumerate(content):
-            caption: dict[str, bytes | int] = {"caption": f"number {i}".encode()}
+            caption: dict[str, Any] = {"caption": f"number {i}".encode()}
             if several:  # as in coco_captions
-                caption = {"captions/id": i, "captions/text": f"number {i}".encode()}
+                texts = (f"number {i}".encode(), b"another")
+                caption = {"captions/id": i, "captions/text": texts}
             writer.write(
                 tf_example.encode_example({"image": image, "label": i % 3, "extra": i, **caption})
             )
@@ -139,6 +141,7 @@ def test_captions_with_other_columns(files, tmp_path):
     prepare(tmp_path, {"train": files}, several=True)
     source = TfdsSource("tiny", directory=str(tmp_path))
     assert source.captions and source[2].caption == b"number 2"
+    assert source[2].other_captions == (b"another",)
 
 
 def test_refusals(files, tmp_path):

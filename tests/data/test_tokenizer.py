@@ -456,7 +456,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, bpe):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(base.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     for write in (
         lambda: bpe.save(str(tmp_path / "tokenizer.json")),
         lambda: tokenizer.save_tokenizer(b"the file", str(tmp_path)),

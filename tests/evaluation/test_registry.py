@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -38,10 +39,11 @@ def get_config():
 
 
 @pytest.fixture(autouse=True)
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test registers in a copy of the registry with all built-in evaluators."""
+def own_registry() -> Iterator[None]:
+    """What a test registers beside all built-in evaluators is forgotten after it."""
     assert figure_evaluators.__name__ in {each.build.__module__ for each in registry.evaluators()}
-    monkeypatch.setattr(registry, "_EVALUATORS", dict(registry._EVALUATORS))
+    with registry.EVALUATORS.temporary():
+        yield
 
 
 def test_an_evaluator_from_outside_reports_in_the_log_of_a_run(

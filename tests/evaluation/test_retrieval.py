@@ -37,22 +37,25 @@ def embeddings(images: int, captions: int, width: int = 5, seed: int = 0):
     texts = r.normal(size=(captions, width))
     images = texts[owner] + 1.2 * r.normal(size=(images, width))
     unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    return unit(images), unit(texts), owner
+    return unit(images), unit(texts), np.stack([np.arange(len(owner)), owner], 1)
 
 
-def brute(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> dict[str, float]:
-    """Every image is a query for its caption among the distinct ones, and the caption of every
-    image is a query for an image with it."""
+def brute(images: np.ndarray, texts: np.ndarray, pairs: np.ndarray) -> dict[str, float]:
+    """Every image is a query for any of its captions among the distinct ones, and every caption of
+    every image is a query for an image with it."""
     hits: dict[str, list[bool]] = {}
-    for i, image in enumerate(images.astype(np.float64)):
-        order = sorted(range(len(texts)), key=lambda c: -float(image @ texts[c].astype(np.float64)))
-        asked = sorted(
-            range(len(images)),
-            key=lambda n: -float(texts[owner[i]].astype(np.float64) @ images[n].astype(np.float64)),
-        )
+    similarity = images.astype(np.float64) @ texts.astype(np.float64).T
+    known = {tuple(pair) for pair in pairs.tolist()}
+    for i in range(len(images)):
+        order = np.argsort(-similarity[i]).tolist()
         for k in (1, 5, 10):
-            hits.setdefault(f"image_to_text/r{k}", []).append(owner[i] in order[:k])
-            hits.setdefault(f"text_to_image/r{k}", []).append(owner[i] in owner[asked[:k]])
+            found = any((i, text) in known for text in order[:k])
+            hits.setdefault(f"image_to_text/r{k}", []).append(found)
+    for _, text in pairs.tolist():
+        asked = np.argsort(-similarity[:, text]).tolist()
+        for k in (1, 5, 10):
+            found = any((i, text) in known for i in asked[:k])
+            hits.setdefault(f"text_to_image/r{k}", []).append(found)
     return {name: float(np.mean(found)) for name, found in hits.items()}
 
 
@@ -67,16 +70,39 @@ def test_recall_equals_a_numpy_loop(images: int, captions: int, chunk: int) -> N
         assert 0 < got["text_to_image/r1"] < got["text_to_image/r5"] < got["text_to_image/r10"] < 1
 
 
+def test_several_captions_of_an_image_are_evaluated_as_published() -> None:
+    """Five captions an image, as in COCO, against a loop and CLIP_benchmark's own words: a share of
+    the captions that find their image, and of the images that find any of their captions."""
+    r = np.random.default_rng(3)
+    owner = np.repeat(np.arange(30), 5)
+    images = r.normal(size=(30, 6))
+    texts = images[owner] + 1.5 * r.normal(size=(150, 6))
+    images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, texts))
+    got = dict(
+        retrieval.recall_at(
+            np.float32(images), np.float32(texts), np.stack([owner, np.arange(150)], 1), chunk=7
+        )
+    )
+    for k in (1, 5, 10):
+        first = np.argsort(-(texts @ images.T), 1)[:, :k]
+        assert got[f"text_to_image/r{k}"] == pytest.approx((first == owner[:, None]).any(1).mean())
+        first = owner[np.argsort(-(images @ texts.T), 1)[:, :k]]
+        expected = (first == np.arange(30)[:, None]).any(1).mean()
+        assert got[f"image_to_text/r{k}"] == pytest.approx(expected)
+    assert 0 < got["text_to_image/r1"] < 1 > got["image_to_text/r1"] > 0
+
+
 def test_a_collapsed_model_has_no_recall() -> None:
-    same = np.full((20, 4), 0.5, np.float32)
-    assert set(dict(retrieval.recall_at(same, same[:18], np.arange(20) % 18)).values()) == {0.0}
+    same, every = np.full((20, 4), 0.5, np.float32), np.arange(20)
+    pairs = np.stack([every, every % 18], 1)
+    assert set(dict(retrieval.recall_at(same, same[:18], pairs)).values()) == {0.0}
 
 
 def test_every_image_with_an_equal_caption_is_right() -> None:
     """Caption 0 has two images; the nearer one is a hit for both of its queries."""
     images = np.array([[0, 1], [1, 0], [0.8, 0.6]], np.float32)
     texts = np.array([[1, 0], [0.6, 0.8]], np.float32)
-    got = dict(retrieval.recall_at(images, texts, np.array([0, 0, 1])))
+    got = dict(retrieval.recall_at(images, texts, np.array([[0, 0], [1, 0], [2, 1]])))
     assert got["text_to_image/r1"] == 1.0
     assert got["image_to_text/r1"] == pytest.approx(2 / 3)  # image 0 points at caption 1
 
@@ -149,15 +175,32 @@ def test_the_metric_embeds_images_and_captions_with_the_model(
     texts = np.asarray(text_tower.apply(config.model, params["text"], ids, lengths))
     images = np.asarray(m3i.image_embedding(config, params, 3.0 * vectors[kept]))
     texts, images = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (texts, images))
-    owner = np.array([0, 1, 2, 1, 2, 3])
-    for actual, expected in zip(passed[0], (images, texts, owner), strict=True):
+    pairs = np.stack([np.arange(6), [0, 1, 2, 1, 2, 3]], 1)
+    for actual, expected in zip(passed[0], (images, texts, pairs), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-5)
-    assert got == {f"eval/retrieval/{name}": value for name, value in inner(images, texts, owner)}
+    assert got == {f"eval/retrieval/{name}": value for name, value in inner(images, texts, pairs)}
 
     before = len(source.read)
     assert (
         dict(measure(context)) == got and len(source.read) == before
     )  # captions are read once a run
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_all_captions_of_a_record_are_read(lines: bool) -> None:
+    """Of a list, and with `lines`, of the lines of a text; empty ones do not count."""
+    records = [
+        base.Record("a", b"", caption="a dog", other_captions=("two birds", " ")),
+        base.Record("b", b""),
+        base.Record("c", b"", caption="a red cat\n\na cat"),
+    ]
+    mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    captions = retrieval._Captions(records, words(), mesh, "stop", lines)
+    ids = lambda *texts: tuple(
+        tuple(tokens[:length].tolist()) for tokens, length in map(words().encode, texts)
+    )
+    last = ids("a red cat", "a cat") if lines else ids("a red cat a cat")
+    assert captions([2, 0, 1, 2]) == [last, ids("a dog", "two birds"), (), last]
 
 
 def test_without_captions_there_is_no_retrieval() -> None:

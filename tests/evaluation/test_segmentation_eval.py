@@ -143,23 +143,28 @@ def test_windows_are_those_of_a_plain_loop(
         np.testing.assert_array_equal(pixels[clear], scores.argmax(-1)[clear])
 
 
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("flip", "average"), [(False, "auto"), (True, "auto"), (True, "softmax")])
 def test_whole_images_are_one_window_of_their_own_size(
-    flip: bool, monkeypatch: pytest.MonkeyPatch
+    flip: bool, average: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sides are multiples of 8; one shape for every size; two images of one size are one call; the
-    order of the images stays; scores are averaged as they are."""
+    order of the images stays; scores are averaged as they are (Mask2Former), or their softmax is
+    (mmsegmentation)."""
     monkeypatch.setattr(sliding_windows, "_CHUNK", 4)
     config = schema.Config(
         dense=schema.DensePrediction(
             geometry=schema.Geometry(rule="range", long=40, short=16),
             segment=schema.Segment(
-                head="mask2former", test_whole=8, test_scales=(1.0, 0.5), test_flip=flip
+                head="mask2former",
+                test_whole=8,
+                test_scales=(1.0, 0.5),
+                test_flip=flip,
+                test_average=average,
             ),
         )
     )
     settings = sliding_windows.sliding_settings(config, classes=CLASSES, batch=2)
-    assert settings.whole and not settings.softmax
+    assert settings.whole and settings.softmax == (average == "softmax")
     size_of, resize_image = sliding_windows.resize_rule(config)
     weight, calls = np.random.default_rng(0).normal(size=(3, CLASSES)), []
 
@@ -185,7 +190,10 @@ def test_whole_images_are_one_window_of_their_own_size(
                 view = view[:, ::-1] if mirrored else view
                 scores = model(view[None], np.array([view.shape[:2]]))[0]
                 scores = scores[:, ::-1] if mirrored else scores
-                total += bilinear(scores, image.shape[:2])
+                scores = bilinear(scores, image.shape[:2])
+                if average == "softmax":
+                    scores = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+                total += scores
         best = np.sort(total, -1)
         clear = best[..., -1] - best[..., -2] > 1e-4
         assert clear.mean() > 0.98 and len(np.unique(pixels)) > 1

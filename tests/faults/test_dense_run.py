@@ -148,7 +148,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_a_restart_goes_on(
     assert same(tmp_path, unbroken)
 
 
-@pytest.mark.fast
+@pytest.mark.slow
 @pytest.mark.row("A9")
 def test_a_run_goes_on_with_a_sharded_state(
     head: str,

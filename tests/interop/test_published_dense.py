@@ -72,7 +72,8 @@ def outputs(path: str) -> dict[str, np.ndarray]:
 
 
 # The composed system has the same head; the weights of one copy are those of UperNet's system.
-@pytest.mark.parametrize("system", [pytest.param("dino", marks=pytest.mark.slow), "composite"])
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["dino", "composite"])
 def test_detections_of_a_file_are_those_of_its_system(files: dict, system: str) -> None:
     loaded, made = model(files[system]), outputs(files[system])
     maps, detect = loaded.config.dense.maps, loaded.config.dense.detect
@@ -104,6 +105,8 @@ def test_maps_of_a_file_are_those_of_its_system(files: dict, system: str) -> Non
     made = np.asarray(loaded.function(loaded.params, images[1:], case.SIZES[1:])["logits"])
     np.testing.assert_allclose(made[0, ::4, ::4], wanted[1], atol=1e-5 * scale, rtol=0)
     assert loaded.config.data.image_size == 512 and loaded.config.dense.segment.test_whole == 32
+    average = loaded.config.dense.segment.test_average
+    assert average == ("softmax" if system == "mask2former" else "auto")
     (found,) = loaded.segment(images[0][:32])
     assert found.shape == (32, 64) and found.max() < case.MAP_CLASSES
 

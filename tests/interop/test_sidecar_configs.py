@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
+from m3i_jax.data import crops
 from m3i_jax.data.preprocessing import Preprocessing
+from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.interop import export_formats, sidecar_configs, tensor_files, vit_weights
 from m3i_jax.interop.layout_entries import HALVES, IMAGENET
@@ -48,6 +50,10 @@ PROCESSORS = {
         {"size": 14, "crop_size": SIDE, "feature_extractor_type": "CLIPFeatureExtractor"},
         ("bicubic", False, 14),
     ),
+    "nearest": ({"size": SQUARE, "resample": 0}, ("nearest", True, 12)),
+    "lanczos": ({"size": SQUARE, "resample": 1}, ("lanczos", True, 12)),
+    "box": ({"size": SQUARE, "resample": 4}, ("box", True, 12)),
+    "hamming": ({"size": SQUARE, "resample": 5}, ("hamming", True, 12)),
     "no crop": (
         {"size": SQUARE, "do_center_crop": False, "crop_size": 10, "resample": 3},
         ("bicubic", True, 12),
@@ -59,6 +65,12 @@ TIMM = {
     "squash": ({"crop_pct": 1.0, "crop_mode": "squash"}, ("bicubic", True, 12)),
     "squash and crop": ({"crop_pct": 0.9, "crop_mode": "squash"}, ("bicubic", True, 13)),
     "no crop_pct": ({}, ("bicubic", False, 13)),
+    "nearest": ({"crop_pct": 0.9, "interpolation": "nearest"}, ("nearest", False, 13)),
+    "lanczos": ({"crop_pct": 0.9, "interpolation": "lanczos"}, ("lanczos", False, 13)),
+    "hamming": (
+        {"crop_pct": 1.0, "interpolation": "hamming", "crop_mode": "squash"},
+        ("hamming", True, 12),
+    ),
 }
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 24, 3), np.uint8)
 
@@ -100,6 +112,39 @@ def test_a_file_of_timm(name: str, tmp_path: pathlib.Path) -> None:
     theirs = see.transforms[1](see.transforms[0](Image.fromarray(image)))
     difference = preprocessing.view(image).astype(int) - np.asarray(theirs)
     assert np.abs(difference).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"resample": 6}, "resample=6"),
+        ({"size": {"longest_edge": 64}}, "size={'longest_edge': 64}"),
+        ({"size": {"height": 64, "width": 32}}, "'width': 32"),
+        ({"pretrained_cfg": {"interpolation": "random"}}, "interpolation='random'"),
+        (
+            {"pretrained_cfg": {"input_size": [3, SIDE, SIDE], "crop_mode": "border"}},
+            "crop_mode='border'",
+        ),
+    ],
+)
+def test_preprocessing_that_is_none_of_ours_is_refused(config: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        sidecar_configs.sidecar_settings(config)
+    assert "\n" not in str(error.value)
+
+
+def test_filters_have_one_name_everywhere() -> None:
+    """Pillow's numbers, those of files, and the values of the setting."""
+    assert [Image.Resampling(i).name.lower() for i in range(6)] == list(sidecar_configs.RESAMPLE)
+    assert crops.FILTERS.keys() == set(sidecar_configs.RESAMPLE)
+    for name in sidecar_configs.RESAMPLE:
+        assert toy.settings(evaluate__interpolation=name).evaluate.interpolation == name
+
+
+def test_a_processor_that_does_not_normalize() -> None:
+    config = {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    found = sidecar_configs.sidecar_settings(config)
+    assert (found["mean"], found["std"]) == ((0.0,) * 3, (1.0,) * 3)
 
 
 @pytest.mark.parametrize("squash", [False, True])

@@ -6,14 +6,17 @@ import jax
 import pytest
 
 from m3i_jax import parallel
+from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.profiling import topology
 
+TPUS = [kind for kind, chip in CHIPS.items() if chip.platform == "tpu" and kind != "tpu7x"]
 
-@pytest.fixture(params=("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"))
+
+@pytest.fixture(params=TPUS)
 def tpu_mesh(request: pytest.FixtureRequest) -> jax.sharding.Mesh:
     """Four chips of a kind, as replicas."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu")
-    return parallel.make_mesh(
-        (-1, 1, 1), topology.topology_devices(topology.parse_topology(request.param))
-    )
+    sides = "x".join(map(str, topology.slice_shape(request.param, 4)))
+    four = topology.parse_topology(f"{request.param}:{sides}")
+    return parallel.make_mesh((-1, 1, 1), topology.topology_devices(four))

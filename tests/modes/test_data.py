@@ -15,7 +15,7 @@ from m3i_jax.data import dataset_scan, dataset_stats
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UnreadableError
 from m3i_jax.modes import data
-from m3i_jax.profiling import hardware
+from m3i_jax.parallel.chips import CHIPS
 from tests import broken, toy
 
 
@@ -110,7 +110,7 @@ def test_speed_and_chips(survey):
     speed, feeds = report["speed"], report["feeds"]
     assert feeds["mfu"] == schema.Report().mfu
     assert {kind: peak for kind, peak, *_ in feeds["chips"]} == {
-        kind: chip.peak for kind, chip in hardware.CHIPS.items()
+        kind: chip.peak for kind, chip in CHIPS.items()
     }
     assert speed["decode"] > speed["pipeline"] > 10 and speed["images"] == 26
     for _, peak, wants, fed in feeds["chips"]:

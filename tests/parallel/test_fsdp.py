@@ -261,6 +261,7 @@ def convolved(shape: tuple[int, int, int], **settings):
         return run.lower(*arguments).compile(), arguments
 
 
+@pytest.mark.slow
 def test_internimage_gathers_one_layer_at_a_time() -> None:
     run, arguments = convolved((1, 8, 1), scan=True, remat="names")
     text = run.as_text()

@@ -8,7 +8,8 @@ import types
 
 import pytest
 
-from m3i_jax.profiling import compile_report, hardware
+from m3i_jax.parallel.chips import CHIPS
+from m3i_jax.profiling import compile_report
 from tests.profiling.test_hlo import LOOP
 
 STATE = {"params": 40.0, "moments": 80.0, "target": 30.0, "other": 2.0}
@@ -66,7 +67,7 @@ def test_an_unknown_wording_is_still_out_of_memory() -> None:
 
 
 def test_times_are_the_chips_and_the_longest_is_the_steps() -> None:
-    got, chip = compile_report.analyze_program(LOOP, chip="v5e"), hardware.CHIPS["v5e"]
+    got, chip = compile_report.analyze_program(LOOP, chip="v5e"), CHIPS["v5e"]
     roof = got["roofline"]
     assert roof["compute_seconds"] == pytest.approx(10 * 2 * 8 * 16 * 16 / chip.peak)
     assert roof["network_seconds"] == pytest.approx((10 * 3 * 128 + 10 * 1.5 * 516) / chip.link)
@@ -77,7 +78,7 @@ def test_times_are_the_chips_and_the_longest_is_the_steps() -> None:
     assert sum(got["traffic_parts"].values()) == got["traffic_bytes"]
     assert compile_report.analyze_program(LOOP, chip="tpu7x", cores=2)["roofline"][
         "compute_seconds"
-    ] == pytest.approx(2 * 40_960 / hardware.CHIPS["tpu7x"].peak)
+    ] == pytest.approx(2 * 40_960 / CHIPS["tpu7x"].peak)
     assert compile_report.analyze_program(LOOP, chip="cpu")["roofline"] is None
 
 
@@ -98,7 +99,7 @@ ENTRY %e (a: bf16[1024]) -> bf16[1024] {{
   ROOT %g = bf16[1024]{{0}} all-reduce(%a), replica_groups={groups}
 }}
 """
-    chip = hardware.CHIPS["h100"]
+    chip = CHIPS["h100"]
     assert chip.network == 50e9  # 400 Gb/s
     got = compile_report.analyze_program(text, chip="h100", host=8)
     received = got["collectives"]["all-reduce"]["received_bytes"]

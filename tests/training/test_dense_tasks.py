@@ -351,6 +351,15 @@ def test_dino_reads_the_maps_of_a_convolutional_encoder_as_they_are() -> None:
     assert out["boxes"].shape == (8, 5, 4) and "masks" not in out
 
 
+def test_dino_reads_every_map_of_the_pyramid_of_a_plain_vit() -> None:
+    """The last one too: every second cell of the one before (detrex), not a convolution of it."""
+    task = make_task(dense_settings("dino"))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    projections = params["head"]["encoder"]["projections"]
+    kernels = {int(name[7:]): part["conv"]["kernel"].shape for name, part in projections.items()}
+    assert kernels == {stride: (8, 8) for stride in task.pyramid().channels} and len(kernels) > 1
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -14,8 +14,8 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
-from m3i_jax.objective import registry
-from m3i_jax.training import checkpoint, optimizer, update_rules, weight_source
+from m3i_jax.objective import ema, registry
+from m3i_jax.training import checkpoint, muon, optimizer, schedule_free, weight_source
 from m3i_jax.training.task import State
 from tests import toy
 
@@ -130,8 +130,8 @@ def test_which_parameters_are_matrices() -> None:
         "heads/global/projector/layer0/kernel": (8, 8),
         "head/encoder/layers/attention/offsets/kernel": (2, 8, 8),
     }
-    assert all(update_rules.is_matrix(path, shape) for path, shape in of_muon.items())
-    assert not any(update_rules.is_matrix(path, shape) for path, shape in of_adam.items())
+    assert all(muon.is_matrix(path, shape) for path, shape in of_muon.items())
+    assert not any(muon.is_matrix(path, shape) for path, shape in of_adam.items())
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2)])
@@ -139,7 +139,7 @@ def test_muon_on_a_mesh_computes_the_same(shape, monkeypatch) -> None:
     """Matrices are dealt out whole, here 9 and 3 of them to 4 devices."""
     monkeypatch.setattr(parallel.sharding, "SMALL", 1)
     mesh = parallel.make_mesh(shape, jax.devices()[:4])
-    tx = update_rules.muon_or_adam(momentum=0.95, rms=0.2, b1=0.9, b2=0.95, eps=1e-8)
+    tx = muon.muon_or_adam(momentum=0.95, rms=0.2, b1=0.9, b2=0.95, eps=1e-8)
     grads = gradients(1)
     state = tx.init(PARAMS)
     expected, _ = jax.jit(tx.update)(grads, state)
@@ -163,7 +163,7 @@ def test_schedule_free_is_its_definition() -> None:
     """Three steps in numpy; the matrices decay at y, the token does not."""
     settings = config(rule="schedule_free", schedule="constant", b1=0.8, b2=0.95)
     params, opt = run(settings)
-    averaged = update_rules.averaged_params(opt, params)
+    averaged = schedule_free.averaged_params(opt, params)
     for path, decay in ((("patch_embed", "kernel"), 0.1), (("cls_token",), 0.0)):
         pick = lambda tree, path=path: functools.reduce(lambda n, k: n[k], path, tree["encoder"])
         y = pick(PARAMS).astype(np.float64)
@@ -194,7 +194,7 @@ def test_the_average_of_the_logit_scale_stays_at_its_limit(sign: int, limit: flo
         return optax.apply_updates(both[0], updates), opt
 
     y, opt = jax.lax.fori_loop(0, 200, step, (params, tx.init(params)))
-    z, x = opt["schedule_free"].z, update_rules.averaged_params(opt, y)
+    z, x = opt["schedule_free"].z, schedule_free.averaged_params(opt, y)
     found = [float(tree["logit_scale"]) for tree in (y, z, x)]
     np.testing.assert_allclose(found, limit, atol=0.02)
     assert all(abs(value - 2.3026) < 2.3026 + 1e-5 for value in found)
@@ -212,6 +212,27 @@ def test_evaluation_reads_the_average() -> None:
     assert feature_extraction.encoder_params(settings, adam) is params
 
 
+def test_the_target_follows_the_average() -> None:
+    """What is evaluated, not the point where gradients are taken."""
+    settings = config(rule="schedule_free", schedule="constant", b1=0.6)
+    target = ema.track_target(0.5, lambda params: params["scale"])
+    tx = optimizer.build_chain(settings, steps=9, warmup=0, last=(("target", target),))
+
+    @jax.jit
+    def step(params, opt):
+        updates, opt = tx.update({"scale": jnp.float32(1.0)}, opt, params)
+        params = optax.apply_updates(params, updates)
+        return params, opt, schedule_free.averaged_params(opt, params)["scale"]
+
+    params = {"scale": jnp.float32(1.0)}
+    opt, expected = tx.init(params), 1.0
+    for _ in range(4):
+        params, opt, x = step(params, opt)
+        expected = 0.5 * expected + 0.5 * float(x)
+        np.testing.assert_allclose(float(opt["target"].params), expected, atol=1e-6)
+    assert abs(float(x) - float(params["scale"])) > 0.01
+
+
 def test_prototypes_that_are_held_stay_in_the_average_too() -> None:
     """z of a held parameter does not move, or its average x = (y - (1 - b1) z) / b1 would."""
     settings = schema.Config(
@@ -227,7 +248,7 @@ def test_prototypes_that_are_held_stay_in_the_average_too() -> None:
         more = {"feature_grad_norms": (jnp.ones(()), jnp.ones(())), "mean_logits": {}}
         updates, opt = tx.update(start, opt, params, **more)
         params = optax.apply_updates(params, updates)
-        return params, opt, update_rules.averaged_params(opt, params)
+        return params, opt, schedule_free.averaged_params(opt, params)
 
     params, opt, found = start, tx.init(start), []
     for _ in range(4):
@@ -264,11 +285,14 @@ def test_a_restart_changes_no_bit(rule: str, tmp_path) -> None:
 def test_weights_of_a_schedule_free_run_are_its_average(tmp_path) -> None:
     """What load, --mode=eval and init_from read of its checkpoint."""
     settings = toy.settings(optim__rule="schedule_free", optim__schedule="constant")
-    params = {"encoder": {"patch_embed": {"kernel": jnp.ones((192, 32))}}}
+    params = {"encoder": {"patch_embed": {"kernel": jnp.ones((192, 32))}}, "scalars": jnp.ones(2)}
     z = jax.tree.map(lambda leaf: 3 * leaf, params)
     link = optax.contrib.schedule_free(optax.sgd(1.0), 1.0).init(params)._replace(z=z)
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", 2)
-    state = State(jnp.int32(1), params, {"schedule_free": link})
+    target = ema.TargetState(
+        jnp.int32(1), {"encoder": jax.tree.map(lambda x: 5 * x, params)["encoder"]}
+    )
+    state = State(jnp.int32(1), params, {"schedule_free": link, "target": target})
     checkpoints.save(1, state, {"samples_seen": 16, "fingerprint": "x"})
     checkpoints.wait()
     checkpoints.close()
@@ -276,6 +300,11 @@ def test_weights_of_a_schedule_free_run_are_its_average(tmp_path) -> None:
     path = "encoder/patch_embed/kernel"
     found = weight_source.open_weights(str(tmp_path)).read({path: None})[path]
     np.testing.assert_allclose(found, (1 - 0.1 * 3) / 0.9, rtol=1e-6)
+    found = weight_source.open_weights(str(tmp_path), weights="ema").read(
+        {path: None, "scalars": None}
+    )
+    np.testing.assert_allclose(found[path], 5.0)  # the target's own
+    np.testing.assert_allclose(found["scalars"], (1 - 0.1 * 3) / 0.9, rtol=1e-6)  # it has none
 
 
 def test_schedules() -> None:

@@ -2,6 +2,7 @@
 must survive a restart."""
 
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 from m3i_jax import schema
+from m3i_jax.config import load_config
 from m3i_jax.models import m3i
 from m3i_jax.objective import derived_terms, ema
 from m3i_jax.objective import terms as objective_terms
@@ -47,6 +49,7 @@ NOT_DECAYED = {
     "text/positions",
     "logit_scale",
 }
+ROOT = pathlib.Path(__file__).parents[2]
 ZERO = {"feature_grad_norms": (0.0, 0.0)}
 
 
@@ -90,6 +93,26 @@ def test_kernels_and_the_token_table_are_decayed() -> None:
         "decoder/position_map/kernel",
         "encoder/blocks/attention/qkv/kernel",
     } <= decayed
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2", "cap", "cappa", "locca"])
+def test_methods_of_big_vision_decay_kernels_alone(name: str) -> None:
+    """By 1e-4 a step at the peak, where AdamW multiplies by the rate: no table of tokens."""
+    config = load_config(f"{ROOT}/configs/forms.py:form={name},batch_size=32768")
+    assert config.optim.lr * config.optim.weight_decay == pytest.approx(1e-4)
+    mask = optimizer.decay_mask(shapes(toy.settings()), rule=config.optim.decayed)
+    decayed = names(mask, bool)
+    assert decayed == {n for n in names(mask) if n.endswith("/kernel")} and len(decayed) > 9
+    assert "text/token_table" in names(mask)
+
+
+def test_clip_and_slip_decay_what_has_several_axes() -> None:
+    """SLIP's code, which trains both: also tables and tokens, but no norm and no bias."""
+    for name in ("clip", "slip"):
+        rule = load_config(f"{ROOT}/configs/forms.py:form={name}").optim.decayed
+        decayed = names(optimizer.decay_mask(shapes(toy.settings()), rule=rule), bool)
+        assert {"text/token_table", "text/positions", "encoder/cls_token"} <= decayed
+        assert not any(n.endswith(("scale", "bias")) for n in decayed)
 
 
 def test_learning_rate_golden() -> None:

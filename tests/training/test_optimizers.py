@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from m3i_jax.training import optimizer
+from m3i_jax.training import update_rules
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -17,7 +17,7 @@ def test_lars_is_its_definition(weight_decay: float) -> None:
     params = {name: r.normal(size=shape) for name, shape in shapes.items()}
     params["zero"][:] = 0
     rate = lambda step: 0.5 * (1 + step)
-    tx = optax.chain(*optimizer.lars(rate, weight_decay=weight_decay))
+    tx = optax.chain(*update_rules.lars(rate, weight_decay=weight_decay))
     ours = {name: jnp.asarray(x, jnp.float32) for name, x in params.items()}
     state, buffer = tx.init(ours), {name: np.zeros(shape) for name, shape in shapes.items()}
     for step in range(6):

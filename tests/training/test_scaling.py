@@ -8,6 +8,7 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import schema, validation
+from m3i_jax.models import backbones
 from m3i_jax.modes import setup as jobs
 from m3i_jax.training import scaling, trainer
 from tests import toy
@@ -96,7 +97,9 @@ def test_length_and_batch_of_an_override_count() -> None:
 
 
 @pytest.mark.parametrize("width", [96, 384, 768, 1280])
-@pytest.mark.parametrize("known", [scaling.PRETRAINING, scaling.FINETUNING, scaling.INTERN_IMAGE])
+@pytest.mark.parametrize(
+    "known", [scaling.PRETRAINING, scaling.FINETUNING, backbones.INTERN_IMAGE.finetuning.reference]
+)
 def test_the_rules_are_bounded(known: scaling.Reference, width: int) -> None:
     sizes, batches = [10.0**e for e in range(4, 12)], [32, 64, 256, 1024, 4096, 65536]
     assert (

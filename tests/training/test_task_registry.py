@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -92,11 +93,10 @@ class MeanColor(task.Task):
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task, "_REGISTRY", dict(task._REGISTRY))
-    monkeypatch.setattr(task_views, "_REGISTRY", dict(task_views._REGISTRY))
-    task.register_task("mean_color", MeanColor)
-    yield
+def registered() -> Iterator[None]:
+    with task.TASK_KINDS.temporary(), task_views.VIEWS.temporary():
+        task.register_task("mean_color", MeanColor)
+        yield
     schema.TASKS.pop("mean_color", None)
 
 

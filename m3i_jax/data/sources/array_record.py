@@ -28,6 +28,7 @@ import numpy as np
 from m3i_jax import privacy, progress
 from m3i_jax.data.sources import base, shared_files, tf_example
 from m3i_jax.data.sources.base import HandleCache, Record
+from m3i_jax.data.sources.captions import encoded_captions
 from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UnreadableError, UserError
 
@@ -55,18 +56,14 @@ def pack_record(record: Record) -> bytes:
     Record(key='a', image=b'...', label=3, caption=b'a cat')
     """
     image = record.image if isinstance(record.image, bytes) else _png(record.image)
-    features: dict[str, bytes | int] = {
+    features: dict[str, bytes | int | tuple[bytes, ...]] = {
         "image": image,
         "key": record.key.encode("utf-8", "surrogateescape"),
     }
     if record.label >= 0:
         features["label"] = int(record.label)
-    if record.caption is not None:
-        features["caption"] = (
-            record.caption
-            if isinstance(record.caption, bytes)
-            else record.caption.encode("utf-8", "replace")
-        )
+    if texts := encoded_captions(record):
+        features["caption"] = texts
     return tf_example.encode_example(features)
 
 
@@ -86,18 +83,20 @@ def unpack_record(raw: bytes, key: str = "") -> Record:
     """
     features = tf_example.decode_example(raw)
 
-    def first(names: Sequence[str], kind: type) -> Any:
+    def found(names: Sequence[str], kind: type) -> Any:
         for name in names:
             if (values := features.get(name)) and isinstance(values[0], kind):
-                return values[0]
-        return None
+                return tuple(values)
+        return (None,)
 
-    label, name = base.parse_label(first(LABELS, int)), first(KEYS, bytes)
+    label, name = base.parse_label(found(LABELS, int)[0]), found(KEYS, bytes)[0]
+    caption, *others = found(CAPTIONS, bytes)
     return Record(
         name.decode("utf-8", "surrogateescape") if name else key,
-        first(IMAGES, bytes) or b"",
+        found(IMAGES, bytes)[0] or b"",
         -1 if label is None else label,
-        first(CAPTIONS, bytes),
+        caption,
+        other_captions=tuple(others),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from m3i_jax.data import decode
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import HandleCache, Record
+from m3i_jax.data.sources.captions import caption_texts, first_and_others
 from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UserError
 
@@ -26,9 +27,9 @@ class HuggingFaceSource:
     """One split of a saved data set.
 
     The image is the column `image`, `img`, ..., else the only image column; the label is `label`,
-    `labels` or `cls`, else the only ClassLabel; the caption is `caption`, `captions` (the first of
-    several), `text` or `txt`. The key of a record is its `key`, `__key__`, `id` or `file_name` if
-    that is text, else its index.
+    `labels` or `cls`, else the only ClassLabel; the caption is `caption`, `captions`, `text` or
+    `txt`; of a list, the first, and retrieval is evaluated with all. The key of a record is its
+    `key`, `__key__`, `id` or `file_name` if that is text, else its index.
 
     Args:
         path: the directory that `save_to_disk` wrote.
@@ -99,7 +100,10 @@ class HuggingFaceSource:
         return self._key_of(index, self._columns("key")[index] if self._key else {})
 
     def caption(self, index: int) -> str | None:
-        return self._caption_of(self._columns("caption")[index]) if self._caption else None
+        return next(iter(self.caption_list(index)), None)
+
+    def caption_list(self, index: int) -> tuple[str, ...]:
+        return self._captions_of(self._columns("caption")[index]) if self._caption else ()
 
     def key_hashes(self) -> np.ndarray:
         keys = self._columns("key")[:][self._key] if self._key else [None] * len(self)
@@ -129,21 +133,21 @@ class HuggingFaceSource:
                 else b""
             )
         label = base.parse_label(row[self._label]) if self._label else None
+        caption, others = first_and_others(self._captions_of(row))
         return Record(
             self._key_of(index, row),
             content or b"",
             -1 if label is None else label,
-            self._caption_of(row),
+            caption,
+            other_captions=others,
         )
 
     def _key_of(self, index: int, row: dict[Any, Any]) -> str:
         return row.get(self._key) or str(index)
 
-    def _caption_of(self, row: dict[Any, Any]) -> str | None:
-        caption = row.get(self._caption) if self._caption else None
-        if isinstance(caption, list):
-            caption = next(iter(caption), None)
-        return caption[: decode.CAPTION_LIMIT + 1] if isinstance(caption, str) else None
+    def _captions_of(self, row: dict[Any, Any]) -> tuple[str, ...]:
+        texts = caption_texts(row.get(self._caption) if self._caption else None)
+        return tuple(text[: decode.CAPTION_LIMIT + 1] for text in texts if isinstance(text, str))
 
     def _columns(self, which: str) -> Any:
         """Returns the table with only the needed columns, opened in this process."""

@@ -8,6 +8,7 @@ they are not null. Other columns are not read.
 A kept set is a source. Its records are in the order of the source, so the order of the rows, the
 format and the number of files of the list change neither the stream nor its fingerprint."""
 
+import dataclasses
 import glob
 import json
 import os
@@ -124,11 +125,17 @@ class KeptSource(base.SubsetSource):
         own = self._own_caption(index)
         return super().caption(index) if own is None else own
 
+    def caption_list(self, index: int) -> tuple[str | bytes, ...]:
+        own = self._own_caption(index)
+        return super().caption_list(index) if own is None else (own,)
+
     def _replace(self, index: int, record: Record) -> Record:
         label, caption = self._arrays.get("label"), self._own_caption(index)
         new_label = record.label if label is None or label[index] == _OWN else int(label[index])
-        new_caption = record.caption if caption is None else caption
-        return Record(record.key, record.image, new_label, new_caption, record.objects, record.map)
+        record = dataclasses.replace(record, label=new_label)
+        if caption is None:
+            return record
+        return dataclasses.replace(record, caption=caption, other_captions=())
 
     @property
     def replaces(self) -> bool:

@@ -15,6 +15,7 @@ from m3i_jax import schema
 from m3i_jax.data import sampler
 from m3i_jax.data.sources import base, class_names, registry
 from m3i_jax.data.sources.base import DataSource, Record
+from m3i_jax.data.sources.captions import source_caption, source_captions
 from m3i_jax.data.sources.objects import ObjectTable
 from m3i_jax.errors import UserError
 
@@ -283,7 +284,12 @@ class Mixture:
     def caption(self, index: int) -> str | bytes | None:
         number, local_index = self._locate_index(index)
         source = self.sources[number]
-        return base.source_caption(source, local_index) if source.captions else None
+        return source_caption(source, local_index) if source.captions else None
+
+    def caption_list(self, index: int) -> tuple[str | bytes, ...]:
+        number, local_index = self._locate_index(index)
+        source = self.sources[number]
+        return source_captions(source, local_index) if source.captions else ()
 
     def object_table(self) -> ObjectTable | None:
         """Returns the objects of all sources, with the classes of the mixture; None unless every
@@ -441,7 +447,10 @@ class RelabelledSource:
         return base.source_key(self.source, index)
 
     def caption(self, index: int) -> str | bytes | None:
-        return base.source_caption(self.source, index)
+        return source_caption(self.source, index)
+
+    def caption_list(self, index: int) -> tuple[str | bytes, ...]:
+        return source_captions(self.source, index)
 
     def object_table(self) -> ObjectTable | None:
         table = base.object_table(self.source)

@@ -18,7 +18,6 @@ from a program that imports it and calls `m3i_jax.main.main`. Worker processes u
 so its class belongs in an importable module."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -26,6 +25,7 @@ from m3i_jax import schema
 from m3i_jax.data.sources import class_names
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.errors import UserError
+from m3i_jax.registries import Registry
 
 
 class Opener(Protocol):
@@ -73,8 +73,20 @@ class SourceKind:
     find_splits: Callable[[str], SplitFolders | None] | None = None
 
 
-_REGISTRY: dict[str, SourceKind] = {}
-_BUILT_IN = frozenset(schema.SOURCES)
+def _unknown(name: str, names: list[str]) -> UserError:
+    known = ", ".join(map(repr, names))
+    return UserError(f"data.source={name!r} is not a source: use {known} or 'mixture'")
+
+
+SOURCE_KINDS: Registry[SourceKind] = Registry(
+    "source",
+    choices=schema.SOURCES,
+    reserved=("mixture",),
+    home=lambda name: f"{__package__}.{name}",
+    made_in=lambda kind: kind.open.__module__,
+    replace=True,
+    unknown=_unknown,
+)
 
 
 def register_source(kind: SourceKind) -> SourceKind:
@@ -90,15 +102,9 @@ def register_source(kind: SourceKind) -> SourceKind:
 
     >>> register_source(SourceKind(name="mixture", open=lambda *_: None))
     Traceback (most recent call last):
-    ValueError: a source cannot be named 'mixture'
+    ValueError: source 'mixture' exists already: a source cannot be named 'mixture', ...
     """
-    foreign = not kind.open.__module__.startswith(__package__)
-    if kind.name == "mixture" or not kind.name.isidentifier() or foreign and kind.name in _BUILT_IN:
-        raise ValueError(f"a source cannot be named {kind.name!r}")
-    if kind.name not in schema.SOURCES:
-        schema.SOURCES.append(kind.name)
-    _REGISTRY[kind.name] = kind
-    return kind
+    return SOURCE_KINDS.register(kind.name, kind)
 
 
 def source_names() -> list[str]:
@@ -107,7 +113,7 @@ def source_names() -> list[str]:
     >>> source_names()[:2]
     ['shapes', 'folder']
     """
-    return [name for name in schema.SOURCES if name != "mixture"]
+    return list(SOURCE_KINDS)
 
 
 def source_kind(name: str) -> SourceKind:
@@ -119,12 +125,7 @@ def source_kind(name: str) -> SourceKind:
     >>> source_kind("tfds").default_split
     'train'
     """
-    if name not in source_names():
-        names = ", ".join(map(repr, source_names()))
-        raise UserError(f"data.source={name!r} is not a source: use {names} or 'mixture'")
-    if name not in _REGISTRY:
-        importlib.import_module(f"{__package__}.{name}")
-    return _REGISTRY[name]
+    return SOURCE_KINDS[name]
 
 
 def open_kind(

@@ -26,9 +26,10 @@ import numpy as np
 from m3i_jax import progress
 from m3i_jax.data.sources import base, mapped_arrays, remote, tar_headers
 from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT
+from m3i_jax.data.sources.captions import caption_texts
 from m3i_jax.errors import UserError
 
-VERSION = 3  # of the index; an index of another version is rebuilt
+VERSION = 4  # of the index; an index of another version is rebuilt
 PART = 64  # tar files of a part
 JSON_LIMIT = 1 << 20
 NO_CAPTION, TEXT, JSON = 0, 1, 2  # where the caption of an image is stored
@@ -278,6 +279,16 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def json_captions(value: dict[str, Any]) -> tuple[str | bytes, ...]:
+    """Returns the texts of `caption` or `captions` in a JSON object, each a text or a list.
+
+    >>> json_captions({"caption": "a cat"}), json_captions({"captions": ["a cat", " ", "one cat"]})
+    (('a cat',), ('a cat', 'one cat'))
+    """
+    texts = caption_texts(value.get("caption")) or caption_texts(value.get("captions"))
+    return tuple(text for text in texts if text.strip())
+
+
 def _scan(number: int, path: str) -> tuple[Arrays, collections.Counter[str]]:
     """Returns the columns of one tar file, in the order in which the stems appear (`key_end`: the
     lengths of the keys), and what is ignored."""
@@ -342,12 +353,7 @@ def _members(path: str) -> tuple[dict[str, dict[str, Any]], collections.Counter[
                     problems["labels that are not a category"] += label is None
                     if label is not None:
                         group["label"] = label
-                caption = value.get("caption")
-                if (
-                    isinstance(caption, str)
-                    and caption.strip()
-                    and group.get("caption_kind") != TEXT
-                ):
+                if json_captions(value) and group.get("caption_kind") != TEXT:
                     group.update(caption_kind=JSON, caption_offset=offset, caption_size=size)
             else:
                 problems["other members"] += 1

@@ -1,6 +1,6 @@
 """Writes tar files of records as WebDataset and `TarSource` read them: KEY.jpg (or .png, ...) with
-the original bytes, KEY.txt with the caption, KEY.cls with the label. The bytes are a function of
-the records alone: members have no time and no owner.
+the original bytes, KEY.txt with the caption or KEY.json with several, KEY.cls with the label. The
+bytes are a function of the records alone: members have no time and no owner.
 
 A converted data set is a directory of NAME-00000-of-00008.tar, each with a small .npz file beside
 it (number of records, size and digest of the tar file), and `dataset.json`, written last."""
@@ -19,6 +19,8 @@ from PIL import Image
 from m3i_jax import privacy
 from m3i_jax.data.sources import base, shared_files
 from m3i_jax.data.sources.base import FILE_LIMIT, Record
+from m3i_jax.data.sources.captions import encoded_captions
+from m3i_jax.data.sources.tar_index import JSON_LIMIT
 from m3i_jax.errors import UserError, shorten
 
 ENDING = ".tar"
@@ -103,17 +105,18 @@ class _HashedFile:
 
 
 def _members(record: Record) -> Iterable[tuple[str, bytes]]:
-    image, caption = record.image, record.caption
+    image, captions = record.image, encoded_captions(record)
     if not isinstance(image, bytes):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG", compress_level=1)
         image = buffer.getvalue()
     # a file of an unknown format is a bad record, also of a tar file
     yield next((ending for start, ending in _FORMATS if image.startswith(start)), "jpg"), image
-    if isinstance(caption, str):
-        caption = caption.encode("utf-8", "replace")
-    if caption and len(caption) < FILE_LIMIT:
-        yield "txt", caption
+    several = json.dumps({"captions": [text.decode("utf-8", "replace") for text in captions]})
+    if len(captions) > 1 and len(several) < JSON_LIMIT:
+        yield "json", several.encode()
+    elif captions and captions[0] and len(captions[0]) < FILE_LIMIT:
+        yield "txt", captions[0]
     if record.label >= 0:
         yield "cls", b"%d" % record.label
 

@@ -16,6 +16,7 @@ import numpy as np
 from m3i_jax.data import decode
 from m3i_jax.data.sources import base, remote, tar_index
 from m3i_jax.data.sources.base import EXTENSIONS, Record
+from m3i_jax.data.sources.captions import first_and_others
 from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.data.sources.tar_index import JSON_LIMIT, NO_CAPTION, TEXT
 from m3i_jax.errors import UserError
@@ -26,7 +27,8 @@ class TarSource:
     members.
 
     Members with the same stem form a record: `KEY.jpg`, `KEY.txt` (caption), `KEY.json` (`caption`
-    if there is no text, `label` if a whole number), `KEY.cls` (label). The key of a record is the
+    or `captions`, a text or a list, if there is no text; `label` if a whole number), `KEY.cls`
+    (label). The key of a record is the
     stem, so equal keys of two tar files are in the same part of a split. Classes have no names;
     they are "0", "1", ... up to the highest label.
 
@@ -103,15 +105,12 @@ class TarSource:
         captioned = [i for i in ordered if x["caption_kind"][i] != NO_CAPTION]
         contents = _read_ranges([*ranges, *(self._caption_range(i) for i in captioned)])
         captions = dict(zip(captioned, contents[len(ranges) :], strict=True))
-        records = {
-            i: Record(
-                self.key(i),
-                image,
-                int(x["label"][i]),
-                self._parse_caption(i, captions[i]) if i in captions else None,
-            )
-            for i, image in zip(ordered, contents, strict=False)
-        }
+        records = {}
+        for i, image in zip(ordered, contents, strict=False):
+            texts = self._parse_captions(i, captions[i]) if i in captions else ()
+            caption, others = first_and_others(texts)
+            label = int(x["label"][i])
+            records[i] = Record(self.key(i), image, label, caption, other_captions=others)
         return [records[i] for i in indices]
 
     def key(self, index: int) -> str:
@@ -121,9 +120,12 @@ class TarSource:
 
     def caption(self, index: int) -> str | bytes | None:
         """Reads a caption without its image, up to the length that is used."""
+        return next(iter(self.caption_list(index)), None)
+
+    def caption_list(self, index: int) -> tuple[str | bytes, ...]:
         if self._index["caption_kind"][index] == NO_CAPTION:
-            return None
-        return self._parse_caption(index, _read_ranges([self._caption_range(index)])[0])
+            return ()
+        return self._parse_captions(index, _read_ranges([self._caption_range(index)])[0])
 
     def _caption_range(self, index: int) -> tuple[str, int, int]:
         x = self._index
@@ -134,12 +136,10 @@ class TarSource:
             min(int(x["caption_size"][index]), limit),
         )
 
-    def _parse_caption(self, index: int, raw: bytes) -> str | bytes | None:
-        return (
-            raw
-            if self._index["caption_kind"][index] == TEXT
-            else tar_index.parse_json(raw).get("caption")
-        )
+    def _parse_captions(self, index: int, raw: bytes) -> tuple[str | bytes, ...]:
+        if self._index["caption_kind"][index] == TEXT:
+            return (raw,)
+        return tar_index.json_captions(tar_index.parse_json(raw))
 
     def key_hashes(self) -> np.ndarray:
         return self._index["key_hash"]

@@ -11,19 +11,20 @@ _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # wire types
 _BYTES_LIST, _INT64_LIST = 1, 3  # fields of a Feature
 
 
-def encode_example(features: Mapping[str, bytes | int]) -> bytes:
+def encode_example(features: Mapping[str, bytes | int | tuple[bytes, ...]]) -> bytes:
     """Encodes one message; the same features always give the same bytes.
 
     Args:
-        features: name -> bytes, or an integer of 64 bits.
+        features: name -> bytes, several bytes, or an integer of 64 bits.
 
     >>> encode_example({"label": 3}).hex()
     '0a100a0e0a056c6162656c12051a030a0103'
     """
     entries = b""
     for name, value in sorted(features.items()):
-        if isinstance(value, bytes):
-            feature = _field(_BYTES_LIST, _field(1, value))
+        if not isinstance(value, int):
+            values = (value,) if isinstance(value, bytes) else value
+            feature = _field(_BYTES_LIST, b"".join(_field(1, each) for each in values))
         else:
             feature = _field(_INT64_LIST, _field(1, _varint(value & 0xFFFFFFFFFFFFFFFF)))
         entries += _field(1, _field(1, name.encode()) + _field(2, feature))

@@ -10,6 +10,7 @@ import numpy as np
 
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import HandleCache, Record
+from m3i_jax.data.sources.captions import caption_texts, first_and_others
 from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import UserError
 
@@ -20,9 +21,9 @@ class TfdsSource:
     """One split of a prepared data set. Nothing is downloaded; `tfds build` prepares a data set.
 
     The image is the feature `image`, else the only image feature; the label is `label`, else the
-    only class label; the caption is `caption`, `captions` (the first; of several columns, as in
-    coco_captions, `text`) or `text`. The key of a record is `SPLIT-INDEX`, since the order of a
-    prepared data set never changes.
+    only class label; the caption is `caption`, `captions` (of several columns, as in coco_captions,
+    `text`) or `text`; of a list, the first, and retrieval is evaluated with all. The key of a
+    record is `SPLIT-INDEX`, since the order of a prepared data set never changes.
 
     Args:
         path: name in TFDS ("food101", "imagenet2012:5.1.0"), or the directory of one version.
@@ -96,16 +97,14 @@ class TfdsSource:
         caption = example[self._caption] if self._caption else None
         if isinstance(caption, dict):  # several with other columns, as of coco_captions
             caption = next((caption[name] for name in CAPTIONS if name in caption), None)
-        # several captions of one image, or another type
-        if caption is not None and not isinstance(caption, (bytes, str)):
-            first = next(iter(caption), None) if hasattr(caption, "__iter__") else None
-            caption = first if isinstance(first, (bytes, str)) else None
+        caption, others = first_and_others(caption_texts(caption))
         image = example[self._image]
         return Record(
             self.key(index),
             image if isinstance(image, bytes) else np.asarray(image, np.uint8),
             max(label, -1),
             caption,
+            other_captions=others,
         )
 
     def _builder(self) -> Any:

@@ -40,7 +40,8 @@ def init(
     contents of matched queries [Q, D] and those of noised objects by class [K, D], both N(0, 1).
 
     Args:
-      channels: {stride: channels of its map} of all strides but the last, which the head makes.
+      channels: {stride: channels of its map}; the head makes that of the last stride if it is not
+        given.
       classes: number of categories.
 
     Raises:

@@ -61,6 +61,11 @@ def init_encoder(
 
     Convolutions are Xavier-uniform with biases 0, as the dense layer is, the embedding N(0, 1).
 
+    Args:
+      channels: {stride: channels of its map}. Without the last stride, its level is a convolution
+        of stride 2 of the map before, as for a backbone of several maps (IDEA); with it, as of a
+        pyramid on a plain ViT, a projection like the others (detrex).
+
     >>> settings = schema.Detect(strides=(8, 16), width=8, dino=schema.Dino(heads=2, hidden=16))
     >>> params = jax.eval_shape(
     ...     lambda key: init_encoder(settings, {8: 12}, 5, key), jax.random.key(0)
@@ -72,7 +77,8 @@ def init_encoder(
     affine = {"scale": (width,), "bias": (width,)}
     projections: dict[str, Any] = {}
     for stride in settings.strides:
-        kernel = (channels[stride], width) if stride in read else (3, 3, channels[read[-1]], width)
+        given = stride in channels
+        kernel = (channels[stride], width) if given else (3, 3, channels[read[-1]], width)
         conv = {"kernel": kernel} | ({"bias": (width,)} if dino.projection_bias else {})
         projections[f"stride_{stride}"] = {"conv": conv, "norm": affine}
     shapes = {
@@ -115,7 +121,7 @@ def encode_levels(
 
     Args:
       params: as of `init_encoder`.
-      maps: {stride: [B, H, W, C]} of `levels_read`; others are ignored.
+      maps: {stride: [B, H, W, C]} of the strides that `init_encoder` was given.
       size_Bx2: (height, width) of the images without padding.
 
     >>> settings = schema.Detect(
@@ -135,9 +141,9 @@ def encode_levels(
     levels, read = [], levels_read(settings)
     for stride in settings.strides:
         part = params["projections"][f"stride_{stride}"]
-        if stride in read:
+        if part["conv"]["kernel"].ndim == 2:
             y_BxHxWxD = dense_layer(part["conv"], maps[stride])
-        else:
+        else:  # no map of the last stride was given
             y_BxHxWxD = convolve(part["conv"], maps[read[-1]], 2)
         levels.append(group_norm(part["norm"], y_BxHxWxD))
     shapes = tuple((level.shape[1], level.shape[2]) for level in levels)

@@ -1,0 +1,184 @@
+"""Paths and local files of sources: reading by byte range, handles that stay open, and files that
+are replaced as a whole."""
+
+import collections
+import difflib
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from m3i_jax.errors import UnreadableError, UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# An image file is read into memory before its header is checked, so 256 MiB is the limit.
+FILE_LIMIT = 1 << 28
+
+
+def split_path(path: str, split: str) -> str:
+    """Joins a split to a path: a folder or glob below the path, or the split itself if it is
+    absolute or a URL.
+
+    >>> split_path("/data", "train"), split_path("/data", ""), split_path("/data", "/other/val")
+    ('/data/train', '/data', '/other/val')
+    >>> split_path("gs://bucket/x", "val-*.tar"), split_path("/data", "gs://bucket/x/*.tar")
+    ('gs://bucket/x/val-*.tar', 'gs://bucket/x/*.tar')
+    """
+    if not split:
+        return path
+    if "://" in split:
+        return split
+    return os.path.join(os.path.expanduser(path), os.path.expanduser(split))
+
+
+def missing_path_error(path: str) -> str:
+    """Names the first missing part of a path, and the closest name that exists.
+
+    >>> missing_path_error("/no/such/folder")
+    "there is no 'no' in '/'"
+    """
+    parent, name = os.path.split(os.path.abspath(path))
+    while not os.path.isdir(parent):
+        parent, name = os.path.split(parent)
+    near = difflib.get_close_matches(name, sorted(os.listdir(parent)), 1)
+    return f"there is no {name!r} in {parent!r}" + (
+        f", did you mean {os.path.join(parent, near[0])!r}?" if near else ""
+    )
+
+
+def format_counts(ignored: dict[str, int]) -> str:
+    """Formats counts of ignored files as the end of a description.
+
+    >>> format_counts({"hidden": 2, "link out of the folder": 0})
+    '; ignored: 2 hidden'
+    """
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(ignored.items()) if count)
+    return f"; ignored: {kinds}" if kinds else ""
+
+
+def open_nonblocking(path: str, flags: int) -> int:
+    """An opener for `open` that does not block on a named pipe without a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_byte_range(
+    path: str, offset: int = 0, size: int | None = None, *, tries: int = 3
+) -> bytes:
+    """Reads part of a file by position.
+
+    A failed read is retried. A read that keeps failing is an error and not a bad record: otherwise
+    the order of the stream would depend on transient faults of a network disk.
+
+    Args:
+        path: local file.
+        offset: of the first byte.
+        size: bytes; None for the rest of the file, at most FILE_LIMIT.
+        tries: attempts before giving up.
+
+    Returns:
+        The bytes; exactly `size` of them if `size` is given.
+
+    Raises:
+        UnreadableError: the file cannot be read, or is shorter than when it was indexed.
+
+    >>> read_byte_range(__file__, 0, 3)
+    b'\"\"\"'
+    """
+    for attempt in range(1, tries + 1):
+        try:
+            with open(path, "rb", buffering=0, opener=open_nonblocking) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise UnreadableError(
+                        f"{path!r} is no longer a regular file, as it was when the run began;"
+                        " restore it"
+                    )
+                length = (
+                    min(os.fstat(file.fileno()).st_size - offset, FILE_LIMIT)
+                    if size is None
+                    else size
+                )
+                chunks, count = [], 0
+                while count < length and (
+                    chunk := os.pread(file.fileno(), length - count, offset + count)
+                ):
+                    chunks.append(chunk)
+                    count += len(chunk)
+            if size is not None and count < size:
+                raise UnreadableError(
+                    f"{path!r} ends before byte {offset + size}: it became shorter while the run"
+                    " was reading it; start again"
+                )
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        except OSError as error:
+            if attempt == tries or isinstance(error, (FileNotFoundError, PermissionError)):
+                raise UnreadableError(
+                    f"{path!r} cannot be read ({error.strerror}) although it could when the run"
+                    " began; restore it"
+                ) from error
+            time.sleep(0.2 * attempt**2)
+    raise AssertionError("unreachable")
+
+
+class HandleCache:
+    """A thread-safe LRU cache of open files, keyed by the caller. A pickled copy is empty, so a
+    source that is sent to a worker arrives with nothing open.
+
+    Args:
+        size: entries kept; the least recently used is dropped and closed once nothing refers to it.
+
+    >>> import copy                                        # copies as pickle does: `__reduce__`
+    >>> cache = HandleCache(1)
+    >>> [cache(name, lambda: name.upper()) for name in ("a", "b")], len(cache)
+    (['A', 'B'], 1)
+    >>> len(copy.copy(cache))
+    0
+    """
+
+    def __init__(self, size: int = 1) -> None:
+        self._size, self._lock = size, threading.Lock()
+        self._handles: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+
+    def __call__(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Returns the entry of `key`, made by `make` if it is not cached."""
+        with self._lock:
+            if key not in self._handles:
+                self._handles[key] = make()
+            self._handles.move_to_end(key)
+            if len(self._handles) > self._size:
+                self._handles.popitem(last=False)
+            return self._handles[key]
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HandleCache, (self._size,)
+
+
+def write_atomic(path: str, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it, so that no reader sees half of it.
+
+    Raises:
+        UserError: the directory cannot be written to; no partial file is left.
+    """
+    try:
+        replace_file(path, lambda file: file.write(content))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; make room or choose another directory"
+        ) from error
+
+
+def replace_file(path: str, write: Callable[[Any], Any]) -> None:
+    """Calls `write` with a file of a temporary name beside the path, and renames it to the path."""
+    # a random name: containers of several hosts have the same process id
+    temporary = f"{path}.{os.urandom(8).hex()}.part"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
