@@ -161,15 +161,6 @@ def test_the_first_of_two_plans_counts(images, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == [conversion.PLAN]
 
 
-@pytest.mark.parametrize("form", conversion.FORMATS.values(), ids=lambda form: form.name)
-def test_the_small_file_alone_is_no_shard(tmp_path, form):
-    """It is renamed first: another share may look, or the process be killed, before the second."""
-    path = str(tmp_path / f"x{form.ending}")
-    assert form.module.write_shard(path, [Record("7", b"x")]) == form.module.shard_length(path) == 1
-    os.unlink(path)
-    assert form.module.shard_length(path) is None and not form.module.check_shard(path, 1)
-
-
 @pytest.mark.parametrize(
     ("shard", "environ", "expected"),
     [
