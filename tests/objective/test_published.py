@@ -61,13 +61,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "vicreg": {"epochs": 1000, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)},
     "lejepa": {"epochs": 800, "warmup": 1, "solarize": (0.2, 0.2), "b2": 0.999},
     "simdino": {"epochs": 100, "decay": 0.04, "ema": 0.968, "warmup": 10, "b2": 0.999},
-    "siglip2": {"epochs": 4, "decay": 1e-4, "flip": 0.0, "jitter": 0.0, "last_norm": True},
-    "cap": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
-    "cappa": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
-    "locca": {"epochs": 3, "decay": 1e-4, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
+    # big_vision multiplies decay by the schedule, not by the peak rate of 1e-3, as AdamW does
+    "siglip2": {"epochs": 4, "decay": 1e-4 / 1e-3, "flip": 0.0, "jitter": 0.0, "last_norm": True},
+    "cap": {"epochs": 3, "decay": 1e-4 / 1e-3, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
+    "cappa": {"epochs": 3, "decay": 1e-4 / 1e-3, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
+    "locca": {"epochs": 3, "decay": 1e-4 / 1e-3, "b2": 0.999, "flip": 0.0, "jitter": 0.0},
     "coca": {"epochs": 5, "decay": 0.01, "b2": 0.999, "jitter": 0.0},
     "tips": {"epochs": 400, "last_norm": True},
-    "siglip": {"epochs": 4, "decay": 1e-4, "b2": 0.95, "flip": 0.0, "jitter": 0.0},
+    "siglip": {"epochs": 4, "decay": 1e-4 / 1e-3, "b2": 0.95, "flip": 0.0, "jitter": 0.0},
 }
 
 
