@@ -52,15 +52,17 @@ sys.exit(not (v == (3, int(sys.argv[1])) if sys.argv[1:] else v >= (3, 11)))' "$
 }
 
 find_python() {
-    local candidate
-    for candidate in ${M3I_PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+    local candidate candidates=(python3 python3.14 python3.13 python3.12 python3.11)
+    candidates+=("$HOME/.local/bin/python3.13") # of launch/python.sh, which may be on no PATH
+    if [[ -n "${M3I_PYTHON:-}" ]]; then candidates=("$M3I_PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
         if works "$candidate"; then
             command -v "$candidate"
             return
         fi
     done
     fail "no Python 3.11 or newer (tried ${M3I_PYTHON:-python3, python3.11 to python3.14}):" \
-        "install one, or set M3I_PYTHON"
+        "install one (launch/python.sh does), or set M3I_PYTHON"
 }
 
 # The extra for the accelerator of this machine; nothing on a CPU. Only numbered devices are TPUs,

@@ -41,6 +41,7 @@ trap stop TERM INT
 while true; do
     "$venv/bin/python" -m m3i_jax.main "$@" &
     child=$!
+    if [[ -n "$stopped" ]]; then stop; fi # a signal came before `child` was set
     status=0
     finish "$child" || status=$?
     if ((status != 42)) || [[ -n "$stopped" || "${M3I_AGAIN:-1}" == 0 ]]; then exit "$status"; fi

@@ -11,6 +11,8 @@
 #   --port N          port of the coordinator (default: 8476)
 #   --coordinator A   address of the first host for the others (default: its name)
 #   --directory DIR   path of the project on the hosts (default: the path here)
+#   --env NAME=VALUE  an environment variable of all hosts, which get none of this machine; may be
+#                     repeated. No secrets: others can read command lines
 #   --dry-run         print the commands, to be pasted into a shell
 #
 # Exits with the first status that is not 0. Ctrl-C saves the run on all hosts; the same command
@@ -22,7 +24,7 @@ usage "$@"
 # shellcheck source=launch/signals.sh
 source "$ROOT/launch/signals.sh"
 
-hosts='' workdir='' port=8476 coordinator='' directory="$ROOT" dry=''
+hosts='' workdir='' port=8476 coordinator='' directory="$ROOT" dry='' variables=()
 while (($#)); do
     case "$1" in
         --hosts) hosts="${2:?--hosts needs a list}" && shift 2 ;;
@@ -31,6 +33,10 @@ while (($#)); do
         --coordinator) coordinator="${2:?--coordinator needs an address}" && shift 2 ;;
         --directory) directory="${2:?--directory needs a path}" && shift 2 ;;
         --dry-run) dry=yes && shift ;;
+        --env)
+            [[ "${2:-}" =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env needs NAME=VALUE"
+            variables+=("$2") && shift 2
+            ;;
         --) shift && break ;;
         *) fail "$1: unknown flag; arguments of the run come after --" ;;
     esac
@@ -40,18 +46,20 @@ done
 
 IFS=, read -ra names <<<"$hosts"
 coordinator="${coordinator:-${names[0]#*@}}:$port"
-pids=()
+pids=() file="/tmp/m3i-\$(id -u)-$port.pid"
 # ssh forwards no signals: each host writes its process id to a file, for Ctrl-C here
 # shellcheck disable=SC2317  # called by the trap
 stop() {
     for name in "${names[@]}"; do
         # shellcheck disable=SC2029  # meant to be expanded here
-        ssh "$name" "kill -TERM \$(cat /tmp/m3i-$port.pid)" || true
+        ssh "$name" "kill -TERM \$(cat $file)" || true
     done
 }
 for i in "${!names[@]}"; do
-    command="cd $(printf %q "$directory") && echo \$\$ >/tmp/m3i-$port.pid"
-    command+=" && exec bash launch/host.sh"
+    command="cd $(printf %q "$directory") && echo \$\$ >$file"
+    command+=" && exec env"
+    for argument in ${variables[@]+"${variables[@]}"}; do command+=" $(printf %q "$argument")"; done
+    command+=" bash launch/host.sh"
     for argument in "$@" --workdir "$workdir" --coordinator "$coordinator" \
         --processes "${#names[@]}" --process-id "$i"; do
         command+=" $(printf %q "$argument")"

@@ -19,13 +19,16 @@
 #   --mount COMMAND         runs on every worker before each start, so more than once; mounts other
 #                           file systems of data and working directory. `--mount :` if they are
 #   --workdir DIR           a directory that all workers see
+#   --env NAME=VALUE        an environment variable of all workers, which get none of this machine;
+#                           may be repeated. No secrets: others can read command lines
 #   --dry-run               print the commands, to be pasted into a shell
 #
 # Exits with 0 when the run is done, and with another status when it failed on a slice that still
 # exists. After a failure it checks the slice for five minutes, since ssh breaks before Google
 # reports a preemption; not if the run refused its settings (2) or does not fit (3). Only `delete`, a
-# preemption and a failed request delete the slice: it costs until then. M3I_PAUSE: seconds between
-# two checks (default: 30).
+# preemption and a failed request delete the slice: it costs until then. gcloud forwards no signals:
+# Ctrl-C here may leave the run on the workers, which `delete` ends. M3I_PAUSE: seconds between two
+# checks (default: 30).
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -33,7 +36,7 @@ usage "$@"
 
 DATA=/mnt/m3i # where a bucket is mounted
 verb="${1:-}" name='' project='' zone='' type='' runtime='' spot='' data='' mount='' workdir='' dry=''
-wait=1440
+wait=1440 variables=()
 case "$verb" in
     create | run | delete) shift ;;
     *) fail "the first argument must be create, run or delete" ;;
@@ -46,6 +49,10 @@ while (($#)); do
             [[ -n "${2:-}" ]] || fail "$1 needs a value"
             printf -v "${1#--}" %s "$2"
             shift 2
+            ;;
+        --env)
+            [[ "${2:-}" =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env needs NAME=VALUE"
+            variables+=("$2") && shift 2
             ;;
         --) shift && break ;;
         *) fail "$1: unknown flag; arguments of the run come after --" ;;
@@ -108,7 +115,7 @@ delete() {
 
 # waits until the slice is active, and requests it again after a preemption
 ready() {
-    local now last='' begun=$SECONDS printed=$SECONDS failures=0 refused=0 why
+    local now last='' begun=$SECONDS printed=$SECONDS failures=0 refused=0 kept=0 why
     if [[ -n "$dry" ]]; then
         say "request the slice, unless it exists, and wait until it is there"
         create
@@ -124,13 +131,15 @@ ready() {
                 create || ((++refused < 3)) ||
                     fail "$name could not be requested; see gcloud's messages above"
                 ;;
-            SUSPENDED | SUSPENDING) delete ;;
-            FAILED)
-                why="$("${describe[@]:0:$((${#describe[@]} - 1))}" \
-                    'value(state.failedData.error.message)' 2>/dev/null || true)"
-                ((++failures < 3)) ||
-                    fail "the request for $name failed three times: ${why:-no reason is given}"
-                delete
+            SUSPENDED | FAILED) # SUSPENDING cannot be deleted yet
+                if [[ "$now" == FAILED ]]; then
+                    why="$("${describe[@]:0:$((${#describe[@]} - 1))}" \
+                        'value(state.failedData.error.message)' 2>/dev/null || true)"
+                    ((++failures < 3)) ||
+                        fail "the request for $name failed three times: ${why:-no reason is given}"
+                fi
+                delete || ((++kept < 3)) ||
+                    fail "$name is $now and could not be deleted; see gcloud's messages above"
                 ;;
         esac
         if [[ "$now" != ABSENT ]]; then refused=0; fi
@@ -162,14 +171,23 @@ on_all_workers() {
 }
 
 copy() {
-    local archive=/tmp/m3i.tar.gz prepared='mkdir -p m3i && tar -C m3i -xzf m3i.tar.gz'
-    if [[ -z "$dry" ]]; then archive="$(mktemp --suffix .tar.gz)"; fi
+    local archive=/tmp/m3i.tar.gz part parts=()
+    local prepared='mkdir -p m3i && tar -C m3i -xzf m3i.tar.gz && bash m3i/launch/python.sh'
+    if [[ -z "$dry" ]]; then archive="$temporary/m3i.tar.gz"; fi
+    # beside a copy of launch/ that `m3i-jax init` made there are recipes in place of the package
+    for part in m3i_jax configs launch setup.py pyproject.toml requirements.txt README.md \
+        LICENSE; do
+        if [[ -e "$ROOT/$part" ]]; then parts+=("$part"); fi
+    done
+    if [[ -e "$ROOT/launch/VERSION" ]]; then
+        for part in "$ROOT"/*.py; do
+            if [[ -f "$part" ]]; then parts+=("${part##*/}"); fi
+        done
+    fi
     say "copy the project to all workers${data:+, and mount or find $data}"
-    act tar -C "$ROOT" -czf "$archive" m3i_jax configs launch setup.py pyproject.toml \
-        requirements.txt README.md LICENSE || return
+    act tar -C "$ROOT" -czf "$archive" "${parts[@]}" || return
     act gcloud compute tpus tpu-vm scp "$archive" "$name:m3i.tar.gz" "${location[@]}" \
         --worker all || return
-    if [[ -z "$dry" ]]; then rm -f "$archive"; fi
     if [[ -n "$mount" ]]; then prepared+=" && { $mount; }"; fi
     case "$data" in
         gs://*) prepared+=" && bash m3i/launch/gcsfuse.sh $(printf %q "$data") $DATA" ;;
@@ -182,7 +200,14 @@ copy() {
 }
 
 run() {
-    local command='cd m3i && bash launch/host.sh' argument status
+    # exit 42 of one worker starts all again here: the others would wait for it
+    local command='cd m3i && env M3I_AGAIN=0' argument status
+    for argument in ${variables[@]+"${variables[@]}"}; do command+=" $(printf %q "$argument")"; done
+    command+=' bash launch/host.sh'
+    if [[ -z "$dry" ]]; then
+        temporary="$(mktemp -d)"
+        trap 'rm -rf "$temporary"' EXIT
+    fi
     for argument in "$@" --workdir "$workdir"; do command+=" $(printf %q "$argument")"; done
     while true; do
         ready

@@ -42,9 +42,15 @@ def test_shellcheck_has_nothing_to_say() -> None:
 
 DRY = {
     "host": ["launch/host.sh", "--dry-run", *RUN, "--workdir", "/w/a b"],
-    "ssh": ["launch/ssh.sh", "--hosts", "me@n1,n2", "--workdir", "/w/a b", "--dry-run", "--", *RUN],
+    "ssh": [
+        *("launch/ssh.sh", "--hosts", "me@n1,n2", "--workdir", "/w/a b", "--env", "A=b c"),
+        *("--dry-run", "--", *RUN),
+    ],
     "slurm": ["launch/slurm.sh", "--dry-run", *RUN, "--workdir", "/w/a b"],
-    "tpu_vm": ["launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w/a b", "--dry-run", "--", *RUN],
+    "tpu_vm": [
+        *("launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w/a b", "--env", "A=b c", "--dry-run"),
+        *("--", *RUN),
+    ],
     "gcsfuse": ["launch/gcsfuse.sh", "gs://images/a b", "/w/a b", "--dry-run"],
 }
 
@@ -129,7 +135,7 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
         "--coordinator n1:8476 --processes 2" in line and f"--process-id {i}" in line
         for i, line in enumerate(ssh[:2])
     )
-    assert ssh[2:] == ["wait"]
+    assert ssh[2:] == ["wait"] and all("exec env A=b c bash " in line for line in ssh[:2])
     job = {"SLURM_JOB_ID": "70001", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "n[1-3]"}
     stage.stand_in("scontrol", "printf 'n1\\nn2\\nn3\\n'")
     slurm = stage.run(*DRY["slurm"], **job)[1]
@@ -140,6 +146,8 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
     )
     tpu = stage.run(*DRY["tpu_vm"])[1]
     assert "--coordinator" not in tpu  # the slice knows
+    # a worker that runs again by itself would wait for those that do not
+    assert "cd m3i && env M3I_AGAIN=0 A=b c bash launch/host.sh" in tpu.replace("\\", "")
     order = [
         "queued-resources create m3i",
         "queued-resources describe m3i",
@@ -161,6 +169,8 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
         (["launch/ssh.sh", "--host", "a"], "--host: unknown flag"),
         (["launch/slurm.sh", "--workdir", "w", *RUN], "not in a Slurm job"),
         (["launch/slurm.sh", "--dry-run", *RUN], "--workdir is missing"),
+        (["launch/ssh.sh", "--env", "A"], "--env needs NAME=VALUE"),
+        (["launch/tpu_vm.sh", "run", "--env", "1=2"], "--env needs NAME=VALUE"),
         (["launch/tpu_vm.sh", "start"], "the first argument must be create, run or delete"),
         (["launch/tpu_vm.sh", "run", *TPU, "--", *RUN], "--workdir is missing"),
         (
@@ -298,6 +308,46 @@ esac""")  # fmt: skip
     assert [call for call in stage.calls if "-m pip" in call][1].endswith("m3i-jax[cuda]==1.2.3")
 
 
+def test_a_copy_of_the_scripts_reaches_the_workers_with_its_recipes(
+    stage: Stage, tmp_path: pathlib.Path
+) -> None:
+    shutil.copytree(LAUNCH, tmp_path / "mine/launch")
+    (tmp_path / "mine/launch/VERSION").write_text("1.2.3\n")
+    (tmp_path / "mine/folder.py").write_text("")
+    does = 'case "$*" in *describe*) echo ACTIVE ;; *scp*) tar -tzf "$5" >"$HOME/there" ;; esac'
+    stage.stand_in("gcloud", does)
+    script = str(tmp_path / "mine/launch/tpu_vm.sh")
+    status, _, err = stage.run(script, "run", *TPU, "--workdir", "/w", "--", *RUN)
+    assert status == 0, err
+    there = (stage.place / "there").read_text().splitlines()
+    assert {"folder.py", "launch/VERSION", "launch/host.sh", "launch/python.sh"} <= set(there)
+
+
+def test_a_machine_with_an_old_python_gets_a_new_one(stage: Stage) -> None:
+    """By uv, which pip installs where it is missing, once."""
+    for name in ("python3", *(f"python3.{minor}" for minor in range(11, 15))):
+        stage.stand_in(name, '[[ "$*" == "-m pip"* ]] && cp "$HOME/new" "$HOME/.local/bin/uv"')
+    (stage.place / ".local/bin").mkdir(parents=True)
+    stage.stand_in("new", 'cp "$HOME/python" "$HOME/.local/bin/python3.13"')
+    stage.stand_in("python", "exit 0")
+    path = {"PATH": f"{stage.place}:/usr/bin:/bin"}
+    assert stage.run("launch/python.sh", **path) == (0, "", "")
+    assert [call for call in stage.calls if " install" in call] == [
+        "python3 -m pip install --quiet --disable-pip-version-check --no-input --user uv",
+        "new --quiet python install 3.13",
+    ]
+    stage.log.unlink()
+    assert stage.run("launch/python.sh", **path) == (0, "", "")
+    assert not any("install" in call for call in stage.calls)
+    # an interpreter whose path has a blank
+    (stage.place / "a b").mkdir()
+    stage.stand_in("a b/python", "exit 0")
+    stage.log.unlink()
+    with_blank = {"M3I_PYTHON": str(stage.place / "a b/python")}
+    assert stage.run("launch/python.sh", **path, **with_blank) == (0, "", "")
+    assert stage.calls and all(call.startswith("python -c") for call in stage.calls if "-c" in call)
+
+
 def test_slurm_queues_a_preempted_job_again(stage: Stage) -> None:
     job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
     stage.stand_in("scontrol", "exit 0")
@@ -312,11 +362,37 @@ def test_slurm_queues_a_preempted_job_again(stage: Stage) -> None:
     assert [call.split()[0] for call in stage.calls] == ["srun"]
 
 
+@pytest.mark.parametrize(("limit", "again"), [("0", False), ("9999999999", False), ("1", True)])
+def test_a_job_that_slurm_ends_is_queued_again_only_at_its_time_limit(
+    limit: str, again: bool, stage: Stage
+) -> None:
+    """scancel signals the shell of the job as well; requeued then, no job could be cancelled."""
+    stage.stand_in(
+        "srun",
+        'for i in {1..300}; do [[ ! -e "$HOME/go" ]] || break; /bin/sleep 0.1; done; exit 42',
+    )
+    stage.stand_in("scontrol", "exit 0")
+    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    process = stage.start(
+        "launch/slurm.sh", *RUN, "--workdir", "w", **job, SLURM_JOB_END_TIME=limit
+    )
+    stage.until("srun")
+    process.send_signal(signal.SIGTERM)
+    (stage.place / "go").touch()
+    process.communicate(timeout=60)
+    assert process.returncode == 42
+    assert [call.split()[0] for call in stage.calls] == ["srun", "scontrol"][: 1 + again]
+
+
 def test_slurm_gives_every_node_its_number(stage: Stage, tmp_path: pathlib.Path) -> None:
     """The command of srun, run as node 1 of 2, with a host.sh that prints its arguments."""
     (tmp_path / "job/launch").mkdir(parents=True)
     (tmp_path / "job/launch/host.sh").write_text('echo "host $M3I_AGAIN $*"\n')
     stage.stand_in("srun", 'while [[ "$1" == --* ]]; do shift; done; SLURM_PROCID=1 "$@"')
+    (tmp_path / "away").mkdir()
+    away = {"SLURM_JOB_ID": "5", "SLURM_SUBMIT_DIR": str(tmp_path / "away")}
+    status, _, err = stage.run(str(LAUNCH / "slurm.sh"), *RUN, "--workdir", "w", **away)
+    assert status == 2 and "submit the job from the project" in err and not stage.calls
     job = {
         "SLURM_JOB_ID": "5",
         "SLURM_JOB_NUM_NODES": "2",
@@ -328,6 +404,8 @@ def test_slurm_gives_every_node_its_number(stage: Stage, tmp_path: pathlib.Path)
         out == f"host 0 {' '.join(RUN)} --workdir a b --coordinator FIRST-NODE:61445 --processes 2"
         " --process-id 1\n"
     )
+    (call,) = stage.calls  # all cores of a node, one process on each
+    assert call.startswith("srun --kill-on-bad-exit=0 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none")
 
 
 def test_ssh_starts_all_and_ends_with_the_first_failure(
@@ -355,8 +433,8 @@ def test_ssh_starts_all_and_ends_with_the_first_failure(
 
 
 def test_a_tpu_that_is_taken_away_is_ordered_again(stage: Stage) -> None:
-    """Absent, active, the run fails, active for two more checks, suspended, deleted, absent,
-    active, the run is done."""
+    """Absent, active, the run fails, active for two more checks, being suspended (and not deleted
+    while it is), suspended, deleted, absent, active, the run is done."""
     stage.stand_in("sleep", '[[ "$1" == 0.5 ]]')
     states = [
         "",
@@ -364,7 +442,8 @@ def test_a_tpu_that_is_taken_away_is_ordered_again(stage: Stage) -> None:
         "ACTIVE",
         "ACTIVE",
         "ACTIVE",
-        "SUSPENDED",
+        "SUSPENDING",
+        "SUSPENDING",
         "SUSPENDED",
         "",
         "ACTIVE",
@@ -417,7 +496,7 @@ def test_a_bucket_is_mounted_on_every_worker_before_the_run(stage: Stage) -> Non
     assert stage.run(*run, "--data", "gs://images/a b", "--", *RUN)[0] == 0
     prepare, start = [call for call in stage.calls if " ssh " in call]
     assert "--worker all" in prepare and start.endswith("--workdir /mnt/m3i/runs/1")
-    assert prepare.endswith("m3i.tar.gz && bash m3i/launch/gcsfuse.sh gs://images/a\\ b /mnt/m3i")
+    assert prepare.endswith("/python.sh && bash m3i/launch/gcsfuse.sh gs://images/a\\ b /mnt/m3i")
     # the part of it that a worker without such a directory runs
     stage.log.unlink()
     run = ["launch/tpu_vm.sh", "run", *TPU, "--workdir", "/w", "--data", "/no/such", "--", *RUN]

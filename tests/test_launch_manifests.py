@@ -183,6 +183,9 @@ def test_gke_is_a_jobset_with_a_pod_for_each_host(stage: Stage) -> None:
     assert container["env"] == [{"name": "M3I_AGAIN", "value": "0"}]
     assert container["ports"] == [{"containerPort": distributed.TPU_PORT}]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    # the workers of data share batches there; without a volume a container has 64 MiB of it
+    (memory,) = (m["name"] for m in container["volumeMounts"] if m["mountPath"] == "/dev/shm")
+    assert {"name": memory, "emptyDir": {"medium": "Memory"}} in pod["volumes"]
 
 
 def job_failure(job: dict[str, Any], pods: list[tuple[int, bool]]) -> tuple[str, str] | None:

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Installs Python 3.13 for the user who runs it, in ~/.local, by uv (https://docs.astral.sh/uv),
+# unless a Python is there that the project supports. Machines of Cloud TPU and SkyPilot have 3.10.
+#
+#   bash launch/python.sh
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+usage "$@"
+
+if (find_python) >/dev/null 2>&1; then exit 0; fi
+uv="$(command -v uv || echo "$HOME/.local/bin/uv")"
+if [[ ! -x "$uv" ]]; then
+    python3 -m pip install --quiet --disable-pip-version-check --no-input --user uv ||
+        fail "uv could not be installed; see pip's message above"
+    uv="$HOME/.local/bin/uv"
+fi
+"$uv" --quiet python install 3.13 || fail "uv could not install Python 3.13; see its message above"
+find_python >/dev/null
