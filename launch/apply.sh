@@ -16,24 +16,27 @@ file="${1:-}" dry="${2:-}"
 
 text="$(sed '/^ *#/d' "$file")"
 missing=()
-mapfile -t places < <(grep -oE '[$][{]M3I_[A-Z]+(:-[^}]*)?[}]' <<<"$text" | sort -u)
-for place in "${places[@]}"; do
-    name="${place:2:-1}"
+shopt -u patsub_replacement 2>/dev/null || true # bash 5.2: & in a value would be the place
+# in the bash of macOS, 3.2, too
+while IFS= read -r place; do
+    name="${place#??}"
+    name="${name%\}}"
     name="${name%%:-*}"
     value="${!name:-}"
     if [[ "$value" == *[\"\\\$]* || "$value" == *$'\n'* ]]; then
         fail "$name: must not contain quotes, backslashes, dollars or line ends: $value"
     elif [[ -n "$value" ]]; then
-        text="${text//"$place"/"$value"}"
+        text="${text//$place/$value}"
     elif [[ "$place" == *":-}" ]]; then
         text="$(grep -vF "$place" <<<"$text")"
     elif [[ "$place" == *":-"* ]]; then
         value="${place#*:-}"
-        text="${text//"$place"/"${value%\}}"}"
+        value="${value%\}}"
+        text="${text//$place/$value}"
     else
         missing+=("$name")
     fi
-done
+done < <(grep -oE '[$][{]M3I_[A-Z]+(:-[^}]*)?[}]' <<<"$text" | sort -u)
 ((${#missing[@]} == 0)) ||
     fail "${missing[*]} not set; the comment at the top of $file describes them"
 if [[ -n "$dry" ]]; then

@@ -55,6 +55,7 @@ stop() {
         ssh "$name" "kill -TERM \$(cat $file)" || true
     done
 }
+if [[ -z "$dry" ]]; then trap stop INT TERM; fi
 for i in "${!names[@]}"; do
     command="cd $(printf %q "$directory") && echo \$\$ >$file"
     command+=" && exec env"
@@ -76,7 +77,6 @@ if [[ -n "$dry" ]]; then
     echo wait
     exit 0
 fi
-trap stop INT TERM
 status=0
 for pid in "${pids[@]}"; do
     code=0

@@ -511,12 +511,13 @@ def test_a_bucket_is_mounted_once_and_gcsfuse_installed_if_it_is_missing(stage: 
     mounted = '[[ -e "$HOME/mounted" ]]'
     stage.stand_in("mountpoint", mounted)
     stage.stand_in("findmnt", "echo images")
+    stage.stand_in("ps", "exit 0")
     stage.stand_in("sudo", "exit 0")
     stage.stand_in("gcsfuse", 'touch "$HOME/mounted"')
     flags = {"M3I_GCSFUSE": "--cache-dir=/tmp/c --file-cache-max-size-mb=-1"}
     assert stage.run(*mount, **flags) == (0, "", "")
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-    assert [call for call in stage.calls if "mountpoint" not in call] == [
+    assert [c for c in stage.calls if "mountpoint" not in c and c[:3] != "ps "] == [
         f"sudo install -d -o {user} /w/m",
         # saves rename directories; hosts see what others have replaced
         "gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=60"
@@ -524,6 +525,10 @@ def test_a_bucket_is_mounted_once_and_gcsfuse_installed_if_it_is_missing(stage: 
     ]
     stage.log.unlink()
     assert stage.run(*mount)[0] == 0 and not any("gcsfuse" in call for call in stage.calls)
+    for process, wanted in (("--only-dir val ", 2), ("", 2), ("--only-dir train ", 0)):
+        stage.stand_in("ps", f"echo gcsfuse --foreground --implicit-dirs {process}images /w/m")
+        status, _, err = stage.run(*mount)
+        assert status == wanted and ("another folder of gs://images" in err) == bool(wanted)
     stage.stand_in("findmnt", "echo others")
     status, _, err = stage.run(*mount)
     assert status == 2 and "/w/m: others is mounted there" in err

@@ -282,7 +282,9 @@ def test_apply_refuses_what_would_break_the_file_and_passes_the_rest_on(stage: S
     status, _, err = stage.run("launch/apply.sh", "launch/gke.yaml", **values | {"M3I_NAME": 'a"b'})
     assert status == 2 and "M3I_NAME: must not contain quotes" in err and not stage.calls
     stage.stand_in("kubectl", 'cat >"$HOME/applied"')
+    values["M3I_WORKDIR"] = "/mnt/m3i/R&D"
     assert stage.run("launch/apply.sh", "launch/gke.yaml", **values)[0] == 0
+    assert "--workdir /mnt/m3i/R&D" in (stage.place / "applied").read_text()
     assert (
         stage.calls == ["kubectl apply -f -"]
         and "kind: JobSet" in (stage.place / "applied").read_text()
