@@ -10,10 +10,15 @@ usage "$@"
 
 if (find_python) >/dev/null 2>&1; then exit 0; fi
 uv="$(command -v uv || echo "$HOME/.local/bin/uv")"
+mkdir -p "$HOME/.local/bin"
 if [[ ! -x "$uv" ]]; then
     python3 -m pip install --quiet --disable-pip-version-check --no-input --user uv ||
         fail "uv could not be installed; see pip's message above"
     uv="$HOME/.local/bin/uv"
 fi
-"$uv" --quiet python install 3.13 || fail "uv could not install Python 3.13; see its message above"
+"$uv" python install --no-progress 3.13 ||
+    fail "uv could not install Python 3.13; see its message above"
+# versions of uv before 0.8 leave that out
+[[ -e "$HOME/.local/bin/python3.13" ]] ||
+    ln -s "$("$uv" python find 3.13)" "$HOME/.local/bin/python3.13"
 find_python >/dev/null

@@ -334,7 +334,7 @@ def test_a_machine_with_an_old_python_gets_a_new_one(stage: Stage) -> None:
     assert stage.run("launch/python.sh", **path) == (0, "", "")
     assert [call for call in stage.calls if " install" in call] == [
         "python3 -m pip install --quiet --disable-pip-version-check --no-input --user uv",
-        "new --quiet python install 3.13",
+        "new python install --no-progress 3.13",
     ]
     stage.log.unlink()
     assert stage.run("launch/python.sh", **path) == (0, "", "")
