@@ -35,10 +35,13 @@ done
     fail "${missing[*]} not set; the comment at the top of launch/gke.yaml describes them"
 ((${#M3I_NAME} <= 28)) || fail "M3I_NAME: $M3I_NAME has more than gcluster's 28 characters"
 
-# 1: failed, or a host was lost; 137, 143: killed with its pod
+# 1: failed, or a host was lost; 137, 143: killed with its pod. The shared memory of the node is for
+# the batches of data workers: without it a container has 64 MiB, and gcluster has no other volume
+# in memory
 command=(gcluster job submit --name "$M3I_NAME" --image "$M3I_IMAGE"
     --compute-type "$M3I_ACCELERATOR" --topology "$M3I_TOPOLOGY"
-    --mount "gs://${M3I_BUCKET#gs://}:/mnt/m3i:rw" --service-account "$M3I_ACCOUNT"
+    --mount "gs://${M3I_BUCKET#gs://}:/mnt/m3i:rw" --mount /dev/shm:/dev/shm:rw
+    --service-account "$M3I_ACCOUNT"
     --grace-period 120s --restarts "${M3I_RESTARTS:-100}" --restart-on-exit-codes "1,42,137,143"
     ${M3I_QUEUE:+--queue "$M3I_QUEUE"}
     --command

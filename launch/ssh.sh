@@ -50,13 +50,16 @@ pids=() file="/tmp/m3i-\$(id -u)-$port.pid"
 # ssh forwards no signals: each host writes its process id to a file, for Ctrl-C here
 # shellcheck disable=SC2317  # called by the trap
 stop() {
+    stopped=yes
     for name in "${names[@]}"; do
         # shellcheck disable=SC2029  # meant to be expanded here
         ssh "$name" "kill -TERM \$(cat $file)" || true
     done
 }
+stopped=''
 if [[ -z "$dry" ]]; then trap stop INT TERM; fi
 for i in "${!names[@]}"; do
+    if [[ -n "$stopped" ]]; then break; fi
     command="cd $(printf %q "$directory") && echo \$\$ >$file"
     command+=" && exec env"
     for argument in ${variables[@]+"${variables[@]}"}; do command+=" $(printf %q "$argument")"; done

@@ -283,71 +283,6 @@ esac""")  # fmt: skip
     ] == [1, 1, 2]
 
 
-def test_a_copy_of_the_scripts_installs_the_version_that_made_it(
-    stage: Stage, tmp_path: pathlib.Path
-) -> None:
-    """`m3i-jax init DIR --launch` writes DIR/launch/VERSION; without it there is no project."""
-    stage.stand_in("python", """case "$*" in
--V) echo Python 3.99 ;;
-"-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-esac""")  # fmt: skip
-    shutil.copytree(LAUNCH, tmp_path / "mine/launch")
-    settings = {"M3I_PYTHON": str(stage.place / "python"), "M3I_EXTRA": ""}
-    script = str(tmp_path / "mine/launch/host.sh")
-    status, _, err = stage.run(script, *RUN, **settings)
-    assert (
-        status == 2
-        and "m3i-jax init DIR --launch" in err
-        and not any("pip" in call for call in stage.calls)
-    )
-    (tmp_path / "mine/launch/VERSION").write_text("1.2.3\n")
-    assert stage.run(script, *RUN, **settings)[0] == 0
-    (install,) = [call for call in stage.calls if "-m pip" in call]
-    assert install.endswith(" m3i-jax[train]==1.2.3")
-    assert stage.run(script, *RUN, **settings | {"M3I_EXTRA": "cuda"})[0] == 0
-    assert [call for call in stage.calls if "-m pip" in call][1].endswith("m3i-jax[cuda]==1.2.3")
-
-
-def test_a_copy_of_the_scripts_reaches_the_workers_with_its_recipes(
-    stage: Stage, tmp_path: pathlib.Path
-) -> None:
-    shutil.copytree(LAUNCH, tmp_path / "mine/launch")
-    (tmp_path / "mine/launch/VERSION").write_text("1.2.3\n")
-    (tmp_path / "mine/folder.py").write_text("")
-    does = 'case "$*" in *describe*) echo ACTIVE ;; *scp*) tar -tzf "$5" >"$HOME/there" ;; esac'
-    stage.stand_in("gcloud", does)
-    script = str(tmp_path / "mine/launch/tpu_vm.sh")
-    status, _, err = stage.run(script, "run", *TPU, "--workdir", "/w", "--", *RUN)
-    assert status == 0, err
-    there = (stage.place / "there").read_text().splitlines()
-    assert {"folder.py", "launch/VERSION", "launch/host.sh", "launch/python.sh"} <= set(there)
-
-
-def test_a_machine_with_an_old_python_gets_a_new_one(stage: Stage) -> None:
-    """By uv, which pip installs where it is missing, once."""
-    for name in ("python3", *(f"python3.{minor}" for minor in range(11, 15))):
-        stage.stand_in(name, '[[ "$*" == "-m pip"* ]] && cp "$HOME/new" "$HOME/.local/bin/uv"')
-    (stage.place / ".local/bin").mkdir(parents=True)
-    stage.stand_in("new", 'cp "$HOME/python" "$HOME/.local/bin/python3.13"')
-    stage.stand_in("python", "exit 0")
-    path = {"PATH": f"{stage.place}:/usr/bin:/bin"}
-    assert stage.run("launch/python.sh", **path) == (0, "", "")
-    assert [call for call in stage.calls if " install" in call] == [
-        "python3 -m pip install --quiet --disable-pip-version-check --no-input --user uv",
-        "new python install --no-progress 3.13",
-    ]
-    stage.log.unlink()
-    assert stage.run("launch/python.sh", **path) == (0, "", "")
-    assert not any("install" in call for call in stage.calls)
-    # an interpreter whose path has a blank
-    (stage.place / "a b").mkdir()
-    stage.stand_in("a b/python", "exit 0")
-    stage.log.unlink()
-    with_blank = {"M3I_PYTHON": str(stage.place / "a b/python")}
-    assert stage.run("launch/python.sh", **path, **with_blank) == (0, "", "")
-    assert stage.calls and all(call.startswith("python -c") for call in stage.calls if "-c" in call)
-
-
 def test_slurm_queues_a_preempted_job_again(stage: Stage) -> None:
     job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
     stage.stand_in("scontrol", "exit 0")
@@ -360,28 +295,6 @@ def test_slurm_queues_a_preempted_job_again(stage: Stage) -> None:
     stage.stand_in("srun", "exit 2")
     assert stage.run("launch/slurm.sh", *RUN, "--workdir", "w", **job)[0] == 2
     assert [call.split()[0] for call in stage.calls] == ["srun"]
-
-
-@pytest.mark.parametrize(("limit", "again"), [("0", False), ("9999999999", False), ("1", True)])
-def test_a_job_that_slurm_ends_is_queued_again_only_at_its_time_limit(
-    limit: str, again: bool, stage: Stage
-) -> None:
-    """scancel signals the shell of the job as well; requeued then, no job could be cancelled."""
-    stage.stand_in(
-        "srun",
-        'for i in {1..300}; do [[ ! -e "$HOME/go" ]] || break; /bin/sleep 0.1; done; exit 42',
-    )
-    stage.stand_in("scontrol", "exit 0")
-    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
-    process = stage.start(
-        "launch/slurm.sh", *RUN, "--workdir", "w", **job, SLURM_JOB_END_TIME=limit
-    )
-    stage.until("srun")
-    process.send_signal(signal.SIGTERM)
-    (stage.place / "go").touch()
-    process.communicate(timeout=60)
-    assert process.returncode == 42
-    assert [call.split()[0] for call in stage.calls] == ["srun", "scontrol"][: 1 + again]
 
 
 def test_slurm_gives_every_node_its_number(stage: Stage, tmp_path: pathlib.Path) -> None:
@@ -405,7 +318,7 @@ def test_slurm_gives_every_node_its_number(stage: Stage, tmp_path: pathlib.Path)
         " --process-id 1\n"
     )
     (call,) = stage.calls  # all cores of a node, one process on each
-    assert call.startswith("srun --kill-on-bad-exit=0 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none")
+    assert call.startswith("srun --kill-on-bad-exit=0 --ntasks=2 --ntasks-per-node=1 --cpu-bind=n")
 
 
 def test_ssh_starts_all_and_ends_with_the_first_failure(

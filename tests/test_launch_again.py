@@ -1,8 +1,17 @@
 """Launch scripts again: what a user or a network does to them."""
 
+import pathlib
+import shutil
+import signal
+
 import pytest
 
-from tests.launch_stage import RUN, Stage, stage  # noqa: F401
+from tests.launch_stage import LAUNCH, ROOT, RUN, Stage, stage  # noqa: F401
+
+SLICE = [
+    *("--name", "m3i", "--project", "p", "--zone", "z", "--type", "t", "--runtime", "r"),
+    *("--mount", ":"),
+]
 
 
 @pytest.mark.parametrize(
@@ -37,11 +46,103 @@ def test_a_moment_without_network_does_not_end_the_wait_for_a_tpu(
 *create*) echo "it exists" >&2; exit 1 ;;
 esac"""
     stage.stand_in("gcloud", does)
-    slice_ = ["--name", "m3i", "--project", "p", "--zone", "z", "--type", "t", "--runtime", "r"]
-    run = ["launch/tpu_vm.sh", "run", *slice_, "--mount", ":", "--workdir", "/w", "--", *RUN]
+    run = ["launch/tpu_vm.sh", "run", *SLICE, "--workdir", "/w", "--", *RUN]
     status, _, err = stage.run(*run)
     assert status == 0, err
     # a request that is refused each time ends it
     stage.stand_in("gcloud", "exit 1")
     status, _, err = stage.run(*run)
     assert status == 2 and "m3i could not be requested" in err
+
+
+def test_a_copy_of_the_scripts_installs_the_version_that_made_it(
+    stage: Stage,  # noqa: F811
+    tmp_path: pathlib.Path,
+) -> None:
+    """`m3i-jax init DIR --launch` writes DIR/launch/VERSION; without it there is no project."""
+    stage.stand_in("python", """case "$*" in
+-V) echo Python 3.99 ;;
+"-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+esac""")  # fmt: skip
+    shutil.copytree(LAUNCH, tmp_path / "mine/launch")
+    settings = {"M3I_PYTHON": str(stage.place / "python"), "M3I_EXTRA": ""}
+    script = str(tmp_path / "mine/launch/host.sh")
+    status, _, err = stage.run(script, *RUN, **settings)
+    assert (
+        status == 2
+        and "m3i-jax init DIR --launch" in err
+        and not any("pip" in call for call in stage.calls)
+    )
+    (tmp_path / "mine/launch/VERSION").write_text("1.2.3\n")
+    assert stage.run(script, *RUN, **settings)[0] == 0
+    (install,) = [call for call in stage.calls if "-m pip" in call]
+    assert install.endswith(" m3i-jax[train]==1.2.3")
+    assert stage.run(script, *RUN, **settings | {"M3I_EXTRA": "cuda"})[0] == 0
+    assert [call for call in stage.calls if "-m pip" in call][1].endswith("m3i-jax[cuda]==1.2.3")
+
+
+def test_a_copy_of_the_scripts_reaches_the_workers_with_its_recipes(
+    stage: Stage,  # noqa: F811
+    tmp_path: pathlib.Path,
+) -> None:
+    shutil.copytree(LAUNCH, tmp_path / "mine/launch")
+    (tmp_path / "mine/launch/VERSION").write_text("1.2.3\n")
+    (tmp_path / "mine/folder.py").write_text("")
+    does = 'case "$*" in *describe*) echo ACTIVE ;; *scp*) tar -tzf "$5" >"$HOME/there" ;; esac'
+    stage.stand_in("gcloud", does)
+    script = str(tmp_path / "mine/launch/tpu_vm.sh")
+    status, _, err = stage.run(script, "run", *SLICE, "--workdir", "/w", "--", *RUN)
+    assert status == 0, err
+    there = (stage.place / "there").read_text().splitlines()
+    assert {"folder.py", "launch/VERSION", "launch/host.sh", "launch/python.sh"} <= set(there)
+
+
+def test_a_machine_with_an_old_python_gets_a_new_one(
+    stage: Stage,  # noqa: F811
+) -> None:
+    """By uv, which pip installs where it is missing, once."""
+    for name in ("python3", *(f"python3.{minor}" for minor in range(11, 15))):
+        stage.stand_in(name, '[[ "$*" == "-m pip"* ]] && cp "$HOME/new" "$HOME/.local/bin/uv"')
+    (stage.place / ".local/bin").mkdir(parents=True)
+    stage.stand_in("new", 'cp "$HOME/python" "$HOME/.local/bin/python3.13"')
+    stage.stand_in("python", "exit 0")
+    path = {"PATH": f"{stage.place}:/usr/bin:/bin"}
+    assert stage.run("launch/python.sh", **path) == (0, "", "")
+    assert [call for call in stage.calls if " install" in call] == [
+        "python3 -m pip install --quiet --disable-pip-version-check --no-input --user uv",
+        "new python install --no-progress 3.13",
+    ]
+    stage.log.unlink()
+    assert stage.run("launch/python.sh", **path) == (0, "", "")
+    assert not any("install" in call for call in stage.calls)
+    # an interpreter whose path has a blank
+    (stage.place / "a b").mkdir()
+    stage.stand_in("a b/python", "exit 0")
+    stage.log.unlink()
+    with_blank = {"M3I_PYTHON": str(stage.place / "a b/python")}
+    assert stage.run("launch/python.sh", **path, **with_blank) == (0, "", "")
+    assert stage.calls and all(call.startswith("python -c") for call in stage.calls if "-c" in call)
+
+
+@pytest.mark.parametrize(("limit", "again"), [("0", False), ("9999999999", False), ("1", True)])
+def test_a_job_that_slurm_ends_is_queued_again_only_at_its_time_limit(
+    limit: str,
+    again: bool,
+    stage: Stage,  # noqa: F811
+) -> None:
+    """scancel signals the shell of the job as well; requeued then, no job could be cancelled."""
+    stage.stand_in(
+        "srun",
+        'for i in {1..300}; do [[ ! -e "$HOME/go" ]] || break; /bin/sleep 0.1; done; exit 42',
+    )
+    stage.stand_in("scontrol", "exit 0")
+    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    process = stage.start(
+        "launch/slurm.sh", *RUN, "--workdir", "w", **job, SLURM_JOB_END_TIME=limit
+    )
+    stage.until("srun")
+    process.send_signal(signal.SIGTERM)
+    (stage.place / "go").touch()
+    process.communicate(timeout=60)
+    assert process.returncode == 42
+    assert [call.split()[0] for call in stage.calls] == ["srun", "scontrol"][: 1 + again]
