@@ -80,6 +80,7 @@ if [[ -n "$dry" ]]; then
     echo wait
     exit 0
 fi
+((${#pids[@]})) || exit 130 # stopped before the first
 status=0
 for pid in "${pids[@]}"; do
     code=0

@@ -212,7 +212,8 @@ run() {
     while true; do
         ready
         status=0
-        copy || status=$?
+        # once more: a server of packages or keys may be away for a moment
+        copy || { sleep "$pause" && copy; } || status=$?
         if ((status == 0)); then
             say "run on all workers"
             on_all_workers "$command" || status=$?

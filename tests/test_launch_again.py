@@ -44,6 +44,7 @@ def test_a_moment_without_network_does_not_end_the_wait_for_a_tpu(
     does = """case "$*" in
 *describe*) [[ -e "$HOME/asked" ]] || { touch "$HOME/asked"; exit 1; }; echo ACTIVE ;;
 *create*) echo "it exists" >&2; exit 1 ;;
+*python.sh*) [[ -e "$HOME/served" ]] || { touch "$HOME/served"; exit 2; } ;;
 esac"""
     stage.stand_in("gcloud", does)
     run = ["launch/tpu_vm.sh", "run", *SLICE, "--workdir", "/w", "--", *RUN]
