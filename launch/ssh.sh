@@ -52,8 +52,10 @@ pids=() file="/tmp/m3i-\$(id -u)-$port.pid"
 stop() {
     stopped=yes
     for name in "${names[@]}"; do
+        # the file may be older than the host's last start
         # shellcheck disable=SC2029  # meant to be expanded here
-        ssh "$name" "kill -TERM \$(cat $file)" || true
+        ssh "$name" "pid=\$(cat $file) && grep -qa host.sh /proc/\$pid/cmdline && kill -TERM \$pid" ||
+            true
     done
 }
 stopped=''

@@ -1,8 +1,10 @@
 """Launch scripts again: what a user or a network does to them."""
 
+import os
 import pathlib
 import shutil
 import signal
+import subprocess
 
 import pytest
 
@@ -147,3 +149,31 @@ def test_a_job_that_slurm_ends_is_queued_again_only_at_its_time_limit(
     process.communicate(timeout=60)
     assert process.returncode == 42
     assert [call.split()[0] for call in stage.calls] == ["srun", "scontrol"][: 1 + again]
+
+
+def test_an_interrupt_of_ssh_reaches_the_hosts_alone(
+    stage: Stage,  # noqa: F811
+    tmp_path: pathlib.Path,
+) -> None:
+    """A process that has the number of a host that ended is left alone."""
+    (tmp_path / "there/launch").mkdir(parents=True)
+    (tmp_path / "there/launch/host.sh").write_text(
+        """trap 'exit 42' TERM; echo "up $*" >>"$LOG"; for i in {1..300}; do /bin/sleep 0.1; done"""
+    )
+    stage.stand_in("ssh", 'bash -c "$2"')
+    where = ["--hosts", "n1", "--directory", str(tmp_path / "there"), "--workdir", "w"]
+    port = str(20_000 + os.getpid() % 40_000)
+    file = pathlib.Path(f"/tmp/m3i-{os.getuid()}-{port}.pid")
+    try:
+        process = stage.start("launch/ssh.sh", *where, "--port", port, "--", *RUN)
+        stage.until("up ")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 42
+        stop = next(call for call in stage.calls if "kill" in call).partition("n1 ")[2]
+        with subprocess.Popen(["/bin/sleep", "60"]) as other:
+            file.write_text(f"{other.pid}\n")
+            assert stage.run("-c", stop)[0] == 1 and other.poll() is None
+            other.kill()
+    finally:
+        file.unlink(missing_ok=True)
