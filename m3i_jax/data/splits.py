@@ -186,8 +186,8 @@ def _find_shared(train: DataSource, held_out: DataSource) -> str:
     """Returns a file or a directory of which both sources read the same records; "" if there is
     none, or a source does not tell (`DataSource.extents`)."""
     both = [_extents(source) for source in (train, held_out)]
-    for mine, others in (both, both[::-1]):
-        for path, ranges in mine.items():
+    for extents, others in (both, both[::-1]):
+        for path, ranges in extents.items():
             above = path
             while above:
                 for first, end in others.get(above, ()):
