@@ -254,7 +254,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **_YFCC,
     },
     "slip": {
-        **published_views.MOCO_V2,
+        **published_views.SLIP,
         "model.encoder.drop_path": 0.0,
         "model.encoder.freeze_patch_embed": False,
         "model.pool.kind": "cls",

@@ -2,7 +2,8 @@
 settings.
 
 All settings of colour are named, so that a method keeps its own beside one whose views have none
-(`form=clip+byol`). Crops are with the other settings of a method in `published_settings`.
+(`form=clip+byol`). Crops are here where they are torchvision's, from 0.08 on; others are with the
+other settings of a method in `published_settings`.
 """
 
 from typing import Any
@@ -35,14 +36,17 @@ def _coloured(
 
 
 _STRONG, _MILD = (0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.4, 0.1)
-BYOL = _coloured((0.4, 0.4, 0.2, 0.1), (1.0, 0.1), (0.0, 0.2))
+_CROPS = {"data.crop_scale": (0.08, 1.0)}
+BYOL = {**_CROPS, **_coloured((0.4, 0.4, 0.2, 0.1), (1.0, 0.1), (0.0, 0.2))}
 DINO = _coloured((0.4, 0.4, 0.2, 0.1), (1.0, 0.1, 0.5), (0.0, 0.2, 0.0))
 # Both views alike: MoCo v2 and its successors; SimCLR at strength 1; LeJEPA's minimal example.
 MOCO_V2 = _coloured(_MILD, (0.5, 0.5))
-SIMCLR = _coloured(_STRONG, (0.5, 0.5))
+SLIP = {**_CROPS, **MOCO_V2}
+SIMCLR = {**_CROPS, **_coloured(_STRONG, (0.5, 0.5))}
 LEJEPA = _coloured(_STRONG, (0.5, 0.5), (0.2, 0.2))
 # BEiT's, which data2vec keeps: jitter of every image, without hue, and nothing else.
 BEIT = {
+    **_CROPS,
     **PLAIN,
     "data.augment.jitter_p": 1.0,
     "data.augment.brightness": 0.4,

@@ -104,11 +104,12 @@ def test_a_named_method_has_the_recipe_it_was_published_with(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["byol", "moco_v3", "vicreg", "siamese_im", "dino", "simclr"])
-def test_a_method_keeps_its_colours_beside_one_without(name: str) -> None:
-    """The views of CLIP have no colours and are not mirrored; beside them and without its own,
-    byol would compare views that differ in their crop alone."""
+def test_a_method_keeps_its_views_beside_one_without(name: str) -> None:
+    """The views of CLIP are not mirrored and have no colours, and half of the image or more; beside
+    them and without its own, byol would compare views that hardly differ."""
     alone, joined = recipe(name).data, recipe(f"clip+{name}").data
     assert (joined.augment, joined.flip_p) == (alone.augment, 0.5)
+    assert joined.crop_scale == alone.crop_scale
     assert joined.augment.jitter_p == 0.8
 
 
