@@ -140,6 +140,13 @@ def test_a_run_that_cannot_move_is_warned_of() -> None:
     assert "optim.lr=1.6e-05" in rate and "924 steps sum to 0.0074" in rate and "optim.lr=0" in rate
     assert "optim.ema=0.99992" in memory and "12,500 steps" in memory and "96%" in memory
     assert short_run(optim__lr=1e-3, optim__ema=0.98) == []
+    # A rate that stays moves twice as far as one that falls, and one that falls at the end as far
+    # as its schedule says: 45.5 + 666 + 83.5 steps of the peak.
+    changes = {"optim__lr": 4e-5, "optim__ema": 0.98}
+    assert "sum to 0.018" in short_run(**changes)[0]
+    assert short_run(**changes, optim__schedule="constant") == []
+    assert short_run(**changes, optim__schedule="wsd", optim__decay_share=0.18) == []
+    assert len(short_run(**changes, optim__schedule="steps", optim__milestones=(0.5,))) == 1
     # The half of a cosine moves half as much as a constant momentum does.
     assert len(short_run(optim__lr=1e-3, optim__ema=0.998)) == 1
     assert short_run(optim__lr=1e-3, optim__ema=0.998, optim__ema_schedule="constant") == []
