@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from m3i_jax import schema
+from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.models.transfer import FINETUNING, IMAGENET, Reference
 from m3i_jax.objective import terms
@@ -129,6 +130,9 @@ def reference(config: schema.Config) -> Reference:
 def fill_open_settings(config: schema.Config) -> schema.Config:
     """Returns the configuration with values for its open settings. `data.size` must be known.
 
+    Raises:
+      UserError: the learning rate that follows is below `optim.min_lr`, so that it would rise.
+
     >>> optim, train = schema.Optim(lr=0.0, ema=-1.0), schema.Train(epochs=400.0)
     >>> config = schema.Config(data=schema.Data(size=IMAGENET), optim=optim, train=train)
     >>> filled = fill_open_settings(config).optim; filled.lr, filled.ema
@@ -157,6 +161,12 @@ def fill_open_settings(config: schema.Config) -> schema.Config:
     }
     for key in open_settings(config):
         config = _with(config, key.split("."), values[key])
+    o = config.optim
+    if o.min_lr > o.lr:  # what is given is compared where it is read
+        raise UserError(
+            f"config.optim.min_lr: {o.min_lr!r} exceeds the learning rate that follows from batch"
+            f" and length, {o.lr!r}; lower it, or set optim.lr"
+        )
     return config
 
 

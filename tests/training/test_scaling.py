@@ -8,6 +8,7 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import schema, validation
+from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.modes import setup as jobs
 from m3i_jax.training import scaling, trainer
@@ -84,6 +85,14 @@ def test_what_is_set_is_kept() -> None:
         ).optim
         == plain.optim
     )
+
+
+def test_a_rate_that_follows_is_not_below_the_last_one() -> None:
+    """A cosine from it would rise; a rate that is given is refused where it is read."""
+    plain = schema.Config(data=schema.Data(size=6000))
+    optim = dataclasses.replace(plain.optim, lr=0.0, min_lr=0.1)
+    with pytest.raises(UserError, match=r"optim\.min_lr: 0\.1 exceeds .*, 0\.00.*set optim\.lr"):
+        scaling.fill_open_settings(dataclasses.replace(plain, optim=optim))
 
 
 def test_length_and_batch_of_an_override_count() -> None:
