@@ -11,16 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from m3i_jax import config as configuration
-from m3i_jax import schema
+from m3i_jax import published_views, schema
 
-_PLAIN = {
-    "data.augment.jitter_p": 0.0,
-    "data.augment.grayscale_p": 0.0,
-    "data.augment.blur_p": (0.0, 0.0),
-    "data.augment.solarize_p": (0.0, 0.0),
-}
-# Equal augmentation of both views.
-_EVEN = {"data.augment.blur_p": (0.5, 0.5), "data.augment.solarize_p": (0.0, 0.0)}
 # Of DINO and its successors; 0.996 a step of 1,024 images is 0.984 of 4,096.
 _DINO = {
     "model.encoder.freeze_patch_embed": False,
@@ -34,9 +26,7 @@ _DINO = {
     "optim.weight_decay": 0.04,
     "optim.min_lr": 1e-6,
     "optim.warmup_epochs": 10.0,
-    "data.augment.saturation": 0.2,
-    "data.augment.blur_p": (1.0, 0.1, 0.5),
-    "data.augment.solarize_p": (0.0, 0.2, 0.0),
+    **published_views.DINO,
 }
 # Runs of SLIP's paper on YFCC, CLIP's included; its code decays tables and tokens, too.
 _YFCC = {"optim.b2": 0.98, "optim.min_lr": 1e-5, "optim.warmup_epochs": 1.0, "train.epochs": 25.0}
@@ -56,7 +46,7 @@ _SIGLIP = {
     "optim.warmup_epochs": 0.0655,
     "train.epochs": 4.0,
     **_BIG_VISION,
-    **_PLAIN,
+    **published_views.PLAIN,
 }
 
 # CapPa's of 366,500 steps of 8,192 images, 3 B of them; how many times that is through its part of
@@ -76,7 +66,7 @@ _CAPPA = {
     "optim.warmup_epochs": 0.0819,
     "train.epochs": 3.0,
     **_BIG_VISION,
-    **_PLAIN,
+    **published_views.PLAIN,
 }
 
 # Images per step that learning rates and momentum of a method are given for, if not 4,096.
@@ -100,10 +90,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.weight_decay": 0.05,
         "optim.clip": 0.0,
         "train.epochs": 1600.0,
-        **_PLAIN,
+        **published_views.PLAIN,
     },
     "data2vec": {
         "data.mask_ratio": 120 / 196,
+        **published_views.BEIT,
         "model.encoder.final_norm": True,
         "model.encoder.drop_path": 0.25,
         "model.encoder.freeze_patch_embed": False,
@@ -120,14 +111,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.weight_decay": 0.05,
         "optim.clip": 3.0,
         "train.epochs": 300.0,
-        **_PLAIN,
+        **published_views.PLAIN,
     },
     "byol": {
+        **published_views.BYOL,
         "model.encoder.freeze_patch_embed": False,
         "optim.ema": 0.996,
         "train.epochs": 1000.0,
     },
     "moco_v3": {
+        **published_views.BYOL,
         "model.encoder.drop_path": 0.0,
         "optim.lr": 2.4e-3,
         "optim.b2": 0.999,
@@ -137,26 +130,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train.epochs": 300.0,
     },
     "simclr": {
+        **published_views.SIMCLR,
         "model.encoder.freeze_patch_embed": False,
         "model.head.hidden": 2048,
         "model.head.width": 128,
         "train.epochs": 1000.0,
     },
     "barlow_twins": {
+        **published_views.BYOL,
         "model.encoder.freeze_patch_embed": False,
         "model.head.hidden": 8192,
         "model.head.width": 8192,
         "train.epochs": 1000.0,
     },
     "densecl": {
+        "data.crop_scale": (0.2, 1.0),
         "model.encoder.freeze_patch_embed": False,
         "model.head.hidden": 2048,
         "model.head.width": 128,
         "optim.ema": 0.999,
         "optim.ema_schedule": "constant",
         "train.epochs": 200.0,
-        "data.augment.saturation": 0.4,
-        **_EVEN,
+        **published_views.MOCO_V2,
     },
     "msn": {
         "data.mask": "uniform",
@@ -170,8 +165,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.clip": 3.0,
         "optim.weight_decay": 0.04,
         "train.epochs": 800.0,
-        "data.augment.saturation": 0.4,
-        **_EVEN,
+        **published_views.MOCO_V2,
     },
     # given for 1,024 images; here at 4,096, by the linear rule of its command
     "dino": {
@@ -233,9 +227,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.weight_decay": 0.04,
         "optim.clip": 0.0,
         "train.epochs": 300.0,
-        **_PLAIN,
+        **published_views.PLAIN,
     },
     "siamese_im": {
+        **published_views.BYOL,
         "data.mask_ratio": 118 / 196,
         "model.decoder.norm": "batch",
         "model.decoder.projector_depth": 2,
@@ -254,11 +249,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.lr": 5e-4,
         "optim.weight_decay": 0.5,
         "data.flip_p": 0.0,
-        **_PLAIN,
+        **published_views.PLAIN,
         "optim.decayed": "ranks",
         **_YFCC,
     },
     "slip": {
+        **published_views.SLIP,
         "model.encoder.drop_path": 0.0,
         "model.encoder.freeze_patch_embed": False,
         "model.pool.kind": "cls",
@@ -280,11 +276,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "milan": {
         "data.mask": "uniform",
         "data.mask_ratio": 0.75,
+        "data.crop_scale": (0.2, 1.0),
+        **published_views.PLAIN,
         "model.encoder.freeze_patch_embed": False,
         "optim.weight_decay": 0.05,
         "train.epochs": 400.0,
     },
     "vicreg": {
+        **published_views.BYOL,
         "model.encoder.freeze_patch_embed": False,
         "model.head.hidden": 8192,
         "model.head.width": 8192,
@@ -305,8 +304,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.warmup_epochs": 1.0,
         "optim.clip": 0.0,
         "train.epochs": 800.0,
-        **_EVEN,
-        "data.augment.solarize_p": (0.2, 0.2),
+        **published_views.LEJEPA,
     },
     # DINO's recipe, 5e-4 for every 256 images; 0.996 at the 512 images of its command
     "simdino": {
@@ -364,7 +362,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.ema": 0.999,
         "optim.warmup_epochs": 5.77,
         "train.epochs": 57.7,
-        **_PLAIN,
+        **published_views.PLAIN,
     },
     "siglip": {"data.crop_scale": (0.5, 1.0), "data.vocabulary_size": 32_000, **_SIGLIP},
     "cap": _CAPPA,
@@ -387,7 +385,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.weight_decay": 0.01,
         "optim.warmup_epochs": 0.1,
         "train.epochs": 5.0,
-        **_PLAIN,
+        **published_views.PLAIN,
     },
     # 0.25 (small views + 0.25 hidden cells) beside 1 of the pairs and 1 of the captions; the sizes
     # of small views are DINO's, not checked against the paper

@@ -96,7 +96,12 @@ def plain_jpeg_size(raw: bytes) -> tuple[int, int] | None:
     while offset < end and raw[offset] == 0xFF and (marker := raw[offset + 1]) != 0xDA:
         if marker == 0xE1 or (marker == 0xE2 and raw[offset + 4 : offset + 8] == b"MPF\0"):
             return None
+        if marker == 0xFF:  # a fill byte
+            offset += 1
+            continue
         offset += 2 + (raw[offset + 2] << 8 | raw[offset + 3])
+    if raw[offset : offset + 2] != b"\xff\xda":  # other bytes in between, which Pillow skips
+        return None
     import simplejpeg
 
     try:

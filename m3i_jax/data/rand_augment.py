@@ -3,8 +3,9 @@ timm's `rand-m9-mstd0.5-inc1` (MAE, SiameseIM): two of fifteen operations, each 
 probability 1/2, with strengths that increase with the magnitude.
 
 The caller passes the uniforms of a view, so that they are keyed by stream position. Views are
-mirrored later, on the device; since rotations, shears and shifts are symmetric, the distribution is
-the same."""
+mirrored later, on the device, and by timm before. Rotations, shears of rows and shifts are
+symmetric, so that their distribution is the same; a shear of columns (`shear_y`) keeps the column
+at the left in its place, which is at the right in a view that is then mirrored."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -2,6 +2,7 @@
 by the names of two splits."""
 
 import dataclasses
+import os
 from typing import Any
 
 from m3i_jax import schema
@@ -167,9 +168,44 @@ def _open_pair(
         registry.open_kind(entry.kind, entry.path, split, data, cache=cache)
         for split in (train_split, entry.held_out)
     )
+    if not keep and (shared := _find_shared(train, held_out)):
+        raise UserError(
+            f"{held_out_setting}={entry.held_out!r} holds out images that {train_setting}="
+            f"{train_split!r} trains on, those of {shared!r}: give two splits that share none, or"
+            " a keep-list of the images to train on (data.keep)"
+        )
     ids = [getattr(source, "class_ids", ()) for source in (held_out, train)]
     train = _keep(train, keep, cache)
     if held_out.classes != train.classes or ids[0] != ids[1]:
         held_out = mixture.RelabelledSource(held_out, train.classes, ids if all(ids) else ())
         held_out.class_ids = tuple(ids[1])  # a mixture joins both parts alike
     return train, held_out
+
+
+def _find_shared(train: DataSource, held_out: DataSource) -> str:
+    """Returns a file or a directory of which both sources read the same records; "" if there is
+    none, or a source does not tell (`DataSource.extents`)."""
+    both = [_extents(source) for source in (train, held_out)]
+    for extents, others in (both, both[::-1]):
+        for path, ranges in extents.items():
+            above = path
+            while above:
+                for first, end in others.get(above, ()):
+                    if above != path or any(a < end and first < b for a, b in ranges):
+                        return path
+                parent = os.path.dirname(above)
+                above = "" if parent == above else parent
+    return ""
+
+
+def _extents(source: Any) -> dict[str, list[tuple[int, int]]]:
+    """Returns {file or directory: [(first, end) of the records that a source reads of it]}."""
+    tell = getattr(source, "extents", None)
+    extents: dict[str, list[tuple[int, int]]] = {}
+    folders: dict[str, str] = {}  # a link is resolved once for a folder, not for every file
+    for path, first, end in tell() if tell else ():
+        folder, name = os.path.split(os.path.normpath(path) if "://" not in path else path)
+        if folder not in folders:
+            folders[folder] = folder if "://" in path else os.path.realpath(folder)
+        extents.setdefault(os.path.join(folders[folder], name), []).append((first, end))
+    return extents

@@ -90,11 +90,13 @@ def part_of(path: str) -> str:
     ('params', 'moments')
     >>> part_of("opt/target/params/norm/bias"), part_of("step")
     ('target', 'other')
+    >>> part_of("opt/lars/2/trace/norm/bias")  # momentum of LARS
+    'moments'
     """
     names = path.split("/")
     if names[0] == "params":
         return "params"
-    if {"mu", "nu", "z"} & set(names):
+    if {"mu", "nu", "z", "trace"} & set(names):
         return "moments"
     return (
         "target"

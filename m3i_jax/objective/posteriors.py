@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from m3i_jax.objective import contrastive, information, losses, regression_losses
 from m3i_jax.objective.numerics import float32, l2_normalize
 from m3i_jax.objective.sigmoid_pairs import text_sigmoid_sums
+from m3i_jax.objective.similarity import candidate_counts
 
 
 class LossSum(NamedTuple):
@@ -135,6 +136,18 @@ class Softmax(Posterior):
             "nll": jax.lax.stop_gradient(nll),
             "log_choices": count * jnp.log(jnp.maximum(jnp.asarray(choices, jnp.float32), 1.0)),
         }
+
+    @classmethod
+    def evidence_of_pairs(
+        cls, nll: jax.Array, count: jax.Array, where: jax.Array, group: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        """Evidence of a softmax over the pairs of the rows, of which rows of equal `group` are no
+        candidates of each other: fewer candidates can tell less."""
+        out = cls.evidence(nll, count, count)
+        if group is None:
+            return out
+        log_choices_R = jnp.log(jnp.maximum(candidate_counts(jnp.asarray(group), where), 1.0))
+        return out | {"log_choices": (where * log_choices_R).sum()}
 
 
 class Categorical(Posterior):
@@ -417,7 +430,7 @@ class TextSoftmax(Softmax):
         total, count = losses.text(
             prediction, target, given.parameters, where, group_B=given.group, chunk=given.chunk
         )
-        return LossSum(total, count, self.evidence(total, count, count))
+        return LossSum(total, count, self.evidence_of_pairs(total, count, where, given.group))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -479,4 +492,4 @@ class TextSigmoid(Softmax):
             chunk=given.chunk,
             axes=given.axes,
         )
-        return LossSum(total, count, self.evidence(nll, count, count))
+        return LossSum(total, count, self.evidence_of_pairs(nll, count, where, given.group))

@@ -301,7 +301,10 @@ PUBLISHED: dict[str, PublishedMethod] = {
     "deit": PublishedMethod(
         terms=FORMS["supervised"],
         kept="the class from the cls token, uniform stochastic depth, smoothed labels",
-        left_out="mixup, cutmix, binary cross-entropy, LAMB, repeated augmentation, LayerScale",
+        left_out=(
+            "mixup, cutmix, binary cross-entropy, LAMB, repeated augmentation, LayerScale; one of"
+            " gray, solarization and blur for every image (3-Augment): colours are the default's"
+        ),
     ),
     "milan": PublishedMethod(
         terms=(token_term(MASKED, 0, encoder="frozen"),),

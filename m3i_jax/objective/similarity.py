@@ -46,6 +46,21 @@ def similarities(u_BxE: jax.Array, v_CxE: jax.Array, of_B: Pairs, of_C: Pairs) -
     return logits_BxC
 
 
+def candidate_counts(group_B: jax.Array, weight_B: jax.Array) -> jax.Array:
+    """Returns how many candidates the softmax of each row has, float32 [B]: the rows of positive
+    weight, without others of its group. Of a row of weight 0 the number has no meaning.
+
+    >>> candidate_counts(jnp.array([5, 5, 7, 5]), jnp.array([1.0, 1, 1, 0])).tolist()[:3]
+    [2.0, 2.0, 3.0]
+    """
+    exists_B, order_B = jnp.asarray(weight_B) > 0, jnp.argsort(group_B)
+    sorted_B = group_B[order_B]
+    before_B1 = jnp.pad(jnp.cumsum(exists_B[order_B]), (1, 0))
+    first_B, end_B = (jnp.searchsorted(sorted_B, group_B, side=side) for side in ("left", "right"))
+    same_B = before_B1[end_B] - before_B1[first_B]
+    return (exists_B.sum() - same_B + 1).astype(jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked_cross_entropy(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> jax.Array:
     """Returns the mean of two cross-entropies of every row over the products `u v'`: its v among

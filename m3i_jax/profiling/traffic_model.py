@@ -252,13 +252,14 @@ def chip_days(
     moved = traffic.of_chip(images / chips, 1 / chips if sharded else 1.0)
     # a gradient is reduced and its sum spread; sharded, weights are gathered in two bytes for the
     # forward and for the backward pass, and gradients are reduced
-    received = params * (2 + 2 + 4 if sharded else 8) * (1 - 1 / chips)
-    several = 0 < chip.host < chips  # hosts, between which GPUs have no links
-    speed = min(chip.link, chip.host * chip.network) if several else chip.link
+    received = params * (2 + 2 + 4 if sharded else 8)
+    times = [received * (1 - 1 / chips) / chip.link]
+    if 0 < chip.host < chips:  # between hosts GPUs have no links: all of a host take in once what
+        times.append(received * (1 - chip.host / chips) / (chip.host * chip.network))  # others have
     return {
         "FLOPs": hardware.training_days(flops * steps, kind=kind, chips=chips, mfu=mfu),
         "memory": moved / chip.bandwidth * steps / 86_400,
-        "network": received / speed * steps / 86_400,
+        "network": max(times) * steps / 86_400,
     }
 
 

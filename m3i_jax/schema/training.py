@@ -67,7 +67,9 @@ class Optim:
         "peak learning rate [P]; 0: from batch and length (training/scaling.py)",
         dataclasses.replace(RATE, open=0),
     )
-    min_lr: float = option(0.0, "learning rate at the end of the cosine schedule", WEIGHT)
+    min_lr: float = option(
+        0.0, "learning rate at the end of the run, with schedule cosine or wsd", WEIGHT
+    )
     warmup_epochs: float = option(
         40.0,
         "epochs of linear warm-up, unless warmup_steps is set [P]; -1: a tenth of the run",

@@ -192,12 +192,15 @@ class InputStallAlarm:
 
     The alarm rises after READINGS consecutive readings in which at least SHARE of the time, and
     SECONDS in total, were spent waiting, so that neither the first batches nor a short stall raise
-    it. It falls at the first reading with less than half of that share."""
+    it. It falls at the first reading with less than half of that share.
+
+    Args:
+      before: seconds of waiting before the first reading, those of earlier starts of the run."""
 
     SHARE, READINGS, SECONDS = 0.5, 2, 5.0
 
-    def __init__(self) -> None:
-        self.alarm, self._row, self._before = False, 0, 0.0
+    def __init__(self, before: float = 0.0) -> None:
+        self.alarm, self._row, self._before = False, 0, before
 
     def see(self, values: Mapping[str, float]) -> str:
         """Returns the warning to log if the alarm rises with a reading of `GoodputClock.read`, else

@@ -183,7 +183,8 @@ class _MetricsLog:
     def __init__(self, trainer: Trainer, callbacks: Callbacks):
         self.trainer, self.callbacks, self.clock = trainer, callbacks, callbacks.clock
         self.bad, self.failed = 0, False  # steps in a row that were not finite; too many
-        self.collapse, self.stalls = CollapseAlarm(), InputStallAlarm()
+        self.collapse = CollapseAlarm()
+        self.stalls = InputStallAlarm(self.clock.total()["data"])
         self.last: dict[str, float] = {}  # metrics of the newest fetched step
         self._pending: tuple[int, dict[str, float], dict[str, jax.Array]] | None = None
 

@@ -12,14 +12,19 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+import numpy as np
+
 from m3i_jax import schema
+from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.models.transfer import FINETUNING, IMAGENET, Reference
 from m3i_jax.objective import terms
-from m3i_jax.training import plan
+from m3i_jax.training import optimizer, plan
 from m3i_jax.training.update_rules import update_rule
 
 MIN_LR_SUM = 0.03  # initial matrices have a std of 0.1 at width 96, 0.04 at 768
+_SUMMED = 4097  # steps of which the rates are summed
 SHORT_RUN = 1e6  # samples up to which a run has the weakest augmentation
 # settings that may be open, and the value that means open
 OPEN: dict[str, Any] = {
@@ -125,6 +130,9 @@ def reference(config: schema.Config) -> Reference:
 def fill_open_settings(config: schema.Config) -> schema.Config:
     """Returns the configuration with values for its open settings. `data.size` must be known.
 
+    Raises:
+      UserError: the learning rate that follows is below `optim.min_lr`, so that it would rise.
+
     >>> optim, train = schema.Optim(lr=0.0, ema=-1.0), schema.Train(epochs=400.0)
     >>> config = schema.Config(data=schema.Data(size=IMAGENET), optim=optim, train=train)
     >>> filled = fill_open_settings(config).optim; filled.lr, filled.ema
@@ -153,7 +161,26 @@ def fill_open_settings(config: schema.Config) -> schema.Config:
     }
     for key in open_settings(config):
         config = _with(config, key.split("."), values[key])
+    o = config.optim
+    if o.min_lr > o.lr:  # what is given is compared where it is read
+        raise UserError(
+            f"config.optim.min_lr: {o.min_lr!r} exceeds the learning rate that follows from batch"
+            f" and length, {o.lr!r}; lower it, or set optim.lr"
+        )
     return config
+
+
+def summed_rates(optim: schema.Optim, *, steps: int, warmup: int) -> float:
+    """Returns the sum of the learning rates of all steps of a run, whatever its schedule; of runs
+    of more than a few thousand steps from some of them, in equal distances.
+
+    >>> constant = schema.Optim(lr=0.5, schedule="constant")
+    >>> [summed_rates(each, steps=8, warmup=0) for each in (constant, schema.Optim(lr=0.5))]
+    [4.0, 2.25]
+    """
+    at = np.linspace(0, steps - 1, min(steps, _SUMMED))
+    rates = jax.vmap(optimizer.lr_schedule(optim, steps=steps, warmup=warmup))(at)
+    return float(np.asarray(rates, np.float64).mean() * steps)
 
 
 def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[str]:
@@ -165,7 +192,7 @@ def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[
       steps, warmup: length of the run and of its warm-up.
     """
     o, warnings = config.optim, []
-    lr_sum = f"{o.lr * warmup / 2 + (o.lr + o.min_lr) / 2 * (steps - warmup):.2g}"
+    lr_sum = f"{summed_rates(o, steps=steps, warmup=warmup):.2g}"
     bounded = update_rule(o.rule).bounded and not config.model.encoder.freeze
     if bounded and float(lr_sum) < MIN_LR_SUM:
         warnings.append(

@@ -139,3 +139,18 @@ def test_without_simplejpeg_the_pixels_are_equal(make, monkeypatch):
     content = plain(make, 64, 80)
     monkeypatch.setattr(decode_fast, "is_installed", lambda package: package != "simplejpeg")
     assert isinstance(decode.open_jpeg_fast(content).rgb(), Image.Image)
+
+
+@pytest.mark.parametrize("filler", [b"\xff", b"\xff\xff\xff", b"\x00\x07"], ids=repr)
+def test_exif_behind_filler_bytes_is_seen(make, filler):
+    """Pillow skips them between two segments, and turns the image."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = make.encode(make.smooth(40, 60), "JPEG", exif=exif.tobytes())
+    at = content.index(b"\xff\xe1")
+    content = content[:at] + filler + content[at:]
+    opened = decode.open_jpeg_fast(content)
+    assert (opened.height, opened.width) == (60, 40)
+    assert decode.open_image(content).height == 60
+    without = make.encode(make.smooth(40, 60), "JPEG")
+    assert decode_fast.plain_jpeg_size(without[:2] + b"\xff" + without[2:]) == (40, 60)

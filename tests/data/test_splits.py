@@ -1,5 +1,7 @@
 """Training and held-out parts, by hash or by name, with the same classes."""
 
+import os
+
 import pytest
 
 from m3i_jax import schema
@@ -54,6 +56,32 @@ def test_both_splits_of_tars(tmp_path, make):
         )
     )
     assert keys(train) == ["train-0", "train-1"] and keys(held) == ["val-0"]
+
+
+@pytest.mark.parametrize(
+    ("split", "holdout_split"),
+    [(".", "val"), ("train", "."), ("", "DATA/val"), ("train/ant", "DATA/link/ant")],
+)
+def test_a_held_out_folder_is_not_trained_on(data, split, holdout_split):
+    """One folder in the other, by its name, its path or a link."""
+    os.symlink(f"{data}/train", f"{data}/link")
+    names = dict(split=split, holdout_split=holdout_split.replace("DATA", data))
+    with pytest.raises(UserError, match="holds out images that data.split='.*' trains on"):
+        splits.open_splits(schema.Data(source="folder", path=data, **names))
+    splits.open_splits(schema.Data(source="folder", path=data, split="train/ant"))
+    near = dict(split="train/ant", holdout_split="train/bee")
+    assert len(splits.open_splits(schema.Data(source="folder", path=data, **near))[1]) == 10
+
+
+def test_a_held_out_tar_is_not_trained_on(tmp_path, make):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tar").write_bytes(make.tar_bytes([(f"{name}.jpg", b"x")]))
+    overlapping = dict(split="*.tar", holdout_split="b.tar")
+    with pytest.raises(UserError, match="those of '.*/b.tar'"):
+        splits.open_splits(schema.Data(source="tars", path=str(tmp_path), **overlapping))
+    mixed = (f"tars:{tmp_path}@[ab].tar|b.tar",)
+    with pytest.raises(UserError, match="those of '.*/b.tar'"):
+        splits.open_splits(schema.Data(source="mixture", mixture=mixed))
 
 
 def test_parts_of_a_mixture(data):

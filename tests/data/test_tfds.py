@@ -136,6 +136,27 @@ def test_records(files, tmp_path):
     assert len(TfdsSource("tiny", "train[:3]", directory=str(tmp_path))) == 3
 
 
+@pytest.mark.parametrize(
+    ("split", "holdout_split", "shared"),
+    [
+        ("", "train[3:]", True),
+        ("train[:4]", "train[3:]", True),
+        ("train[:3]", "train[3:]", False),
+        ("train+test", "test", True),
+        ("train[:2]+train[4:]", "train[2:4]", False),
+    ],
+)
+def test_no_slice_is_trained_on_and_held_out(files, tmp_path, split, holdout_split, shared):
+    prepare(tmp_path, {"train": files, "test": files[:2]})
+    names = dict(path="tiny", directory=str(tmp_path), split=split, holdout_split=holdout_split)
+    settings = schema.Data(source="tfds", **names)
+    if shared:
+        with pytest.raises(UserError, match="holds out images that data.split='train.* trains on"):
+            splits.open_splits(settings)
+    else:
+        assert all(map(len, splits.open_splits(settings)))
+
+
 def test_captions_with_other_columns(files, tmp_path):
     """Those of coco_captions are a table of numbers and texts."""
     prepare(tmp_path, {"train": files}, several=True)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from m3i_jax.objective import information, losses
+from m3i_jax.objective import information, losses, posteriors
 
 gaussian_bits = jax.jit(information.gaussian_bits, static_argnums=2)
 softmax_bits, category_bits = jax.jit(information.softmax_bits), jax.jit(information.category_bits)
@@ -95,3 +95,32 @@ def test_every_estimator_names_its_marginal():
         if name.endswith("_bits")
     }
     assert functions == set(information.MARGINALS) and all(information.MARGINALS.values())
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_captions_that_are_no_candidates_tell_nothing(kind):
+    """Equal captions that are no negatives of each other are no choices of a softmax either: of
+    equal captions alone, each is predicted at no cost, and that is no information."""
+    rng = np.random.default_rng(0)
+    u, v = (rng.normal(size=(5, 3)) for _ in range(2))
+    where, group = np.array([1.0, 1, 1, 0, 1]), np.array([7, 2, 7, 7, 4])
+    scalars = {"logit_scale": np.float32(0.5), "logit_bias": np.float32(-1)}
+    posterior = {"softmax": posteriors.TextSoftmax(), "sigmoid": posteriors.TextSigmoid()}[kind]
+    trained = scalars["logit_scale"] if kind == "softmax" else scalars
+
+    @jax.jit
+    def bits(group):
+        given = posteriors.LossInputs(parameters=trained, group=group)
+        cost = posterior.cost(u.astype(np.float32), v.astype(np.float32), where, given)
+        return posterior.bits(cost.evidence, cost.count)
+
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (u, v))
+    product = np.exp(0.5) * a @ b.T
+    there = (where > 0) & ((group[:, None] != group) | np.eye(5, dtype=bool))
+    each = []
+    for logits in (product, product.T)[: 2 if kind == "softmax" else 1]:
+        for i in np.flatnonzero(where):
+            left = logits[i][there[i]]
+            each.append(np.log(len(left)) + logits[i, i] - np.log(np.exp(left).sum()))
+    assert float(bits(group)) == pytest.approx(np.mean(each) / np.log(2), abs=1e-5)
+    assert float(bits(np.zeros(5, int))) == pytest.approx(0, abs=1e-6)

@@ -79,3 +79,16 @@ def test_attention_is_the_kernel_s():
     assert moved["tpu"] == pytest.approx(4 / 3, rel=0.01)
     assert moved["cuda"] == pytest.approx(4 / 3, rel=0.02)
     assert moved["cpu"] > 5
+
+
+@pytest.mark.parametrize(("chips", "seconds"), [(8, 0.0233333), (16, 0.025), (64, 0.035)])
+def test_a_host_takes_in_what_other_hosts_have_once(chips: int, seconds: float) -> None:
+    """A gradient of 4 GB over hosts of 8 A100s: 300 GB/s inside of one, 25 GB/s a GPU between them.
+    All-reduced by a ring, 8 GB (1 - 1 / chips) come over the links of each GPU, and in two levels
+    8 GB (1 - 1 / hosts) over the eight adapters of a host; `compile_report` counts the same."""
+    no_traffic = traffic_model.StepTraffic(1.0, 1.0, 0.0)
+    days = traffic_model.chip_days(
+        flops=1.0, traffic=no_traffic, state=1.0, params=10**9, images=64,
+        steps=86_400, kind="a100", chips=chips, mfu=0.5,
+    )  # fmt: skip
+    assert days["network"] == pytest.approx(seconds, rel=1e-4)

@@ -2,10 +2,11 @@
 was started."""
 
 import threading
+import types
 
 import pytest
 
-from m3i_jax.training import goodput
+from m3i_jax.training import goodput, loop
 from m3i_jax.training.goodput import GoodputClock
 from tests.training.test_loop import BATCH, World
 
@@ -160,6 +161,21 @@ def test_what_a_restart_throws_away_is_lost_and_everything_else_goes_on(pass_: T
         and values["perf/goodput"] == pytest.approx(100 / 145)
         and line.endswith("; started 2 times")
     )
+
+
+def test_a_resumed_run_waits_as_long_as_a_new_one_before_it_warns(pass_: Time) -> None:
+    """What it waited before the restart is no waiting of its own: two readings of 2 s each are too
+    short, and the third makes 6 s."""
+    world = World(1)
+    clock = GoodputClock(earlier={"data": 100.0})
+    stalls = loop._MetricsLog(world, types.SimpleNamespace(clock=clock)).stalls
+    warned = []
+    for _ in range(3):
+        with clock.phase("data"):
+            pass_(2)
+        clock.step_ended()
+        warned.append(stalls.see(clock.read()))
+    assert warned[:2] == ["", ""] and "100% of the last reading's time, 6.0 s" in warned[2]
 
 
 def test_a_log_older_than_the_checkpoint_takes_nothing_away() -> None:

@@ -8,6 +8,7 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import schema, validation
+from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.modes import setup as jobs
 from m3i_jax.training import scaling, trainer
@@ -86,6 +87,14 @@ def test_what_is_set_is_kept() -> None:
     )
 
 
+def test_a_rate_that_follows_is_not_below_the_last_one() -> None:
+    """A cosine from it would rise; a rate that is given is refused where it is read."""
+    plain = schema.Config(data=schema.Data(size=6000))
+    optim = dataclasses.replace(plain.optim, lr=0.0, min_lr=0.1)
+    with pytest.raises(UserError, match=r"optim\.min_lr: 0\.1 exceeds .*, 0\.00.*set optim\.lr"):
+        scaling.fill_open_settings(dataclasses.replace(plain, optim=optim))
+
+
 def test_length_and_batch_of_an_override_count() -> None:
     """`--config.train.steps` is applied after the configuration file, and the rule uses it."""
     plain = made("folder", 6000, model="vit_tiny", batch_size=64, epochs=400)
@@ -140,6 +149,13 @@ def test_a_run_that_cannot_move_is_warned_of() -> None:
     assert "optim.lr=1.6e-05" in rate and "924 steps sum to 0.0074" in rate and "optim.lr=0" in rate
     assert "optim.ema=0.99992" in memory and "12,500 steps" in memory and "96%" in memory
     assert short_run(optim__lr=1e-3, optim__ema=0.98) == []
+    # A rate that stays moves twice as far as one that falls, and one that falls at the end as far
+    # as its schedule says: 45.5 + 666 + 83.5 steps of the peak.
+    changes = {"optim__lr": 4e-5, "optim__ema": 0.98}
+    assert "sum to 0.018" in short_run(**changes)[0]
+    assert short_run(**changes, optim__schedule="constant") == []
+    assert short_run(**changes, optim__schedule="wsd", optim__decay_share=0.18) == []
+    assert len(short_run(**changes, optim__schedule="steps", optim__milestones=(0.5,))) == 1
     # The half of a cosine moves half as much as a constant momentum does.
     assert len(short_run(optim__lr=1e-3, optim__ema=0.998)) == 1
     assert short_run(optim__lr=1e-3, optim__ema=0.998, optim__ema_schedule="constant") == []

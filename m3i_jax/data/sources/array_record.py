@@ -244,6 +244,8 @@ class ArrayRecordSource:
     ('bird', 'cat') Record(key='7', image=b'...', label=1, caption=b'a cat')
     """
 
+    extents = base.whole_files
+
     def __init__(self, path: str, *, cache: str = "", lenient: bool = False) -> None:
         _library()
         self._lenient = lenient
@@ -269,9 +271,8 @@ class ArrayRecordSource:
             shards = metadata["shards"]
             self.classes: tuple[str, ...] = tuple(map(str, metadata["classes"]))
             self.captions = bool(metadata["captions"])
-            self.files = [
-                os.path.join(self.path, os.path.basename(shard["file"])) for shard in shards
-            ]
+            names = (os.path.basename(shard["file"]) for shard in shards)
+            self.files = [os.path.join(self.path, name) for name in names]
             self._counts = [int(shard["count"]) for shard in shards]
             self._identity = base.stable_digest(
                 *(shard["digest"] for shard in shards), *self.classes

@@ -25,6 +25,7 @@ from m3i_jax.data.sources.local_files import (
     open_nonblocking,
     read_byte_range,
     split_path,
+    whole_files,
     write_atomic,
 )
 from m3i_jax.data.sources.subset import SubsetSource, split_by_hash
@@ -57,6 +58,7 @@ __all__ = [
     "split_by_hash",
     "split_path",
     "stable_digest",
+    "whole_files",
     "write_atomic",
     "zip_member_count",
 ]

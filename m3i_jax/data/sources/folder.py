@@ -107,6 +107,9 @@ class FolderSource:
             self.caption(index),
         )
 
+    def extents(self) -> list[tuple[str, int, int]]:
+        return [(os.path.realpath(self.path), 0, len(self))]
+
     def key(self, index: int) -> str:
         return self._names[index]
 

@@ -5,6 +5,7 @@ import collections
 import difflib
 import os
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -31,6 +32,16 @@ def split_path(path: str, split: str) -> str:
     if "://" in split:
         return split
     return os.path.join(os.path.expanduser(path), os.path.expanduser(split))
+
+
+def whole_files(source: Any) -> list[tuple[str, int, int]]:
+    """Returns the `extents` of a source that reads all records of its `files`.
+
+    >>> import types
+    >>> whole_files(types.SimpleNamespace(files=["a.tar"]))[0][:2]
+    ('a.tar', 0)
+    """
+    return [(file, 0, sys.maxsize) for file in source.files]
 
 
 def missing_path_error(path: str) -> str:

@@ -77,6 +77,9 @@ class MapsSource:
                 f" {decode_map.UNLABELLED - 1} fit in a map beside 0 for unlabelled: merge classes"
             )
 
+    def extents(self) -> list[tuple[str, int, int]]:
+        return [(os.path.realpath(self.image_root), 0, len(self))]
+
     @property
     def map_classes(self) -> tuple[str, ...]:
         return self.classes

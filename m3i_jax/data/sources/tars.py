@@ -52,6 +52,8 @@ class TarSource:
     ('0', '1') Record(key='7', image=b'...', label=1, caption='a cat')
     """
 
+    extents = base.whole_files
+
     def __init__(self, path: str, *, cache: str = "") -> None:
         self.name = f"tars {path!r}"
         self._builder = builder = index_builder(path, cache=cache)

@@ -83,6 +83,10 @@ class TfdsSource:
     def key(self, index: int) -> str:
         return f"{self._split}-{index}"
 
+    def extents(self) -> list[tuple[str, int, int]]:
+        parts = self._builder().info.splits[self._split].file_instructions
+        return [(str(p.filename), p.skip, p.skip + p.take) for p in parts]
+
     def fingerprint(self) -> str:
         return self._identity
 
