@@ -40,7 +40,8 @@ TARGETS = ("size", "boxes", "classes", "masks")
 
 @functools.cache
 def example() -> dict[str, Any]:
-    """A batch whose second image has no object, and whose first is not of full size."""
+    """A batch whose second image has no object, and whose first is not of full size. First called
+    outside a mesh, whose axes the keys would have."""
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 20, (IMAGES, OBJECTS, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(6, 12, corner.shape)], -1)
@@ -110,6 +111,7 @@ def test_a_batch_is_the_sum_of_its_images() -> None:
 def test_devices_do_not_talk_about_images() -> None:
     """On eight devices the values are those of one, and nothing but sums crosses devices."""
     mesh = parallel.make_mesh((4, 2, 1))
+    params(), example()
     with jax.set_mesh(mesh):
         everywhere, rows = parallel.replicated(mesh), parallel.data_sharding(mesh)
         compiled = (
@@ -141,6 +143,7 @@ def test_devices_do_not_talk_about_images() -> None:
 def test_images_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the arrays of two images would be too large."""
     monkeypatch.setattr(mask_rcnn, "_AT_ONCE", 1)
+    params(), example()
     with jax.set_mesh(parallel.make_mesh((1, 1, 1), jax.devices()[:1])):
         compiled = jax.jit(lambda params, batch: GRADIENTS(params, batch))
         lowered = compiled.lower(params(), example())
