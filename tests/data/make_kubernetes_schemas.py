@@ -25,7 +25,7 @@ USED = {
     ),
     CORE: (
         "PodTemplateSpec PodSpec Container EnvVar ContainerPort ResourceRequirements VolumeMount"
-        " Volume CSIVolumeSource Toleration"
+        " Volume CSIVolumeSource EmptyDirVolumeSource Toleration"
     ),
 }
 OTHER: dict[str, Any] = {}
