@@ -67,10 +67,13 @@ def test_every_parameter_is_in_the_group_of_the_reference(system: str) -> None:
 
 
 # eight steps of vitdet are compared with detectron2's in models/dense/test_vitdet_steps.py
-@pytest.mark.parametrize(
+of_trained = pytest.mark.parametrize(
     "system",
     [pytest.param(s, marks=pytest.mark.slow if s == "vitdet" else ()) for s in reference.SYSTEMS],
 )
+
+
+@of_trained
 def test_losses_of_eight_steps_are_those_of_the_reference(system: str) -> None:
     stored = reference.arrays(f"{system}_steps")["losses"]
     wanted = stored.mean(1) if system == "vitdet" else stored  # per image
@@ -82,7 +85,7 @@ def test_losses_of_eight_steps_are_those_of_the_reference(system: str) -> None:
     assert got[-1].sum() < 0.9 * got[0].sum()
 
 
-@pytest.mark.parametrize("system", reference.SYSTEMS)
+@of_trained
 def test_parameters_after_eight_steps_are_those_of_the_reference(system: str) -> None:
     """The smaller ones whole; of all, how far they have moved. Not those whose gradient is 0 but
     for rounding."""
