@@ -336,8 +336,7 @@ def test_a_whole_run_shows_no_secret_and_is_its_owners(
     refused = start("--config.seed=7")
     assert refused.returncode == 2 and "seed: 0 -> 7" in refused.stderr
     crash = start(
-        before="from m3i_jax.modes import setup;"
-        " setup.lock_workdir = lambda place: {}[sys.argv[3]]"
+        before="from m3i_jax.modes import setup; setup.lock_workdir = lambda place: {}[sys.argv[3]]"
     )
     assert crash.returncode == 1 and "KeyError" in crash.stderr and "***" in crash.stderr
     printed = "".join(done.stdout + done.stderr for done in (whole, refused, crash))
