@@ -109,7 +109,7 @@ def exits_on_sigterm() -> bool:
 
 def watch_long_calls() -> None:
     """Start a thread that calls the handlers while the main thread compiles, or waits for another
-    host: Python itself runs them only between two of its own instructions. Once per process."""
+    host: Python itself runs them only between two instructions of Python. Once per process."""
     global _watching
     if _watching or (signal.getsignal(signal.SIGINT) is not _handle and not exits_on_sigterm()):
         return

@@ -154,7 +154,7 @@ def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool)
 
 def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
     """ViTDet's Mask R-CNN as in detectron2's project of that name. On an InternImage, decays and
-    drop path are those of its own repository, images and schedule those of ViTDet [C]."""
+    drop path are those of its repository, images and schedule those of ViTDet [C]."""
     _vitdet(config, schedule, vit=vit)
     config.optim.clip = 0.0  # [R]
     if rates := set_dense_rates(config):

@@ -121,7 +121,7 @@ class Registry(Generic[T]):
             raise ValueError(f"{self.kind} {name!r} exists already: {refusal}, choose another name")
 
     def __getitem__(self, name: str) -> T:
-        """The value of a name. Raises the error of `unknown` if there is none."""
+        """The value of a name. Raises the error of `unknown` if it is not registered."""
         if name not in self:
             raise self._unknown(name, list(self))
         if name not in self._values and self._home is not None:

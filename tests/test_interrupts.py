@@ -48,13 +48,18 @@ def interrupted(*command: str, number: int = signal.SIGINT) -> tuple[int, str]:
     return process.returncode, error
 
 
+def waiting(folder: pathlib.Path, mode: str) -> tuple[str, ...]:
+    """The command of a mode whose configuration waits."""
+    config = folder / "config.py"
+    config.write_text(WAITING)
+    arguments = ("--config", str(config), "--workdir", str(folder / "run"), f"--mode={mode}")
+    return "-m", "m3i_jax.main", *arguments
+
+
 @pytest.mark.row("A4")
 @pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.settings])
 def test_every_mode_while_it_starts(tmp_path: pathlib.Path, mode: str) -> None:
-    config = tmp_path / "config.py"
-    config.write_text(WAITING)
-    arguments = ("--config", str(config), "--workdir", str(tmp_path / "run"), f"--mode={mode}")
-    assert interrupted("-m", "m3i_jax.main", *arguments) == (130, LINE)
+    assert interrupted(*waiting(tmp_path, mode)) == (130, LINE)
 
 
 @pytest.mark.row("A4")
@@ -73,10 +78,7 @@ def preempted(*command: str) -> None:
 @pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.preemptible])
 def test_sigterm_before_the_loop(tmp_path: pathlib.Path, mode: str) -> None:
     """As a preemption in the loop, which saves: a scheduler starts the run again."""
-    config = tmp_path / "config.py"
-    config.write_text(WAITING)
-    arguments = ("--config", str(config), "--workdir", str(tmp_path / "run"), f"--mode={mode}")
-    preempted("-m", "m3i_jax.main", *arguments)
+    preempted(*waiting(tmp_path, mode))
 
 
 @pytest.mark.row("A2")

@@ -226,7 +226,7 @@ def test_dino_on_published_data(recipe: str, strides: dict, head: int) -> None:
     ],
 )
 def test_views_of_published_segmentation(options: str, scales: tuple, average: str) -> None:
-    """InternImage-H has scales of its own, and averages the softmax of Mask2Former's sums."""
+    """InternImage-H has its authors' scales, and averages the softmax of Mask2Former's sums."""
     segment = load(f"ade20k.py:{options},multi_scale=true").dense.segment
     assert tuple(segment.test_scales) == pytest.approx(scales)
     assert (segment.test_flip, segment.test_average) == (True, average)

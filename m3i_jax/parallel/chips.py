@@ -11,7 +11,7 @@ GPU_MEMORY = 0.9  # share of a GPU's memory that JAX takes with XLA_PYTHON_CLIEN
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One kind of chip. 0 or an empty text: there is none, or it is unknown.
+    """One kind of chip. 0 or an empty text: the chip has none, or the value is unknown.
 
     "Cloud" is docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; "data sheet" is NVIDIA's of
     the A100, H100 and H200 (SXM) and of the HGX B200 (nvidia.com/en-us/data-center); "CUDA" is what

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024; Liu et al. 2025, "Muon is scalable for LLM training"): the momentum of
 every matrix of the blocks is made nearly orthogonal before it is added.
 
-The matrices are the kernels of stacked blocks. Each layer is a matrix of its own, and so are query,
+The matrices are the kernels of stacked blocks. Each layer is one matrix, and so are query,
 key and value, although they are one array. All else, embeddings, position tables, tokens, norms,
 biases, poolings and heads, is trained with AdamW, at the same learning rate: the update of a matrix
 is scaled to the root mean square of AdamW's. Under an fsdp axis a device needs whole matrices: they

@@ -164,7 +164,7 @@ def test_what_a_restart_throws_away_is_lost_and_everything_else_goes_on(pass_: T
 
 
 def test_a_resumed_run_waits_as_long_as_a_new_one_before_it_warns(pass_: Time) -> None:
-    """What it waited before the restart is no waiting of its own: two readings of 2 s each are too
+    """What it waited before the restart does not count after it: two readings of 2 s each are too
     short, and the third makes 6 s."""
     world = World(1)
     clock = GoodputClock(earlier={"data": 100.0})

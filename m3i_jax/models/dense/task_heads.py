@@ -81,13 +81,16 @@ class DetectionHead:
     raw_strides: Callable[[schema.Detect], tuple[int, ...]] | None = None
 
 
+def _refusal(key: str) -> Callable[[str, list[str]], UserError]:
+    """The error for a head that does not exist, of the setting that names it."""
+    return lambda name, names: UserError(f"{key}: {not_one_of(repr(name), names, _IMPORT)}")
+
+
 DETECTION_HEADS: Registry[DetectionHead] = Registry(
     "detection head",
     choices=schema.DETECTION_HEADS,
     replace=True,
-    unknown=lambda name, names: UserError(
-        "config.dense.detect.head: " + not_one_of(repr(name), names, _IMPORT)
-    ),
+    unknown=_refusal("config.dense.detect.head"),
 )
 DETECTION_HEADS.register(
     "mask_rcnn",
@@ -215,9 +218,7 @@ SEGMENTATION_HEADS: Registry[SegmentationHead] = Registry(
     "segmentation head",
     choices=schema.SEGMENTATION_HEADS,
     replace=True,
-    unknown=lambda name, names: UserError(
-        "config.dense.segment.head: " + not_one_of(repr(name), names, _IMPORT)
-    ),
+    unknown=_refusal("config.dense.segment.head"),
 )
 SEGMENTATION_HEADS.register(
     "upernet",
