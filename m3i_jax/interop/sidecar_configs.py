@@ -90,8 +90,8 @@ def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     timm, then from our preprocessing.json.
 
     Raises:
-      UserError: they name a filter that is none of Pillow's, borders around images, a long side, or
-        a size that is no square.
+      UserError: they name a filter that is none of Pillow's, borders around images, a long side, a
+        size that is no square, or that images are not resized or not scaled.
 
     >>> preprocessing_settings({"crop_size": 224, "size": {"shortest_edge": 256}, "resample": 2})
     {'interpolation': 'bilinear', 'crop': 0.875, 'image_size': 224}
@@ -100,6 +100,13 @@ def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     >>> preprocessing_settings({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0.9}})
     {'crop': 0.9142857142857143}
     """
+    for step in ("do_resize", "do_rescale"):
+        if config.get(step) is False:
+            raise UserError(
+                f"the preprocessing of the weights has {step}=false, but evaluations always resize"
+                " images and scale their values to 0..1: remove it from the"
+                " preprocessor_config.json beside them if the weights expect such images"
+            )
     pretrained = config_section(config, "pretrained_cfg")
     ours = config_section(config, tensor_files.PREPROCESSING)
     out: dict[str, Any] = {}

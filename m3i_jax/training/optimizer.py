@@ -40,6 +40,8 @@ _STACKED = re.compile(r"(^|/)(blocks|layers)/|^decoder/projector/|^head/pixel/en
 _NORMS = re.compile(r"(^|/)\w*norm\w*/")  # some of an InternImage are stacked
 _HEAD_OFFSETS = re.compile(r"^head/(.*/)?offsets/")
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
+# settings of the learning rate, and the schedules that read them
+_SCHEDULES = {"min_lr": ("cosine", "wsd"), "decay_share": ("wsd",), "milestones": ("steps",)}
 SPIKE_WINDOW = 128  # steps
 MIN_SPREAD = 1e-3  # of the median: a smaller deviation is rounding, not a spike
 
@@ -273,6 +275,22 @@ def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
         return jnp.where(step < float(warmup), optim.lr * step / float(max(warmup, 1)), after)
 
     return rate
+
+
+def unread_settings(optim: schema.Optim) -> list[str]:
+    """Returns a warning for each setting of the learning rate that `optim.schedule` does not read.
+    A warning, not an error: a recipe may set what an override of its schedule leaves unread.
+
+    >>> print(*unread_settings(schema.Optim(schedule="poly", min_lr=0.1)))
+    warning: optim.min_lr=0.1 has no effect with optim.schedule=poly: cosine and wsd read it
+    """
+    default = schema.Optim()
+    return [
+        f"warning: optim.{key}={getattr(optim, key)!r} has no effect with"
+        f" optim.schedule={optim.schedule}: {' and '.join(by)} read it"
+        for key, by in _SCHEDULES.items()
+        if optim.schedule not in by and getattr(optim, key) != getattr(default, key)
+    ]
 
 
 def ema_momentum(optim: schema.Optim, *, steps: int) -> Callable[[int], float]:

@@ -185,13 +185,15 @@ def summed_rates(optim: schema.Optim, *, steps: int, warmup: int) -> float:
 
 def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[str]:
     """Warnings if the learning rate is too small to change the weights, or the momentum too large
-    to change the target, within the length of the run.
+    to change the target, within the length of the run, and of settings that the schedule of the
+    learning rate does not read.
 
     Args:
       config: settings without open ones.
       steps, warmup: length of the run and of its warm-up.
     """
-    o, warnings = config.optim, []
+    o = config.optim
+    warnings = optimizer.unread_settings(o)
     lr_sum = f"{summed_rates(o, steps=steps, warmup=warmup):.2g}"
     bounded = update_rule(o.rule).bounded and not config.model.encoder.freeze
     if bounded and float(lr_sum) < MIN_LR_SUM:

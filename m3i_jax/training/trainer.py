@@ -26,6 +26,11 @@ class RunLength:
     warmup: int
 
 
+def _full_steps(epochs: float, per_epoch: int) -> int:
+    # rounded before it is cut: 0.29 * 100 is 28.999999999999996
+    return int(round(epochs * per_epoch, 6))
+
+
 def run_length(config: schema.Config) -> RunLength:
     """Returns the optimizer steps of a completed configuration.
 
@@ -42,13 +47,13 @@ def run_length(config: schema.Config) -> RunLength:
             f"config.train.batch_size: {batch} is more than the {size} training images; set it to"
             f" at most {size - size % 2}"
         )
-    steps = t.steps or max(1, int(t.epochs * per_epoch))
+    steps = t.steps or max(1, _full_steps(t.epochs, per_epoch))
     if steps > INT32:
         raise UserError(
             f"config.train.epochs: {t.epochs!r} are {steps:,} steps, and a run has at most"
             f" {INT32:,}; lower it"
         )
-    warmup = o.warmup_steps if o.warmup_steps >= 0 else int(o.warmup_epochs * per_epoch)
+    warmup = o.warmup_steps if o.warmup_steps >= 0 else _full_steps(o.warmup_epochs, per_epoch)
     if warmup > steps:
         if o.warmup_steps >= 0:
             raise UserError(

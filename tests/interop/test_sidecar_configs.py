@@ -119,6 +119,8 @@ def test_a_file_of_timm(name: str, tmp_path: pathlib.Path) -> None:
     [
         ({"resample": 6}, "resample=6"),
         ({"size": {"longest_edge": 64}}, "size={'longest_edge': 64}"),
+        ({"size": {"shortest_edge": 64}, "do_resize": False}, "do_resize=false"),
+        ({"size": {"shortest_edge": 64}, "do_rescale": False}, "do_rescale=false"),
         ({"size": {"height": 64, "width": 32}}, "'width': 32"),
         ({"pretrained_cfg": {"interpolation": "random"}}, "interpolation='random'"),
         (

@@ -11,7 +11,7 @@ from m3i_jax import schema, validation
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.modes import setup as jobs
-from m3i_jax.training import scaling, trainer
+from m3i_jax.training import optimizer, scaling, trainer
 from tests import toy
 from tests.quick_show import leave_out_estimates
 
@@ -159,6 +159,38 @@ def test_a_run_that_cannot_move_is_warned_of() -> None:
     # The half of a cosine moves half as much as a constant momentum does.
     assert len(short_run(optim__lr=1e-3, optim__ema=0.998)) == 1
     assert short_run(optim__lr=1e-3, optim__ema=0.998, optim__ema_schedule="constant") == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "unread"),
+    [
+        ("cosine", ["decay_share=0.3", "milestones=(0.5,)"]),
+        ("wsd", ["milestones=(0.5,)"]),
+        ("steps", ["min_lr=1e-06", "decay_share=0.3"]),
+        ("poly", ["min_lr=1e-06", "decay_share=0.3", "milestones=(0.5,)"]),
+        ("constant", ["min_lr=1e-06", "decay_share=0.3", "milestones=(0.5,)"]),
+    ],
+)
+def test_a_setting_that_the_schedule_does_not_read_is_warned_of(
+    schedule: str, unread: list[str]
+) -> None:
+    """The rate of a schedule changes with the settings that it reads, and with no other."""
+    values = {"min_lr": 1e-6, "decay_share": 0.3, "milestones": (0.5,)}
+    rates = {"optim__lr": 1e-3, "optim__ema": 0.98, "optim__schedule": schedule}
+    given = {f"optim__{key}": value for key, value in values.items()}
+    words = short_run(**rates, **given)
+    assert [line.split(" has no effect")[0] for line in words] == [
+        f"warning: optim.{each}" for each in unread
+    ]
+    for key, value in values.items():
+        plain, changed = (
+            [float(optimizer.lr_schedule(o, steps=100, warmup=10)(k)) for k in (50, 85, 99)]
+            for o in (
+                schema.Optim(lr=1e-3, schedule=schedule),
+                schema.Optim(lr=1e-3, schedule=schedule, **{key: value}),
+            )
+        )
+        assert (plain == changed) == any(each.startswith(key) for each in unread)
 
 
 @pytest.mark.parametrize(

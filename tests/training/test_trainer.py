@@ -52,6 +52,9 @@ def with_data(settings: schema.Config, **changes: object) -> schema.Config:
         ({"warm_steps": 0}, (10, 30, 0)),
         ({"warm_epochs": 0.25}, (10, 30, 2)),
         ({"warm_epochs": 3.0}, (10, 30, 30)),  # all of the run
+        # 28.999999999999996 and 56.99999999999999 in floating point
+        ({"size": 1000, "epochs": 0.29, "warm_epochs": 0.0}, (100, 29, 0)),
+        ({"size": 1000, "warm_epochs": 0.57}, (100, 300, 57)),
         # nothing is counted in epochs: less than a batch of images is enough
         ({"size": 6, "steps": 5, "warm_steps": 2}, (0, 5, 2)),
     ],
