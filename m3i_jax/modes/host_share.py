@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import pathlib
 import re
 import tempfile
 import time
@@ -11,6 +12,8 @@ from collections.abc import Callable, Mapping
 from m3i_jax.errors import UserError
 from m3i_jax.parallel import barriers, distributed
 
+# file systems on local disks that have no block device of their own
+_LOCAL_SYSTEMS = ("bcachefs", "btrfs", "overlay", "ramfs", "tmpfs", "zfs")
 _ARRAY = tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT"))
 
 
@@ -132,13 +135,28 @@ def settle_missing(
     return left
 
 
-def _is_local(directory: str) -> bool:
+def _is_local(directory: str, mounts: str = "/proc/self/mountinfo") -> bool:
     """Whether a directory is on a disk of this machine, whose state no other one changes; False if
-    that is not known."""
+    that is not known.
+
+    Args:
+        directory: any path.
+        mounts: file with the mounted file systems, as in proc_pid_mountinfo(5).
+    """
+    path = pathlib.Path(os.path.realpath(directory))
     try:
-        return os.major(os.stat(directory).st_dev) != 0
-    except OSError:
+        if os.major(os.stat(path).st_dev):  # a block device
+            return True
+        with open(mounts, encoding="utf-8") as lines:
+            fields = [line.split() for line in lines]
+    except (OSError, UnicodeError):
         return False
+    found = (pathlib.Path("/"), "")  # of nested mount points the deepest, of equal ones the last
+    for field in fields:
+        point = pathlib.Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), field[4]))
+        if path.is_relative_to(point) and point.is_relative_to(found[0]):
+            found = point, field[field.index("-") + 1]
+    return found[1] in _LOCAL_SYSTEMS
 
 
 def _index(environ: Mapping[str, str], count: int) -> int:

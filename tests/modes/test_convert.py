@@ -141,6 +141,33 @@ def test_a_share_that_sees_the_others_late_writes_the_index(images, tmp_path, mo
     assert (tmp_path / "dataset.json").exists() and not list(tmp_path.glob(".look-*"))
 
 
+def test_disks_without_a_block_device(tmp_path, monkeypatch):
+    """Containers are on overlay, and btrfs and ZFS have no block device: a share there need not
+    wait for what others wrote. A network disk below them is still one."""
+    monkeypatch.setattr(host_share.os, "major", lambda device: 0)
+    mounts = tmp_path / "mountinfo"
+    lines = [
+        "21 1 0:35 / / rw,relatime shared:1 - overlay overlay rw",
+        "22 21 0:52 / /mnt/data rw - btrfs /dev/sda2 rw",
+        "23 22 0:53 / /mnt/data/of\\040all rw shared:2 master:1 - nfs4 server:/all rw",
+        "24 21 0:54 / /mnt/bucket rw - fuse.gcsfuse bucket rw",
+        "25 21 0:55 / /mnt/pool rw - zfs pool rw",
+        "26 21 0:56 / /mnt/pool rw - nfs server:/over rw",  # over it
+    ]
+    mounts.write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(host_share.os, "stat", lambda path: os.stat_result([0] * 10))
+    for directory, local in {
+        "/home/me": True,
+        "/mnt/data/images": True,
+        "/mnt/data2": True,
+        "/mnt/data/of all/images": False,
+        "/mnt/bucket": False,
+        "/mnt/pool/x": False,
+    }.items():
+        assert host_share._is_local(directory, str(mounts)) is local, directory
+    assert not host_share._is_local("/home/me", str(tmp_path / "absent"))
+
+
 def test_a_share_does_not_wait_for_one_that_has_not_begun(monkeypatch):
     monkeypatch.setattr(host_share, "_is_local", lambda directory: False)
     looks = iter([[1, 2]])
