@@ -8,7 +8,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint_dir, loop, trainer
 from m3i_jax.training.checkpoint import Checkpoints
 from tests.faults.test_saves import no_file_above
+from tests.free_port import free_address
 from tests.training.test_dense_resume import (
     HEADS,
     PARTS,
@@ -169,9 +169,7 @@ def _processes(
     run: pathlib.Path, head: str, hosts: int, devices: int
 ) -> list[subprocess.Popen[str]]:
     """The command on hosts of so many devices."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        at = f"127.0.0.1:{free.getsockname()[1]}"
+    at = free_address()
     flags = f"--xla_force_host_platform_device_count={devices}"
     more = [["--coordinator", at, "--processes", str(hosts), "--process-id", str(i)]
             for i in range(hosts)] if hosts > 1 else [[]]  # fmt: skip

@@ -5,7 +5,6 @@ import ast
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ import pytest
 
 from tests import xla_flags
 from tests.faults import soak
+from tests.free_port import free_address
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BEAT = 2.0  # seconds
@@ -105,9 +105,7 @@ def test_no_barrier_is_without_a_limit() -> None:
 
 
 def start(script: pathlib.Path, *arguments: str, processes: int = 2) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        at = f"127.0.0.1:{free.getsockname()[1]}"
+    at = free_address()
     fast = {"XLA_FLAGS": xla_flags.FASTEST}
     environment = {**os.environ, **fast, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     return [
@@ -371,9 +369,7 @@ def pair(
     """Start both hosts of a small run on this machine. With `delays`, the seconds that each takes
     to compile a train step, compiled programs are cached in the working directory, as real hosts
     do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        at = f"127.0.0.1:{free.getsockname()[1]}"
+    at = free_address()
     # killed: its line breaks at once, whatever the heartbeat
     more = [f"train.steps={steps}", "train.save_every=4", "train.eval_every=8"]
     begin = [["-c", DELAYED, str(seconds)] for seconds in delays] or [["-m", "m3i_jax.main"]] * 2

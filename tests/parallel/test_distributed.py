@@ -6,7 +6,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +18,7 @@ from m3i_jax.interop import tensor_files
 from m3i_jax.parallel import barriers, distributed
 from m3i_jax.parallel.distributed import ProcessInfo
 from tests import saved, toy, xla_flags
+from tests.free_port import free_port
 from tests.interop.published_vit import ENCODERS, weights
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -38,12 +38,6 @@ def test_alone_nothing_waits() -> None:
     together.close()
 
 
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def environment() -> dict[str, str]:
     return {
         **os.environ,
@@ -55,7 +49,7 @@ def environment() -> dict[str, str]:
 
 def two(*command: str, processes: int = 2) -> list[subprocess.Popen[str]]:
     """Start `command` as several processes; {i} and {port} are filled in."""
-    at = port()
+    at = free_port()
     return [
         subprocess.Popen(
             [
@@ -343,7 +337,7 @@ def test_sigterm_on_one_host_saves_on_both(signalled: int, tmp_path: pathlib.Pat
 @pytest.mark.slow
 @pytest.mark.row("A8")
 def test_hosts_that_differ_are_named_before_anything_is_trained(tmp_path: pathlib.Path) -> None:
-    at = port()
+    at = free_port()
     where = [
         "--coordinator",
         f"127.0.0.1:{at}",

@@ -9,18 +9,13 @@ import pytest
 from m3i_jax.errors import UserError
 from m3i_jax.parallel import rendezvous
 from m3i_jax.parallel.barriers import HostMissing
-
-
-def address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+from tests.free_port import free_address
 
 
 def meet(*who: tuple[int, int, float], limit: float = 10.0, at: str = "") -> list[str]:
     """Run one thread for each (process, processes, seconds before it starts); returns the outcome
     of each."""
-    at = at or address()
+    at = at or free_address()
 
     def one(process: int, processes: int, after: float) -> str:
         time.sleep(after)
@@ -35,7 +30,7 @@ def meet(*who: tuple[int, int, float], limit: float = 10.0, at: str = "") -> lis
 
 
 def test_all_come_in_any_order_and_the_port_is_free_again() -> None:
-    at = address()
+    at = free_address()
     for _ in range(2):
         assert meet((0, 3, 0.3), (2, 3, 0.0), (1, 3, 0.5), at=at) == ["go"] * 3
 
@@ -59,7 +54,7 @@ def test_numbers_and_counts_must_fit() -> None:
 
 
 def test_a_process_that_was_started_again_replaces_the_first() -> None:
-    at = address()
+    at = free_address()
     host, port = at.split(":")
 
     def dies() -> None:
@@ -103,7 +98,7 @@ def test_a_name_without_an_address_is_refused_at_once_and_a_wait_is_logged(
     ):
         lines: list[str] = []
         with pytest.raises(HostMissing):
-            rendezvous.wait_for_processes(address(), 2, process, limit=1.5, log=lines.append)
+            rendezvous.wait_for_processes(free_address(), 2, process, limit=1.5, log=lines.append)
         assert len(lines) >= 2 and all(line.startswith(wanted) for line in lines)
     lines = []
     with pytest.raises(UserError, match="has no address here"):  # of a scheduler the name may come
@@ -116,7 +111,7 @@ def test_a_name_without_an_address_is_refused_at_once_and_a_wait_is_logged(
 @pytest.mark.row("A15")
 def test_who_came_and_waits_for_others_logs_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "FIRST_LOG", 0.1)
-    at, lines = address(), list[str]()
+    at, lines = free_address(), list[str]()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(meet, (0, 3, 0.0), limit=2.0, at=at)
         with pytest.raises(HostMissing, match="for process 2 of 3"):

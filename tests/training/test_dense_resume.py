@@ -134,7 +134,7 @@ def unbroken(head: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Pat
     return run
 
 
-@of_heads("mask_rcnn", "dino")
+@of_heads("mask_rcnn")
 def test_a_detection_run_logs_its_losses(head: str, unbroken: pathlib.Path) -> None:
     rows = logged(unbroken)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -147,7 +147,7 @@ def test_a_detection_run_logs_its_losses(head: str, unbroken: pathlib.Path) -> N
 
 
 # Instances have the data of Mask R-CNN, and no randomness that DINO has not: by position.
-@of_heads("mask_rcnn", "dino")
+@of_heads("mask_rcnn")
 @pytest.mark.row("A2", "A10")
 def test_a_preempted_dense_run_goes_on_with_other_workers(
     head: str, unbroken: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
