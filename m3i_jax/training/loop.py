@@ -119,7 +119,9 @@ class CollapseAlarm:
     scale of the features.
 
     A step counts as collapsed if its spread is below THRESHOLD (nearly all targets are one vector),
-    or its deviation or uniformity is below THRESHOLD times the largest so far. `alarm` is set after
+    or its deviation, uniformity or information of assignments (marginal_bits - assignment_bits:
+    all images go to one prototype, or each to all) is below THRESHOLD times the largest so far.
+    `alarm` is set after
     PATIENCE such steps in a row, and reset by the first step above twice the threshold."""
 
     THRESHOLD, PATIENCE = 0.02, 5
@@ -137,12 +139,12 @@ class CollapseAlarm:
         [False, False, False, False, False, True, False]
         """
         shares = [values["collapse/spread"]] if "collapse/spread" in values else []
-        for name in (
-            name
-            for name in values
-            if name.startswith(("collapse/target_std", "collapse/uniformity"))
-        ):
-            if math.isfinite(size := abs(values[name])):
+        for name, value in values.items():
+            if name.startswith("collapse/marginal_bits"):
+                value -= values[name.replace("marginal", "assignment")]
+            elif not name.startswith(("collapse/target_std", "collapse/uniformity")):
+                continue
+            if math.isfinite(size := abs(value)):
                 largest = self._largest[name] = max(size, self._largest.get(name, 0.0))
                 shares.append(size / largest if largest else 1.0)  # 0 from the start
         least = min(filter(math.isfinite, shares), default=1.0)
@@ -157,8 +159,8 @@ class CollapseAlarm:
 COLLAPSED = (
     "warning: the targets collapsed at step {step}: all are nearly equal ({monitors}), and the loss"
     " has no meaning any more; go back to an earlier checkpoint, and use a target encoder"
-    " without gradient (objective.target_encoder=ema), a larger objective.second_moment, a larger"
-    " optim.ema or a smaller optim.lr"
+    " without gradient (objective.target_encoder=ema), a larger objective.second_moment (of"
+    " prototypes: another objective.prototype_targets), a larger optim.ema or a smaller optim.lr"
 )
 
 

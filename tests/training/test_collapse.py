@@ -31,6 +31,26 @@ def test_the_alarm_knows_no_scale(scale: float) -> None:
     assert rises([{"collapse/target_std": scale * 1e-3}] * 40) == []
 
 
+@pytest.mark.parametrize("collapsed", [(0.0, 0.0), (6.0, 6.0)])
+def test_assignments_without_information_are_a_collapse(collapsed: tuple[float, float]) -> None:
+    """All images go to one of 64 prototypes, or each image to all; of two spaces one is enough."""
+
+    def line(marginal: float, assignment: float) -> dict[str, float]:
+        return {
+            "collapse/marginal_bits/dino": marginal,
+            "collapse/assignment_bits/dino": assignment,
+            "collapse/marginal_bits/ibot": 5.9,
+            "collapse/assignment_bits/ibot": 3.0,
+        }
+
+    starting = [line(6.0 - 0.02 / k, 5.9) for k in (1, 2, 3)]  # assignments say little at first
+    healthy = [line(5.8, 5.8 - bits) for bits in (0.3, 1.0, 2.0)]
+    assert rises([*starting, *healthy * 3, *[line(*collapsed)] * 7]) == [
+        12 + loop.CollapseAlarm.PATIENCE - 1
+    ]
+    assert rises([*starting, *healthy * 9]) == []
+
+
 def test_the_alarm_rises_once_a_collapse_and_again_after_a_recovery() -> None:
     spread = [0.5] * 3 + [0.019] * 7 + [0.03, 0.021] + [0.001] * 9 + [0.05] + [0.01] * 6
     assert rises([{"collapse/spread": x} for x in spread]) == [7, 26]
