@@ -316,6 +316,7 @@ def test_fashion_mnist_is_written_as_a_folder(
         assert image.size == (28, 28) and image.convert("L").tobytes() == pixels[784:1568]
 
 
+@pytest.mark.slow
 def test_short_run_is_reported_and_not_repeated(
     images: pathlib.Path,
     tmp_path: pathlib.Path,
