@@ -151,6 +151,61 @@ def test_curves_show_the_values() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(12_300, 12_345), (2e6, 2.001e6), (-1.2345e9, -1.2344e9), (0.9995, 0.9999)]
+)
+def test_the_labels_of_an_axis_differ(low: float, high: float) -> None:
+    """Images a second of a pod vary by a thousandth."""
+    levels = svg_charts.axis_ticks(low, high)
+    labels = [svg_charts.tick_label(level, levels[1] - levels[0]) for level in levels]
+    assert len(set(labels)) == len(labels) > 2
+    scales = {"k": 1e3, "M": 1e6, "G": 1e9}
+    shown = [float(text.rstrip("kMG")) * scales.get(text[-1], 1) for text in labels]
+    np.testing.assert_allclose(shown, levels, rtol=1e-9)
+
+
+def test_the_end_of_a_run_that_is_not_finite_is_shown(tmp_path: pathlib.Path) -> None:
+    """Not the last finite loss, as if the run had reached it."""
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": "nan"}, {"step": 3, "loss": "inf"}]
+    run = log(tmp_path / "a", lines)
+    other = log(tmp_path / "b", [{"step": 1, "loss": 2.5}, {"step": 2, "loss": "nan"}])
+    config = schema.Config(report=schema.Report(beside=(str(other),)))
+    page = report.write_report(config, run).read_text()
+    assert "<b>inf</b><span>loss</span>" in page
+    assert "<td>a</td><td class=number>inf</td>" in page
+    assert "<td>b</td><td class=number>nan</td>" in page
+
+
+def test_a_chart_is_in_the_section_that_explains_it() -> None:
+    names = ("info/intra", "bits/caption/token", "entropy/x", "perf/images_per_sec", "perf/goodput",
+             "perf/seconds/step", "data/cut")  # fmt: skip
+    lines = [{"step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2)]
+    page = run_page.run_page_html([run_log.RunLog("a", lines, "", "", [], {})], differs={})
+    found = re.findall(r"<h2[^>]*>([^<]*)</h2>|<h3>([^<]*)</h3>", page)
+    sections, title = {}, ""
+    for heading, chart in found:
+        title = heading or title
+        if chart:
+            sections.setdefault(title, []).append(chart)
+    assert sections == {
+        "Bits": list(names[:3]),
+        "Throughput": list(names[3:5]),
+        "Seconds by phase": [names[5]],
+        "Skipped": [names[6]],
+    }
+
+
+def test_a_damaged_image_of_a_figure_costs_that_figure_alone(
+    two: tuple[pathlib.Path, pathlib.Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    figures.write_figure(two[0] / "pictures", "00000030-good", figure("a good one"))
+    figures.write_figure(two[0] / "pictures", "00000030-bad", figure("a bad one"))
+    (two[0] / "pictures" / "00000030-bad.png").write_bytes(b"")
+    page = report.write_report(schema.Config(), two[0]).read_text()
+    assert "a good one" in page and "a bad one" not in page
+    assert "00000030-bad.json" in caplog.text and "left out" in caplog.text
+
+
 def test_the_page_has_everything_once_and_escapes_it(
     two: tuple[pathlib.Path, pathlib.Path],
 ) -> None:
