@@ -3,13 +3,14 @@ class; words stay inside and apart; everything fits its width."""
 
 import itertools
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from m3i_jax.errors import UserError
-from m3i_jax.reporting import confusion_matrix, dense_figures, dense_panels, figures
+from m3i_jax.reporting import confusion_matrix, dense_figures, dense_panels, figures, image_grid
 from m3i_jax.reporting.dense_panels import DrawnObjects
 
 NAMES = ("cat", "dog", "a class with a name that is far too long for its tile", "猫")
@@ -202,6 +203,34 @@ def test_figures_of_dense_tasks_are_written_and_read(tmp_path: pathlib.Path) -> 
     assert "dog missed" in html["confusion"] and "cat as dog" in html["confusion"]
     assert "cat, not there" in html["confusion"]
     assert "AP50 10 %" in html["worst"] and "mIoU 30 %" in html["maps"]
+
+
+def test_the_worst_of_many_classes_have_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes without a value, such as those of LVIS that no image shows, are not the worst."""
+    drawn: list[str] = []
+    words = image_grid.ImageGrid.words
+
+    def noted(page: image_grid.ImageGrid, x: float, y: float, text: str, **more: Any) -> float:
+        drawn.append(text)
+        return words(page, x, y, text, **more)
+
+    monkeypatch.setattr(image_grid.ImageGrid, "words", noted)
+    names = [f"class {k}" for k in range(100)]
+    value = np.linspace(1, 0, 100)[:, None]
+    value[90:] = np.nan
+    headers, counts = ("objects", "AP"), np.ones(100, int)
+    figure = dense_figures.class_table_figure("t", headers, names, counts, value)
+    assert [text for text in drawn if text.startswith("class ")] == [*names[:20], *names[70:90]]
+    assert "… 50 classes …" in drawn
+    assert figure.note == (
+        "100 classes by AP, in per cent; 10 have no AP and are left out; the 20 best and the 20"
+        " worst"
+    )
+    value[30:] = np.nan
+    drawn.clear()
+    figure = dense_figures.class_table_figure("t", headers, names, counts, value)
+    assert [text for text in drawn if text.startswith("class ")] == names[:30]
+    assert figure.note.endswith("; 70 have no AP and are left out")
 
 
 def test_counts_of_a_matrix() -> None:
