@@ -215,8 +215,8 @@ def fake(limit_units: int):
         return {
             "fits": fits, "peak_bytes": peak, "limit_bytes": site.limit,
             "over_bytes": 0.0 if fits else 1.0, "compile_seconds": 0.0,
-            "memory": {"params": 1e6}, "flops": {"ratio": 1.0}, "topology": "cpu:8", "devices": 8,
-            "microbatches": parts,
+            "memory": {"params": 1e6}, "flops": {"compiled": 1.5, "model": 1.0, "ratio": 1.0},
+            "topology": "cpu:8", "devices": 8, "microbatches": parts,
             "mesh": {"replica": 8, "fsdp": 1, "tensor": 1}, "batch_size": config.train.batch_size,
             "batch_per_device": images,
         }  # fmt: skip
@@ -239,8 +239,9 @@ def test_the_largest_batch_and_suggestions_are_printed(tmp_path, capsys, monkeyp
     assert command.main([*base, "--suggest", "--config.train.batch_size=64"]) == 3
     err = capsys.readouterr().err
     assert "add --config.train.microbatches=2" in err or "add --config.model.remat" in err
-    tried = [row["tried"] for row in json.loads((tmp_path / "compile.json").read_text())["tried"]]
-    assert tried[0] == "as configured" and len(tried) >= 2
+    rows = json.loads((tmp_path / "compile.json").read_text())["tried"]
+    assert rows[0]["tried"] == "as configured" and len(rows) >= 2
+    assert {row["flops_ratio"] for row in rows} == {1.5}  # microbatches count too
 
 
 @pytest.mark.parametrize(("images", "parts"), [(2, ""), (4, "2"), (6, ""), (32, "16")])
