@@ -7,6 +7,7 @@ import pytest
 
 from m3i_jax import main as command
 from m3i_jax.modes import show
+from m3i_jax.modes.task_views import task_views
 from m3i_jax.profiling import this_machine
 from tests import toy
 from tests.quick_show import leave_out_estimates
@@ -58,6 +59,22 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     real = this_machine.describe_machine("float32")
     assert real.measured and 1e8 < real.flops < 1e15 and real.memory > 0
     assert re.fullmatch(r"\d+ x cpu", real.devices)
+
+
+@pytest.mark.parametrize(
+    ("form", "pairing", "unit"),
+    [
+        ("m3i", "flip", "a mixed view"),
+        ("m3i", "halves", "an image"),
+        ("mae", "flip", "an image"),
+        ("supervised", "flip", "an image"),
+    ],
+)
+def test_the_cost_is_of_what_a_step_has_as_many_of_as_images(
+    form: str, pairing: str, unit: str
+) -> None:
+    config = toy.settings(objective__forms=form, objective__pairing=pairing)
+    assert task_views("pretrain").unit(config) == unit
 
 
 def test_other_sources_are_assumed() -> None:

@@ -65,6 +65,26 @@ def test_tiles_of_a_sample_stand_in_order_and_partners_side_by_side(tmp_path):
             assert tuple(at) == colours[0 if own else 1]
 
 
+def test_two_halves_make_one_mixed_input(tmp_path):
+    """With objective.pairing=halves the model never reads the mask and the mixed input of a second
+    row."""
+    batch, side = example(), image_grid.side_of_tile(32, 4)
+    whole = write(tmp_path / "a.png", batch)
+    captions = ["a caption"] * len(batch["label"])
+    preview_sheet.write_preview(
+        tmp_path / "b.png", batch, captions=captions, classes=("cat", "dog"), halves=True
+    )
+    with Image.open(tmp_path / "b.png") as opened:
+        half = np.array(opened.convert("RGB"))
+    assert half.shape == whole.shape
+    second = image_grid.MARGIN + 4 * (side + image_grid.GAP) - image_grid.GAP
+    end = second + preview_sheet.BETWEEN + 2 * (side + image_grid.GAP)
+    top = image_grid.MARGIN + preview_sheet.HEAD
+    np.testing.assert_array_equal(half[:, : end - 1], whole[:, : end - 1])
+    assert (half[top : top + side, end - 1 :] == image_grid.PAPER).all()
+    assert not (whole[top : top + side, end - 1 :] == image_grid.PAPER).all()
+
+
 @pytest.mark.parametrize(
     ("rows", "size", "grid"), [(1, 32, 2), (2, 96, 6), (3, 224, 14), (8, 48, 3), (2, 384, 24)]
 )
