@@ -238,18 +238,19 @@ def test_wandb_goes_on_in_the_run_of_the_directory(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     fake.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    for place in ("a/run", "a/run", "b/run"):
+    for place in ("a/run", "a/run", "b/run", "lr:0.1%?"):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         writer = open_writers(tmp_path / place, wandb="project")
         writer.write(5, {"loss": 1.0})
         writer.close()
-    first, again, elsewhere = started
+    first, again, elsewhere, odd = started
     assert (
         first["project"] == "project"
         and first["resume"] == "allow"
         and first["config"]["train"]["batch_size"] == 100
     )
     assert first["id"] == again["id"] != elsewhere["id"] and first["id"].startswith("run-")
+    assert not set(odd["id"]) & set("/\\#?%:")  # which W&B refuses in an id
     assert logged[:2] == [(5, {"loss": 1.0}), (-1, {})]
 
 
