@@ -12,7 +12,7 @@ from m3i_jax.reporting import metric_text
 from tests import references
 
 ROOT = references.ROOT
-KINDS = "eval|loss|info|balance|collapse|perf|skipped|data"
+KINDS = "eval|loss|info|bits|entropy|balance|collapse|perf|kernels|skipped|data|report"
 # What is logged without a folder in its name, and the folders themselves.
 NAME = re.compile(rf"(?:{KINDS})(?:/[\w*.]+)+|grad_norm")
 

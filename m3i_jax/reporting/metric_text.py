@@ -244,6 +244,12 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             ),
             MetricText("data/skipped/*", "images", "replaced while training, by reason", "few"),
             MetricText("data/*", "", "what was cut or left out of annotations, by reason"),
+            MetricText(
+                "report/dropped/*",
+                "",
+                "lines that a writer lost; panels, figures and reports that were not written",
+                "0",
+            ),
         ),
     ),
 )

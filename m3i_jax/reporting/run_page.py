@@ -74,7 +74,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Skipped",
-        ("skipped/", "data/"),
+        ("skipped/", "data/", "report/dropped/"),
         "Steps that are not finite stay at 0; bad records are few.",
     ),
 )
