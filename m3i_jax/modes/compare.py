@@ -34,6 +34,7 @@ from m3i_jax.modes.setup import (
     with_objective,
 )
 from m3i_jax.reporting import compare_table, run_log, text_table
+from m3i_jax.reporting.text_table import format_figures
 from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import loop, plan
 from m3i_jax.training.trainer import Trainer, run_length
@@ -78,9 +79,10 @@ class Budget:
         first = next(iter(self.steps))
         total = self.steps[first] * self.costs[first]
         whole = (
-            f"Equal FLOPs: {total / 1e12:,.4g} TFLOP a run"
+            f"Equal FLOPs: {format_figures(total / 1e12)} TFLOP a run"
             if self.kind == "flops"
-            else f"Equal time: {total:,.4g} seconds of steps a run, as measured on these devices"
+            else f"Equal time: {format_figures(total)} seconds of steps a run, as measured on these"
+            " devices"
         )
         each = ", ".join(f"{form} {steps:,}" for form, steps in self.steps.items())
         return f"{whole}, those of {self.steps[first]:,} steps of {first}. Steps: {each}."
@@ -435,7 +437,7 @@ def budget_rows(budget: Budget) -> str:
             form,
             f"{steps:,}",
             f"{budget.warmup[form]:,}",
-            f"{budget.costs[form] * scale:,.4g}{unit}" if budget.costs else "-",
+            f"{format_figures(budget.costs[form] * scale)}{unit}" if budget.costs else "-",
         )
         for form, steps in budget.steps.items()
     ]

@@ -18,8 +18,8 @@ from m3i_jax.reporting.image_grid import INK, MARGIN, MUTED, OWN, PARTNER
 
 @dataclasses.dataclass(frozen=True)
 class CompareColumn:
-    """A column: the metric's name in the log, its title, its format, and whether the largest value
-    is the best."""
+    """A column: the metric's name in the log, its title, its format ("": four figures), and whether
+    the largest value is the best."""
 
     key: str
     title: str
@@ -36,7 +36,7 @@ COLUMNS = (
     CompareColumn("loss", "loss", ".4f"),
     CompareColumn("images", "images", ",.0f"),
     CompareColumn("flops", "GFLOP a step", ",.2f", scale=1e-9),
-    CompareColumn("run_flops", "TFLOP a run", ",.4g", scale=1e-12),
+    CompareColumn("run_flops", "TFLOP a run", "", scale=1e-12),
     CompareColumn("seconds", "seconds", ",.0f"),
     CompareColumn("collapse/target_std", "target std", ".3g"),
     CompareColumn("collapse/spread", "target spread", ".3f"),
@@ -107,14 +107,17 @@ def table_cell(column: CompareColumn, figure: MetricStats | None) -> str:
     """
     if figure is None:
         return "-"
-    text = format(figure.mean * column.scale, column.form)
+    text = _number(figure.mean, column)
     # no spread for a constant, such as FLOPs
     constant = figure.spread is None or (not figure.spread and not column.best)
     return (
-        text
-        if figure.spread is None or constant
-        else f"{text} ± {format(figure.spread * column.scale, column.form)}"
+        text if figure.spread is None or constant else f"{text} ± {_number(figure.spread, column)}"
     )
+
+
+def _number(value: float, column: CompareColumn) -> str:
+    scaled = value * column.scale
+    return format(scaled, column.form) if column.form else text_table.format_figures(scaled)
 
 
 def compare_text(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:

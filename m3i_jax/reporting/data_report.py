@@ -196,11 +196,12 @@ def feeding_lines(report: DataReport) -> tuple[str, list[tuple[str, str, str, st
     sample = f"two views of {size} pixels, mask, caption"
     if not feeds.get("views", True):
         sample = f"resizing and cropping to {size} pixels with annotations"
+    cost = text_table.format_figures(feeds["flops_per_image"] / 1e9)
     text = (
         f"One core decodes {format_rate(speed['decode'])} images a second and prepares"
         f" {format_rate(speed['pipeline'])} samples a second (decoding, {sample}), measured on"
         f" {speed['images']:,} images"
-        f" in memory. With all {speed['cores']} cores, {feeds['flops_per_image'] / 1e9:.4g} GFLOP"
+        f" in memory. With all {speed['cores']} cores, {cost} GFLOP"
         f" an image (counted) and chips at {feeds['mfu']:.0%} of their peak (assumed):"
     )
     rows = [

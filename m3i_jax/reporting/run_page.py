@@ -4,7 +4,7 @@ note about healthy ones, panels over time, evaluations, throughput, settings."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3i_jax.reporting import figures, html_page, svg_charts
+from m3i_jax.reporting import data_report, figures, html_page, svg_charts
 from m3i_jax.reporting.metric_text import is_score, metric_note
 from m3i_jax.reporting.run_log import RunLog, read_png
 from m3i_jax.reporting.svg_charts import SvgCurve
@@ -184,15 +184,15 @@ def _key_values(run: RunLog) -> list[tuple[str, str]]:
                 )
             )
     for name, form, what in (
-        ("loss", "{:.3f}", "loss"),
-        ("balance/lambda", "{:.3g}", "lambda"),
-        ("collapse/effective_rank", "{:.1f}", "effective rank of the targets"),
-        ("perf/images_per_sec", "{:,.0f}", "images a second"),
-        ("perf/mfu", "{:.1%}", "of the peak (MFU)"),
-        ("perf/goodput", "{:.1%}", "goodput"),
+        ("loss", "{:.3f}".format, "loss"),
+        ("balance/lambda", "{:.3g}".format, "lambda"),
+        ("collapse/effective_rank", "{:.1f}".format, "effective rank of the targets"),
+        ("perf/images_per_sec", data_report.format_rate, "images a second"),
+        ("perf/mfu", "{:.1%}".format, "of the peak (MFU)"),
+        ("perf/goodput", "{:.1%}".format, "goodput"),
     ):
         if (value := run.last(name)) is not None:
-            out.append((form.format(value), what))
+            out.append((form(value), what))
     return out
 
 

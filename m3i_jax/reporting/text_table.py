@@ -30,6 +30,15 @@ def text_table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> str:
     return "\n".join([line(headers), "  ".join("-" * w for w in widths), *map(line, cells)])
 
 
+def format_figures(value: float) -> str:
+    """Returns a number with four figures, or with all of a larger whole part: never as 1.2e+05.
+
+    >>> format_figures(1.23456), format_figures(107_361_792.3)
+    ('1.235', '107,361,792')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:,.4g}"
+
+
 def format_bytes(count: float) -> str:
     """Returns bytes in binary units.
 

@@ -71,6 +71,17 @@ def test_the_table_has_only_columns_that_a_row_has_and_marks_the_best() -> None:
     assert "35.0 ± 7.1" in plain and plain.endswith("a note") and "**" not in plain
 
 
+def test_the_cost_of_a_real_run_is_written_out() -> None:
+    """ViT-B/16 for 300 epochs of ImageNet; not 1.074e+08."""
+    column = next(c for c in compare_table.COLUMNS if c.key == "run_flops")
+    cost = 279.5e9 * 1_281_167 * 300
+    assert compare_table.table_cell(column, compare_table.MetricStats(cost, None, (cost,))) == (
+        "107,425,853"
+    )
+    small = compare_table.MetricStats(1.5e12, 0.25e12, (1.25e12, 1.75e12))
+    assert compare_table.table_cell(column, small) == "1.5 ± 0.25"
+
+
 def test_a_single_row_is_not_the_best_of_anything() -> None:
     assert "**" not in compare_table.compare_markdown(compare_table.compare_rows(RESULTS[:1]), [])
 

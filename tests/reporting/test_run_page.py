@@ -176,6 +176,13 @@ def test_the_end_of_a_run_that_is_not_finite_is_shown(tmp_path: pathlib.Path) ->
     assert "<td>b</td><td class=number>nan</td>" in page
 
 
+def test_a_slow_run_has_a_rate() -> None:
+    for rate, shown in ((0.25, "0.25"), (12_345.6, "12,346")):
+        run = run_log.RunLog("a", [{"step": 1, "perf/images_per_sec": rate}], "", "", [], {})
+        page = run_page.run_page_html([run], differs={})
+        assert f"<b>{shown}</b><span>images a second</span>" in page
+
+
 def test_a_chart_is_in_the_section_that_explains_it() -> None:
     names = ("info/intra", "bits/caption/token", "entropy/x", "perf/images_per_sec", "perf/goodput",
              "perf/seconds/step", "data/cut", "report/dropped/tensorboard")  # fmt: skip
