@@ -67,6 +67,14 @@ def test_every_metric_of_the_code_is_described() -> None:
     assert written('f"eval/new/{name}"') == {"eval/new/*"} and not described("eval/new/*")
 
 
+def test_counts_and_flags_have_their_own_texts() -> None:
+    """A step is skipped or not; workers that begin again are no annotations."""
+    of = metric_text.metric_text
+    flag, restarts = of("skipped/not_finite"), of("data/restarts")
+    assert flag and not flag.unit and flag.text.startswith("1:")
+    assert restarts and "workers" in restarts.text
+
+
 def test_every_metric_of_a_run_is_described() -> None:
     log = ROOT / "tests" / "data" / "reference" / "quickstart" / "metrics.jsonl"
     names = {name for line in log.read_text().splitlines() for name in json.loads(line)}

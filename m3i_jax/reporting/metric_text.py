@@ -236,14 +236,22 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
         "Skipped",
         (
             MetricText(
-                "skipped/not_finite", "steps", "skipped steps", "0; three in a row end the run"
+                "skipped/not_finite",
+                "",
+                "1: this step was skipped, since its loss or gradient is not finite",
+                "0; three in a row end the run",
             ),
-            MetricText("skipped/spikes", "steps", "skipped by optim.skip_spikes", "few"),
+            MetricText("skipped/spikes", "steps", "skipped so far by optim.skip_spikes", "few"),
             MetricText(
                 "data/skipped/evaluation/*", "images", "left out of an evaluation, by reason", "few"
             ),
-            MetricText("data/skipped/*", "images", "replaced while training, by reason", "few"),
-            MetricText("data/*", "", "what was cut or left out of annotations, by reason"),
+            MetricText("data/skipped/*", "images", "replaced so far in training, by reason", "few"),
+            MetricText("data/restarts", "", "restarts of the workers of data.workers", "0"),
+            MetricText(
+                "data/*",
+                "",
+                "captions, labels and annotations that were cut or left out so far, by reason",
+            ),
             MetricText(
                 "report/dropped/*",
                 "",
