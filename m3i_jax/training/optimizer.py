@@ -317,6 +317,20 @@ def clamp_parameter(name: str, low: float, high: float) -> optax.GradientTransfo
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def schedule_count(opt: Any) -> jax.Array | None:
+    """Returns how many updates the schedule of the learning rate has counted: all links count the
+    steps that were taken, so that a skipped one leaves no trace. None for a rule without schedule.
+
+    >>> tx = optax.named_chain(("sgd", optax.sgd(lambda step: 0.1 * step)))
+    >>> _, opt = tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
+    >>> print(schedule_count(opt), schedule_count({"sgd": ()}))
+    1 None
+    """
+    kind = optax.ScaleByScheduleState
+    nodes = jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, kind))
+    return next((node.count for node in nodes if isinstance(node, kind)), None)
+
+
 class FrozenParams(NamedTuple):
     """params: those of a target encoder that never changes."""
 
