@@ -46,6 +46,22 @@ def test_lars_is_its_definition(weight_decay: float) -> None:
     assert np.abs(params["zero"]).max() > 0.1  # a matrix of zeros leaves it
 
 
+def test_every_layer_of_a_stack_has_its_trust_ratio() -> None:
+    """As where each block of a network has arrays of its own."""
+    r = np.random.default_rng(1)
+    p, g = (r.normal(size=(3, 4, 2)) * np.array([1, 10, 100])[:, None, None] for _ in range(2))
+    p[2] = 0
+    tx = optax.chain(*update_rules.lars(1.0, momentum=0.0))
+    for path in ("blocks", "pool"):
+        params = {path: {"kernel": jnp.asarray(p, jnp.float32)}}
+        grads = {path: {"kernel": jnp.asarray(g, jnp.float32)}}
+        updates, _ = tx.update(grads, tx.init(params), params)
+        axes = (1, 2) if path == "blocks" else (0, 1, 2)
+        norms = [np.sqrt((x**2).sum(axes, keepdims=True)) for x in (p, g)]
+        ratio = np.where(norms[0] > 0, 0.001 * norms[0] / norms[1], 1.0)
+        np.testing.assert_allclose(updates[path]["kernel"], -ratio * g, rtol=1e-5)
+
+
 def test_the_log_has_the_rate_of_the_update() -> None:
     """A skipped step does not move the schedule, and is left out where the log computes it."""
     optim = schema.Optim(rule="lars", b1=0.0, clip=0.0, lr=1.0, warmup_steps=0)
