@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from m3i_jax import config as configuration
-from m3i_jax import library_errors, parallel, run_files
+from m3i_jax import library_errors, parallel, run_files, schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop import (
     dense_weights,
@@ -378,16 +378,18 @@ class RunWeights:
         return out
 
 
-def load_encoder(workdir: str, template: Any, shardings: Any) -> Any:
+def load_encoder(workdir: str, model: schema.Model, template: Any, shardings: Any) -> Any:
     """Returns the online encoder of the newest checkpoint of another run, as that run is evaluated,
     for a frozen target.
 
     Args:
       workdir: directory of that run.
+      model: settings of this run.
       template, shardings: of the encoder of this run, which must have the same shapes.
 
     Raises:
-      UserError: there is no checkpoint, or its encoder has other shapes or is not finite.
+      UserError: there is no checkpoint, or its encoder has other shapes, arrays or settings, or is
+        not finite.
     """
     key = "config.objective.target_checkpoint"
     with parallel.fail_together(key):
@@ -395,18 +397,40 @@ def load_encoder(workdir: str, template: Any, shardings: Any) -> Any:
     distributed.assert_same_on_all_hosts(key, {key: f"{workdir} (step {run.step:,})"})
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
     own = {"params/encoder/" + path_text(path): leaf.shape for path, leaf in leaves}
+    theirs = [path for path in run.shapes if path.startswith("params/encoder/")]
+    more = [path for path in theirs if not path.endswith("/mask_token")]  # a target reads none
     if differences := [
-        f"{path} {run.shapes.get(path, 'absent')} in the checkpoint, {shape} in this run"
-        for path, shape in own.items()
-        if run.shapes.get(path) != shape
+        f"{path} {run.shapes.get(path, 'absent')} in the checkpoint, {own.get(path, 'absent')} in"
+        " this run"
+        for path in dict.fromkeys([*own, *more])
+        if run.shapes.get(path) != own.get(path)
     ]:
         raise UserError(
             f"{key}: {workdir!r}: its encoder has other shapes ({len(differences)} arrays differ,"
             f" first {differences[0]}); use the same model settings"
         )
+    if others := _other_settings(workdir, key, model):
+        raise UserError(
+            f"{key}: {workdir!r}: its encoder was trained with {', '.join(others)}; use the same"
+            " model settings"
+        )
     layouts = zip(own, jax.tree.leaves(shardings), strict=True)
     arrays = _read_trained(run, {path: (path, sharding) for path, sharding in layouts})
     return jax.tree.unflatten(structure, [arrays[path] for path in own])
+
+
+def _other_settings(workdir: str, key: str, model: schema.Model) -> list[str]:
+    """Settings of the encoder of a run that no shape shows and that differ from these."""
+    if not (pathlib.Path(workdir) / "config.txt").is_file():
+        return []
+    theirs = configuration.resolve(configuration.load_from_workdir(workdir, key)).model.encoder
+    backbone = backbones.get_backbone(model)
+    names = (*backbone.silent_settings, *(["positions"] if backbone.resizes_positions else []))
+    return [
+        f"model.encoder.{name}={getattr(theirs, name)} ({getattr(model.encoder, name)} in this run)"
+        for name in names
+        if getattr(theirs, name) != getattr(model.encoder, name)
+    ]
 
 
 def set_leaf(tree: dict[str, Any], path: str, value: Any) -> None:

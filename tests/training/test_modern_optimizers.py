@@ -307,7 +307,7 @@ def test_weights_of_a_schedule_free_run_are_its_average(tmp_path) -> None:
     np.testing.assert_allclose(found["scalars"], (1 - 0.1 * 3) / 0.9, rtol=1e-6)  # it has none
     encoder = params["encoder"]
     layout = jax.tree.map(lambda leaf: leaf.sharding, encoder)
-    found = weight_source.load_encoder(str(tmp_path), encoder, layout)
+    found = weight_source.load_encoder(str(tmp_path), settings.model, encoder, layout)
     np.testing.assert_allclose(found["patch_embed"]["kernel"], (1 - 0.1 * 3) / 0.9, rtol=1e-6)
 
 
