@@ -240,10 +240,10 @@ def with_options(
 
     def exchanged(t: Term) -> Term:
         assert t.target.view is not None
-        reads, target = (
-            dataclasses.replace(t.reads, view=1 - t.reads.view),
-            dataclasses.replace(t.target, view=1 - t.target.view),
-        )
+        reads = dataclasses.replace(t.reads, view=1 - t.reads.view)
+        # of a mean of views too; in order, so that a mean of both is the same target again
+        view, *others = sorted(1 - each for each in (t.target.view, *t.target.others))
+        target = dataclasses.replace(t.target, view=view, others=tuple(others))
         return dataclasses.replace(t, reads=reads, target=target)
 
     out = [one(t) for t in terms]

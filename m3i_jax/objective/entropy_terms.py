@@ -319,15 +319,17 @@ def entropies_of_small_views(terms: EntropyTerms, count: int) -> EntropyTerms:
 
 
 def entropies_with_options(
-    terms: EntropyTerms, *, symmetric: bool, second_group: tuple[str, ...]
+    terms: EntropyTerms, *, symmetric: bool, second_group: tuple[str, ...], growth: float = 2.0
 ) -> EntropyTerms:
     """Returns entropy terms with the options of `derived_terms.with_options`.
 
     Args:
       terms: the entropy terms of the objective.
-      symmetric: add every term with its view exchanged; a term that is there already counts twice,
-        like the predictions that it belongs to.
+      symmetric: add every term with its view exchanged, so that both have the same weight.
       second_group: names of the terms that lambda scales.
+      growth: with `symmetric`, sum of the weights of all predictions over what it was before theirs
+        were added; those here grow as much, and the balance stays. 1 where the predictions had both
+        directions already (SimDINO).
 
     >>> term = EntropyTerm(name="koleo", estimator=Koleo())
     >>> [t.reads.view for t in entropies_with_options((term,), symmetric=True, second_group=())]
@@ -342,5 +344,5 @@ def entropies_with_options(
         other = dataclasses.replace(t.reads, view=view)
         for each in (t, dataclasses.replace(t, reads=other)):
             key = dataclasses.replace(each, weight=1.0)
-            weights[key] = weights.get(key, 0.0) + each.weight
+            weights[key] = weights.get(key, 0.0) + each.weight * growth / 2
     return tuple(dataclasses.replace(t, weight=weight) for t, weight in weights.items())

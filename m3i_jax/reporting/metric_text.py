@@ -243,6 +243,12 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             ),
             MetricText("skipped/spikes", "steps", "skipped so far by optim.skip_spikes", "few"),
             MetricText(
+                "skipped/steps",
+                "steps",
+                "skipped so far, for either reason; schedules do not count them",
+                "few",
+            ),
+            MetricText(
                 "data/skipped/evaluation/*", "images", "left out of an evaluation, by reason", "few"
             ),
             MetricText("data/skipped/*", "images", "replaced so far in training, by reason", "few"),

@@ -228,7 +228,9 @@ class _MetricsLog:
             or self.bad
             or collapsed
         ):
-            values |= {**consumed, **trainer.scheduled(step), **equal_weights(values)}
+            # schedules count the steps that were taken
+            taken = max(step - int(values.get("skipped/steps", 0)), 1)
+            values |= {**consumed, **trainer.scheduled(taken), **equal_weights(values)}
             if monitors:
                 values["collapse/alarm"] = float(self.collapse.alarm)
             if moment is not None:

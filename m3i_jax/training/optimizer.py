@@ -21,7 +21,7 @@ from m3i_jax.objective.terms import Terms
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import targets, teachers
 from m3i_jax.training.schedule_free import clip_update
-from m3i_jax.training.update_rules import NamedLink, Schedule, update_rule
+from m3i_jax.training.update_rules import STACKED, NamedLink, Schedule, update_rule
 
 # Never decayed, whatever their rank: tokens, queries, tables of positions and levels, norms,
 # biases, LayerScale and the logit scale (SiameseIM decays the rank-3 tokens; BEiT and MAE's
@@ -36,7 +36,6 @@ _LAYER_NORMS = re.compile(
     r"^(encoder|head/(encoder|decoder|pixel))/(.*/)?\w*norm\w*/|^encoder/positions$"
     r"|^head/decoder/(queries|positions|levels)$"
 )
-_STACKED = re.compile(r"(^|/)(blocks|layers)/|^decoder/projector/|^head/pixel/encoder/")
 _NORMS = re.compile(r"(^|/)\w*norm\w*/")  # some of an InternImage are stacked
 _HEAD_OFFSETS = re.compile(r"^head/(.*/)?offsets/")
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
@@ -149,7 +148,7 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
         if rule == "but_norms":
             decays = not _LAYER_NORMS.search(name)
         elif rule == "ranks":
-            axes = leaf.ndim - bool(_STACKED.search(name))
+            axes = leaf.ndim - bool(STACKED.search(name))
             others = name.endswith("/bias") or _NORMS.search(name) or _HEAD_OFFSETS.search(name)
             decays = axes > 1 and not others
         elif rule == "kernels":
@@ -163,7 +162,7 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
 
 def _fan_in(path: str, shape: tuple[int, ...]) -> int:
     """Inputs of one output of a matrix or a convolution; 0 for any other parameter."""
-    stacked = _STACKED.search(path) is not None
+    stacked = STACKED.search(path) is not None
     return math.prod(shape[stacked:-1]) if path.endswith("kernel") else 0
 
 
@@ -315,6 +314,20 @@ def clamp_parameter(name: str, low: float, high: float) -> optax.GradientTransfo
         return clip_update(updates, params, name, low, high), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def schedule_count(opt: Any) -> jax.Array | None:
+    """Returns how many updates the schedule of the learning rate has counted: all links count the
+    steps that were taken, so that a skipped one leaves no trace. None for a rule without schedule.
+
+    >>> tx = optax.named_chain(("sgd", optax.sgd(lambda step: 0.1 * step)))
+    >>> _, opt = tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
+    >>> print(schedule_count(opt), schedule_count({"sgd": ()}))
+    1 None
+    """
+    kind = optax.ScaleByScheduleState
+    nodes = jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, kind))
+    return next((node.count for node in nodes if isinstance(node, kind)), None)
 
 
 class FrozenParams(NamedTuple):

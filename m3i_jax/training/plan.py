@@ -227,6 +227,7 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
         terms = derived_terms.with_small_views(terms, small_views)
     except ValueError as error:
         raise UserError(f"config.objective.forms: {', '.join(o.forms)}: {error}") from None
+    before = terms
     terms = derived_terms.with_options(
         terms,
         intra_positions=o.intra_positions,
@@ -235,10 +236,14 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
         target_encoder=o.target_encoder,
         second_group=second_group,
     )
+    now, then = (
+        sum(t.weight for t in each if t.target.of in IMAGE_TARGETS) for each in (terms, before)
+    )
     return terms, entropy_terms.entropies_with_options(
         entropy_terms.entropies_of_small_views(entropies, small_views),
         symmetric=o.symmetric,
         second_group=second_group,
+        growth=now / (then or 1),
     )
 
 

@@ -155,7 +155,8 @@ class Pretrain(Task):
         for link in ("frozen", "snapshot"):
             if (held := opt.get(link)) is not None and (path or link == "frozen"):
                 layout = layouts[link].params["encoder"]
-                encoder = weight_source.load_encoder(path, state.params["encoder"], layout)
+                own, model = state.params["encoder"], self.config.model
+                encoder = weight_source.load_encoder(path, model, own, layout)
                 opt[link] = held._replace(params={**held.params, "encoder": encoder})
         if (held := opt.get("teachers")) is not None:
             names = zip(held.params, self.config.objective.teachers, strict=True)

@@ -36,4 +36,6 @@ def train_step(
             task.config.optim.skip_spikes,
         )
     metrics = metrics | {"loss": loss, "grad_norm": grad_norm}
+    if (taken := optimizer.schedule_count(opt)) is not None:
+        skipped["skipped/steps"] = (state.step + 1 - taken).astype(jnp.float32)
     return State(step=state.step + 1, params=params, opt=opt), metrics | skipped

@@ -112,7 +112,8 @@ class Trainer:
         )
 
     def scheduled(self, step: int) -> dict[str, float]:
-        """Returns the learning rate of a step and what else the task schedules, for the log."""
+        """Returns the learning rate of a step and what else the task schedules, for the log. Steps
+        that were skipped are not counted, as by the links of the optimizer."""
         values = self.task.scheduled(step, steps=self.length.steps)
         return {"lr": float(self.learning_rate(step - 1)), **values}
 

@@ -7,14 +7,17 @@ in the configuration file, or in a module that it imports.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
+from m3i_jax.parallel.sharding import path_text
 from m3i_jax.registries import Registry, not_one_of
 from m3i_jax.training import schedule_free
 from m3i_jax.training.muon import muon_or_adam
@@ -23,6 +26,8 @@ from m3i_jax.training.schedule_free import Limits, NamedLink
 Schedule = Callable[[Any], Any]  # a function of the step
 Mask = Callable[[Any], Any]  # params -> tree of booleans
 Links = tuple[optax.GradientTransformation, ...]
+# parameters whose first axis is that of the layers of a stack
+STACKED = re.compile(r"(^|/)(blocks|layers)/|^decoder/projector/|^head/pixel/encoder/")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,8 +148,9 @@ def lars(
     """LARS as MoCo v3 and MAE train linear probes (M3I Table 9).
 
     For the parameters of the mask: `g <- g + weight_decay * p`, then `g <- g * trust * |p| / |g|`,
-    or g itself if either norm is 0. For all parameters: `u <- momentum * u + g`, then
-    `p <- p - rate * u`. The rate is outside the momentum, so that a schedule acts at once.
+    or g itself if either norm is 0; of stacked blocks, each layer has its norms. For all
+    parameters: `u <- momentum * u + g`, then `p <- p - rate * u`. The rate is outside the momentum,
+    so that a schedule acts at once.
 
     Args:
       rate: learning rate, or a schedule of the step.
@@ -165,9 +171,21 @@ def lars(
     mask = mask or matrix_mask
     return (
         optax.add_decayed_weights(weight_decay, mask=mask),
-        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), mask),
+        optax.masked(_scale_by_trust_ratio(trust), mask),
         optax.trace(decay=momentum),
         optax.scale_by_learning_rate(rate),
+    )
+
+
+def _scale_by_trust_ratio(trust: float) -> optax.GradientTransformation:
+    def one(path: tuple[Any, ...], g: jax.Array, p: jax.Array) -> jax.Array:
+        axes = tuple(range(STACKED.search(path_text(path)) is not None, g.ndim))
+        of_p, of_g = (jnp.sqrt(jnp.square(x).sum(axes, keepdims=True)) for x in (p, g))
+        both = (of_p > 0) & (of_g > 0)
+        return g * jnp.where(both, trust * of_p / jnp.where(both, of_g, 1.0), 1.0)
+
+    return optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(one, updates, params)
     )
 
 

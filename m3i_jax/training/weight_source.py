@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from m3i_jax import config as configuration
-from m3i_jax import library_errors, parallel, run_files
+from m3i_jax import library_errors, parallel, run_files, schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop import (
     dense_weights,
@@ -183,26 +183,9 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
         paths |= average
 
     config = configuration.resolve(configuration.load_from_workdir(workdir, key))
-    steps = f"opt/{schedule_free.LINK}/z/"  # where the run takes its steps; z of `schedule_free`
 
     def read(shardings: Mapping[str, Any]) -> dict[str, Any]:
-        of_z = {
-            path: steps + path
-            for path in shardings
-            if not paths[path].startswith("opt/") and steps + path in run.shapes
-        }
-        layout = {paths[path]: sharding for path, sharding in shardings.items()}
-        arrays = run.read({**layout, **{of_z[path]: shardings[path] for path in of_z}})
-        for path, z in of_z.items():
-            average = schedule_free.average_of(arrays[paths[path]], arrays[z], config.optim.b1)
-            arrays[paths[path]] = average
-        if bad := [path for path in shardings if not _is_finite(arrays[paths[path]])]:
-            raise UserError(
-                f"{key}: {workdir!r}: {bad[0]} has numbers that are not finite (NaN or Inf),"
-                f" {len(bad)} of {len(shardings)} arrays do; give an earlier checkpoint or"
-                " another run"
-            )
-        return {path: arrays[paths[path]] for path in shardings}
+        return _read_trained(run, {path: (paths[path], at) for path, at in shardings.items()})
 
     pixels = {
         "mean": config.data.augment.mean,
@@ -228,6 +211,34 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
         [],
         class_names(workdir),
     )
+
+
+def _read_trained(run: "RunWeights", wanted: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Arrays of a run as it is evaluated, by name; of a schedule-free run the average of its
+    parameters, instead of the point where gradients are taken.
+
+    Args:
+      run: with a checkpoint.
+      wanted: {name: (path in its state, sharding)}.
+
+    Raises:
+      UserError: numbers that are not finite, or arrays that cannot be read.
+    """
+    link = f"opt/{schedule_free.LINK}/"  # z, where the run takes its steps, and b1
+    z = {path: link + "z/" + path.removeprefix("params/") for path, _ in wanted.values()}
+    z = {path: of for path, of in z.items() if path.startswith("params/") and of in run.shapes}
+    layout = {path: at for path, at in wanted.values()}
+    averaged = {link + "b1": None} if z else {}
+    arrays = run.read({**layout, **{of: layout[path] for path, of in z.items()}, **averaged})
+    for path, of in z.items():
+        b1 = float(arrays[link + "b1"])
+        arrays[path] = schedule_free.average_of(arrays[path], arrays[of], b1)
+    if bad := [name for name, (path, _) in wanted.items() if not _is_finite(arrays[path])]:
+        raise UserError(
+            f"{run.key}: {run.workdir!r}: {bad[0]} has numbers that are not finite (NaN or Inf),"
+            f" {len(bad)} of {len(wanted)} arrays do; give an earlier checkpoint or another run"
+        )
+    return {name: arrays[path] for name, (path, _) in wanted.items()}
 
 
 def encoder_heads(settings: Mapping[str, Any]) -> int:
@@ -283,6 +294,7 @@ class RunWeights:
       key: the flag or setting that gave it, for error messages.
 
     Attributes:
+      workdir, key: as given.
       step: of the checkpoint.
       shapes: {path: shape} of its state, such as `params/encoder/patch_embed/kernel`.
 
@@ -301,7 +313,7 @@ class RunWeights:
             raise UserError(
                 f"{where} has no complete checkpoint; give the --workdir of a run that saved one"
             )
-        self.step, self._key = steps[-1], key
+        self.step, self.workdir, self.key = steps[-1], workdir, key
         self._path = directory.absolute() / str(self.step)
         library_errors.drop_repeated_errors()
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
@@ -325,7 +337,7 @@ class RunWeights:
 
     def _damaged(self, error: Exception) -> UserError:
         return UserError(
-            f"{self._key}: checkpoint {self._path} cannot be read"
+            f"{self.key}: checkpoint {self._path} cannot be read"
             f" ({' '.join(str(error).split())[:200]}); give another run"
         )
 
@@ -366,15 +378,18 @@ class RunWeights:
         return out
 
 
-def load_encoder(workdir: str, template: Any, shardings: Any) -> Any:
-    """Returns the online encoder of the newest checkpoint of another run, for a frozen target.
+def load_encoder(workdir: str, model: schema.Model, template: Any, shardings: Any) -> Any:
+    """Returns the online encoder of the newest checkpoint of another run, as that run is evaluated,
+    for a frozen target.
 
     Args:
       workdir: directory of that run.
+      model: settings of this run.
       template, shardings: of the encoder of this run, which must have the same shapes.
 
     Raises:
-      UserError: there is no checkpoint, or its encoder has other shapes.
+      UserError: there is no checkpoint, or its encoder has other shapes, arrays or settings, or is
+        not finite.
     """
     key = "config.objective.target_checkpoint"
     with parallel.fail_together(key):
@@ -382,17 +397,40 @@ def load_encoder(workdir: str, template: Any, shardings: Any) -> Any:
     distributed.assert_same_on_all_hosts(key, {key: f"{workdir} (step {run.step:,})"})
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
     own = {"params/encoder/" + path_text(path): leaf.shape for path, leaf in leaves}
+    theirs = [path for path in run.shapes if path.startswith("params/encoder/")]
+    more = [path for path in theirs if not path.endswith("/mask_token")]  # a target reads none
     if differences := [
-        f"{path} {run.shapes.get(path, 'absent')} in the checkpoint, {shape} in this run"
-        for path, shape in own.items()
-        if run.shapes.get(path) != shape
+        f"{path} {run.shapes.get(path, 'absent')} in the checkpoint, {own.get(path, 'absent')} in"
+        " this run"
+        for path in dict.fromkeys([*own, *more])
+        if run.shapes.get(path) != own.get(path)
     ]:
         raise UserError(
             f"{key}: {workdir!r}: its encoder has other shapes ({len(differences)} arrays differ,"
             f" first {differences[0]}); use the same model settings"
         )
-    arrays = run.read(dict(zip(own, jax.tree.leaves(shardings), strict=True)))
+    if others := _other_settings(workdir, key, model):
+        raise UserError(
+            f"{key}: {workdir!r}: its encoder was trained with {', '.join(others)}; use the same"
+            " model settings"
+        )
+    layouts = zip(own, jax.tree.leaves(shardings), strict=True)
+    arrays = _read_trained(run, {path: (path, sharding) for path, sharding in layouts})
     return jax.tree.unflatten(structure, [arrays[path] for path in own])
+
+
+def _other_settings(workdir: str, key: str, model: schema.Model) -> list[str]:
+    """Settings of the encoder of a run that no shape shows and that differ from these."""
+    if not (pathlib.Path(workdir) / "config.txt").is_file():
+        return []
+    theirs = configuration.resolve(configuration.load_from_workdir(workdir, key)).model.encoder
+    backbone = backbones.get_backbone(model)
+    names = (*backbone.silent_settings, *(["positions"] if backbone.resizes_positions else []))
+    return [
+        f"model.encoder.{name}={getattr(theirs, name)} ({getattr(model.encoder, name)} in this run)"
+        for name in names
+        if getattr(theirs, name) != getattr(model.encoder, name)
+    ]
 
 
 def set_leaf(tree: dict[str, Any], path: str, value: Any) -> None:

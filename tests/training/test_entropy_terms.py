@@ -169,6 +169,19 @@ def test_symmetric_exchanges_views_and_keeps_the_balance():
     ].group == ("sp")
 
 
+@pytest.mark.parametrize("form", ["lejepa", "simdino", "byol,koleo"])
+def test_symmetric_changes_no_row_with_both_directions(form):
+    """Also where the target is the mean of both views, which is the same one exchanged; KoLeo, of
+    one view before, is of both."""
+    small = {"data__small_views": ("2 x 16 at 0.05-0.3",)} if form == "lejepa" else {}
+    once, again = (plan_of(form, objective__symmetric=s, **small) for s in (False, True))
+    assert again.terms == once.terms
+    totals = [sum(t.weight for t in each.entropy_terms) for each in (once, again)]
+    assert totals[1] == pytest.approx(totals[0])
+    of_views = {t.reads.view: t.weight for t in again.entropy_terms}
+    assert of_views[0] == of_views[1]
+
+
 def test_show_lists_them_with_their_products():
     plan = plan_of("vicreg", **HEAD)
     rows = plan_table.term_rows(plan)

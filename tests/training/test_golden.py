@@ -72,6 +72,7 @@ GOLDEN: dict[str, dict[str, float]] = {
         "loss/ssp": 2.37665,
         "loss/text": 3.59073,
         "skipped/not_finite": 0.0,
+        "skipped/steps": 0.0,
     },
     "folder": {
         "balance/lambda": 1.0,
@@ -92,6 +93,7 @@ GOLDEN: dict[str, dict[str, float]] = {
         "loss/ssp": 2.41631,
         "loss/text": 3.13901,
         "skipped/not_finite": 0.0,
+        "skipped/steps": 0.0,
     },
     "tars": {
         "balance/lambda": 1.0,
@@ -110,6 +112,7 @@ GOLDEN: dict[str, dict[str, float]] = {
         "loss/ssp": 2.49263,
         "loss/text": 3.41161,
         "skipped/not_finite": 0.0,
+        "skipped/steps": 0.0,
     },
     "forms": {
         "balance/lambda": 1.0,
@@ -121,6 +124,7 @@ GOLDEN: dict[str, dict[str, float]] = {
         "loss/pixel": 1.3028,
         "loss/ssp": 1.3028,
         "skipped/not_finite": 0.0,
+        "skipped/steps": 0.0,
     },
     "intern_image": {
         "balance/lambda": 2.0,
@@ -141,6 +145,7 @@ GOLDEN: dict[str, dict[str, float]] = {
         "loss/ssp": 2.5434484,
         "loss/text": 2.919668,
         "skipped/not_finite": 0.0,
+        "skipped/steps": 0.0,
     },
     # logits start at 0: a token costs the logarithm of the vocabulary
     "captioners": {
@@ -170,6 +175,7 @@ GOLDEN: dict[str, dict[str, float]] = {
         "loss/sp": 6.14347,
         "loss/text": 5.12961,
         "skipped/not_finite": 0.0,
+        "skipped/steps": 0.0,
     },
 }
 

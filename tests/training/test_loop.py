@@ -72,6 +72,8 @@ class World:
             "loss": Metric(loss, lambda: self.note(f"fetch {k}")),
             "skipped/not_finite": Metric(float(k in self.bad)),
         }
+        if self.bad:
+            metrics["skipped/steps"] = Metric(float(sum(j <= k for j in self.bad)))
         if self.spread:
             metrics["collapse/spread"] = Metric(self.spread(k))
         return State(k), metrics | ({MOMENT: np.eye(4)} if self.moment else {})
@@ -360,16 +362,11 @@ def test_a_finite_step_fetched_with_the_third_does_not_undo_it(
 def test_two_and_then_finite_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(12, bad={2, 3, 5, 6, 8, 9, 11, 12}, log_every=50)
     assert world.run(monkeypatch) == 0
-    assert [step for step, values in world.lines if values.get("skipped/not_finite")] == [
-        2,
-        3,
-        5,
-        6,
-        8,
-        9,
-        11,
-        12,
-    ]
+    bad = [(step, values) for step, values in world.lines if values.get("skipped/not_finite")]
+    assert [step for step, _ in bad] == [2, 3, 5, 6, 8, 9, 11, 12]
+    # schedules count the steps that were taken
+    rates = [0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
+    assert [values["lr"] for _, values in bad] == pytest.approx(rates)
 
 
 def test_a_collapse_is_logged_once_and_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -283,7 +283,7 @@ def test_a_restart_changes_no_bit(rule: str, tmp_path) -> None:
 
 
 def test_weights_of_a_schedule_free_run_are_its_average(tmp_path) -> None:
-    """What load, --mode=eval and init_from read of its checkpoint."""
+    """What load, --mode=eval, init_from and objective.target_checkpoint read of its checkpoint."""
     settings = toy.settings(optim__rule="schedule_free", optim__schedule="constant")
     params = {"encoder": {"patch_embed": {"kernel": jnp.ones((192, 32))}}, "scalars": jnp.ones(2)}
     z = jax.tree.map(lambda leaf: 3 * leaf, params)
@@ -305,6 +305,10 @@ def test_weights_of_a_schedule_free_run_are_its_average(tmp_path) -> None:
     )
     np.testing.assert_allclose(found[path], 5.0)  # the target's own
     np.testing.assert_allclose(found["scalars"], (1 - 0.1 * 3) / 0.9, rtol=1e-6)  # it has none
+    encoder = params["encoder"]
+    layout = jax.tree.map(lambda leaf: leaf.sharding, encoder)
+    found = weight_source.load_encoder(str(tmp_path), settings.model, encoder, layout)
+    np.testing.assert_allclose(found["patch_embed"]["kernel"], (1 - 0.1 * 3) / 0.9, rtol=1e-6)
 
 
 def test_schedules() -> None:

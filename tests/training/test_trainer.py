@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
@@ -231,6 +232,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     saver.save(3, made().init(), {"samples_seen": 0})
     saver.wait()
     saver.close()
+    (directory / "config.txt").write_text(configuration.config_to_text(toy.settings()))
     return directory
 
 
@@ -257,6 +259,14 @@ def test_a_frozen_target_starts_from_another_run(teacher: pathlib.Path) -> None:
         (
             {"model__encoder__depth": 3},
             ("its encoder has other shapes", "params/encoder/blocks", "same model settings"),
+        ),
+        (  # what the teacher has and this run would leave out
+            {"model__encoder__cls_token": False},
+            ("params/encoder/cls_token (1, 1, 32) in the checkpoint, absent in this run",),
+        ),
+        (
+            {"model__encoder__activation": "gelu_tanh"},
+            ("was trained with model.encoder.activation=gelu (gelu_tanh in this run)",),
         ),
     ],
 )
