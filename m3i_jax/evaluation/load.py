@@ -304,7 +304,9 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
       config: settings.
       path, flag: see `settings_of_weights`, which raises.
     """
-    stored = weight_source.open_weights(path, key=flag).settings
+    opened = weight_source.open_weights(path, key=flag)
+    opened.require_own_encoder(f"{flag}: {path}")
+    stored = opened.settings
     configured = {**dataclasses.asdict(config.model.encoder), **dataclasses.asdict(config.model)}
     sizes = (
         "backbone",
@@ -345,6 +347,7 @@ def _described(
     source: weight_source.WeightSource, path: str, heads: int, flag: str
 ) -> ml_collections.ConfigDict:
     """The settings of a file of weights."""
+    source.require_own_encoder(f"{flag}: {path}")
     stored, config = dict(source.settings), configuration.default_config()
     if ("detect" in stored or "segment" in stored) and "width" not in stored:
         raise UserError(

@@ -13,6 +13,8 @@ from m3i_jax.interop.layout_entries import IMAGENET
 
 _GELUS = {
     "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_fast": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
@@ -22,6 +24,9 @@ _GELUS = {
 _TANH_OF_TIMM = re.compile(
     r"(patch32|so400m_patch16|giantopt_patch16)_siglip_|large_patch16_siglip_(gap_)?512"
 )
+# of timm, with the arrays of a ViT: rotary positions beside a table or in other units, norms after
+# the branches
+_FOREIGN = re.compile(r"^eva02_|^vit_pe_|_rope_|_rpn_")
 # families of Hugging Face whose names of arrays are those of its ViT, trained with ImageNet's mean
 _OF_IMAGENET = {"deit": "DeiT", "vit_mae": "ViTMAE", "vit_msn": "ViTMSN"}
 # of Pillow, which numbers its filters; all names are values of evaluate.interpolation
@@ -55,7 +60,7 @@ def sidecar_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(act, str) and act in _GELUS and "activation" not in out:
             out["activation"] = _GELUS[act]
     if isinstance(name := config.get("architecture"), str):  # of timm
-        if "_clip_" in name:
+        if name.startswith("vit_") and "_clip_" in name:
             out["norm_eps"] = 1e-5
             if "quickgelu" in name:
                 out.setdefault("activation", "quick_gelu")
@@ -73,6 +78,30 @@ def sidecar_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if _is_of_imagenet(config):  # unless a processor says otherwise
         out |= IMAGENET
     return out | preprocessing_settings(whole)  # a processor is beside `vision_config`, not in it
+
+
+def foreign_encoder(config: Mapping[str, Any], *, gated: bool) -> str:
+    """Why an encoder of ours with the arrays beside a config.json computes something else; "" if
+    it does not.
+
+    Args:
+      config: content of the file.
+      gated: the MLPs are gated, and so their activation is known.
+
+    >>> foreign_encoder({"architecture": "vit_pe_core_base_patch16_224"}, gated=False)
+    'its architecture, vit_pe_core_base_patch16_224, has rotary positions or norms in other places'
+    >>> foreign_encoder({"vision_config": {"hidden_act": "relu"}}, gated=False)
+    "its activation is 'relu', which m3i_jax does not have"
+    """
+    name = config.get("architecture")
+    if isinstance(name, str) and _FOREIGN.search(name):
+        return f"its architecture, {name}, has rotary positions or norms in other places"
+    vision = config_section(config, "vision_config") or config
+    acts = (vision.get("hidden_act"), config_section(config, "model_args").get("act_layer"))
+    for act in acts:
+        if isinstance(act, str) and act not in _GELUS and not gated:
+            return f"its activation is {act!r}, which m3i_jax does not have"
+    return ""
 
 
 def _is_of_imagenet(config: Mapping[str, Any]) -> bool:
