@@ -77,6 +77,12 @@ def sidecar_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         out["image_size"] = side
     if _is_of_imagenet(config):  # unless a processor says otherwise
         out |= IMAGENET
+    # of our exports, whose layouts have other values than the run
+    ours = config_section(config_section(whole, tensor_files.PREPROCESSING), "encoder")
+    if isinstance(act := ours.get("activation"), str) and act in _GELUS:
+        out["activation"] = _GELUS[act]
+    if isinstance(eps := ours.get("norm_eps"), float) and 0 < eps < 1:
+        out["norm_eps"] = eps
     return out | preprocessing_settings(whole)  # a processor is beside `vision_config`, not in it
 
 

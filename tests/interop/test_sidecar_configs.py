@@ -205,7 +205,7 @@ def test_what_is_written_is_read_back(
     elif format == "hf":
         export_formats.hugging_face_config(tmp_path, found.arrays, encoder, described)
     else:
-        export_formats.description(tmp_path, described)
+        export_formats.description(tmp_path, described, None)
     settings = sidecar_configs.sidecar_settings(sidecar_configs.read_sidecar_configs(str(tmp_path)))
     names = ("image_size", "crop", "interpolation", "squash", "mean", "std")
     again = Preprocessing(**{name: settings[name] for name in names if name in settings})
