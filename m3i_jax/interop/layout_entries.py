@@ -66,6 +66,8 @@ class Layout:
         file does not store.
       momentum: prefix of the momentum copy, if files have one.
       patch_bias: whether the patch embedding has a bias.
+      resizes: whether the project resizes the position table to images of any size, so that a
+        processor may cut others than those of the table.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Layout:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     momentum: str = ""
     patch_bias: bool = True
+    resizes: bool = False
 
 
 def patch_side(kernel_PxD: np.ndarray) -> int:

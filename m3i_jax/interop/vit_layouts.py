@@ -333,6 +333,7 @@ MODERN = (
         prefix=r"^(dinov2|dinov2_with_registers)\.",
         unused={r"^classifier\b": "classifier", r"mask_token$": "mask token"},
         settings={"activation": "gelu", "norm_eps": 1e-6, **IMAGENET},
+        resizes=True,
     ),
     Layout(
         name="dinov3",

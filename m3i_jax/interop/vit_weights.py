@@ -35,7 +35,8 @@ class PublishedWeights:
       arrays: {path: array}; `encoder/positions` as in the file.
       settings: settings of `model.encoder` and of the preprocessing (mean, std, image_size, crop,
         interpolation, squash, background) that the weights need, from the file, its config.json, or
-        the layout. Of an InternImage only the preprocessing: its sizes are those of a preset.
+        the layout; `view_size`, where images are not of the size of the position table. Of an
+        InternImage only the preprocessing: its sizes are those of a preset.
       unused: {description: number of arrays} that our models do not have.
       unknown: names that are in no table.
       notes: changes made to the weights.
@@ -151,6 +152,10 @@ def load_vit(
     }
     if settings.get("positions") == "rope":
         settings.setdefault("image_size", 224)
+    side = sidecar_configs.preprocessing_settings(config or {}).get("image_size", 0)
+    if layout.resizes and side and "encoder/positions" in flat and "patch_size" in settings:
+        fits = side % settings["patch_size"] == 0
+        settings |= {"view_size": side} if fits and side != settings["image_size"] else {}
     foreign = _foreign(layout, given, flat, unknown) or sidecar_configs.foreign_encoder(
         config or {}, gated=settings.get("activation") == "swiglu"
     )

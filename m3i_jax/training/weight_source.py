@@ -45,7 +45,8 @@ class WeightSource:
         table; of a file with batch norms, running statistics too, below `running/`.
       read: {path: sharding or None} -> {path: array}; None: as numpy.
       settings: of `model.encoder` and the pixels (mean, std, image_size), as far as the source has
-        them; of an InternImage also `backbone`, `scan` and `intern_image` of `model`, and of a file
+        them; `view_size`, where its images have another size than its position table is of; of an
+        InternImage also `backbone`, `scan` and `intern_image` of `model`, and of a file
         its `preset`; of a file with a detector or segmenter `detect` or `segment`, and `maps`, of
         `dense`, `classes`, and `dense_size`, the side of its images.
       unused: {name: count} of arrays that have no such path.
