@@ -1,5 +1,6 @@
-"""Settings in the JSON files beside published weights: config.json and preprocessor_config.json of
-Hugging Face, config.json of timm, and preprocessing.json of our exports."""
+"""Settings in the JSON files beside published weights: config.json, preprocessor_config.json and
+processor_config.json of Hugging Face, config.json of timm, and preprocessing.json of our
+exports."""
 
 import math
 import pathlib
@@ -35,6 +36,7 @@ RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 # bare number as the side of a square
 _BILINEAR = ("ViTImage", "ViTFeature", "DINOv3ViT")
 _SQUARE = (*_BILINEAR, "DeiT")
+_PROCESSOR = "processor_config.json"
 _TIMM_CROP = 0.875  # of files without crop_pct
 
 
@@ -294,8 +296,9 @@ def _side(size: Any, key: str = "height") -> int:
 
 
 def read_sidecar_configs(path: str) -> dict[str, Any]:
-    """Returns the content of config.json and preprocessor_config.json next to a file of weights,
-    merged, and, under its name, that of our preprocessing.json; {} without such files.
+    """Returns the content of config.json and preprocessor_config.json next to a file of weights
+    (of processor_config.json, if that has an image processor), merged, and, under its name, that of
+    our preprocessing.json; {} without such files.
 
     Raises:
       UserError: one of them is not a JSON object.
@@ -303,9 +306,14 @@ def read_sidecar_configs(path: str) -> dict[str, Any]:
     directory = pathlib.Path(path)
     directory = directory if directory.is_dir() else directory.parent
     out: dict[str, Any] = {}
-    for name in ("preprocessor_config.json", "config.json"):
-        if (directory / name).is_file():
-            out |= tensor_files.read_json(directory / name)
+    if (directory / "preprocessor_config.json").is_file():
+        out |= tensor_files.read_json(directory / "preprocessor_config.json")
+    if (directory / _PROCESSOR).is_file():
+        # the processor of a model of images and texts, as Transformers 5 saves and prefers it
+        whole = tensor_files.read_json(directory / _PROCESSOR)
+        out = dict(config_section(whole, "image_processor")) or out
+    if (directory / "config.json").is_file():
+        out |= tensor_files.read_json(directory / "config.json")
     if (directory / tensor_files.PREPROCESSING).is_file():
         out[tensor_files.PREPROCESSING] = tensor_files.read_json(
             directory / tensor_files.PREPROCESSING

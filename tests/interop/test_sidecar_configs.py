@@ -99,6 +99,18 @@ def test_a_processor_of_hugging_face(name: str) -> None:
         assert resized(Preprocessing(image_size=SIDE, **found)) == expected
 
 
+def test_a_processor_of_images_and_texts(tmp_path: pathlib.Path) -> None:
+    """Transformers 5 saves it in processor_config.json, which comes before the older file; older
+    versions have other things there."""
+    processor = {"image_processor": PROCESSORS["SigLIP"][0] | {"image_mean": [0.1, 0.2, 0.3]}}
+    older = {"preprocessor_config": PROCESSORS["CLIP"][0]}
+    for files in ({}, older):
+        found = published(tmp_path, "clip", processor_config=processor, **files)
+        assert resized(found) == ("bicubic", True, 12) and found.mean == (0.1, 0.2, 0.3)
+    found = published(tmp_path, "clip", processor_config={"processor_class": "X"}, **older)
+    assert resized(found) == ("bicubic", False, 14)
+
+
 @pytest.mark.parametrize("name", TIMM)
 def test_a_file_of_timm(name: str, tmp_path: pathlib.Path) -> None:
     config, expected = TIMM[name]
