@@ -35,6 +35,8 @@ from m3i_jax.objective import positions
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint_dir, plan, weight_source
 
+WEIGHTS = ("online", "ema")
+DTYPES = ("bfloat16", "float32")
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
 _ROWS = 64  # images a device step
 _TABLE = "encoder/positions"
@@ -199,8 +201,16 @@ def load(
         finite; a pooling that was not trained; weights that are neither a supported vision
         transformer nor an InternImage of a preset, or arrays that do not fit each other.
     """
-    if pool not in POOLS:
-        raise UserError(f"load: pool={pool!r} is not one of {', '.join(POOLS)}; give one of these")
+    for name, value, known in (
+        ("pool", pool, POOLS),
+        ("weights", weights, WEIGHTS),
+        ("dtype", dtype, ("", *DTYPES)),
+    ):
+        if value not in known:
+            raise UserError(
+                f"load: {name}={value!r} is not one of {', '.join(filter(None, known))}; give one"
+                " of these"
+            )
     given, path = path, os.fspath(path)
     if path.startswith(HUB_PREFIX):
         path = fetch_weights(path)
@@ -377,6 +387,12 @@ def _described(
             f" {', '.join(sizes)} ({source.name}); m3i_jax can read its arrays, but not run it"
         )
     stored["heads"] = heads or weight_source.encoder_heads(stored)
+    if stored.get("backbone") == "vit" and stored["width"] % max(stored["heads"], 1):
+        raise UserError(
+            f"{flag}: {path}: {stored['heads']} attention heads do not divide its width,"
+            f" {stored['width']}; give their number by m3i_jax.load(..., heads=H), or as"
+            " num_attention_heads in a config.json beside the file"
+        )
     config.model.encoder.update(
         {name: stored[name] for name in config.model.encoder if name in stored}
     )

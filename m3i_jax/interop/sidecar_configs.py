@@ -144,11 +144,20 @@ def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
                 " images and scale their values to 0..1: remove it from the"
                 " preprocessor_config.json beside them if the weights expect such images"
             )
+    factor = config.get("rescale_factor")
+    if _is_number(factor) and not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise UserError(
+            f"the preprocessing of the weights has rescale_factor={factor}, but evaluations scale"
+            " values to 0..1: use 1/255 in the preprocessor_config.json beside them, with the"
+            " 'image_mean' and 'image_std' of such values"
+        )
     pretrained = config_section(config, "pretrained_cfg")
     ours = config_section(config, tensor_files.PREPROCESSING)
     out: dict[str, Any] = {}
     for name, theirs in (("mean", "image_mean"), ("std", "image_std")):
         for value in (config.get(theirs), pretrained.get(name), ours.get(name)):
+            if name not in out and _is_number(value):  # of every channel
+                out[name] = (float(value),) * 3
             if (
                 name not in out
                 and _is_list(value)

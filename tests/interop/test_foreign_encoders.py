@@ -10,7 +10,7 @@ import pytest
 
 import m3i_jax
 from m3i_jax.errors import UserError
-from m3i_jax.interop import tensor_files
+from m3i_jax.interop import tensor_files, vit_weights
 from m3i_jax.training import teachers, weight_source
 from tests.interop.published_vit import ENCODERS, TINY, weights
 
@@ -106,3 +106,29 @@ def test_eva_clip_has_the_usual_eps(tmp_path: pathlib.Path) -> None:
 def test_heads_of_the_two_giants_of_one_width() -> None:
     assert weight_source.encoder_heads({"width": 1536, "activation": "gelu_tanh"}) == 16
     assert weight_source.encoder_heads({"width": 1536, "activation": "swiglu"}) == 24
+
+
+@pytest.mark.parametrize("shape", [(16, 12, 4, 4), (16, 1, 4, 4), (16, 3, 4, 2), (16, 3, 2, 4, 4)])
+def test_patches_that_are_not_square_or_not_of_rgb(shape: tuple[int, ...]) -> None:
+    """Twelve channels would pass for patches of twice the side."""
+    table = weights(ENCODERS["timm"], **TINY)
+    table["patch_embed.proj.weight"] = np.ones(shape, np.float32)
+    with pytest.raises(UserError, match=rf"of {shape[1]} channels and patches of"):
+        vit_weights.load_vit(table)
+    if len(shape) == 4:
+        google = weights(ENCODERS["google"], **TINY)
+        google["embedding/kernel"] = np.ones(shape, np.float32).transpose(2, 3, 1, 0)
+        with pytest.raises(UserError, match="square patches of RGB"):
+            vit_weights.load_vit(google)
+
+
+def test_values_that_load_does_not_have(tmp_path: pathlib.Path) -> None:
+    table = weights(ENCODERS["timm"], **TINY)
+    tensor_files.write_safetensors(tmp_path / "model.safetensors", table)
+    for values, words in (
+        ({"heads": 3}, "3 attention heads do not divide its width, 16"),
+        ({"weights": "teacher"}, "not one of online, ema"),
+        ({"dtype": "float16"}, "not one of bfloat16, float32"),
+    ):
+        with pytest.raises(UserError, match=words):
+            m3i_jax.load(str(tmp_path), **values)

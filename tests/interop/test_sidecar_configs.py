@@ -147,6 +147,14 @@ def test_preprocessing_that_is_none_of_ours_is_refused(config: dict, words: str)
     assert "\n" not in str(error.value)
 
 
+def test_numbers_of_every_channel_and_other_scales() -> None:
+    found = sidecar_configs.preprocessing_settings({"image_mean": 0.2, "image_std": [0.1] * 3})
+    assert found == {"mean": (0.2,) * 3, "std": (0.1,) * 3}
+    assert sidecar_configs.preprocessing_settings({"rescale_factor": 0.00392156862745098}) == {}
+    with pytest.raises(UserError, match="rescale_factor=0.0078"):
+        sidecar_configs.preprocessing_settings({"rescale_factor": 1 / 127.5})
+
+
 def test_filters_have_one_name_everywhere() -> None:
     """Pillow's numbers, those of files, and the values of the setting."""
     assert [Image.Resampling(i).name.lower() for i in range(6)] == list(sidecar_configs.RESAMPLE)
