@@ -31,11 +31,15 @@ from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load_dense
 from m3i_jax.models import backbones, networks
+from m3i_jax.objective import positions
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import checkpoint_dir, plan, weight_source
 
+WEIGHTS = ("online", "ema")
+DTYPES = ("bfloat16", "float32")
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
 _ROWS = 64  # images a device step
+_TABLE = "encoder/positions"
 HUB_PREFIX = "hf://"
 # weights, settings, preprocessing and the description; never code
 HUB_FILES = ("*.safetensors", "*.json", "*.npz", "README.md")
@@ -180,10 +184,11 @@ def load(
       path: workdir of a run, or a file or directory of timm, Hugging Face ViT, CLIP, SigLIP,
         DINOv2 or DINOv3, MAE, SiameseIM, Google ViT or InternImage, a Mask R-CNN of detectron2's
         ViTDet, or a DINO, UperNet or Mask2Former of InternImage; or hf://OWNER/NAME[@REVISION],
-        such a directory on the Hugging Face Hub. An InternImage must have the sizes of a preset.
-        With the fusion of M3I (H, G) its dense features are fused;
-        without (T to XL) they are the map of the last stage. Its images have the size given by a
-        preprocessor_config.json next to it, or 224 pixels.
+        such a directory on the Hugging Face Hub. A DINOv2 of Hugging Face reads images of the size
+        of its processor, with positions resized as there. An InternImage must have the sizes of a
+        preset. With the fusion of M3I (H, G) its dense features are fused; without (T to XL) they
+        are the map of the last stage. Its images have the size given by a preprocessor_config.json
+        next to it, or 224 pixels.
       weights: online, or ema: the momentum average.
       pool: attention, mean (of the patch tokens), cls, or tokens (all of them); auto: that
         which the run trained, by `Plan.image_feature`, else mean.
@@ -196,8 +201,16 @@ def load(
         finite; a pooling that was not trained; weights that are neither a supported vision
         transformer nor an InternImage of a preset, or arrays that do not fit each other.
     """
-    if pool not in POOLS:
-        raise UserError(f"load: pool={pool!r} is not one of {', '.join(POOLS)}; give one of these")
+    for name, value, known in (
+        ("pool", pool, POOLS),
+        ("weights", weights, WEIGHTS),
+        ("dtype", dtype, ("", *DTYPES)),
+    ):
+        if value not in known:
+            raise UserError(
+                f"load: {name}={value!r} is not one of {', '.join(filter(None, known))}; give one"
+                " of these"
+            )
     given, path = path, os.fspath(path)
     if path.startswith(HUB_PREFIX):
         path = fetch_weights(path)
@@ -229,9 +242,15 @@ def load(
         if p.startswith("encoder/") or (pool == "attention" and p.startswith("pool/"))
     ]
     params: dict[str, Any] = {}
-    for name, array in source.read(dict.fromkeys(names)).items():
+    arrays = source.read(dict.fromkeys(names))
+    if not run and "view_size" in source.settings:
+        encoder = config.model.encoder
+        how = {"cls": encoder.cls_token, "antialias": encoder.registers > 0}
+        table = positions.resize_position_table(arrays[_TABLE], config.grid, **how)
+        arrays[_TABLE] = table
+    for name, array in arrays.items():
         weight_source.set_leaf(params, name, jnp.asarray(array))
-    _check_shapes(config, {name: source.shapes[name] for name in names}, path)
+    _check_shapes(config, {name: array.shape for name, array in arrays.items()}, path)
     return LoadedEncoder(config, params, pool, source.name)
 
 
@@ -304,7 +323,9 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
       config: settings.
       path, flag: see `settings_of_weights`, which raises.
     """
-    stored = weight_source.open_weights(path, key=flag).settings
+    opened = weight_source.open_weights(path, key=flag)
+    opened.require_own_encoder(f"{flag}: {path}")
+    stored = opened.settings
     configured = {**dataclasses.asdict(config.model.encoder), **dataclasses.asdict(config.model)}
     sizes = (
         "backbone",
@@ -345,6 +366,7 @@ def _described(
     source: weight_source.WeightSource, path: str, heads: int, flag: str
 ) -> ml_collections.ConfigDict:
     """The settings of a file of weights."""
+    source.require_own_encoder(f"{flag}: {path}")
     stored, config = dict(source.settings), configuration.default_config()
     if ("detect" in stored or "segment" in stored) and "width" not in stored:
         raise UserError(
@@ -365,6 +387,12 @@ def _described(
             f" {', '.join(sizes)} ({source.name}); m3i_jax can read its arrays, but not run it"
         )
     stored["heads"] = heads or weight_source.encoder_heads(stored)
+    if stored.get("backbone") == "vit" and stored["width"] % max(stored["heads"], 1):
+        raise UserError(
+            f"{flag}: {path}: {stored['heads']} attention heads do not divide its width,"
+            f" {stored['width']}; give their number by m3i_jax.load(..., heads=H), or as"
+            " num_attention_heads in a config.json beside the file"
+        )
     config.model.encoder.update(
         {name: stored[name] for name in config.model.encoder if name in stored}
     )
@@ -378,7 +406,9 @@ def _described(
     # a file has no trained pooling; those of probes have the encoder's heads
     pool_heads = stored["heads"] if stored["width"] % stored["heads"] == 0 else 1
     config.model.update({"dtype": "float32", "pool": {"heads": pool_heads}})
-    config.data.image_size = stored["image_size"]
+    config.data.image_size = stored.get("view_size", stored["image_size"])
+    if "view_size" in stored:  # a dense run keeps the table as it is
+        config.dense.maps.image_size = stored["image_size"]
     config.data.augment.update({name: stored[name] for name in ("mean", "std") if name in stored})
     if task := next((name for name in ("detect", "segment") if name in stored), ""):
         config.task = task

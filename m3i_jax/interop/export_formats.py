@@ -63,7 +63,7 @@ def timm_arguments(encoder: Mapping[str, Any], image_size: int) -> tuple[str, di
         "embed_dim": encoder["width"],
         "depth": encoder["depth"],
         "num_heads": encoder["heads"],
-        "mlp_ratio": encoder["mlp_ratio"],
+        "mlp_ratio": timm_mlp_ratio(encoder["width"], encoder["mlp_ratio"]),
         "class_token": encoder["cls_token"],
         "pre_norm": encoder["embedding_norm"],
         "final_norm": encoder["final_norm"],
@@ -73,6 +73,20 @@ def timm_arguments(encoder: Mapping[str, Any], image_size: int) -> tuple[str, di
         "num_classes": 0,
     }
     return _TIMM.get(encoder["width"], _TIMM[768]), arguments
+
+
+def timm_mlp_ratio(width: int, mlp_ratio: float) -> float:
+    """Returns the `mlp_ratio` of timm, which rounds the hidden width down, for a hidden width that
+    is rounded to the nearest number.
+
+    >>> int(32 * 2.8), int(32 * timm_mlp_ratio(32, 2.8)), timm_mlp_ratio(768, 4.0)
+    (89, 90, 4.0)
+    """
+    hidden = round(width * mlp_ratio)
+    if int(width * mlp_ratio) == hidden:
+        return mlp_ratio
+    share = hidden / width
+    return share if int(width * share) == hidden else math.nextafter(share, math.inf)
 
 
 def timm_config(
@@ -212,14 +226,24 @@ def _processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def description(directory: pathlib.Path, preprocessing: Mapping[str, Any]) -> None:
-    """Write preprocessing.json, for formats whose files do not store the preprocessing.
-    `sidecar_configs.read_sidecar_configs` reads it."""
+def description(
+    directory: pathlib.Path, preprocessing: Mapping[str, Any], encoder: Mapping[str, Any] | None
+) -> None:
+    """Write preprocessing.json, for formats whose files do not store the preprocessing, nor the
+    activation and eps of a ViT. `sidecar_configs.read_sidecar_configs` reads it.
+
+    Args:
+      directory: where to write.
+      preprocessing: as of `timm_config`.
+      encoder: settings of `model.encoder`; None: not of a ViT.
+    """
     content = {
         "resample": preprocessing["interpolation"],
         "rescale_factor": 1 / 255,
         **preprocessing,
     }
+    if encoder is not None:
+        content["encoder"] = {name: encoder[name] for name in ("activation", "norm_eps")}
     _json(directory / tensor_files.PREPROCESSING, content)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from m3i_jax.errors import UserError
+
 _Load = Callable[..., np.ndarray]
 _Store = Callable[[np.ndarray, int], tuple[np.ndarray, ...]]
 _PACKED = re.compile(r"(?P<mlp>.*\.mlp)\.(weights_in|w12)\.(?P<part>weight|bias)$")
@@ -66,6 +68,8 @@ class Layout:
         file does not store.
       momentum: prefix of the momentum copy, if files have one.
       patch_bias: whether the patch embedding has a bias.
+      resizes: whether the project resizes the position table to images of any size, so that a
+        processor may cut others than those of the table.
     """
 
     name: str
@@ -76,15 +80,30 @@ class Layout:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     momentum: str = ""
     patch_bias: bool = True
+    resizes: bool = False
 
 
 def patch_side(kernel_PxD: np.ndarray) -> int:
     return round((kernel_PxD.shape[0] // 3) ** 0.5)
 
 
+def require_rgb_patches(shape: tuple[int, ...], channels: int, *sides: int) -> None:
+    """Raises UserError unless a convolution reads square patches of RGB images.
+
+    >>> require_rgb_patches((768, 3, 16, 16), 3, 16, 16)
+    """
+    if channels != 3 or len(sides) != 2 or sides[0] != sides[1]:
+        raise UserError(
+            f"the patch embedding has shape {shape}, of {channels} channels and patches of"
+            f" {' x '.join(map(str, sides))}; m3i_jax reads square patches of RGB images: give"
+            " weights of such an encoder"
+        )
+
+
 def _convolution_to_matrix(a_Dx3xpxp: np.ndarray) -> np.ndarray:
     if a_Dx3xpxp.ndim == 2:  # a linear layer of patches (row, column, channel): SigLIP 2 NaFlex
         return a_Dx3xpxp.T
+    require_rgb_patches(a_Dx3xpxp.shape, *a_Dx3xpxp.shape[1:])
     return a_Dx3xpxp.transpose(2, 3, 1, 0).reshape(-1, a_Dx3xpxp.shape[0])
 
 

@@ -1,5 +1,6 @@
-"""Settings in the JSON files beside published weights: config.json and preprocessor_config.json of
-Hugging Face, config.json of timm, and preprocessing.json of our exports."""
+"""Settings in the JSON files beside published weights: config.json, preprocessor_config.json and
+processor_config.json of Hugging Face, config.json of timm, and preprocessing.json of our
+exports."""
 
 import math
 import pathlib
@@ -13,6 +14,8 @@ from m3i_jax.interop.layout_entries import IMAGENET
 
 _GELUS = {
     "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_fast": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
@@ -22,6 +25,9 @@ _GELUS = {
 _TANH_OF_TIMM = re.compile(
     r"(patch32|so400m_patch16|giantopt_patch16)_siglip_|large_patch16_siglip_(gap_)?512"
 )
+# of timm, with the arrays of a ViT: rotary positions beside a table or in other units, norms after
+# the branches
+_FOREIGN = re.compile(r"^eva02_|^vit_pe_|_rope_|_rpn_")
 # families of Hugging Face whose names of arrays are those of its ViT, trained with ImageNet's mean
 _OF_IMAGENET = {"deit": "DeiT", "vit_mae": "ViTMAE", "vit_msn": "ViTMSN"}
 # of Pillow, which numbers its filters; all names are values of evaluate.interpolation
@@ -30,6 +36,7 @@ RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 # bare number as the side of a square
 _BILINEAR = ("ViTImage", "ViTFeature", "DINOv3ViT")
 _SQUARE = (*_BILINEAR, "DeiT")
+_PROCESSOR = "processor_config.json"
 _TIMM_CROP = 0.875  # of files without crop_pct
 
 
@@ -55,7 +62,7 @@ def sidecar_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(act, str) and act in _GELUS and "activation" not in out:
             out["activation"] = _GELUS[act]
     if isinstance(name := config.get("architecture"), str):  # of timm
-        if "_clip_" in name:
+        if name.startswith("vit_") and "_clip_" in name:
             out["norm_eps"] = 1e-5
             if "quickgelu" in name:
                 out.setdefault("activation", "quick_gelu")
@@ -72,7 +79,37 @@ def sidecar_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         out["image_size"] = side
     if _is_of_imagenet(config):  # unless a processor says otherwise
         out |= IMAGENET
+    # of our exports, whose layouts have other values than the run
+    ours = config_section(config_section(whole, tensor_files.PREPROCESSING), "encoder")
+    if isinstance(act := ours.get("activation"), str) and act in _GELUS:
+        out["activation"] = _GELUS[act]
+    if isinstance(eps := ours.get("norm_eps"), float) and 0 < eps < 1:
+        out["norm_eps"] = eps
     return out | preprocessing_settings(whole)  # a processor is beside `vision_config`, not in it
+
+
+def foreign_encoder(config: Mapping[str, Any], *, gated: bool) -> str:
+    """Why an encoder of ours with the arrays beside a config.json computes something else; "" if
+    it does not.
+
+    Args:
+      config: content of the file.
+      gated: the MLPs are gated, and so their activation is known.
+
+    >>> foreign_encoder({"architecture": "vit_pe_core_base_patch16_224"}, gated=False)
+    'its architecture, vit_pe_core_base_patch16_224, has rotary positions or norms in other places'
+    >>> foreign_encoder({"vision_config": {"hidden_act": "relu"}}, gated=False)
+    "its activation is 'relu', which m3i_jax does not have"
+    """
+    name = config.get("architecture")
+    if isinstance(name, str) and _FOREIGN.search(name):
+        return f"its architecture, {name}, has rotary positions or norms in other places"
+    vision = config_section(config, "vision_config") or config
+    acts = (vision.get("hidden_act"), config_section(config, "model_args").get("act_layer"))
+    for act in acts:
+        if isinstance(act, str) and act not in _GELUS and not gated:
+            return f"its activation is {act!r}, which m3i_jax does not have"
+    return ""
 
 
 def _is_of_imagenet(config: Mapping[str, Any]) -> bool:
@@ -107,11 +144,20 @@ def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
                 " images and scale their values to 0..1: remove it from the"
                 " preprocessor_config.json beside them if the weights expect such images"
             )
+    factor = config.get("rescale_factor")
+    if _is_number(factor) and not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise UserError(
+            f"the preprocessing of the weights has rescale_factor={factor}, but evaluations scale"
+            " values to 0..1: use 1/255 in the preprocessor_config.json beside them, with the"
+            " 'image_mean' and 'image_std' of such values"
+        )
     pretrained = config_section(config, "pretrained_cfg")
     ours = config_section(config, tensor_files.PREPROCESSING)
     out: dict[str, Any] = {}
     for name, theirs in (("mean", "image_mean"), ("std", "image_std")):
         for value in (config.get(theirs), pretrained.get(name), ours.get(name)):
+            if name not in out and _is_number(value):  # of every channel
+                out[name] = (float(value),) * 3
             if (
                 name not in out
                 and _is_list(value)
@@ -259,8 +305,9 @@ def _side(size: Any, key: str = "height") -> int:
 
 
 def read_sidecar_configs(path: str) -> dict[str, Any]:
-    """Returns the content of config.json and preprocessor_config.json next to a file of weights,
-    merged, and, under its name, that of our preprocessing.json; {} without such files.
+    """Returns the content of config.json and preprocessor_config.json next to a file of weights
+    (of processor_config.json, if that has an image processor), merged, and, under its name, that of
+    our preprocessing.json; {} without such files.
 
     Raises:
       UserError: one of them is not a JSON object.
@@ -268,9 +315,14 @@ def read_sidecar_configs(path: str) -> dict[str, Any]:
     directory = pathlib.Path(path)
     directory = directory if directory.is_dir() else directory.parent
     out: dict[str, Any] = {}
-    for name in ("preprocessor_config.json", "config.json"):
-        if (directory / name).is_file():
-            out |= tensor_files.read_json(directory / name)
+    if (directory / "preprocessor_config.json").is_file():
+        out |= tensor_files.read_json(directory / "preprocessor_config.json")
+    if (directory / _PROCESSOR).is_file():
+        # the processor of a model of images and texts, as Transformers 5 saves and prefers it
+        whole = tensor_files.read_json(directory / _PROCESSOR)
+        out = dict(config_section(whole, "image_processor")) or out
+    if (directory / "config.json").is_file():
+        out |= tensor_files.read_json(directory / "config.json")
     if (directory / tensor_files.PREPROCESSING).is_file():
         out[tensor_files.PREPROCESSING] = tensor_files.read_json(
             directory / tensor_files.PREPROCESSING

@@ -33,6 +33,7 @@ from m3i_jax.interop.layout_entries import (
     patch_side,
     patch_weight,
     query_value_bias,
+    require_rgb_patches,
     single_array,
 )
 
@@ -198,6 +199,10 @@ def _google() -> list[LayoutEntry]:
     def linear(theirs: str, ours: str) -> list[LayoutEntry]:
         return [single_array(f"{theirs}/{part}", f"{ours}/{part}") for part in ("kernel", "bias")]
 
+    def kernel_to_matrix(a: np.ndarray) -> np.ndarray:
+        require_rgb_patches(a.shape, a.shape[2], *a.shape[:2])
+        return a.reshape(-1, a.shape[-1])
+
     def matrix_to_kernel(a: np.ndarray, heads: int) -> tuple[np.ndarray]:
         side = patch_side(a)
         return (a.reshape(side, side, 3, -1),)
@@ -206,7 +211,7 @@ def _google() -> list[LayoutEntry]:
         LayoutEntry(
             ("embedding/kernel",),
             "encoder/patch_embed/kernel",
-            lambda a: a.reshape(-1, a.shape[-1]),
+            kernel_to_matrix,
             matrix_to_kernel,
         ),
         single_array("embedding/bias", "encoder/patch_embed/bias"),
@@ -333,6 +338,7 @@ MODERN = (
         prefix=r"^(dinov2|dinov2_with_registers)\.",
         unused={r"^classifier\b": "classifier", r"mask_token$": "mask token"},
         settings={"activation": "gelu", "norm_eps": 1e-6, **IMAGENET},
+        resizes=True,
     ),
     Layout(
         name="dinov3",

@@ -35,10 +35,12 @@ class PublishedWeights:
       arrays: {path: array}; `encoder/positions` as in the file.
       settings: settings of `model.encoder` and of the preprocessing (mean, std, image_size, crop,
         interpolation, squash, background) that the weights need, from the file, its config.json, or
-        the layout. Of an InternImage only the preprocessing: its sizes are those of a preset.
+        the layout; `view_size`, where images are not of the size of the position table. Of an
+        InternImage only the preprocessing: its sizes are those of a preset.
       unused: {description: number of arrays} that our models do not have.
       unknown: names that are in no table.
       notes: changes made to the weights.
+      foreign: why an encoder of ours with these arrays computes something else, "" if it does not.
     """
 
     layout: str
@@ -47,6 +49,7 @@ class PublishedWeights:
     unused: dict[str, int]
     unknown: list[str]
     notes: list[str]
+    foreign: str = ""
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -82,7 +85,7 @@ def load_vit(
     """
     if "patch_embed.conv1.weight" in arrays or "model.patch_embed.conv1.weight" in arrays:
         return _intern_image(arrays, momentum, config or {})
-    arrays = plain_names(arrays)
+    given, arrays = arrays, plain_names(arrays)
     layout = layout_of(arrays)
     if layout is None:
         some = ", ".join(list(arrays)[:3])
@@ -149,7 +152,43 @@ def load_vit(
     }
     if settings.get("positions") == "rope":
         settings.setdefault("image_size", 224)
-    return PublishedWeights(layout.name, flat, settings, dict(unused), unknown, notes)
+    side = sidecar_configs.preprocessing_settings(config or {}).get("image_size", 0)
+    if layout.resizes and side and "encoder/positions" in flat and "patch_size" in settings:
+        fits = side % settings["patch_size"] == 0
+        settings |= {"view_size": side} if fits and side != settings["image_size"] else {}
+    foreign = _foreign(layout, given, flat, unknown) or sidecar_configs.foreign_encoder(
+        config or {}, gated=settings.get("activation") == "swiglu"
+    )
+    return PublishedWeights(layout.name, flat, settings, dict(unused), unknown, notes, foreign)
+
+
+def _foreign(
+    layout: Layout, arrays: Mapping[str, np.ndarray], flat: Flat, unknown: list[str]
+) -> str:
+    """Why the names of a file are those of an encoder that computes something else than ours."""
+    stems = {
+        entry.theirs[0].partition("{l}")[0]
+        for entry in layout.table
+        if entry.stacked and entry.ours.startswith("encoder/")
+    }
+    of_layer = re.compile("|".join(rf"{re.escape(stem)}\d" for stem in sorted(stems)))
+    for name in unknown:
+        if of_layer.match(re.sub(layout.prefix, "", name) if layout.prefix else name):
+            return f"its layers have arrays that those of m3i_jax do not ({name})"
+    if layout.name != "timm" or "encoder/patch_embed/kernel" not in flat:
+        return ""
+    table = "encoder/positions" in flat
+    if not table and not _is_dinov3(flat):
+        return "it has neither a table of positions nor the cls token and registers of DINOv3"
+    if table and "blocks.0.mlp.fc1_g.weight" in arrays:
+        return "its positions are rotary beside a table (EVA-02)"
+    return ""
+
+
+def _is_dinov3(flat: Flat) -> bool:
+    """Whether a timm file without a table of positions is of DINOv3: other encoders of timm
+    without one have relative positions, or rotary ones in other units."""
+    return "encoder/cls_token" in flat and "encoder/registers" in flat
 
 
 def _stack_layers(
@@ -229,7 +268,7 @@ def _shape_settings(flat: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]
         "embedding_norm": "encoder/embedding_norm/scale" in flat,
         "final_norm": "encoder/norm/scale" in flat,
     }
-    if "encoder/positions" not in flat and layout.name == "timm":  # DINOv3's names are timm's
+    if "encoder/positions" not in flat and layout.name == "timm" and _is_dinov3(flat):
         out |= {"positions": "rope", "norm_eps": 1e-5}
     if "encoder/blocks/mlp/gate/kernel" in flat:
         out["activation"] = "swiglu"

@@ -78,7 +78,8 @@ class ViTNetwork(Network):
     there is one, without a pooling or a head. Stochastic depth is off.
 
     Attributes:
-      image_size: side S in pixels; without learned positions, other sizes are accepted too.
+      image_size: side S in pixels, to which learned positions belong; images of other sides are
+        accepted too, and learned positions are resized for them.
       patch_size, width, depth, heads, mlp_ratio, cls_token, positions, rope_base, registers, norm,
         embedding_norm, final_norm, qk_norm, layer_scale, norm_eps, activation, position_grid: see
         `schema.Encoder`.

@@ -16,9 +16,11 @@ orbax: parameters, the parameter tree of this package, by Orbax.
 A detector or segmenter is written by the last three: as one program, suppression included, or as
 its arrays.
 
-Each directory also has preprocessing.json, the preprocessing of the run's evaluations; the files
-for timm and Hugging Face describe the same preprocessing. README.md is the model card, without
-paths of this machine, so that the directory can be pushed to a hub as it is:
+Each directory also has preprocessing.json, the preprocessing of the run's evaluations and what the
+arrays of a ViT do not show, activation and eps, so that `m3i_jax.load` of the directory has the
+features of the run; the files for timm and Hugging Face describe the same preprocessing. README.md
+is the model card, without paths of this machine, so that the directory can be pushed to a hub as it
+is:
 
     huggingface_hub.upload_folder(repo_id="OWNER/NAME", folder_path="RUN/export/hf")"""
 
@@ -118,7 +120,9 @@ def _export(
     directory.mkdir(parents=True)
     lines = write(directory, model, workdir)
     advance(1)
-    export_formats.description(directory, model.preprocessing.described())
+    encoder, preprocessing = _described(model)
+    is_vit = backbones.get_backbone(model.config.model).layout == "vit"
+    export_formats.description(directory, preprocessing, encoder if is_vit else None)
     lines.append(_preprocessing_line(model))
     write_text_atomic(
         directory / model_card.FILE,

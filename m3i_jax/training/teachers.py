@@ -70,6 +70,7 @@ def open_teacher(path: str) -> Teacher:
       UserError: no readable weights, or those of an encoder that this package cannot run.
     """
     source = weight_source.open_weights(path, key=KEY)
+    source.require_own_encoder(f"{KEY}: {path}")
     stored = dict(source.settings)
     if "width" not in stored or "image_size" not in stored:
         raise UserError(

@@ -29,8 +29,9 @@ from m3i_jax.training import checkpoint_dir, checksums, schedule_free
 
 RUNNING = published_dense.RUNNING  # of running statistics, in `shapes` of a file
 _COPIES = tuple(f"encoder/{name}/" for name in composite.OWN_PARTS)
-# heads of the published widths whose heads do not have 64 channels: SoViT-400m, ViT-H, -g, -G
-_OTHER_HEADS = dict.fromkeys((1152, 1280, 1408, 1664), 16)
+# heads of the published widths whose heads do not have 64 channels: SoViT-400m, ViT-H, -g, -G,
+# SigLIP 2's giant
+_OTHER_HEADS = dict.fromkeys((1152, 1280, 1408, 1536, 1664), 16)
 CLASSES = "classes.json"  # names of the categories of a run of a dense task
 
 
@@ -44,12 +45,14 @@ class WeightSource:
         table; of a file with batch norms, running statistics too, below `running/`.
       read: {path: sharding or None} -> {path: array}; None: as numpy.
       settings: of `model.encoder` and the pixels (mean, std, image_size), as far as the source has
-        them; of an InternImage also `backbone`, `scan` and `intern_image` of `model`, and of a file
+        them; `view_size`, where its images have another size than its position table is of; of an
+        InternImage also `backbone`, `scan` and `intern_image` of `model`, and of a file
         its `preset`; of a file with a detector or segmenter `detect` or `segment`, and `maps`, of
         `dense`, `classes`, and `dense_size`, the side of its images.
       unused: {name: count} of arrays that have no such path.
       notes: what was changed while reading.
       classes: names of the categories that its heads predict, of a run of a dense task; else None.
+      foreign: why an encoder of this package with its arrays computes something else; "" if not.
     """
 
     name: str
@@ -59,6 +62,20 @@ class WeightSource:
     unused: dict[str, int]
     notes: list[str]
     classes: tuple[str, ...] | None = None
+    foreign: str = ""
+
+    def require_own_encoder(self, where: str) -> None:
+        """Raises UserError if an encoder of this package with the arrays computes something else
+        than that of the file.
+
+        Args:
+          where: begins the message.
+        """
+        if self.foreign:
+            raise UserError(
+                f"{where}: {self.foreign}; m3i_jax can read its arrays, but not run it: give"
+                " another encoder"
+            )
 
 
 def open_weights(
@@ -110,6 +127,7 @@ def open_weights(
         if published.unknown
         else {}
     )
+    foreign = published.foreign
     settings = {
         **backbones.recognize_weights(
             {
@@ -126,7 +144,8 @@ def open_weights(
         read,
         settings,
         unused,
-        published.notes,
+        published.notes + ([f"its features are others here: {foreign}"] if foreign else []),
+        foreign=foreign,
     )
 
 
@@ -244,11 +263,14 @@ def _read_trained(run: "RunWeights", wanted: Mapping[str, tuple[str, Any]]) -> d
 def encoder_heads(settings: Mapping[str, Any]) -> int:
     """Returns the attention heads of an encoder from the `settings` of its source. Where a file
     does not state them, they are those of the published sizes: 64 channels each, but 16 heads of
-    SoViT-400m and ViT-H, -g and -G. Those with rotary positions are DINOv3's, of which ViT-H+ has
-    64 channels a head, and ViT-7B 128.
+    SoViT-400m and ViT-H, -g and -G, and of SigLIP 2's giant, which has the width of DINOv2's and no
+    gates. Those with rotary positions are DINOv3's, of which ViT-H+ has 64 channels a head, and
+    ViT-7B 128.
 
-    >>> [encoder_heads({"width": width}) for width in (32, 768, 1280)]
-    [1, 12, 16]
+    >>> [encoder_heads({"width": width}) for width in (32, 768, 1280, 1536)]
+    [1, 12, 16, 16]
+    >>> encoder_heads({"width": 1536, "activation": "swiglu"})
+    24
     >>> [encoder_heads({"width": width, "positions": "rope"}) for width in (384, 1280, 4096)]
     [6, 20, 32]
     >>> encoder_heads({"width": 768, "heads": 6})
@@ -256,6 +278,8 @@ def encoder_heads(settings: Mapping[str, Any]) -> int:
     """
     width = settings["width"]
     other = {4096: 32} if settings.get("positions") == "rope" else _OTHER_HEADS
+    if settings.get("activation") == "swiglu":
+        other = {**other, 1536: 24}
     return settings.get("heads") or other.get(width) or max(1, width // 64)
 
 

@@ -12,6 +12,7 @@ import pytest
 import m3i_jax
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
+from m3i_jax.evaluation import load
 from m3i_jax.interop import export_formats, tensor_files, vit_weights
 from m3i_jax.models import vit_maps
 from m3i_jax.training import init_from
@@ -82,6 +83,31 @@ def test_maps_of_a_rectangle_are_those_of_dinov3(name: str, tmp_path) -> None:
         model.params["encoder"]
     )
     np.testing.assert_allclose(found, file["map"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_swiglu"])
+def test_dinov2_reads_images_of_the_size_of_its_processor(name: str, tmp_path) -> None:
+    """Its published processors crop 224 pixels, and its tables are of 518: they are resized, with
+    antialiasing where there are registers."""
+    file, path = directory(tmp_path / name, name)
+    square = {"height": 8, "width": 8}
+    processor = {"crop_size": square, "size": {"shortest_edge": 10}, "do_center_crop": True}
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    model = m3i_jax.load(path)
+    assert (model.preprocessing.image_size, model.preprocessing.short_side) == (8, 10)
+    table = weights(file)["embeddings.position_embeddings"]
+    smooth = model.config.model.encoder.registers > 0
+    cells = jax.image.resize(
+        table[0, 1:].reshape(3, 3, -1),
+        (2, 2, 16),
+        "bicubic" if smooth else "bicubic-pytorch",
+        antialias=smooth,
+    )
+    expected = np.concatenate([table[0, :1], np.asarray(cells).reshape(4, -1)])
+    np.testing.assert_allclose(model.params["encoder"]["positions"][0], expected, atol=1e-6)
+    # fine-tuning has these images too; maps of a dense run are made of the whole table
+    settings = load.settings_of_weights(str(path), "from")
+    assert (settings.data.image_size, settings.dense.maps.image_size) == (8, 12)
 
 
 @pytest.mark.parametrize("name", ["dinov2", "dinov2_swiglu", "dinov3_gated", "siglip"])

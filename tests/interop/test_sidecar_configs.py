@@ -99,6 +99,18 @@ def test_a_processor_of_hugging_face(name: str) -> None:
         assert resized(Preprocessing(image_size=SIDE, **found)) == expected
 
 
+def test_a_processor_of_images_and_texts(tmp_path: pathlib.Path) -> None:
+    """Transformers 5 saves it in processor_config.json, which comes before the older file; older
+    versions have other things there."""
+    processor = {"image_processor": PROCESSORS["SigLIP"][0] | {"image_mean": [0.1, 0.2, 0.3]}}
+    older = {"preprocessor_config": PROCESSORS["CLIP"][0]}
+    for files in ({}, older):
+        found = published(tmp_path, "clip", processor_config=processor, **files)
+        assert resized(found) == ("bicubic", True, 12) and found.mean == (0.1, 0.2, 0.3)
+    found = published(tmp_path, "clip", processor_config={"processor_class": "X"}, **older)
+    assert resized(found) == ("bicubic", False, 14)
+
+
 @pytest.mark.parametrize("name", TIMM)
 def test_a_file_of_timm(name: str, tmp_path: pathlib.Path) -> None:
     config, expected = TIMM[name]
@@ -133,6 +145,14 @@ def test_preprocessing_that_is_none_of_ours_is_refused(config: dict, words: str)
     with pytest.raises(UserError, match=words) as error:
         sidecar_configs.sidecar_settings(config)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_every_channel_and_other_scales() -> None:
+    found = sidecar_configs.preprocessing_settings({"image_mean": 0.2, "image_std": [0.1] * 3})
+    assert found == {"mean": (0.2,) * 3, "std": (0.1,) * 3}
+    assert sidecar_configs.preprocessing_settings({"rescale_factor": 0.00392156862745098}) == {}
+    with pytest.raises(UserError, match="rescale_factor=0.0078"):
+        sidecar_configs.preprocessing_settings({"rescale_factor": 1 / 127.5})
 
 
 def test_filters_have_one_name_everywhere() -> None:
@@ -205,7 +225,7 @@ def test_what_is_written_is_read_back(
     elif format == "hf":
         export_formats.hugging_face_config(tmp_path, found.arrays, encoder, described)
     else:
-        export_formats.description(tmp_path, described)
+        export_formats.description(tmp_path, described, None)
     settings = sidecar_configs.sidecar_settings(sidecar_configs.read_sidecar_configs(str(tmp_path)))
     names = ("image_size", "crop", "interpolation", "squash", "mean", "std")
     again = Preprocessing(**{name: settings[name] for name in names if name in settings})

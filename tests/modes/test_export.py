@@ -98,14 +98,24 @@ def test_exported_weights_load_as_the_same_function(run) -> None:
     for format in ("timm", "npz"):
         directory = exported(run[0], format)
         got = load.load(str(directory / "vit.npz" if format == "npz" else directory), pool="mean")
-        # Google's layout is used with the tanh form of GELU and other pixels; ours was not
-        if format == "npz":
-            assert (
-                got.config.model.encoder.activation == "gelu_tanh"
-                and got.config.model.encoder.heads == 2
-            )
-        else:
-            np.testing.assert_allclose(got.features(images), expected, atol=1e-5)
+        np.testing.assert_allclose(got.features(images), expected, atol=1e-5)
+    # Google's layout has the tanh form of GELU where nothing says otherwise
+    (directory / "preprocessing.json").unlink()
+    assert load.load(str(directory / "vit.npz")).config.model.encoder.activation == "gelu_tanh"
+
+
+def test_what_arrays_do_not_show_is_stored(tmp_path: pathlib.Path) -> None:
+    """The eps of timm's config.json is always 1e-6, and its MLPs are rounded down."""
+    config = toy.settings(model__encoder__norm_eps=1e-2, model__encoder__mlp_ratio=2.8)
+    saved.run(tmp_path, config)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    expected = load.load(str(tmp_path), pool="mean").features(images)
+    directory = exported(tmp_path, "timm")
+    got = load.load(str(directory), pool="mean").features(images)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    arguments = json.loads((directory / "config.json").read_text())["model_args"]
+    hidden = tensor_files.read_tensors(directory).shapes["blocks.0.mlp.fc1.bias"][0]
+    assert int(arguments["embed_dim"] * arguments["mlp_ratio"]) == hidden == 90
 
 
 @pytest.fixture(scope="module")
