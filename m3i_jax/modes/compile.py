@@ -246,7 +246,8 @@ def _run_days(
 
 def _row(name: str, report: dict[str, Any]) -> dict[str, Any]:
     """An attempt, as compile.json lists it."""
-    ratio = report["flops"]["ratio"] if "flops" in report else None
+    cost = report.get("flops")
+    ratio = cost["compiled"] / cost["model"] if cost else None
     return {
         "tried": name,
         "fits": report["fits"],

@@ -16,6 +16,7 @@ from m3i_jax.modes.task_views import TaskViews, register_task_views
 from m3i_jax.profiling import flops
 from m3i_jax.reporting import panels, preview_sheet, text_table
 from m3i_jax.training import plan_table, views
+from m3i_jax.training.plan import build_plan
 from m3i_jax.training.pretrain_task import Pretrain
 from m3i_jax.training.trainer import Trainer
 
@@ -23,6 +24,13 @@ from m3i_jax.training.trainer import Trainer
 def _summary(config: schema.Config) -> str:
     share = config.data.crop_scale[0]
     return f"first momentum {config.optim.ema:.6g}, crops from {share:g} of an image"
+
+
+def _unit(config: schema.Config) -> str:
+    """What the FLOPs of a step are divided by: its images, each of which is the own one of one
+    mixed view if an objective mixes and every image plays both roles."""
+    mixed = any(read.mixed for read in build_plan(config).passes)
+    return "a mixed view" if mixed and config.objective.pairing == "flip" else "an image"
 
 
 def _tables(trainer: Trainer, batch: dict[str, Any]) -> list[str]:
@@ -137,6 +145,7 @@ def _draw_preview(
         originals=originals,
         blended=inputs,
         columns=columns,
+        halves=has_column["mixed input"] and setup.config.objective.pairing == "halves",
     )
 
 
@@ -148,7 +157,7 @@ register_task_views(
         tables=_tables,
         summary=_summary,
         unpublished=published_settings.unpublished_settings_note,
-        unit="a mixed view",
+        unit=_unit,
     ),
 )
 

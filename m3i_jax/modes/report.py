@@ -2,6 +2,7 @@
 training also writes it when it ends."""
 
 import dataclasses
+import logging
 import pathlib
 
 import jax
@@ -11,6 +12,8 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import figures, run_log, run_page
 from m3i_jax.run_files import write_text_atomic
+
+_log = logging.getLogger(__name__)
 
 
 def run(config: schema.Config, *, workdir: str) -> int:
@@ -27,6 +30,18 @@ def refuse_absent(config: schema.Config) -> None:
                 f"config.report.beside: {directory!r} is not a directory; give the working"
                 " directory of a run, or leave it out"
             )
+
+
+def _figure_sections(directory: pathlib.Path) -> list[str]:
+    """The newest figures as HTML; one whose image is damaged is left out with a warning, as panels
+    are."""
+    sections = []
+    for file in figures.newest_figures(directory):
+        try:
+            sections.append(figures.figure_html(file))
+        except UserError as error:
+            _log.warning("warning: %s: it is left out", error)
+    return sections
 
 
 def write_report(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:
@@ -54,9 +69,7 @@ def write_report(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:
         run_page.run_page_html(
             runs,
             differs=differs,
-            figure_sections=[
-                figures.figure_html(file) for file in figures.newest_figures(workdir / "pictures")
-            ],
+            figure_sections=_figure_sections(workdir / "pictures"),
         ),
     )
     return workdir / "report.html"

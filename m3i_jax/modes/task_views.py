@@ -22,7 +22,7 @@ class TaskViews:
       tables: (trainer, batch shapes) -> tables for --mode=show.
       summary: a few words on the settings that decide a run, for its log.
       unpublished: a line if settings differ from the published ones of a named method, or "".
-      unit: of the cost per image in --mode=show.
+      unit: what --mode=show gives the cost of, by the settings.
     """
 
     draw_panel: Callable[..., None] = lambda *_: None
@@ -30,7 +30,7 @@ class TaskViews:
     tables: Callable[[Any, dict[str, Any]], list[str]] = lambda *_: []
     summary: Callable[[schema.Config], str] = lambda _: "no other schedule"
     unpublished: Callable[[schema.Config], str] = lambda _: ""
-    unit: str = "an image"
+    unit: Callable[[schema.Config], str] = lambda _: "an image"
 
 
 VIEWS: Registry[TaskViews] = Registry(
@@ -50,7 +50,7 @@ def register_task_views(name: str, views: TaskViews) -> TaskViews:
 def task_views(name: str) -> TaskViews:
     """Returns what the modes show of a task; nothing, if nothing was registered for it.
 
-    >>> task_views("pretrain").unit
+    >>> task_views("pretrain").unit(schema.Config())
     'a mixed view'
     """
     return VIEWS[name] if name in VIEWS else TaskViews()

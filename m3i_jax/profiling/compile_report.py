@@ -41,7 +41,8 @@ compile_seconds
 assumed
     values that only the data would determine
 largest_batch, tried
-    of --largest-batch: images per data shard, or null; each attempt of it or of --suggest
+    of --largest-batch: images per data shard, or null; each attempt of it or of --suggest, whose
+    flops_ratio is compiled over model
 """
 
 import dataclasses
@@ -223,7 +224,8 @@ def _costs(report: dict[str, Any]) -> str:
     rows = [
         (
             "matrix FLOPs",
-            f"{operations.format_flops(flops['compiled'])}, {flops['ratio']:.3f} times the model's",
+            f"{operations.format_flops(flops['compiled'])},"
+            f" {flops['compiled'] / flops['model']:.3f} times the model's",
         ),
         ("memory traffic", text_table.format_bytes(report["traffic_bytes"])),
         *(

@@ -106,13 +106,14 @@ def class_table_image(
     headers: Sequence[str], names: Sequence[str], counts: np.ndarray, values_KxC: np.ndarray
 ) -> Image.Image:
     """Returns a table of classes with bars: best first, by the first column of values; of many
-    classes the best and the worst.
+    classes the best and the worst of those that have such a value.
 
     Args:
       headers: of the count and of the C columns of values.
       names: of the K classes.
       counts: int [K], objects or pixels.
-      values_KxC: shares in 0..1; NaN is left empty. Classes without the first one come last.
+      values_KxC: shares in 0..1; NaN is left empty. Of few classes, those without the first one
+        come last.
 
     >>> image = class_table_image(("objects", "AP"), ("cat",), np.array([3]), np.array([[0.5]]))
     >>> image.size
@@ -121,6 +122,8 @@ def class_table_image(
     first_K = np.nan_to_num(values_KxC[:, 0], nan=-1.0)
     order: list[int | None] = list(np.argsort(-first_K, kind="stable").tolist())
     left_out = 0
+    if len(order) > TABLE:
+        order = order[: len(order) - int(np.isnan(values_KxC[:, 0]).sum())]
     if len(order) > TABLE:
         left_out = len(order) - TABLE
         order = [*order[: TABLE // 2], None, *order[-TABLE // 2 :]]
@@ -162,7 +165,10 @@ def class_table_figure(
 ) -> Figure:
     """`class_table_image` as a figure; values are in per cent."""
     note = f"{len(names):,} classes by {headers[1]}, in per cent"
-    if len(names) > TABLE:
+    without = int(np.isnan(values_KxC[:, 0]).sum()) if len(names) > TABLE else 0
+    if without:
+        note += f"; {without:,} have no {headers[1]} and are left out"
+    if len(names) - without > TABLE:
         note += f"; the {TABLE // 2} best and the {TABLE // 2} worst"
     image = class_table_image(headers, names, counts, values_KxC)
     return Figure(title, note, [FigureRow([FigureTile(image)])])

@@ -61,7 +61,8 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText(
                 "eval/box/*",
                 "share",
-                "average precision of boxes by the rules of COCO or LVIS; also by size, frequency",
+                "average precision (AP) and recall (AR) of boxes by the rules of COCO or LVIS; also"
+                " by size and frequency",
                 "above its value at step 0",
             ),
             MetricText("eval/mask/*", "share", "the same for masks", "above its value at step 0"),
@@ -189,7 +190,7 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
         "Throughput",
         (
             MetricText("perf/images_per_sec", "images/s", "of all devices", "level"),
-            MetricText("perf/images_per_sec_per_chip", "images/s", "of one device", "level"),
+            MetricText("perf/images_per_sec_per_chip", "images/s", "of one chip", "level"),
             MetricText("perf/step_seconds", "s", "a step, waiting included", "level"),
             MetricText(
                 "perf/input_wait",

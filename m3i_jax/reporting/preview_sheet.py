@@ -92,6 +92,7 @@ def write_preview(
     originals: Sequence[np.ndarray] = (),
     blended: np.ndarray | None = None,
     columns: Sequence[str] = COLUMNS,
+    halves: bool = False,
 ) -> None:
     """Write a contact sheet as PNG: two partners in each row, with the original and its crops,
     `columns`, label and caption of each.
@@ -108,6 +109,8 @@ def write_preview(
       blended: uint8 [R, S, S, 3], inputs of an objective that blends images: shown instead of
         target view, mask and mixed input.
       columns: those of COLUMNS that the objective reads, in their order.
+      halves: two partners make one mixed input, that of the first: the second has no mask and no
+        mixed input.
 
     Raises:
       UserError: the file cannot be written.
@@ -164,6 +167,9 @@ def write_preview(
         by_name |= {
             name: image_grid.image_tile(each[0], side) for name, each in images.items() if len(each)
         }
+        if halves and second:
+            del by_name["mask"]
+            by_name.pop("mixed input", None)
         tiles += [by_name[name] for name in shown if name in by_name]
         for column, tile in enumerate(tiles):
             x = left + column * (side + GAP)

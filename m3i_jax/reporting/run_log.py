@@ -55,9 +55,17 @@ class RunLog:
         return [step for step, _ in points], [value for _, value in points]
 
     def last(self, name: str) -> float | None:
-        """Returns the last value of a metric, or None."""
-        values = self.curve(name)[1]
-        return values[-1] if values else None
+        """Returns the last value of a metric, which may not be finite, or None.
+
+        >>> lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": "nan"}, {"step": 3}]
+        >>> RunLog("a", lines, "", "", [], {}).last("loss")
+        nan
+        """
+        for line in reversed(self.lines):
+            value = line.get(name)
+            if isinstance(value, int | float) or value in ("nan", "inf", "-inf"):
+                return float(value)
+        return None
 
     @property
     def names(self) -> list[str]:

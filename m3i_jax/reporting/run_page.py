@@ -1,7 +1,6 @@
 """The report of one run, or of several runs compared, as one page: curves of all metrics with a
 note about healthy ones, panels over time, evaluations, throughput, settings."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,10 +33,10 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Bits",
-        ("info/",),
+        ("info/", "bits/", "entropy/"),
         (
-            "Information that a prediction carries about its target; below 0 it is worse than"
-            " knowing nothing."
+            "Information (info) that a prediction carries about its target; below 0 it is worse"
+            " than knowing nothing. Code lengths (bits) fall, entropies do not."
         ),
     ),
     (
@@ -59,12 +58,15 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Optimizer", ("grad_norm", "lr", "ema"), "The gradient norm settles after the warm-up."),
     (
         "Throughput",
-        ("perf/images", "perf/step", "perf/input", "perf/mfu"),
+        (
+            *("perf/images", "perf/step", "perf/input", "perf/mfu"),
+            *("perf/goodput", "perf/wall", "perf/restarts"),
+        ),
         "Images a second are level; waiting for input stays below a few per cent.",
     ),
     (
         "Seconds by phase",
-        ("perf/",),
+        ("perf/seconds/",),
         (
             "They add up to the wall time of all starts; steps have by far the most, and lost steps"
             " were trained twice."
@@ -72,7 +74,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Skipped",
-        ("skipped/", "data/skipped/"),
+        ("skipped/", "data/"),
         "Steps that are not finite stay at 0; bad records are few.",
     ),
 )
@@ -176,7 +178,7 @@ def _key_values(run: RunLog) -> list[tuple[str, str]]:
             x, y = run.curve(name)
             out.append(
                 (
-                    f"{100 * y[-1]:.1f} %",
+                    f"{100 * (run.last(name) or 0.0):.1f} %",
                     name.removeprefix("eval/")
                     + (f", {100 * y[0]:.1f} % at step {x[0]:,}" if len(y) > 1 else ""),
                 )
@@ -246,7 +248,7 @@ def _comparison(runs: Sequence[RunLog]) -> str:
     metrics = [n for n in metrics if not n.endswith(("r5", "r10", "top5"))]
     values = [[run.last(name) for name in metrics] for run in runs]
     rows = [
-        [run.name, *("" if v is None or not math.isfinite(v) else f"{v:.4g}" for v in row)]
+        [run.name, *("" if v is None else f"{v:.4g}" for v in row)]
         for run, row in zip(runs, values, strict=True)
     ]
     return html_page.html_table(

@@ -45,23 +45,28 @@ def tick_label(value: float, step: float = 0.0) -> str:
 
     >>> [tick_label(v) for v in (0.0, 0.25, 1000.0, 12000.0, 2.5e6, 3e-5, -1.5)]
     ['0', '0.25', '1000', '12k', '2.5M', '3e-5', '-1.5']
-    >>> tick_label(4.594, 0.002)
-    '4.594'
+    >>> tick_label(4.594, 0.002), tick_label(12_340.0, 10.0), tick_label(9999.9)
+    ('4.594', '12.34k', '10000')
     """
-    for above, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= above:
-            return f"{value / size:.3g}{letter}"
     digits = (
         1 + math.floor(math.log10(abs(value))) - math.floor(math.log10(step))
         if step and value
         else 0
     )
-    # four digits at least from 1,000 on, which would be 1e+03; small numbers as 2.5e-4
-    digits = max(4 if abs(value) >= 1e3 else 3, digits)
+    digits = max(3, digits)
+    for above, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= above:
+            return _decimals(value / size, digits) + letter
     if not 0 < abs(value) < 1e-3:
-        return f"{value:.{digits}g}"
+        return _decimals(value, digits)
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _decimals(value: float, digits: int) -> str:
+    """A number with so many digits, or with all of a larger whole part: never as 1e+03."""
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e" in text else text
 
 
 def thin_points(

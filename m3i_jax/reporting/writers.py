@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import secrets
 import stat
 import sys
@@ -202,9 +203,8 @@ class _Wandb:
         # random, since another run may have the same name
         path = directory / "wandb.id"
         if not path.is_file():
-            path.write_text(
-                f"{directory.absolute().name[:40]}-{secrets.token_hex(4)}\n", encoding="utf-8"
-            )
+            name = re.sub(r"[/\\#?%:]", "-", directory.absolute().name[:40])  # refused in an id
+            path.write_text(f"{name}-{secrets.token_hex(4)}\n", encoding="utf-8")
         identity = path.read_text(encoding="utf-8").strip()
         self._run = wandb.init(
             project=project,
