@@ -231,10 +231,7 @@ def open_image(image: bytes | np.ndarray) -> DecodedImage:
         else:
             opened = Image.open(io.BytesIO(image), formats=_FORMATS)
         _check(*opened.size)
-        if opened.format in ("PNG", "TIFF"):
-            # a PNG may store the orientation behind its pixels; Pillow rotates a TIFF itself
-            opened.load()
-        if opened.format is not None and opened.format != "TIFF":
+        if opened.format is not None:
             transpose = _exif_transpose(opened)
     except BadRecord:
         raise
@@ -295,6 +292,12 @@ def _as_bad_record(error: Exception) -> BadRecord:
 
 
 def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
+    """Returns the rotation that is still to be made, after loading what has to be loaded for it."""
+    if image.format in ("PNG", "TIFF"):
+        # a PNG may store the orientation behind its pixels; Pillow rotates a TIFF itself
+        image.load()
+    if image.format == "TIFF":
+        return None
     try:
         return _TRANSPOSES.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # the EXIF block is damaged: the image is used without rotation
@@ -311,7 +314,11 @@ def convert_to_rgb(image: Image.Image, *, background: int = 255) -> Image.Image:
     >>> convert_to_rgb(Image.new("LA", (3, 2), (0, 0))).getpixel((0, 0))
     (255, 255, 255)
     """
-    return DecodedImage(image, _exif_transpose(image), *image.size[::-1]).rgb(background=background)
+    try:
+        transpose = _exif_transpose(image)
+    except Exception as error:  # Pillow's readers raise many types for a damaged file
+        raise _as_bad_record(error) from error
+    return DecodedImage(image, transpose, *image.size[::-1]).rgb(background=background)
 
 
 def _rgb(image: Image.Image, background: int) -> Image.Image:

@@ -6,6 +6,7 @@ import abc
 import collections
 import contextlib
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -94,10 +95,10 @@ class RecordBatchBuilder(abc.ABC):
         batch["noted"][self.notes.index(note)] += number
 
     def __call__(self, k: int) -> dict[str, Any]:
-        first = self.first + int(k) * self.batch
+        first, largest = self.first + int(k) * self.batch, self.large()
         with contextlib.ExitStack() as lent:
             pairs = {
-                name: lent.enter_context(self.buffers.lend(shape))
+                name: lent.enter_context(self.buffers.lend(shape, math.prod(largest[name])))
                 for name, shape in self.large_at(first).items()
             }
             batch = self._fill(first, {name: array for name, (_, array) in pairs.items()})

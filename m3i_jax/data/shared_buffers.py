@@ -19,6 +19,7 @@ import contextlib
 import fcntl
 import functools
 import itertools
+import math
 import mmap
 import multiprocessing
 import os
@@ -59,10 +60,13 @@ class BufferWriter:
         return BufferWriter, (self._directory,)
 
     @contextlib.contextmanager
-    def lend(self, shape: tuple[int, ...]) -> Iterator[tuple[BufferHandle, np.ndarray]]:
+    def lend(
+        self, shape: tuple[int, ...], room: int = 0
+    ) -> Iterator[tuple[BufferHandle, np.ndarray]]:
         """Yields (handle to send, uint8 array of undefined content to fill before). If the block
-        raises, the memory stays with the worker."""
-        size = _HEADER + int(np.prod(shape))
+        raises, the memory stays with the worker. Arrays of several shapes share the blocks if all
+        ask for the bytes of the largest, `room`; pages that are not written take no memory."""
+        size = _HEADER + max(math.prod(shape), room)
         name, block = next(
             ((n, b) for n, b in self._blocks.items() if b[0] == _FREE and len(b) == size),
             (None, None),
@@ -113,10 +117,13 @@ class ThreadBufferPool:
         self._free: dict[int, collections.deque[mmap.mmap]] = {}
 
     @contextlib.contextmanager
-    def lend(self, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def lend(
+        self, shape: tuple[int, ...], room: int = 0
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields the array twice: to send, and to fill before. Its memory is used again once no
-        reference to the array is left, whether or not the block raises."""
-        size = int(np.prod(shape))
+        reference to the array is left, whether or not the block raises. For `room` see
+        `BufferWriter.lend`."""
+        size = max(math.prod(shape), room)
         free = self._free.setdefault(size, collections.deque())
         try:
             block = free.pop()  # thread-safe
@@ -140,10 +147,15 @@ class SharedBufferPool:
 
     def __init__(self) -> None:
         _remove_stale()
-        self.directory = tempfile.mkdtemp(prefix=_PREFIX, dir=_shared_memory())
-        lock = os.open(os.path.join(self.directory, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
-        # the kernel releases the lock when this process ends, however it ends
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            self.directory = tempfile.mkdtemp(prefix=_PREFIX, dir=_shared_memory())
+            path = os.path.join(self.directory, "lock")
+            lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+            # the kernel releases the lock when this process ends, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.exists(path):
+                break
+            os.close(lock)  # before it was locked, another process took it for one left behind
         self._finalize = weakref.finalize(self, _remove, self.directory, lock)
         _name_semaphores(self.directory)
         self._blocks: dict[str, mmap.mmap] = {}

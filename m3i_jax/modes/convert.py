@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from m3i_jax import interrupts, schema
 from m3i_jax.data import conversion, reencode, splits
 from m3i_jax.data.sources import tar_shards
-from m3i_jax.errors import UserError
+from m3i_jax.errors import UserError, shorten
 from m3i_jax.modes import host_share
 from m3i_jax.modes.setup import index_directory, lock_workdir, make_workdir
 from m3i_jax.reporting import text_table
@@ -46,6 +46,11 @@ def run(
         print(source.description())
         if getattr(source, "record_weights", None) is not None:
             print("shards hold no weights: train on them with the same data.keep")
+        if form is conversion.TAR and (key := tar_shards.key_with_dot(source)):
+            print(
+                f"keys such as {shorten(key)} have a dot, at which WebDataset ends them and names"
+                " fields by the rest; source=tars reads them whole"
+            )
         shards = conversion.check_plan(source, str(directory), reencoding, form)
         conversion.remove_partial(str(directory), own, form)
         missing = conversion.missing_shards(len(source), str(directory), shards, form)

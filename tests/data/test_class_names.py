@@ -116,6 +116,8 @@ def test_without_a_file_the_ids_stay(fill):
     ("name", "content"),
     [
         ("names.txt", "ant\nbee\ncat\n"),
+        ("names.txt", "\ufeffant\nbee\ncat\n"),
+        ("LOC_synset_mapping.txt", "n00000001 ant, pismire\nn00000002 bee\nn00000009\tcat\n"),
         ("names.json", json.dumps(["ant", "bee", "cat"])),
         ("names.json", json.dumps({"0": "ant", "1": "bee", "2": "cat"})),
         ("keras.json", json.dumps({"0": ["n1", "ant"], "1": ["n2", "bee"], "2": ["n3", "cat"]})),
@@ -125,7 +127,7 @@ def test_names_of_numbers(tmp_path, make, name, content):
     (tmp_path / "0.tar").write_bytes(
         make.tar_bytes([("1.jpg", b"x"), ("1.cls", b"1"), ("2.jpg", b"x"), ("2.cls", b"2")])
     )
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8")
     source = splits.open_source(
         schema.Data(source="tars", path=str(tmp_path), class_names=str(tmp_path / name))
     )

@@ -93,6 +93,28 @@ def test_splits_and_bare_columns(files, tmp_path):
             HuggingFaceSource(str(tmp_path / "x"), split)
 
 
+@pytest.mark.parametrize("kind", ["int64", "uint8"])
+def test_a_column_named_label_goes_before_other_categories(files, tmp_path, kind):
+    saved = table(
+        files,
+        domain=([0, 1, 0, 1], datasets.ClassLabel(names=["day", "night"])),
+        label=([2, 0, 1, 2], datasets.Value(kind)),
+    )
+    saved.save_to_disk(str(tmp_path / "x"))
+    source = HuggingFaceSource(str(tmp_path / "x"))
+    assert [source[i].label for i in range(4)] == [2, 0, 1, 2] and source.classes == tuple("012")
+
+
+@pytest.mark.parametrize("columns", [None, ["image"]])
+def test_a_format_that_was_saved_changes_no_record(files, tmp_path, columns):
+    saved = table(files, label=([2, 0, 1, 2], datasets.Value("int64")))
+    saved.save_to_disk(str(tmp_path / "plain"))
+    saved.with_format("numpy", columns=columns).save_to_disk(str(tmp_path / "numpy"))
+    plain, source = (HuggingFaceSource(str(tmp_path / name)) for name in ("plain", "numpy"))
+    assert [source[i] for i in range(4)] == [plain[i] for i in range(4)]
+    assert source.classes == plain.classes == tuple("012")
+
+
 def test_refusals(files, tmp_path):
     datasets.Dataset.from_dict({"a": [1]}).save_to_disk(str(tmp_path / "bare"))
     table(files).save_to_disk(str(tmp_path / "x"))

@@ -66,6 +66,12 @@ def test_the_set_is_that_of_the_list_whatever_its_format_and_order(tmp_path: pat
     assert one.fingerprint() == other.fingerprint() != Numbers().fingerprint()
     assert "(kept by 'a.parquet': 5.0%)" in one.description() and one.missing == 0
     assert "1 of its 6 keys are not in the source" in other.description()
+    views = arrow.array(keys, arrow.string_view())
+    viewed = write(tmp_path / "polars.arrow", key=views, caption=views)
+    assert [record.caption for record in keep_list.keep_records(Numbers(), viewed)][:2] == [
+        b"k2",
+        b"k3",
+    ]
     fewer = keep_list.keep_records(Numbers(), write(tmp_path / "b.arrow", key=keys[1:]))
     assert fewer.fingerprint() != one.fingerprint()
     # the keys of a source without others are its indices

@@ -76,6 +76,7 @@ def test_a_directory_without_splits(root, tmp_path) -> None:
     ("name", "text"),
     [
         ("classes.txt", "wall\nsky\n\ntree\nroad\n"),
+        ("classes.txt", "\ufeffwall\nsky\ntree\nroad\n"),
         (
             "objectInfo150.txt",
             "Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t9\t1\twall\n2\t.1\t9\t1\tsky, heaven\n"
@@ -85,7 +86,7 @@ def test_a_directory_without_splits(root, tmp_path) -> None:
     ],
 )
 def test_names_of_classes(root, name, text) -> None:
-    (root / name).write_text(text)
+    (root / name).write_text(text, encoding="utf-8")
     more = {"class_names": str(root / name)} if name == "names.json" else {}
     train, _ = splits.open_splits(data(root, **more))
     assert train.classes == ("wall", "sky", "tree", "road")
@@ -175,6 +176,13 @@ def test_the_number_of_classes_is_kept(root, tmp_path, monkeypatch) -> None:
     assert (
         first.fingerprint() != maps.MapsSource(str(root), "validation", cache=cache).fingerprint()
     )
+
+
+def test_a_directory_for_indices_that_cannot_be_written_is_a_warning(root, tmp_path, caplog):
+    (tmp_path / "cache").write_bytes(b"")
+    source = maps.MapsSource(str(root), "training", cache=str(tmp_path / "cache"))
+    assert source.classes == maps.MapsSource(str(root), "training").classes
+    assert "the number of classes cannot be kept" in caplog.text
 
 
 def test_maps_of_objects() -> None:

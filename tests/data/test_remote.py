@@ -1,6 +1,7 @@
 """Tar files in a bucket: the same records as from a disk, read by ranges, through a network that
 fails now and then."""
 
+import importlib
 import uuid
 from multiprocessing.reduction import ForkingPickler
 
@@ -115,6 +116,55 @@ def test_a_network_that_fails(bucket, monkeypatch):
     files.rm(bucket[0].removeprefix("memory:/") + "/0.tar")
     with pytest.raises(UserError, match=r"0.tar' cannot be read \(FileNotFoundError"):
         source[3]
+
+
+def test_an_empty_image_is_a_bad_record_and_no_request(make, monkeypatch):
+    files, name = fsspec.filesystem("memory"), f"bucket-{uuid.uuid4().hex}"
+    members = [("0.jpg", b""), ("far.bin", b"x" * (remote.JOIN + 1)), ("1.jpg", b"..")]
+    files.pipe(f"/{name}/0.tar", make.tar_bytes(members))
+    source = TarSource(f"memory://{name}/0.tar")
+    original = files.cat_file
+
+    def ranged(self, path, start, end):
+        # HTTP: a range whose last byte is before its first is no range, and is ignored
+        return original(path, start, end) if end > start else original(path)
+
+    monkeypatch.setattr(type(files), "cat_file", ranged)
+    assert [record.image for record in base.read_items(source, [0, 1])] == [b"", b".."]
+    assert source[0].image == b""
+    files.rm(f"/{name}", recursive=True)
+
+
+@pytest.mark.parametrize("node", ["node:8020", ""])
+def test_files_of_hdfs_keep_their_name_node(node, monkeypatch):
+    memory = type(fsspec.filesystem("memory"))
+    opened = []
+
+    class Hdfs(memory):
+        """Addresses as fsspec's HadoopFileSystem has them."""
+
+        protocol, cachable, store, pseudo_dirs = "hdfs", False, {}, [""]
+
+        def __init__(self, host="", **options):
+            super().__init__()
+            opened.append(host)
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return fsspec.utils.infer_storage_options(path)["path"].rstrip("/")
+
+        @staticmethod
+        def _get_kwargs_from_urls(path):
+            return {"host": fsspec.utils.infer_storage_options(path).get("host", "")}
+
+    known = importlib.import_module("fsspec.registry")._registry
+    monkeypatch.setitem(known, "hdfs", Hdfs)
+    Hdfs().pipe("/data/deep/0.tar", b"0123")
+    opened.clear()
+    (url,) = remote.glob_urls(f"hdfs://{node}/data/deep/*.tar")
+    assert url == f"hdfs://{node}/data/deep/0.tar"
+    assert remote.read_ranges([(url, 1, 2)]) == [b"12"]
+    assert set(opened) == {node.partition(":")[0]}
 
 
 def test_a_slow_bucket_with_errors(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Blocks of memory that worker processes, or threads, fill again once no reference is left."""
 
 import copy
+import fcntl
 import gc
 import multiprocessing
 import os
@@ -80,6 +81,36 @@ def test_other_shapes_and_failures(pool):
         os.listdir(pool.directory)
     ) == before
     assert (small == 5).all() and (large == 5).all()
+
+
+def test_batches_of_several_shapes_share_blocks(pool):
+    """A batch of a drawn size: the blocks of every size that occurred would stay."""
+    writer, threads, held = pool.writer(), shared_buffers.ThreadBufferPool(), None
+    places, kept = set(), None
+    for value, shape in enumerate([(2, 300), (300, 300), (40, 50), (300, 200)] * 5):
+        with writer.lend(shape, 300 * 300) as (handle, array):
+            array[:] = value
+        held = pool.take(copy.copy(handle))
+        assert held.shape == shape and (held == value).all()
+        with threads.lend(shape, 300 * 300) as (kept, _):
+            places.add(address(kept))
+    assert len(os.listdir(pool.directory)) == 1 + 2 and len(places) == 2
+
+
+def test_a_directory_that_is_removed_before_it_is_locked(monkeypatch):
+    original, directories = fcntl.flock, []
+
+    def late(file: int, how: int) -> None:
+        if how == fcntl.LOCK_EX and not directories:  # another process starts meanwhile
+            directories.append(os.path.dirname(os.readlink(f"/proc/self/fd/{file}")))
+            shared_buffers._remove_stale()
+        original(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    pool = shared_buffers.SharedBufferPool()
+    assert (pool.take(send(pool.writer(), 3)) == 3).all()
+    assert not os.path.exists(directories[0]) and pool.directory != directories[0]
+    pool.close()
 
 
 def test_close_removes_the_directory_and_keeps_arrays(pool):

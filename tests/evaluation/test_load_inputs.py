@@ -67,11 +67,13 @@ def test_arrays_equal_files_of_them(pixels: np.ndarray, mode: str, tmp_path: pat
     assert floats.dtype == np.float32 and np.abs(floats * 255 - expected).max() < 1.01
 
 
-def test_a_rotated_image_is_turned_as_its_file(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_rotated_image_is_turned_as_its_file(kind: str) -> None:
+    """Pillow itself turns a TIFF, when it loads it."""
     image, exif = Image.fromarray(noise(SIDE, 60, 3)), Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", exif=exif)
+    image.save(buffer, kind, exif=exif)
     turned = image_inputs.rgb_pixels(Image.open(buffer))
     assert turned.shape == (60, SIDE, 3)
     np.testing.assert_array_equal(turned, decode.decode_image(buffer.getvalue()))

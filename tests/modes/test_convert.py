@@ -220,7 +220,9 @@ def test_the_share_of_a_host(shard, environ, expected):
 def test_tar_files_of_two_shares_are_those_of_one(images, tmp_path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
     assert mode.run(config(images, 1), workdir=str(one), format="tar") == 0
-    assert "--config.data.source=tars" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--config.data.source=tars" in out
+    assert f"keys such as {FolderSource(str(images)).key(0)!r} have a dot" in out
     for number in (1, 0):
         assert mode.run(config(images, 1), workdir=str(two), shard=f"{number}/2", format="tar") == 0
     names = sorted(path.name for path in one.iterdir() if path.suffix in (".tar", ".json", ".npz"))

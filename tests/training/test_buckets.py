@@ -16,7 +16,7 @@ import pytest
 import m3i_jax
 from m3i_jax import main as command
 from m3i_jax import parallel, schema
-from m3i_jax.data import annotated_eval, geometry
+from m3i_jax.data import annotated_eval, geometry, pipeline
 from m3i_jax.data.annotated_batches import iterate_detect_batches, iterate_segment_batches
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.scenes import ScenesSource
@@ -63,6 +63,14 @@ def test_the_canvas_of_a_batch_is_a_function_of_seed_and_position() -> None:
             np.testing.assert_array_equal(parts, array, err_msg=name)
     other = batches_from(dataclasses.replace(config, seed=config.seed + 1), 0, 40)
     assert [batch["image"].shape[1:3] for batch in other] != sizes
+
+
+def test_batches_of_all_canvases_take_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pipeline.iterate` refuses workers by (2 workers + 1) times the largest batch."""
+    monkeypatch.setattr(pipeline, "iterate", lambda builder: builder)
+    builder: Any = iterate_detect_batches(dense_settings("dino", **BUCKETS), SOURCE, start=0)
+    assert len({builder(k)["image"].shape for k in range(12)}) == len(CANVASES)
+    assert [len(blocks) for blocks in builder.buffers._free.values()] == [1]
 
 
 def test_images_fill_their_canvas_and_boxes_follow() -> None:

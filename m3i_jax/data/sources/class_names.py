@@ -2,8 +2,9 @@
 ImageNet) or by numbers.
 
 Distributions of ImageNet contain such a file: `LOC_synset_mapping.txt`, `synset_words.txt` or
-`words.txt`, whose lines are an id, a space or tab, and the names. Numbered classes are named by a
-plain list, one name per line, or by a JSON list or object. Without a file the ids stay."""
+`words.txt`, whose lines are an id, a space or tab, and the names. Numbered classes are named by the
+lines in their order, each a name or an id and names, or by a JSON list or object. Without a file
+the ids stay."""
 
 import collections
 import json
@@ -68,6 +69,9 @@ def class_names_from_file(path: str, classes: Sequence[str]) -> tuple[str, ...]:
         known = dict(_lines(text))
     if not known:
         known = {str(i): line.strip() for i, line in enumerate(text.splitlines()) if line.strip()}
+        identified = _lines(text)
+        if len(identified) == len(known) and are_wordnet_ids([key for key, _ in identified]):
+            known = {key: line.split(None, 1)[1] for key, line in known.items()}
     if not known.keys() & set(classes):
         examples = ", ".join(map(repr, classes[:3])) or "none"
         raise UserError(
@@ -160,7 +164,7 @@ def _text(path: str) -> str:
             f"data.class_names={path!r} does not exist: {base.missing_path_error(path)}"
         )
     return base.read_byte_range(path, 0, min(os.path.getsize(path), LIMIT)).decode(
-        "utf-8", "replace"
+        "utf-8-sig", "replace"
     )
 
 

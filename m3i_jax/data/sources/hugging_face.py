@@ -50,10 +50,11 @@ class HuggingFaceSource:
             columns = ", ".join(f"{name} ({kind})" for name, kind in sorted(kinds.items()))
             raise UserError(f"data.path={path!r} has no image: its columns are {columns}")
         class_labels = [n for n, k in kinds.items() if k == "ClassLabel"]
-        integers = [n for n, f in features.items() if _dtype(f).startswith("int")]
-        self._label = base.column(LABELS, class_labels) or next(
-            (name for name in LABELS if name in integers), None
-        )
+        integers = [n for n, f in features.items() if _dtype(f).startswith(("int", "uint"))]
+        # by its name first: the only ClassLabel may be another property of the images
+        self._label = next(
+            (name for usual in (class_labels, integers) for name in LABELS if name in usual), None
+        ) or base.column(LABELS, class_labels)
         self._caption = next(
             (
                 n
@@ -196,6 +197,8 @@ class HuggingFaceSource:
                 " data.holdout holds a share out"
             )
         self._saved = str(loaded._fingerprint)
+        # one saved with a format, such as torch's, has tensors and perhaps only some columns
+        loaded = loaded.with_format(None)
         images = [
             name for name, feature in loaded.features.items() if type(feature).__name__ == "Image"
         ]

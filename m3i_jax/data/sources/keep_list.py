@@ -253,10 +253,13 @@ def _check_columns(file: str, columns: Any) -> None:
     }
 
     def is_text(kind: Any) -> bool:
-        return bool(types.is_string(kind) or types.is_large_string(kind))
+        # a view is what Polars writes to Arrow files
+        views = types.is_string_view(kind)
+        return bool(types.is_string(kind) or types.is_large_string(kind) or views)
 
     def is_key(kind: Any) -> bool:
-        binary = types.is_binary(kind) or types.is_large_binary(kind)
+        views = types.is_binary_view(kind)
+        binary = types.is_binary(kind) or types.is_large_binary(kind) or views
         return bool(is_text(kind) or types.is_integer(kind) or binary)
 
     def is_number(kind: Any) -> bool:

@@ -98,7 +98,10 @@ class MapsSource:
                 highest = max(progress.track_progress(found, "reading maps", len(files), "maps"))
             kept = {"highest": np.array(highest)}
             if path:
-                base.save_arrays(path, **kept)
+                try:
+                    base.save_arrays(path, **kept)
+                except OSError as error:
+                    _log.warning("the number of classes cannot be kept: %s", error)
         self.unnamed = "; no file names the classes"
         return tuple(str(i + 1) for i in range(int(kept["highest"])))
 
@@ -157,7 +160,7 @@ def read_class_list(path: str) -> tuple[str, ...]:
         UserError: the file cannot be read or names no class.
     """
     try:
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
             text = file.read()
         if path.endswith(".json"):
             names = json.loads(text)

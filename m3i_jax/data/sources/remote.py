@@ -81,11 +81,13 @@ def glob_urls(pattern: str) -> dict[str, State | None]:
     ):
         pattern = f"{pattern.rstrip('/')}/*.tar"
     listed = retry_network(pattern, lambda: files.glob(pattern, detail=True))
+    rest, bare = pattern.removeprefix(f"{protocol}://"), str(files._strip_protocol(pattern))
     urls = {}
     for name, info in listed.items():
-        if protocol != "file":
-            name = str(name).removeprefix(f"{protocol}://").lstrip("/")
-        urls[f"{protocol}://{name}"] = _state(info)
+        name = str(name).removeprefix(f"{protocol}://")
+        # of HDFS, listings leave out the name node
+        place = rest.removesuffix(bare) + name if rest.endswith(bare) else name.lstrip("/")
+        urls[f"{protocol}://{place}"] = _state(info)
     return {url: urls[url] for url in sorted(urls)}
 
 
@@ -194,7 +196,8 @@ def _join(ranges: Sequence[tuple[str, int, int]]) -> tuple[list[tuple[str, int, 
 
 
 def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    contents: dict[int, bytes] = {}
+    # a range of no bytes cannot be asked for: stores send the whole file, or refuse
+    contents = {i: b"" for i, (_, start, end) in enumerate(requests) if start == end}
     for attempt in range(1, TRIES + 1):
         pending = [i for i in range(len(requests)) if i not in contents]
         if not pending:

@@ -2,6 +2,9 @@
 the original bytes, KEY.txt with the caption or KEY.json with several, KEY.cls with the label. The
 bytes are a function of the records alone: members have no time and no owner.
 
+`TarSource` ends a key at the last dot of a file name, WebDataset at the first, so only the former
+gives back keys with a dot, such as those of a folder (`key_with_dot`).
+
 A converted data set is a directory of NAME-00000-of-00008.tar, each with a small .npz file beside
 it (number of records, size and digest of the tar file), and `dataset.json`, written last."""
 
@@ -18,7 +21,7 @@ from PIL import Image
 
 from m3i_jax import privacy
 from m3i_jax.data.sources import base, shared_files
-from m3i_jax.data.sources.base import FILE_LIMIT, Record
+from m3i_jax.data.sources.base import FILE_LIMIT, DataSource, Record
 from m3i_jax.data.sources.captions import encoded_captions
 from m3i_jax.data.sources.tar_index import JSON_LIMIT
 from m3i_jax.errors import UserError, shorten
@@ -27,6 +30,7 @@ ENDING = ".tar"
 INDEX = "dataset.json"
 CLASS_NAMES = "class_names.txt"
 VERSION = 1
+_KEYS_READ = 100  # by `key_with_dot`
 _FORMATS = (
     (b"\xff\xd8", "jpg"),
     (b"\x89PNG", "png"),
@@ -136,6 +140,17 @@ def _check_key(key: str, keys: set[str]) -> None:
             " --format=array_record"
         )
     keys.add(key)
+
+
+def key_with_dot(source: DataSource) -> str:
+    """Returns a key that WebDataset would end early, of the first of a source; "" if they have
+    none.
+
+    >>> key_with_dot([Record("a", b"")])
+    ''
+    """
+    keys = (base.source_key(source, i) for i in range(min(len(source), _KEYS_READ)))
+    return next((key for key in keys if "." in key.rpartition("/")[2]), "")
 
 
 def shard_length(path: str) -> int | None:

@@ -28,8 +28,8 @@ class TarSource:
 
     Members with the same stem form a record: `KEY.jpg`, `KEY.txt` (caption), `KEY.json` (`caption`
     or `captions`, a text or a list, if there is no text; `label` if a whole number), `KEY.cls`
-    (label). The key of a record is the
-    stem, so equal keys of two tar files are in the same part of a split. Classes have no names;
+    (label). The key of a record is the stem, up to the last dot (WebDataset's ends at the first),
+    so equal keys of two tar files are in the same part of a split. Classes have no names;
     they are "0", "1", ... up to the highest label.
 
     Args:
