@@ -47,7 +47,7 @@ def test_lars_is_its_definition(weight_decay: float) -> None:
 
 
 def test_every_layer_of_a_stack_has_its_trust_ratio() -> None:
-    """As where each block of a network has arrays of its own."""
+    """As where each block of a network has separate arrays."""
     r = np.random.default_rng(1)
     p, g = (r.normal(size=(3, 4, 2)) * np.array([1, 10, 100])[:, None, None] for _ in range(2))
     p[2] = 0
