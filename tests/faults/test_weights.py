@@ -185,7 +185,7 @@ IGNORED = [
     {"model_args": {"num_heads": {}, "act_layer": {}}},
     {"image_mean": ["a", "b", "c"], "image_std": [0.1, None, {}]},
     {"image_mean": [float("nan")] * 3},
-    {"image_mean": 0.5},
+    {"image_mean": "0.5"},
     {"crop_size": {"height": "x"}, "size": []},
     {"crop_size": -3},
     {"crop_size": 1e9},
