@@ -418,6 +418,7 @@ def load_encoder(workdir: str, model: schema.Model, template: Any, shardings: An
     key = "config.objective.target_checkpoint"
     with parallel.fail_together(key):
         run = RunWeights(workdir, key)
+        others = _other_settings(workdir, key, model)
     distributed.assert_same_on_all_hosts(key, {key: f"{workdir} (step {run.step:,})"})
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
     own = {"params/encoder/" + path_text(path): leaf.shape for path, leaf in leaves}
@@ -433,7 +434,7 @@ def load_encoder(workdir: str, model: schema.Model, template: Any, shardings: An
             f"{key}: {workdir!r}: its encoder has other shapes ({len(differences)} arrays differ,"
             f" first {differences[0]}); use the same model settings"
         )
-    if others := _other_settings(workdir, key, model):
+    if others:
         raise UserError(
             f"{key}: {workdir!r}: its encoder was trained with {', '.join(others)}; use the same"
             " model settings"
