@@ -247,6 +247,18 @@ def test_days_of_the_paper_s_run() -> None:
     assert [rows[name][6] for name in ("v5e-16", "v6e-256")] == ["FLOPs", "memory"]
 
 
+def test_a_slice_without_room_for_the_state_has_no_days() -> None:
+    run: dict[str, Any] = {
+        "flops": 1e15, "params": 10**10, "images": 512, "steps": 100, "mfu": 0.5,
+        "traffic": dict.fromkeys(("tpu", "cuda"), traffic_model.StepTraffic(1e9, 1e9, 0.0)),
+    }  # fmt: skip
+    # chips of 15.75 GiB
+    for state, fits in ((16 * 15.7 * 2**30, True), (16 * 15.8 * 2**30, False)):
+        (row,) = traffic_model.bound_rows([("v5e-16", "v5e", 16)], state=state, **run)
+        assert row[2] == "15.75 GiB"
+        assert (row[3:] == ("-", "-", "-", "no room for the state")) is not fits, row
+
+
 def test_slices_are_of_known_chips_and_named_once() -> None:
     names = [name for name, *_ in hardware.SLICES]
     assert len(set(names)) == len(names) and {kind for _, kind, _ in hardware.SLICES} == set(CHIPS)

@@ -80,8 +80,8 @@ def load_vit(
       config: content of the config.json next to the file (Hugging Face, timm).
 
     Raises:
-      UserError: an unknown layout, a file without momentum copy, layers that are missing or differ
-        in shape.
+      UserError: an unknown layout, a file without momentum copy, a second class token, layers that
+        are missing or differ in shape.
     """
     if "patch_embed.conv1.weight" in arrays or "model.patch_embed.conv1.weight" in arrays:
         return _intern_image(arrays, momentum, config or {})
@@ -133,6 +133,12 @@ def load_vit(
         gathered.setdefault(path, {}).setdefault(layer, {})[n] = tensor_files.weights(
             full_name, arrays[full_name]
         )
+    for name in unknown:
+        if name.endswith(("dist_token", "distillation_token")):  # of timm, of Transformers
+            raise UserError(
+                f"{name} is a second class token, of a distilled DeiT; encoders of m3i_jax have"
+                " one: take a DeiT without distillation, or DeiT III"
+            )
     flat = _stack_layers(gathered, entries)
     notes = _fold_layer_scale(flat) + _add_cls_row(flat)
     if sidecar_configs.config_section(config or {}, "m3i_jax").get("final_norm") is False:
@@ -290,7 +296,8 @@ def _shape_settings(flat: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]
 
 def _no_copy(layout: str) -> UserError:
     return UserError(
-        f"the weights have the layout {layout} and no momentum copy: use init.weights=online"
+        f"the weights have the layout {layout} and no momentum copy: take the online ones"
+        ' (init.weights=online; weights="online" of m3i_jax.load)'
     )
 
 

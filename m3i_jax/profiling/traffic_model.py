@@ -22,6 +22,7 @@ from m3i_jax import parallel
 from m3i_jax.parallel import kernel_calls
 from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.profiling import hardware
+from m3i_jax.reporting import text_table
 
 # Operations that read their operands from memory and leave their results there.
 _WHOLE = (
@@ -267,17 +268,22 @@ HEADERS = ("slice", "chips", "memory a chip", "days by FLOPs", "by memory", "by 
 
 
 def bound_rows(slices: Sequence[tuple[str, str, int]], **run: Any) -> list[tuple[str, ...]]:
-    """One row a slice, for `text_table.text_table` with HEADERS.
+    """One row a slice, for `text_table.text_table` with HEADERS; without days where a chip has no
+    room for its part of the state.
 
     Args:
       slices: as `hardware.SLICES`.
       run: of `chip_days`; `traffic` is {platform: StepTraffic}.
     """
-    of_platform, out = run.pop("traffic"), []
+    out: list[tuple[str, ...]] = []
+    of_platform = run.pop("traffic")
     for name, kind, chips in slices:
         chip = CHIPS[kind]
+        memory = text_table.format_bytes(chip.device_memory * chip.cores)
+        if run["state"] / chips > chip.usable * chip.cores:
+            out.append((name, str(chips), memory, "-", "-", "-", "no room for the state"))
+            continue
         days = chip_days(traffic=of_platform[chip.platform], kind=kind, chips=chips, **run)
         shown = [f"{time:,.1f}" if time >= 1 else f"{time:.2f}" for time in days.values()]
-        memory = f"{chip.memory / 1e9:.1f} GB"
         out.append((name, str(chips), memory, *shown, max(days, key=lambda each: days[each])))
     return out

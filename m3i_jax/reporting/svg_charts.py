@@ -136,6 +136,7 @@ def svg_chart(
         f'<text x="{min(x_of(step), WIDTH - 22):.1f}" y="{HEIGHT - 7}"'
         f' text-anchor="middle">{tick_label(step)}</text>'
         for step in axis_ticks(0, last)
+        if step == int(step)  # of a run of a few steps; there is no half step
     ]
     for curve, x, y in points:
         title_tag = (

@@ -131,7 +131,8 @@ def fill_open_settings(config: schema.Config) -> schema.Config:
     """Returns the configuration with values for its open settings. `data.size` must be known.
 
     Raises:
-      UserError: the learning rate that follows is below `optim.min_lr`, so that it would rise.
+      UserError: the learning rate is open, and AdamW's do not fit `optim.rule`; or the one that
+        follows is below `optim.min_lr`, so that it would rise.
 
     >>> optim, train = schema.Optim(lr=0.0, ema=-1.0), schema.Train(epochs=400.0)
     >>> config = schema.Config(data=schema.Data(size=IMAGENET), optim=optim, train=train)
@@ -159,7 +160,13 @@ def fill_open_settings(config: schema.Config) -> schema.Config:
         "data.rand_augment.p": round(0.5 * share, 4),
         "optim.warmup_epochs": 0.1 * samples / max(config.data.size, 1),
     }
-    for key in open_settings(config):
+    missing = open_settings(config)
+    if "optim.lr" in missing and not update_rule(config.optim.rule).rates_of_adam:
+        raise UserError(
+            f"config.optim.lr: 0 takes a learning rate that was measured with AdamW, which does not"
+            f" fit optim.rule={config.optim.rule}; set optim.lr"
+        )
+    for key in missing:
         config = _with(config, key.split("."), values[key])
     o = config.optim
     if o.min_lr > o.lr:  # what is given is compared where it is read

@@ -46,6 +46,8 @@ class UpdateRule:
         the later links must see more than the updates; None: `optax.named_chain`.
       bounded: whether an update moves a weight by at most about the learning rate, as Adam's does:
         runs whose rates sum to too little are warned about.
+      rates_of_adam: whether AdamW's learning rates fit it, so that `optim.lr=0` may take the one of
+        the scaling rule, which was measured with AdamW.
     """
 
     links: Callable[[schema.Optim, Schedule, Mask], Links]
@@ -64,6 +66,7 @@ class UpdateRule:
         | None
     ) = None
     bounded: bool = False
+    rates_of_adam: bool = False
 
 
 UPDATE_RULES: Registry[UpdateRule] = Registry(
@@ -219,12 +222,13 @@ def _lars_links(optim: schema.Optim, rate: Schedule, mask: Mask) -> Links:
     return lars(rate, momentum=optim.b1, weight_decay=optim.weight_decay, mask=mask)
 
 
-UPDATE_RULES.register("adamw", UpdateRule(links=_adamw_links, bounded=True))
-UPDATE_RULES.register("muon", UpdateRule(links=_muon_links))
+UPDATE_RULES.register("adamw", UpdateRule(links=_adamw_links, bounded=True, rates_of_adam=True))
+UPDATE_RULES.register("muon", UpdateRule(links=_muon_links, rates_of_adam=True))
 UPDATE_RULES.register(
     schedule_free.LINK,
     UpdateRule(
         links=_schedule_free_links,
+        rates_of_adam=True,
         around=lambda optim, rate, base, limits: schedule_free.schedule_free(
             base, rate, b1=optim.b1, limits=limits
         ),

@@ -94,6 +94,24 @@ def test_encoders_that_are_none_of_ours(case: str, tmp_path: pathlib.Path) -> No
     assert source.settings.get("positions") != "rope"
 
 
+@pytest.mark.parametrize(
+    ("layout", "token", "table"),
+    [
+        ("timm", "dist_token", "pos_embed"),
+        ("hf", "embeddings.distillation_token", "embeddings.position_embeddings"),
+    ],
+)
+def test_distilled_deit(layout: str, token: str, table: str, tmp_path: pathlib.Path) -> None:
+    """It has a second token and, in its table of positions, a row for it."""
+    arrays = weights(ENCODERS[layout], **TINY)
+    arrays[token] = np.ones((1, 1, 16), np.float32)
+    arrays[table] = np.concatenate([arrays[table][:, :1], arrays[table]], 1)
+    tensor_files.write_safetensors(tmp_path / "model.safetensors", arrays)
+    for refuse in (m3i_jax.load, teachers.open_teacher, weight_source.open_weights):
+        with pytest.raises(UserError, match=rf"{token} is a second class token.*DeiT III"):
+            refuse(str(tmp_path))
+
+
 def test_eva_clip_has_the_usual_eps(tmp_path: pathlib.Path) -> None:
     """Of timm's architectures with clip in their names, those of ViT alone have 1e-5."""
     table = weights(ENCODERS["timm"], **TINY)

@@ -286,9 +286,7 @@ def test_an_intern_image_file_is_recognised() -> None:
         {"model.patch_embed.conv1.weight": np.zeros((32, 3, 3, 3))}, config=beside
     ).settings
     assert settings == {"mean": (0.1, 0.2, 0.3), "std": (0.229, 0.224, 0.225), "image_size": 384}
-    with pytest.raises(
-        UserError, match="InternImage and no momentum copy: use init.weights=online"
-    ):
+    with pytest.raises(UserError, match="InternImage and no momentum copy: take the online ones"):
         vit_weights.load_vit({"patch_embed.conv1.weight": np.zeros((32, 3, 3, 3))}, momentum=True)
 
 

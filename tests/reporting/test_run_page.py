@@ -138,6 +138,9 @@ def test_curves_show_the_values() -> None:
     scale = np.polyfit(labels, grid, 1)
     np.testing.assert_allclose(points[:, 1], np.polyval(scale, [0, 5, 10]), atol=0.1)
     np.testing.assert_allclose(np.diff(points[:, 0]), [(svg_charts.WIDTH - 82) / 2] * 2, atol=0.1)
+    few = svg_charts.svg_chart("t", [svg_charts.SvgCurve("a", [0, 3], [0.0, 1.0])], last=3)
+    steps = re.findall(r'text-anchor="middle">([^<]*)<', few)
+    assert steps == ["0", "1", "2", "3"]  # no half steps
     small = [svg_charts.SvgCurve("a", [0, 1], [-2.5e-4, -2.6e-4])]
     chart = svg_charts.svg_chart("t", small, last=1)
     ends = re.findall(r'<text x="(\d+)"[^>]*text-anchor="end">([^<]*)<', chart)

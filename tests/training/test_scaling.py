@@ -95,6 +95,21 @@ def test_a_rate_that_follows_is_not_below_the_last_one() -> None:
         scaling.fill_open_settings(dataclasses.replace(plain, optim=optim))
 
 
+def test_a_rule_with_other_rates_than_adam_needs_its_own() -> None:
+    """The rates of the rule are of AdamW; LARS's are hundreds of times higher."""
+    plain = schema.Config(data=schema.Data(size=6000))
+    for rule in schema.UPDATE_RULES:
+        optim = dataclasses.replace(plain.optim, lr=0.0, rule=rule)
+        config = dataclasses.replace(plain, optim=optim)
+        if rule != "lars":
+            assert scaling.fill_open_settings(config).optim.lr > 0
+            continue
+        with pytest.raises(UserError, match=r"optim\.lr: 0 .*AdamW.*optim\.rule=lars; set"):
+            scaling.fill_open_settings(config)
+        given = dataclasses.replace(config, optim=dataclasses.replace(optim, lr=2.0))
+        assert scaling.fill_open_settings(given).optim.lr == 2.0
+
+
 def test_length_and_batch_of_an_override_count() -> None:
     """`--config.train.steps` is applied after the configuration file, and the rule uses it."""
     plain = made("folder", 6000, model="vit_tiny", batch_size=64, epochs=400)
