@@ -116,6 +116,15 @@ def validate_settings(c: schema.Config) -> None:
         )
     if c.traits.pairs:
         _validate_masks(c)
+    if c.task == "segment":
+        stride = c.dense.segment.test_stride
+        _require(
+            stride <= image or c.dense.segment.test_whole > 0,
+            "dense.segment.test_stride",
+            stride,
+            f"leaves pixels between windows of data.image_size, {image}, that no window shows; use"
+            f" at most {image}, or 0 for half of it",
+        )
     mesh = c.parallel.mesh
     _require(
         0 not in mesh and list(mesh).count(-1) <= 1,
