@@ -303,10 +303,12 @@ class Mixture:
         if len(known) < len(tables):
             return None
         starts = (self._ends - self.sizes).tolist()
+        masked = [t.masked for t in known if t.masked is not None]
         return ObjectTable(
             np.concatenate([t.records + start for t, start in zip(known, starts, strict=True)]),
             np.concatenate([t.classes for t in known]),
             np.concatenate([t.crowd for t in known]),
+            np.concatenate(masked) if len(masked) == len(known) else None,
         )
 
     def locate(self, seed: int, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
