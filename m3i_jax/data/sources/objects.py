@@ -22,7 +22,7 @@ class Objects:
         crowd: bool [n], whether a box is around many objects of a class, which no detection is
             wrong in.
         segmentations: of each object, or None where it has no mask.
-        areas: float64 [n], pixels of the object as the annotation states them.
+        areas: float64 [n], pixels of the object as the annotation states them, else of its box.
         ids: int64 [n], of the annotations in their file.
         size: (height, width) of the image as the annotation states it; (0, 0) if it does not.
         image: id of the image in its file, -1 if it has none.
