@@ -116,6 +116,15 @@ def validate_settings(c: schema.Config) -> None:
         )
     if c.traits.pairs:
         _validate_masks(c)
+    if c.task == "segment":
+        stride = c.dense.segment.test_stride
+        _require(
+            stride <= image or c.dense.segment.test_whole > 0,
+            "dense.segment.test_stride",
+            stride,
+            f"leaves pixels between windows of data.image_size, {image}, that no window shows; use"
+            f" at most {image}, or 0 for half of it",
+        )
     mesh = c.parallel.mesh
     _require(
         0 not in mesh and list(mesh).count(-1) <= 1,
@@ -196,6 +205,40 @@ def _validate_compare(c: schema.Config) -> None:
             form,
             "must be names joined by +, such as mim+clip",
         )
+
+
+def unread_dense(c: schema.Config) -> dict[str, str]:
+    """Returns the settings of dense tasks that this task, head and rule of geometry do not read,
+    and why: names of settings, or of sections with a dot at the end. Tasks and heads of other
+    packages may read all.
+
+    >>> list(unread_dense(schema.Config()))  # `maps` say what initial weights are of
+    ['dense.geometry.', 'dense.segment.', 'dense.detect.']
+    """
+    if c.task == "pretrain":
+        parts = ("dense.geometry.", "dense.segment.", "dense.detect.")
+        return dict.fromkeys(parts, "config.task=pretrain trains no detector and no segmenter")
+    if c.task not in ("detect", "segment"):
+        return {}
+    detects, g = c.task == "detect", c.dense.geometry
+    of_task, of_rule = f"config.task={c.task} does not read it", f"dense.geometry.rule={g.rule}"
+    other = ("category_share",) if detects else ("max_objects", "mask_size", "repeat", "test_short")
+    found = {f"dense.geometry.{name}": of_task for name in other}
+    found["dense.segment." if detects else "dense.detect."] = of_task
+    by_rule = {
+        "range": ("long", "short"),
+        "buckets": ("buckets", "crop_p", "crop_short", "crop_sides"),
+    }
+    for rule, names in by_rule.items():
+        if g.rule != rule:
+            found |= {f"dense.geometry.{name}": f"{of_rule} does not read it" for name in names}
+    if g.rule == "buckets":
+        found["dense.geometry.scale"] = f"{of_rule} scales images to the canvas"
+    head = c.dense.detect.head
+    if detects and head in ("dino", "mask2former"):
+        instead = "; set dense.detect.dino.nms" if head == "dino" else ""
+        found["dense.detect.nms"] = f"dense.detect.head={head} does not read it{instead}"
+    return found
 
 
 def validate_devices(c: schema.Config, shape: tuple[int, int, int]) -> None:

@@ -1,5 +1,6 @@
 """Configuration: refused values with their messages, and accepted values, which stay unchanged."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -127,6 +128,19 @@ def test_bad_settings_are_refused_with_key_and_fix(assignment: str) -> None:
     text = str(refusal.value)
     assert BAD[assignment] in text and "\n" not in text and len(text) < 400
     assert assignment.partition("=")[0].split(".")[-1] in text  # the key is named
+
+
+@pytest.mark.parametrize(
+    ("stride", "whole", "fits"), [(64, 0, True), (65, 0, False), (65, 32, True)]
+)
+def test_windows_of_segmentation_leave_no_pixel_out(stride: int, whole: int, fits: bool) -> None:
+    """Pixels that no window shows would all be of class 0."""
+    cfg = config.default_config()
+    settings = ["task=segment", "data.image_size=64", f"dense.segment.test_stride={stride}"]
+    config.apply_overrides(cfg, [*settings, f"dense.segment.test_whole={whole}"])
+    words = "config.dense.segment.test_stride: 65 leaves pixels .* use at most 64, or 0"
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match=words):
+        config.resolve(cfg)
 
 
 def test_at_least_sixty_bad_settings() -> None:

@@ -238,3 +238,10 @@ def test_every_object_of_own_images_has_a_query(head: str, size: int) -> None:
     config = load(f"detect.py:annotations=objects.json,head={head},image_size={size}")
     queries = getattr(config.dense.detect, head).queries
     assert config.dense.geometry.max_objects == min(100, queries)
+
+
+def test_images_of_own_annotations_are_beside_them_unless_named() -> None:
+    for file, directory in (("objects.json", "."), ("/data/pets/objects.json", "/data/pets")):
+        assert load(f"detect.py:annotations={file}").data.path == directory
+        assert load(f"detect.py:annotations={file},images=photos").data.path == "photos"
+    assert load("detect.py").data.path == ""

@@ -10,9 +10,9 @@ preset without it. From a run of configs/transfer/objects365.py, as in the paper
 and head are taken, too, and only what belongs to the categories restarts.
 
 The published settings are those of detectron2's ViTDet project, on which the paper builds; DINO's
-are those of detrex, Mask2Former's those of its authors, and on an InternImage those of its
-repository (see m3i_jax/published_dense_settings.py). [R] marks them. --mode=show prints cost and
-days; nothing of this was trained at its full size by this project.
+are those of detrex with the head of its authors, Mask2Former's those of its authors, and on an
+InternImage those of its repository (see m3i_jax/published_dense_settings.py). [R] marks them.
+--mode=show prints cost and days; nothing of this was trained at its full size by this project.
 """
 
 from ml_collections import ConfigDict

@@ -16,6 +16,8 @@ Mask2Former: 1e-3) below 384 channels and 1e-4 from there on, a cosine schedule,
 by 0.5 to 1.5.
 """
 
+import os
+
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
@@ -77,7 +79,7 @@ def get_config(
 
     # Data.
     config.data.source = "scenes" if scenes else "coco"
-    config.data.path = "" if scenes else images
+    config.data.path = "" if scenes else images or os.path.dirname(annotations) or "."
     config.data.annotations = annotations
     config.data.size = 3300 if scenes else 0
     config.data.holdout = 0.1 if scenes else 0.2

@@ -324,7 +324,8 @@ def iterate_detect_batches(
         An iterator of the arrays of `DetectBatchBuilder`, and position uint32 [B, 2].
 
     Raises:
-        UserError: the source is empty; see also `pipeline.iterate`.
+        UserError: the source is empty, or masks are asked for and no object has one; see also
+            `pipeline.iterate`.
 
     >>> from m3i_jax.data.sources.scenes import ScenesSource
     >>> config = schema.Config(data=schema.Data(image_size=64), train=schema.Train(batch_size=2))
@@ -334,6 +335,8 @@ def iterate_detect_batches(
     ((2, 100, 4), (2, 100, 112, 112))
     >>> batches.close()
     """
+    if config.dense.detect.masks:
+        _require_masks(source)
     if threshold := config.dense.geometry.repeat:
         source = repeat_rare(source, threshold)
     builder = DetectBatchBuilder(
@@ -375,6 +378,20 @@ def drop_without_objects(source: DataSource) -> DataSource:
     return base.SubsetSource(
         source, indices, f"without {left_out:,} that show no object", "with objects"
     )
+
+
+def _require_masks(source: DataSource) -> None:
+    """Refuses objects that have boxes alone: without a mask each would be left out."""
+    table = base.object_table(source)
+    if table is None or table.masked is None:
+        return
+    count = int((~table.crowd).sum())
+    if count and not table.masked[~table.crowd].any():
+        raise UserError(
+            f"config.dense.detect.masks: true, and none of the {count:,} objects of {source.name}"
+            " has a mask; set dense.detect.masks=false (not with head=mask2former), or give"
+            " annotations with masks"
+        )
 
 
 def _builder_settings(

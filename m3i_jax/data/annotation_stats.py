@@ -23,9 +23,10 @@ RARE, COMMON = 10, 100  # most images that show a rare, a common class (LVIS)
 class AnnotationInfo:
     """The annotations of one record.
 
-    classes, areas: of its objects, crowds not counted; None if its source annotates none. crowds,
-    without_mask, damaged: numbers of crowds, of objects without a mask, of masks that cannot be
-    decoded. pixels: int64 [256], pixels of the map by class, 255 unlabelled; None without a map."""
+    classes, areas, without_mask: of its objects, crowds not counted, and how many have no mask;
+    classes is None if its source annotates none. crowds, damaged: numbers of crowds, of masks that
+    cannot be decoded. pixels: int64 [256], pixels of the map by class, 255 unlabelled; None without
+    a map."""
 
     classes: np.ndarray | None = None
     areas: np.ndarray | None = None
@@ -70,7 +71,7 @@ def inspect_annotations(record: base.Record, map_classes: int = 0) -> Annotation
         objects.classes[solid],
         objects.areas[solid],
         int(objects.crowd.sum()),
-        sum(s is None for s in objects.segmentations),
+        sum(s is None for s in objects.select(solid).segmentations),
         damaged,
         pixels,
     )

@@ -35,8 +35,8 @@ class CategoryTable:
     Attributes:
       names: by class, 0..K-1.
       ids: ids of the classes in the annotation file, which need not be contiguous; (): class + 1.
-      frequency: LVIS's "r", "c" or "f" of each class (fewer than 10, fewer than 100, or more images
-        of training); (): none.
+      frequency: LVIS's "r", "c" or "f" of each class (1 to 10, 11 to 100, or more images of
+        training); (): none.
     """
 
     names: tuple[str, ...]

@@ -1,6 +1,7 @@
 """Modes of the command line, one file each, with `run(config, *, workdir, ...) -> exit code`. Only
 modes import all other folders of the package."""
 
+import operator
 import os
 import pathlib
 from collections.abc import Iterable
@@ -222,8 +223,8 @@ MODES = {
 
 
 def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) -> None:
-    """Refuse settings without effect: assignments of the command line that the mode or the source
-    does not read, and files that the source does not read, whoever named them.
+    """Refuse settings without effect: assignments of the command line that the mode, the source or
+    the task does not read, and files that the source does not read, whoever named them.
 
     Args:
       mode: its name.
@@ -241,6 +242,7 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
     Traceback (most recent call last):
     m3i_jax.errors.UserError: config.optim.lr: has no effect, because --mode=export does ...
     """
+    from m3i_jax import validation
     from m3i_jax.data.sources import mixture
 
     reads, keys = MODES[mode].reads, [text.partition("=")[0] for text in overrides]
@@ -254,6 +256,12 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
         value = getattr(config.data, key.removeprefix("data."), None)
         if key in reasons and value != getattr(schema.Data, key.removeprefix("data.")):
             raise UserError(f"config.{key}: {value!r} has no effect, because {reasons[key]}")
+    for name, reason in validation.unread_dense(config).items():
+        for key in keys:
+            if key == name or (name.endswith(".") and key.startswith(name)):
+                value = operator.attrgetter(key)(config)
+                if value != operator.attrgetter(key)(schema.Config()):
+                    raise UserError(f"config.{key}: {value!r} has no effect, because {reason}")
 
 
 def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:

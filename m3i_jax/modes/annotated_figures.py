@@ -118,8 +118,11 @@ def _draw_detections(
     _write(writer, "worst", figure)
 
 
-def _original_image(inputs: registry.EvalInputs, record: int) -> np.ndarray:
-    opened = annotated_eval.open_annotated(inputs.held_out[record])[0]
+def _original_image(inputs: registry.EvalInputs, number: int) -> np.ndarray:
+    """The image of a record as it was evaluated, in the orientation of its annotations."""
+    record = inputs.held_out[number]
+    stated = record.objects.size if record.objects is not None else (0, 0)
+    opened, _ = annotated_eval.open_annotated(record, stated)
     return np.asarray(opened.rgb(background=inputs.config.data.background))
 
 

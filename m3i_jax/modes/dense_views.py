@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from m3i_jax import parallel, schema
+from m3i_jax.data.geometry import bucket_canvases
 from m3i_jax.data.sources import base
 from m3i_jax.evaluation.detection_results import paste_mask, resized_mask
 from m3i_jax.modes.setup import Setup
@@ -115,8 +116,13 @@ def _draw_detect_preview(
 
 
 def _detect_summary(config: schema.Config) -> str:
-    low, high = config.dense.geometry.scale
-    return f"images scaled by {low:g} to {high:g} times {config.data.image_size} pixels"
+    rule, (low, high) = config.dense.geometry, config.dense.geometry.scale
+    if canvases := bucket_canvases(rule):
+        return f"images fitted into {', '.join(f'{h} x {w}' for h, w in canvases)} pixels"
+    sides = f"{config.data.image_size}"
+    if rule.rule == "range":
+        sides = f"{rule.long} x {rule.short}"
+    return f"images scaled by {low:g} to {high:g} times {sides} pixels"
 
 
 register_task_views(

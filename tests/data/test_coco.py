@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import splits
-from m3i_jax.data.sources import coco, coco_index, registry, segmentations
+from m3i_jax.data import annotated_batches, splits
+from m3i_jax.data.sources import coco, coco_index, mixture, registry, segmentations
 from m3i_jax.data.sources.coco import CocoSource
 from m3i_jax.errors import UserError
 
@@ -142,6 +142,25 @@ def test_run_lengths_and_crowds(tmp_path, segmentation) -> None:
     assert objects.crowd.tolist() == [False, True]
     mask = segmentations.decode_mask(objects.segmentations[1], 20, 30)
     assert (mask == (np.eye(20, 30) > 0)).all()
+
+
+def test_boxes_alone_are_refused_where_masks_are_predicted(tmp_path) -> None:
+    """Every object would be left out, and all images be background."""
+    config = schema.Config(data=schema.Data(image_size=32), train=schema.Train(batch_size=2))
+    runs = {"size": [20, 30], "counts": [0, 60, 540]}
+    crowd = annotation(15, 4, iscrowd=1, segmentation=runs)
+    boxes = [annotation(n, n - 10, segmentation=[]) for n in (11, 12, 14)]
+    source = opened(tmp_path, DOCUMENT | {"annotations": [*boxes, crowd]})
+    assert source.object_table().masked.tolist() == [False, False, False, True]
+    twice = mixture.Mixture([source, source], [None, None])
+    for given, count in ((source, 3), (twice, 6)):
+        with pytest.raises(UserError, match=f"masks: true, and none of the {count} objects of"):
+            annotated_batches.iterate_detect_batches(config, given, start=0)
+    runs = annotation(16, 4, segmentation=runs)
+    some = opened(tmp_path, DOCUMENT | {"annotations": [boxes[0], runs, annotation(17, 2)]})
+    assert some.object_table().subset(np.array([2, 0])).masked.tolist() == [True, False]
+    assert some.object_table().relabel(np.array([-1, 0])).masked.tolist() == []
+    annotated_batches.iterate_detect_batches(config, some, start=0).close()
 
 
 def test_coordinates_are_kept_to_the_last_bit(tmp_path) -> None:
@@ -335,8 +354,6 @@ def test_splits_by_files_of_annotations(tmp_path) -> None:
 
 
 def test_the_settings_that_name_a_split_are_refused_beside_it() -> None:
-    from m3i_jax.data.sources import mixture
-
     reasons = mixture.unread(schema.Data(source="coco"), counted=True)
     assert {"data.split", "data.holdout_split"} <= set(reasons)
     assert "data.annotations" not in reasons

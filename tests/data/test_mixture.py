@@ -2,6 +2,7 @@
 record from the same source."""
 
 import collections
+import dataclasses
 import fractions
 
 import numpy as np
@@ -12,6 +13,7 @@ from m3i_jax.data import annotated_batches, pipeline, rendered_maps, sampler
 from m3i_jax.data.sources import base, mixture
 from m3i_jax.data.sources.scenes import ScenesSource
 from m3i_jax.errors import UserError
+from m3i_jax.evaluation.detection_results import image_truth
 
 F = fractions.Fraction
 
@@ -259,6 +261,23 @@ def test_objects_of_a_mixture_have_its_classes(shared):
         assert table.crowd[rows].tolist() == objects.crowd.tolist()
     assert (np.diff(table.records) >= 0).all() and table.classes.max() < len(mixed.classes)
     assert table.classes.max() > 7 or shared
+
+
+def test_images_of_a_mixture_have_no_id_that_two_files_could_have():
+    """Evaluation takes the record's number then, and refuses an image that it meets twice."""
+
+    class Numbered(ScenesSource):
+        def __getitem__(self, index):
+            record = super().__getitem__(index)
+            objects = dataclasses.replace(record.objects, image=1 + index)
+            return dataclasses.replace(record, objects=objects)
+
+    mixed = mixture.Mixture([Numbered(3, side=48, seed=seed) for seed in range(2)], [None, None])
+    one = [mixed[record].objects for record in range(6)]
+    many = [record.objects for record in mixed.__getitems__(range(6))]
+    for objects in (one, many):
+        truths = [image_truth(o, record=n, size=o.size) for n, o in enumerate(objects)]
+        assert [truth.image for truth in truths] == [0, 1, 2, 3, 4, 5]
 
 
 def test_images_without_an_object_are_left_out_source_by_source():

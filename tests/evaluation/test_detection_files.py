@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3i_jax import schema
+from m3i_jax.data.sources import base
 from m3i_jax.data.sources.coco import CocoSource
+from m3i_jax.data.sources.objects import empty_objects
 from m3i_jax.evaluation import detection_eval, detection_results
 from m3i_jax.evaluation.detection_results import DetectionResult, ImageDetections
-from m3i_jax.modes import annotated_figures
+from m3i_jax.modes import annotated_figures, dense_views
 from tests.evaluation.test_detection_scores import STATS, needs_pycocotools, random_boxes
 
 IDS = (1, 2, 5, 90)
@@ -145,3 +148,29 @@ def test_results_are_not_redacted(tmp_path: pathlib.Path) -> None:
     annotated_figures.write_results(tmp_path, [DetectionResult(truth, found)], table, masks=True)
     (row,) = json.loads((tmp_path / "detections-segm.json").read_text())
     assert row["segmentation"] == rle
+
+
+def test_images_of_figures_have_the_orientation_of_their_annotations() -> None:
+    """The size of the annotations is that of the stored pixels, or of the rotated image."""
+    image, encoded = Image.new("RGB", (60, 40)), io.BytesIO()
+    tags = image.getexif()
+    tags[0x0112] = 6  # a quarter turn
+    image.save(encoded, "JPEG", exif=tags)
+    for stated, shown in (((40, 60), (40, 60)), ((60, 40), (60, 40)), ((0, 0), (60, 40))):
+        record = base.Record("a", encoded.getvalue(), objects=empty_objects(stated))
+        inputs: Any = types.SimpleNamespace(held_out=[record], config=schema.Config())
+        assert annotated_figures._original_image(inputs, 0).shape[:2] == shown
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({}, "images scaled by 0.1 to 2 times 224 pixels"),
+        ({"rule": "range", "long": 99, "short": 50}, "images scaled by 0.1 to 2 times 99 x 50 p"),
+        ({"rule": "buckets", "buckets": (32, 64, 64, 32)}, "images fitted into 32 x 64, 64 x 32"),
+    ],
+)
+def test_a_preview_says_how_images_of_detection_are_resized(rule: dict, words: str) -> None:
+    geometry = schema.Geometry(**rule)
+    config = schema.Config(dense=schema.DensePrediction(geometry=geometry))
+    assert dense_views._detect_summary(config).startswith(words)

@@ -143,6 +143,10 @@ def test_damaged_and_missing_masks() -> None:
     info = dataset_scan.inspect_record(0, base.Record("a", scene.image, objects=objects))
     assert info.annotations is not None and info.reason == ""
     assert (info.annotations.without_mask, info.annotations.damaged) == (1, 1)
+    crowds = dataclasses.replace(objects, crowd=np.arange(len(objects)) == 0)
+    info = dataset_scan.inspect_record(0, base.Record("a", scene.image, objects=crowds))
+    # the report gives a share of the objects that are no crowds
+    assert (info.annotations.without_mask, info.annotations.crowds) == (0, 1)
     other = dataclasses.replace(objects, size=(7, 7))
     info = dataset_scan.inspect_record(0, base.Record("a", scene.image, objects=other))
     assert info.reason == "other_size" and info.annotations is None

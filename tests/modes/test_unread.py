@@ -3,6 +3,7 @@ is imported."""
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -107,6 +108,40 @@ def test_overrides_without_effect_are_refused(
 )
 def test_overrides_with_effect_are_accepted(mode: str, data: dict, assignments: list[str]) -> None:
     refuse_unread(mode, assignments, schema.Config(data=schema.Data(**data)))
+
+
+@pytest.mark.parametrize(
+    ("assignments", "refused"),
+    [
+        ("dense.detect.rois=9", "config.task=pretrain trains no detector"),
+        ("task=detect dense.segment.width=9", "config.task=detect does not read it"),
+        ("task=detect dense.geometry.category_share=0.5", "config.task=detect does not read it"),
+        ("task=segment dense.detect.dino.nms=0.5", "config.task=segment does not read it"),
+        ("task=segment dense.geometry.repeat=0.1", "config.task=segment does not read it"),
+        ("task=detect dense.geometry.short=99", "dense.geometry.rule=jitter does not read it"),
+        ("task=detect dense.geometry.crop_p=0.5", "dense.geometry.rule=jitter does not read it"),
+        (
+            "task=detect dense.geometry.rule=buckets dense.geometry.scale=(0.5,2)",
+            "dense.geometry.rule=buckets scales images to the canvas",
+        ),
+        ("task=detect dense.detect.head=dino dense.detect.nms=0.7", "set dense.detect.dino.nms"),
+        ("task=detect dense.detect.head=dino dense.detect.dino.nms=0.7", ""),
+        ("task=detect dense.detect.nms=0.7 dense.geometry.scale=(0.5,2)", ""),
+        ("task=segment dense.geometry.rule=range dense.geometry.short=99", ""),
+        ("task=detect dense.segment.width=768", ""),  # the default
+        ("dense.maps.image_size=64", ""),
+    ],
+)
+def test_overrides_of_dense_tasks(assignments: str, refused: str) -> None:
+    cfg, given = configuration.default_config(), assignments.split()
+    configuration.apply_overrides(cfg, given)
+    config = configuration.resolve(cfg)
+    if not refused:
+        refuse_unread("train", given, config)
+        return
+    with pytest.raises(UserError, match=re.escape(refused)) as error:
+        refuse_unread("train", given, config)
+    assert str(error.value).startswith(f"config.{given[-1].partition('=')[0]}: ")
 
 
 @pytest.mark.row("E8")

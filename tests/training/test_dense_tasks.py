@@ -298,6 +298,7 @@ def test_the_linear_head_reads_the_last_of_several_maps() -> None:
     [
         ("detect", {"dense__detect__strides": "(3,6,12)"}, "config.dense.detect.strides"),
         ("dino", {"dense__detect__strides": "(3,6,12)"}, "config.dense.detect.strides"),
+        ("detect", {"dense__detect__strides": "(4,8,32)"}, "config.dense.detect.strides"),
         (
             "segment",
             UPERNET | {"dense__segment__strides": "(8,12)"},
@@ -311,6 +312,13 @@ def test_strides_that_the_encoder_cannot_give_are_refused(
     with pytest.raises(UserError, match=words) as error:
         make_task(dense_settings(task, **changes)).pyramid()
     assert "\n" not in str(error.value)
+
+
+def test_every_stride_has_a_size_of_anchors() -> None:
+    task = make_task(dense_settings("detect", dense__detect__strides="(4,8)"))
+    words = r"anchor_sizes: \(6, 12, 24\) are 3 sizes for the 2 strides \(4, 8\); give one for each"
+    with pytest.raises(UserError, match=words):
+        jax.eval_shape(task.init, jax.random.key(0))
 
 
 @pytest.mark.parametrize(

@@ -81,10 +81,7 @@ class CocoSource:
         self.category_ids = np.array([category["id"] for category in categories], np.int64)
         self.frequencies = tuple(category.get("frequency", "") for category in categories)
         stated = [category.get("image_count", -1) for category in categories]
-        x = self._index
-        count = np.diff(x["annotation_end"], prepend=0)
-        table = ObjectTable(np.repeat(np.arange(len(count)), count), x["class"], x["crowd"])
-        counted = table.records_per_class(len(categories))
+        counted = self._all_objects().records_per_class(len(categories))
         self.image_counts = counted if min(stated) < 0 else np.array(stated, np.int64)
 
     def _load(self) -> dict[str, np.ndarray] | None:
@@ -152,10 +149,15 @@ class CocoSource:
         return self._objects(int(self._records[index]))
 
     def object_table(self) -> ObjectTable:
+        return self._all_objects().subset(self._records)
+
+    def _all_objects(self) -> ObjectTable:
+        """The objects of all images of the file, also of those that are not in the directory."""
         x = self._index
         count = np.diff(x["annotation_end"], prepend=0)
-        table = ObjectTable(np.repeat(np.arange(len(count)), count), x["class"], x["crowd"])
-        return table.subset(self._records)
+        masked = (np.diff(x["part_end"], prepend=0) > 0) | (np.diff(x["run_end"], prepend=0) > 0)
+        records = np.repeat(np.arange(len(count)), count)
+        return ObjectTable(records, x["class"], x["crowd"], masked)
 
     def _name(self, number: int) -> str:
         return bytes(_span(self._index, "name", "names", number)).decode("utf-8", "surrogateescape")

@@ -259,7 +259,7 @@ class Mixture:
 
     def __getitem__(self, index: int) -> Record:
         number, local_index = self._locate_index(index)
-        return relabel_record(self.sources[number][local_index], self._tables[number])
+        return self._own_record(self.sources[number][local_index], number)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
         index_array = np.asarray(indices, np.int64)
@@ -271,7 +271,7 @@ class Mixture:
             for row, record in zip(
                 rows.tolist(), base.read_items(self.sources[number], local_indices), strict=True
             ):
-                records[row] = relabel_record(record, self._tables[number])
+                records[row] = self._own_record(record, number)
         return [records[row] for row in range(len(index_array))]
 
     def key(self, index: int) -> str:
@@ -303,10 +303,12 @@ class Mixture:
         if len(known) < len(tables):
             return None
         starts = (self._ends - self.sizes).tolist()
+        masked = [t.masked for t in known if t.masked is not None]
         return ObjectTable(
             np.concatenate([t.records + start for t, start in zip(known, starts, strict=True)]),
             np.concatenate([t.classes for t in known]),
             np.concatenate([t.crowd for t in known]),
+            np.concatenate(masked) if len(masked) == len(known) else None,
         )
 
     def locate(self, seed: int, positions: np.ndarray, attempt: int = 0) -> np.ndarray:
@@ -386,6 +388,14 @@ class Mixture:
             f"{len(self):,} images in a mixture of {len(self.sources)} sources{classes}: "
             + "; ".join(parts)
         )
+
+    def _own_record(self, record: Record, number: int) -> Record:
+        """A record of source `number` with the classes of the mixture, and without the id of the
+        image in its file: another file may have the same, and evaluation knows images by it."""
+        if record.objects is not None:
+            objects = dataclasses.replace(record.objects, image=-1)
+            record = dataclasses.replace(record, objects=objects)
+        return relabel_record(record, self._tables[number])
 
     def _locate_index(self, index: int) -> tuple[int, int]:
         """Returns (number of the source, index of the record in it)."""

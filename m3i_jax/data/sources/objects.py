@@ -22,7 +22,7 @@ class Objects:
         crowd: bool [n], whether a box is around many objects of a class, which no detection is
             wrong in.
         segmentations: of each object, or None where it has no mask.
-        areas: float64 [n], pixels of the object as the annotation states them.
+        areas: float64 [n], pixels of the object as the annotation states them, else of its box.
         ids: int64 [n], of the annotations in their file.
         size: (height, width) of the image as the annotation states it; (0, 0) if it does not.
         image: id of the image in its file, -1 if it has none.
@@ -104,11 +104,13 @@ class ObjectTable:
         records: int64 [A], index of the record of each object, ascending.
         classes: int32 [A].
         crowd: bool [A].
+        masked: bool [A], whether it has a mask; None: unknown.
     """
 
     records: np.ndarray
     classes: np.ndarray
     crowd: np.ndarray
+    masked: np.ndarray | None = None
 
     def subset(self, indices: np.ndarray) -> "ObjectTable":
         """Returns the table of the records `indices`, numbered in that order.
@@ -123,13 +125,16 @@ class ObjectTable:
         count = np.searchsorted(self.records, indices, side="right") - first
         rows = np.repeat(first - count.cumsum() + count, count) + np.arange(count.sum())
         records = np.repeat(np.arange(len(indices)), count)
-        return ObjectTable(records, self.classes[rows], self.crowd[rows])
+        return dataclasses.replace(self._select(rows), records=records)
 
     def relabel(self, table: np.ndarray) -> "ObjectTable":
         """Returns the objects with class c replaced by `table[c]`; those of -1 are left out."""
         classes = np.asarray(table)[self.classes].astype(np.int32)
-        keep = classes >= 0
-        return ObjectTable(self.records[keep], classes[keep], self.crowd[keep])
+        return dataclasses.replace(self, classes=classes)._select(classes >= 0)
+
+    def _select(self, rows: np.ndarray) -> "ObjectTable":
+        masked = None if self.masked is None else self.masked[rows]
+        return ObjectTable(self.records[rows], self.classes[rows], self.crowd[rows], masked)
 
     def objects_per_record(self, count: int) -> np.ndarray:
         """Returns the number of objects of each of `count` records, crowds not counted, int64."""

@@ -29,8 +29,13 @@ def init(
     """Parameters {"pixel", "decoder"}, see `mask2former.init`.
 
     Raises:
-      UserError: settings of which no such head can be made.
+      UserError: settings of which no such head can be made, or another loss.
     """
+    if settings.loss != "softmax":
+        raise UserError(
+            f"config.dense.detect.loss: {settings.loss!r} has no effect, because the head"
+            " mask2former learns a softmax over all categories; use softmax, or another head"
+        )
     try:
         return mask2former.init(settings, channels, classes, rng)[0]
     except ValueError as error:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import parallel, schema
+from m3i_jax.errors import UserError
 from m3i_jax.models.dense import proposals, regions
 from m3i_jax.models.dense.map_sampling import mask_targets, multilevel_roi_align
 from m3i_jax.models.dense.proposals import Pyramid
@@ -39,6 +40,7 @@ def init(
 
     Raises:
       ValueError: levels differ in their channels, or are not those of the settings.
+      UserError: not one anchor size per stride.
 
     >>> settings = schema.Detect()
     >>> channels = dict.fromkeys(settings.strides, 256)
@@ -50,6 +52,12 @@ def init(
         raise ValueError(
             f"channels {dict(channels)} of the pyramid; the levels must be those of dense.detect."
             f"strides, {settings.strides}, with equal channels"
+        )
+    if len(settings.anchor_sizes) != len(settings.strides):
+        raise UserError(
+            f"config.dense.detect.anchor_sizes: {settings.anchor_sizes} are"
+            f" {len(settings.anchor_sizes)} sizes for the {len(settings.strides)} strides"
+            f" {settings.strides}; give one for each stride"
         )
     width, keys = next(iter(channels.values())), jax.random.split(rng, 3)
     params = {

@@ -133,7 +133,7 @@ def sample_anchors(
 
     Args:
       valid_M: bool, rows of `boxes_Mx4` that are objects.
-      uniform_A: uniform random numbers; the smallest of a kind are taken.
+      uniform_A: uniform random numbers; the greatest of a kind are taken.
 
     >>> settings = schema.Detect(rpn_samples=2)
     >>> boxes = jnp.array([[0.0, 0, 8, 8], [8, 0, 16, 8], [16, 0, 24, 8]])

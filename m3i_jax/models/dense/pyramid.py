@@ -77,6 +77,14 @@ class PyramidConfig:
                     f"the pyramid {self.kind} makes no maps of the strides {extra}; the encoder"
                     f" gives {of}"
                 )
+        # lateral adds every map to the next finer one, simple makes the last of the one before
+        neighbours = list(zip(self.strides, self.strides[1:], strict=False))
+        read = {"lateral": neighbours, "simple": neighbours[-1:]}.get(self.kind, [])
+        if wrong := [(fine, coarse) for fine, coarse in read if coarse != 2 * fine]:
+            raise ValueError(
+                f"the pyramid {self.kind} needs each stride twice the one before, and"
+                f" {wrong[0][1]} follows {wrong[0][0]}"
+            )
 
     @property
     def channels(self) -> dict[int, int]:

@@ -193,3 +193,6 @@ def test_what_the_head_cannot_do_is_refused() -> None:
     with pytest.raises(UserError, match="config.dense.detect: the head mask2former cannot be made"):
         wrong = schema.Detect(strides=(4,), width=16, mask2former=OWN)
         mask2former_instances.init(wrong, {4: 3}, 3, jax.random.key(0))
+    with pytest.raises(UserError, match=r"dense\.detect\.loss: 'federated' has no effect"):
+        wrong = schema.Detect(strides=(4, 8), width=16, loss="federated", mask2former=OWN)
+        mask2former_instances.init(wrong, {4: 3, 8: 3}, 3, jax.random.key(0))

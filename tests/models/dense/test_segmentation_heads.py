@@ -250,6 +250,9 @@ def test_bfloat16_maps_give_float32_logits_and_statistics():
         ("simple", (4, 8), ((8, 8), (16, 8)), "reads 1 maps of one stride"),
         ("lateral", (4, 8, 64), ((4, 8), (8, 8)), "no maps of the strides .64."),
         ("none", (4, 8), ((4, 8),), "no maps of the strides .8."),
+        ("simple", (4, 8, 32), ((8, 8),), "twice the one before, and 32 follows 8"),
+        ("lateral", (4, 16), ((4, 8), (8, 8), (16, 8)), "twice the one before, and 16 follows 4"),
+        ("lateral", (4, 8, 32), ((4, 8), (8, 8), (16, 8)), "twice the one before, and 32 follows"),
     ],
 )
 def test_strides_that_do_not_follow(kind, strides, sources, words):
