@@ -317,8 +317,8 @@ def build_encoder(
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
     """Returns the configuration for a file of weights: with the encoder and the preprocessing of
     the file. `evaluate.crop`, `interpolation` and `squash` other than their defaults stay. An
-    encoder of the same sizes keeps its heads if the file does not state them, and a dense run of
-    the same sizes all of its settings.
+    encoder of the same sizes keeps its heads if the file does not state them. A dense run keeps the
+    size of its images and, with an encoder of the same sizes, all of its settings.
 
     Args:
       config: settings.
@@ -350,6 +350,10 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
     )
     out.model.pool.heads = source.model.pool.heads
     _copy_preprocessing(out, source)
+    if not config.traits.views:  # that of a file is of its position table
+        out.data.image_size = config.data.image_size
+        if backbones.get_backbone(out.model).resizes_positions:
+            out.dense.maps.image_size = source.data.image_size
     for name in ("crop", "interpolation", "squash"):
         if out.evaluate[name] == getattr(schema.Evaluate, name):
             out.evaluate[name] = source.evaluate[name]
