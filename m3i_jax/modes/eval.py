@@ -172,7 +172,7 @@ def _ignore(line: str) -> None:
 
 def described(setup: Setup, checkpoint: str, step: int) -> dict[str, Any]:
     """Returns the header of the results: weights, data, preprocessing, and a digest of all settings
-    that they depend on."""
+    that they depend on and of the files of the weights, which may have been written anew."""
     same = SAME if setup.config.traits.views else (*SAME, "dense.")
     settings = [
         line
@@ -187,8 +187,21 @@ def described(setup: Setup, checkpoint: str, step: int) -> dict[str, Any]:
         "checkpoint": checkpoint, "step": step,
         "encoder": setup.config.evaluate.encoder, "data": data,
         "preprocessing": json.loads(json.dumps(Preprocessing.of(setup.config).described())),
-        "of": base.stable_digest(*settings, setup.identity, str(len(setup.held_out))),
+        "of": base.stable_digest(
+            *settings, setup.identity, str(len(setup.held_out)), *_files_of(checkpoint)
+        ),
     })  # fmt: skip
+
+
+def _files_of(checkpoint: str) -> list[str]:
+    """Name, size and time of the files of weights, or of those of their directory."""
+    path = pathlib.Path(checkpoint)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [
+        f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
+        for file in files
+        if file.is_file() and file.name != RESULT
+    ]
 
 
 def other_data(setup: Setup, run: pathlib.Path) -> list[str]:
