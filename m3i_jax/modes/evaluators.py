@@ -199,7 +199,7 @@ def _feature_inputs(
         pooled_set=f"{before}queries",
         statistics_set=f"{before}index" if batch_norm else "",
     )
-    batches = {
+    batches: dict[str, Callable[[], Any]] = {
         "index": functools.partial(inputs.index_batches, settings.train_limit),
         "queries": inputs.query_batches,
     }
