@@ -156,8 +156,12 @@ def measure(
             queries(),
             context.poll,
         ):
-            labelled = (rows["label"] >= 0) & (rows["label"] < classes)
-            ranks.append(top_k_hits(logits[labelled], rows["label"][labelled]))
+            label_Q = rows["label"]
+            known = (label_Q >= 0) & (label_Q < classes)
+            # a class that no image of the index has is never right, as for the other classifiers
+            rank_Q = np.full(len(label_Q), classes)
+            rank_Q[known] = top_k_hits(logits[known], label_Q[known])
+            ranks.append(rank_Q[label_Q >= 0])
         if ranks and sum(map(len, ranks)):
             for name, value in head_accuracy(np.concatenate(ranks), classes):
                 yield f"eval/attentive/{name}", value

@@ -1,5 +1,7 @@
 """Errors of a detector, image by image: which detection finds which object, the average precision
-of single images, and which classes are confused. Only boxes are compared; without pycocotools."""
+of single images, and which classes are confused. Only boxes are compared; without pycocotools.
+
+With LVIS's annotations, give the results that `detection_eval.judged_results` returns."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,10 +17,11 @@ def match_detections(
     truth: ImageTruth, found: ImageDetections, *, iou: float = 0.5, by_class: bool = True
 ) -> np.ndarray:
     """Returns the object that each detection finds: int [D], an index of `truth`, MISSED (-1) for
-    none, IGNORED (-2) for a detection in a crowd.
+    none, IGNORED (-2) for a detection that may be right or not.
 
     In the order of the scores, a detection takes the free object of the largest IoU, at least
-    `iou`; else it is ignored if a crowd covers that share of it.
+    `iou`; else it is ignored if a crowd covers that share of it, or if not all objects of its class
+    are annotated (LVIS).
 
     Args:
       truth, found: of one image.
@@ -44,7 +47,9 @@ def match_detections(
         if len(candidates) and candidates.max() >= iou:
             objects[row] = candidates.argmax()
             free_M = free_M & (np.arange(len(free_M)) != objects[row])
-        elif (truth.crowd & fits_M & (inside_DxM[row] >= iou)).any():
+        elif (truth.crowd & fits_M & (inside_DxM[row] >= iou)).any() or found.classes[
+            row
+        ] in truth.not_exhaustive:
             objects[row] = IGNORED
     return objects
 

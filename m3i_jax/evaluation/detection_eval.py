@@ -46,9 +46,9 @@ class DetectionScores:
     """Average precisions of one kind, boxes or masks.
 
     Attributes:
-      metrics: AP, AP50, AP75, APs, APm, APl, AR100 (of at most so many detections), AP50_agnostic
-        (COCO: of objects of any class) and, with frequencies, APr, APc, APf; 0..1. What has no
-        objects is left out.
+      metrics: AP, AP50, AP75, APs, APm, APl, AR100 (of at most so many detections; LVIS: AR300),
+        ARs, ARm, ARl, AP50_agnostic (COCO: of objects of any class) and, with frequencies, APr,
+        APc, APf; 0..1. What has no objects is left out.
       names: of the K classes.
       objects: int [K], objects of a class; crowds are not counted.
       ap, ap50, recall: float [K], of each class, the last the mean recall over IoU thresholds; NaN
@@ -99,11 +99,20 @@ def _rows(found: ImageDetections, rows: np.ndarray) -> ImageDetections:
 
 
 def _lvis_detections(truth: ImageTruth, found: ImageDetections) -> ImageDetections:
-    """The best 300 of an image, without those whose class is neither annotated nor verified to be
-    absent. faster-coco-eval drops them too, but fails on an image of which nothing is left."""
+    """See `judged_results`. faster-coco-eval drops them too, but fails on an image of which nothing
+    is left."""
     best = best_detections(found, MOST["lvis"])
     judged = np.isin(best.classes, [*truth.classes.tolist(), *truth.negative])
     return _rows(best, np.flatnonzero(judged))
+
+
+def judged_results(results: Sequence[DetectionResult]) -> list[DetectionResult]:
+    """Returns the results with the detections that LVIS judges: the best 300 of an image, without
+    those whose class is neither annotated nor verified to be absent."""
+    return [
+        DetectionResult(result.truth, _lvis_detections(result.truth, result.found))
+        for result in results
+    ]
 
 
 def truth_json(truths: Sequence[ImageTruth], categories: CategoryTable) -> dict[str, Any]:
@@ -182,10 +191,7 @@ def detection_scores(
     if kind not in KINDS or protocol not in PROTOCOLS:
         raise ValueError(f"kind must be of {', '.join(KINDS)}, protocol of {', '.join(PROTOCOLS)}")
     if protocol == "lvis":
-        results = [
-            DetectionResult(result.truth, _lvis_detections(result.truth, result.found))
-            for result in results
-        ]
+        results = judged_results(results)
     results = sort_results(results)
     count = len(categories.names)
     inner = CategoryTable(names=categories.names, frequency=categories.frequency or ("f",) * count)
@@ -226,7 +232,8 @@ def _with_masks(truth: ImageTruth, kind: str) -> ImageTruth:
         return truth
     masks = list(truth.masks)
     for row in np.flatnonzero(absent):
-        x0, y0, x1, y1 = truth.boxes[row].tolist()
+        # a box may begin left of the image or above it
+        x0, y0, x1, y1 = np.maximum(truth.boxes[row], 0).tolist()
         filled = np.zeros(truth.size, np.uint8)
         filled[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = 1
         masks[row] = mask_to_rle(filled)

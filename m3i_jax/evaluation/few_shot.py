@@ -3,7 +3,8 @@ seconds. With kNN the best evaluator to follow a run while it trains.
 
 Features are standardised by the mean and deviation of the shots, and a constant feature serves as
 an almost unregularised bias; targets are +1 for the class and -1 for all others; w = (X'X + l2
-I)^-1 X'Y (the protocol of big_vision's few-shot evaluator)."""
+I)^-1 X'Y (the protocol of big_vision's few-shot evaluator; but the features are those of kNN, which
+have length 1)."""
 
 from collections.abc import Iterator, Sequence
 

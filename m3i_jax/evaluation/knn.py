@@ -55,11 +55,12 @@ def rank_classes(
     queries: KnnIndex, index: KnnIndex, *, k: int, temperature: float, chunk: int = 1024
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (labels [Q], classes sorted by their votes [Q, C], most votes first) of the queries
-    with a label, by the rows of an index with a label.
+    with a label, by the rows of an index with a label. -1 takes the place of a class without a
+    vote: it is no prediction.
 
     >>> some = (np.eye(2, dtype=np.float32), np.array([1, -1]))
     >>> [x.tolist() for x in rank_classes(some, some, k=1, temperature=1.0)]
-    [[1], [[1, 0]]]
+    [[1], [[1, -1]]]
     """
     (q, q_label), (x, x_label) = (
         (f[label >= 0], label[label >= 0]) for f, label in (queries, index)
@@ -68,18 +69,25 @@ def rank_classes(
         return np.zeros(0, np.int64), np.zeros((0, 1), np.int64)
     x, x_label = jax.device_put((x, x_label))
     classes, k = int(max(q_label.max(), x_label.max())) + 1, min(k, len(x))
-    votes = [
-        np.asarray(
-            knn_votes(q[i : i + chunk], x, x_label, k=k, classes=classes, temperature=temperature)
-        )
-        for i in range(0, len(q), chunk)
-    ]
-    return q_label, np.argsort(-np.concatenate(votes), axis=1, kind="stable")
+    votes_QxC = np.concatenate(
+        [
+            np.asarray(
+                knn_votes(
+                    q[i : i + chunk], x, x_label, k=k, classes=classes, temperature=temperature
+                )
+            )
+            for i in range(0, len(q), chunk)
+        ]
+    )
+    order_QxC = np.argsort(-votes_QxC, axis=1, kind="stable")
+    # not true of NaN either
+    return q_label, np.where(np.take_along_axis(votes_QxC, order_QxC, 1) > 0, order_QxC, -1)
 
 
 def knn_top_accuracy(label_Q: np.ndarray, order_QxC: np.ndarray) -> Iterator[tuple[str, float]]:
     """Yields ("top1", share) and, with more than five classes, ("top5", share) of the ranking that
-    `rank_classes` gives; nothing if it has no rows."""
+    `rank_classes` gives; nothing if it has no rows. Only classes with a vote are right: with few
+    neighbours, top5 may be of fewer than five classes."""
     for top in (1, 5):
         if len(label_Q) and (top == 1 or order_QxC.shape[1] > 5):
             yield f"top{top}", float((order_QxC[:, :top] == label_Q[:, None]).any(1).mean())

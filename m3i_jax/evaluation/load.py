@@ -315,9 +315,10 @@ def build_encoder(
 
 
 def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema.Config:
-    """Returns the configuration for a file of weights: unchanged if its encoder has the sizes of
-    the file, else with the encoder and the preprocessing of the file. A crop other than the default
-    stays.
+    """Returns the configuration for a file of weights: with the encoder and the preprocessing of
+    the file. `evaluate.crop`, `interpolation` and `squash` other than their defaults stay. An
+    encoder of the same sizes keeps its heads if the file does not state them. A dense run keeps the
+    size of its images and, with an encoder of the same sizes, all of its settings.
 
     Args:
       config: settings.
@@ -335,9 +336,11 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
         "mlp_ratio",
         *backbones.get_backbone(config.model).sections,
     )
-    if all(stored.get(name, configured[name]) == configured[name] for name in sizes):
+    same = all(stored.get(name, configured[name]) == configured[name] for name in sizes)
+    if same and not (config.traits.views and {"width", "image_size"} <= stored.keys()):
         return config
-    source = settings_of_weights(path, flag)
+    heads = config.model.encoder.heads if same and "heads" not in stored else 0
+    source = _described(opened, path, heads, flag)
     out = configuration.config_from_text(configuration.config_to_text(config), flag)
     out.model.update(
         {
@@ -347,10 +350,13 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
     )
     out.model.pool.heads = source.model.pool.heads
     _copy_preprocessing(out, source)
-    out.evaluate.interpolation = source.evaluate.interpolation
-    out.evaluate.squash = source.evaluate.squash
-    if out.evaluate.crop == schema.Evaluate.crop:
-        out.evaluate.crop = source.evaluate.crop
+    if not config.traits.views:  # that of a file is of its position table
+        out.data.image_size = config.data.image_size
+        if backbones.get_backbone(out.model).resizes_positions:
+            out.dense.maps.image_size = source.data.image_size
+    for name in ("crop", "interpolation", "squash"):
+        if out.evaluate[name] == getattr(schema.Evaluate, name):
+            out.evaluate[name] = source.evaluate[name]
     return configuration.resolve(out)
 
 

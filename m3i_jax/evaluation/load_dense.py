@@ -125,7 +125,8 @@ class LoadedDense:
         return out
 
     def segment(self, images: Any) -> list[np.ndarray]:
-        """Returns the class map [H, W] of each image, uint8; `names` has the names of the classes.
+        """Returns the class map [H, W] of each image, uint8, or uint16 for more than 256 classes;
+        `names` has the names of the classes.
 
         Args:
           images: see `detect`. Each is resized and cut into windows as in the run's evaluations.

@@ -32,7 +32,7 @@ def retrieval_ranks(
     queries_QxE: jax.Array, candidates_CxE: jax.Array, right_QxC: jax.Array
 ) -> jax.Array:
     """Returns the number of wrong candidates [Q] at least as similar to a query as its most similar
-    right one: 0 is a hit.
+    right one: 0 is a hit. A similarity that is NaN is never one.
 
     Args:
       queries_QxE, candidates_CxE: L2-normalised.
@@ -44,7 +44,7 @@ def retrieval_ranks(
     """
     similarity_QxC = jnp.matmul(queries_QxE, candidates_CxE.T, precision=jax.lax.Precision.HIGHEST)
     best_Qx1 = jnp.where(right_QxC, similarity_QxC, -jnp.inf).max(1, keepdims=True)
-    return ((similarity_QxC >= best_Qx1) & ~right_QxC).sum(1)
+    return (~(similarity_QxC < best_Qx1) & ~right_QxC).sum(1)
 
 
 def recall_at(

@@ -97,6 +97,15 @@ def prompt_tokens(name: str) -> str:
     return " ".join(name.replace("_", " ").split())
 
 
+def fill_template(template: str, name: str) -> str:
+    """Returns a prompt: the name of a class in the place of {}; other braces stay.
+
+    >>> fill_template("a {} in {braces}", "cat")
+    'a cat in {braces}'
+    """
+    return template.replace("{}", name)
+
+
 def ensemble_embeddings(embedded_TxCxE: np.ndarray) -> np.ndarray:
     """Returns class representations [C, E]: the normalised mean over T templates of the normalised
     prompt embeddings.
@@ -120,13 +129,22 @@ class ClassPrompts:
       sets: names of template sets, or files.
 
     Raises:
-      UserError: see `prompt_templates`.
+      UserError: see `prompt_templates`; or two sets have one name for their metrics.
     """
 
     def __init__(self, embed: TextEmbedder, classes: Sequence[str], sets: Sequence[str]) -> None:
         self.embed = embed
         self.names = [prompt_tokens(name) for name in classes]
-        self.sets = dict(prompt_templates(name) for name in sets)
+        self.sets: dict[str, tuple[str, ...]] = {}
+        for given in sets:
+            name, lines = prompt_templates(given)
+            if name in self.sets:
+                raise UserError(
+                    f"config.evaluate.templates: {given}: there is another set of the name"
+                    f" {name!r}, of which the metrics would be eval/zero_shot/{name}/..., too;"
+                    " rename the file"
+                )
+            self.sets[name] = lines
 
     def classes(self, context: EvalContext) -> dict[str, np.ndarray]:
         """Returns {template set: class representations [C, E]}, computed once an evaluation."""
@@ -134,7 +152,7 @@ class ClassPrompts:
         def make() -> dict[str, np.ndarray]:
             prompts = list(
                 dict.fromkeys(
-                    template.format(name)
+                    fill_template(template, name)
                     for lines in self.sets.values()
                     for template in lines
                     for name in self.names
@@ -144,7 +162,9 @@ class ClassPrompts:
             row_of = {prompt: row for row, prompt in enumerate(prompts)}
             embedded = self.embed.texts(context.params, prompts, context.poll)
             rows_TxC = {
-                key: np.array([[row_of[t.format(name)] for name in self.names] for t in lines])
+                key: np.array(
+                    [[row_of[fill_template(t, name)] for name in self.names] for t in lines]
+                )
                 for key, lines in self.sets.items()
             }
             return {key: ensemble_embeddings(embedded[rows]) for key, rows in rows_TxC.items()}

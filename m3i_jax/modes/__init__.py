@@ -139,6 +139,8 @@ MODES = {
                 "dense.maps.",
                 "dense.detect.",
                 "dense.segment.",
+                # how an evaluation resizes images
+                *(f"dense.geometry.{name}" for name in ("rule", "long", "short", "test_short")),
                 "objective.forms",
                 "objective.target_checkpoint",
                 "init.weights",

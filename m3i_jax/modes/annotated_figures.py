@@ -72,6 +72,7 @@ def _draw_detections(
     inputs: registry.EvalInputs, evaluation: detection_eval.DetectionEvaluation
 ) -> None:
     writer, names, results = inputs.figures, evaluation.categories.names, evaluation.results
+    judged = detection_eval.judged_results(results) if evaluation.categories.frequency else results
     for kind, scores in evaluation.scores.items():
         of = {"box": "boxes", "mask": "masks"}[kind]
         title = f"Precision and recall of {of}"
@@ -86,7 +87,7 @@ def _draw_detections(
         "Classes", headers, names, boxes.objects, np.stack(columns, 1)
     )
     _write(writer, "classes", table)
-    true, guessed = detection_errors.confused_classes(results, len(names))
+    true, guessed = detection_errors.confused_classes(judged, len(names))
     count = np.zeros((len(names) + 1,) * 2, np.int64)
     np.add.at(count, (true, guessed), 1)
     confusion = dense_figures.class_confusion_figure(
@@ -99,8 +100,8 @@ def _draw_detections(
     write_results(
         writer.setup.workdir, results, evaluation.categories, inputs.config.dense.detect.masks
     )
-    by_image = {result.image: result for result in results}
-    precisions = dict(detection_errors.image_precisions(results))
+    by_image = {result.image: result for result in judged}
+    precisions = dict(detection_errors.image_precisions(judged))
     worst = dense_figures.worst_first(list(precisions.items()), WORST)
     images = [_original_image(inputs, by_image[key].truth.record) for key in worst]
     figure = dense_figures.worst_detections_figure(

@@ -66,6 +66,7 @@ def run(
         "eval writes its results there; to evaluate this run, give another directory: --workdir DIR"
         f" --config FILE --checkpoint={workdir}",
     )
+    asked = config.data.augment
     if source is None:
         config = evaluate_weights(
             load.fit_config_to_weights(config, checkpoint, "--checkpoint"), checkpoint
@@ -90,6 +91,13 @@ def run(
             f"{checkpoint} contains only an encoder ({encoder}, {setup.config.data.image_size}"
             " pixels); evaluators that need a head are skipped"
         )
+        pixels = setup.config.data.augment
+        if (pixels.mean, pixels.std) != (asked.mean, asked.std):
+            log(
+                f"mean and deviation of pixels are those of the file, {pixels.mean} and"
+                f" {pixels.std}, not {asked.mean} and {asked.std} of the settings; a"
+                " preprocessor_config.json beside the file can state others"
+            )
     # the tokenizer of the weights, not that of other data
     if (
         source
@@ -164,7 +172,7 @@ def _ignore(line: str) -> None:
 
 def described(setup: Setup, checkpoint: str, step: int) -> dict[str, Any]:
     """Returns the header of the results: weights, data, preprocessing, and a digest of all settings
-    that they depend on."""
+    that they depend on and of the files of the weights, which may have been written anew."""
     same = SAME if setup.config.traits.views else (*SAME, "dense.")
     settings = [
         line
@@ -179,8 +187,21 @@ def described(setup: Setup, checkpoint: str, step: int) -> dict[str, Any]:
         "checkpoint": checkpoint, "step": step,
         "encoder": setup.config.evaluate.encoder, "data": data,
         "preprocessing": json.loads(json.dumps(Preprocessing.of(setup.config).described())),
-        "of": base.stable_digest(*settings, setup.identity, str(len(setup.held_out))),
+        "of": base.stable_digest(
+            *settings, setup.identity, str(len(setup.held_out)), *_files_of(checkpoint)
+        ),
     })  # fmt: skip
+
+
+def _files_of(checkpoint: str) -> list[str]:
+    """Name, size and time of the files of weights, or of those of their directory."""
+    path = pathlib.Path(checkpoint)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [
+        f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
+        for file in files
+        if file.is_file() and file.name != RESULT
+    ]
 
 
 def other_data(setup: Setup, run: pathlib.Path) -> list[str]:
@@ -290,9 +311,20 @@ def _one_step(config: schema.Config) -> schema.Config:
 
 def evaluate_weights(config: schema.Config, path: str) -> schema.Config:
     """Returns the configuration that evaluates a file of weights, read as `init_from` reads it: the
-    mean features of the online encoder, since such files have no heads of pre-training; of a dense
-    task, the whole model, of which nothing may be missing."""
-    settings = dataclasses.replace(config.evaluate, features="mean", encoder="online")
+    mean features of the online encoder, or its cls token if `evaluate.features` asks for it, since
+    such files have no heads of pre-training; of a dense task, the whole model, of which nothing may
+    be missing.
+
+    Raises:
+      UserError: `evaluate.features` is attention.
+    """
+    if config.traits.views and config.evaluate.features == "attention":
+        raise UserError(
+            f"config.evaluate.features: 'attention' needs a trained pooling, and {path} has only an"
+            " encoder; use 'mean' or 'cls'"
+        )
+    features = "cls" if config.evaluate.features == "cls" else "mean"
+    settings = dataclasses.replace(config.evaluate, features=features, encoder="online")
     init = dataclasses.replace(config.init, only=("^encoder/",))
     if not config.traits.views:
         settings = config.evaluate

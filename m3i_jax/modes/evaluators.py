@@ -190,23 +190,27 @@ def _feature_inputs(
     pool = plan.image_feature if settings.features == "auto" else settings.features
     pool = "mean" if pool == "attention" and batch_norm else pool
     pooled = pool == "attention"
+    # what the heads read; with batch norm, whose statistics come from a set, before it
+    of_heads = "mean" if batch_norm else "attention"
+    before = "" if pool == of_heads else "pooled "
     inputs = dataclasses.replace(
         _inputs(setup, figures, heads=heads),
         pooled=pooled,
-        pooled_set="queries" if pooled or batch_norm else "pooled queries",
-        statistics_set="index" if batch_norm else "",
+        pooled_set=f"{before}queries",
+        statistics_set=f"{before}index" if batch_norm else "",
     )
-    extract = feature_extraction.Extractor(config, setup.mesh, pool=pool)
-    image_sets = {
-        "index": feature_extraction.image_sets(
-            extract, functools.partial(inputs.index_batches, settings.train_limit)
-        ),
-        "queries": feature_extraction.image_sets(extract, inputs.query_batches),
+    batches: dict[str, Callable[[], Any]] = {
+        "index": functools.partial(inputs.index_batches, settings.train_limit),
+        "queries": inputs.query_batches,
     }
-    if inputs.pooled_set not in image_sets:
-        image_sets[inputs.pooled_set] = feature_extraction.image_sets(
-            feature_extraction.Extractor(config, setup.mesh, pool="attention"), inputs.query_batches
-        )
+    extract = feature_extraction.Extractor(config, setup.mesh, pool=pool)
+    image_sets = {name: feature_extraction.image_sets(extract, batches[name]) for name in batches}
+    if before:
+        extract = feature_extraction.Extractor(config, setup.mesh, pool=of_heads)
+        image_sets |= {
+            before + name: feature_extraction.image_sets(extract, batches[name])
+            for name in (("queries", "index") if batch_norm else ("queries",))
+        }
     return inputs, image_sets
 
 

@@ -79,6 +79,13 @@ def test_the_metric_reads_both_sources_and_counts_labelled_images() -> None:
     assert list(got) == ["eval/attentive/top1"] and got["eval/attentive/top1"] > 0.9
     asked = sum((b["valid"] & (b["label"] >= 0)).sum() for b in batches(3, 1))
     assert (got["eval/attentive/top1"] * asked) % 1 < 1e-6 and context.skipped == {"small": 2}
+    others = batches(3, 1)
+    for batch in others:  # a class that the index does not have
+        batch["label"][batch["label"] == 1] = 7
+    unseen = attentive_probe.measure(config, mesh, lambda: batches(6, 0), lambda: others, 8)
+    context = feature_extraction.EvalContext({}, params, lambda: None)
+    share = sum((b["valid"] & (b["label"] == 0)).sum() for b in others) / asked
+    assert 0.8 * share < dict(unseen(context))["eval/attentive/top1"] <= share < 0.7
     nothing = attentive_probe.measure(config, mesh, lambda: [], lambda: batches(1, 1), 8)
     assert (
         list(

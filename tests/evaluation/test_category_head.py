@@ -1,13 +1,18 @@
 """The category head as a classifier: ranks compared with a sort, ties counted as wrong, logits
 equal to those of the model."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
+from m3i_jax import parallel
 from m3i_jax.evaluation import category_head, feature_extraction
 from m3i_jax.models import m3i
+from m3i_jax.modes import evaluators
 from m3i_jax.objective.terms import FORMS
+from m3i_jax.training import plan
 from tests import toy
 
 
@@ -75,3 +80,43 @@ def test_the_metric_applies_the_head_to_raw_features(norm: str) -> None:
         assert got[f"eval/direct/top{top}"] == pytest.approx(
             (order[:, :top] == label[known][:, None]).any(1).mean()
         )
+
+
+@pytest.mark.parametrize(
+    ("norm", "features", "wanted"),
+    [
+        # what kNN reads, what the head reads, and where its statistics come from
+        ("batch", "auto", ("mean", "mean", "mean")),
+        ("batch", "cls", ("cls", "mean", "mean")),
+        ("layer", "cls", ("cls", "attention", "")),
+        ("layer", "auto", ("attention", "attention", "")),
+    ],
+)
+def test_heads_read_what_they_were_trained_on(
+    norm: str, features: str, wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever feature the other evaluators read. Batch norm is left to the head."""
+    monkeypatch.setattr(feature_extraction, "Extractor", lambda config, mesh, *, pool: pool)
+    monkeypatch.setattr(feature_extraction, "image_sets", lambda extract, batches: extract)
+    config = toy.settings(
+        objective__forms=("supervised",),
+        model__encoder__cls_token="true",
+        model__pool__kind="mean",
+        model__pool__norm=norm,
+        model__pool__projection="false",
+        evaluate__features=features,
+    )
+    mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    setup = types.SimpleNamespace(
+        config=config,
+        mesh=mesh,
+        classes=("a", "b"),
+        tokenizer=None,
+        held_out=[],
+        train=[],
+        task=None,
+    )
+    task = types.SimpleNamespace(plan=plan.build_plan(config))
+    inputs, sets = evaluators._feature_inputs(setup, task, None, heads=True)
+    found = sets["queries"], sets[inputs.pooled_set], sets.get(inputs.statistics_set, "")
+    assert found == wanted and sets["index"] == wanted[0]

@@ -167,3 +167,31 @@ def test_confused_classes_are_counted() -> None:
         (3, 1),
         (3, 1),
     ]
+
+
+def test_errors_are_those_that_lvis_judges() -> None:
+    """Classes that are neither annotated nor verified to be absent, and classes of which not all
+    objects are annotated, have no wrong detections."""
+    box = np.array([[0, 0, 10, 10.0]])
+    truth = ImageTruth(
+        image=1,
+        size=(20, 100),
+        boxes=box,
+        classes=np.array([0]),
+        crowd=np.array([False]),
+        area=np.array([100.0]),
+        masks=[None],
+        negative=(1,),
+        not_exhaustive=(0,),
+    )
+    # elsewhere: of a class that is not judged, absent, not exhaustive; then the object
+    found = ImageDetections(
+        boxes=np.concatenate([np.repeat(box + 40, 3, 0), box]),
+        scores=np.array([0.9, 0.8, 0.7, 0.6]),
+        classes=np.array([2, 1, 0, 0]),
+    )
+    judged = detection_eval.judged_results([DetectionResult(truth, found)])
+    true, guess = detection_errors.confused_classes(judged, 3)
+    assert sorted(zip(true.tolist(), guess.tolist(), strict=True)) == [(0, 0), (3, 1)]
+    # the absent class comes first
+    assert detection_errors.image_precisions(judged) == [(1, pytest.approx(1 / 2))]

@@ -266,6 +266,29 @@ def test_objects_without_a_mask_are_ignored_for_masks() -> None:
     )
 
 
+@needs_pycocotools
+def test_a_detection_of_an_object_without_a_mask_above_the_image_is_ignored() -> None:
+    """Its box begins three pixels above the image; the object below it is found second."""
+    boxes = np.array([[2, -3, 12, 10], [2, 20, 12, 30.0]])
+    pixels = np.zeros((2, 40, 40), np.uint8)
+    pixels[0, :10, 2:12], pixels[1, 20:30, 2:12] = 1, 1
+    masks = [detection_results.mask_to_rle(each) for each in pixels]
+    truth = ImageTruth(
+        image=1,
+        size=(40, 40),
+        boxes=boxes,
+        classes=np.zeros(2, np.int64),
+        crowd=np.zeros(2, bool),
+        area=np.full(2, 100.0),
+        masks=[None, masks[1]],
+    )
+    found = ImageDetections(
+        boxes=boxes, scores=np.array([0.9, 0.8]), classes=np.zeros(2, np.int64), masks=masks
+    )
+    scores = detection_eval.detection_scores([DetectionResult(truth, found)], TABLE, kind="segm")
+    assert scores.metrics["AP"] == pytest.approx(1)
+
+
 def lvis_world() -> list[DetectionResult]:
     out = []
     for number, result in enumerate(world(7)):

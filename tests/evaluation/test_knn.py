@@ -41,7 +41,8 @@ def share(votes: np.ndarray, label: np.ndarray, top: int) -> float:
     return float(
         np.mean(
             [
-                label[i] in sorted(range(votes.shape[1]), key=lambda c: -votes[i, c])[:top]
+                votes[i, label[i]] > 0
+                and label[i] in sorted(range(votes.shape[1]), key=lambda c: -votes[i, c])[:top]
                 for i in range(len(label))
             ]
         )
@@ -71,6 +72,16 @@ def test_votes_and_accuracy_equal_a_numpy_loop(classes: int, k: int, temperature
 @pytest.mark.parametrize(("classes", "names"), [(5, ["top1"]), (6, ["top1", "top5"])])
 def test_top5_only_where_there_are_more_than_five(classes: int, names: list[str]) -> None:
     assert [name for name, _ in knn.knn_accuracy(*data(classes), k=3, temperature=0.1)] == names
+
+
+@pytest.mark.parametrize("value", [1.0, np.nan])
+def test_classes_without_a_vote_are_no_hits(value: float) -> None:
+    """All neighbours are of the next class, or the features of a run that diverged are not finite:
+    the four classes behind the first, which have no votes, are not those of the lowest numbers."""
+    unit, label = value * np.eye(10, dtype=np.float32), np.arange(10)
+    index = np.repeat(unit, 5, 0), np.repeat((label + 1) % 10, 5)
+    found = dict(knn.knn_accuracy((unit, label), index, k=5, temperature=0.07))
+    assert found == {"top1": 0.0, "top5": 0.0}
 
 
 def test_votes_are_weighted_by_similarity() -> None:

@@ -60,6 +60,14 @@ def test_invalid_templates_are_refused(
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_two_sets_of_one_name_are_refused(tmp_path: pathlib.Path) -> None:
+    """Their metrics would have one name, and one of them was left out."""
+    (tmp_path / "7.txt").write_text("a {}.\n")
+    sets = ("7", str(tmp_path / "7.txt"))
+    with pytest.raises(UserError, match="7.txt: there is another set of the name '7'"):
+        zero_shot.ClassPrompts(Embedder(), ["cat"], sets)
+
+
 def test_the_mean_is_over_normalised_prompts() -> None:
     """All prompts have the same weight, whatever the norm of their embedding."""
     made = np.random.default_rng(0).normal(size=(3, 4, 5)) * np.array([1, 10, 100])[:, None, None]
@@ -116,6 +124,14 @@ def test_the_metric_embeds_every_prompt_once_and_leaves_out_unlabelled_images(
             classes.append(mean / np.linalg.norm(mean))
         right = (x[known] @ np.array(classes).T).argmax(1) == label[known]
         assert got[f"eval/zero_shot/{name}/top1"] == pytest.approx(right.mean())
+
+
+def test_other_braces_of_a_template_stay(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "set.txt").write_text("a {} {c}\n{} {\n")
+    prompts = zero_shot.ClassPrompts(Embedder(), ["cat"], (str(tmp_path / "set.txt"),))
+    context = feature_extraction.EvalContext({}, {}, lambda: None)
+    assert prompts.classes(context)["set"].shape == (1, 6)
+    assert prompts.embed.asked == [["a cat {c}", "cat {"]]
 
 
 def test_classes_of_one_name_are_one() -> None:

@@ -13,6 +13,7 @@ import m3i_jax
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax.errors import UserError
+from m3i_jax.evaluation import load
 from m3i_jax.evaluation.load_dense import LoadedDense
 from m3i_jax.interop import published_dense, tensor_files
 from m3i_jax.models import intern_image, intern_image_backbone
@@ -207,6 +208,20 @@ def test_an_evaluation_has_the_running_statistics_of_the_file(files: dict) -> No
         np.testing.assert_array_equal(statistics[f"head/pooled/{ours}"], wanted[name])
     plain = flat(state.opt["running"].statistics)
     assert not np.any(plain["head/pooled/mean"]) and set(plain) == set(statistics)
+
+
+@pytest.mark.parametrize("model", ["internimage_t", "vit_s16"])
+def test_a_file_of_another_encoder_is_evaluated_at_the_size_of_the_recipe(
+    files: dict, model: str
+) -> None:
+    """Not at the 224 pixels that its encoder classifies."""
+    recipe = f"configs/transfer/detect.py:head=dino,model={model},image_size=64"
+    config = configuration.load_config(recipe)
+    config.data.update({"size": 64, "captions": "no"})
+    run = configuration.resolve(config)
+    fitted = load.fit_config_to_weights(run, files["dino"], "--checkpoint")
+    assert fitted.model.backbone == "intern_image" and fitted.model != run.model
+    assert fitted.data.image_size == 64
 
 
 @pytest.mark.slow

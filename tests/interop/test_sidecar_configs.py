@@ -243,6 +243,34 @@ def test_evaluations_of_a_file_see_what_it_describes(tmp_path: pathlib.Path) -> 
         fitted = load.fit_config_to_weights(config, str(tmp_path), "--checkpoint")
         for found in (features._preprocessing(config, model), Preprocessing.of(fitted)):
             assert resized(found) == ("bilinear", True, expected)
+    config = dataclasses.replace(config, evaluate=schema.Evaluate(interpolation="lanczos"))
+    fitted = load.fit_config_to_weights(config, str(tmp_path), "--checkpoint")
+    assert resized(Preprocessing.of(fitted)) == ("lanczos", True, 12)
+
+
+@pytest.mark.parametrize("layout", ["timm", "clip"])
+def test_an_encoder_of_the_sizes_of_the_run_is_evaluated_as_it_is(
+    layout: str, tmp_path: pathlib.Path
+) -> None:
+    """With its own cls token, norms, activation and pixels, as `m3i_jax.load` has it, and with the
+    heads of the run, which the file does not state."""
+    processor = PROCESSORS["ViT"][0] | {"image_mean": [0.1, 0.2, 0.3]}
+    published(tmp_path, layout, preprocessor_config=processor)
+    loaded = load.load(str(tmp_path), heads=2)
+    sizes = {"patch_size": 4, "width": 16, "heads": 2}
+    sizes["mlp_ratio"] = loaded.config.model.encoder.mlp_ratio
+    changes = {f"model__encoder__{name}": value for name, value in sizes.items()}
+    run = toy.settings(**changes, data__image_size=16)
+    fitted = load.fit_config_to_weights(run, str(tmp_path), "--checkpoint")
+    differ = {
+        field.name
+        for field in dataclasses.fields(schema.Encoder)
+        if getattr(fitted.model.encoder, field.name)
+        != getattr(loaded.config.model.encoder, field.name)
+    }
+    assert not differ - {"drop_path"} and fitted.model.encoder.final_norm
+    found = Preprocessing.of(fitted)
+    assert found == loaded.preprocessing and found.mean == (0.1, 0.2, 0.3)
 
 
 def test_an_old_description_is_read() -> None:

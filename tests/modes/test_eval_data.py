@@ -3,14 +3,18 @@ table and the report show."""
 
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
+from m3i_jax import schema
+from m3i_jax.data.sources import shapes
 from m3i_jax.data.sources.mixture import MixtureEntry
 from m3i_jax.errors import UserError
+from m3i_jax.modes import eval as evaluate
 from m3i_jax.modes import eval_data, report
 from m3i_jax.modes.eval_results import Results, result_dir
 from tests import broken
@@ -29,6 +33,25 @@ def write_folder(directory: pathlib.Path, *, classes: int = 2, images: int = 24)
         )
         (place / f"{i}.png").write_bytes(broken.encode(pixels, "PNG"))
     return directory
+
+
+def test_weights_that_were_written_anew_are_evaluated_anew(tmp_path: pathlib.Path) -> None:
+    """A file, or a checkpoint of the same step, in the place of the one that was evaluated."""
+    images = shapes.ShapesSource(4)
+    setup = types.SimpleNamespace(
+        config=schema.Config(), train=images, held_out=images, identity="shapes"
+    )
+    (tmp_path / "step").mkdir()
+    for place, file in ((name, tmp_path / name) for name in ("vit.npz", "step/arrays")):
+        checkpoint = str(tmp_path / place.split("/")[0])
+        headers = []
+        for content in (b"first", b"first", b"second"):
+            if not file.exists() or file.read_bytes() != content:
+                file.write_bytes(content)
+            (tmp_path / "step" / "eval.json").write_text(str(len(headers)))  # of no weights
+            headers.append(evaluate.described(setup, checkpoint, 7))
+        assert headers[0] == headers[1] != headers[2]
+        assert {**headers[2], "of": ""} == {**headers[0], "of": ""}
 
 
 def test_a_folder_by_one_flag(

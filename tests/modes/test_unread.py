@@ -14,6 +14,7 @@ from m3i_jax import main as command
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.modes import MODES, refuse_missing, refuse_unread
+from m3i_jax.modes import eval as eval_mode
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 MIXED = {"source": "mixture", "mixture": ("folder:/a", "shapes:10")}
@@ -100,6 +101,8 @@ def test_overrides_without_effect_are_refused(
             ["data.source=folder", "data.path=/b", "data.mixture=", "data.size=0"],
         ),
         ("eval", MIXED | {"size": 9}, ["data.size=9", "evaluate.crop=1.0"]),
+        # the sizes at which dense tasks are evaluated
+        ("eval", {}, ["dense.geometry.test_short=800", "dense.geometry.short=512"]),
         # the mode plans with the size and counts no images
         ("show", {"source": "folder", "size": 9}, ["data.size=9"]),
         ("train", MIXED, ["data.path=", "optim.lr=1"]),  # emptied
@@ -142,6 +145,20 @@ def test_overrides_of_dense_tasks(assignments: str, refused: str) -> None:
     with pytest.raises(UserError, match=re.escape(refused)) as error:
         refuse_unread("train", given, config)
     assert str(error.value).startswith(f"config.{given[-1].partition('=')[0]}: ")
+
+
+def test_the_feature_of_a_file_of_weights_is_the_one_asked_for() -> None:
+    """The mean of the patch tokens unless it is cls; such a file has no pooling."""
+    found = {
+        name: eval_mode.evaluate_weights(
+            schema.Config(evaluate=schema.Evaluate(features=name)), "vit.npz"
+        ).evaluate.features
+        for name in ("auto", "mean", "cls")
+    }
+    assert found == {"auto": "mean", "mean": "mean", "cls": "cls"}
+    attention = schema.Config(evaluate=schema.Evaluate(features="attention"))
+    with pytest.raises(UserError, match="config.evaluate.features: 'attention'.*vit.npz has only"):
+        eval_mode.evaluate_weights(attention, "vit.npz")
 
 
 @pytest.mark.row("E8")
