@@ -103,6 +103,7 @@ BAD = {
     "train.epochs=1e300": "at most 1e+06",
     "data.size=1000000000000000": "at most 1,099,511,627,776",
     "objective.forms=m3i,m3i": "names m3i twice",
+    "objective.parallel_captions=-0.5": "0..1, or be -1",
     "data.vocabulary=/nope": "has no effect",  # without data.tokenizer=clip
     "data.path=~nosuchuser/x": "the home directory of an unknown user, ~nosuchuser",
     "model.text.width=0": "at least 1",
@@ -348,6 +349,13 @@ def test_text_and_difference() -> None:
     )
     assert config.config_difference(old, new) == ["seed: 0 -> 3", "optim.lr: 0.001 -> 0.1"]
     assert len(old.splitlines()) == len(config.setting_table())
+    # what only other modes read, and where an index lies, changes no training
+    other = schema.Config(
+        compare=schema.Compare(seeds=2),
+        curate=schema.Curate(min_side=128),
+        data=schema.Data(index="/shared/index"),
+    )
+    assert config.config_difference(old, config.config_to_text(other)) == []
 
 
 def test_help_names_every_key() -> None:

@@ -221,6 +221,10 @@ MODES = {
 }
 
 
+# Sections that one mode alone reads.
+_OF_ONE_MODE = {"compare.": "compare", "curate.": "curate"}
+
+
 def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) -> None:
     """Refuse settings without effect: assignments of the command line that the mode or the source
     does not read, and files that the source does not read, whoever named them.
@@ -249,6 +253,12 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
             f"config.{unread[0]}: has no effect, because --mode={mode} does not read it; leave it"
             " out"
         )
+    for key in keys:
+        reader = next((of for part, of in _OF_ONE_MODE.items() if key.startswith(part)), mode)
+        if reader != mode:
+            raise UserError(
+                f"config.{key}: has no effect, because --mode={reader} alone reads it; leave it out"
+            )
     reasons = mixture.unread(config.data, counted=bool(reads))
     for key in dict.fromkeys([*keys, "data.class_names", "data.directory"]):
         value = getattr(config.data, key.removeprefix("data."), None)

@@ -80,6 +80,9 @@ def test_the_settings_that_a_mode_reads_exist() -> None:
         ("export", {}, "data.image_size=64", "--mode=export does not read it"),
         ("features", {}, "data.image_size=64", "--mode=features does not read it"),
         ("report", {}, "evaluate.k=3", "--mode=report does not read it"),
+        ("train", {}, "curate.min_side=128", "--mode=curate alone reads it"),
+        ("train", {}, "compare.forms=mim,clip", "--mode=compare alone reads it"),
+        ("show", {}, "compare.budget=flops", "--mode=compare alone reads it"),
     ],
 )
 def test_overrides_without_effect_are_refused(
@@ -102,6 +105,8 @@ def test_overrides_without_effect_are_refused(
         # the mode plans with the size and counts no images
         ("show", {"source": "folder", "size": 9}, ["data.size=9"]),
         ("train", MIXED, ["data.path=", "optim.lr=1"]),  # emptied
+        ("compare", {}, ["compare.forms=mim,clip", "compare.seeds=2"]),
+        ("curate", {}, ["curate.min_side=128"]),
         ("export", {}, ["evaluate.crop=1.0", "report.licence=MIT"]),
     ],
 )
