@@ -1,6 +1,7 @@
 """Modes of the command line, one file each, with `run(config, *, workdir, ...) -> exit code`. Only
 modes import all other folders of the package."""
 
+import operator
 import os
 import pathlib
 from collections.abc import Iterable
@@ -221,6 +222,12 @@ MODES = {
 }
 
 
+# Settings of square views and of their objective, which a task of annotated images does not read.
+_OF_VIEWS = (
+    "objective.", "data.augment.", "data.crop_", "data.flip_p", "data.mask", "data.rand_augment.",
+    "data.small_views",
+)  # fmt: skip
+_OF_ALL = ("data.augment.mean", "data.augment.std")
 # Sections that one mode alone reads.
 _OF_ONE_MODE = {"compare.": "compare", "curate.": "curate"}
 
@@ -258,6 +265,15 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
         if reader != mode:
             raise UserError(
                 f"config.{key}: has no effect, because --mode={reader} alone reads it; leave it out"
+            )
+    for key in () if config.traits.views else keys:
+        value, default = (
+            operator.attrgetter(key)(settings) for settings in (config, schema.Config())
+        )
+        if key.startswith(_OF_VIEWS) and key not in _OF_ALL and value != default:
+            raise UserError(
+                f"config.{key}: {value!r} has no effect, because config.task={config.task!r} does"
+                " not read it; dense.geometry has crops and flips, and dense the losses"
             )
     reasons = mixture.unread(config.data, counted=bool(reads))
     for key in dict.fromkeys([*keys, "data.class_names", "data.directory"]):

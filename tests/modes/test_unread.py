@@ -1,6 +1,7 @@
 """Overrides without effect and missing initial weights are refused in one line, before the trainer
 is imported."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -112,6 +113,18 @@ def test_overrides_without_effect_are_refused(
 )
 def test_overrides_with_effect_are_accepted(mode: str, data: dict, assignments: list[str]) -> None:
     refuse_unread(mode, assignments, schema.Config(data=schema.Data(**data)))
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_a_dense_task_refuses_settings_of_views(task: str) -> None:
+    """dense.geometry.flip_p mirrors its images, and data.flip_p=0 would leave them mirrored."""
+    data = schema.Data(flip_p=0.0, augment=schema.Augment(jitter_p=0.0, std=(1.0, 1.0, 1.0)))
+    config = schema.Config(task=task, data=data, objective=schema.Objective(label_smoothing=0.2))
+    for key in ("data.flip_p", "data.augment.jitter_p", "objective.label_smoothing"):
+        with pytest.raises(UserError, match=f"config.{key}: 0.* does not read it; dense.geometry"):
+            refuse_unread("train", [f"{key}=0"], config)
+        refuse_unread("train", [f"{key}=0"], dataclasses.replace(config, task="pretrain"))
+    refuse_unread("train", ["data.augment.std=(1,1,1)", "data.crop_scale=(0.08,1)"], config)
 
 
 @pytest.mark.row("E8")
