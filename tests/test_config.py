@@ -130,6 +130,14 @@ def test_bad_settings_are_refused_with_key_and_fix(assignment: str) -> None:
     assert assignment.partition("=")[0].split(".")[-1] in text  # the key is named
 
 
+def test_a_watchdog_that_is_off_ends_no_run() -> None:
+    for off in ("watchdog", "watchdog_first"):
+        cfg = config.default_config()
+        config.apply_overrides(cfg, [f"train.{off}=0", "train.watchdog_abort=1"])
+        with pytest.raises(UserError, match="watchdog_abort: 1 counts reports of the watchdog"):
+            config.resolve(cfg)
+
+
 def test_at_least_sixty_bad_settings() -> None:
     assert len(BAD) >= 60
 
@@ -227,6 +235,7 @@ def get_config(path, steps: int, rate=None, names=("a", "b")):
             ":path=p,steps=2",
             "--config FILE, line 5: SystemExit",
         ),
+        (USER_FILE, ":path=p,steps=2,path=q", "--config FILE:path: is given twice; remove one"),
         (
             USER_FILE,
             ":pth=p,steps=2",

@@ -170,6 +170,10 @@ def _parse_arguments(file: str, signature: inspect.Signature, text: str) -> dict
                 f"--config {file}:{name}: there is no such argument; "
                 + (f"did you mean {near[0]}=?" if near else f"it takes {names}")
             )
+        if name in values:
+            raise UserError(
+                f"--config {file}:{name.rstrip('_')}: is given twice; remove one of them"
+            )
         kind, where = _argument_type(signature.parameters[name]), name.rstrip("_")
         values[name] = parse_value(f"--config {file}:{where}", kind, value)
     for name, parameter in signature.parameters.items():

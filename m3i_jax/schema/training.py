@@ -214,7 +214,8 @@ class Train:
     )
     watchdog_first: float = option(
         7200.0,
-        "value of train.watchdog until a process has finished its first step, which compiles",
+        "value of train.watchdog until a process has finished its first step, which compiles; 0:"
+        " no watchdog at all",
         SECONDS,
     )
     watchdog_abort: int = option(
