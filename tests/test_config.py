@@ -308,6 +308,20 @@ def test_data_directories_are_known_by_key_and_not_by_value(
         config.reject_config_in_data(str(file), data)
     config.reject_config_in_data(str(file), dataclasses.replace(data, path=str(tmp_path / "x*")))
     config.reject_config_in_data(str(file), dataclasses.replace(data, source="shapes"))
+    # beside the files of a glob, and in a directory whose name has what separates a split
+    (other := tmp_path / "a@b").mkdir()
+    for source, path, beside in (
+        ("tars", f"{folder}/shard-*.tar", file),
+        ("tars", f"{folder}/shard-?.tar", file),
+        ("tars", f"{tmp_path}/con*/0.tar", file),
+        ("folder", str(other), other / "user.py"),
+    ):
+        for given in (
+            dataclasses.replace(data, source=source, path=path),
+            dataclasses.replace(data, source="mixture", mixture=(f"{source}:{path}=4",)),
+        ):
+            with pytest.raises(UserError, match="lies in the data"):
+                config.reject_config_in_data(str(beside), given)
 
 
 def test_arguments_have_the_type_of_default_or_annotation(tmp_path) -> None:
