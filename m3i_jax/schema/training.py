@@ -190,7 +190,8 @@ class Train:
     )
     microbatches: int = option(
         1,
-        "parts into which a step is divided to save memory; the result is the same",
+        "parts into which a step is divided to save memory; the result is the same, but for batch"
+        " norms and the losses that compare the images of a batch (objective/README.md)",
         NumberLimit(1, 2**20),
     )
     round_batch: bool = option(
