@@ -8,6 +8,7 @@ variables. README.md has figures and images.
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
+from m3i_jax.errors import UserError
 from m3i_jax.models import presets
 
 
@@ -19,6 +20,11 @@ def get_config(size: int = 40_000, steps: int = 0, model: str = "vit_tiny") -> C
       steps: optimizer steps; 0: 420 for vit_tiny, 850 for internimage_pico, minutes each.
       model: vit_tiny or internimage_pico.
     """
+    if model not in presets.TOYS:
+        raise UserError(
+            f"configs/quickstart.py: model={model} is not one of {', '.join(presets.TOYS)}; use"
+            " configs/folder.py for others"
+        )
     steps, every = (
         steps or (420 if model == "vit_tiny" else 850),
         (210 if model == "vit_tiny" else 425),

@@ -182,6 +182,14 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             f"--workdir {flags.workdir}: a URL is not a directory; give a local directory, such as"
             " a mounted bucket"
         )
+    for name in ("workdir", "out", "checkpoint"):  # shells leave `~` in --workdir=~/runs
+        value = os.path.expanduser(getattr(flags, name) or "")
+        if value.startswith("~"):
+            raise UserError(
+                f"{_option(name)} {value}: begins with the home directory of an unknown user; write"
+                " an absolute path, or ./ before it"
+            )
+        setattr(flags, name, value)
     workdir = pathlib.Path(flags.workdir or ".")
     existing = next(path for path in (workdir, *workdir.parents) if os.path.lexists(path))
     if not existing.is_dir():

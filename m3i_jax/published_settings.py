@@ -11,27 +11,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from m3i_jax import config as configuration
-from m3i_jax import published_views, schema
+from m3i_jax import published_rates, published_views, schema
 
-# Of DINO and its successors; 0.996 a step of 1,024 images is 0.984 of 4,096.
+# Of DINO and its successors.
 _DINO = {
     "model.encoder.freeze_patch_embed": False,
     "model.head.hidden": 2048,
     "model.head.width": 256,
     "model.head.prototypes": 65_536,
-    "optim.freeze_prototypes": 0.01,  # an epoch of 100
-    "optim.ema": 0.984,
-    "optim.b2": 0.999,
-    "optim.clip": 3.0,
-    "optim.weight_decay": 0.04,
-    "optim.min_lr": 1e-6,
-    "optim.warmup_epochs": 10.0,
+    **published_rates.DINO,
     **published_views.DINO,
 }
-# Runs of SLIP's paper on YFCC, CLIP's included; its code decays tables and tokens, too.
-_YFCC = {"optim.b2": 0.98, "optim.min_lr": 1e-5, "optim.warmup_epochs": 1.0, "train.epochs": 25.0}
-# Of big_vision: kernels alone; its 1e-4 is not multiplied by the peak of 1e-3, as AdamW's 0.1 is.
-_BIG_VISION = {"optim.decayed": "kernels", "optim.weight_decay": 0.1}
 
 # SigLIP's on the 10 B images of WebLI, 32,768 a step; warm-up of 20,000 steps.
 _SIGLIP = {
@@ -45,7 +35,7 @@ _SIGLIP = {
     "model.text.pool": "last",
     "optim.warmup_epochs": 0.0655,
     "train.epochs": 4.0,
-    **_BIG_VISION,
+    **published_rates.BIG_VISION,
     **published_views.PLAIN,
 }
 
@@ -65,7 +55,7 @@ _CAPPA = {
     "optim.b2": 0.999,
     "optim.warmup_epochs": 0.0819,
     "train.epochs": 3.0,
-    **_BIG_VISION,
+    **published_rates.BIG_VISION,
     **published_views.PLAIN,
 }
 
@@ -86,9 +76,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.decoder.depth": 8,
         "model.decoder.positions": "absolute",
         "model.decoder.cls": "yes",
-        "optim.lr": 2.4e-3,
-        "optim.weight_decay": 0.05,
-        "optim.clip": 0.0,
+        **published_rates.MAE,
         "train.epochs": 1600.0,
         **published_views.PLAIN,
     },
@@ -98,18 +86,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.final_norm": True,
         "model.encoder.drop_path": 0.25,
         "model.encoder.freeze_patch_embed": False,
-        "optim.lr": 4e-3,
-        "optim.weight_decay": 0.05,
-        "optim.clip": 3.0,
-        "optim.ema": 0.9998,
-        "optim.ema_schedule": "constant",
+        **published_rates.DATA2VEC,
         "train.epochs": 800.0,
     },
     "feature_distillation": {
         "model.encoder.drop_path": 0.2,
         "model.encoder.freeze_patch_embed": False,
-        "optim.weight_decay": 0.05,
-        "optim.clip": 3.0,
+        **published_rates.FEATURE_DISTILLATION,
         "train.epochs": 300.0,
         **published_views.PLAIN,
     },
@@ -122,6 +105,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moco_v3": {
         **published_views.BYOL,
         "model.encoder.drop_path": 0.0,
+        "model.encoder.final_norm": True,
         "optim.lr": 2.4e-3,
         "optim.b2": 0.999,
         "optim.clip": 0.0,
@@ -148,8 +132,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.freeze_patch_embed": False,
         "model.head.hidden": 2048,
         "model.head.width": 128,
-        "optim.ema": 0.999,
-        "optim.ema_schedule": "constant",
+        **published_rates.DENSECL,
         "train.epochs": 200.0,
         **published_views.MOCO_V2,
     },
@@ -157,13 +140,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "data.mask": "uniform",
         "data.mask_ratio": 0.15,
         "data.crop_scale": (0.3, 1.0),
+        "model.encoder.drop_path": 0.0,
+        "model.encoder.final_norm": True,
         "model.encoder.freeze_patch_embed": False,
         "model.head.hidden": 2048,
         "model.head.width": 256,
-        "optim.b2": 0.999,
-        "optim.ema": 0.996,
-        "optim.clip": 3.0,
-        "optim.weight_decay": 0.04,
+        **published_rates.MSN,
         "train.epochs": 800.0,
         **published_views.MOCO_V2,
     },
@@ -250,8 +232,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim.weight_decay": 0.5,
         "data.flip_p": 0.0,
         **published_views.PLAIN,
-        "optim.decayed": "ranks",
-        **_YFCC,
+        **published_rates.YFCC,
     },
     "slip": {
         **published_views.SLIP,
@@ -261,8 +242,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.text.pool": "last",
         "objective.weighting": "fixed",
         "optim.lr": 3e-3,
-        "optim.decayed": "ranks",
-        **_YFCC,
+        **published_rates.YFCC,
     },
     "deit": {
         "model.encoder.drop_path": 0.2,
@@ -278,8 +258,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "data.mask_ratio": 0.75,
         "data.crop_scale": (0.2, 1.0),
         **published_views.PLAIN,
+        "model.encoder.drop_path": 0.0,
         "model.encoder.freeze_patch_embed": False,
-        "optim.weight_decay": 0.05,
+        **published_rates.MAE,
         "train.epochs": 400.0,
     },
     "vicreg": {

@@ -32,6 +32,12 @@ def _validate_combinations(c: schema.Config) -> None:
         )
         _require(o.b1 > 0, "optim.b1", o.b1, "must be positive with optim.rule=schedule_free")
     _require(
+        bool(c.train.watchdog and c.train.watchdog_first) or not c.train.watchdog_abort,
+        "train.watchdog_abort",
+        c.train.watchdog_abort,
+        "counts reports of the watchdog, which is off; set train.watchdog and watchdog_first",
+    )
+    _require(
         not d.vocabulary or d.tokenizer == "clip",
         "data.vocabulary",
         d.vocabulary,

@@ -104,6 +104,7 @@ BAD = {
     "train.epochs=1e300": "at most 1e+06",
     "data.size=1000000000000000": "at most 1,099,511,627,776",
     "objective.forms=m3i,m3i": "names m3i twice",
+    "objective.parallel_captions=-0.5": "0..1, or be -1",
     "data.vocabulary=/nope": "has no effect",  # without data.tokenizer=clip
     "data.path=~nosuchuser/x": "the home directory of an unknown user, ~nosuchuser",
     "model.text.width=0": "at least 1",
@@ -141,6 +142,14 @@ def test_windows_of_segmentation_leave_no_pixel_out(stride: int, whole: int, fit
     words = "config.dense.segment.test_stride: 65 leaves pixels .* use at most 64, or 0"
     with contextlib.nullcontext() if fits else pytest.raises(UserError, match=words):
         config.resolve(cfg)
+
+
+def test_a_watchdog_that_is_off_ends_no_run() -> None:
+    for off in ("watchdog", "watchdog_first"):
+        cfg = config.default_config()
+        config.apply_overrides(cfg, [f"train.{off}=0", "train.watchdog_abort=1"])
+        with pytest.raises(UserError, match="watchdog_abort: 1 counts reports of the watchdog"):
+            config.resolve(cfg)
 
 
 def test_at_least_sixty_bad_settings() -> None:
@@ -240,6 +249,7 @@ def get_config(path, steps: int, rate=None, names=("a", "b")):
             ":path=p,steps=2",
             "--config FILE, line 5: SystemExit",
         ),
+        (USER_FILE, ":path=p,steps=2,path=q", "--config FILE:path: is given twice; remove one"),
         (
             USER_FILE,
             ":pth=p,steps=2",
@@ -312,6 +322,20 @@ def test_data_directories_are_known_by_key_and_not_by_value(
         config.reject_config_in_data(str(file), data)
     config.reject_config_in_data(str(file), dataclasses.replace(data, path=str(tmp_path / "x*")))
     config.reject_config_in_data(str(file), dataclasses.replace(data, source="shapes"))
+    # beside the files of a glob, and in a directory whose name has what separates a split
+    (other := tmp_path / "a@b").mkdir()
+    for source, path, beside in (
+        ("tars", f"{folder}/shard-*.tar", file),
+        ("tars", f"{folder}/shard-?.tar", file),
+        ("tars", f"{tmp_path}/con*/0.tar", file),
+        ("folder", str(other), other / "user.py"),
+    ):
+        for given in (
+            dataclasses.replace(data, source=source, path=path),
+            dataclasses.replace(data, source="mixture", mixture=(f"{source}:{path}=4",)),
+        ):
+            with pytest.raises(UserError, match="lies in the data"):
+                config.reject_config_in_data(str(beside), given)
 
 
 def test_arguments_have_the_type_of_default_or_annotation(tmp_path) -> None:
@@ -362,6 +386,13 @@ def test_text_and_difference() -> None:
     )
     assert config.config_difference(old, new) == ["seed: 0 -> 3", "optim.lr: 0.001 -> 0.1"]
     assert len(old.splitlines()) == len(config.setting_table())
+    # what only other modes read, and where an index lies, changes no training
+    other = schema.Config(
+        compare=schema.Compare(seeds=2),
+        curate=schema.Curate(min_side=128),
+        data=schema.Data(index="/shared/index"),
+    )
+    assert config.config_difference(old, config.config_to_text(other)) == []
 
 
 def test_help_names_every_key() -> None:

@@ -44,8 +44,9 @@ ROOMS: dict[str, set[str]] = {
     "objective": {"registries"},
     # the last two for `load` and `roi_align` and the like, when they are asked for
     "__init__": {"objective", "version", "evaluation", "models", "installation"},
+    "published_rates": set(),
     "published_views": set(),
-    "published_settings": BASE | {"config", "published_views"},
+    "published_settings": BASE | {"config", "published_rates", "published_views"},
     "published_dense_settings": BASE | {"models"},
     "validation": BASE | {"objective"},
     "config": BASE | {"objective", "validation"},

@@ -73,6 +73,15 @@ def finish(*arguments: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave it in --workdir=~/x: the run would lie in a directory that is named ~."""
+    monkeypatch.setenv("HOME", "/home/a")
+    for words in (["--workdir=~/x"], ["--workdir", "~/x"]):
+        assert command._parse(["--mode=report", *words])[0].workdir == "/home/a/x"
+    flags, _ = command._parse(["--mode=features", "--workdir=W", "--out=~/features.npz"])
+    assert (flags.out, flags.workdir) == ("/home/a/features.npz", "W")
+
+
 @pytest.mark.skipif(
     not pathlib.Path("/proc/self/stat").exists() or not shutil.which("ps"),
     reason="needs /proc and ps to compare with",
@@ -118,6 +127,10 @@ def test_run_time_starts_with_the_process() -> None:
         (
             ["--config", "configs/quickstart.py", "--workdir", "gs://b/x"],
             "a URL is not a directory",
+        ),
+        (
+            ["--config", "configs/quickstart.py", "--workdir=~nosuchuser/x"],
+            "--workdir ~nosuchuser/x: begins with the home directory of an unknown user",
         ),
         (["--config", "configs/quickstart.py"], "--workdir: is missing"),
         (["--workdir", "W"], "--config: is missing"),

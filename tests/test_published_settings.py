@@ -97,6 +97,26 @@ def test_rates_are_those_of_the_batch_that_they_were_published_for():
     assert (clip.lr, clip.min_lr) == pytest.approx((5e-4 / 64, 1e-5 / 64))
 
 
+@pytest.mark.parametrize(
+    ("name", "batch", "expected"),
+    [
+        # of public commands: data2vec, Feature-Distillation, MILAN, MSN, DenseCL, DINO, I-JEPA
+        ("data2vec", 2048, {"lr": 2e-3, "min_lr": 1e-5, "ema": 0.9998}),
+        ("feature_distillation", 2048, {"lr": 1.2e-3, "min_lr": 2e-5}),
+        ("milan", 4096, {"lr": 2.4e-3}),
+        ("msn", 1024, {"lr": 1e-3, "min_lr": 1e-6, "ema": 0.996, "warmup_start": 0.2}),
+        ("densecl", 256, {"ema": 0.999}),
+        ("dino", 1024, {"lr": 2e-3, "ema": 0.996}),
+        ("ijepa", 2048, {"lr": 1e-3, "ema": 0.996}),
+    ],
+)
+def test_the_batch_of_a_publication_has_its_rates(
+    name: str, batch: int, expected: dict[str, float]
+) -> None:
+    optim = resolved(f"forms.py:form={name},batch_size={batch}").optim
+    assert {key: getattr(optim, key) for key in expected} == pytest.approx(expected)
+
+
 def test_show_prints_the_line(capsys, monkeypatch):
     leave_out_estimates(monkeypatch)
     config = toy.settings(objective__forms="simclr")

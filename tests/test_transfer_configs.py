@@ -90,6 +90,18 @@ def test_short_run_has_weak_augmentation() -> None:
     assert cfg.optim.layer_decay == 1.0 and cfg.optim.lr > 2e-3 * 64 / 1024
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("transfer/detect.py:images=/data", "images=/data needs annotations="),
+        ("quickstart.py:model=vit_b16", "model=vit_b16 is not one of vit_tiny, internimage_pico"),
+    ],
+)
+def test_arguments_that_a_recipe_would_not_follow_are_refused(recipe: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        configuration.load_config(f"configs/{recipe}")
+
+
 def test_table_9() -> None:
     cfg = load("probe.py:path=/images")
     o = cfg.optim

@@ -21,6 +21,7 @@ import os
 from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
+from m3i_jax.errors import UserError
 from m3i_jax.evaluation.dense_recipes import build_dense_encoder, continue_dense_run
 from m3i_jax.models import backbones
 from m3i_jax.published_dense_settings import global_blocks
@@ -55,6 +56,11 @@ def get_config(
       masks: predict masks; the annotations must have them. DINO predicts none.
       head: mask_rcnn, dino or mask2former.
     """
+    if images and not annotations:
+        raise UserError(
+            f"configs/transfer/detect.py: images={images} needs annotations=, the file of their"
+            " boxes; without both, built-in scenes are trained on"
+        )
     config = default_config()
     config.task = "detect"
     scenes = not annotations

@@ -132,6 +132,9 @@ def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
     >>> config = default_config(); rescale(config, 1024)
     >>> config.optim.lr, round(config.optim.ema, 5)
     (0.00025, 0.99875)
+    >>> config = default_config(); config.optim.ema = -1.0; rescale(config, 1024)
+    >>> config.optim.ema
+    -1.0
     >>> config = default_config(); rescale(config, 40_000)
     >>> config.optim.lr, config.optim.ema, config.train.batch_size
     (0.001, 0.995, 40000)
@@ -139,7 +142,8 @@ def rescale(config: ml_collections.ConfigDict, batch_size: int) -> None:
     scale = min(1.0, batch_size / config.train.batch_size)
     config.optim.lr *= scale
     config.optim.min_lr *= scale
-    config.optim.ema = 1 - (1 - config.optim.ema) * scale
+    if config.optim.ema >= 0:  # else it is open, and follows from the batch
+        config.optim.ema = 1 - (1 - config.optim.ema) * scale
     config.train.batch_size = batch_size
 
 

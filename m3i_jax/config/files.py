@@ -7,6 +7,8 @@ refused before it runs, and again when the settings are known.
 
 import ast
 import difflib
+import fnmatch
+import glob
 import importlib.util
 import inspect
 import os
@@ -109,17 +111,22 @@ def reject_config_in_data(file: str, data: Any) -> None:
 
 
 def _reject_below(file: str, data_path: str) -> None:
-    """Refuse a configuration file below a data directory; glob, split and weight are cut off."""
-    data_path = data_path.split("@")[0].split("*")[0]
-    for candidate in filter(None, {data_path, data_path.rpartition("=")[0]}):
-        folder = os.path.realpath(os.path.expanduser(candidate))
-        if (
-            "://" not in candidate
-            and os.path.isdir(folder)
-            and pathlib.Path(os.path.realpath(file)).is_relative_to(folder)
+    """Refuse a configuration file below a data directory, or beside the files of a glob, with and
+    without what may be a split or a weight after the path."""
+    real = pathlib.Path(os.path.realpath(file))
+    paths = {data_path, data_path.rpartition("=")[0]}
+    paths |= {cut for path in paths for cut in (path.rpartition("@")[0], path.split("@")[0])}
+    for path in sorted(path for path in paths if path and "://" not in path):
+        place = os.path.expanduser(path)
+        folder, parent = os.path.realpath(place.split("*")[0]), os.path.dirname(place)
+        within = place[0] != "*" and os.path.isdir(folder) and real.is_relative_to(folder)
+        if within or (
+            parent
+            and glob.has_magic(place)
+            and fnmatch.fnmatchcase(str(real.parent), os.path.realpath(parent))
         ):
             raise UserError(
-                f"--config {file}: lies in the data, {shorten(candidate)}, and files that come with"
+                f"--config {file}: lies in the data, {shorten(path)}, and files that come with"
                 " data are never run; copy the file to another directory if it is yours"
             )
 
@@ -169,6 +176,10 @@ def _parse_arguments(file: str, signature: inspect.Signature, text: str) -> dict
             raise UserError(
                 f"--config {file}:{name}: there is no such argument; "
                 + (f"did you mean {near[0]}=?" if near else f"it takes {names}")
+            )
+        if name in values:
+            raise UserError(
+                f"--config {file}:{name.rstrip('_')}: is given twice; remove one of them"
             )
         kind, where = _argument_type(signature.parameters[name]), name.rstrip("_")
         values[name] = parse_value(f"--config {file}:{where}", kind, value)

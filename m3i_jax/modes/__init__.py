@@ -224,6 +224,16 @@ MODES = {
 }
 
 
+# Settings of square views and of their objective, which a task of annotated images does not read.
+_OF_VIEWS = (
+    "objective.", "data.augment.", "data.crop_", "data.flip_p", "data.mask", "data.rand_augment.",
+    "data.small_views",
+)  # fmt: skip
+_OF_ALL = ("data.augment.mean", "data.augment.std")
+# Sections that one mode alone reads.
+_OF_ONE_MODE = {"compare.": "compare", "curate.": "curate"}
+
+
 def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) -> None:
     """Refuse settings without effect: assignments of the command line that the mode, the source or
     the task does not read, and files that the source does not read, whoever named them.
@@ -253,6 +263,21 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
             f"config.{unread[0]}: has no effect, because --mode={mode} does not read it; leave it"
             " out"
         )
+    for key in keys:
+        reader = next((of for part, of in _OF_ONE_MODE.items() if key.startswith(part)), mode)
+        if reader != mode:
+            raise UserError(
+                f"config.{key}: has no effect, because --mode={reader} alone reads it; leave it out"
+            )
+    for key in () if config.traits.views else keys:
+        value, default = (
+            operator.attrgetter(key)(settings) for settings in (config, schema.Config())
+        )
+        if key.startswith(_OF_VIEWS) and key not in _OF_ALL and value != default:
+            raise UserError(
+                f"config.{key}: {value!r} has no effect, because config.task={config.task!r} does"
+                " not read it; dense.geometry has crops and flips, and dense the losses"
+            )
     reasons = mixture.unread(config.data, counted=bool(reads))
     for key in dict.fromkeys([*keys, "data.class_names", "data.directory"]):
         value = getattr(config.data, key.removeprefix("data."), None)

@@ -12,6 +12,7 @@ import jax
 from m3i_jax import config as configuration
 from m3i_jax import parallel, schema, validation
 from m3i_jax.data import pipeline, splits
+from m3i_jax.data.sources import mixture
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.models import m3i
 from m3i_jax.modes import batch_search, monitoring, setup
@@ -25,19 +26,23 @@ from m3i_jax.training.plan import build_plan
 from m3i_jax.training.task import task_kind
 
 _ROWS = 64  # images that the estimate of the memory traffic traces
+_RENDERED = ("shapes", "scenes")
+_LISTED = 50_000  # built-in images of which the objects are placed to count them
 # of ImageNet-1k and CLIP, in place of values that only the data determine
 ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}
 
 
 def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
     """The configuration completed without opening the data, and the assumptions made. The names of
-    a folder's files are read, if it lies on this machine: they give all numbers."""
+    a folder's files are read, if it lies on this machine, and built-in images are counted: they
+    give all numbers."""
     d = config.data
     assumed: list[str] = []
-    if opened := _listed_folder(d):
+    if opened := _listed_data(d, config.task):
         train, _ = opened
-        classes = len(train.classes) if d.classes < 0 else d.classes
-        captions, size = pipeline.uses_captions(d, train), d.size or len(train)
+        classes = len(task_kind(config.task).class_names(train)) if d.classes < 0 else d.classes
+        planned = d.size if d.source == "folder" else 0  # of built-in images, those to render
+        captions, size = pipeline.uses_captions(d, train), planned or len(train)
         done = setup.complete_config(config, classes=classes, captions=captions, size=size)
         if captions and d.captions == "auto" and not _reads_captions(done):
             done = setup.complete_config(config, classes=classes, captions=False, size=size)
@@ -59,11 +64,27 @@ def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
 
 
 @functools.lru_cache(maxsize=1)
-def _listed_folder(data: schema.Data) -> tuple[DataSource, DataSource] | None:
-    """(training part, held-out part) of a folder on this machine; None for other sources, which
-    cannot be counted without reading them. Only names of files are read."""
+def _listed_data(data: schema.Data, task: str) -> tuple[DataSource, DataSource] | None:
+    """(training part, held-out part) of what is counted without reading images: a folder on this
+    machine, of which only names of files are read, built-in scenes, and mixtures of built-in
+    images. None for other sources."""
     folder = data.source == "folder" and os.path.isdir(os.path.expanduser(data.path))
-    return splits.open_splits(data) if folder else None
+    if not folder and not (data.source in ("scenes", "mixture") and _few_rendered(data)):
+        return None
+    kind = task_kind(task)
+    train, held_out = map(kind.with_annotations, splits.open_splits(data))
+    return kind.training_records(train), held_out
+
+
+def _few_rendered(data: schema.Data) -> bool:
+    """Whether all images are built-in ones, and few enough to be listed within seconds."""
+    entries = mixture.mixture_entries(data)
+    numbers = [entry.path or str(data.size) for entry in entries if entry.kind in _RENDERED]
+    return (
+        len(numbers) == len(entries)
+        and all(number.isdecimal() and int(number) for number in numbers)
+        and sum(map(int, numbers)) <= _LISTED
+    )
 
 
 def _reads_captions(config: schema.Config) -> bool:
@@ -247,9 +268,10 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         print(line)
     if left := scaling.open_settings(config):
         print(f"derived from batch size and length (training/scaling.py): {', '.join(left)}")
-    if opened := _listed_folder(config.data):
+    if opened := _listed_data(config.data, config.task):
         train, held_out = opened
-        print(f"counted by the names of files: {train.description()}; {len(held_out):,} held out")
+        how = "counted by the names of files" if config.data.source == "folder" else "counted"
+        print(f"{how}: {train.description()}; {len(held_out):,} held out")
     if assumed:
         path = config.data.path if config.data.source == "folder" else ""
         why = f"{path!r} is not on this machine" if path else "this mode reads no data"

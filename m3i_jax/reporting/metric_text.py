@@ -48,9 +48,9 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
                 score=False,
                 note=True,
             ),
-            _accuracy("probe/*", "top1, top5: the paper's linear probe, by SGD"),
+            _accuracy("probe/*", "top1, top5: the paper's linear probe, by LARS"),
             _accuracy("attentive/*", "top1, top5: a probe with attention pooling"),
-            _accuracy("few_shot/*", "accuracy with 1, 5 or 10 labelled images per category"),
+            _accuracy("few_shot/*", "accuracy with this many labelled images per category"),
             _accuracy(
                 "zero_shot/*", "top1, top5 of classification by captions, for each set of templates"
             ),

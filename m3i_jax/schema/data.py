@@ -205,7 +205,8 @@ class Data:
     )
     size: int = option(
         0,
-        "training images; shapes: images to render; otherwise 0: count the records of the source",
+        "images to render (shapes, scenes); of other sources a number to plan with, which"
+        " --mode=show and compile take in the place of ImageNet's and a run counts; 0: counted",
         NumberLimit(0, 2**40),
     )
     image_size: int = option(224, "side of a view in pixels [P]", NumberLimit(1, 8192))

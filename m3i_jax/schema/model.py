@@ -22,8 +22,8 @@ STAGES = ListLimit(fewest=4, most=4)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """The encoder. Patch size, width and drop path apply to every backbone, the other settings to
-    the ViT only."""
+    """The encoder. Patch size, width, drop path and freezing apply to every backbone, what begins
+    with "ViT" to it alone."""
 
     patch_size: int = option(
         16, "patch side in pixels, the stride of the dense features [P]", NumberLimit(1, 4096)

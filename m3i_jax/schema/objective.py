@@ -140,7 +140,7 @@ class Objective:
         -1.0,
         "share of the images whose caption tokens are predicted at once, from mask tokens (CapPa:"
         " 0.75); -1: the method's",
-        NumberLimit(-1.0, 1.0),
+        dataclasses.replace(SHARE, open=-1),
     )
     second_group: tuple[str, ...] = option(
         ("category", "text"),

@@ -190,7 +190,8 @@ class Train:
     )
     microbatches: int = option(
         1,
-        "parts into which a step is divided to save memory; the result is the same",
+        "parts into which a step is divided to save memory; the result is the same, but for batch"
+        " norms and the losses that compare the images of a batch (objective/README.md)",
         NumberLimit(1, 2**20),
     )
     round_batch: bool = option(
@@ -214,7 +215,8 @@ class Train:
     )
     watchdog_first: float = option(
         7200.0,
-        "value of train.watchdog until a process has finished its first step, which compiles",
+        "value of train.watchdog until a process has finished its first step, which compiles; 0:"
+        " no watchdog at all",
         SECONDS,
     )
     watchdog_abort: int = option(

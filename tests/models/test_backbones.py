@@ -168,6 +168,8 @@ REFUSED = {
     "model.encoder.norm_eps=1e-5": "is a setting of the ViT",
     "model.encoder.activation=gelu_tanh": "is a setting of the ViT",
     "model.encoder.position_grid=4": "is a setting of the ViT",
+    "model.encoder.layer_scale=1e-5": "is a setting of the ViT",
+    "model.encoder.registers=4": "is a setting of the ViT",
     "model.encoder.patch_size=16": "must be 8",
     "data.image_size=40": "multiple of 16",
     "data.mask_cell=12": "multiple of model.encoder.patch_size",
@@ -191,6 +193,16 @@ def test_what_it_cannot_do_is_refused_in_one_line(assignment: str) -> None:
     with pytest.raises(UserError, match=REFUSED[assignment]) as refusal:
         plan.build_plan(toy.settings(**(toy.INTERN | {key.replace(".", "__"): value})))
     assert "\n" not in str(refusal.value)
+
+
+def test_every_setting_of_the_vit_is_refused_for_a_convolution() -> None:
+    for key, (_, default, text, choices) in configuration.setting_table().items():
+        if key.startswith("model.encoder.") and text.startswith("ViT"):
+            number = "true" if isinstance(default, bool) else f"{default}1"
+            other = choices[-1] if choices else number
+            changed = {key.replace(".", "__"): other}
+            with pytest.raises(UserError, match=key):
+                plan.build_plan(toy.settings(**(toy.INTERN | changed)))
 
 
 def test_heads_of_a_vit_divide_its_width() -> None:

@@ -1,14 +1,19 @@
 """--mode=show: the numbers of a folder in place of ImageNet's, and this machine."""
 
+import dataclasses
 import pathlib
 import re
+import tempfile
 
 import pytest
 
+from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax.modes import show
+from m3i_jax.modes.setup import open_setup
 from m3i_jax.modes.task_views import task_views
 from m3i_jax.profiling import this_machine
+from m3i_jax.training.task import task_kind
 from tests import toy
 from tests.quick_show import leave_out_estimates
 
@@ -80,3 +85,33 @@ def test_the_cost_is_of_what_a_step_has_as_many_of_as_images(
 def test_other_sources_are_assumed() -> None:
     config = toy.settings(data__source="tars", data__path="/x/*.tar", data__classes=-1)
     assert show.assume_data(config)[1] == ["1000 categories"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "captions"),
+    [
+        ("configs/transfer/detect.py", "no"),
+        ("configs/transfer/segment.py", "no"),
+        ("configs/forms.py:form=locca,size=tiny", "yes"),
+    ],
+)
+def test_built_in_images_are_counted(recipe: str, captions: str) -> None:
+    """As the run opens them: without scenes that show no object, and with their own classes."""
+    config = configuration.resolve(configuration.load_config(recipe))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data,
+            size=300,
+            mixture=("shapes:200", "scenes:100") if config.data.mixture else (),
+        ),
+    )
+    with tempfile.TemporaryDirectory() as workdir:
+        kind = task_kind(config.task)
+        opened = open_setup(config, workdir, trains=kind.objectives(config)).config.data
+    done, assumed = show.assume_data(config)
+    found = done.data.size, done.data.classes, done.data.captions
+    assert found == (opened.size, opened.classes, captions) and not assumed
+    many = dataclasses.replace(config, data=dataclasses.replace(config.data, size=10**9))
+    if not config.data.mixture:  # too many to list
+        assert show.assume_data(many)[1] == ["1000 categories"]

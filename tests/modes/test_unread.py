@@ -1,6 +1,7 @@
 """Overrides without effect and missing initial weights are refused in one line, before the trainer
 is imported."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -82,6 +83,9 @@ def test_the_settings_that_a_mode_reads_exist() -> None:
         ("export", {}, "data.image_size=64", "--mode=export does not read it"),
         ("features", {}, "data.image_size=64", "--mode=features does not read it"),
         ("report", {}, "evaluate.k=3", "--mode=report does not read it"),
+        ("train", {}, "curate.min_side=128", "--mode=curate alone reads it"),
+        ("train", {}, "compare.forms=mim,clip", "--mode=compare alone reads it"),
+        ("show", {}, "compare.budget=flops", "--mode=compare alone reads it"),
     ],
 )
 def test_overrides_without_effect_are_refused(
@@ -106,6 +110,8 @@ def test_overrides_without_effect_are_refused(
         # the mode plans with the size and counts no images
         ("show", {"source": "folder", "size": 9}, ["data.size=9"]),
         ("train", MIXED, ["data.path=", "optim.lr=1"]),  # emptied
+        ("compare", {}, ["compare.forms=mim,clip", "compare.seeds=2"]),
+        ("curate", {}, ["curate.min_side=128"]),
         ("export", {}, ["evaluate.crop=1.0", "report.licence=MIT"]),
     ],
 )
@@ -159,6 +165,18 @@ def test_the_feature_of_a_file_of_weights_is_the_one_asked_for() -> None:
     attention = schema.Config(evaluate=schema.Evaluate(features="attention"))
     with pytest.raises(UserError, match="config.evaluate.features: 'attention'.*vit.npz has only"):
         eval_mode.evaluate_weights(attention, "vit.npz")
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_a_dense_task_refuses_settings_of_views(task: str) -> None:
+    """dense.geometry.flip_p mirrors its images, and data.flip_p=0 would leave them mirrored."""
+    data = schema.Data(flip_p=0.0, augment=schema.Augment(jitter_p=0.0, std=(1.0, 1.0, 1.0)))
+    config = schema.Config(task=task, data=data, objective=schema.Objective(label_smoothing=0.2))
+    for key in ("data.flip_p", "data.augment.jitter_p", "objective.label_smoothing"):
+        with pytest.raises(UserError, match=f"config.{key}: 0.* does not read it; dense.geometry"):
+            refuse_unread("train", [f"{key}=0"], config)
+        refuse_unread("train", [f"{key}=0"], dataclasses.replace(config, task="pretrain"))
+    refuse_unread("train", ["data.augment.std=(1,1,1)", "data.crop_scale=(0.08,1)"], config)
 
 
 @pytest.mark.row("E8")

@@ -25,19 +25,34 @@ def recipe(form: str) -> schema.Config:
 _BEIT = {"strength": (0.4, 0.4, 0.4, 0.0), "gray": 0.0}
 _STRONG = {"strength": (0.8, 0.8, 0.8, 0.2), "jitter": 0.8, "gray": 0.2}  # of SimCLR, 1.0
 _MOCO_V2 = {"strength": (0.4, 0.4, 0.4, 0.1), "blur": (0.5, 0.5), "solarize": (0.0, 0.0)}
+_YFCC = {"warmup": 1, "b2": 0.98, "lowest": 1e-5, "clip": 0.0}
 
 # Golden: the public recipes. BYOL's 0.996 is for 1,000 epochs; SLIP trains CLIP without flips and
 # colour augmentation.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "mae": {"epochs": 1600, "flip": 0.5, "jitter": 0.0},
-    "data2vec": {"epochs": 800, "ema": 0.9998, "jitter": 1.0, "blur": (0.0, 0.0), **_BEIT},
-    "feature_distillation": {"epochs": 300, "jitter": 0.0},
+    "data2vec": {"epochs": 800, "warmup": 10, "jitter": 1.0, "blur": (0.0, 0.0), **_BEIT},
+    "feature_distillation": {"epochs": 300, "warmup": 10, "jitter": 0.0},
     "byol": {"epochs": 1000, "ema": 0.996, "blur": (1.0, 0.1)},
-    "moco_v3": {"epochs": 300, "ema": 0.99, "warmup": 40, "b2": 0.999, "clip": 0.0},
+    "moco_v3": {
+        "epochs": 300,
+        "ema": 0.99,
+        "warmup": 40,
+        "b2": 0.999,
+        "clip": 0.0,
+        "last_norm": True,
+    },
     "simclr": {"epochs": 1000, "blur": (0.5, 0.5), "solarize": (0.0, 0.0), **_STRONG},
     "barlow_twins": {"epochs": 1000, "solarize": (0.0, 0.2)},
     "densecl": {"epochs": 200, "crop": (0.2, 1.0), **_MOCO_V2},
-    "msn": {"epochs": 800, "crop": (0.3, 1.0), **_MOCO_V2},
+    "msn": {
+        "epochs": 800,
+        "warmup": 15,
+        "crop": (0.3, 1.0),
+        "drop_path": 0.0,
+        "last_norm": True,
+        **_MOCO_V2,
+    },
     "dino": {"epochs": 100, "ema": 0.984, "blur": (1.0, 0.1, 0.5), "decay": 0.04, "b2": 0.999},
     "ibot": {
         "epochs": 800,
@@ -58,10 +73,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "capi": {"epochs": 57.7, "decay": 0.1, "ema": 0.99975, "warmup": 5.77, "clip": 0.0},
     "siamese_im": {"epochs": 1600, "warmup": 40, "decay": 0.05},
-    "clip": {"epochs": 25, "warmup": 1, "flip": 0.0, "decay": 0.5, "b2": 0.98, "lowest": 1e-5},
-    "slip": {"epochs": 25, "flip": 0.5, "decay": 0.1, "b2": 0.98, "lowest": 1e-5, **_MOCO_V2},
+    "clip": {"epochs": 25, "flip": 0.0, "decay": 0.5, **_YFCC},
+    "slip": {"epochs": 25, "flip": 0.5, "decay": 0.1, **_YFCC, **_MOCO_V2},
     "deit": {"epochs": 800, "warmup": 40},
-    "milan": {"epochs": 400, "warmup": 40, "crop": (0.2, 1.0), "jitter": 0.0, "gray": 0.0},
+    "milan": {
+        "epochs": 400,
+        "warmup": 40,
+        "crop": (0.2, 1.0),
+        "jitter": 0.0,
+        "gray": 0.0,
+        "clip": 0.0,
+        "drop_path": 0.0,
+    },
     "vicreg": {"epochs": 1000, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)},
     "lejepa": {"epochs": 800, "warmup": 1, "solarize": (0.2, 0.2), "b2": 0.999, **_STRONG},
     "simdino": {"epochs": 100, "decay": 0.04, "ema": 0.968, "warmup": 10, "b2": 0.999},
@@ -99,6 +122,7 @@ def test_a_named_method_has_the_recipe_it_was_published_with(name: str) -> None:
         "scale": config.model.encoder.layer_scale,
         "eps": config.model.encoder.norm_eps,
         "last_norm": config.model.encoder.final_norm,
+        "drop_path": config.model.encoder.drop_path,
     }
     assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
