@@ -6,12 +6,15 @@ dense tasks as pure functions of arrays, for this project and for others.
 - `contrastive`: losses that compare the images of a batch: dense InfoNCE, NT-Xent, Barlow Twins,
   prototypes
 - `sigmoid_pairs`: the sigmoid loss of images and captions, by a ring over devices
+- `caption_posterior`: cross-entropy of the tokens of captions
+- `prototype_targets`: soft assignments to prototypes: what balances them, and their loss
 - `posteriors`: all of these as values
 - `entropy`: estimators of the entropy as losses: KoLeo, VICReg, SIGReg, uniformity, coding rate
 - `entropy_terms`: these as values, and as terms of an objective
 - `terms`: the rows of the paper's Table 1 as data
 - `published`, `published_recent`, `published_terms`: public methods where they differ from those
   rows, those younger than the paper, and what several of them share
+- `derived_terms`: objectives made of others: rows together, small views, teachers
 - `registry`: all objectives by name; `register_form` adds one from outside
 - `information`: the bound of Eq. 2 in bits
 - `collapse`: monitors of collapsing targets
@@ -38,7 +41,9 @@ from types import ModuleType
 
 __all__ = [
     "balance",
+    "caption_posterior",
     "contrastive",
+    "derived_terms",
     "entropy",
     "entropy_terms",
     "posteriors",
@@ -48,7 +53,10 @@ __all__ = [
     "rng",
     "terms",
     "mixing",
+    "prototype_targets",
     "published",
+    "published_recent",
+    "published_terms",
     "positions",
     "losses",
     "registry",

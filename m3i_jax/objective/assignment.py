@@ -57,7 +57,7 @@ def match_boxes(
     assert_shape(valid_M, iou_MxN.shape[:1], custom_message="one `valid` per row of iou")
     if low > high:
         raise ValueError(f"low {low} is greater than high {high}")
-    if iou_MxN.shape[0] == 0:
+    if not iou_MxN.size:
         nothing_N = jnp.zeros(iou_MxN.shape[1], jnp.int32)
         return nothing_N, nothing_N
     iou_MxN = jax.lax.stop_gradient(jnp.where(valid_M[:, None], iou_MxN, -1.0))

@@ -121,7 +121,7 @@ def box_pair_losses(
     Args:
       boxes_Nx4: predicted, of which the gradient is.
       targets_Nx4: of the objects.
-      where_N: weights; 0: no pair.
+      where_N: weights; 0: no pair, whose numbers may be NaN.
 
     >>> box = jnp.array([[0.5, 0.5, 0.2, 0.2]])
     >>> [x.round(3).tolist() for x in box_pair_losses(box + 0.1, box, jnp.ones(1))]
@@ -129,7 +129,7 @@ def box_pair_losses(
     """
     where_N = float32(where_N)
     pair_N = where_N > 0
-    targets_Nx4 = jax.lax.stop_gradient(float32(targets_Nx4))
+    targets_Nx4 = jax.lax.stop_gradient(jnp.where(pair_N[:, None], float32(targets_Nx4), 0.0))
     boxes_Nx4 = jnp.where(pair_N[:, None], float32(boxes_Nx4), targets_Nx4)
     far_N = jnp.abs(boxes_Nx4 - targets_Nx4).sum(-1)
     pairs = (corner_boxes(boxes)[:, None] for boxes in (boxes_Nx4, targets_Nx4))

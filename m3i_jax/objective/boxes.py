@@ -272,6 +272,8 @@ def nms(
     """
     boxes_Nx4, scores_N = _boxes(boxes_Nx4, "boxes"), float32(scores_N)
     assert_shape(scores_N, boxes_Nx4.shape[:-1], custom_message="one score per box")
+    if not scores_N.size:
+        return jnp.zeros(scores_N.shape, bool)
     order_N = jnp.argsort(-scores_N, stable=True)
     boxes_Nx4 = boxes_Nx4[order_N]
     rank_N = jnp.arange(len(order_N))

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from m3i_jax.objective import information
-from m3i_jax.objective.numerics import assert_rank, float32
+from m3i_jax.objective.numerics import assert_rank, assert_shape, float32
 from m3i_jax.objective.posteriors import LossInputs, LossSum, Posterior
 
 # Targets that a decoder of captions predicts: a caption; the box of an object, given its name; box
@@ -35,7 +35,8 @@ class CaptionHead:
 
 
 def token_costs(logits_RxLxV: ArrayLike, tokens_RxL: ArrayLike) -> jax.Array:
-    """-log softmax(logits) at the token of each place, float32 [R, L], in nats.
+    """-log softmax(logits) at the token of each place, float32 [R, L], in nats; NaN where the token
+    is not in 0..V-1.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -48,8 +49,20 @@ def token_costs(logits_RxLxV: ArrayLike, tokens_RxL: ArrayLike) -> jax.Array:
     assert_rank(logits, 3, custom_message="logits must be [R, L, V]")
     if tokens.shape != logits.shape[:2]:
         raise ValueError(f"tokens have shape {tokens.shape}, logits {logits.shape}: [R, L, V]")
-    picked = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
-    return jax.nn.logsumexp(logits, -1) - picked
+    known = (tokens >= 0) & (tokens < logits.shape[-1])
+    picked = jnp.take_along_axis(logits, jnp.where(known, tokens, 0)[..., None], -1)[..., 0]
+    return jnp.where(known, jax.nn.logsumexp(logits, -1) - picked, math.nan)
+
+
+def _weighted_costs(
+    logits_RxLxV: ArrayLike, tokens_RxL: ArrayLike, where_RxL: jax.Array
+) -> jax.Array:
+    """Weight * cost of each token [R, L]; 0 where the weight is 0, in the gradient, too."""
+    logits = float32(logits_RxLxV)
+    assert_shape(where_RxL, logits.shape[:-1], custom_message="where: one weight per token")
+    counts_RxL = where_RxL > 0
+    costs_RxL = token_costs(jnp.where(counts_RxL[..., None], logits, 0.0), tokens_RxL)
+    return jnp.where(counts_RxL, costs_RxL, 0.0) * where_RxL
 
 
 def caption(
@@ -64,28 +77,32 @@ def caption(
 
     Args:
       logits_RxLxV: of the token at each place.
-      tokens_RxL: the tokens, ids below V.
+      tokens_RxL: the tokens, ids in 0..V-1; padding may have any number.
       where_RxL: weight of each, 0 for padding; None counts all.
       per_token: False: the mean over the tokens of a caption, so that captions of any length weigh
         the same (CapPa). True: every token weighs the same (CoCa).
 
     Returns:
       (sum of costs in nats, count of captions or of tokens), float32 scalars; (0, 0) if no token
-      counts. The cost of a token of weight 0 has no gradient, even if it is NaN.
+      counts. The cost of a token of weight 0 has no gradient, even if it is NaN. A counted token
+      that is not in 0..V-1 gives NaN, so that the mistake is noticed.
+
+    Raises:
+      ValueError: shapes that do not belong together.
 
     >>> logits = jnp.log(jnp.array([[[1.0, 1.0], [1.0, 3.0]]]))
     >>> total, count = caption(logits, jnp.array([[0, 1]]))
     >>> print(f"{total / count:.4f}")  # (log 2 + log 4/3) / 2
     0.4904
     """
-    logits = float32(logits_RxLxV)
-    where = jnp.ones(logits.shape[:2]) if where_RxL is None else float32(where_RxL)
-    cost_RxL = token_costs(jnp.where(where[..., None] > 0, logits, 0.0), tokens_RxL)
+    every = jnp.ones(jnp.shape(logits_RxLxV)[:-1], jnp.float32)
+    where = every if where_RxL is None else float32(where_RxL)
+    cost_RxL = _weighted_costs(logits_RxLxV, tokens_RxL, where)
     if per_token:
-        return (where * cost_RxL).sum(), where.sum()
+        return cost_RxL.sum(), where.sum()
     length_R = where.sum(1)
-    share_RxL = where / jnp.maximum(length_R, 1e-9)[:, None]
-    return (share_RxL * cost_RxL).sum(), (length_R > 0).sum().astype(jnp.float32)
+    mean_R = cost_RxL.sum(1) / jnp.where(length_R > 0, length_R, 1.0)
+    return mean_R.sum(), (length_R > 0).sum().astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,8 +133,7 @@ class CaptionSoftmax(Posterior):
         self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
     ) -> LossSum:
         total, count = caption(prediction, target, where, per_token=self.per_token)
-        logits = jax.lax.stop_gradient(jnp.where(where[..., None] > 0, prediction, 0.0))
-        nll_R = (where * token_costs(logits, target)).sum(1)
+        nll_R = _weighted_costs(jax.lax.stop_gradient(prediction), target, where).sum(1)
         evidence = {
             "nll": nll_R.sum(),
             "tokens": where.sum(),

@@ -33,7 +33,9 @@ def track_target(
 
     The average starts as a copy of the parameters. Update number k (from 1) sets it to `m(k) * old
     + (1 - m(k)) * new`, new being the parameters *after* the update: put the transform last in the
-    chain. Integer leaves are copied.
+    chain. Integer leaves are copied. The average has the types of the parameters: in bfloat16,
+    whose numbers are about 0.5 % apart, it does not follow them at a momentum near 1, so keep them
+    in float32.
 
     Args:
       momentum: m in [0, 1], or a schedule k -> m such as `cosine_momentum`.

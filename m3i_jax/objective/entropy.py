@@ -130,7 +130,8 @@ def variance_covariance(
 
     Args:
       features_TxD: features.
-      where_T: weight of a row, bool or float >= 0, in all moments; None counts every row once.
+      where_T: weight of a row, bool or float >= 0, in all moments; None counts every row once. Only
+        their ratios matter: C is numpy's `cov(aweights=where_T)`.
       variance, covariance: weights of both parts.
       eps: added to the variances.
 
@@ -185,10 +186,13 @@ def _moments(
     """(C_dd [D], sum_{d != e} C_de^2, count)."""
     x_TxD, weight_T = _rows(features_TxD, where_T)
     count, (rows, width) = weight_T.sum(), x_TxD.shape
-    mean_D = (weight_T[:, None] * x_TxD).sum(0) / jnp.maximum(count, 1e-12)
-    root_Tx1 = jnp.where(weight_T > 0, jnp.sqrt(jnp.where(weight_T > 0, weight_T, 1.0)), 0.0)
-    others = jnp.where(count > 1, count - 1, 1.0)
-    y_TxD = root_Tx1[:, None] * (x_TxD - mean_D) * jax.lax.rsqrt(others)
+    share_T = _shares(weight_T)
+    mean_D = (share_T[:, None] * x_TxD).sum(0)
+    root_T = jnp.where(share_T > 0, jnp.sqrt(jnp.where(share_T > 0, share_T, 1.0)), 0.0)
+    # (n - 1) / n of n rows of equal weight, whatever that is; a single row has no variance
+    unbiased = 1 - jnp.square(share_T).sum()
+    unbiased = jnp.where(unbiased > 1e-6, unbiased, 1.0)
+    y_TxD = root_T[:, None] * (x_TxD - mean_D) * jax.lax.rsqrt(unbiased)
     variance_D = jnp.square(y_TxD).sum(0)
     # sum of the squares of Y'Y is that of YY': the smaller of the two is computed
     if rows < width:
@@ -218,8 +222,9 @@ def sigreg(
     log(2 pi e). Its mean for standard normal features is 1.0525, not 0 (`SIGREG_FLOOR`), for
     constant features about 0.4 n.
 
-    LeJEPA's code reduces the means over all devices; so do we. n is the global count, so value and
-    gradient grow with the batch.
+    LeJEPA's code reduces the means over all devices; so do we. n is the global number of rows, so
+    value and gradient grow with the batch; of rows of different weights, `sum(w)^2 / sum(w^2)`, as
+    many rows of one weight as have the same error of phi.
 
     Args:
       features_TxD: features, not normalised.
@@ -244,8 +249,9 @@ def sigreg(
     0.402
     """
     x_TxD, weight_T = _rows(features_TxD, where_T)
-    count = weight_T.sum()
-    share_Tx1 = (weight_T / jnp.where(count > 0, count, 1.0))[:, None]
+    count, share_Tx1 = weight_T.sum(), _shares(weight_T)[:, None]
+    square = jnp.square(share_Tx1).sum()
+    rows = jnp.where(square > 0, 1 / jnp.where(square > 0, square, 1.0), 0.0)
     directions_DxS = jax.random.normal(key, (x_TxD.shape[1], slices))
     directions_DxS /= jnp.linalg.norm(directions_DxS, axis=0)
     x_TxS = jnp.matmul(x_TxD, directions_DxS, precision=EXACT)
@@ -265,7 +271,7 @@ def sigreg(
         return total + weight * distance(x_TxS, t), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(()), (t_K, weights_K))
-    return total * count * count, count
+    return total * rows * count, count
 
 
 def uniformity_loss(
@@ -421,9 +427,17 @@ def _rows(features_TxD: ArrayLike, where_T: ArrayLike | None) -> tuple[jax.Array
     return x_TxD, weight_T
 
 
+def _shares(weight_T: jax.Array) -> jax.Array:
+    """Weights over their sum; 0 where no row counts."""
+    total = weight_T.sum()
+    return weight_T / jnp.where(total > 0, total, 1.0)
+
+
 def _groups(x_TxD: jax.Array, weight_T: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
-    rows = x_TxD.shape[0]
-    size = min(group or rows, rows)
+    rows, width = x_TxD.shape
+    if group < 0:
+        raise ValueError(f"group is {group}; give the rows that see each other, or 0 for all")
+    size = max(min(group or rows, rows), 1)
     if rows % size:
         raise ValueError(f"{rows} rows do not divide into groups of {size}")
-    return x_TxD.reshape(-1, size, x_TxD.shape[1]), weight_T.reshape(-1, size)
+    return x_TxD.reshape(rows // size, size, width), weight_T.reshape(rows // size, size)

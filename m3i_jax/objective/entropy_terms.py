@@ -175,13 +175,16 @@ class MomentEnergy(Estimator):
     reference: ClassVar[str] = "Renyi entropy of order 2 of the spectrum of the second moment"
 
     def cost(self, features: jax.Array, where: jax.Array, key: Any) -> LossSum:
+        # rows that do not count are 0 before the norm, whose gradient at NaN is NaN
+        features = jnp.where((where > 0)[:, None], features, 0.0)
         centred = features - features.mean(-1, keepdims=True)
         normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
-        normal = jnp.where((where > 0)[:, None], normal, 0.0)
         total, count = entropy.moment_energy(normal, where)
-        trace = (where * jnp.square(normal).sum(-1)).sum() / jnp.maximum(count, 1)
-        share = total * features.shape[1] / jnp.maximum(count, 1) / jnp.square(trace)
-        return entropy_sum((total, count), -jnp.log(jnp.where(count > 0, share, 1.0)))
+        energy = total * features.shape[1] * count
+        trace = jnp.square((where * jnp.square(normal).sum(-1)).sum())
+        # equal numbers in each row leave no direction: the entropy of one
+        share = jnp.where(trace > 0, energy / jnp.where(trace > 0, trace, 1.0), 1.0)
+        return entropy_sum((total, count), -jnp.log(share))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

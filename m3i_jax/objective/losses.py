@@ -235,7 +235,7 @@ def category(
         weighs 0.
       where_B: further weight of an image, bool or float >= 0; None counts every labelled image
         once.
-      smoothing: s in [0, 1].
+      smoothing: s in [0, 1]. With the Python number 0, a class whose logit is -inf is ruled out.
 
     Returns:
       (sum over images of weight * cost in nats, sum of weights), float32 scalars. A counted label
@@ -261,8 +261,11 @@ def category(
         assert_equal_shape([where_B, label_B], custom_message="where and label")
         weight_B = weight_B * where_B.astype(jnp.float32)
     logits_BxC = jnp.where((weight_B > 0)[..., None], logits_BxC, 0.0)
-    above_B = (logits_BxC - select_logit(logits_BxC, label_B)[..., None]).mean(-1)
-    cost_B = softmax_cross_entropy(logits_BxC, label_B) - smoothing * above_B
+    cost_B = softmax_cross_entropy(logits_BxC, label_B)
+    # 0 times the -inf of a class that a caller rules out would be NaN
+    if not (isinstance(smoothing, int | float) and smoothing == 0):
+        above_B = (logits_BxC - select_logit(logits_BxC, label_B)[..., None]).mean(-1)
+        cost_B -= smoothing * above_B
     return weighted_sum(cost_B, weight_B), weight_B.sum()
 
 

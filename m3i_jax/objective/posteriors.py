@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax.objective import contrastive, information, losses, regression_losses
-from m3i_jax.objective.numerics import float32, l2_normalize
+from m3i_jax.objective.numerics import float32, l2_normalize, zero_masked_rows
 from m3i_jax.objective.sigmoid_pairs import text_sigmoid_sums
 from m3i_jax.objective.similarity import candidate_counts
 
@@ -102,6 +102,7 @@ class Posterior:
 def moments(prediction: jax.Array, target: jax.Array, where: jax.Array) -> dict[str, jax.Array]:
     """Sums of a Gaussian model: squared error, squared targets and the targets themselves."""
     p, t, w = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (prediction, target, where))
+    p, t, w = zero_masked_rows(p, t, w)
     w_x1 = w[..., None]
     return {
         "error": (w_x1 * jnp.square(p - t)).sum(),
@@ -143,7 +144,7 @@ class Softmax(Posterior):
     ) -> dict[str, jax.Array]:
         """Evidence of a softmax over the pairs of the rows, of which rows of equal `group` are no
         candidates of each other: fewer candidates can tell less."""
-        out = cls.evidence(nll, count, count)
+        out = cls.evidence(nll, count, (where > 0).sum())
         if group is None:
             return out
         log_choices_R = jnp.log(jnp.maximum(candidate_counts(jnp.asarray(group), where), 1.0))
@@ -330,7 +331,7 @@ class NTXent(Softmax):
     ) -> LossSum:
         tau = given.temperature if self.temperature is None else self.temperature
         total, count = contrastive.nt_xent(prediction, target, where, temperature=tau)
-        return LossSum(total, count, self.evidence(total, count, 2 * count - 1))
+        return LossSum(total, count, self.evidence(total, count, 2 * (where > 0).sum() - 1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

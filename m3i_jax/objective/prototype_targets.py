@@ -253,7 +253,8 @@ class PrototypeSoftmax(Categorical):
         self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs
     ) -> LossSum:
         total, count = soft_cross_entropy(prediction, target, where, temperature=self.temperature)
-        counts_K = (where[..., None] * target).reshape(-1, target.shape[-1]).sum(0)
+        counted = jnp.where((where > 0)[..., None], target, 0.0)
+        counts_K = (where[..., None] * counted).reshape(-1, target.shape[-1]).sum(0)
         evidence = {"nll": total, "counts": counts_K}
         return LossSum(total, count, jax.lax.stop_gradient(evidence))
 

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from m3i_jax.objective.numerics import (
     EXACT,
     assert_equal_shape,
+    assert_shape,
     float32,
     l2_normalize,
     weighted_sum,
@@ -177,6 +178,7 @@ def similarity_sums(
             " tokens"
         )
     where_BxN = jnp.ones(p_BxNxD.shape[:2]) if where_BxN is None else float32(where_BxN)
+    assert_shape(where_BxN, p_BxNxD.shape[:2], custom_message="where: one weight per token")
     seen_BxNx1 = (where_BxN > 0)[..., None]  # tokens of weight 0 may be NaN
     p_BxNxD, t_BxNxD = (
         l2_normalize(jnp.where(seen_BxNx1, x, 0.0))
@@ -191,7 +193,8 @@ def similarity_sums(
     of_p_BxNxN = 2 * half_BxNxN - jax.lax.stop_gradient(half_BxNxN)
     weight_BxNxN = where_BxN[:, :, None] * where_BxN[:, None]
     square_BxNxN = jnp.square(of_p_BxNxN - of_t_BxNxN)
-    of_image_B = jnp.maximum(where_BxN.sum(1), 1e-6)
+    of_image_B = where_BxN.sum(1)
+    of_image_B = jnp.where(of_image_B > 0, of_image_B, 1.0)
     total = ((weight_BxNxN * square_BxNxN).sum((1, 2)) / of_image_B).sum()
     others_BxNxN = weight_BxNxN * (1 - jnp.eye(p_BxNxD.shape[1]))
     sums = {

@@ -69,7 +69,8 @@ def text_sigmoid(
       counts.
 
     Raises:
-      ValueError: shapes that do not belong together, or rows that the devices do not divide.
+      ValueError: shapes that do not belong together, axes that the mesh does not have, or rows that
+        the devices do not divide.
 
     >>> import jax.numpy as jnp
     >>> total, count = text_sigmoid(jnp.eye(2), jnp.eye(2), 0.0, 0.0)
@@ -112,7 +113,15 @@ def text_sigmoid_sums(
     if group_B is not None:
         group_B = jnp.asarray(group_B)
         assert_equal_shape([group_B, weight_B], custom_message="group: one per row")
-    devices = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    if missing := [axis for axis in axes if axis not in mesh.shape]:
+        raise ValueError(
+            f"axes are {axes}, and the mesh {dict(mesh.shape)} has no {missing[0]!r}; set the mesh"
+            " that splits the rows by jax.set_mesh, or give axes=()"
+        )
+    if not rows:
+        return weight_B.sum(), weight_B.sum(), weight_B.sum()
+    devices = math.prod(mesh.shape[axis] for axis in axes)
     if rows % devices:
         raise ValueError(f"{rows} rows do not divide over {devices} devices of {axes}")
     pairs = Captions(jnp.arange(rows), weight_B > 0, group_B)
@@ -154,7 +163,7 @@ def _forward(
     weight_B: jax.Array,
     pairs: Captions,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """((loss, softmax cost), (gradients of the loss by u, v and scalars, weights, pairs))."""
+    """((loss, softmax cost), (gradients of the loss by u, v, scalars and weights, pairs))."""
     axes, chunk = settings
     run = functools.partial(_ring, axes, chunk)
     if axes:
@@ -162,18 +171,18 @@ def _forward(
         run = jax.shard_map(
             run,
             in_specs=(split, split, whole, split, split),
-            out_specs=(whole, whole, (split, split, whole)),
+            out_specs=(whole, whole, (split, split, whole, split)),
             check_vma=False,
         )
     total, nll, gradients = run(u_BxE, v_BxE, scalars, weight_B, pairs)
-    return (total, nll), (gradients, weight_B, pairs)
+    return (total, nll), (gradients, pairs)
 
 
 def _backward(settings: Settings, kept: Any, cotangents: Any) -> tuple[Any, ...]:
-    gradients, weight_B, pairs = kept
-    du_BxE, dv_BxE, of_scalars = jax.tree.map(lambda x: cotangents[0] * x, gradients)
+    gradients, pairs = kept
+    du_BxE, dv_BxE, of_scalars, dweight_B = jax.tree.map(lambda x: cotangents[0] * x, gradients)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), pairs)
-    return du_BxE, dv_BxE, of_scalars, jnp.zeros_like(weight_B), nothing
+    return du_BxE, dv_BxE, of_scalars, dweight_B, nothing
 
 
 _sums.defvjp(_forward, _backward)
@@ -198,7 +207,7 @@ def _ring(
     scalars: Scalars,
     weight_R: jax.Array,
     pairs: Captions,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, Scalars]]:
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, Scalars, jax.Array]]:
     """(loss, softmax cost, gradients of the loss), of one device's images and all captions."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.prod(mesh.shape[axis] for axis in axes)
@@ -229,7 +238,8 @@ def _ring(
     of_scalars = running.of_scalars
     if axes:
         loss, nll, of_scalars = _lax.psum((loss, nll, of_scalars), axes)
-    return loss, nll, (running.du_RxE, dv_RxE, of_scalars)
+    # a row's cost is the gradient by its weight, 0 where that is 0
+    return loss, nll, (running.du_RxE, dv_RxE, of_scalars, running.loss_R)
 
 
 def _compare(

@@ -12,6 +12,7 @@ input view, view 1 the other view; the paper's table numbers them the other way 
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from m3i_jax.objective.caption_posterior import CAPTIONS, CaptionHead
@@ -212,6 +213,7 @@ class Term:
       image: image of a mixed pass: own (i) or partner (j).
       hidden: count only target positions that are hidden in the pass.
       group: ssp or sp, the two groups that lambda balances (Eq. 13).
+      weight: >= 0; the losses of a group are averaged with their weights.
     """
 
     name: str
@@ -227,6 +229,11 @@ class Term:
     def __post_init__(self) -> None:
         if self.image not in ("own", "partner") or self.group not in ("ssp", "sp"):
             raise ValueError(f"term {self.name}: image must be own or partner, group ssp or sp")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(
+                f"term {self.name}: weight is {self.weight}; losses are averaged with their"
+                " weights, so give a finite one of at least 0"
+            )
         if self.image == "partner" and not (self.reads.mixed or self.reads.blended):
             raise ValueError(f"term {self.name}: only a mixed or blended pass shows a partner")
         if self.reads.blended and self.head != PooledHead(everything=True):

@@ -104,11 +104,13 @@ def loss_weights(
             if t.group == term.group and is_image[j] == is_image[i]
         ]
         if is_image[i]:
-            weights.append(term.weight / jnp.maximum(count, 1) / sum(t.weight for t, _ in pool))
+            # 1 where all weights are 0: their losses are 0, and not 0 / 0
+            pool_weight = sum(t.weight for t, _ in pool) or 1
+            weights.append(term.weight / jnp.maximum(count, 1) / pool_weight)
         else:
             share = rows[i] / jnp.maximum(count, 1) if per_token(term) else 1.0
-            total = jnp.maximum(sum(t.weight * n for t, n in pool), 1)
-            weights.append(share * term.weight / total)
+            total = jnp.asarray(sum(t.weight * n for t, n in pool))
+            weights.append(share * term.weight / jnp.where(total > 0, total, 1.0))
     if snapshot is not None:  # a snapshot that has not been taken is random
         taken = [t.target.encoder == "snapshot" for t in plan.terms]
         weights = [w * snapshot.taken if t else w for w, t in zip(weights, taken, strict=True)]

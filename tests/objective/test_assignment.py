@@ -44,6 +44,8 @@ def test_without_objects_all_is_background(kind):
         iou, valid = np.full((objects, 9), 0.9, np.float32), np.zeros(objects, bool)
         label, index = assignment.match_boxes(iou, valid, **KINDS[kind])
         assert label.tolist() == index.tolist() == [0] * 9
+    no_anchor = assignment.match_boxes(np.zeros((3, 0)), np.ones(3, bool), **KINDS[kind])
+    assert [x.shape for x in no_anchor] == [(0,), (0,)]
 
 
 def test_every_object_keeps_its_best_anchors_in_one_compiled_program():

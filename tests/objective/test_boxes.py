@@ -173,6 +173,10 @@ def test_many_suppressions_at_once_and_padding():
             np.testing.assert_array_equal(keep_N[valid_N], expected)
 
 
+def test_no_box_at_all():
+    assert boxes.nms(np.zeros((0, 4)), np.zeros(0), 0.5, np.zeros(0), np.zeros(0)).shape == (0,)
+
+
 def test_a_chain_of_boxes_is_settled_from_the_first():
     """Every box removes the next: only every other one stays, after as many rounds as boxes."""
     x = np.arange(50, dtype=np.float32)

@@ -1,5 +1,7 @@
 """The posterior of captions against numpy (float64): both means, gradients, padding, bits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,3 +78,28 @@ def test_bits_of_a_token_of_a_caption_and_beyond_the_frequencies_of_tokens() -> 
         jnp.asarray(LOGITS), jnp.asarray(TOKENS), jnp.asarray(WHERE), LossInputs()
     )
     assert set(CaptionSoftmax().figures(causal.evidence)) == {"token", "image"}
+
+
+def test_padding_may_be_any_number() -> None:
+    @jax.jit
+    def every(tokens: jax.Array) -> list[Any]:
+        evidence = CaptionSoftmax().cost(
+            jnp.asarray(LOGITS), tokens, jnp.asarray(WHERE), LossInputs()
+        )
+        return [evidence, *(caption(LOGITS, tokens, WHERE, per_token=p) for p in (False, True))]
+
+    expected = every(TOKENS)
+    for padding in (-100, -1, 7, 49408):
+        got = every(np.where(WHERE > 0, TOKENS, padding))
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize("token", [-100, -1, 7])
+def test_a_counted_token_beyond_the_vocabulary_is_noticed(token: int) -> None:
+    assert np.isnan(jax.jit(caption)(LOGITS, np.full_like(TOKENS, token))[0])
+
+
+def test_weights_of_another_shape_are_named() -> None:
+    for where in (WHERE[:, 0], WHERE[:, :1], WHERE[:2]):
+        with pytest.raises(ValueError, match="one weight per token"):
+            caption(LOGITS, TOKENS, where)

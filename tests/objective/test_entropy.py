@@ -73,6 +73,29 @@ def test_rows_of_weight_0_are_ignored(name):
     assert all(v.dtype == jnp.float32 for v in COMPILED[name](jnp.asarray(alone, jnp.bfloat16)))
 
 
+@pytest.mark.parametrize("name", ["variance_covariance", "sigreg"])
+def test_only_ratios_of_weights_matter(name):
+    """Weights that sum to 1 make neither a variance of billions nor a statistic of one row."""
+    x = normal(10, 4, seed=2)
+    expected = ESTIMATORS[name][1](x.astype(np.float64))
+    for weight in (0.1, 1 / 7, 3.0):
+        value, _ = GRADIENTS[name](x, np.full(10, weight, np.float32))
+        np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
+def test_covariances_of_weighted_rows_are_those_of_numpy():
+    x, where = normal(10, 4, seed=2), np.linspace(0.1, 2, 10).astype(np.float32)
+    c = np.cov(x.T.astype(np.float64), aweights=where)
+    off = (c**2).sum() - (np.diag(c) ** 2).sum()
+    total, count = entropy.variance_covariance(x, where, variance=0.0, covariance=1.0)
+    np.testing.assert_allclose(total / count, off / 4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_no_row_at_all_is_no_loss(name):
+    assert [float(v) for v in COMPILED[name](np.zeros((0, 4), np.float32))] == [0, 0]
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_equal_and_zero_rows_have_finite_gradients(name):
     for rows in (np.zeros((6, 4), np.float32), np.ones((6, 4), np.float32)):
@@ -117,6 +140,8 @@ def test_wrong_shapes_are_named():
         entropy.koleo(np.zeros((2, 3, 4)))
     with pytest.raises(ValueError, match=r"\(2,\).*\(3\)"):
         entropy.coding_rate(np.zeros((3, 4)), np.zeros(2))
+    with pytest.raises(ValueError, match="group is -1"):
+        entropy.koleo(np.zeros((3, 4)), group=-1)
     with pytest.raises(ValueError, match=r"\(4, 4\).*\(3, 3\)"):
         entropy.moment_energy(np.zeros((3, 3)), moment_DxD=np.zeros((4, 4)))
 
@@ -199,3 +224,12 @@ def test_moment_energy_counts_directions():
     both = losses.gaussian(p, p, second_moment=0.3, moment_DxD=c)
     alone = entropy.moment_energy(p, moment_DxD=c)
     np.testing.assert_allclose(both[0], 0.3 * alone[0], rtol=1e-5)
+
+
+def test_moment_energy_of_rows_that_do_not_count_and_of_equal_numbers():
+    estimator, where = entropy_terms.MomentEnergy(), np.array([1, 0, 1], np.float32)
+    x = normal(3, 4)
+    x[1] = np.nan
+    grad = jax.jit(jax.grad(lambda x: estimator.cost(x, where, KEY).sum))(x)
+    assert np.isfinite(grad).all() and grad[0].any() and not np.asarray(grad)[1].any()
+    assert bits(estimator, np.ones((3, 4), np.float32)) == 0

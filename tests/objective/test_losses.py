@@ -117,6 +117,17 @@ def test_category_golden():
     assert float(total / count) == pytest.approx(0.5901897, rel=1e-6)
 
 
+def test_category_without_smoothing_may_rule_out_classes():
+    """A logit of -inf: the loss is that of the other classes, in its gradient, too."""
+    logits, label = normal(4, 6), np.array([0, 1, 2, 5])
+    logits[:, 3] = -np.inf
+    run = value_and_grad_of(lambda x: category(x, label, smoothing=0.0)[0])
+    value, grad = run(logits)
+    expected, kept = run(np.where(np.isinf(logits), -99, logits).astype(np.float32))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(grad, kept, atol=1e-6)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_category_is_optax(smoothing):
     logits, label = 3 * normal(9, 6), np.random.default_rng(1).integers(0, 6, 9)

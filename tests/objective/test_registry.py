@@ -49,3 +49,17 @@ def test_a_form_cannot_be_replaced(name):
 def test_invalid_forms_are_refused(name, terms):
     with pytest.raises(ValueError, match=f"^form '{name.replace('+', '.')}': "):
         registry.register_form(name, terms)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_by_which_nothing_can_be_averaged_is_refused(weight):
+    with pytest.raises(ValueError, match=f"^term registered: weight is {weight}"):
+        terms.token_term(terms.MASKED, 0, name="registered", weight=weight)
+
+
+def test_every_module_of_the_package_is_an_attribute():
+    """Also of one that nothing has imported yet."""
+    import m3i_jax.objective
+
+    for name in ("caption_posterior", "derived_terms", "prototype_targets", "published_recent"):
+        assert m3i_jax.objective.__getattr__(name).__name__ == f"m3i_jax.objective.{name}"

@@ -121,3 +121,9 @@ def test_errors_name_what_is_wrong(loss):
 def test_beta_must_be_positive(beta):
     with pytest.raises(ValueError, match=str(beta)):
         regression_losses.smooth_l1(np.zeros((3, 4)), np.zeros((3, 4)), beta=beta)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (3,), (1, 3)])
+def test_weights_of_tokens_of_another_shape_are_named(shape):
+    with pytest.raises(ValueError, match="one weight per token"):
+        regression_losses.token_similarity(normal(2, 3, 4), normal(2, 3, 5), np.ones(shape))

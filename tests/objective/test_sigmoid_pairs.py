@@ -86,7 +86,25 @@ def test_value_at_the_published_start():
     assert 9.3 < value < 10.7
 
 
+def test_the_gradient_by_a_weight_is_the_cost_of_its_row():
+    u, v, scale, bias = inputs()
+    where = np.array([1, 2, 0, 1, 0.5, 1], np.float32)
+    run = jax.jit(jax.grad(lambda w: sigmoid_pairs.text_sigmoid(u, v, scale, bias, w, chunk=4)[0]))
+    keep = where > 0
+    logits = np.exp(SCALE) * reference.unit(u) @ reference.unit(v).T + BIAS
+    cost = np.log1p(np.exp(np.where(np.eye(6), -logits, logits)))[np.ix_(keep, keep)].sum(1)
+    np.testing.assert_allclose(run(where)[keep], cost, rtol=1e-4)
+
+
+def test_no_pair_at_all_is_no_loss():
+    nothing = np.zeros((0, 4), np.float32)
+    run = jax.jit(sigmoid_pairs.text_sigmoid_sums)
+    assert [float(x) for x in run(nothing, nothing, 1.0, -1.0)] == [0, 0, 0]
+
+
 def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"axes are \('data',\), and the mesh .* has no 'data'"):
+        sigmoid_pairs.text_sigmoid(normal(3, 4), normal(3, 4), 0.0, 0.0, axes=("data",))
     with pytest.raises(ValueError, match=r"image and text"):
         sigmoid_pairs.text_sigmoid(normal(3, 4), normal(2, 4), 0.0, 0.0)
 

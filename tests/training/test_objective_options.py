@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from m3i_jax.models import m3i, pooling, text
-from m3i_jax.objective import derived_terms, mixing, terms
+from m3i_jax.objective import derived_terms, mixing, registry, terms
 from m3i_jax.objective.terms import FULL, MIXED, MlpShape, ProjectionHead, pooled_term, token_term
 from m3i_jax.training import plan as plans
-from m3i_jax.training import predictions, pretrain_task, term_losses, trainer
+from m3i_jax.training import predictions, pretrain_task, term_losses, trainer, views
 from tests import toy
 from tests.training.forward import (
     SMALL,
@@ -217,3 +217,16 @@ def test_microbatches_contrast_with_the_whole_batch() -> None:
     for name in ("loss/global", "loss/inter", "info/global", "info/inter"):
         np.testing.assert_allclose(metrics_2[name], metrics[name], rtol=1e-4, err_msg=name)
     np.testing.assert_allclose(norms_2, norms, rtol=1e-4)
+
+
+def test_weights_are_ratios_and_a_term_of_weight_0_alone_has_no_loss() -> None:
+    """It may be the only one of its group, to be seen in the log: 0, and not 0 / 0. A small weight
+    is that of a mean, too, also where it makes less than one row of all of them."""
+    light = dataclasses.replace(terms.text_term(terms.FULL), weight=1e-3)
+    registry.register_form("light", (terms.token_term(terms.FULL, 0, weight=0.0), light))
+    plan = plan_of("light")
+    batch = {k: jnp.asarray(v) for k, v in toy.batch(plan.config).items()}
+    inputs = views.pass_inputs(plan.config, plan.passes, batch)
+    counts, weights = term_losses.loss_weights(plan, inputs)
+    assert float(weights[0]) == 0 and float(counts[1]) > 1
+    assert float(weights[1] * counts[1]) == pytest.approx(1)
