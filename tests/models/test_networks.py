@@ -107,6 +107,19 @@ def test_modules_of_internimage_compute_the_same() -> None:
     np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_parameters_in_bfloat16_have_gradients() -> None:
+    """The layer of a caller who keeps its parameters in bfloat16: gradients in their type, those of
+    the same numbers in float32 to rounding."""
+    layer, x = SMALL["DCNv3"], inputs("DCNv3")
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), layer.init(jax.random.key(0)))
+    gradient = jax.jit(jax.grad(lambda params: (layer(params, x) ** 2).sum()))
+    found = gradient(half)
+    wanted = gradient(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(np.float32), b, rtol=0.01, atol=1e-6)
+
+
 def test_an_optimizer_of_nnx_trains_the_layer() -> None:
     layer, x = SMALL["DCNv3"].nnx(nnx.Rngs(1)), inputs("DCNv3")
     optimizer = nnx.Optimizer(layer, optax.sgd(0.05), wrt=nnx.Param)
