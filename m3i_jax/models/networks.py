@@ -26,6 +26,24 @@ from m3i_jax.models import (
 )
 from m3i_jax.models.intern_image import InternImageConfig
 from m3i_jax.models.layers import Params
+from m3i_jax.registries import not_one_of
+
+
+def _check(of: str, sizes: Any, settings: type) -> None:
+    """Raise ValueError for the first size that a setting of the same name refuses: an unknown norm
+    or kind of positions would otherwise be that of the default."""
+    for field in dataclasses.fields(settings):
+        if not hasattr(sizes, field.name):
+            continue
+        value, choices = getattr(sizes, field.name), field.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"{of}: {field.name}: {not_one_of(repr(value), choices)}")
+        limits = field.metadata["limits"]
+        for entry in value if isinstance(value, tuple) else (value,):
+            if limits and (why := limits.wrong(entry)):
+                raise ValueError(f"{of}: {field.name}: {entry!r} {why}")
+        if isinstance(value, tuple) and (why := limits.count.wrong(value)):
+            raise ValueError(f"{of}: {field.name}: {value!r} {why}")
 
 
 class Network:
@@ -113,6 +131,11 @@ class ViTNetwork(Network):
     dtype: str = "float32"
     scan: bool = False
 
+    def __post_init__(self) -> None:
+        _check("ViT", self, schema.Encoder)
+        if self.width % self.heads:
+            raise ValueError(f"ViT: heads: {self.heads} must divide the width {self.width}")
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ViTNetwork":
         """Returns a size by name, such as vit_b16, with changes.
@@ -158,6 +181,9 @@ class InternImageNetwork(Network):
     config: InternImageConfig = InternImageConfig()
     dtype: str = "float32"
     scan: bool = False
+
+    def __post_init__(self) -> None:
+        _check("InternImage", self.config, schema.InternImage)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "InternImageNetwork":

@@ -107,6 +107,33 @@ def test_modules_of_internimage_compute_the_same() -> None:
     np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (lambda: m3i_jax.ViT(norm="rmsnorm"), "ViT: norm: 'rmsnorm' is not one of layer, rms"),
+        (lambda: m3i_jax.ViT(positions="sin-cos"), "ViT: positions: .* did you mean sincos?"),
+        (lambda: m3i_jax.ViT(width=64, heads=6), "ViT: heads: 6 must divide the width 64"),
+        (lambda: m3i_jax.ViT(depth=0), "ViT: depth: 0 must be at least 1"),
+        (
+            lambda: m3i_jax.InternImage.preset("internimage_t", norm="Pre"),
+            "InternImage: norm: 'Pre' is not one of pre, post, res_post",
+        ),
+    ],
+)
+def test_unknown_sizes_are_refused(make, why) -> None:
+    """They were read as the default: layer norm, the sin-cos table."""
+    with pytest.raises(ValueError, match=why):
+        make()
+
+
+def test_an_even_side_is_refused() -> None:
+    """The gradient of such a depth-wise convolution was one cell off."""
+    layer = m3i_jax.DCNv3(width=4, groups=2, kernel=4)
+    params = jax.eval_shape(layer.init, jax.random.key(0))
+    with pytest.raises(ValueError, match="side 4 has no centre"):
+        jax.eval_shape(layer, params, inputs("DCNv3"))
+
+
 def test_parameters_in_bfloat16_have_gradients() -> None:
     """The layer of a caller who keeps its parameters in bfloat16: gradients in their type, those of
     the same numbers in float32 to rounding."""
