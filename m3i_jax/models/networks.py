@@ -39,10 +39,11 @@ def _check(of: str, sizes: Any, settings: type) -> None:
         if choices and value not in choices:
             raise ValueError(f"{of}: {field.name}: {not_one_of(repr(value), choices)}")
         limits = field.metadata["limits"]
-        for entry in value if isinstance(value, tuple) else (value,):
+        is_list = isinstance(value, tuple | list)
+        for entry in value if is_list else (value,):
             if limits and (why := limits.wrong(entry)):
                 raise ValueError(f"{of}: {field.name}: {entry!r} {why}")
-        if isinstance(value, tuple) and (why := limits.count.wrong(value)):
+        if is_list and (why := limits.count.wrong(value)):
             raise ValueError(f"{of}: {field.name}: {value!r} {why}")
 
 

@@ -115,6 +115,10 @@ def test_modules_of_internimage_compute_the_same() -> None:
         (lambda: m3i_jax.ViT(width=64, heads=6), "ViT: heads: 6 must divide the width 64"),
         (lambda: m3i_jax.ViT(depth=0), "ViT: depth: 0 must be at least 1"),
         (
+            lambda: m3i_jax.InternImage.preset("internimage_t", depths=[4, 4, 18]),
+            "InternImage: depths: .* must be four numbers",
+        ),
+        (
             lambda: m3i_jax.InternImage.preset("internimage_t", norm="Pre"),
             "InternImage: norm: 'Pre' is not one of pre, post, res_post",
         ),
