@@ -130,6 +130,13 @@ def test_unknown_sizes_are_refused(make, why) -> None:
         make()
 
 
+@pytest.mark.parametrize("network", [m3i_jax.ViT, m3i_jax.InternImage])
+def test_unknown_presets_name_the_known(network) -> None:
+    near = "vit_b16" if network is m3i_jax.ViT else "internimage_b"
+    with pytest.raises(KeyError, match=f"did you mean {near}?"):
+        network.preset(near + "x")
+
+
 def test_an_even_side_is_refused() -> None:
     """The gradient of such a depth-wise convolution was one cell off."""
     layer = m3i_jax.DCNv3(width=4, groups=2, kernel=4)
