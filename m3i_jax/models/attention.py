@@ -129,9 +129,12 @@ def _attend_backward(
     dbias = _bias_gradients(dlogits, shapes)
     dlogits = dlogits.astype(q.dtype)
     scale = scale or q.shape[-1] ** -0.5
+    # In float32, as in the forward pass: 1 / sqrt(48) rounded to bfloat16 is 0.13 % too large.
+    dq = jnp.einsum("bhqt,bhte->bhqe", dlogits, k, preferred_element_type=jnp.float32) * scale
+    scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     return (
-        jnp.einsum("bhqt,bhte->bhqe", dlogits, k) * scale,
-        jnp.einsum("bhqt,bhqe->bhte", dlogits, q * scale),
+        dq.astype(q.dtype),
+        jnp.einsum("bhqt,bhqe->bhte", dlogits, scaled),
         dv,
         None,
         dbias,

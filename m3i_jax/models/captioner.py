@@ -94,8 +94,11 @@ class CaptionBlock(nn.Module):
     def _read(self, query_RxLxW: jax.Array, key_value_RxNx2W: jax.Array) -> jax.Array:
         """Attention of the tokens to the image."""
         arrays = query_RxLxW, key_value_RxNx2W
-        if attention_kernel_fits(self.heads, arrays) and parallel.trusted(
-            kernel_call(self.heads, arrays, None)
+        # one token, the shape that parameters are made with, is no work for a kernel
+        if (
+            key_value_RxNx2W.shape[1] > 1
+            and attention_kernel_fits(self.heads, arrays)
+            and parallel.trusted(kernel_call(self.heads, arrays, None))
         ):
             return attend_columns(self.heads, arrays, None)
         (q,), (k, v) = (

@@ -219,7 +219,7 @@ def dcnv3(
     call = SampledSum((("default", method),), size, out[0], places, out[1])
     if method == "auto":
         use_kernel = kernel_fits(
-            x_BxQxC, size, groups, len(grid), offset.shape[1]
+            x_BxQxC, size, groups, len(grid), offset.shape[1], is_map=True
         ) and kernel_is_trusted(call, _BOUNDS, x_BxQxC, offset, mask)
         default = "kernel" if use_kernel else choose(height, width)
         call = call._replace(methods=(("cpu", choose(height, width, "cpu")), ("default", default)))

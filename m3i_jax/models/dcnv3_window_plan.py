@@ -150,12 +150,16 @@ def plan_windows(
     return None
 
 
-def supports(groups: int, depth: int, points: int, dtype: Any) -> bool:
+def supports(groups: int, depth: int, points: int, dtype: Any, *, is_map: bool = True) -> bool:
     """Whether the kernel takes this type, and VMEM this many groups side by side.
+
+    Args:
+      groups, depth, points, dtype: as of `plan_windows`.
+      is_map: whether the output is a map; of one without an order, windows are wider.
 
     >>> supports(10, 32, 9, jnp.bfloat16), supports(10, 32, 9, jnp.float16)
     (True, False)
     """
     types = jnp.bfloat16, jnp.float32
-    large = (2**15, 2**15), 2**30, 2**15  # every large map has the same sizes
+    large = (2**15, 2**15), 2**30, 2**15 * is_map  # every large map has the same sizes
     return dtype in types and plan_windows(*large, groups, depth, points, dtype) is not None

@@ -160,7 +160,6 @@ def _convolved_backward(
     )[1](g_BxHxWxC)
 
 
-@jax.custom_vjp
 def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
     """Depth-wise convolution of odd side K, stride 1, zero padding; sums in float32, result in the
     type of x.
@@ -169,9 +168,24 @@ def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) 
     ten times as long on a CPU. On a TPU it is a convolution: the shifts would be copies of nine
     times the bytes. On a GPU a kernel computes the gradients of kernel and bias.
 
+    Raises:
+      ValueError: an even side.
+
     >>> depthwise(jnp.ones((1, 2, 3, 1)), jnp.ones((3, 3, 1)), jnp.zeros(1))[0, :, :, 0].tolist()
     [[4.0, 6.0, 4.0], [4.0, 6.0, 4.0]]
     """
+    if len(kernel_KxKxC) % 2 == 0:
+        raise ValueError(
+            f"a depth-wise kernel of side {len(kernel_KxKxC)} has no centre, at which its result"
+            " is; use an odd side"
+        )
+    # float32 also of parameters that a caller keeps in bfloat16, whose gradients are then bfloat16
+    wide = jnp.float32
+    return _depthwise(x_BxHxWxC, kernel_KxKxC.astype(wide), bias_C.astype(wide))
+
+
+@jax.custom_vjp
+def _depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
     forms: dict[str, Any] = {"tpu": _convolved, "default": _shifted_sum}
     return jax.lax.platform_dependent(x_BxHxWxC, kernel_KxKxC, bias_C, **forms)
 
@@ -192,8 +206,8 @@ def _depthwise_backward(
     return dx, dkernel, g_BxHxWxC.astype(jnp.float32).sum((0, 1, 2))
 
 
-depthwise.defvjp(
-    lambda x, kernel, bias: (depthwise(x, kernel, bias), (x, kernel)), _depthwise_backward
+_depthwise.defvjp(
+    lambda x, kernel, bias: (_depthwise(x, kernel, bias), (x, kernel)), _depthwise_backward
 )
 
 
@@ -376,7 +390,7 @@ def run_layers(
     def rows(
         gather: Callable[[Any], Any], trees: Any, x: jax.Array, keep_LxBx2: Any, _: Any
     ) -> jax.Array:
-        count = chunk_count(x.shape[0], at_once) if at_once else 1
+        count = chunk_count(parallel.rows_of_device(x.shape[0]), at_once) if at_once else 1
         x, keep_LxPxBx2 = deal_rows(x, count), deal_rows(keep_LxBx2, count, 1)
 
         def call(params: Any, x: jax.Array, keep_Bx2: Any) -> jax.Array:

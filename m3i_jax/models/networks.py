@@ -10,6 +10,7 @@ function of (params, images), and on demand a module of flax Linen or NNX with t
 Parameters are those of `m3i_jax.load(...).params["encoder"]`."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,6 +27,31 @@ from m3i_jax.models import (
 )
 from m3i_jax.models.intern_image import InternImageConfig
 from m3i_jax.models.layers import Params
+from m3i_jax.registries import not_one_of
+
+
+def _check(of: str, sizes: Any, settings: type) -> None:
+    """Raise ValueError for the first size that a setting of the same name refuses: an unknown norm
+    or kind of positions would otherwise be that of the default."""
+    for field in dataclasses.fields(settings):
+        if not hasattr(sizes, field.name):
+            continue
+        value, choices = getattr(sizes, field.name), field.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"{of}: {field.name}: {not_one_of(repr(value), choices)}")
+        limits = field.metadata["limits"]
+        is_list = isinstance(value, tuple | list)
+        for entry in value if is_list else (value,):
+            if limits and (why := limits.wrong(entry)):
+                raise ValueError(f"{of}: {field.name}: {entry!r} {why}")
+        if is_list and (why := limits.count.wrong(value)):
+            raise ValueError(f"{of}: {field.name}: {value!r} {why}")
+
+
+def _of_name(presets: Mapping[str, Any], name: str) -> Any:
+    if name not in presets:
+        raise KeyError(f"preset {not_one_of(repr(name), presets)}")
+    return presets[name]
 
 
 class Network:
@@ -79,7 +105,8 @@ class ViTNetwork(Network):
 
     Attributes:
       image_size: side S in pixels, to which learned positions belong; images of other sides are
-        accepted too, and learned positions are resized for them.
+        accepted too. Learned positions are resized for them; the others are those of the image's
+        own grid, or of `position_grid`, resized (as a run does for small views).
       patch_size, width, depth, heads, mlp_ratio, cls_token, positions, rope_base, registers, norm,
         embedding_norm, final_norm, qk_norm, layer_scale, norm_eps, activation, position_grid: see
         `schema.Encoder`.
@@ -113,6 +140,11 @@ class ViTNetwork(Network):
     dtype: str = "float32"
     scan: bool = False
 
+    def __post_init__(self) -> None:
+        _check("ViT", self, schema.Encoder)
+        if self.width % self.heads:
+            raise ValueError(f"ViT: heads: {self.heads} must divide the width {self.width}")
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ViTNetwork":
         """Returns a size by name, such as vit_b16, with changes.
@@ -120,7 +152,7 @@ class ViTNetwork(Network):
         >>> ViTNetwork.preset("vit_s16", image_size=96).width
         384
         """
-        return cls(**{**vit_backbone.PRESETS[name]["encoder"], **changes})
+        return cls(**{**_of_name(vit_backbone.PRESETS, name)["encoder"], **changes})
 
     @property
     def model(self) -> schema.Model:
@@ -159,6 +191,9 @@ class InternImageNetwork(Network):
     dtype: str = "float32"
     scan: bool = False
 
+    def __post_init__(self) -> None:
+        _check("InternImage", self.config, schema.InternImage)
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "InternImageNetwork":
         """Returns a size by name, such as internimage_t, with changes of its `config`.
@@ -166,7 +201,8 @@ class InternImageNetwork(Network):
         >>> InternImageNetwork.preset("internimage_t", fused=0).config.stride
         32
         """
-        return cls(config=dataclasses.replace(intern_image.PRESETS[name], **changes))
+        config = _of_name(intern_image.PRESETS, name)
+        return cls(config=dataclasses.replace(config, **changes))
 
     def init(self, rng: jax.Array) -> Params:
         return intern_image.init(self.config, rng)

@@ -194,13 +194,20 @@ sampled_sum.defvjp(
 
 
 def kernel_fits(
-    x_BxQxC: jax.Array, size: tuple[int, int], groups: int, points: int, outputs: int
+    x_BxQxC: jax.Array,
+    size: tuple[int, int],
+    groups: int,
+    points: int,
+    outputs: int,
+    *,
+    is_map: bool = False,
 ) -> bool:
-    """Whether the platform has a kernel for a sum, and it supports the shapes."""
+    """Whether the platform has a kernel for a sum, and it supports the shapes. `is_map`: whether
+    the call has columns."""
     b, _, c = x_BxQxC.shape
     if parallel.kernels(b):
         like = groups, c // groups, points, x_BxQxC.dtype
-        return dcnv3_tpu.fits(size, *like) or dcnv3_window_plan.supports(*like)
+        return dcnv3_tpu.fits(size, *like) or dcnv3_window_plan.supports(*like, is_map=is_map)
     rows = parallel.rows_of_device(b)
     return parallel.kernels(b, parallel.GPUS) and dcnv3_gpu.fits(
         size, c, groups * points, outputs, rows, x_BxQxC.dtype

@@ -51,6 +51,17 @@ def test_attention_and_its_gradient_equal_autodiff_of_the_plain_formula(masked):
         )
 
 
+def test_gradients_in_bfloat16_have_the_length_of_those_in_float32():
+    """Of heads of the decoder, 48 wide: 1 / sqrt(48) in bfloat16 would lengthen those of queries
+    and keys by 0.13 %."""
+    arrays = [normal(i, 1, 4, 64, 48).astype(jnp.bfloat16) for i in range(4)]
+    run = lambda *args: jax.vjp(attention.attend, *args[:3])[1](args[3])
+    found, wanted = jit(run)(*arrays), jit(run)(*(array.astype(jnp.float32) for array in arrays))
+    for a, b in zip(found, wanted, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert abs((a * b).sum() / (b * b).sum() - 1) < 5e-4
+
+
 def test_attention_without_any_key_is_the_mean_and_finite():
     q, k, v = (normal(i, 1, 2, 3, 4) for i in range(3))
     none = jnp.zeros((1, 3), bool)

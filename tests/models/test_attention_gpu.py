@@ -9,8 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3i_jax import parallel
-from m3i_jax.models import attention, attention_gpu, initializers, layers, scan_blocks
+from m3i_jax import parallel, schema
+from m3i_jax.models import (
+    attention,
+    attention_gpu,
+    captioner,
+    initializers,
+    layers,
+    scan_blocks,
+)
 from m3i_jax.profiling import flops
 
 HEADS = 2
@@ -123,6 +130,16 @@ def test_what_a_stack_keeps_and_what_counts_as_work(monkeypatch):
     attended = lambda x: attention.attend_columns(HEADS, (x,), None).sum()
     counted = flops.count_flops(jax.grad(attended), jnp.ones((2, 11, 96)))
     assert counted.total == 6 * 2 * 2 * 11 * 11 * 32
+
+
+def test_first_values_of_a_captioner_try_no_kernel(monkeypatch):
+    """Its shapes are those of one token, for which the kernel would be compiled and checked."""
+    tried = []
+    monkeypatch.setattr(parallel, "kernels", lambda rows, platforms=("tpu",): "gpu" in platforms)
+    monkeypatch.setattr(parallel, "trusted", lambda call: bool(tried.append(call)))
+    make = functools.partial(captioner.init, schema.Model(), vocabulary=9, length=6)
+    jax.eval_shape(make, jax.random.key(0))
+    assert not tried
 
 
 def test_what_it_takes(monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel
-from m3i_jax.models import dcnv3, dcnv3_tpu, dcnv3_window_plan, dcnv3_windows
+from m3i_jax.models import dcnv3, dcnv3_tpu, dcnv3_window_plan, dcnv3_windows, sampled_sums
 from m3i_jax.models.dcnv3_dense import Samples
 from m3i_jax.models.dense.deformable_attention import deformable_attention
 from m3i_jax.profiling import hbm_traffic, hlo
@@ -86,6 +86,21 @@ def test_a_nan_reaches_the_output():
     run = jit(lambda at: dcnv3_windows.forward(jnp.ones((1, 160, 8)), at, plan, interpret=True))
     found = np.asarray(run(at))
     assert np.isnan(found[0, 5]).all() and not np.delete(found, 5, 1).any()
+
+
+def test_what_is_supported_has_a_plan():
+    """Of groups that fill the fast memory, the windows of outputs without an order do not fit,
+    which are wider than those of a map."""
+    wide = 20, 96, 9, jnp.bfloat16
+    assert dcnv3_window_plan.plan_windows((200, 300), 200 * 300, 300, *wide)
+    assert dcnv3_window_plan.supports(*wide)
+    assert dcnv3_window_plan.plan_windows((200, 300), 900, 0, *wide) is None
+    assert not dcnv3_window_plan.supports(*wide, is_map=False)
+    x = jax.ShapeDtypeStruct((1, 200 * 300, 20 * 96), jnp.bfloat16)
+    mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    with parallel.assumed_platform("tpu"), jax.set_mesh(mesh):
+        assert not sampled_sums.kernel_fits(x, (200, 300), 20, 9, 900)
+        assert sampled_sums.kernel_fits(x, (200, 300), 20, 9, 60_000, is_map=True)
 
 
 def test_chunks_are_larger_than_what_a_block_reads_and_fit():

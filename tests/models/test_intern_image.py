@@ -165,6 +165,21 @@ def test_chunks_of_images_change_no_number(monkeypatch):
     jax.tree.map(close, whole, gradient("full"))
 
 
+def test_devices_take_chunks_of_their_own_images(monkeypatch):
+    """Two devices of two images each take theirs one after the other in two turns: with four, a
+    device would have no image of a chunk, or half of one."""
+    monkeypatch.setattr(intern_image_layer, "chunk_rows", lambda layer, x: 1.0)
+    layer, x = intern_image._layer(SMALL, 2), np.zeros((4, 2, 2, 32), np.float32)
+    is_shape = lambda node: isinstance(node, tuple)
+    params = jax.tree.map(
+        lambda shape: np.zeros((1, *shape), np.float32), layer.shapes(), is_leaf=is_shape
+    )
+    run = lambda x: intern_image_layer.run_layers(layer, params, x, remat="full")
+    with jax.set_mesh(parallel.make_mesh((2, 1, 1), jax.devices()[:2])):
+        program = str(jax.make_jaxpr(run)(x))
+    assert "length=2" in program and "length=4" not in program
+
+
 def test_a_tpu_takes_few_images_at_once_where_it_can_hold_the_gradients_of_the_weights():
     model = intern_image.InternImageConfig()
 

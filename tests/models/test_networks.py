@@ -107,6 +107,57 @@ def test_modules_of_internimage_compute_the_same() -> None:
     np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (lambda: m3i_jax.ViT(norm="rmsnorm"), "ViT: norm: 'rmsnorm' is not one of layer, rms"),
+        (lambda: m3i_jax.ViT(positions="sin-cos"), "ViT: positions: .* did you mean sincos?"),
+        (lambda: m3i_jax.ViT(width=64, heads=6), "ViT: heads: 6 must divide the width 64"),
+        (lambda: m3i_jax.ViT(depth=0), "ViT: depth: 0 must be at least 1"),
+        (
+            lambda: m3i_jax.InternImage.preset("internimage_t", depths=[4, 4, 18]),
+            "InternImage: depths: .* must be four numbers",
+        ),
+        (
+            lambda: m3i_jax.InternImage.preset("internimage_t", norm="Pre"),
+            "InternImage: norm: 'Pre' is not one of pre, post, res_post",
+        ),
+    ],
+)
+def test_unknown_sizes_are_refused(make, why) -> None:
+    """They were read as the default: layer norm, the sin-cos table."""
+    with pytest.raises(ValueError, match=why):
+        make()
+
+
+@pytest.mark.parametrize("network", [m3i_jax.ViT, m3i_jax.InternImage])
+def test_unknown_presets_name_the_known(network) -> None:
+    near = "vit_b16" if network is m3i_jax.ViT else "internimage_b"
+    with pytest.raises(KeyError, match=f"did you mean {near}?"):
+        network.preset(near + "x")
+
+
+def test_an_even_side_is_refused() -> None:
+    """The gradient of such a depth-wise convolution was one cell off."""
+    layer = m3i_jax.DCNv3(width=4, groups=2, kernel=4)
+    params = jax.eval_shape(layer.init, jax.random.key(0))
+    with pytest.raises(ValueError, match="side 4 has no centre"):
+        jax.eval_shape(layer, params, inputs("DCNv3"))
+
+
+def test_parameters_in_bfloat16_have_gradients() -> None:
+    """The layer of a caller who keeps its parameters in bfloat16: gradients in their type, those of
+    the same numbers in float32 to rounding."""
+    layer, x = SMALL["DCNv3"], inputs("DCNv3")
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), layer.init(jax.random.key(0)))
+    gradient = jax.jit(jax.grad(lambda params: (layer(params, x) ** 2).sum()))
+    found = gradient(half)
+    wanted = gradient(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(np.float32), b, rtol=0.01, atol=1e-6)
+
+
 def test_an_optimizer_of_nnx_trains_the_layer() -> None:
     layer, x = SMALL["DCNv3"].nnx(nnx.Rngs(1)), inputs("DCNv3")
     optimizer = nnx.Optimizer(layer, optax.sgd(0.05), wrt=nnx.Param)
