@@ -111,6 +111,15 @@ def count_compilations(clock: goodput.GoodputClock) -> Iterator[None]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+def trace_directory(workdir: pathlib.Path) -> pathlib.Path:
+    """Directory of the traces of this host. Each of several hosts has its own: a trace's folder is
+    named by the second, and jax refuses one with files of two hosts, whose operations would add
+    up."""
+    directory = workdir / "profile"
+    several = parallel.host_names() > 1
+    return directory / f"host-{jax.process_index()}" if several else directory
+
+
 @contextlib.contextmanager
 def monitored(
     config: schema.Config,
@@ -121,7 +130,7 @@ def monitored(
     """Run the block with watchdog and tracer; yields the tracer, which the loop calls at every
     step. SIGUSR1 requests a trace of the next steps."""
     tracer = trace.Tracer(
-        workdir / "profile",
+        trace_directory(workdir),
         log,
         config.report.profile_steps,
         pause=clock.phase,

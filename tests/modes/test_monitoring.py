@@ -89,6 +89,24 @@ def test_a_signal_requests_a_trace_and_the_handler_is_restored(tmp_path: pathlib
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_hosts_do_not_mix_their_traces(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """In one folder, jax refuses the second, and their operations would add up."""
+    monkeypatch.setattr(monitoring.parallel, "host_names", lambda: 2)
+    config, lines = toy.settings(report__profile_steps=1), list[str]()
+    for host in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        clock = goodput.GoodputClock()
+        with monitoring.monitored(config, tmp_path, clock, lines.append) as tracer:
+            tracer.ask()
+            for step in (1, 2):
+                tracer(step, None)
+    found = sorted((tmp_path / "profile").rglob("*.xplane.pb"))
+    places = [path.relative_to(tmp_path).parts[:2] for path in found]
+    assert places == [("profile", "host-0"), ("profile", "host-1")], lines
+
+
 def test_the_compilation_cache_respects_the_settings_of_jax(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
