@@ -106,7 +106,10 @@ def test_variables_reach_also_what_mounts_the_data_on_a_worker(
     stage.stand_in("tar", "exit 0")
     does = """case "$*" in
 *describe*) echo ACTIVE ;;
-*python.sh*) cd "$HOME" && mkdir -p m3i/launch && touch m3i/launch/python.sh && bash -c "${@: -1}" ;;
+*python.sh*)
+    cd "$HOME" && mkdir -p m3i/launch && touch m3i/launch/python.sh
+    bash -c "${@: -1}"
+    ;;
 esac"""
     stage.stand_in("gcloud", does)
     flags = "--cache-dir=/tmp/c --file-cache-max-size-mb=-1"

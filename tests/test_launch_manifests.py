@@ -269,7 +269,7 @@ def test_gcluster_gets_the_same_variables(stage: Stage) -> None:
         "--service-account": "trainer",
         "--grace-period": "120s",
         "--restarts": "100",
-        "--restart-on-exit-codes": "1,42,137,143",
+        "--restart-on-exit-codes": "1,42,134,137,143",
         "--command": f"cd /m3i && M3I_AGAIN=0 exec bash launch/host.sh {GKE['ARGUMENTS']}"
         f" --workdir {GKE['WORKDIR']}",
     }
