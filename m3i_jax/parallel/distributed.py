@@ -124,8 +124,19 @@ def _slurm(environ: Mapping[str, str]) -> ProcessInfo | None:
         processes=tasks,
         process=int(environ["SLURM_PROCID"]),
         # one process for each device, or one for each node
-        devices=(int(environ.get("SLURM_LOCALID") or 0),) if tasks > nodes else None,
+        devices=_slurm_devices(environ, -(-tasks // nodes)) if tasks > nodes else None,
     )
+
+
+def _slurm_devices(environ: Mapping[str, str], processes: int) -> tuple[int, ...] | None:
+    """Device of a process among those of its node, which all its `processes` see; None where Slurm
+    shows each process only its own (--gpus-per-task), whose numbers begin at 0 in each."""
+    if visible := environ.get("CUDA_VISIBLE_DEVICES"):
+        count = visible.count(",") + 1
+        asked = environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]
+        if count < processes or str(count) == asked:
+            return None
+    return (int(environ.get("SLURM_LOCALID") or 0),)
 
 
 def _tpu(environ: Mapping[str, str]) -> ProcessInfo:

@@ -78,6 +78,25 @@ def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, (1,)),  # --gpus-per-node=2: both see both
+        ({"CUDA_VISIBLE_DEVICES": "0"}, None),  # --gpu-bind=single:1
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_PER_TASK": "1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "a100:2"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "1"}, (1,)),  # --gpu-bind=none
+        ({"CUDA_VISIBLE_DEVICES": ""}, (1,)),
+    ],
+)
+def test_slurm_may_show_each_process_its_own_devices(
+    variables: dict[str, str], wanted: tuple[int, ...] | None
+) -> None:
+    """Then the second process of a node has no device 1, or one that is not the only one."""
+    environ = SLURM | variables
+    assert detect_processes("", "", "", environ=environ, tpu=False).devices == wanted
+
+
+@pytest.mark.parametrize(
     ("flags", "environ", "wanted"),
     [
         (("a", "2", ""), {}, "--process-id: missing"),
