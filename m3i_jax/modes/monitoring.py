@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from m3i_jax import parallel, run_files, schema
+from m3i_jax import interrupts, parallel, run_files, schema
 from m3i_jax.profiling import flops, hardware, trace
 from m3i_jax.training import goodput, step
 from m3i_jax.training.trainer import Trainer, abstract_batch
@@ -128,7 +128,7 @@ def monitored(
     log: Callable[[str], None],
 ) -> Iterator[trace.Tracer]:
     """Run the block with watchdog and tracer; yields the tracer, which the loop calls at every
-    step. SIGUSR1 requests a trace of the next steps."""
+    step. SIGUSR1 requests a trace of the next steps, also before the block."""
     tracer = trace.Tracer(
         trace_directory(workdir),
         log,
@@ -139,6 +139,8 @@ def monitored(
     before = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGUSR1, lambda *_: tracer.ask())
+    if interrupts.take_trace_request():
+        tracer.ask()
     stacks = workdir / f"stacks-{jax.process_index()}.txt"
     settings = config.train
     try:
