@@ -141,16 +141,19 @@ def _slurm_devices(environ: Mapping[str, str], processes: int) -> tuple[int, ...
 
 def _tpu(environ: Mapping[str, str]) -> ProcessInfo:
     """Process info from Cloud TPU's variables TPU_WORKER_HOSTNAMES (comma-separated, in order) and
-    TPU_WORKER_ID. For several slices, several processes a host, or without variables, jax reads the
-    machine's metadata instead."""
+    TPU_WORKER_ID; one process where TPU_PROCESS_ADDRESSES names one, as in notebooks. For several
+    slices, several processes a host, or without variables, jax reads the machine's metadata
+    instead."""
+    several_slices = any(name.startswith("MEGASCALE_") for name in environ)
+    processes = environ.get("TPU_PROCESS_ADDRESSES", "").strip()
+    if processes and "," not in processes and not several_slices:
+        return ProcessInfo(source="TPU variables")
     names = [
         name.strip().partition(":")[0]
         for name in environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     ]
     number = environ.get("TPU_WORKER_ID", "").strip()
-    incomplete = "TPU_PROCESS_ADDRESSES" in environ or any(
-        name.startswith("MEGASCALE_") for name in environ
-    )
+    incomplete = "TPU_PROCESS_ADDRESSES" in environ or several_slices
     if (
         incomplete
         or not all(names)
@@ -260,6 +263,14 @@ def initialize(
             # a process that ends waits so long for the others, which may hang in a collective
             shutdown_timeout_seconds=60,
         )
+    except ValueError as error:
+        if explicit:
+            raise
+        raise UserError(
+            f"start: jax does not find the hosts of this TPU ({error}); on one host set"
+            " TPU_WORKER_ID=0 and TPU_WORKER_HOSTNAMES=localhost, on several give --coordinator,"
+            " --processes and --process-id"
+        ) from None
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise barriers.HostMissing(

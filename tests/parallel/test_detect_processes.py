@@ -1,5 +1,7 @@
 """The processes of a run from flags, TPU variables, Slurm and the environment."""
 
+from typing import Any
+
 import pytest
 
 from m3i_jax.errors import UserError
@@ -53,6 +55,9 @@ def test_flags_then_tpu_then_slurm_then_environment() -> None:
         ({"TPU_WORKER_ID": ""}, None),
         ({"MEGASCALE_NUM_SLICES": "2"}, None),
         ({"TPU_PROCESS_ADDRESSES": "t0:8476,t0:8477"}, None),
+        ({"TPU_PROCESS_ADDRESSES": ""}, None),
+        ({"TPU_PROCESS_ADDRESSES": "local"}, ProcessInfo(source="TPU variables")),  # a notebook
+        ({"TPU_PROCESS_ADDRESSES": "t0:8476", "MEGASCALE_NUM_SLICES": "2"}, None),
     ],
 )
 def test_a_tpu_whose_variables_name_all_hosts_meets_them_by_name(
@@ -63,6 +68,18 @@ def test_a_tpu_whose_variables_name_all_hosts_meets_them_by_name(
         wanted or ProcessInfo(source="TPU metadata", processes=0)
     )
     assert detect_processes("", "", "", environ=environ, tpu=False).source == "environment"
+
+
+def test_a_tpu_whose_hosts_jax_does_not_find_is_refused_on_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def initialize(**options: Any) -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+    metadata = detect_processes("", "", "", environ={}, tpu=True)
+    with pytest.raises(UserError, match="TPU_WORKER_HOSTNAMES=localhost"):
+        distributed.initialize(metadata)
 
 
 def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
