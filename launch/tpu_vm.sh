@@ -66,6 +66,7 @@ for flag in "${needed[@]}"; do
     [[ -n "${!flag}" ]] || fail "--$flag is missing"
 done
 [[ "$wait" =~ ^[0-9]{1,6}$ ]] || fail "--wait $wait: give a whole number of minutes"
+wait=$((10#$wait)) # with a leading 0 it would be octal
 case "$data" in
     '' | /*) ;;
     gs://*) bash "$ROOT/launch/gcsfuse.sh" "$data" "$DATA" --dry-run >/dev/null || exit 2 ;;

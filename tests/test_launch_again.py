@@ -100,6 +100,18 @@ def test_a_copy_of_the_scripts_reaches_the_workers_with_its_recipes(
     assert {"folder.py", "launch/VERSION", "launch/host.sh", "launch/python.sh"} <= set(there)
 
 
+def test_minutes_and_names_are_read_as_they_are_meant(
+    stage: Stage,  # noqa: F811
+) -> None:
+    run = ["launch/tpu_vm.sh", "run", *SLICE, "--workdir", "/w", "--dry-run", "--wait", "090"]
+    status, out, err = stage.run(*run, "--", *RUN)
+    assert status == 0 and "((SECONDS > 90 * 60))" in out, err
+    for hosts in ("n1, n2", "n1,,n2"):  # ssh would fail at one, while the others wait for it
+        status, _, err = stage.run("launch/ssh.sh", "--hosts", hosts, "--workdir", "/w", "--", *RUN)
+        assert status == 2 and f"--hosts {hosts}: give names joined by commas" in err
+    assert not stage.calls
+
+
 def test_variables_reach_also_what_mounts_the_data_on_a_worker(
     stage: Stage,  # noqa: F811
 ) -> None:
