@@ -20,6 +20,7 @@ NOTICE = 15.0  # seconds of waiting before each log line about it
 # seconds after which a host sees what another wrote: NFS and gcsfuse keep what they know of a
 # directory, also that a file is absent, for up to 60
 VIEW_AGE = 75.0
+_FAILED = "1"  # exit code of an error that is no mistake
 _log = logging.getLogger(__name__)
 _rounds: dict[str, int] = {}
 
@@ -164,6 +165,7 @@ def fail_together(name: str, *, limit: float = LIMIT) -> Iterator[None]:
 
     Raises:
       UserError: the block failed on a host; names the host and its reason, which has the file.
+      RunStopped: it failed there by a bug, not by a mistake.
       HostMissing: not all hosts came.
 
     >>> with fail_together("docs"): print("one host")
@@ -186,7 +188,9 @@ def fail_together(name: str, *, limit: float = LIMIT) -> Iterator[None]:
         return
     status, _, reason = answers[failed[0]].partition(" ")
     more = f" (and {len(failed) - 1} more hosts)" if len(failed) > 1 else ""
-    kind = DoesNotFit if status == str(DoesNotFit.status) else UserError
+    # with the exit code of that host, by which a scheduler decides
+    kinds = {str(DoesNotFit.status): DoesNotFit, _FAILED: RunStopped}
+    kind = kinds.get(status, UserError)
     raise kind(f"{host_label(failed[0])}{more}: {reason}") from own
 
 
@@ -194,8 +198,8 @@ def _reason(error: Exception) -> str:
     """Exit code and message of an error, on one line for the other hosts."""
     refusal = as_refusal(error)
     if refusal is None:
-        return f"1 a bug in m3i_jax ({type(error).__name__}: {one_line(error, 200)})"
-    return f"{getattr(refusal, 'status', 1)} {one_line(refusal)}"
+        return f"{_FAILED} a bug in m3i_jax ({type(error).__name__}: {one_line(error, 200)})"
+    return f"{getattr(refusal, 'status', _FAILED)} {one_line(refusal)}"
 
 
 @contextlib.contextmanager
