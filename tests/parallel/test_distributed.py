@@ -14,7 +14,6 @@ import time
 import pytest
 
 from m3i_jax import main
-from m3i_jax.errors import DoesNotFit, RunStopped, UserError
 from m3i_jax.interop import tensor_files
 from m3i_jax.parallel import barriers, distributed
 from m3i_jax.parallel.distributed import ProcessInfo
@@ -37,25 +36,6 @@ def test_alone_nothing_waits() -> None:
     asked.append(1)
     assert together.poll()
     together.close()
-
-
-@pytest.mark.parametrize(
-    ("answer", "kind"),
-    [
-        ("1 a bug in m3i_jax (KeyError: 'a')", RunStopped),
-        ("2 /a: is damaged", UserError),
-        ("3 /a: does not fit", DoesNotFit),
-    ],
-)
-def test_all_hosts_end_as_the_one_that_failed(
-    monkeypatch: pytest.MonkeyPatch, answer: str, kind: type[Exception]
-) -> None:
-    """With its exit code: a scheduler repeats a failure, and no mistake."""
-    monkeypatch.setattr(barriers, "host_names", lambda: 2)
-    monkeypatch.setattr(barriers, "exchange_values", lambda *_, **__: ["", answer])
-    with pytest.raises(kind) as caught, barriers.fail_together("read"):
-        pass
-    assert type(caught.value) is kind and str(caught.value) == f"host 1: {answer[2:]}"
 
 
 def environment() -> dict[str, str]:
@@ -97,7 +77,7 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 TALK = """
     import sys, threading, time
-    from m3i_jax.errors import UserError
+    from m3i_jax.errors import RunStopped, UserError
     from m3i_jax.parallel import barriers, distributed
     me = int(sys.argv[1])
     info = distributed.ProcessInfo(
@@ -126,8 +106,15 @@ TALK = """
         try:
             with barriers.host0_first("fails"):
                 assert me != who, "broken"
-        except (AssertionError, barriers.HostMissing) as error:
+        except (AssertionError, RunStopped) as error:
             print(f"fails{who}", type(error).__name__, error)
+    for who in (0, 1):
+        try:
+            with barriers.host0_first("refuses"):
+                if me == who:
+                    raise UserError("/data: no images")
+        except UserError as error:
+            print(f"refuses{who}", error)
     for who in (0, 1):
         try:
             with barriers.fail_together("read"):
@@ -203,7 +190,12 @@ def test_hosts_talk(tmp_path: pathlib.Path) -> None:
         assert outputs[who][f"fails{who}"] == "AssertionError broken"
         assert (
             outputs[1 - who][f"fails{who}"]
-            == f"HostMissing fails: host {who} (name{who}) failed; its output says why"
+            == f"RunStopped fails: host {who} (name{who}) failed; its output says why"
+        )
+        assert outputs[who][f"refuses{who}"] == "/data: no images"  # all exit with 2
+        assert (
+            outputs[1 - who][f"refuses{who}"]
+            == f"refuses: host {who} (name{who}) failed (/data: no images)"
         )
         assert outputs[0][f"together{who}"] == outputs[1][f"together{who}"]
         assert outputs[0][f"together{who}"].startswith(
