@@ -55,7 +55,7 @@ def on_tpu(environ: Mapping[str, str]) -> bool:
     >>> on_tpu({"JAX_PLATFORMS": "cpu"})
     False
     """
-    allowed = "tpu" in environ.get("JAX_PLATFORMS", "tpu")
+    allowed = "tpu" in (environ.get("JAX_PLATFORMS") or "tpu")  # empty: any, as for jax
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     return bool(allowed and chips and importlib.util.find_spec("libtpu"))
 

@@ -70,6 +70,15 @@ def test_a_tpu_whose_variables_name_all_hosts_meets_them_by_name(
     assert detect_processes("", "", "", environ=environ, tpu=False).source == "environment"
 
 
+def test_an_empty_list_of_platforms_allows_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for jax; hosts of a pod would not know of each other."""
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"])
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
+    wanted = {"": True, "tpu,cpu": True, "cpu": False}
+    assert {text: distributed.on_tpu({"JAX_PLATFORMS": text}) for text in wanted} == wanted
+    assert distributed.on_tpu({})
+
+
 def test_a_tpu_whose_hosts_jax_does_not_find_is_refused_on_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
