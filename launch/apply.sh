@@ -26,6 +26,7 @@ while IFS= read -r place; do
     if [[ "$value" == *[\"\\\$]* || "$value" == *$'\n'* ]]; then
         fail "$name: must not contain quotes, backslashes, dollars or line ends: $value"
     elif [[ -n "$value" ]]; then
+        if [[ "$name" == M3I_ARGUMENTS ]]; then readable "$name"; fi
         text="${text//$place/$value}"
     elif [[ "$place" == *":-}" ]]; then
         text="$(grep -vF "$place" <<<"$text")"

@@ -43,6 +43,13 @@ quoted() {
     printf '\n'
 }
 
+# readable NAME: refuses a variable with words that a shell cannot read, as that of a pod or a task
+readable() {
+    bash -n -c ": ${!1}" 2>/dev/null ||
+        fail "$1: a shell cannot read ${!1}: put quotes around words with brackets or blanks," \
+            "such as '--config.parallel.mesh=(1,-1,1)'"
+}
+
 # works PYTHON [MINOR]: it runs, and is Python 3.11 or newer, or exactly 3.MINOR
 works() {
     "$1" -c 'import sys

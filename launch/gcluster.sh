@@ -33,19 +33,20 @@ for name in NAME IMAGE ACCELERATOR TOPOLOGY BUCKET ACCOUNT WORKDIR ARGUMENTS; do
 done
 ((${#missing[@]} == 0)) ||
     fail "${missing[*]} not set; the comment at the top of launch/gke.yaml describes them"
+readable M3I_ARGUMENTS
 ((${#M3I_NAME} <= 28)) || fail "M3I_NAME: $M3I_NAME has more than gcluster's 28 characters"
 
-# 1: failed, or a host was lost; 137, 143: killed with its pod. The shared memory of the node is for
-# the batches of data workers: without it a container has 64 MiB, and gcluster has no other volume
-# in memory
+run="bash launch/host.sh $M3I_ARGUMENTS --workdir $(quoted "$M3I_WORKDIR")"
+# 1: failed, or a host was lost; 134: JAX ended it, since the first host was lost; 137, 143: killed
+# with its pod. The shared memory of the node is for the batches of data workers: without it a
+# container has 64 MiB, and gcluster has no other volume in memory
 command=(gcluster job submit --name "$M3I_NAME" --image "$M3I_IMAGE"
     --compute-type "$M3I_ACCELERATOR" --topology "$M3I_TOPOLOGY"
     --mount "gs://${M3I_BUCKET#gs://}:/mnt/m3i:rw" --mount /dev/shm:/dev/shm:rw
     --service-account "$M3I_ACCOUNT"
-    --grace-period 120s --restarts "${M3I_RESTARTS:-100}" --restart-on-exit-codes "1,42,137,143"
+    --grace-period 120s --restarts "${M3I_RESTARTS:-100}" --restart-on-exit-codes "1,42,134,137,143"
     ${M3I_QUEUE:+--queue "$M3I_QUEUE"}
-    --command
-    "cd /m3i && M3I_AGAIN=0 exec bash launch/host.sh $M3I_ARGUMENTS --workdir $M3I_WORKDIR" "$@")
+    --command "cd /m3i && M3I_AGAIN=0 exec $run" "$@")
 if [[ -n "$dry" ]]; then
     quoted "${command[@]}"
 else

@@ -45,6 +45,10 @@ done
 [[ -n "$workdir" ]] || fail "--workdir is missing: a directory that all machines see"
 
 IFS=, read -ra names <<<"$hosts"
+for name in "${names[@]}"; do
+    [[ -n "$name" && "$name" != *[[:space:]]* ]] ||
+        fail "--hosts $hosts: give names joined by commas alone, such as --hosts node1,node2"
+done
 coordinator="${coordinator:-${names[0]#*@}}:$port"
 pids=() file="/tmp/m3i-\$(id -u)-$port.pid"
 # ssh forwards no signals: each host writes its process id to a file, for Ctrl-C here

@@ -19,8 +19,9 @@
 #   --mount COMMAND         runs on every worker before each start, so more than once; mounts other
 #                           file systems of data and working directory. `--mount :` if they are
 #   --workdir DIR           a directory that all workers see
-#   --env NAME=VALUE        an environment variable of all workers, which get none of this machine;
-#                           may be repeated. No secrets: others can read command lines
+#   --env NAME=VALUE        an environment variable of all workers, also of --mount and of
+#                           launch/gcsfuse.sh (M3I_GCSFUSE); they get none of this machine. May be
+#                           repeated. No secrets: others can read command lines
 #   --dry-run               print the commands, to be pasted into a shell
 #
 # Exits with 0 when the run is done, and with another status when it failed on a slice that still
@@ -65,6 +66,7 @@ for flag in "${needed[@]}"; do
     [[ -n "${!flag}" ]] || fail "--$flag is missing"
 done
 [[ "$wait" =~ ^[0-9]{1,6}$ ]] || fail "--wait $wait: give a whole number of minutes"
+wait=$((10#$wait)) # with a leading 0 it would be octal
 case "$data" in
     '' | /*) ;;
     gs://*) bash "$ROOT/launch/gcsfuse.sh" "$data" "$DATA" --dry-run >/dev/null || exit 2 ;;
@@ -171,8 +173,12 @@ on_all_workers() {
 }
 
 copy() {
-    local archive=/tmp/m3i.tar.gz part parts=()
-    local prepared='mkdir -p m3i && tar -C m3i -xzf m3i.tar.gz && bash m3i/launch/python.sh'
+    local archive=/tmp/m3i.tar.gz argument part parts=() prepared=''
+    # also for what mounts and installs: M3I_GCSFUSE, or the proxy of a package index
+    for argument in ${variables[@]+"${variables[@]}"}; do
+        prepared+="export $(printf %q "$argument") && "
+    done
+    prepared+='mkdir -p m3i && tar -C m3i -xzf m3i.tar.gz && bash m3i/launch/python.sh'
     if [[ -z "$dry" ]]; then archive="$temporary/m3i.tar.gz"; fi
     # beside a copy of launch/ that `m3i-jax init` made there are recipes in place of the package
     for part in m3i_jax configs launch setup.py pyproject.toml requirements.txt README.md \

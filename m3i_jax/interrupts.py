@@ -7,6 +7,9 @@ garbage collector and threads of libraries print, swallow or wait for. A killed 
 either. Two blocks have others: the training loop (training/loop.py), for SIGTERM from its first
 step on, and `--mode=convert`, which reports the complete shards.
 
+SIGUSR1 requests a trace of the next steps (modes/monitoring.py). Outside the training loop it is
+noted for the next one, since by default it would end the process.
+
 A terminal sends the signal to the worker processes as well, which are started with it blocked: the
 process that started them ends them."""
 
@@ -30,6 +33,7 @@ _WHY = (
 _once = threading.Lock()
 _watching = False  # whether the thread of `watch_long_calls` runs
 _tell: Callable[[int, str], None] = lambda status, why: None  # the other hosts
+_trace_requested = False
 
 
 def exit_interrupted() -> NoReturn:
@@ -105,6 +109,28 @@ def exits_on_sigterm() -> bool:
     False
     """
     return signal.getsignal(signal.SIGTERM) is _terminate
+
+
+def _note(number: int, frame: object) -> None:
+    global _trace_requested
+    _trace_requested = True
+
+
+def note_trace_requests() -> None:
+    """Replace the default action of SIGUSR1, which ends the process, by a note."""
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, _note)
+
+
+def take_trace_request() -> bool:
+    """Returns whether SIGUSR1 was noted, and forgets it.
+
+    >>> take_trace_request()
+    False
+    """
+    global _trace_requested
+    noted, _trace_requested = _trace_requested, False
+    return noted
 
 
 def watch_long_calls() -> None:

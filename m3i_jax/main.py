@@ -262,6 +262,8 @@ def _run(arguments: Sequence[str], began: float, process: bool) -> int:
     mode = MODES[flags.mode]
     if process and mode.preemptible:
         interrupts.exit_on_sigterm()
+    if process and mode.together:
+        interrupts.note_trace_requests()
     settings = _settings(flags, overrides)
     options = {name: getattr(flags, name) for name in mode.flags}
     if mode.timed:

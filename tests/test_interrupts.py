@@ -48,10 +48,10 @@ def interrupted(*command: str, number: int = signal.SIGINT) -> tuple[int, str]:
     return process.returncode, error
 
 
-def waiting(folder: pathlib.Path, mode: str) -> tuple[str, ...]:
-    """The command of a mode whose configuration waits."""
+def waiting(folder: pathlib.Path, mode: str, first: str = "") -> tuple[str, ...]:
+    """The command of a mode whose configuration waits; `first`: what it does before."""
     config = folder / "config.py"
-    config.write_text(WAITING)
+    config.write_text(first + WAITING)
     arguments = ("--config", str(config), "--workdir", str(folder / "run"), f"--mode={mode}")
     return "-m", "m3i_jax.main", *arguments
 
@@ -79,6 +79,12 @@ def preempted(*command: str) -> None:
 def test_sigterm_before_the_loop(tmp_path: pathlib.Path, mode: str) -> None:
     """As a preemption in the loop, which saves: a scheduler starts the run again."""
     preempted(*waiting(tmp_path, mode))
+
+
+def test_a_request_for_a_trace_does_not_end_a_run_that_starts(tmp_path: pathlib.Path) -> None:
+    """SIGUSR1, which by default ends a process: a run is named in run.lock before its loop."""
+    asked = "import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n"
+    assert interrupted(*waiting(tmp_path, "train", asked)) == (130, LINE)
 
 
 @pytest.mark.row("A2")

@@ -100,6 +100,37 @@ def test_a_copy_of_the_scripts_reaches_the_workers_with_its_recipes(
     assert {"folder.py", "launch/VERSION", "launch/host.sh", "launch/python.sh"} <= set(there)
 
 
+def test_minutes_and_names_are_read_as_they_are_meant(
+    stage: Stage,  # noqa: F811
+) -> None:
+    run = ["launch/tpu_vm.sh", "run", *SLICE, "--workdir", "/w", "--dry-run", "--wait", "090"]
+    status, out, err = stage.run(*run, "--", *RUN)
+    assert status == 0 and "((SECONDS > 90 * 60))" in out, err
+    for hosts in ("n1, n2", "n1,,n2"):  # ssh would fail at one, while the others wait for it
+        status, _, err = stage.run("launch/ssh.sh", "--hosts", hosts, "--workdir", "/w", "--", *RUN)
+        assert status == 2 and f"--hosts {hosts}: give names joined by commas" in err
+    assert not stage.calls
+
+
+def test_variables_reach_also_what_mounts_the_data_on_a_worker(
+    stage: Stage,  # noqa: F811
+) -> None:
+    stage.stand_in("tar", "exit 0")
+    does = """case "$*" in
+*describe*) echo ACTIVE ;;
+*python.sh*)
+    cd "$HOME" && mkdir -p m3i/launch && touch m3i/launch/python.sh
+    bash -c "${@: -1}"
+    ;;
+esac"""
+    stage.stand_in("gcloud", does)
+    flags = "--cache-dir=/tmp/c --file-cache-max-size-mb=-1"
+    run = ["launch/tpu_vm.sh", "run", *SLICE, "--workdir", "/w", "--env", f"M3I_GCSFUSE={flags}"]
+    status, _, err = stage.run(*run, "--mount", 'echo "$M3I_GCSFUSE" >seen', "--", *RUN)
+    assert status == 0, err
+    assert (stage.place / "seen").read_text() == f"{flags}\n"
+
+
 def test_a_machine_with_an_old_python_gets_a_new_one(
     stage: Stage,  # noqa: F811
 ) -> None:

@@ -175,7 +175,7 @@ def test_gke_is_a_jobset_with_a_pod_for_each_host(stage: Stage) -> None:
             assert codes["containerName"] == container["name"]  # not the sidecar that mounts
             assert codes["values"] == sorted(set(codes["values"])) and 0 not in codes["values"]
     assert container["args"] == [
-        f"exec bash launch/host.sh {GKE['ARGUMENTS']} --workdir {GKE['WORKDIR']}"
+        f"exec bash launch/host.sh {GKE['ARGUMENTS']} --workdir '{GKE['WORKDIR']}'"
     ]
     resources = container["resources"]
     assert resources["limits"] == resources["requests"] == {"google.com/tpu": 4}
@@ -269,7 +269,7 @@ def test_gcluster_gets_the_same_variables(stage: Stage) -> None:
         "--service-account": "trainer",
         "--grace-period": "120s",
         "--restarts": "100",
-        "--restart-on-exit-codes": "1,42,137,143",
+        "--restart-on-exit-codes": "1,42,134,137,143",
         "--command": f"cd /m3i && M3I_AGAIN=0 exec bash launch/host.sh {GKE['ARGUMENTS']}"
         f" --workdir {GKE['WORKDIR']}",
     }
@@ -286,11 +286,40 @@ def test_apply_refuses_what_would_break_the_file_and_passes_the_rest_on(stage: S
     stage.stand_in("kubectl", 'cat >"$HOME/applied"')
     values["M3I_WORKDIR"] = "/mnt/m3i/R&D"
     assert stage.run("launch/apply.sh", "launch/gke.yaml", **values)[0] == 0
-    assert "--workdir /mnt/m3i/R&D" in (stage.place / "applied").read_text()
+    assert "--workdir '/mnt/m3i/R&D'" in (stage.place / "applied").read_text()
     assert (
         stage.calls == ["kubectl apply -f -"]
         and "kind: JobSet" in (stage.place / "applied").read_text()
     )
+
+
+def test_a_shell_reads_the_arguments_of_all_in_the_same_way(stage: Stage) -> None:
+    """Quotes keep words together, and a working directory may have any name."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    mesh, place = "--config.parallel.mesh=(1,-1,1)", "/mnt/m3i/R&D a"
+    values = {"ARGUMENTS": f"--config 'c.py:path=/a b/{{00..99}}.tar' '{mesh}'", "WORKDIR": place}
+    (job,) = manifest(stage, **values)["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    given = {f"M3I_{name}": value for name, value in (GKE | values).items()}
+    stage.stand_in("gcluster", 'printf "%s" "${@: -1}" >"$HOME/given"')
+    assert stage.run("launch/gcluster.sh", **given)[0] == 0
+    toolkit = (stage.place / "given").read_text().removeprefix("cd /m3i && ")
+    (stage.place / "launch").mkdir()
+    (stage.place / "launch/host.sh").write_text('printf "%s|" "${@:1:5}"\n')
+    sky = yaml.safe_load((LAUNCH / "sky.yaml").read_text())["run"]
+    for command in (container["args"][0], toolkit, sky):
+        status, out, err = stage.run("-c", f"cd {stage.place}\n{command}", **given)
+        assert (status, out.split("|")[:-1]) == (
+            0,
+            ["--config", "c.py:path=/a b/{00..99}.tar", mesh, "--workdir", place],
+        ), (command, err)
+    # without quotes, it is refused before anything is started, and by SkyPilot's task at once
+    given["M3I_ARGUMENTS"] = f"--config c.py {mesh}"
+    stage.log.unlink()
+    for script in (["launch/apply.sh", "launch/gke.yaml"], ["launch/gcluster.sh"]):
+        status, _, err = stage.run(*script, **given)
+        assert status == 2 and "M3I_ARGUMENTS: a shell cannot read" in err and not stage.calls
+    assert stage.run("-c", f"cd {stage.place}\n{sky}", **given)[:2] == (2, "")
 
 
 def test_sky_gives_every_node_its_number_and_recovers_from_42(stage: Stage) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from m3i_jax import parallel, run_files, schema
+from m3i_jax import interrupts, parallel, run_files, schema
 from m3i_jax.profiling import flops, hardware, trace
 from m3i_jax.training import goodput, step
 from m3i_jax.training.trainer import Trainer, abstract_batch
@@ -111,6 +111,15 @@ def count_compilations(clock: goodput.GoodputClock) -> Iterator[None]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+def trace_directory(workdir: pathlib.Path) -> pathlib.Path:
+    """Directory of the traces of this host. Each of several hosts has its own: a trace's folder is
+    named by the second, and jax refuses one with files of two hosts, whose operations would add
+    up."""
+    directory = workdir / "profile"
+    several = parallel.host_names() > 1
+    return directory / f"host-{jax.process_index()}" if several else directory
+
+
 @contextlib.contextmanager
 def monitored(
     config: schema.Config,
@@ -119,9 +128,9 @@ def monitored(
     log: Callable[[str], None],
 ) -> Iterator[trace.Tracer]:
     """Run the block with watchdog and tracer; yields the tracer, which the loop calls at every
-    step. SIGUSR1 requests a trace of the next steps."""
+    step. SIGUSR1 requests a trace of the next steps, also before the block."""
     tracer = trace.Tracer(
-        workdir / "profile",
+        trace_directory(workdir),
         log,
         config.report.profile_steps,
         pause=clock.phase,
@@ -130,6 +139,8 @@ def monitored(
     before = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGUSR1, lambda *_: tracer.ask())
+    if interrupts.take_trace_request():
+        tracer.ask()
     stacks = workdir / f"stacks-{jax.process_index()}.txt"
     settings = config.train
     try:

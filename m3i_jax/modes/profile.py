@@ -1,7 +1,8 @@
 """--mode=profile: run a few steps of a training on its data and devices, and trace the last of
-them. Writes WORKDIR/profile; checkpoints and metrics in the same directory stay unchanged. With
---kernels: a table of the kernels that the train step would run on this device instead, each by
-itself: time, error and share of the peaks. That reads no data and trains nothing."""
+them. Writes WORKDIR/profile, of several hosts WORKDIR/profile/host-<index>; checkpoints and metrics
+in the same directory stay unchanged. With --kernels: a table of the kernels that the train step
+would run on this device instead, each by itself: time, error and share of the peaks. That reads no
+data and trains nothing."""
 
 import dataclasses
 from typing import Any
@@ -65,7 +66,8 @@ def profile(setup: Setup, began: float | None) -> int:
     log = writers.log_line if main else lambda line: None
     console = writers.Console(total, setup.config.train.batch_size, log)
     clock = monitoring.make_clock(trainer, log, began=began)
-    before = set((setup.workdir / "profile").rglob("*.xplane.pb"))
+    directory = monitoring.trace_directory(setup.workdir)
+    before = set(directory.rglob("*.xplane.pb"))
     with (
         monitoring.count_compilations(clock),
         parallel.reported_checks(lambda line, values: log(line)),
@@ -96,10 +98,9 @@ def profile(setup: Setup, began: float | None) -> int:
         clock.turn("stop")
         tracer.close()
         log(clock.summary()[1])
-    if code == loop.DONE and set((setup.workdir / "profile").rglob("*.xplane.pb")) == before:
+    if code == loop.DONE and set(directory.rglob("*.xplane.pb")) == before:
         raise UserError(
-            f"--mode=profile: no trace was written to {setup.workdir / 'profile'}; the line above"
-            " gives the reason"
+            f"--mode=profile: no trace was written to {directory}; the line above gives the reason"
         )
     return code
 

@@ -20,6 +20,7 @@ NOTICE = 15.0  # seconds of waiting before each log line about it
 # seconds after which a host sees what another wrote: NFS and gcsfuse keep what they know of a
 # directory, also that a file is absent, for up to 60
 VIEW_AGE = 75.0
+_FAILED = "1"  # exit code of an error that is no mistake
 _log = logging.getLogger(__name__)
 _rounds: dict[str, int] = {}
 
@@ -164,6 +165,7 @@ def fail_together(name: str, *, limit: float = LIMIT) -> Iterator[None]:
 
     Raises:
       UserError: the block failed on a host; names the host and its reason, which has the file.
+      RunStopped: it failed there by a bug, not by a mistake.
       HostMissing: not all hosts came.
 
     >>> with fail_together("docs"): print("one host")
@@ -184,18 +186,24 @@ def fail_together(name: str, *, limit: float = LIMIT) -> Iterator[None]:
         raise own
     if not (failed := [number for number, answer in enumerate(answers) if answer]):
         return
-    status, _, reason = answers[failed[0]].partition(" ")
     more = f" (and {len(failed) - 1} more hosts)" if len(failed) > 1 else ""
-    kind = DoesNotFit if status == str(DoesNotFit.status) else UserError
-    raise kind(f"{host_label(failed[0])}{more}: {reason}") from own
+    raise _failure(answers[failed[0]], f"{host_label(failed[0])}{more}: ") from own
 
 
 def _reason(error: Exception) -> str:
     """Exit code and message of an error, on one line for the other hosts."""
     refusal = as_refusal(error)
     if refusal is None:
-        return f"1 a bug in m3i_jax ({type(error).__name__}: {one_line(error, 200)})"
-    return f"{getattr(refusal, 'status', 1)} {one_line(refusal)}"
+        return f"{_FAILED} a bug in m3i_jax ({type(error).__name__}: {one_line(error, 200)})"
+    return f"{getattr(refusal, 'status', _FAILED)} {one_line(refusal)}"
+
+
+def _failure(answer: str, before: str) -> Exception:
+    """The error of a host on another one, from exit code and message: with the same exit code, by
+    which a scheduler decides whether to start all again."""
+    status, _, reason = answer.partition(" ")
+    kinds = {str(DoesNotFit.status): DoesNotFit, _FAILED: RunStopped}
+    return kinds.get(status, UserError)(before + reason)
 
 
 @contextlib.contextmanager
@@ -212,7 +220,8 @@ def host0_first(
         see them, at most VIEW_AGE seconds, or they would make them again.
 
     Raises:
-      HostMissing: another host failed in the block, or took longer than the limit in seconds.
+      HostMissing: another host took longer than the limit in seconds.
+      UserError, RunStopped: it failed in the block; with its exit code.
 
     >>> with host0_first("docs"): print("written")
     written
@@ -233,14 +242,15 @@ def host0_first(
         if host_name():
             result = client.key_value_try_get(key)
             if not result.startswith("["):
-                raise HostMissing(f"{name}: {host_label(0)} {result}")
+                raise _failure(result, f"{name}: {host_label(0)} ")
             _await_view(name, json.loads(result))
         yield
         if not host_name():
             files = json.dumps(list(written()))
     except BaseException as error:
         refusal = None if isinstance(error, HostMissing) else as_refusal(error)
-        why = f"failed ({one_line(refusal)})" if refusal else "failed; its output says why"
+        reason = f" ({one_line(refusal)})" if refusal else "; its output says why"
+        why = f"{getattr(refusal, 'status', _FAILED)} failed{reason}"
         if not host_name():
             client.key_value_set(key, why)
         # the other hosts get the failure, this one raises its own error
@@ -251,7 +261,7 @@ def host0_first(
         client.key_value_set(key, files)
     results = exchange_values(f"{name}, done", "done", limit=limit)
     if failed := [number for number, result in enumerate(results) if result != "done"]:
-        raise HostMissing(f"{name}: {host_label(failed[0])} {results[failed[0]]}")
+        raise _failure(results[failed[0]], f"{name}: {host_label(failed[0])} ")
 
 
 def _await_view(name: str, paths: list[str]) -> None:

@@ -55,7 +55,7 @@ def on_tpu(environ: Mapping[str, str]) -> bool:
     >>> on_tpu({"JAX_PLATFORMS": "cpu"})
     False
     """
-    allowed = "tpu" in environ.get("JAX_PLATFORMS", "tpu")
+    allowed = "tpu" in (environ.get("JAX_PLATFORMS") or "tpu")  # empty: any, as for jax
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     return bool(allowed and chips and importlib.util.find_spec("libtpu"))
 
@@ -124,22 +124,36 @@ def _slurm(environ: Mapping[str, str]) -> ProcessInfo | None:
         processes=tasks,
         process=int(environ["SLURM_PROCID"]),
         # one process for each device, or one for each node
-        devices=(int(environ.get("SLURM_LOCALID") or 0),) if tasks > nodes else None,
+        devices=_slurm_devices(environ, -(-tasks // nodes)) if tasks > nodes else None,
     )
+
+
+def _slurm_devices(environ: Mapping[str, str], processes: int) -> tuple[int, ...] | None:
+    """Device of a process among those of its node, which all its `processes` see; None where Slurm
+    shows each process only its own (--gpus-per-task), whose numbers begin at 0 in each."""
+    if visible := environ.get("CUDA_VISIBLE_DEVICES"):
+        count = visible.count(",") + 1
+        asked = environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]
+        if count < processes or str(count) == asked:
+            return None
+    return (int(environ.get("SLURM_LOCALID") or 0),)
 
 
 def _tpu(environ: Mapping[str, str]) -> ProcessInfo:
     """Process info from Cloud TPU's variables TPU_WORKER_HOSTNAMES (comma-separated, in order) and
-    TPU_WORKER_ID. For several slices, several processes a host, or without variables, jax reads the
-    machine's metadata instead."""
+    TPU_WORKER_ID; one process where TPU_PROCESS_ADDRESSES names one, as in notebooks. For several
+    slices, several processes a host, or without variables, jax reads the machine's metadata
+    instead."""
+    several_slices = any(name.startswith("MEGASCALE_") for name in environ)
+    processes = environ.get("TPU_PROCESS_ADDRESSES", "").strip()
+    if processes and "," not in processes and not several_slices:
+        return ProcessInfo(source="TPU variables")
     names = [
         name.strip().partition(":")[0]
         for name in environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     ]
     number = environ.get("TPU_WORKER_ID", "").strip()
-    incomplete = "TPU_PROCESS_ADDRESSES" in environ or any(
-        name.startswith("MEGASCALE_") for name in environ
-    )
+    incomplete = "TPU_PROCESS_ADDRESSES" in environ or several_slices
     if (
         incomplete
         or not all(names)
@@ -249,6 +263,14 @@ def initialize(
             # a process that ends waits so long for the others, which may hang in a collective
             shutdown_timeout_seconds=60,
         )
+    except ValueError as error:
+        if explicit:
+            raise
+        raise UserError(
+            f"start: jax does not find the hosts of this TPU ({error}); on one host set"
+            " TPU_WORKER_ID=0 and TPU_WORKER_HOSTNAMES=localhost, on several give --coordinator,"
+            " --processes and --process-id"
+        ) from None
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise barriers.HostMissing(

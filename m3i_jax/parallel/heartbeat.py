@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 
 from m3i_jax.errors import UserError, one_line
-from m3i_jax.parallel import barriers
+from m3i_jax.parallel import barriers, rendezvous
 
 LIMIT = 60.0  # seconds
 TOGETHER = 3.0  # seconds within which all hosts fail from a common cause
@@ -53,7 +53,7 @@ class Heartbeat:
         """Connect; all hosts call this. Raises OSError if host 0 cannot be reached on its port."""
         self._label = barriers.host_label(barriers.host_name())
         if barriers.host_name() == 0:
-            self._server = socket.create_server(("", 0), backlog=barriers.host_names())
+            self._server = rendezvous.listen(0, barriers.host_names())
             self._selector.register(self._server, selectors.EVENT_READ, None)
             barriers.publish(_KEY, str(self._server.getsockname()[1]))
             now = time.monotonic()

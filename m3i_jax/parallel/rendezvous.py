@@ -94,20 +94,21 @@ def wait_for_processes(
         raise HostMissing(answer)
 
 
+def listen(port: int, backlog: int) -> socket.socket:
+    """A server on all addresses of this machine, of IPv4 and IPv6; port 0: any that is free."""
+    ipv6 = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=ipv6, backlog=backlog)
+
+
 def _gather(
     coordinator: str, processes: int, deadline: float, limit: float, wait_log: _WaitLog
 ) -> str:
     """Process 0: accept the others and send all of them the same answer."""
     port, wrong = int(coordinator.rsplit(":", 1)[1]), ""
     connected, peers = dict[int, tuple[str, socket.socket]](), list[socket.socket]()
-    ipv6 = socket.has_dualstack_ipv6()
     try:
-        server = socket.create_server(
-            ("", port),
-            family=socket.AF_INET6 if ipv6 else socket.AF_INET,
-            dualstack_ipv6=ipv6,
-            backlog=processes,
-        )
+        server = listen(port, processes)
     except OSError as error:
         raise UserError(
             f"--coordinator {coordinator}: port {port} cannot be used here ({error.strerror});"

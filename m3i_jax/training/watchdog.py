@@ -23,7 +23,8 @@ class Watchdog:
     seconds without any (`first` seconds before the first step of the process has ended, since it
     compiles), the stacks of all threads are appended to `path` and `log` gets one line; again
     after every further `limit` seconds. The stacks are written even if the interpreter is stuck
-    and runs no Python thread. A disk that hangs or is full costs the report, not the end.
+    and runs no Python thread. A disk that hangs or is full, or a console that does, costs the
+    report, not the end.
 
     Args:
       clock: of the run.
@@ -77,15 +78,12 @@ class Watchdog:
                     silent = time.monotonic() - alive
                     if silent >= limit * (reports + 1):
                         reports += 1
-                        report = threading.Thread(
-                            target=self._report, args=(file, silent), name="report", daemon=True
-                        )
-                        report.start()
-                        report.join(timeout=PATIENCE)
+                        _attempt(self._report, file, silent)
                         if self._abort and reports >= self._abort:
-                            self._log(
+                            _attempt(
+                                self._log,
                                 f"ended by the watchdog after {reports} report(s) in a row"
-                                " (train.watchdog_abort)"
+                                " (train.watchdog_abort)",
                             )
                             self._end(FAILED)
                             return
@@ -118,3 +116,10 @@ class Watchdog:
         except OSError as error:
             stacks = f"{self._path} cannot be written ({error.strerror or error})"
         self._log(f"warning: no sign of life for {silent:,.0f} s, {where}: {stacks}")
+
+
+def _attempt(work: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function that may hang, and wait for PATIENCE seconds at most."""
+    thread = threading.Thread(target=work, args=arguments, name="report", daemon=True)
+    thread.start()
+    thread.join(timeout=PATIENCE)

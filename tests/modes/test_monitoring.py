@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from m3i_jax import parallel
+from m3i_jax import interrupts, parallel
 from m3i_jax.modes import monitoring, profile, train
 from m3i_jax.profiling import flops
 from m3i_jax.training import goodput, loop, trainer
@@ -87,6 +87,41 @@ def test_a_signal_requests_a_trace_and_the_handler_is_restored(tmp_path: pathlib
             tracer(step, None)
     assert lines[0] == "tracing steps 2 to 3" and signal.getsignal(signal.SIGUSR1) == before
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_that_is_requested_before_the_loop_is_of_its_first_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    lines: list[str] = []
+    try:
+        interrupts.note_trace_requests()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        settings, clock = toy.settings(report__profile_steps=2), goodput.GoodputClock()
+        with monitoring.monitored(settings, tmp_path, clock, lines.append) as tracer:
+            monkeypatch.setattr(tracer, "_begin", lambda step: lines.append(f"begins at {step}"))
+            tracer(1, None)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert lines == ["begins at 1"] and not interrupts.take_trace_request()
+
+
+def test_hosts_do_not_mix_their_traces(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """In one folder, jax refuses the second, and their operations would add up."""
+    monkeypatch.setattr(monitoring.parallel, "host_names", lambda: 2)
+    config, lines = toy.settings(report__profile_steps=1), list[str]()
+    for host in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        clock = goodput.GoodputClock()
+        with monitoring.monitored(config, tmp_path, clock, lines.append) as tracer:
+            tracer.ask()
+            for step in (1, 2):
+                tracer(step, None)
+    found = sorted((tmp_path / "profile").rglob("*.xplane.pb"))
+    places = [path.relative_to(tmp_path).parts[:2] for path in found]
+    assert places == [("profile", "host-0"), ("profile", "host-1")], lines
 
 
 def test_the_compilation_cache_respects_the_settings_of_jax(

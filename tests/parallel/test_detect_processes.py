@@ -1,5 +1,7 @@
 """The processes of a run from flags, TPU variables, Slurm and the environment."""
 
+from typing import Any
+
 import pytest
 
 from m3i_jax.errors import UserError
@@ -53,6 +55,9 @@ def test_flags_then_tpu_then_slurm_then_environment() -> None:
         ({"TPU_WORKER_ID": ""}, None),
         ({"MEGASCALE_NUM_SLICES": "2"}, None),
         ({"TPU_PROCESS_ADDRESSES": "t0:8476,t0:8477"}, None),
+        ({"TPU_PROCESS_ADDRESSES": ""}, None),
+        ({"TPU_PROCESS_ADDRESSES": "local"}, ProcessInfo(source="TPU variables")),  # a notebook
+        ({"TPU_PROCESS_ADDRESSES": "t0:8476", "MEGASCALE_NUM_SLICES": "2"}, None),
     ],
 )
 def test_a_tpu_whose_variables_name_all_hosts_meets_them_by_name(
@@ -65,6 +70,27 @@ def test_a_tpu_whose_variables_name_all_hosts_meets_them_by_name(
     assert detect_processes("", "", "", environ=environ, tpu=False).source == "environment"
 
 
+def test_an_empty_list_of_platforms_allows_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for jax; hosts of a pod would not know of each other."""
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"])
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
+    wanted = {"": True, "tpu,cpu": True, "cpu": False}
+    assert {text: distributed.on_tpu({"JAX_PLATFORMS": text}) for text in wanted} == wanted
+    assert distributed.on_tpu({})
+
+
+def test_a_tpu_whose_hosts_jax_does_not_find_is_refused_on_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def initialize(**options: Any) -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+    metadata = detect_processes("", "", "", environ={}, tpu=True)
+    with pytest.raises(UserError, match="TPU_WORKER_HOSTNAMES=localhost"):
+        distributed.initialize(metadata)
+
+
 def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
     node = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
     assert detect_processes("", "", "", environ=node, tpu=False).devices is None
@@ -75,6 +101,25 @@ def test_slurm_one_process_a_node_has_all_devices_of_it() -> None:
         ).source
         == "alone"
     )
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, (1,)),  # --gpus-per-node=2: both see both
+        ({"CUDA_VISIBLE_DEVICES": "0"}, None),  # --gpu-bind=single:1
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_PER_TASK": "1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "a100:2"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "1"}, (1,)),  # --gpu-bind=none
+        ({"CUDA_VISIBLE_DEVICES": ""}, (1,)),
+    ],
+)
+def test_slurm_may_show_each_process_its_own_devices(
+    variables: dict[str, str], wanted: tuple[int, ...] | None
+) -> None:
+    """Then the second process of a node has no device 1, or one that is not the only one."""
+    environ = SLURM | variables
+    assert detect_processes("", "", "", environ=environ, tpu=False).devices == wanted
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 TALK = """
     import sys, threading, time
-    from m3i_jax.errors import UserError
+    from m3i_jax.errors import RunStopped, UserError
     from m3i_jax.parallel import barriers, distributed
     me = int(sys.argv[1])
     info = distributed.ProcessInfo(
@@ -106,8 +106,15 @@ TALK = """
         try:
             with barriers.host0_first("fails"):
                 assert me != who, "broken"
-        except (AssertionError, barriers.HostMissing) as error:
+        except (AssertionError, RunStopped) as error:
             print(f"fails{who}", type(error).__name__, error)
+    for who in (0, 1):
+        try:
+            with barriers.host0_first("refuses"):
+                if me == who:
+                    raise UserError("/data: no images")
+        except UserError as error:
+            print(f"refuses{who}", error)
     for who in (0, 1):
         try:
             with barriers.fail_together("read"):
@@ -183,7 +190,12 @@ def test_hosts_talk(tmp_path: pathlib.Path) -> None:
         assert outputs[who][f"fails{who}"] == "AssertionError broken"
         assert (
             outputs[1 - who][f"fails{who}"]
-            == f"HostMissing fails: host {who} (name{who}) failed; its output says why"
+            == f"RunStopped fails: host {who} (name{who}) failed; its output says why"
+        )
+        assert outputs[who][f"refuses{who}"] == "/data: no images"  # all exit with 2
+        assert (
+            outputs[1 - who][f"refuses{who}"]
+            == f"refuses: host {who} (name{who}) failed (/data: no images)"
         )
         assert outputs[0][f"together{who}"] == outputs[1][f"together{who}"]
         assert outputs[0][f"together{who}"].startswith(

@@ -1,5 +1,6 @@
 """A host that cannot connect for heartbeats, as behind a firewall, is not taken for lost."""
 
+import socket
 import sys
 import time
 
@@ -64,3 +65,23 @@ def test_where_no_port_is_free_the_others_do_not_wait_for_it(
     heartbeat.start_heartbeat(5.0, logged.append)
     assert list(store.values()) == [""] and not heartbeat._running
     assert "no heartbeats from host 0 (no port)" in logged[0]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_host_connects_by_either_protocol(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """As for the first meeting and for jax: hosts may have addresses of IPv6 alone."""
+    if address == "::1":
+        try:
+            socket.create_server((address, 0), family=socket.AF_INET6).close()
+        except OSError as error:
+            pytest.skip(f"this machine has no IPv6: {error}")
+    store: dict[str, str] = {}
+    monkeypatch.setattr(barriers, "host_names", lambda: 2)
+    monkeypatch.setattr(barriers, "publish", store.__setitem__)
+    one = heartbeat.Heartbeat(5.0, lambda *_: None).open()
+    try:
+        with socket.create_connection((address, int(next(iter(store.values())))), 5.0) as line:
+            line.sendall(b"1 host 1\n")
+            assert line.recv(2) == b".\n"
+    finally:
+        one.close()

@@ -112,6 +112,29 @@ def test_a_disk_that_takes_no_report_does_not_keep_it_from_ending_the_process(
         assert any(f"{path} cannot be written" in line for line in logged)
 
 
+def test_a_console_that_hangs_does_not_keep_it_from_ending_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """As the log of a job on the disk that hangs: the line is not awaited for ever."""
+    monkeypatch.setattr(watchdog, "PATIENCE", 0.1)
+    world, ended, freed = Hanging(3), [], threading.Event()
+
+    def end(status: int) -> None:
+        ended.append(status)
+        world.freed.set()
+        freed.set()
+
+    def log(line: str) -> None:
+        freed.wait(2 * SECONDS)
+
+    clock = GoodputClock(images=8)
+    with Watchdog(
+        clock, tmp_path / "stacks-0.txt", log, limit=0.2, first=SECONDS, abort=2, end=end
+    ):
+        world.run(monkeypatch, clock=clock)
+    assert ended == [1]
+
+
 def test_a_run_that_lives_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
