@@ -213,31 +213,48 @@ def _validate_compare(c: schema.Config) -> None:
         )
 
 
-def unread_dense(c: schema.Config) -> dict[str, str]:
-    """Returns the settings of dense tasks that this task, head and rule of geometry do not read,
-    and why: names of settings, or of sections with a dot at the end. Tasks and heads of other
-    packages may read all.
+# Of schema.Data, what cuts and masks square views.
+_OF_VIEWS = ("crop_", "flip_p", "mask", "small_views")
 
-    >>> list(unread_dense(schema.Config()))  # `maps` say what initial weights are of
+
+def unread_by_task(c: schema.Config) -> dict[str, str]:
+    """Returns the settings that the task, its head and its rule of geometry do not read, and why:
+    names of settings, or of sections with a dot at the end. Tasks and heads of other packages may
+    read all settings of dense tasks.
+
+    >>> list(unread_by_task(schema.Config()))  # `dense.maps` says what initial weights are of
     ['dense.geometry.', 'dense.segment.', 'dense.detect.']
     """
     if c.task == "pretrain":
         parts = ("dense.geometry.", "dense.segment.", "dense.detect.")
         return dict.fromkeys(parts, "config.task=pretrain trains no detector and no segmenter")
+    found: dict[str, str] = {}
+    if not c.traits.views:
+        of_pixels = [f.name for f in dataclasses.fields(schema.Augment)]
+        names = [f.name for f in dataclasses.fields(schema.Data) if f.name.startswith(_OF_VIEWS)]
+        found = dict.fromkeys(
+            [
+                *("objective.", "data.rand_augment."),
+                *(f"data.augment.{name}" for name in of_pixels if name not in ("mean", "std")),
+                *(f"data.{name}" for name in names),
+            ],
+            f"config.task={c.task} does not read it; dense.geometry has crops and flips, and dense"
+            " the losses",
+        )
     if c.task not in ("detect", "segment"):
-        return {}
+        return found
     detects, g = c.task == "detect", c.dense.geometry
     of_task, of_rule = f"config.task={c.task} does not read it", f"dense.geometry.rule={g.rule}"
     other = ("category_share",) if detects else ("max_objects", "mask_size", "repeat", "test_short")
-    found = {f"dense.geometry.{name}": of_task for name in other}
+    found |= {f"dense.geometry.{name}": of_task for name in other}
     found["dense.segment." if detects else "dense.detect."] = of_task
     by_rule = {
         "range": ("long", "short"),
         "buckets": ("buckets", "crop_p", "crop_short", "crop_sides"),
     }
-    for rule, names in by_rule.items():
+    for rule, of_it in by_rule.items():
         if g.rule != rule:
-            found |= {f"dense.geometry.{name}": f"{of_rule} does not read it" for name in names}
+            found |= {f"dense.geometry.{name}": f"{of_rule} does not read it" for name in of_it}
     if g.rule == "buckets":
         found["dense.geometry.scale"] = f"{of_rule} scales images to the canvas"
     head = c.dense.detect.head

@@ -224,12 +224,6 @@ MODES = {
 }
 
 
-# Settings of square views and of their objective, which a task of annotated images does not read.
-_OF_VIEWS = (
-    "objective.", "data.augment.", "data.crop_", "data.flip_p", "data.mask", "data.rand_augment.",
-    "data.small_views",
-)  # fmt: skip
-_OF_ALL = ("data.augment.mean", "data.augment.std")
 # Sections that one mode alone reads.
 _OF_ONE_MODE = {"compare.": "compare", "curate.": "curate"}
 
@@ -269,21 +263,12 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
             raise UserError(
                 f"config.{key}: has no effect, because --mode={reader} alone reads it; leave it out"
             )
-    for key in () if config.traits.views else keys:
-        value, default = (
-            operator.attrgetter(key)(settings) for settings in (config, schema.Config())
-        )
-        if key.startswith(_OF_VIEWS) and key not in _OF_ALL and value != default:
-            raise UserError(
-                f"config.{key}: {value!r} has no effect, because config.task={config.task!r} does"
-                " not read it; dense.geometry has crops and flips, and dense the losses"
-            )
     reasons = mixture.unread(config.data, counted=bool(reads))
     for key in dict.fromkeys([*keys, "data.class_names", "data.directory"]):
         value = getattr(config.data, key.removeprefix("data."), None)
         if key in reasons and value != getattr(schema.Data, key.removeprefix("data.")):
             raise UserError(f"config.{key}: {value!r} has no effect, because {reasons[key]}")
-    for name, reason in validation.unread_dense(config).items():
+    for name, reason in validation.unread_by_task(config).items():
         for key in keys:
             if key == name or (name.endswith(".") and key.startswith(name)):
                 value = operator.attrgetter(key)(config)
