@@ -180,7 +180,9 @@ def steps(task: str, changes: dict, devices: int, count: int) -> tuple[list[dict
     return out, jax.device_get(state)
 
 
-@pytest.mark.parametrize(("task", "changes"), cases(*LONG, slow=("instances", "mask2former")))
+@pytest.mark.parametrize(
+    ("task", "changes"), cases(*LONG, slow=("dino", "instances", "mask2former"))
+)
 @pytest.mark.row("D6")
 def test_microbatches_on_several_devices_are_the_whole_batch_on_one(
     task: str, changes: dict
