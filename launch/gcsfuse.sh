@@ -53,7 +53,8 @@ if mountpoint -q "$directory"; then
         fail "$directory: ${mounted:-another file system} is mounted there; unmount it first"
     # of which folder, only the process of the mount tells
     # shellcheck disable=SC2009  # fixed text, which pgrep does not match
-    mounted="$(ps -eo args= | grep -F "gcsfuse " | grep -F " $bucket $directory" || true)"
+    mounted="$(ps -eo args= | sed 's/$/ /' | grep -F "gcsfuse " |
+        grep -F " $bucket $directory " || true)"
     if [[ -n "$mounted" && "$mounted" != *" --only-dir $folder "* ]] &&
         [[ -n "$folder" || "$mounted" == *" --only-dir "* ]]; then
         fail "$directory: another folder of gs://$bucket is mounted there; unmount it first" \

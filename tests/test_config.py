@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import operator
+import os
 
 import pytest
 
@@ -184,6 +186,22 @@ def test_overrides_change_single_settings_and_keep_their_types() -> None:
         model=schema.Model(),
     )
     assert untouched == schema.Config()
+
+
+def test_the_tilde_of_every_path_is_the_home_directory() -> None:
+    """`--config.init_from=~/vit.npz` reaches the program as it is typed."""
+    home = os.path.expanduser("~")
+    cfg = config.default_config()
+    paths = ("init_from", "objective.target_checkpoint", "data.path")
+    lists = ("objective.teachers", "report.beside")
+    config.apply_overrides(
+        cfg, [*(f"{key}=~/a" for key in paths), *(f"{key}=~/a,/b" for key in lists)]
+    )
+    settings = config.resolve(cfg)
+    for key in paths:
+        assert operator.attrgetter(key)(settings) == f"{home}/a", key
+    for key in lists:
+        assert operator.attrgetter(key)(settings) == (f"{home}/a", "/b"), key
 
 
 def test_unknown_key_in_a_config_file_is_refused(tmp_path) -> None:

@@ -12,7 +12,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.interop import tensor_files
 from m3i_jax.modes import setup as jobs
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import optimizer, scaling
+from m3i_jax.training import optimizer, plan, scaling
 from m3i_jax.training.task import make_task
 from tests import toy
 from tests.interop.published_vit import ENCODERS, weights
@@ -189,6 +189,16 @@ def test_intern_image_has_the_paper_s_30_epochs(tmp_path: pathlib.Path) -> None:
 def test_impossible_values(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         toy.settings(**change)
+
+
+def test_a_batch_norm_of_the_pooling_has_no_captions() -> None:
+    """Zero-shot and retrieval have no statistics for it, and would compare other features."""
+    mean = {"model__pool__kind": "mean", "model__pool__projection": "false"}
+    captions = toy.settings(model__pool__norm="batch", objective__forms="clip", **mean)
+    with pytest.raises(UserError, match=r"model.pool.norm: 'batch' has no statistics .* layer"):
+        plan.build_plan(captions)
+    labels = toy.settings(model__pool__norm="batch", objective__forms="supervised", **mean)
+    assert plan.build_plan(labels).where("category")
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,16 @@ _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """float32 in 0..1 of uint8 in 0..255; floating-point images are 0..1 already."""
-    return (
-        images.astype(jnp.float32) / 255
-        if images.dtype == jnp.uint8
-        else images.astype(jnp.float32)
-    )
+    """float32 in 0..1 of uint8 in 0..255; floating-point images are 0..1 already.
+
+    Raises:
+      ValueError: images of another type, whose range is unknown.
+    """
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are {images.dtype}; give uint8 in 0..255, or floats in 0..1")
+    return images.astype(jnp.float32)
 
 
 # The operations work on planes, [..., 3, H, W]: separate channels vectorise several times better on

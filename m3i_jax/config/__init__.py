@@ -38,6 +38,7 @@ from m3i_jax.config.values import (
 )
 from m3i_jax.errors import UserError, shorten
 from m3i_jax.registries import not_one_of
+from m3i_jax.schema.limits import expand_home
 
 __all__ = [
     "DEFAULT_RECIPE",
@@ -101,7 +102,7 @@ def _build(cls: type, node: Any, prefix: str, known: dict[str, Any]) -> Any:
         choices = fields[name].metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"config.{key}: {not_one_of(shorten(value), choices)}")
-        values[name] = value
+        values[name] = expand_home(fields[name].metadata["limits"], value)
     return cls(**values)
 
 

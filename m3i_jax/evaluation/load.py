@@ -211,7 +211,7 @@ def load(
                 f"load: {name}={value!r} is not one of {', '.join(filter(None, known))}; give one"
                 " of these"
             )
-    given, path = path, os.fspath(path)
+    given, path = path, os.path.expanduser(path)
     if path.startswith(HUB_PREFIX):
         path = fetch_weights(path)
     source = weight_source.open_weights(path, weights=weights, key="load")

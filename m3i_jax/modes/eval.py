@@ -31,7 +31,13 @@ from m3i_jax.evaluation import feature_extraction, load, registry
 from m3i_jax.evaluation.feature_extraction import EvalContext
 from m3i_jax.models import backbones
 from m3i_jax.modes import eval_data, evaluators, figure_evaluators, report
-from m3i_jax.modes.eval_results import RESULT, Results, earlier_results, result_dir
+from m3i_jax.modes.eval_results import (
+    RESULT,
+    Results,
+    earlier_results,
+    result_dir,
+    weight_files,
+)
 from m3i_jax.modes.setup import Setup, check_writable, open_setup, require_views
 from m3i_jax.parallel import distributed
 from m3i_jax.training import checkpoint_dir, init_from, loop, weight_source
@@ -188,20 +194,9 @@ def described(setup: Setup, checkpoint: str, step: int) -> dict[str, Any]:
         "encoder": setup.config.evaluate.encoder, "data": data,
         "preprocessing": json.loads(json.dumps(Preprocessing.of(setup.config).described())),
         "of": base.stable_digest(
-            *settings, setup.identity, str(len(setup.held_out)), *_files_of(checkpoint)
+            *settings, setup.identity, str(len(setup.held_out)), *weight_files(checkpoint)
         ),
     })  # fmt: skip
-
-
-def _files_of(checkpoint: str) -> list[str]:
-    """Name, size and time of the files of weights, or of those of their directory."""
-    path = pathlib.Path(checkpoint)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [
-        f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
-        for file in files
-        if file.is_file() and file.name != RESULT
-    ]
 
 
 def other_data(setup: Setup, run: pathlib.Path) -> list[str]:

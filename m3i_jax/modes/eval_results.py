@@ -19,6 +19,18 @@ RESULT = "eval.json"
 Values = dict[str, dict[str, float]]  # of each evaluator: its metrics
 
 
+def weight_files(path: str) -> list[str]:
+    """Returns name, size and time of a file of weights, or of the files of a directory but for
+    results: what changes where weights are written anew. [] if nothing is there."""
+    place = pathlib.Path(path)
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    return [
+        f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
+        for file in files
+        if file.is_file() and file.name != RESULT
+    ]
+
+
 @dataclasses.dataclass
 class Results:
     """Results of an evaluation so far.

@@ -22,6 +22,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.interop import tensor_files
+from m3i_jax.modes.eval_results import weight_files
 from m3i_jax.modes.setup import check_writable, index_directory, lock_workdir, require_views
 from m3i_jax.training import checkpoint_dir
 
@@ -55,7 +56,8 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
     }
     parts_dir = target.with_name(target.name + ".parts")
     with lock_workdir(directory):
-        _remove_other_parts(parts_dir, identity)
+        files = weight_files(config.init_from) if config.init_from else []
+        _remove_other_parts(parts_dir, identity | {"files": files})
         print(
             f"{model.name}, {model.pool}: {len(train):,} training images, {len(held_out):,} held"
             f" out; {preprocessing.resized_side} {preprocessing.short_side},"

@@ -105,7 +105,10 @@ def focal_class_loss(
     """
     logits_QxK, classes_Q = float32(logits_QxK), jnp.asarray(classes_Q)
     count = logits_QxK.shape[1]
-    where_QxK = jnp.ones(logits_QxK.shape) if where_Q is None else float32(where_Q)[:, None]
+    where_Q = jnp.ones(logits_QxK.shape[:1]) if where_Q is None else float32(where_Q)
+    assert_shape(classes_Q, logits_QxK.shape[:1], custom_message="one class per row of logits")
+    assert_shape(where_Q, logits_QxK.shape[:1], custom_message="where: one weight per row")
+    where_QxK = where_Q[:, None]
     if categories_K is not None:
         where_QxK = where_QxK * float32(categories_K)
     target_QxK = classes_Q[:, None] == jnp.arange(count)

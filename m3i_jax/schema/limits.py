@@ -169,6 +169,20 @@ class TextLimit:
 TEXTS = ("path", "name", "pattern", "line")
 
 
+def expand_home(limits: Any, value: Any) -> Any:
+    """Returns a setting with the home directory in the place of `~` at the start of paths, which
+    shells leave in `--config.KEY=~/FILE`. Other settings, and homes of unknown users, stay.
+
+    >>> expand_home(PATH, "~/a") == os.path.expanduser("~/a"), expand_home(LINE, "~/a")
+    (True, '~/a')
+    """
+    if not (isinstance(limits, TextLimit) and limits.kind == "path"):
+        return value
+    if isinstance(value, tuple):
+        return tuple(map(os.path.expanduser, value))
+    return os.path.expanduser(value)
+
+
 def _figure(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 

@@ -338,6 +338,11 @@ def _validate_targets(plan: Plan) -> None:
             " predicts would stay at random values; give shares of the run such as 0.5,0.75, or"
             " objective.target_checkpoint"
         )
+    if config.model.pool.norm == "batch" and plan.where("text"):
+        raise UserError(
+            "config.model.pool.norm: 'batch' has no statistics outside a batch of training, so that"
+            " retrieval and zero-shot would compare other features with captions; use layer"
+        )
     if config.model.head.prototypes < 2 and prototype_targets.prototype_terms(terms):
         raise UserError(
             f"config.model.head.prototypes: {config.model.head.prototypes} leaves nothing to"

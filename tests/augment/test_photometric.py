@@ -35,6 +35,12 @@ def positions(count: int, first: int = 0) -> np.ndarray:
     return np.stack([index >> np.uint64(32), index & np.uint64(0xFFFFFFFF)], 1).astype(np.uint32)
 
 
+def test_images_of_an_unknown_range_are_refused() -> None:
+    """0..255 as int32 would pass for 0..1."""
+    with pytest.raises(ValueError, match="images are int32; give uint8 in 0..255, or floats"):
+        photometric.to_float(jnp.zeros((1, 4, 4, 3), jnp.int32))
+
+
 def pillow(operation, image: np.ndarray) -> np.ndarray:
     return np.asarray(operation(Image.fromarray(image)), np.float64) / 255
 

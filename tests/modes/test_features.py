@@ -175,6 +175,23 @@ def test_parts_of_other_features_are_removed(workdir: pathlib.Path, tmp_path: pa
     assert "wrong" not in features.read_feature_file(str(tmp_path / "a.npz"))[0]["keys"]
 
 
+def test_parts_of_a_file_that_was_written_anew_are_removed(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted run of other weights under the same name is not continued."""
+    shape = dict(width=32, depth=1, heads=2, patch=8, grid=2)
+    table, file = weights(ENCODERS["timm"], **shape), tmp_path / "vit.safetensors"
+    tensor_files.write_safetensors(file, table)
+    arguments = [f"--config.init_from={file}"]
+    asked = stopped_at_the_second_part(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        written(workdir, tmp_path / "a.npz", *arguments)
+    table["cls_token"] = table["cls_token"] + 1
+    tensor_files.write_safetensors(file, table)
+    assert written(workdir, tmp_path / "a.npz", *arguments) == 0
+    assert [start for start, *_ in asked] == [0, 16, 0, 16, 0, 16]
+
+
 def test_refusals(
     workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

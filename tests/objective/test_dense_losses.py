@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3i_jax.objective import dense_losses
+from m3i_jax.objective import box_matching, dense_losses
 from tests.data.make_dense_losses import FOCAL
 from tests.objective.numeric import compiled
 
@@ -71,6 +71,12 @@ def test_focal_loss_is_that_of_torchvision(name):
         LOGITS,
         [HARD.sum()],
     )
+
+
+@pytest.mark.parametrize("rows", [(2, 3), (3, 2)])  # of classes, of weights
+def test_focal_loss_of_classes_has_a_class_and_a_weight_per_row(rows):
+    with pytest.raises(ValueError, match="one (class|weight) per row"):
+        box_matching.focal_class_loss(np.zeros((3, 2)), np.zeros(rows[0], int), np.ones(rows[1]))
 
 
 def test_dice_is_that_of_torch():

@@ -272,7 +272,7 @@ def _open(path: str, split: str, data: schema.Data, cache: str) -> ScenesSource:
             f"the built-in scenes have no split {split!r}: leave data.split empty, data.holdout"
             " holds a share out"
         )
-    if path and not path.isdigit():
+    if path and not path.isdecimal():
         raise UserError(
             f"scenes:{path}: the built-in scenes have no path: give their number, such as"
             " scenes:2000"

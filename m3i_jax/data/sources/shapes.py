@@ -397,7 +397,7 @@ def _open(path: str, split: str, data: schema.Data, cache: str) -> ShapesSource:
             f"the built-in shapes have no split {split!r}: leave data.split empty, data.holdout"
             " holds a share out"
         )
-    if path and not path.isdigit():
+    if path and not path.isdecimal():
         raise UserError(
             f"shapes:{path}: the built-in shapes have no path: give their number, such as"
             " shapes:10000"
