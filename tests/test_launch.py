@@ -438,8 +438,13 @@ def test_a_bucket_is_mounted_once_and_gcsfuse_installed_if_it_is_missing(stage: 
     ]
     stage.log.unlink()
     assert stage.run(*mount)[0] == 0 and not any("gcsfuse" in call for call in stage.calls)
-    for process, wanted in (("--only-dir val ", 2), ("", 2), ("--only-dir train ", 0)):
-        stage.stand_in("ps", f"echo gcsfuse --foreground --implicit-dirs {process}images /w/m")
+    for process, wanted in (
+        ("--only-dir val images /w/m", 2),
+        ("images /w/m", 2),
+        ("--only-dir train images /w/m", 0),
+        ("--only-dir val images /w/m2", 0),  # of another directory
+    ):
+        stage.stand_in("ps", f"echo gcsfuse --foreground --implicit-dirs {process}")
         status, _, err = stage.run(*mount)
         assert status == wanted and ("another folder of gs://images" in err) == bool(wanted)
     stage.stand_in("findmnt", "echo others")
