@@ -405,6 +405,20 @@ def test_a_directory_without_tars_is_refused(
     assert "holds no STYLE-NUMBER.tar" in capsys.readouterr().err
 
 
+def test_results_of_sets_that_cannot_be_made_here_are_kept(tmp_path: pathlib.Path) -> None:
+    """Without scikit-learn there are no digits; their results stay in the file nevertheless."""
+    results = [
+        {"protocol": "flops", "set": "digits", "form": form, "seed": seed, "values": {}}
+        for form in ("M3I", "MAE")
+        for seed in (0, 1)
+    ]
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps([*results, results[0] | {"values": {"loss": 1.0}}]))
+    found = table_results.read_results(file, tmp_path, {})
+    assert [(r["form"], r["seed"]) for r in found] == [(r["form"], r["seed"]) for r in results]
+    assert found[0]["values"] == {"loss": 1.0}
+
+
 def test_the_kept_tables_are_those_of_the_kept_results() -> None:
     """Figures in a document come from runs whose command is recorded with them."""
     kept = table_sets.ROOT / "tests" / "data" / "tables"

@@ -21,8 +21,9 @@ PAIRED = "kNN minus M3I's, same images"
 def read_results(
     kept: pathlib.Path, out: pathlib.Path, sets: Mapping[str, Set]
 ) -> list[dict[str, Any]]:
-    """The results of a file and of the runs of a directory, in the order of the tables. A result of
-    the directory replaces one of the file."""
+    """The results of a file and of the runs of a directory, in the order of the tables, and then
+    those of sets and rows that are not among them. A result of the directory replaces one of the
+    file."""
     found = json.loads(kept.read_text()) if kept.is_file() else []
     found += [json.loads(path.read_text()) for path in sorted(out.glob("runs/*/*/*/result.json"))]
     order = {
@@ -31,9 +32,8 @@ def read_results(
             (one.name, title) for one in sets.values() for title in one.rows
         )
     }
-    by_run = {
-        (r["protocol"], order.get((r["set"], r["form"]), len(order)), r["seed"]): r for r in found
-    }
+    rows = ((r, order.get((r["set"], r["form"]), len(order))) for r in found)
+    by_run = {(r["protocol"], row, r["set"], r["form"], r["seed"]): r for r, row in rows}
     return [by_run[key] for key in sorted(by_run)]
 
 
