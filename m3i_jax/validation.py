@@ -32,6 +32,13 @@ def _validate_combinations(c: schema.Config) -> None:
         )
         _require(o.b1 > 0, "optim.b1", o.b1, "must be positive with optim.rule=schedule_free")
     _require(
+        o.schedule != "steps" or bool(o.milestones),
+        "optim.milestones",
+        o.milestones,
+        "leaves the learning rate of optim.schedule=steps constant; give the shares of the run"
+        " after which it is a tenth, such as (0.8,0.9), or use optim.schedule=constant",
+    )
+    _require(
         bool(c.train.watchdog and c.train.watchdog_first) or not c.train.watchdog_abort,
         "train.watchdog_abort",
         c.train.watchdog_abort,
@@ -215,6 +222,22 @@ def _validate_compare(c: schema.Config) -> None:
 
 # Of schema.Data, what cuts and masks square views.
 _OF_VIEWS = ("crop_", "flip_p", "mask", "small_views")
+# Of schema.Detect, what proposals and regions need, and schema.Segment, what pixel losses need.
+_OF_REGIONS = (
+    *("anchor_sizes", "anchor_ratios", "rpn_convs", "rpn_samples", "rpn_nms", "proposals"),
+    *("test_proposals", "rois", "roi_foreground", "canonical", "box_convs", "box_hidden"),
+    *("mask_convs", "candidates", "nms"),
+)
+_OF_UPERNET = ("pool_scales", "aux_width", "aux_weight", "norm_momentum")
+# By section and head: what it does not read. Heads of other packages may read everything.
+_UNREAD_BY_HEAD = {
+    ("detect", "mask_rcnn"): ("dino.", "mask2former."),
+    ("detect", "dino"): (*_OF_REGIONS, "mask2former."),
+    ("detect", "mask2former"): (*_OF_REGIONS, "dino."),
+    ("segment", "upernet"): ("mask2former.",),
+    ("segment", "linear"): (*_OF_UPERNET, "strides", "width", "mask2former."),
+    ("segment", "mask2former"): (*_OF_UPERNET, "dropout", "classifier_std", "divide_by"),
+}
 
 
 def unread_by_task(c: schema.Config) -> dict[str, str]:
@@ -257,10 +280,13 @@ def unread_by_task(c: schema.Config) -> dict[str, str]:
             found |= {f"dense.geometry.{name}": f"{of_rule} does not read it" for name in of_it}
     if g.rule == "buckets":
         found["dense.geometry.scale"] = f"{of_rule} scales images to the canvas"
-    head = c.dense.detect.head
-    if detects and head in ("dino", "mask2former"):
-        instead = "; set dense.detect.dino.nms" if head == "dino" else ""
-        found["dense.detect.nms"] = f"dense.detect.head={head} does not read it{instead}"
+    head, part = (c.dense.detect if detects else c.dense.segment).head, f"dense.{c.task}"
+    unread = _UNREAD_BY_HEAD.get((c.task, head), ())
+    found |= {f"{part}.{name}": f"{part}.head={head} does not read it" for name in unread}
+    if (detects, head) == (True, "dino"):
+        found["dense.detect.nms"] += "; set dense.detect.dino.nms"
+    if detects and unread and c.dense.detect.loss != "federated":
+        found["dense.detect.federated_classes"] = "dense.detect.loss=softmax does not read it"
     return found
 
 

@@ -1,9 +1,12 @@
 """Tiny settings and batches of the dense tasks: a ViT of two blocks on 16 patches, small heads."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import jax
 import numpy as np
 
-from m3i_jax import parallel, schema
+from m3i_jax import parallel, schema, validation
 from m3i_jax.training import trainer
 from tests import toy
 
@@ -95,6 +98,20 @@ MASK2FORMER = {
 }
 TASKS = {"detect": DETECT, "dino": DINO, "instances": INSTANCES, "segment": SEGMENT}
 DETECTORS = ("dino", "instances")  # are runs of detection
+
+
+def flags(task: str, values: Mapping[str, object], head: str) -> list[str]:
+    """The values as flags of a command line, without those that the head does not read."""
+    config = schema.Config(task=task)
+    part = dataclasses.replace(getattr(config.dense, task), head=head)
+    config = dataclasses.replace(config, dense=dataclasses.replace(config.dense, **{task: part}))
+    of_head = f"dense.{task}."
+    unread = tuple(n for n in validation.unread_by_task(config) if n.startswith(of_head))
+    return [
+        f"--config.{key}={str(value).replace(' ', '')}"
+        for key, value in values.items()
+        if not any(key == n or (n[-1] == "." and key.startswith(n)) for n in unread)
+    ]
 
 
 def dense_settings(task: str, **changes: object) -> schema.Config:

@@ -154,6 +154,15 @@ def test_a_watchdog_that_is_off_ends_no_run() -> None:
             config.resolve(cfg)
 
 
+def test_steps_of_the_learning_rate_need_their_places() -> None:
+    cfg = config.default_config()
+    config.apply_overrides(cfg, ["optim.schedule=steps"])
+    with pytest.raises(UserError, match="milestones: .* leaves the learning rate .* constant"):
+        config.resolve(cfg)
+    config.apply_overrides(cfg, ["optim.milestones=0.8,0.9"])
+    assert config.resolve(cfg).optim.milestones == (0.8, 0.9)
+
+
 def test_at_least_sixty_bad_settings() -> None:
     assert len(BAD) >= 60
 

@@ -100,6 +100,7 @@ def get_config(
     config.train.batch_size = batch_size
     config.train.epochs = epochs or own.epochs  # [P]: 100, InternImage-H 30
     config.train.panel_every = 0
+    config.train.eval_every = -1
     config.optim.lr = 0.0  # 2e-3 [P] in long runs at the paper's batch
     config.optim.min_lr = 1e-6  # [M]
     # [P]; at most a tenth of a shorter run [C]

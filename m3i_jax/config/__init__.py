@@ -153,10 +153,10 @@ def scale_for_custom_data(
 ) -> None:
     """Set length and batch size for a run on a user's own images.
 
-    Learning rate, momentum, warm-up, crops and colours are left open and follow from batch, number
-    and size of the images (training/scaling.py). A value that is set later is kept. Pooling is
-    initialised with 1 / sqrt(inputs): at 0.02, the pooled token of a narrow encoder stays near zero
-    for most of a short run.
+    Learning rate, momentum, warm-up, crops, colours and how often the run is evaluated are left
+    open and follow from batch, number and size of the images (training/scaling.py). A value that is
+    set later is kept. Pooling is initialised with 1 / sqrt(inputs): at 0.02, the pooled token of a
+    narrow encoder stays near zero for most of a short run.
 
     >>> config = default_config(); scale_for_custom_data(config, epochs=50.0, batch_size=256)
     >>> config.optim.lr, config.train.batch_size
@@ -168,4 +168,5 @@ def scale_for_custom_data(
     config.data.augment.update({"blur_p": (), "blur_sigma": (), "solarize_p": ()})
     config.model.pool.std = 0.0
     config.optim.update({"lr": 0.0, "ema": -1.0, "warmup_epochs": -1.0})
-    config.train.update({"epochs": epochs, "batch_size": batch_size})
+    config.train.update({"epochs": epochs, "batch_size": batch_size, "eval_every": -1})
+    config.train.panel_every = -1

@@ -20,6 +20,8 @@ from m3i_jax.schema.limits import (
     option,
 )
 
+_OFTEN = dataclasses.replace(STEPS, open=-1)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Init:
@@ -206,8 +208,17 @@ class Train:
     log_every: int = option(50, "steps between lines of metrics", EVERY)
     save_every: int = option(1000, "steps between checkpoints", EVERY)
     keep: int = option(2, "number of checkpoints to keep", EVERY)
-    panel_every: int = option(5000, "steps between panels; 0: no panels", STEPS)
-    eval_every: int = option(5000, "steps between evaluations; 0: only before and after", STEPS)
+    panel_every: int = option(
+        5000,
+        "steps between panels; 0: no panels; -1: from the length (training/scaling.py)",
+        _OFTEN,
+    )
+    eval_every: int = option(
+        5000,
+        "steps between evaluations; 0: only before and after; -1: from the length"
+        " (training/scaling.py)",
+        _OFTEN,
+    )
     watchdog: float = option(
         1800.0,
         "seconds without progress after which the stacks of all threads are logged; 0: off",

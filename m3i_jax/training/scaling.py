@@ -26,6 +26,7 @@ from m3i_jax.training.update_rules import update_rule
 MIN_LR_SUM = 0.03  # initial matrices have a std of 0.1 at width 96, 0.04 at 768
 _SUMMED = 4097  # steps of which the rates are summed
 SHORT_RUN = 1e6  # samples up to which a run has the weakest augmentation
+EVAL_EVERY = schema.Train().eval_every
 # settings that may be open, and the value that means open
 OPEN: dict[str, Any] = {
     "optim.lr": 0.0,
@@ -41,6 +42,8 @@ OPEN: dict[str, Any] = {
     "data.augment.erase_p": -1.0,
     "data.augment.blend_p": -1.0,
     "data.rand_augment.p": -1.0,
+    "train.eval_every": -1,
+    "train.panel_every": -1,
 }
 
 
@@ -118,6 +121,21 @@ def scaled_blur_sigma(size: int) -> tuple[float, float]:
     return round(0.1 * size / 224, 4), round(2 * size / 224, 4)
 
 
+def scaled_eval_every(*, steps: float, epoch: float) -> int:
+    """Returns the steps between evaluations: an eighth of a short run, so that its curves have a
+    shape, at least two epochs, since an evaluation encodes the training images once, and at most
+    those of a long run.
+
+    Args:
+      steps, epoch: steps of the run and of an epoch.
+
+    >>> runs = ((4452, 87.5), (1000, 300), (2_000_000, 5005), (100_000, 97_000))
+    >>> [scaled_eval_every(steps=steps, epoch=epoch) for steps, epoch in runs]
+    [557, 600, 5000, 5000]
+    """
+    return max(1, min(EVAL_EVERY, math.ceil(max(steps / 8, 2 * epoch))))
+
+
 def reference(config: schema.Config) -> Reference:
     """Returns the published run from which a configuration is scaled."""
     if not any(name in terms.TRANSFER for name in config.objective.forms):
@@ -145,6 +163,7 @@ def fill_open_settings(config: schema.Config) -> schema.Config:
     width = config.model.encoder.width
     decay = backbones.get_backbone(config.model).finetuning.layer_decay(config.model)
     lr = scaled_lr(known, batch=t.batch_size, samples=samples, width=width)
+    eval_every = scaled_eval_every(steps=steps, epoch=config.data.size / t.batch_size)
     values = {
         "optim.lr": float(f"{lr:.4g}"),
         "optim.ema": round(scaled_momentum(batch=t.batch_size, steps=steps), 7),
@@ -159,6 +178,8 @@ def fill_open_settings(config: schema.Config) -> schema.Config:
         "data.augment.blend_p": round(share, 4),
         "data.rand_augment.p": round(0.5 * share, 4),
         "optim.warmup_epochs": 0.1 * samples / max(config.data.size, 1),
+        "train.eval_every": eval_every,
+        "train.panel_every": eval_every,
     }
     missing = open_settings(config)
     if "optim.lr" in missing and not update_rule(config.optim.rule).rates_of_adam:

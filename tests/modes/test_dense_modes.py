@@ -15,7 +15,7 @@ from m3i_jax import run_files
 from m3i_jax.data.sources import scenes
 from m3i_jax.training import loop
 from tests import scene_files
-from tests.dense_toy import SEGMENT, SHARED
+from tests.dense_toy import SEGMENT, SHARED, flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 VALUES = (SHARED | SEGMENT) | {
@@ -39,7 +39,7 @@ VALUES = (SHARED | SEGMENT) | {
 def arguments(run: pathlib.Path, *more: str, **changes: object) -> list[str]:
     values = VALUES | {key.replace("__", "."): value for key, value in changes.items()}
     values.pop("data.classes")
-    texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in values.items()]
+    texts = flags("segment", values, str(values["dense.segment.head"]))
     return ["--config", "configs/transfer/segment.py", "--workdir", str(run), *texts, *more]
 
 

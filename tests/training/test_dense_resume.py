@@ -15,7 +15,7 @@ import pytest
 
 from m3i_jax import main as command
 from m3i_jax.training import checksums, loop, trainer
-from tests.dense_toy import DETECT, DINO, INSTANCES, MASK2FORMER, SEGMENT, SHARED
+from tests.dense_toy import DETECT, DINO, INSTANCES, MASK2FORMER, SEGMENT, SHARED, flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 6
@@ -69,12 +69,12 @@ def arguments(run: pathlib.Path, head: str, **changes: object) -> list[str]:
         VALUES | HEADS[head] | {key.replace("__", "."): value for key, value in changes.items()}
     )
     values.pop("data.classes")
-    texts = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in values.items()]
     name = "mask2former" if head == "instances" else head
     recipe = f"configs/transfer/detect.py:head={name},masks={str(head != 'dino').lower()}"
     if head in SEGMENTERS:
         recipe = f"configs/transfer/segment.py:head={head}"
-    return ["--config", recipe, "--workdir", str(run), *texts]
+    task = "segment" if head in SEGMENTERS else "detect"
+    return ["--config", recipe, "--workdir", str(run), *flags(task, values, name)]
 
 
 def logged(run: pathlib.Path) -> list[dict]:

@@ -1,6 +1,7 @@
 """Values of the open settings, and the warnings about runs that are too short to learn."""
 
 import dataclasses
+import math
 import pathlib
 
 import pytest
@@ -67,6 +68,22 @@ def test_nothing_stays_open(name: str) -> None:
     assert (a.jitter_p, a.grayscale_p, a.blur_p, a.solarize_p) == (0.0, 0.0, (0.0, 0.0), (0.0, 0.0))
 
 
+@pytest.mark.parametrize(
+    ("size", "epochs", "evaluations"),
+    [
+        (6000, 50, range(8, 9)),
+        (6000, 11, range(5, 7)),  # every two epochs: an evaluation encodes all training images
+        (6000, 1, range(1, 2)),
+        (scaling.IMAGENET, 400, range(1601, 1603)),  # every 5,000 steps, as before
+    ],
+)
+def test_curves_of_a_short_run_have_a_shape(size: int, epochs: int, evaluations: range) -> None:
+    train = made("folder", size, model="vit_tiny", batch_size=64, epochs=epochs).train
+    steps = math.ceil(epochs * size / 64)
+    assert math.ceil(steps / train.eval_every) in evaluations  # the last is at the end
+    assert train.panel_every == train.eval_every
+
+
 def test_what_is_set_is_kept() -> None:
     asked = (
         "optim.lr=1e-3",
@@ -74,10 +91,12 @@ def test_what_is_set_is_kept() -> None:
         "optim.warmup_epochs=2",
         "data.crop_scale=(0.08,1.0)",
         "data.augment.blur_sigma=(0.1,2.0)",
+        "train.eval_every=0",
     )
     config = made("folder", 6000, *asked, model="vit_tiny", batch_size=64, epochs=11)
     assert (config.optim.lr, config.optim.ema, config.optim.warmup_epochs) == (1e-3, 0.995, 2.0)
     assert (config.data.crop_scale, config.data.augment.blur_sigma) == ((0.08, 1.0), (0.1, 2.0))
+    assert config.train.eval_every == 0
     plain = schema.Config()
     assert (
         scaling.fill_open_settings(
