@@ -112,10 +112,25 @@ def machine() -> str:
     )
 
 
+def with_gains(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result with what each figure gained in training, as "gained/...".
+
+    >>> with_gains({"values": {"loss": 1.0, "eval/knn": 0.5, "before/eval/knn": 0.25}})["values"]
+    {'loss': 1.0, 'eval/knn': 0.5, 'before/eval/knn': 0.25, 'gained/eval/knn': 0.25}
+    """
+    values = result["values"]
+    gains = {
+        f"gained/{name}": value - values[f"before/{name}"]
+        for name, value in values.items()
+        if f"before/{name}" in values
+    }
+    return {**result, "values": values | gains}
+
+
 def markdown_table(image_set: Set, results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown table: one row per method with mean and deviation over seeds in per cent; the best
     mean of a column is bold; last the differences of `compare_with`."""
-    of_set = [r for r in results if r["set"] == image_set.name]
+    of_set = [with_gains(r) for r in results if r["set"] == image_set.name]
     rows, paired = report.compare_rows(of_set), compare_with(REFERENCE, of_set)
     shown = [c for c in image_set.columns if any(c.key in row.figures for row in rows)]
     most = {

@@ -42,9 +42,14 @@ TRANSFER_COLUMNS = tuple(
 )
 # Categories of a mixture of tar files have no names, which zero-shot classification needs.
 MIXED_COLUMNS = tuple(column for column in COLUMNS if "zero_shot" not in column.key)
-# With the figure of the initial weights of each row, whose encoders differ.
+# With what each row gains over its initial weights, since encoders differ.
 RECENT_COLUMNS = (
-    report.CompareColumn("before/eval/knn/top1", "kNN untrained", ".1f", True, 100),
+    *(
+        report.CompareColumn(
+            f"gained/{COLUMNS[i].key}", f"{COLUMNS[i].title}, gained", ".1f", True, 100
+        )
+        for i in (0, 1)
+    ),
     *MIXED_COLUMNS,
 )
 RUN_COLUMNS = (
