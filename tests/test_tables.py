@@ -279,8 +279,12 @@ def test_a_share_of_the_training_images_has_annotations(tmp_path: pathlib.Path) 
                 member = tarfile.TarInfo(f"{key}.{ending}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    (written,) = table_data.annotation_shares([source], tmp_path / "out", 0.3, 0.6)
-    assert written.name == "clip-labels30-captions60.tar"
+    out = tmp_path / "out"
+    (pattern,) = table_data.annotation_shares([source], out, 0.3, 0.6)
+    assert pattern == f"{out / 'shares' / 'clip-labels30-captions60'}/*.tar"
+    (written,) = pathlib.Path(pattern).parent.glob("*.tar")
+    (single,) = table_data.annotation_shares([source], out, 0.3, 0.6, one_tar=True)
+    assert pathlib.Path(single).read_bytes() == written.read_bytes()
     labels, captions, keys_ = set(), set(), set()
     with tarfile.open(written) as tar:
         for member in tar:

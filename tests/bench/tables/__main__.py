@@ -22,8 +22,8 @@ The sets (`sets.py`):
     emoji-8x8, clipart-8x8, mixed-8x8-labelsL-captionsC, fashion-8x8
                   48 pixels in 8 x 8 patches, with rate and decay of the search; evaluated on each
                   other; mixed: of both sets, L % of the images with labels, C % with captions
-    recent        methods since the paper, on both sets with labels and captions, at the settings of
-                  configs/toy.py
+    recent        methods since the paper, on both sets with labels and captions, one drawing of an
+                  emoji, at the settings of configs/toy.py
     encoders      M3I with registers, rotary positions, SwiGLU and Muon, each alone and all together
     emoji-4x4     the same in 4 x 4 patches
     ablations, forms, scaling

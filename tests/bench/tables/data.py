@@ -67,11 +67,26 @@ def part(
 
 
 def annotation_shares(
-    directories: Sequence[pathlib.Path], out: pathlib.Path, labelled: float, captioned: float
-) -> list[pathlib.Path]:
-    """Write the tars of each directory as one tar shares/NAME-labelsL-captionsC.tar, in which a
+    directories: Sequence[pathlib.Path],
+    out: pathlib.Path,
+    labelled: float,
+    captioned: float,
+    *,
+    one_tar: bool = False,
+) -> list[str]:
+    """Write the tars of each directory as tars shares/NAME-labelsL-captionsC/*.tar, in which a
     share of the training images has a label and another share a caption. Held-out images keep
-    both, to be evaluated."""
+    both, to be evaluated.
+
+    Args:
+        directories, out: of the tars, and of what is written.
+        labelled, captioned: the shares.
+        one_tar: write shares/NAME-labelsL-captionsC.tar instead, of which a run reads the first of
+            several images with one key, as of two drawings of one emoji.
+
+    Returns:
+        For each directory the pattern of its files.
+    """
 
     def edit(key: str, ending: str, content: bytes) -> bytes | None:
         # two hashes that do not depend on each other, nor on the one that holds out
@@ -88,9 +103,14 @@ def annotation_shares(
 
     written = []
     for directory in directories:
-        name = f"{directory.name}-labels{100 * labelled:.0f}-captions{100 * captioned:.0f}.tar"
-        part(directory.glob("*.tar"), out / "shares" / name, lambda key: True, edit=edit)
-        written.append(out / "shares" / name)
+        name = f"{directory.name}-labels{100 * labelled:.0f}-captions{100 * captioned:.0f}"
+        files, place = sorted(directory.glob("*.tar")), out / "shares" / name
+        if one_tar:
+            part(files, place.with_name(f"{name}.tar"), lambda key: True, edit=edit)
+        else:
+            for file in files:
+                part([file], place / file.name, lambda key: True, edit=edit)
+        written.append(f"{place}.tar" if one_tar else f"{place}/*.tar")
     return written
 
 
