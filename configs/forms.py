@@ -32,7 +32,8 @@ def get_config(
       model: a preset instead of `size`: vit_h14 or internimage_pico, _t, _s, _b, _l, _xl, _h or _g;
         pico runs at the tiny scale.
       batch_size: images per step; 0: 4,096, or 64 at the tiny scale.
-      epochs: 0: as published, 400 for the paper's ablations; the tiny scale runs 400 steps.
+      epochs: 0: as published, 400 for the paper's ablations; the tiny scale always runs 400 steps,
+        unless --config.train.steps is given.
     """
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")

@@ -7,7 +7,7 @@ combined with every data set.
     python -m m3i_jax.main --config configs/m3i.py:data=joint,model=internimage_h --mode=show
 
 [P] marks the paper's Table 7, [S] its section 4, [C] a choice of this project where the paper is
-silent; configs/README.md lists all of them.
+silent; configs/README.md explains those about the method.
 
 Other batch sizes [C]: below 4,096 images, learning rate and 1 - momentum are scaled in proportion,
 lr * B / 4096 and 1 - (1 - 0.995) * B / 4096, so that weights and target move equally far per epoch.

@@ -9,7 +9,8 @@ tfds, hugging_face, coco, shapes, scenes. Without weights, the shares are propor
 numbers of images, and one pass reads each image once.
 
 Learning rate, momentum, warm-up, crops and colours follow from the batch size, the length, and the
-number and size of the images (m3i_jax/training/scaling.py); --mode=show prints them.
+number and size of the images (m3i_jax/training/scaling.py). --mode=show prints them for the numbers
+that --config.data.size, .captions and .classes give, since it reads no data.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,8 @@ without TensorFlow.
     python -m m3i_jax.main --config configs/tfds.py:name=food101 --workdir runs/tfds
 
 Learning rate, momentum, warm-up, crops and colours follow from the batch size, the length, and the
-number and size of the images (m3i_jax/training/scaling.py); --mode=show prints them.
+number and size of the images (m3i_jax/training/scaling.py). --mode=show prints them for the numbers
+that --config.data.size, .captions and .classes give, since it reads no data.
 """
 
 from ml_collections import ConfigDict

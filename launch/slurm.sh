@@ -8,7 +8,8 @@
 #       # prints the commands, to be pasted into a shell
 #
 # Two minutes before the time limit, or in the grace time of a preemption, the run saves and exits
-# with 42, and the job requeues itself; also where the signal comes before the first step (143).
+# with 42, and the job requeues itself; also where the signal comes while host.sh installs or Python
+# starts (143).
 # After scancel the run saves as well, in the seconds that Slurm gives it (KillWait), and the job
 # ends. All nodes must see the project and the working directory; submit from the project.
 #SBATCH --job-name=m3i
@@ -82,7 +83,7 @@ ended=''
 trap 'ended=yes' TERM
 status=0
 "${step[@]}" || status=$?
-# 143: the signal came before the first step, when there was nothing to save
+# 143: the signal came while host.sh installed or Python started, when there was nothing to save
 limit="${SLURM_JOB_END_TIME:-0}"
 if [[ -n "$ended" ]] && ((limit == 0 || $(date +%s) < limit)); then
     echo "slurm.sh: Slurm ends the job (scancel, or a preemption without grace time):" \

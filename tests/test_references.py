@@ -12,7 +12,9 @@ from m3i_jax.reporting import metric_text
 from tests import references
 
 ROOT = references.ROOT
-KINDS = "eval|loss|info|bits|entropy|balance|collapse|perf|kernels|skipped|data|report"
+KINDS = (
+    "eval|loss|detect|segment|info|bits|entropy|balance|collapse|perf|kernels|skipped|data|report"
+)
 # What is logged without a folder in its name, and the folders themselves.
 NAME = re.compile(rf"(?:{KINDS})(?:/[\w*.]+)+|grad_norm")
 

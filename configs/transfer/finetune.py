@@ -13,8 +13,8 @@ is, [C] a choice of this project.
 
 Learning rate, layer decay, crops, mixup and CutMix, erasing and RandAugment, which the paper chose
 for 128 million samples, follow here from the number of samples and the batch (training/scaling.py).
-ImageNet with the paper's batch and epochs gets the paper's values; 6,000 images get a larger rate
-and weaker augmentation. --mode=show prints the values.
+ImageNet with the paper's batch and epochs gets the paper's values; 6,000 images get weaker
+augmentation and another rate (configs/README.md). --mode=show prints the values.
 
 With another image size, positions are computed for the grid of the pre-trained model and resized.
 `ema` below 1 also keeps an average of all parameters, which --config.evaluate.encoder=ema

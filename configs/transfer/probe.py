@@ -41,7 +41,7 @@ def get_config(
       model: preset, used without `from`.
       source: kind of the source.
       epochs: passes over the images.
-      batch_size: 0: 16,384, or 1,024 for an attentive probe.
+      batch_size: 0: 16,384, or 1,024 for an attentive probe; at most the number of images.
     """
     if kind not in ("linear", "attentive"):
         raise UserError(f"configs/transfer/probe.py: kind={kind} is not one of linear, attentive")

@@ -27,6 +27,7 @@ import numpy as np
 from m3i_jax import config as configuration
 from m3i_jax import progress, schema
 from m3i_jax.data import image_inputs, preprocessing
+from m3i_jax.data.cores import usable_cores
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load_dense
@@ -119,7 +120,7 @@ class LoadedEncoder:
         size = self.config.data.image_size
         out = []
         with (
-            concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+            concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool,
             progress.progress_bar("features", total) as advance,
         ):
             view = functools.partial(self._view, ready)
@@ -195,6 +196,10 @@ def load(
       heads: attention heads, for a file that does not store them; 0: as stored, or 64 channels a
         head.
       dtype: bfloat16 or float32; "": that of the run, float32 for files.
+
+    Returns:
+      `LoadedEncoder`: `load("runs/first").features("images/")` gives float32 [B, D], and with
+      pool="tokens" [B, T, D], in the order of the relative paths. `LoadedDense` has `predict`.
 
     Raises:
       UserError: no readable weights, or a checkpoint of a newer format; values that are not

@@ -35,7 +35,8 @@ class Backbone:
 
     The network:
       init(model, rng, *, mask_token, grid): parameters; with `mask_token`, also the vector that
-        stands for hidden cells. grid: cells a side, for learned positions.
+        stands for hidden cells, without which no objective with mask tokens can be trained. grid:
+        cells a side, for learned positions.
       apply(model, params, patches_BxNxP, *, grid, index_BxK, keep_BxLx2, hidden_BxN, blocks):
         features [B, T, D]. The arguments are those of `vit.apply`.
       depth(model): number of layers L, for stochastic depth.
@@ -65,7 +66,7 @@ class Backbone:
       can_drop_tokens: cells that a pass does not read cost nothing; otherwise they are filled.
       can_isolate: the two images of a mixed input can be kept from seeing each other.
       can_average_blocks: dense features can be a mean over the outputs of several last blocks.
-      has_cls_token: `model.encoder.cls_token` may be set.
+      has_cls_token: `model.encoder.cls_token` may be set; otherwise it is refused.
       resizes_positions: it has positions of a grid, which are resized for images of other sizes:
         `model.encoder.position_grid` and `dense.maps.image_size` may be set.
       reads_maps: `dense.maps` describes its maps: windows, global blocks, relative positions and

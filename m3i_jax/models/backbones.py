@@ -93,7 +93,14 @@ def validate_backbone(config: schema.Config) -> None:
 
     >>> validate_backbone(schema.Config())
     """
-    get_backbone(config.model).validate(config)
+    backbone = get_backbone(config.model)
+    backbone.validate(config)
+    # readers of features skip a first token by this setting
+    if config.model.encoder.cls_token and not backbone.has_cls_token:
+        raise UserError(
+            f"config.model.encoder.cls_token: {config.model.backbone} has no cls token; set it to"
+            " false"
+        )
 
 
 def recognize_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ B rows, N cells, K tokens, D encoder width, W width of the part, P numbers of a 
 joint space."""
 
 import dataclasses
+import functools
 import math
 import zlib
 from typing import Any
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax import schema
+from m3i_jax.errors import UserError
 from m3i_jax.models import backbones, captioner, decoder, heads, pooling, text
 from m3i_jax.models.initializers import init_params, shapes_of
 from m3i_jax.models.layers import Dense, Params
@@ -98,9 +100,15 @@ def init(
         for t in terms
         for p in t.passes
     )
-    params: dict[str, Any] = {
-        "encoder": backbone.init(model, keys["encoder"], mask_token=mask_token, grid=config.grid)
-    }
+    init_encoder = functools.partial(backbone.init, model, keys["encoder"], grid=config.grid)
+    params: dict[str, Any] = {"encoder": init_encoder(mask_token=mask_token)}
+    if mask_token:  # `apply` would ignore which cells are hidden
+        without = jax.eval_shape(functools.partial(init_encoder, mask_token=False))
+        if len(jax.tree.leaves(without)) == len(jax.tree.leaves(params["encoder"])):
+            raise UserError(
+                f"config.model.backbone: {model.backbone} has no parameter for hidden cells, which"
+                " this objective needs; its `init` must add one where mask_token is true"
+            )
     # an assignment to clusters is predicted by their prototypes instead of a map of the decoder's
     dense = {
         "clusters" if t.head.clusters else t.target.of

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from m3i_jax import interrupts, schema
 from m3i_jax.data import conversion, reencode, splits
+from m3i_jax.data.cores import usable_cores
 from m3i_jax.data.sources import tar_shards
 from m3i_jax.errors import UserError, shorten
 from m3i_jax.modes import host_share
@@ -64,7 +65,7 @@ def run(
             sum(len(conversion.shard_rows(len(source), number, shards)) for number in todo),
             len(todo),
         )
-        processes = config.data.workers or len(os.sched_getaffinity(0))
+        processes = config.data.workers or usable_cores()
         try:
             with interrupts.raise_interrupts():
                 for count in conversion.convert(

@@ -16,6 +16,7 @@ import numpy as np
 
 from m3i_jax import interrupts, privacy, progress, schema
 from m3i_jax.data import curation, dataset_scan, decode, engines, splits
+from m3i_jax.data.cores import usable_cores
 from m3i_jax.data.sources import base, keep_list, mixture, registry, score_table
 from m3i_jax.errors import UserError
 from m3i_jax.modes import features as feature_mode
@@ -39,7 +40,7 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
             " give their keep-lists to data.keep"
         )
     directory, rules = pathlib.Path(workdir), config.curate
-    workers = config.data.workers or len(os.sched_getaffinity(0))
+    workers = config.data.workers or usable_cores()
 
     def mapper(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         return engines.map_items(engine, function, items, workers=workers)

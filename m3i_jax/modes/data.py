@@ -2,7 +2,6 @@
 WORKDIR/data.html."""
 
 import dataclasses
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from m3i_jax.data import (
     splits,
     tokenizer,
 )
+from m3i_jax.data.cores import usable_cores
 from m3i_jax.data.sources import base
 from m3i_jax.modes import monitoring
 from m3i_jax.modes.setup import complete_config, index_directory, make_workdir
@@ -123,11 +123,6 @@ def _read_speed(
             few, words, start=0, views=(0, 1)
         ),
     )
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def spread_items(items: Sequence[Any], count: int) -> list[Any]:

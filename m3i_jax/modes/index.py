@@ -11,6 +11,7 @@ import pathlib
 
 from m3i_jax import interrupts, progress, schema
 from m3i_jax.data import engines
+from m3i_jax.data.cores import usable_cores
 from m3i_jax.data.sources import base, mixture, tar_index, tars
 from m3i_jax.errors import UserError
 from m3i_jax.modes import host_share
@@ -27,7 +28,7 @@ def run(
     directory = pathlib.Path(workdir)
     share = host_share.detect_share(shard, *hosts, environ=os.environ)
     make_workdir(directory)
-    workers = config.data.workers or len(os.sched_getaffinity(0))
+    workers = config.data.workers or usable_cores()
     with interrupts.raise_interrupts():
         for pattern in _patterns(config.data):
             cache = index_directory(config.data, directory)

@@ -32,8 +32,9 @@ dense tasks as pure functions of arrays, for this project and for others.
 - `dense_losses`: losses of segmentation and detection
 - `segmentation_scores`: confusion matrix and mean IoU
 
-This package imports jax, numpy, optax and chex, and no other part of the project. Submodules are
-loaded on first use, so that a data worker that only draws masks never imports JAX.
+This package imports jax, numpy, optax and chex, and of the project `m3i_jax.registries` alone, for
+`register_form`. Submodules are loaded on first use, so that a data worker that only draws masks
+never imports JAX.
 """
 
 import importlib

@@ -91,7 +91,7 @@ def sample_labels(
       a drawn slot, 0 where there were not enough anchors. A slot of weight 0 has some valid index.
 
     Raises:
-      ValueError: shapes that do not belong together, or foreground > count.
+      ValueError: shapes that do not belong together, no label, or foreground > count.
 
     >>> label = jnp.array([0, 1, -1, 1, 1, 0, 0])
     >>> uniform = jnp.array([0.3, 0.1, 0.9, 0.7, 0.2, 0.8, 0.4])

@@ -247,7 +247,8 @@ def nms(
     against those that stay, again and again until nothing changes. After k rounds the first k boxes
     are right; overlaps seldom chain, and real detections take 2 to 7 rounds.
 
-    Groups are compared, not shifted apart by coordinates, so that no precision is lost.
+    Groups are compared, not shifted apart by coordinates, so that no precision is lost. The IoU of
+    all pairs is in memory, 4 N^2 bytes: 0.4 GB for 10,000 boxes.
 
     Args:
       boxes_Nx4: boxes.

@@ -76,11 +76,14 @@ def caption(
     decoder saw.
 
     Args:
-      logits_RxLxV: of the token at each place.
+      logits_RxLxV: of the token at each place: `logits[:, l]` predicts `tokens[:, l]`, and nothing
+        is shifted. For a causal decoder that reads the tokens, pass `logits[:, :-1]` and
+        `tokens[:, 1:]`.
       tokens_RxL: the tokens, ids in 0..V-1; padding may have any number.
-      where_RxL: weight of each, 0 for padding; None counts all.
-      per_token: False: the mean over the tokens of a caption, so that captions of any length weigh
-        the same (CapPa). True: every token weighs the same (CoCa).
+      where_RxL: weight >= 0 of each, 0 for padding; None counts all.
+      per_token: False: the mean over the tokens of a caption by their weights, so that every
+        caption with a counted token weighs the same (CapPa). True: every token weighs as given
+        (CoCa).
 
     Returns:
       (sum of costs in nats, count of captions or of tokens), float32 scalars; (0, 0) if no token

@@ -84,7 +84,7 @@ def koleo(
 
 def sphere_log_area(width: int) -> float:
     """Computes the logarithm of the area of the unit sphere in `width` dimensions: the largest
-    differential entropy on it, in nats.
+    differential entropy on it, in nats (a Python float).
 
     >>> print(f"{sphere_log_area(3):.4f}")  # log 4 pi
     2.5310
@@ -93,7 +93,8 @@ def sphere_log_area(width: int) -> float:
 
 
 def nearest_entropy(cost: ArrayLike, count: ArrayLike, width: int) -> jax.Array:
-    """Computes the differential entropy on the unit sphere from the mean cost of `koleo`, in nats.
+    """Computes the differential entropy on the unit sphere from the mean cost of `koleo`, in nats,
+    a float32 scalar. In many dimensions it is too high, above that of the uniform law.
 
     Args:
       cost: mean of a row, L.
@@ -163,9 +164,14 @@ def variance_covariance_sums(
     covariance: float = 2.0,
     eps: float = 1e-4,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`variance_covariance` and, from the same moments, half the log determinant of the covariance
-    to second order at C = 1: the entropy of a Gaussian above that of a standard normal, in nats,
-    without gradient.
+    """Computes `variance_covariance` and, from the same moments, half the log determinant of the
+    covariance to second order at C = 1: the entropy of a Gaussian above that of a standard normal.
+
+    Args, Raises:
+      as of `variance_covariance`.
+
+    Returns:
+      (sum of the loss, sum of weights, entropy in nats, without gradient), float32 scalars.
 
     >>> import jax.numpy as jnp
     >>> z = jnp.sqrt(0.75) * jnp.array([[1., 1.], [1., -1.], [-1., 1.], [-1., -1.]])
@@ -380,13 +386,14 @@ def moment_energy(
     *,
     moment_DxD: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the energy of the rows in their second moment, `z' C z / D`: SiameseIM's
-    anti-collapse term by itself, which `losses.gaussian(..., second_moment=w)` adds with weight w.
+    """Computes the energy of the rows in a second moment, `z' C z / D`. With C the moment of the
+    targets (`losses.second_moment`) it is SiameseIM's anti-collapse term, which
+    `losses.gaussian(..., second_moment=w)` adds with weight w.
 
-    With C the moment of the rows themselves, their mean energy is tr(C^2), the mean squared product
-    of two rows. Over tr(C)^2 it is exp(-H_2), with H_2 the Renyi entropy of order 2 of the spectrum
-    of C: 0 if all rows lie in one direction, at most log D. C has no gradient, so the gradient is
-    half of that of tr(C^2).
+    With C the moment of the rows themselves, their mean energy is tr(C^2) / D, and tr(C^2) the mean
+    squared product of two rows. tr(C^2) / tr(C)^2 is exp(-H_2), with H_2 the Renyi entropy of order
+    2 of the spectrum of C: 0 if all rows lie in one direction, at most log D. C has no gradient, so
+    the gradient is half of that of tr(C^2) / D.
 
     SiameseIM reduces C over all devices; so does this function on global arrays.
 

@@ -78,7 +78,9 @@ class Koleo(Estimator):
     """
 
     group: int = 0
-    reference: ClassVar[str] = "differential, below the uniform law on the sphere"
+    reference: ClassVar[str] = (
+        "differential, from the uniform law on the sphere; too high in many dimensions"
+    )
 
     def cost(self, features: jax.Array, where: jax.Array, key: Any) -> LossSum:
         total, count = entropy.koleo(features, where, group=self.group)

@@ -2,9 +2,14 @@
 or Boltzmann (softmax cross-entropy).
 
 Every function returns `(sum, count)`, two float32 scalars: the weighted sum over rows and the sum
-of the weights. The caller divides once, so parts of a batch (microbatches, devices) add up exactly,
-and a row without a target has weight 0. Rows of weight 0 are ignored in the sum and in all
-gradients, even if NaN. Inputs of any float type are computed in float32.
+of the weights, and the caller divides once. A row without a target has weight 0. Rows of weight 0
+are ignored in the sum and in all gradients, even if NaN. Inputs of any float type are computed in
+float32.
+
+Sums over parts of a batch add up to those of the batch where a row's cost depends on its row alone.
+Functions that compare rows (`text`, `boltzmann` with keys of the batch, `gaussian` with a second
+moment) see the rows of the call: call them on the global batch, or pass them the keys or the moment
+of the whole batch.
 
 T rows (tokens or images), D width, K keys, B images, C classes, E width of the joint space.
 Functions of `_TxD` arrays take any number of leading axes: `[B, N, D]` with weights `[B, N]` gives
@@ -50,7 +55,8 @@ def gaussian(
     pass keeps the product p C, so the backward pass has no matrix product. Only p gets
     a gradient: t and C are constants, also where the target shares parameters. The product runs at
     JAX's default matrix precision (`jax.default_matmul_precision` changes it); everything else is
-    float32.
+    float32. With `second_moment`, only reverse mode works: `jax.jvp` and `jax.jacfwd` raise
+    TypeError.
 
     Args:
       prediction_TxD: predictions p, not normalised.
@@ -284,7 +290,8 @@ def text(
     With u, v the embeddings scaled to length 1 and s = exp(log_scale), a pair costs the mean of two
     cross-entropies over `s u v'`: its caption among all captions and its image among all images. On
     global arrays under `jit` this is the loss of the global batch with its full gradient, whatever
-    the sharding. Call it once for each role: the same caption must not stand in one softmax twice.
+    the sharding; sums over microbatches are another loss, with fewer negatives. Call it once for
+    each role: the same caption must not stand in one softmax twice.
 
     Args:
       image_BxE: image embeddings; row b belongs to row b of `text_BxE`.
@@ -298,7 +305,7 @@ def text(
         each other. A pair stays its own positive. None: all other pairs are negatives.
       chunk: captions whose similarities to all images are in memory at once, in forward and
         backward; any number. 0: all, as one B x B matrix. Same numbers; the product of similarities
-        is computed once more in the backward.
+        is computed once more in the backward, and `jax.jvp` and `jax.jacfwd` raise TypeError.
 
     Returns:
       (sum over pairs of weight * cost in nats, sum of weights), float32 scalars; (0, 0) if no pair

@@ -98,7 +98,7 @@ RECENT: dict[str, PublishedMethod] = {
             " times squared error, 25 times variance (mean of both views), covariance (sum of"
             " both), moments over the batch"
         ),
-        left_out="LARS; moments across microbatches",
+        left_out="LARS",
     ),
     # LeJEPA (arXiv 2511.08544, section 5; its minimal example for the constants)
     "lejepa": PublishedMethod(

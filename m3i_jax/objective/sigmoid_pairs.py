@@ -94,11 +94,14 @@ def text_sigmoid_sums(
     chunk: int = 0,
     axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`text_sigmoid` and, from the same products, the sum over images of weight * `-log softmax` of
-    the own caption among all captions, without gradient.
+    """Computes `text_sigmoid` and, from the same products, the sum over images of weight * `-log
+    softmax` of the own caption among all captions, in nats, without gradient.
+
+    Args, Raises:
+      as of `text_sigmoid`.
 
     Returns:
-      (sum of the loss, sum of weights, sum of the softmax cost).
+      (sum of the loss, sum of weights, sum of the softmax cost), float32 scalars.
 
     >>> import jax.numpy as jnp
     >>> _, count, nll = text_sigmoid_sums(jnp.eye(2), jnp.eye(2), jnp.log(2.0), 0.0)

@@ -102,7 +102,7 @@ def exchange_values(name: str, text: str, *, limit: float = LIMIT) -> list[str]:
     prefix, host, client = f"m3i/{name}/{round_}/", host_name(), _client()
     client.key_value_set(f"{prefix}{host:06d}", text or " ")
     try:
-        with _log_waits(name, prefix):
+        with _log_waits(name, lambda: _missing(prefix)):
             client.wait_at_barrier(f"m3i/{name}/{round_}", int(limit * 1000))
     except Exception as error:
         hosts = ", ".join(map(host_label, _missing(prefix))) or "a host that failed"
@@ -127,13 +127,13 @@ def _missing(prefix: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def _log_waits(name: str, prefix: str) -> Iterator[None]:
+def _log_waits(name: str, missing: Callable[[], Iterable[int]]) -> Iterator[None]:
     """Log the missing hosts every NOTICE seconds while the block waits."""
     done, start = threading.Event(), time.monotonic()
 
     def log() -> None:
         while not done.wait(NOTICE):
-            hosts = ", ".join(host_label(number) for number in _missing(prefix))
+            hosts = ", ".join(host_label(number) for number in missing())
             if hosts and not done.is_set():
                 seconds = time.monotonic() - start
                 _log.warning("%s: waiting for %s (%.0f seconds so far)", name, hosts, seconds)
@@ -233,7 +233,8 @@ def host0_first(
     key, client = f"m3i/first/{name}/{round_}", _client()
     if host_name():
         try:
-            client.blocking_key_value_get(key, int(limit * 1000))
+            with _log_waits(name, lambda: [0]):
+                client.blocking_key_value_get(key, int(limit * 1000))
         except Exception:
             raise HostMissing(
                 f"{name}: waited {limit:.0f} seconds for {host_label(0)}; look into its output"

@@ -88,7 +88,8 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText(
                 "loss/ssp",
                 "",
-                "squared error on normalised features; all self-supervised terms",
+                "weighted mean of the self-supervised terms, with the entropy terms; of m3i,"
+                " squared error on normalised features and the second-moment term",
                 "falls quickly, then slowly, and rises a little when the target moves",
                 note=True,
             ),
@@ -99,6 +100,32 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
                 "loss/caption", "nats", "cross-entropy of the tokens of captions", "falls steadily"
             ),
             MetricText("loss/*", "", "one term of the objective, or one loss of a dense task"),
+        ),
+    ),
+    (
+        "Dense tasks",
+        (
+            MetricText("detect/objects", "", "annotated objects of an image"),
+            MetricText(
+                "detect/foreground_*",
+                "",
+                "sampled foreground anchors, or regions, of an image",
+                "above 0",
+            ),
+            MetricText("detect/proposals", "", "proposals of an image after suppression"),
+            MetricText(
+                "detect/denoising_groups", "", "groups of noised objects of an image (DINO)"
+            ),
+            MetricText(
+                "segment/pixel_accuracy",
+                "share",
+                "labelled pixels of an image whose category is predicted",
+                "rises",
+            ),
+            MetricText("segment/masks", "", "categories of an image with a mask in the loss"),
+            MetricText(
+                "segment/classes_cut", "", "categories of an image beyond the slots of masks", "0"
+            ),
         ),
     ),
     (

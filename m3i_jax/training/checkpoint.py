@@ -132,8 +132,8 @@ class Checkpoints:
             self._log(checkpoint_dir.quarantine_step(path, problems))
         if bad := sorted(path.name for path in self._directory.glob("*.bad-*")):
             raise UserError(
-                f"{self._directory}: no undamaged checkpoint is left ({', '.join(bad)[:200]}); move"
-                " the directory away to start again"
+                f"{self._directory}: no undamaged checkpoint is left ({', '.join(bad)[:200]});"
+                " restore one, or choose another --workdir to start from step 0"
             )
         return ""
 

@@ -85,8 +85,8 @@ def _stages(
 
 
 def _validate(config: schema.Config) -> None:
-    if config.model.encoder.cls_token:
-        raise UserError("config.model.encoder.cls_token: must be false, my_mlp has no cls token")
+    if config.model.encoder.final_norm:
+        raise UserError("config.model.encoder.final_norm: must be false, my_mlp has none")
 
 
 def _layers_above(model: schema.Model, path: str) -> int:
@@ -147,8 +147,19 @@ def test_it_trains_a_step(form: str) -> None:
 
 
 def test_its_checks_presets_and_rules_are_known() -> None:
-    with pytest.raises(UserError, match="my_mlp has no cls token"):
-        plan.build_plan(toy.settings(model__backbone="my_mlp"))
+    with pytest.raises(UserError, match="must be false, my_mlp has none"):
+        plan.build_plan(toy.settings(**SETTINGS | {"model__encoder__final_norm": "true"}))
+    with pytest.raises(UserError, match=r"encoder.cls_token: my_mlp has no cls token"):
+        plan.build_plan(toy.settings(**SETTINGS | {"model__encoder__cls_token": "true"}))
+
+    def init_without(model: Any, rng: Any, *, mask_token: bool, grid: int) -> Any:
+        return _init(model, rng, mask_token=False, grid=grid)
+
+    filled = dataclasses.replace(MLP, init=init_without, can_drop_tokens=False, presets={})
+    backbones.register_backbone("my_filled", filled)
+    masked = toy.settings(**SETTINGS | {"model__backbone": "my_filled"}, objective__forms="mim")
+    with pytest.raises(UserError, match="my_filled has no parameter for hidden cells"):
+        trainer.Trainer(masked, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0).init()
     with pytest.raises(UserError, match=r"objective.isolate.*model.backbone=my_mlp"):
         plan.build_plan(toy.settings(**SETTINGS, objective__isolate="true"))
     config = configuration.default_config()

@@ -99,9 +99,11 @@ TALK = """
     print("hosts", barriers.host_names(), barriers.host_name())
     texts = [barriers.exchange_values("a", text) for text in (f"from {me}", f"again {me}")]
     print("exchange", *texts)
+    barriers.NOTICE = 0.1
     with barriers.host0_first("make"):
         print("first", time.monotonic())
         time.sleep(0.0 if me else 0.3)
+    barriers.NOTICE = 15.0
     for who in (0, 1):
         try:
             with barriers.host0_first("fails"):
@@ -186,6 +188,7 @@ def test_hosts_talk(tmp_path: pathlib.Path) -> None:
         == "['from 0', 'from 1'] ['again 0', 'again 1']"
     )
     assert float(outputs[1]["first"]) - float(outputs[0]["first"]) >= 0.3
+    assert "make: waiting for host 0 (name0)" in done[1][2]
     for who in (0, 1):
         assert outputs[who][f"fails{who}"] == "AssertionError broken"
         assert (
