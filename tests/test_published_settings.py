@@ -57,6 +57,15 @@ def test_recipe_has_no_difference_and_default_has_all(name):
     )
 
 
+def test_values_of_publications():
+    """He et al. 2022, section 4 and appendix A: a decoder of 8 blocks of 512, 75 % hidden, 1,600
+    epochs at a batch of 4,096, 1.5e-4 for 256 images, weight decay 0.05."""
+    mae = resolved("forms.py:form=mae,batch_size=4096")
+    assert (mae.model.decoder.width, mae.model.decoder.depth) == (512, 8)
+    assert (mae.data.mask, mae.data.mask_ratio, mae.train.epochs) == ("uniform", 0.75, 1600.0)
+    assert (mae.optim.lr, mae.optim.weight_decay) == pytest.approx((1.5e-4 * 16, 0.05))
+
+
 def test_the_line_has_both_values():
     line = published_settings.unpublished_settings_note(resolved("", "objective.forms=mae"))
     assert (

@@ -66,3 +66,5 @@ def test_an_image_depends_on_its_position_alone(first) -> None:
     assert (np.asarray(run(images[::-1], position[::-1]))[::-1] == whole).all()
     other = np.asarray(jax.jit(lambda x, p: dp.dense_photometric(x, p, seed=2))(images, position))
     assert (other != whole).any()
+    far = position ^ np.array([1, 0], np.uint32)  # 2**32 samples on, or before
+    assert (np.asarray(run(images, far)) != whole).any()

@@ -41,6 +41,10 @@ def test_shares_of_a_pair_and_of_all() -> None:
     np.testing.assert_allclose(
         made.share[made.cut], 1 - area(made.box[made.cut]) / SIZE**2, atol=1e-6
     )
+    boxes = made.box[::2][made.cut[::2]]
+    whole = boxes[(boxes[:, :2] > 0).all(1) & (boxes[:, 2:] < SIZE).all(1)]
+    middle = whole[:, :2] + whole[:, 2:]
+    assert abs(np.corrcoef(middle.T)[0, 1]) < 0.25  # not on a line
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
@@ -71,6 +75,15 @@ def test_a_position_has_its_own_draw_wherever_it_stands() -> None:
         position, seed=3, size=SIZE, settings=schema.Augment(mixup=0.8, cutmix=1.0)
     )
     np.testing.assert_allclose(made.share, draw_rows(0.8, 1.0).share[[41, 40, 7]], rtol=1e-6)
+    draw = functools.partial(
+        mixup_draws.draw_mixup, size=SIZE, settings=schema.Augment(mixup=0.8, cutmix=1.0)
+    )
+    far = position ^ np.array([1, 0], np.uint32)  # 2**32 samples on
+    assert (draw(far, seed=3).share != made.share).any()
+    assert (draw(position, seed=4).share != made.share).any()
+    erase = functools.partial(mixup_draws.random_erase, jnp.zeros((3, 8, 8, 3)), probability=1.0)
+    erased = [erase(p, seed=seed) for p, seed in ((position, 1), (position, 2), (far, 1))]
+    assert len({np.asarray(x).tobytes() for x in erased}) == 3
 
 
 def test_erasing_fills_one_box_with_noise() -> None:
@@ -88,6 +101,10 @@ def test_erasing_fills_one_box_with_noise() -> None:
     heights, widths = changed.any(2).sum(1)[happened], changed.any(1).sum(1)[happened]
     # full rectangles
     np.testing.assert_array_equal(changed.sum((1, 2))[happened], heights * widths)
+    first = changed.any(2).argmax(1)[happened], changed.any(1).argmax(1)[happened]
+    place = np.stack([first[0] / (size - heights), first[1] / (size - widths)])  # 0 to 1
+    assert (place.min(1) < 0.2).all() and (place.max(1) > 0.8).all()
+    assert abs(np.corrcoef(place)[0, 1]) < 0.5
     shares = heights * widths / size**2
     assert shares.min() > 0.015 and shares.max() < 0.36 and shares.std() > 0.05
     aspects = heights / widths

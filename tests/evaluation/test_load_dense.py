@@ -66,6 +66,12 @@ def test_maps_have_the_size_of_their_images(task: str) -> None:
     assert [each.shape for each in maps] == [image.shape[:2] for image in IMAGES]
     assert max(int(each.max()) for each in maps) < len(model.names)
     np.testing.assert_array_equal(model.segment(IMAGES[1])[0], maps[1])
+    side = model.config.data.image_size  # a square of this side is one window, as it is
+    square = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
+    made = model.function(model.params, square[None], np.array([[side, side]], np.int32))
+    wanted = np.asarray(made["logits"])[0].argmax(-1)
+    assert len(np.unique(wanted)) > 1 or task == "mask2former"  # whose queries are alike at first
+    np.testing.assert_array_equal(model.segment(square)[0], wanted)
 
 
 @pytest.mark.parametrize(

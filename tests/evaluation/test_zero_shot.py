@@ -1,6 +1,7 @@
 """Zero-shot classification: template sets, their mean, and the metric with known text
 embeddings."""
 
+import hashlib
 import pathlib
 
 import numpy as np
@@ -24,6 +25,9 @@ def test_the_published_template_sets() -> None:
         "a jpeg corrupted photo of a {}.",
     }
     assert some < set(zero_shot.EIGHTY)
+    # of the sorted list of openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb
+    digest = hashlib.sha256("\n".join(sorted(zero_shot.EIGHTY)).encode()).hexdigest()
+    assert digest == "a8a4822f2921936e2ef07cf2e7a5df69be9532aab2f3f4880156bb03563e2467"
 
 
 @pytest.mark.parametrize(

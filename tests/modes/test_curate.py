@@ -1,8 +1,11 @@
 """--mode=curate: what is left out and why; its list is one that data.keep reads."""
 
+import functools
 import io
 import json
 import pathlib
+import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -165,6 +168,40 @@ def test_approximate_neighbours_are_pairs_of_the_exact_ones() -> None:
     assert len(pairs[0]) > 300 and pairs[1] <= pairs[0] and len(pairs[1]) > 0.95 * len(pairs[0])
 
 
+class ExactIndex:
+    """The search of faiss by all pairs, under its interface."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def train(self, x: np.ndarray) -> None: ...
+
+    def add(self, x: np.ndarray) -> None:
+        self.x = x
+
+    def range_search(self, asked: np.ndarray, least: float) -> tuple[np.ndarray, ...]:
+        cosines = asked @ self.x.T
+        row, other = np.nonzero(cosines > least)
+        limits = np.searchsorted(row, np.arange(len(asked) + 1)).astype(np.uint64)
+        return limits, cosines[row, other], other
+
+
+def test_pairs_of_faiss_are_those_of_rows_and_earlier_ones(monkeypatch: Any) -> None:
+    fake = types.SimpleNamespace(
+        IndexFlatIP=ExactIndex, IndexIVFFlat=ExactIndex, METRIC_INNER_PRODUCT=0
+    )
+    monkeypatch.setitem(sys.modules, "faiss", fake)
+    monkeypatch.setattr(near_duplicates, "_QUERIES", 400)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1500, 16))
+    x[1000:] = x[:500] + rng.normal(size=(500, 16)) * 0.1
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    exact = near_duplicates.similar_features(x, range(1500), 0.96)
+    found = near_duplicates.approximate_features(x, 0.96)
+    exact, found = (pairs[np.lexsort(pairs.T[:2])] for pairs in (exact, found))
+    assert len(exact) > 300
+    np.testing.assert_allclose(found, exact, atol=1e-6)
+
+
 def test_hashes_survive_compression_and_tell_images_apart() -> None:
     def compressed(image: Image.Image) -> Image.Image:
         buffer = io.BytesIO()
@@ -194,9 +231,18 @@ def test_bands_find_every_hash_within_eleven_bits() -> None:
 
 def test_engines(monkeypatch: Any) -> None:
     assert list(engines.map_items("local", abs, [-3, 2], workers=2)) == [3, 2]
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"--engine=ray needs the package ray: pip install"):
         list(engines.map_items("ray", abs, [1], workers=1))
+    ray = types.SimpleNamespace(
+        is_initialized=lambda: True,
+        put=lambda x: x,
+        get=lambda made: made(),
+        remote=lambda f: types.SimpleNamespace(remote=lambda *given: functools.partial(f, *given)),
+        cluster_resources=lambda: {"CPU": 1.0},
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)  # nine items, of which four are in flight
+    assert list(engines.map_items("ray", abs, range(-9, 0), workers=1)) == [*range(9, 0, -1)]
     with pytest.raises(UserError, match="--engine=spark: is not one of local, ray"):
         mode.run(schema.Config(), workdir="/tmp", engine="spark")
 

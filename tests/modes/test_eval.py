@@ -41,13 +41,16 @@ SMALL = {
 EVERY = tuple(each.name for each in registry.evaluators() if "pretrain" in each.tasks)
 
 
-def write_run(place: pathlib.Path, forms: tuple[str, ...], **changes: object) -> None:
-    """A run with two checkpoints of its initial parameters, written to a directory."""
+def write_run(
+    place: pathlib.Path, forms: tuple[str, ...], *, moved: float = 0.0, **changes: object
+) -> None:
+    """A run with two checkpoints of its initial parameters plus `moved`, written to a directory."""
     job = jobs.open_setup(toy.settings(**SMALL | changes), str(place), trains=[forms])
     trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
     train.check_same_run(job, None, False)
     checkpoints = Checkpoints(place / "checkpoints", 2)
     state = trainer.init()
+    state = state.replace(params=jax.tree.map(lambda leaf: leaf + moved, state.params))
     for step in (1, 2):
         checkpoints.save(
             step,

@@ -83,6 +83,22 @@ def test_only_ratios_of_weights_matter(name):
         np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["coding_rate", "scaled coding_rate", "moment_energy"])
+def test_a_row_of_weight_3_is_three_rows(name):
+    x, where = normal(6, 4, seed=3), np.array([2, 1, 3, 1, 1, 1])
+    value, _ = GRADIENTS[name](x, where.astype(np.float32))
+    expected = ESTIMATORS[name][1](np.repeat(x.astype(np.float64), where, 0))
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
+def test_koleo_sums_weighted_costs():
+    x, where = normal(6, 4, seed=3), np.array([2, 1, 0.5, 1, 3, 1], np.float32)
+    u = x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True)
+    distance = np.linalg.norm(u[:, None] - u, axis=-1) + 9 * np.eye(6)
+    expected = [-(where * np.log(distance.min(1))).sum(), where.sum()]
+    np.testing.assert_allclose(COMPILED["koleo"](x, where), expected, rtol=1e-4)
+
+
 def test_covariances_of_weighted_rows_are_those_of_numpy():
     x, where = normal(10, 4, seed=2), np.linspace(0.1, 2, 10).astype(np.float32)
     c = np.cov(x.T.astype(np.float64), aweights=where)

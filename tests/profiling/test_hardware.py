@@ -26,6 +26,20 @@ def test_a_row_states_what_its_platform_needs(kind: str) -> None:
     assert 0.85 < chip.usable * chip.cores / chip.memory < 1.01
 
 
+@pytest.mark.parametrize("kind", [kind for kind, chip in CHIPS.items() if chip.clock])
+def test_a_peak_is_that_of_the_matrix_units(kind: str) -> None:
+    """Multiply-adds a cycle: of a TPU's matrix units of 128 x 128 or 256 x 256, and of the tensor
+    cores of a multiprocessor by compute capability (dense, bf16). A GPU's clock is its boost, above
+    that of the maker's peak."""
+    of_tpus = {"v4": 8 * 128**2, "v5e": 4 * 128**2, "v5p": 8 * 128**2, "v6e": 4 * 256**2}
+    chip = CHIPS[kind]
+    units = (
+        of_tpus.get(kind) or chip.multiprocessors * {8: 1024, 9: 2048, 10: 4096}[chip.capability]
+    )
+    low = 0.99 if chip.platform == "tpu" else 0.9
+    assert low < chip.peak / (2 * units * chip.clock) < 1.01
+
+
 def test_a_new_chip_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A TPU of the future, by its row alone; tables that are made when their modules are imported
     are made again here."""

@@ -1,6 +1,9 @@
 """Neighbours and maps compared with brute force, and their images."""
 
 import builtins
+import sys
+import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +49,27 @@ def test_the_map_is_the_first_two_components() -> None:
     np.testing.assert_allclose(np.abs(got), np.abs(wanted), rtol=1e-6, atol=1e-6)
     # no sign by chance
     np.testing.assert_allclose(embedding_map.project_to_2d(x[::-1].copy()), got[::-1], atol=1e-6)
+
+
+def test_tsne_is_asked_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Tsne:
+        def __init__(self, **settings: Any) -> None:
+            asked.append(settings)
+
+        def fit_transform(self, x: np.ndarray) -> np.ndarray:
+            asked.append(x)
+            return x[:, :2]
+
+    manifold = types.ModuleType("sklearn.manifold")
+    manifold.TSNE = Tsne  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn"))
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", manifold)
+    assert embedding_map.project_to_2d(unit(9) + 3, "tsne").shape == (9, 2)
+    settings, given = asked
+    assert settings["perplexity"] == pytest.approx(8 / 3) and settings["random_state"] == 0
+    assert given.dtype == np.float32 and np.abs(given.mean(0)).max() < 1e-6
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

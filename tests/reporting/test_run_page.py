@@ -234,7 +234,9 @@ def test_the_page_has_everything_once_and_escapes_it(
     assert "50.0 %" in page and "25.0 % at step 0" in page and "seed: 0 -&gt; 1" in page
     assert "<script" not in page and 'onerror="' not in page and "&lt;script&gt;" in page
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#s)[^"]*"', page) == []
-    for number, title in re.findall(r'<a href="#s(\d+)">(.*?)</a>', page):
+    links = re.findall(r'<a href="#s(\d+)">(.*?)</a>', page)
+    assert len(links) == page.count("<h2") > 3
+    for number, title in links:
         assert page.count(f'<h2 id="s{number}">{title}</h2>') == 1
 
 

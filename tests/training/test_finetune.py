@@ -12,6 +12,7 @@ from m3i_jax.models import m3i, vit
 from m3i_jax.training import plan, pretrain_task
 from m3i_jax.training.trainer import Trainer, abstract_batch
 from tests import toy
+from tests.training.forward import augmented_patches
 
 FINE = {
     "objective__forms": "finetune",
@@ -32,6 +33,22 @@ def smoothed(label: np.ndarray, classes: int, smoothing: float) -> np.ndarray:
         1 - smoothing + smoothing / classes,
         smoothing / classes,
     )
+
+
+def test_the_input_view_alone_is_erased() -> None:
+    config = toy.settings(**FINE, data__augment__erase_p=1.0)
+    batch = {name: jnp.asarray(x) for name, x in toy.batch(config).items()}
+    got = augmented_patches(config, batch, (0, 1), exact=True)
+    for view in (0, 1):
+        x = photometric.mirror(batch["views"][:, view], batch["flip"][:, view])
+        x = photometric.augment(
+            x, batch["position"], seed=config.seed, view=view, settings=config.data.augment
+        )
+        x = photometric.normalize(x, config.data.augment)
+        if view == 0:
+            x = mixup.random_erase(x, batch["position"], seed=config.seed, probability=1.0)
+        wanted = vit.patchify(x, config.model.encoder.patch_size)
+        np.testing.assert_allclose(got[view], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])

@@ -1,6 +1,7 @@
 """DINO against its authors' own code: selected tokens, every layer's predictions, matches, losses,
 noised objects, gradients and detections, from arrays of tests/data/make_dino.py."""
 
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -205,6 +206,9 @@ def test_detections() -> None:
         limit = np.tile(size[image, ::-1], 2)
         boxes = np.clip(wanted()[f"{image}/detect_boxes"], 0, limit)  # theirs are not cut
         close(found["boxes"][image], boxes, 1e-5, "boxes")
+    some = dataclasses.replace(SETTINGS, score_threshold=float(found["scores"][0, :2].mean()))
+    few = jax.jit(lambda tree, maps: dino.detect(some, tree, maps, size))(params(), maps)
+    assert few["valid"][0].tolist() == [True] + [False] * (len(few["valid"][0]) - 1)
 
 
 def test_noised_objects_do_not_change_the_others() -> None:

@@ -2,6 +2,7 @@
 class maps, and detections against a plain rendering of its authors' formula and, where torch is
 installed, against transformers."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -125,6 +126,9 @@ def test_instances_are_those_of_the_formula() -> None:
     np.testing.assert_allclose(found["scores"], [each[0] for each in wanted], rtol=1e-5)
     assert found["classes"].tolist() == [each[1] for each in wanted] and found["valid"].all()
     np.testing.assert_array_equal(found["boxes"], [each[2] for each in wanted])
+    some = dataclasses.replace(SETTINGS, score_threshold=float(found["scores"][3:5].mean()))
+    few = jax.jit(functools.partial(mask2former_instances.instances, some, canvas=canvas))
+    assert few(logits, masks, jnp.array(content))["valid"].tolist() == [True] * 4 + [False] * 5
     outputs = {**found, "mask_stride": np.int32(4)}
     at_original = original_detections(outputs, content=content, size=original)
     assert at_original.masks is not None and len(at_original.masks) == 9
