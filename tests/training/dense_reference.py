@@ -22,7 +22,7 @@ SHARED = {
     "model.encoder.freeze_patch_embed": "false",
     "data.captions": "no",
     "optim.warmup_steps": 0,
-    "optim.schedule": "steps",  # none of them: a constant rate
+    "optim.schedule": "constant",
     "optim.b2": 0.999,
     "optim.clip": 0.0,
     "optim.ema": 1.0,
