@@ -91,11 +91,17 @@ def unread(config: schema.Config, section: str) -> set[str]:
     return {name.removeprefix(section).removesuffix(".") for name in names} - {""}
 
 
-@pytest.mark.parametrize("loss", ["softmax", "federated"])
-@pytest.mark.parametrize("name", schema.DETECTION_HEADS[:3])
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("mask_rcnn", "softmax"),
+        ("dino", "softmax"),
+        ("mask2former", "softmax"),
+        pytest.param("mask_rcnn", "federated", marks=pytest.mark.slow),
+        pytest.param("dino", "federated", marks=pytest.mark.slow),
+    ],
+)
 def test_detection(name: str, loss: str) -> None:
-    if (name, loss) == ("mask2former", "federated"):
-        pytest.skip("refused, see test_mask2former_instances.py")
     given = schema.Detect(head=name, loss=loss, masks=name != "dino")
     config = schema.Config(task="detect", dense=schema.DensePrediction(detect=given))
     others = {field.name for field in dataclasses.fields(given)} - reads_of_detection(name, loss)
