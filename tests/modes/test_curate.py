@@ -156,12 +156,17 @@ def test_look_alikes_are_told_apart_in_detail(tmp_path: pathlib.Path) -> None:
     assert set(left_out(tmp_path / "run")) == {"other.png", "small.jpg"}
 
 
-def test_approximate_neighbours_are_pairs_of_the_exact_ones() -> None:
-    pytest.importorskip("faiss")
+def alike() -> np.ndarray:
+    """1,500 features, of which the last 500 are near the first 500."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1500, 16))
     x[1000:] = x[:500] + rng.normal(size=(500, 16)) * 0.1
-    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_approximate_neighbours_are_pairs_of_the_exact_ones() -> None:
+    pytest.importorskip("faiss")
+    x = alike()
     exact = near_duplicates.similar_features(x, range(1500), 0.96)
     found = near_duplicates.approximate_features(x, 0.96)
     pairs = [{tuple(pair) for pair in p[:, :2].astype(int).tolist()} for p in (exact, found)]
@@ -191,10 +196,7 @@ def test_pairs_of_faiss_are_those_of_rows_and_earlier_ones(monkeypatch: Any) -> 
     )
     monkeypatch.setitem(sys.modules, "faiss", fake)
     monkeypatch.setattr(near_duplicates, "_QUERIES", 400)
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(1500, 16))
-    x[1000:] = x[:500] + rng.normal(size=(500, 16)) * 0.1
-    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    x = alike()
     exact = near_duplicates.similar_features(x, range(1500), 0.96)
     found = near_duplicates.approximate_features(x, 0.96)
     exact, found = (pairs[np.lexsort(pairs.T[:2])] for pairs in (exact, found))
