@@ -199,7 +199,8 @@ def load(
 
     Returns:
       `LoadedEncoder`: `load("runs/first").features("images/")` gives float32 [B, D], and with
-      pool="tokens" [B, T, D], in the order of the relative paths. `LoadedDense` has `predict`.
+      pool="tokens" [B, T, D], in the order of the relative paths. `LoadedDense` has
+      `detect` and `segment`.
 
     Raises:
       UserError: no readable weights, or a checkpoint of a newer format; values that are not
