@@ -108,7 +108,7 @@ def get_config(
     config.objective.forms = ("m3i",)
     config.objective.label_smoothing = 0.1  # [P]
     config.objective.weighting = "dynamic"  # Eq. 13
-    config.objective.gamma = 1.0  # section 3.4
+    config.objective.gamma = 1.0  # appendix B.1
     config.objective.second_moment = 0.02  # [C], as SiameseIM; 0 is the paper's text alone
 
     # Optimization.
@@ -120,7 +120,7 @@ def get_config(
     config.optim.weight_decay = 0.1
     # [C], as InternImage and SiameseIM
     config.optim.clip = backbones.get_backbone(config.model).clip or 1.0
-    config.optim.offset_lr = 0.1  # [C], DCNv3's offsets, as in InternImage and SiameseIM's code
+    config.optim.offset_lr = 0.1  # [C], DCNv3's offsets, as InternImage is fine-tuned
     config.optim.ema = 0.995  # [P]
     config.optim.ema_schedule = "cosine"  # [P]
     config.train.epochs = epochs or EPOCHS[data]

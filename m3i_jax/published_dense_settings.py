@@ -119,10 +119,13 @@ def set_dense_rates(config: ml_collections.ConfigDict) -> DenseRates | None:
     return rates
 
 
-def _vit_rates(config: ml_collections.ConfigDict) -> tuple[float, float]:
-    """(layer decay, drop path) of a ViT in ViTDet: of B, L and H by the number of blocks [R]."""
+def _vit_rates(config: ml_collections.ConfigDict) -> tuple[float, float, str]:
+    """(layer decay, drop path, what decays) of a ViT in ViTDet on COCO: of B, L and H by the number
+    of blocks [R]."""
     depth = backbones.get_backbone(config.model).depth(config.model)
-    return (0.9, 0.5) if depth >= 32 else (0.8, 0.4) if depth >= 24 else (0.7, 0.1)
+    if depth >= 32:
+        return 0.9, 0.5, "all"
+    return (0.8, 0.4, "but_norms") if depth >= 24 else (0.7, 0.1, "but_norms")
 
 
 def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
@@ -154,7 +157,8 @@ def _vitdet(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool)
 
 def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
     """ViTDet's Mask R-CNN as in detectron2's project of that name. On an InternImage, decays and
-    drop path are those of its repository, images and schedule those of ViTDet [C]."""
+    drop path are those of its repository, images, schedule, pyramid and head those of ViTDet [C].
+    """
     _vitdet(config, schedule, vit=vit)
     config.optim.clip = 0.0  # [R]
     if rates := set_dense_rates(config):
@@ -163,23 +167,25 @@ def _mask_rcnn(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bo
         config.optim.layer_decay = rates.boxes  # [R]
         return
     config.optim.weight_decay = 0.1  # [R]
-    config.optim.decayed = "but_norms"  # [R]
-    config.optim.layer_decay = _vit_rates(config)[0] if vit else 1.0  # [R]
+    decay, _, decayed = _vit_rates(config)
+    config.optim.decayed = decayed if vit else "but_norms"  # [R]
+    config.optim.layer_decay = decay if vit else 1.0  # [R]
 
 
 def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
     """DINO with four levels, and boxes without masks: on a ViT pyramid and schedule of detrex, and
     the head of DINO's authors (in detrex a box noise of 1.0, heads for every layer and positions of
     temperature 10,000), on an InternImage as in its own repository. The images are those of ViTDet
-    [C], squares of one size; the references resize them to many."""
+    [C], squares of one size; the references resize them to many. Left out: detrex's tenth of the
+    rate for the pyramid, and InternImage's layer decay for the embeddings of levels."""
     _vitdet(config, schedule, vit=vit)
     config.dense.detect.update(
         {
             "head": "dino",
             "masks": False,
-            "strides": (8, 16, 32, 64),  # [R]; the last is made by the head
+            "strides": (8, 16, 32, 64),  # [R]; on an InternImage the head makes the last
             "score_threshold": 0.0,  # [R]
-            "detections": 300,  # [R]
+            "detections": 300,  # [R]; InternImage-T: 100
         }
     )
     config.dense.detect.dino.remat = True
@@ -188,8 +194,11 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
     if vit:
         config.optim.encoder_lr = 0.1  # [R]
         config.optim.layer_decay = 1.0  # [R]
-        config.optim.decayed = "but_norms"  # [R]
-        config.optim.warmup_steps = 0  # [R]
+        config.optim.decayed = "but_norms"  # [C]; detrex decays the position table, too
+        if backbones.get_backbone(config.model).depth(config.model) >= 24:
+            config.optim.milestones = (0.8,)  # [R]; and warm-up as in ViTDet
+        else:
+            config.optim.warmup_steps = 0  # [R]
         return
     rates = set_dense_rates(config)
     large = rates is not None and rates.large
@@ -201,16 +210,19 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
             "denoising": 1000 if large else 100,
         }  # [R]
     )
-    # [R]; in the files for two composed copies it is stated and has no effect: it goes by names
-    # that the copies do not have
+    # [R]; in the files for two composed copies it is stated and has no effect on the encoder: it
+    # goes by names that the copies do not have
     config.optim.layer_decay = rates.queries if rates else 0.9
     config.optim.decayed = "ranks"  # [R]
     config.optim.head_offset_lr = 1e-3 if large else 1.0  # [R]
     config.optim.warmup_steps = min(500, config.train.steps)  # [R]
+    if large:  # [R]: after the warm-up the rate stays
+        config.optim.schedule, config.optim.milestones = "constant", ()
 
 
 def _mask2former(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -> None:
-    """Mask2Former for instances as its authors train it on COCO with a ResNet-50."""
+    """Mask2Former for instances as its authors train it on COCO with a ResNet-50. They evaluate
+    images of up to 800 x 1,333 pixels, here they fit the square of the training [C]."""
     _vitdet(config, schedule, vit=vit)
     config.dense.detect.update(
         {

@@ -2,7 +2,9 @@
 
 `objective/published.py` has the methods' terms; `configs/forms.py` combines terms and settings into
 recipes. The settings are here rather than there because an installed package without configs/ needs
-them too, to log where a run differs from the publication.
+them too, to log where a run differs from the publication. They are those of the method's public
+code and, where a comment does not name another model, of a ViT-B/16 or ResNet-50 on ImageNet-1K.
+Images keep 224 pixels, also of methods that train on 192 (DeiT III), 256 or 288.
 """
 
 import functools
@@ -11,59 +13,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from m3i_jax import config as configuration
-from m3i_jax import published_rates, published_views, schema
+from m3i_jax import published_caption_settings, published_rates, published_views, schema
 
 # Of DINO and its successors.
 _DINO = {
+    "model.encoder.positions": "learned",
+    "model.encoder.final_norm": True,
     "model.encoder.freeze_patch_embed": False,
     "model.head.hidden": 2048,
     "model.head.width": 256,
     "model.head.prototypes": 65_536,
-    **published_rates.DINO,
     **published_views.DINO,
 }
 
-# SigLIP's on the 10 B images of WebLI, 32,768 a step; warm-up of 20,000 steps.
-_SIGLIP = {
-    "data.flip_p": 0.0,
-    "data.caption_length": 64,
-    "model.encoder.positions": "learned",
-    "model.encoder.activation": "gelu_tanh",
-    "model.encoder.drop_path": 0.0,
-    "model.encoder.freeze_patch_embed": False,
-    "model.pool.query": "learned",
-    "model.text.pool": "last",
-    "optim.warmup_epochs": 0.0655,
-    "train.epochs": 4.0,
-    **published_rates.BIG_VISION,
-    **published_views.PLAIN,
-}
+# Images per step that learning rates and momentum of a method are given for, and above which they
+# stay, if not 4,096. SigLIP's paper has one rate from 512 images on.
+RATE_BATCH = {"capi": 16_384, "lejepa": 256, "siglip": 512}
 
-# CapPa's of 366,500 steps of 8,192 images, 3 B of them; how many times that is through its part of
-# WebLI, 1 B, is not checked against the paper.
-_CAPPA = {
-    "data.crop_scale": (1.0, 1.0),
-    "data.flip_p": 0.0,
-    "data.caption_length": 65,  # 64 are predicted
-    "data.vocabulary_size": 32_000,
-    "model.encoder.cls_token": False,
-    "model.encoder.positions": "learned",
-    "model.encoder.final_norm": True,
-    "model.encoder.activation": "gelu_tanh",
-    "model.encoder.drop_path": 0.0,
-    "model.encoder.freeze_patch_embed": False,
-    "optim.b2": 0.999,
-    "optim.warmup_epochs": 0.0819,
-    "train.epochs": 3.0,
-    **published_rates.BIG_VISION,
-    **published_views.PLAIN,
-}
-
-# Images per step that learning rates and momentum of a method are given for, if not 4,096.
-RATE_BATCH = {"capi": 16_384}
-
-# {method: {dotted key: value}}; learning rates and momentum at this batch. Those of captioners and
-# siglip, 1e-3 and 8e-4 at 8,192 to 65,536 images, are kept down to 4,096.
+# {method: {dotted key: value}}; learning rates and momentum at this batch.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mae": {
         "data.mask": "uniform",
@@ -83,13 +50,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "data2vec": {
         "data.mask_ratio": 120 / 196,
         **published_views.BEIT,
+        "model.encoder.layer_scale": 1e-4,
         "model.encoder.final_norm": True,
         "model.encoder.drop_path": 0.25,
         "model.encoder.freeze_patch_embed": False,
         **published_rates.DATA2VEC,
         "train.epochs": 800.0,
     },
-    "feature_distillation": {
+    "feature_distillation": {  # of a CLIP teacher
+        "model.encoder.layer_scale": 0.1,
+        "model.encoder.final_norm": True,
         "model.encoder.drop_path": 0.2,
         "model.encoder.freeze_patch_embed": False,
         **published_rates.FEATURE_DISTILLATION,
@@ -99,6 +69,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "byol": {
         **published_views.BYOL,
         "model.encoder.freeze_patch_embed": False,
+        **published_rates.RESNET,
         "optim.ema": 0.996,
         "train.epochs": 1000.0,
     },
@@ -108,6 +79,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.final_norm": True,
         "optim.lr": 2.4e-3,
         "optim.b2": 0.999,
+        "optim.decayed": "all",
         "optim.clip": 0.0,
         "optim.warmup_epochs": 40.0,
         "optim.ema": 0.99,
@@ -118,6 +90,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.freeze_patch_embed": False,
         "model.head.hidden": 2048,
         "model.head.width": 128,
+        **published_rates.RESNET,
         "train.epochs": 1000.0,
     },
     "barlow_twins": {
@@ -125,6 +98,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.freeze_patch_embed": False,
         "model.head.hidden": 8192,
         "model.head.width": 8192,
+        **published_rates.RESNET,
         "train.epochs": 1000.0,
     },
     "densecl": {
@@ -136,10 +110,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train.epochs": 200.0,
         **published_views.MOCO_V2,
     },
+    # ViT-S
     "msn": {
         "data.mask": "uniform",
         "data.mask_ratio": 0.15,
         "data.crop_scale": (0.3, 1.0),
+        "model.encoder.positions": "learned",
         "model.encoder.drop_path": 0.0,
         "model.encoder.final_norm": True,
         "model.encoder.freeze_patch_embed": False,
@@ -149,14 +125,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train.epochs": 800.0,
         **published_views.MOCO_V2,
     },
-    # given for 1,024 images; here at 4,096, by the linear rule of its command
+    # ViT-S, its default command
     "dino": {
         "data.crop_scale": (0.4, 1.0),
         "data.small_views": ("8 x 96 at 0.05-0.4",),
         "model.encoder.drop_path": 0.1,
-        "model.encoder.final_norm": True,
         **_DINO,
-        "optim.lr": 8e-3,
+        **published_rates.DINO,
         "train.epochs": 100.0,
     },
     "ibot": {
@@ -164,16 +139,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "data.small_views": ("10 x 96 at 0.05-0.25",),
         "data.mask_ratio": 0.3,
         "model.encoder.drop_path": 0.1,
-        "model.encoder.final_norm": True,
         **_DINO,
         "model.head.prototypes": 8192,
         # its command of 800 epochs; the code's default is 0.04 for images
         "objective.target_temperature": (0.04, 0.07),
         "objective.target_temperature_rise": 30 / 800,
+        **published_rates.IBOT,
         "optim.freeze_prototypes": 1 / 800,
-        "optim.lr": 8e-3,
         "train.epochs": 800.0,
     },
+    # ViT-L on ImageNet-1K, vitl16_short
     "dinov2": {
         "data.crop_scale": (0.32, 1.0),
         "data.small_views": ("8 x 96 at 0.05-0.32",),
@@ -181,12 +156,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.drop_path": 0.3,
         "model.encoder.drop_path_rule": "uniform",
         "model.encoder.layer_scale": 1e-5,
-        "model.encoder.final_norm": True,
         **_DINO,
-        "optim.lr": 8e-3,
+        **published_rates.DINOV2,
         "optim.layer_decay": 0.9,
-        "train.epochs": 100.0,
     },
+    # ViT-H
     "ijepa": {
         "data.mask": "multi_block",
         "data.mask_ratio": 0.75,
@@ -198,59 +172,42 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.freeze_patch_embed": False,
         "model.decoder.width": 384,
         "model.decoder.depth": 12,
-        "model.decoder.heads": 16,
+        "model.decoder.heads": 16,  # as many as its encoder
         "model.decoder.positions": "absolute",
-        "optim.lr": 2e-3,
-        "optim.b2": 0.999,
-        "optim.min_lr": 1e-6,
-        "optim.warmup_epochs": 40.0,
-        "optim.warmup_start": 0.2,
-        "optim.ema": 0.992,  # of 2,048 images: 0.996
-        "optim.weight_decay": 0.04,
-        "optim.clip": 0.0,
+        **published_rates.IJEPA,
         "train.epochs": 300.0,
         **published_views.PLAIN,
     },
     "siamese_im": {
         **published_views.BYOL,
         "data.mask_ratio": 118 / 196,
+        "model.decoder.width": 768,
+        "model.decoder.depth": 4,
+        "model.decoder.heads": 16,
+        "model.decoder.positions": "relative",
         "model.decoder.norm": "batch",
         "model.decoder.projector_depth": 2,
         "model.decoder.cls": "yes",
         "model.encoder.drop_path": 0.0,
-        "optim.weight_decay": 0.05,
-        "optim.clip": 1.0,
+        "model.encoder.final_norm": False,
+        "model.encoder.freeze_patch_embed": True,
+        **published_rates.SIAMESE_IM,
         "train.epochs": 1600.0,
     },
-    "clip": {
-        "data.crop_scale": (0.5, 1.0),
-        "model.encoder.drop_path": 0.0,
-        "model.encoder.freeze_patch_embed": False,
-        "model.pool.kind": "cls",
-        "model.text.pool": "last",
-        "optim.lr": 5e-4,
-        "optim.weight_decay": 0.5,
-        "data.flip_p": 0.0,
-        **published_views.PLAIN,
-        **published_rates.YFCC,
-    },
-    "slip": {
-        **published_views.SLIP,
-        "model.encoder.drop_path": 0.0,
-        "model.encoder.freeze_patch_embed": False,
-        "model.pool.kind": "cls",
-        "model.text.pool": "last",
-        "objective.weighting": "fixed",
-        "optim.lr": 3e-3,
-        **published_rates.YFCC,
-    },
+    # DeiT III
     "deit": {
+        **published_views.THREE_AUGMENT,
+        "model.encoder.positions": "learned",
+        "model.encoder.layer_scale": 1e-4,
         "model.encoder.drop_path": 0.2,
         "model.encoder.drop_path_rule": "uniform",
         "model.encoder.freeze_patch_embed": False,
         "model.encoder.final_norm": True,
         "model.pool.kind": "cls",
-        "optim.weight_decay": 0.05,
+        "model.pool.projection": False,
+        "model.category_std": 0.02,
+        "objective.label_smoothing": 0.0,
+        **published_rates.DEIT,
         "train.epochs": 800.0,
     },
     "milan": {
@@ -258,8 +215,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "data.mask_ratio": 0.75,
         "data.crop_scale": (0.2, 1.0),
         **published_views.PLAIN,
+        "model.encoder.final_norm": True,
         "model.encoder.drop_path": 0.0,
         "model.encoder.freeze_patch_embed": False,
+        "model.decoder.width": 512,
+        "model.decoder.depth": 8,
+        "model.decoder.positions": "absolute",
+        "model.decoder.cls": "yes",
         **published_rates.MAE,
         "train.epochs": 400.0,
     },
@@ -268,40 +230,37 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.freeze_patch_embed": False,
         "model.head.hidden": 8192,
         "model.head.width": 8192,
+        **published_rates.RESNET,
         "train.epochs": 1000.0,
     },
-    # the minimal example: 2e-3 at 256 images; width and epochs are those of its Imagenette run,
-    # not of ImageNet
+    # Views (of 98 pixels, for patches of 14), rate and length of the README; head and stochastic
+    # depth of the minimal example.
     "lejepa": {
         "data.crop_scale": (0.3, 1.0),
         "data.small_views": ("6 x 96 at 0.05-0.3",),
+        "model.encoder.positions": "learned",
         "model.encoder.freeze_patch_embed": False,
-        "model.encoder.drop_path": 0.0,
+        "model.encoder.drop_path": 0.1,
         "model.head.hidden": 2048,
         "model.head.width": 16,
-        "optim.lr": 3.2e-2,
-        "optim.b2": 0.999,
-        "optim.weight_decay": 0.05,
-        "optim.warmup_epochs": 1.0,
-        "optim.clip": 0.0,
-        "train.epochs": 800.0,
+        **published_rates.LEJEPA,
+        "train.epochs": 100.0,
         **published_views.LEJEPA,
     },
-    # DINO's recipe, 5e-4 for every 256 images; 0.996 at the 512 images of its command
     "simdino": {
         "data.crop_scale": (0.4, 1.0),
         "data.small_views": ("10 x 96 at 0.05-0.4",),
         "model.encoder.drop_path": 0.1,
-        "model.encoder.final_norm": True,
         **{key: value for key, value in _DINO.items() if "prototypes" not in key},
-        "optim.lr": 8e-3,
-        "optim.ema": 0.968,
+        **{key: value for key, value in published_rates.DINO.items() if "prototypes" not in key},
         "train.epochs": 100.0,
     },
-    # those of its 7 B run that a joined row does not decide; 4e-4 and 0.999 a step of 4,096 images.
-    # It ran 1 M steps before the first snapshot and took the others 10,000 apart.
+    # Those of its 7 B run that a joined row does not decide. The Gram stage began at the first
+    # snapshot, after 1 M of 1.2 M steps, and took three more, 10,000 apart.
     "dinov3_gram": {
-        "objective.snapshot_at": (0.96, 0.97, 0.98, 0.99),
+        "objective.snapshot_at": (100 / 120, 101 / 120, 102 / 120, 103 / 120),
+        "objective.prototype_targets": "sinkhorn",
+        "objective.target_temperature_rise": 100 / 1200,
         "data.crop_scale": (0.32, 1.0),
         "data.flip_p": 0.0,
         "data.mask_ratio": 0.3,
@@ -310,17 +269,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.layer_scale": 1e-5,
         "model.encoder.norm_eps": 1e-5,
         "model.encoder.final_norm": True,
+        "model.encoder.drop_path": 0.4,
+        "model.encoder.drop_path_rule": "uniform",
         "model.encoder.freeze_patch_embed": False,
-        "optim.schedule": "constant",
-        "optim.lr": 4e-4,
-        "optim.b2": 0.99,
-        "optim.weight_decay": 0.04,
-        "optim.clip": 30.0,
-        "optim.layer_decay": 0.98,
-        "optim.ema": 0.999,
-        "optim.ema_schedule": "constant",
+        "optim.freeze_prototypes": 5 / 1200,
+        **published_rates.DINOV3,
     },
-    # on LVD-142M; the lowest rate is that at 0.8 of the cosine
+    # ViT-L on LVD-142M
     "capi": {
         "data.mask": "inverse_block",
         "data.mask_ratio": 0.65,
@@ -336,66 +291,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.freeze_patch_embed": False,
         "model.decoder.depth": 12,
         "model.head.prototypes": 16_384,
-        "optim.lr": 1e-3,
-        "optim.min_lr": 1.04e-4,
-        "optim.clip": 0.0,
-        "optim.weight_decay": 0.1,
-        "optim.ema": 0.999,
-        "optim.warmup_epochs": 5.77,
+        **published_rates.CAPI,
         "train.epochs": 57.7,
         **published_views.PLAIN,
     },
-    "siglip": {"data.crop_scale": (0.5, 1.0), "data.vocabulary_size": 32_000, **_SIGLIP},
-    "cap": _CAPPA,
-    "cappa": _CAPPA,
-    "locca": {**_CAPPA, "data.regions": True},
-    # 500,000 steps of 65,536 images, about five times through JFT and ALIGN; recalled, not checked
-    # against the paper: rate, decay and length
-    "coca": {
-        "data.crop_scale": (0.5, 1.0),
-        "data.flip_p": 0.0,
-        "data.caption_length": 65,
-        "data.vocabulary_size": 64_000,
-        "model.encoder.drop_path": 0.0,
-        "model.encoder.freeze_patch_embed": False,
-        "model.pool.query": "learned",
-        "model.text.pool": "last",
-        "model.captioner.depth": 6,
-        "optim.lr": 8e-4,
-        "optim.b2": 0.999,
-        "optim.weight_decay": 0.01,
-        "optim.warmup_epochs": 0.1,
-        "train.epochs": 5.0,
-        **published_views.PLAIN,
-    },
-    # 0.25 (small views + 0.25 hidden cells) beside 1 of the pairs and 1 of the captions; the sizes
-    # of small views are DINO's, not checked against the paper
-    "siglip2": {
-        "model.encoder.cls_token": True,  # also after locca, which has none
-        "data.crop_scale": (1.0, 1.0),
-        "data.small_views": ("8 x 96 at 0.05-0.4",),
-        "model.encoder.final_norm": True,
-        "model.head.hidden": 2048,
-        "model.head.width": 256,
-        "objective.weighting": "fixed",
-        "objective.gamma": 6.4,
-        "optim.ema_schedule": "constant",
-        **_SIGLIP,
-    },
-    # 1 of the pairs, 1 of small views, 2 of hidden cells; crops of small views are DINO's, not
-    # checked against its code
-    "tips": {
-        "data.small_views": ("6 x 96 at 0.05-0.4",),
-        "model.encoder.drop_path": 0.0,
-        "model.encoder.final_norm": True,
-        "model.encoder.freeze_patch_embed": False,
-        "model.pool.kind": "cls",
-        "model.text.pool": "mean",
-        "model.head.hidden": 2048,
-        "model.head.width": 256,
-        "objective.weighting": "fixed",
-        "objective.gamma": 1 / 3,
-    },
+    **published_caption_settings.SETTINGS,
 }
 
 

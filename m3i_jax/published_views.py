@@ -39,11 +39,11 @@ _STRONG, _MILD = (0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.4, 0.1)
 _CROPS = {"data.crop_scale": (0.08, 1.0)}
 BYOL = {**_CROPS, **_coloured((0.4, 0.4, 0.2, 0.1), (1.0, 0.1), (0.0, 0.2))}
 DINO = _coloured((0.4, 0.4, 0.2, 0.1), (1.0, 0.1, 0.5), (0.0, 0.2, 0.0))
-# Both views alike: MoCo v2 and its successors; SimCLR at strength 1; LeJEPA's minimal example.
+# Both views alike: MoCo v2 and its successors; SimCLR at strength 1; LeJEPA's README.
 MOCO_V2 = _coloured(_MILD, (0.5, 0.5))
 SLIP = {**_CROPS, **MOCO_V2}
 SIMCLR = {**_CROPS, **_coloured(_STRONG, (0.5, 0.5))}
-LEJEPA = _coloured(_STRONG, (0.5, 0.5), (0.2, 0.2))
+LEJEPA = _coloured((0.4, 0.4, 0.2, 0.1), (0.5, 0.5), (0.2, 0.2))
 # BEiT's, which data2vec keeps: jitter of every image, without hue, and nothing else.
 BEIT = {
     **_CROPS,
@@ -53,4 +53,20 @@ BEIT = {
     "data.augment.contrast": 0.4,
     "data.augment.saturation": 0.4,
     "data.augment.hue": 0.0,
+}
+# DeiT III: jitter of every image, without hue, and one of gray, solarization and blur (here each by
+# itself).
+THREE_AUGMENT = {
+    **_CROPS,
+    **_coloured((0.3, 0.3, 0.3, 0.0), (1 / 3, 1 / 3), (1 / 3, 1 / 3)),
+    "data.augment.jitter_p": 1.0,
+    "data.augment.grayscale_p": 1 / 3,
+}
+# big_vision's images with captions: the whole image is resized to a square. No box of all its
+# pixels has a shape between these, so that the crop is what is left after ten attempts: the whole.
+WHOLE = {
+    **PLAIN,
+    "data.flip_p": 0.0,
+    "data.crop_scale": (1.0, 1.0),
+    "data.crop_ratio": (0.01, 100.0),
 }

@@ -46,7 +46,9 @@ ROOMS: dict[str, set[str]] = {
     "__init__": {"objective", "version", "evaluation", "models", "installation"},
     "published_rates": set(),
     "published_views": set(),
-    "published_settings": BASE | {"config", "published_rates", "published_views"},
+    "published_caption_settings": {"published_rates", "published_views"},
+    "published_settings": BASE
+    | {"config", "published_caption_settings", "published_rates", "published_views"},
     "published_dense_settings": BASE | {"models"},
     "validation": BASE | {"objective"},
     "config": BASE | {"objective", "validation"},

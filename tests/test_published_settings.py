@@ -94,14 +94,14 @@ def test_rates_are_those_of_the_batch_that_they_were_published_for():
     """capi's of 16,384 images; the rate at the end stays below the peak; a method that is joined
     with another keeps its own."""
     for batch, expected in (
-        (40_000, (1e-3, 1.04e-4, 0.999)),
-        (16_384, (1e-3, 1.04e-4, 0.999)),
-        (4096, (2.5e-4, 2.6e-5, 0.99975)),
+        (40_000, (1e-3, 9.549e-5, 0.999)),
+        (16_384, (1e-3, 9.549e-5, 0.999)),
+        (4096, (2.5e-4, 2.387e-5, 0.99975)),
     ):
         optim = resolved(f"forms.py:form=capi,batch_size={batch}").optim
-        assert (optim.lr, optim.min_lr, optim.ema) == pytest.approx(expected)
+        assert (optim.lr, optim.min_lr, optim.ema) == pytest.approx(expected, rel=1e-3)
     joined = configuration.load_config(f"{ROOT}/configs/forms.py:form=capi+dino").optim
-    assert (joined.lr, joined.ema) == pytest.approx((8e-3, 0.984))
+    assert (joined.lr, joined.ema) == pytest.approx((8e-3, 0.968))
     clip = resolved("forms.py:form=clip,batch_size=64").optim
     assert (clip.lr, clip.min_lr) == pytest.approx((5e-4 / 64, 1e-5 / 64))
 
@@ -109,21 +109,32 @@ def test_rates_are_those_of_the_batch_that_they_were_published_for():
 @pytest.mark.parametrize(
     ("name", "batch", "expected"),
     [
-        # of public commands: data2vec, Feature-Distillation, MILAN, MSN, DenseCL, DINO, I-JEPA
+        # of public commands and configurations
+        ("mae", 4096, {"lr": 2.4e-3, "min_lr": 0.0, "b2": 0.95, "weight_decay": 0.05}),
         ("data2vec", 2048, {"lr": 2e-3, "min_lr": 1e-5, "ema": 0.9998}),
         ("feature_distillation", 2048, {"lr": 1.2e-3, "min_lr": 2e-5}),
         ("milan", 4096, {"lr": 2.4e-3}),
-        ("msn", 1024, {"lr": 1e-3, "min_lr": 1e-6, "ema": 0.996, "warmup_start": 0.2}),
+        # 1e-6 + 9.99e-4 (1 + cos(785 / 985 pi)) / 2: 785 epochs of a cosine of 985
+        ("msn", 1024, {"lr": 1e-3, "min_lr": 9.92e-5, "ema": 0.996, "warmup_start": 0.2}),
         ("densecl", 256, {"ema": 0.999}),
-        ("dino", 1024, {"lr": 2e-3, "ema": 0.996}),
-        ("ijepa", 2048, {"lr": 1e-3, "ema": 0.996}),
+        ("dino", 512, {"lr": 1e-3, "min_lr": 1e-6, "ema": 0.996}),
+        ("simdino", 512, {"lr": 1e-3, "min_lr": 1e-6, "ema": 0.996}),
+        ("ibot", 1024, {"lr": 2e-3, "min_lr": 1e-6, "ema": 0.996}),
+        ("dinov2", 2048, {"lr": 4e-3 * 2**0.5, "min_lr": 1e-6, "ema": 0.992}),
+        ("dinov3_gram", 4096, {"lr": 4e-4, "ema": 0.994}),
+        ("ijepa", 2048, {"lr": 1e-3, "min_lr": 1e-6, "ema": 0.996}),
+        ("siamese_im", 4096, {"lr": 1e-3, "ema": 0.995}),
+        ("siglip", 32_768, {"lr": 1e-3, "weight_decay": 0.1}),
+        ("siglip", 512, {"lr": 1e-3, "weight_decay": 0.1}),
+        ("lejepa", 256, {"lr": 5e-4, "min_lr": 5e-7}),
+        ("lejepa", 128, {"lr": 2.5e-4, "min_lr": 2.5e-7}),
     ],
 )
 def test_the_batch_of_a_publication_has_its_rates(
     name: str, batch: int, expected: dict[str, float]
 ) -> None:
     optim = resolved(f"forms.py:form={name},batch_size={batch}").optim
-    assert {key: getattr(optim, key) for key in expected} == pytest.approx(expected)
+    assert {key: getattr(optim, key) for key in expected} == pytest.approx(expected, rel=1e-3)
 
 
 def test_show_prints_the_line(capsys, monkeypatch):
@@ -140,6 +151,7 @@ def test_each_combined_method_is_compared_with_its_own_settings():
     differences = published_settings.published_differences(resolved("forms.py:form=byol+moco_v3"))
     assert differences.keys() == {"byol"} and keys(differences["byol"]) == {
         "optim.ema",
+        "optim.warmup_epochs",
         "train.epochs",
     }
 

@@ -166,9 +166,9 @@ def test_intern_image_has_the_paper_s_30_epochs(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.txt").write_text(
         configuration.config_to_text(load("finetune.py:path=/images,model=internimage_h"))
     )
-    cfg = on(scaling.IMAGENET, f"finetune.py:path=/images,from={tmp_path}")
+    cfg = on(scaling.IMAGENET, f"finetune.py:path=/images,from={tmp_path},batch_size=512")
     o, e = cfg.optim, cfg.model.encoder
-    assert (o.lr, o.warmup_epochs, o.offset_lr, o.center_lr, o.clip) == (4e-5, 2.0, 0.1, 0.1, 5.0)
+    assert (o.lr, o.warmup_epochs, o.offset_lr, o.center_lr, o.clip) == (2e-5, 2.0, 0.1, 0.1, 5.0)
     assert (cfg.model.scan, e.drop_path, e.drop_path_rule) == (True, 0.2, "linear")
 
 

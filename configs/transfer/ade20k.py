@@ -7,18 +7,21 @@ head=mask2former as in Table 2.
 DIR is ADEChallengeData2016: images/{training,validation}/ and annotations/ alike. `from` is
 the working directory of a run or a weights file that `init_from` reads; without it, `model` is any
 ViT or InternImage preset. The published settings are those of mmsegmentation's MAE UperNet, whose
-recipe is the usual one of this table, on an InternImage those of its repository, and with
-head=mask2former those of InternImage-H; [R] marks them. That head on InternImage-H is trained with
-image_size=896,steps=80000, UperNet on L and XL with image_size=640 and on H with 896.
+recipe is the usual one of this table, on an InternImage those of its repository; [R] marks them.
+With head=mask2former they are those of InternImage-H, which is trained with
+image_size=896,steps=80000, on smaller ones those of the head's authors but for the power of the
+schedule (0.9), and on a ViT a choice of this project. UperNet is trained on L and XL with
+image_size=640, and on H and G with 896.
 
 From a run of segmentation, as in the paper's Table 2 from COCO-Stuff, pyramid and head are taken,
-too, and only the classifiers restart. COCO-Stuff with maps in ADE20k's form (0 = unlabelled) is
-trained by the same recipe:
+too, and only the classifiers restart. InternImage-H on COCO-Stuff with maps in ADE20k's form (0 =
+unlabelled), at twice the rate and without clipping, and then on ADE20k:
 
-    python -m m3i_jax.main --config configs/transfer/ade20k.py:path=STUFF,from=RUN \\
+    H=head=mask2former,image_size=896,steps=80000
+    python -m m3i_jax.main --config configs/transfer/ade20k.py:path=STUFF,from=RUN,$H \\
       --workdir runs/stuff --config.data.classes=171 --config.data.split=train2017 \\
-      --config.data.holdout_split=val2017
-    python -m m3i_jax.main --config configs/transfer/ade20k.py:path=DIR,from=runs/stuff \\
+      --config.data.holdout_split=val2017 --config.optim.lr=2e-5 --config.optim.clip=0
+    python -m m3i_jax.main --config configs/transfer/ade20k.py:path=DIR,from=runs/stuff,$H \\
       --workdir runs/ade
 
 Colours are changed on the device; images are resized on the host by Pillow or as in OpenCV, see
@@ -54,7 +57,8 @@ def _upernet_of_intern_image(config: ConfigDict, rates: DenseRates) -> None:
 def _mask2former(
     config: ConfigDict, rates: DenseRates | None, *, is_vit: bool, multi_scale: bool
 ) -> None:
-    """Mask2Former; on an InternImage of 320 channels or more, that of InternImage-H."""
+    """Mask2Former; on an InternImage of 320 channels or more, that of InternImage-H. In its code
+    layer decay also slows queries, embeddings of levels and the maps to classes and masks."""
     segment, optim = config.dense.segment, config.optim
     segment.width = 256  # [R]
     segment.test_whole = 32  # [R]
@@ -70,6 +74,8 @@ def _mask2former(
             segment.test_average = "softmax"  # [R]
     elif not is_vit:
         optim.layer_decay, optim.encoder_lr = 1.0, 0.1  # [R]: its authors
+        optim.clip, optim.warmup_steps, optim.decayed = 0.01, 0, "but_norms"  # [R]
+        config.dense.geometry.category_share = 1.0  # [R]
 
 
 def get_config(
@@ -139,7 +145,7 @@ def get_config(
     # Head.
     config.dense.segment.head = head
     config.dense.segment.width = 768  # [R]; mmsegmentation's default is 512
-    config.dense.segment.test_stride = image_size // 2  # [R]
+    config.dense.segment.test_stride = image_size * 2 // 3  # [R]
     if multi_scale:
         config.dense.segment.test_scales = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # [R]
         config.dense.segment.test_flip = True  # [R]

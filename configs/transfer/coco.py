@@ -64,7 +64,8 @@ def get_config(
       model: preset, used without `from`.
       head: mask_rcnn; dino, which predicts boxes without masks; or mask2former, which predicts
         masks and the boxes around them.
-      epochs: 0: as published, 100 [P]; 25 in the paper's ablations; dino 12; mask2former 50.
+      epochs: 0: as published, 100 [P]; 25 in the paper's ablations; 75 of ViTDet's H; dino 12;
+        mask2former 50.
       batch_size: images per step; 0: as published, 64; dino and mask2former 16.
       image_size: side of the square that images are fitted into.
       multi_scale: train on images of several static sizes, as DINO is; with an InternImage.

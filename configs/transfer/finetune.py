@@ -90,9 +90,8 @@ def get_config(
     config.model.pool.kind = "mean"  # [M]
     config.model.pool.projection = False
     config.model.category_std = 2e-5  # [M]
-    depth = backbone.depth(config.model)
-    # [P]; L and H [M]
-    config.model.encoder.drop_path = 0.3 if depth >= 32 else 0.2 if depth >= 24 else 0.1
+    config.model.encoder.drop_path = own.drop_path(config.model)  # [P]; L and H [M]
+    config.model.encoder.drop_path_rule = "linear"  # [M]
     config.model.encoder.final_norm = False  # [M]: replaced by the norm of the pooled token
     config.model.encoder.freeze_patch_embed = False
 
@@ -116,6 +115,8 @@ def get_config(
     if from_:
         config.optim.warmup_epochs = min(own.warmup_epochs, config.optim.warmup_epochs)
 
+    if config.data.image_size > 224:
+        config.evaluate.crop = 1.0  # [M]
     config.evaluate.query_limit = 50_000  # [M]: all validation images of ImageNet
     config.evaluate.knn = False  # the head's accuracy is evaluated instead
     return config

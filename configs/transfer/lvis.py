@@ -7,9 +7,10 @@ federated loss and repeated images of rare categories; or with head=dino as in T
 DIR holds COCO's train2017/ and val2017/, and lvis_v1_{train,val}.json in annotations/. `from` is
 the working directory of a run or a weights file that `init_from` reads; of a run of detection, see
 configs/transfer/coco.py. The published settings are those of detectron2's ViTDet project; [R] marks
-them. Images are repeated by a closed form of the position: an epoch has as many images as the
-repeat factors sum to, each image floor or ceil of its factor times, where detectron2 draws the
-fraction anew every epoch.
+them. Those of its ViT-H need --config.optim.lr=1e-4 --config.model.encoder.drop_path=0.4, and the
+paper's Table 2 --config.data.holdout_annotations=annotations/lvis_v1_minival.json. Images are
+repeated by a closed form of the position: an epoch has as many images as the repeat factors sum to,
+each image floor or ceil of its factor times, where detectron2 draws the fraction anew every epoch.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +30,7 @@ LVIS = DetectionData(
         "mask_rcnn": Schedule(
             steps=156_250, epochs=100, batch=64, milestones=(138_889, 150_463), lr=2e-4
         ),  # [R]
-        # [C]: as on COCO; there is no public run of DINO on a ViT
+        # [C]: as on COCO; public runs of DINO are those of InternImage-H, 80,000 steps at one rate
         "dino": Schedule(steps=75_000, epochs=12, batch=16, milestones=(68_750,), lr=1e-4),
     },
     settings={

@@ -1,15 +1,16 @@
 """Train a classifier on a frozen encoder: the linear probe of M3I's Table 9 with its augmentation,
-or an attentive probe, with the trainer of pre-training. The evaluators
---config.evaluate.probe=true and --config.evaluate.attentive=true of --mode=eval do the same without
-augmentation.
+or an attentive probe, with the trainer of pre-training. --mode=eval with
+--config.evaluate.probe=true or --config.evaluate.attentive=true trains such probes on fixed views,
+the linear one on the feature that the objective trains; lengths and rates are those of `evaluate.`.
 
     python -m m3i_jax.main --config configs/transfer/probe.py:path=DIR,from=RUN --workdir runs/probe
     python -m m3i_jax.main --config configs/transfer/probe.py:path=DIR,from=RUN,kind=attentive \\
       --workdir runs/attentive
 
-[P] marks the paper's Table 9, [M] MAE and SiameseIM, whose recipe it is, [C] a choice of this
-project. The learning rate is proportional to the batch size. In training, batch norm uses the
-statistics of the batch; in evaluation, the mean and variance over the unaugmented views of
+[P] marks the paper's Table 9, [M] MAE and SiameseIM, [C] a choice of this project. Before the batch
+norm, MAE has cls after the last norm, and SiameseIM the mean of the tokens after a norm; here it is
+the mean alone. The learning rate is proportional to the batch size. In training, batch norm uses
+the statistics of the batch; in evaluation, the mean and variance over the unaugmented views of
 evaluate.train_limit training images instead of a running average.
 """
 
@@ -67,17 +68,17 @@ def get_config(
         config.model.pool.update({"kind": "mean", "norm": "batch", "projection": False})
         config.model.category_std = 0.01  # [M]
     else:
-        # [C], as CAE's attentive probe
+        # [C]: a learned query as in CAE's attentive probe, which reads cls, too, and has SGD
         config.model.pool.update({"kind": "attention", "query": "learned"})
     batch = batch_size or (BATCH if linear else 1024)
     config.train.batch_size = batch
     config.train.epochs = epochs  # [P]
     config.train.panel_every = 0
-    config.optim.rule = "lars" if linear else "adamw"  # [P]
+    config.optim.rule = "lars" if linear else "adamw"  # [P]; attentive [C]
     # [P]; attentive: 1e-3 at 1,024 images [C]
     config.optim.lr = (3.2 if linear else 16e-3) * batch / BATCH
     config.optim.warmup_epochs = epochs / 9  # [P]: 10 of 90
-    config.optim.weight_decay = 0.0 if linear else 0.05  # [P]
+    config.optim.weight_decay = 0.0 if linear else 0.05  # [P]; attentive [C]
     config.optim.clip = 0.0  # [M]
     config.optim.ema = 1.0
     config.optim.ema_schedule = "constant"

@@ -3,7 +3,8 @@ compared with the images.
 
 The representation of a class is the normalised mean of its normalised prompt embeddings; an image
 gets the class with the largest cosine. M3I's Table 5 compares with results of 7 templates and of
-images whose short side is resized to the size of the view: set evaluate.crop=1 for that."""
+images whose short side is resized to the size of the view, by bilinear interpolation: set
+evaluate.crop=1 and evaluate.interpolation=bilinear for that."""
 
 import json
 import pathlib

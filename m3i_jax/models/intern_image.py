@@ -108,7 +108,12 @@ PRESETS: dict[str, InternImageConfig] = {
     "internimage_xl": _size(192, (5, 5, 24, 5), 12, offset_scale=2.0, drop_path=0.2),
     "internimage_h": InternImageConfig(),
     "internimage_g": InternImageConfig(
-        width=512, depths=(2, 2, 48, 4), groups=(16, 32, 64, 128), norm="post", drop_path=0.4
+        width=512,
+        depths=(2, 2, 48, 4),
+        groups=(16, 32, 64, 128),
+        norm="post",
+        drop_path=0.4,
+        drop_path_rule="linear",
     ),
 }
 

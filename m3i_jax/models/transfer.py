@@ -40,6 +40,7 @@ class Finetuning:
       epochs: its length.
       warmup_epochs: at most, with pre-trained weights.
       layer_decay: settings of `model` -> decay of learning rates by layer in a run of this length.
+      drop_path: settings of `model` -> stochastic depth of the last layer, linear from 0.
       settings: {key: value} where they differ from those of the ViT.
     """
 
@@ -47,6 +48,7 @@ class Finetuning:
     epochs: float = 100.0
     warmup_epochs: float = 5.0
     layer_decay: Callable[[schema.Model], float] = lambda _: 0.65
+    drop_path: Callable[[schema.Model], float] = lambda _: 0.1
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -103,6 +103,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 
+
+def _finetuning_drop_path(model: schema.Model) -> float:
+    depth = model.encoder.depth
+    return 0.3 if depth >= 32 else 0.2 if depth >= 24 else 0.1
+
+
 # settings that change the shapes of the parameters of few published encoders
 _OPTIONS = ("registers", "norm", "qk_norm", "layer_scale")
 
@@ -124,8 +130,11 @@ VIT = Backbone(
     reads_maps=True,
     validate=_validate,
     presets=PRESETS,
-    # MAE's L and H
-    finetuning=Finetuning(layer_decay=lambda model: 0.75 if model.encoder.depth >= 24 else 0.65),
+    # of L and H as MAE, whose length and rate for them (50 epochs, 4e-3) are not the paper's
+    finetuning=Finetuning(
+        layer_decay=lambda model: 0.75 if model.encoder.depth >= 24 else 0.65,
+        drop_path=_finetuning_drop_path,
+    ),
     scans_from=12,
     layout="vit",
     recognize=_recognize,

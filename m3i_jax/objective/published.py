@@ -52,7 +52,7 @@ _SLIP = pooled_term(
     1,
     encoder="online",
     posterior=NTXent(temperature=0.1),
-    head=ProjectionHead(projector=MlpShape(layers=3)),
+    head=ProjectionHead(pool="cls", projector=MlpShape(layers=3)),
 )
 
 PUBLISHED: dict[str, PublishedMethod] = {
@@ -84,7 +84,7 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " blocks of the EMA as target, smooth L1 with beta 2 at hidden cells, one linear"
             " map as head"
         ),
-        left_out="LayerScale, attention dropout, relative position bias, learned positions",
+        left_out="attention dropout, a shared relative position bias in the place of positions",
     ),
     "feature_distillation": PublishedMethod(
         terms=(
@@ -130,14 +130,15 @@ PUBLISHED: dict[str, PublishedMethod] = {
                 1,
                 encoder="online",
                 posterior=NTXent(temperature=0.1),
-                head=ProjectionHead(projector=MlpShape(layers=2)),
+                head=ProjectionHead(projector=MlpShape(layers=2, last_norm=True)),
             ),
         ),
         kept=(
-            "one encoder for both views with gradient through both, NT-Xent against all other"
-            " views of the batch"
+            "one encoder for both views with gradient through both, a head of two layers (three in"
+            " its later code) with batch norm after both, NT-Xent against all other views of the"
+            " batch"
         ),
-        left_out="LARS; negatives of other microbatches",
+        left_out="LARS; negatives of other microbatches; the scale of the last batch norm",
     ),
     "barlow_twins": PublishedMethod(
         terms=(
@@ -191,16 +192,18 @@ PUBLISHED: dict[str, PublishedMethod] = {
                 MASKED,
                 1,
                 posterior=Prototypes(),
-                head=ProjectionHead(pool="cls", projector=MlpShape(layers=3)),
+                head=ProjectionHead(
+                    pool="cls", projector=MlpShape(layers=3, activation="gelu", std=0.02)
+                ),
             ),
         ),
         kept=(
-            "a masked anchor with dropped cells, 1,024 prototypes, sharpened and balanced"
-            " targets, mean entropy maximised"
+            "a masked anchor with dropped cells, head of three layers with GELU, 1,024 prototypes,"
+            " sharpened and balanced targets, mean entropy maximised"
         ),
         left_out=(
-            "ten small focal views, GELU in the head, the rising weight decay, the linear EMA"
-            " schedule over 1.25 runs"
+            "ten small focal views, dropped cells that all images of a device share, the rising"
+            " weight decay, the linear EMA schedule over 1.25 runs"
         ),
     ),
     # DINO (arXiv 2104.14294, section 3; facebookresearch/dino, main_dino.py)
@@ -212,10 +215,7 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " over the global batch (0.9) before a temperature of 0.04, prediction temperature 0.1,"
             " the mean over all pairs of different views"
         ),
-        left_out=(
-            "the rising weight decay and any decay of prototypes, clipping of each tensor by"
-            " itself, learned positions"
-        ),
+        left_out="the rising weight decay, clipping of each tensor by itself",
     ),
     # iBOT (arXiv 2111.07832, section 3; bytedance/ibot, main_ibot.py)
     "ibot": PublishedMethod(
@@ -242,13 +242,13 @@ PUBLISHED: dict[str, PublishedMethod] = {
             *dino_terms(MASK_TOKENS, DINOV2, PrototypeSoftmax()),
             ibot_term(DINOV2, PrototypeSoftmax()),
             *(
-                EntropyTerm(name="koleo", estimator=Koleo(group=32), reads=read, weight=0.1)
+                EntropyTerm(name="koleo", estimator=Koleo(group=64), reads=read, weight=0.1)
                 for read in (MASK_TOKENS, OTHER)
             ),
         ),
         kept=(
             "DINO's and iBOT's losses with weight 1, KoLeo of cls before the head with weight 0.1"
-            " summed over both large views, neighbours among 32 images, one head of 65,536"
+            " summed over both large views, neighbours among 64 images, one head of 65,536"
             " prototypes of trained lengths for both, centring, target temperature 0.04 to 0.07 in"
             " 0.3 of the run; objective.prototype_targets=sinkhorn for the constraint of its large"
             " models"
@@ -257,7 +257,8 @@ PUBLISHED: dict[str, PublishedMethod] = {
             "a random choice of the masked views and of the share of hidden cells (the first view"
             " and 30 %), separate heads and SwiGLU of its large models, stochastic depth by a"
             " subset of the batch, a fifth of the rate for the patch embedding, clipping of each"
-            " part by itself, the rate by the root of the batch size, the rest as in dino"
+            " part by itself, the rate by the root of the batch size, blur with the complements of"
+            " these probabilities (a slip of its code), the rest as in dino"
         ),
     ),
     # I-JEPA (arXiv 2301.08243, section 3; facebookresearch/ijepa, src/masks/multiblock.py)
@@ -274,7 +275,7 @@ PUBLISHED: dict[str, PublishedMethod] = {
             "block sizes and the cut of the context drawn once for a batch (here of each image,"
             " with fixed counts, cut at either end), places that never reach the last row and"
             " column, the linear EMA schedule, the rising weight decay, the predictor's last norm,"
-            " its initial values (normal, 0.02, and last matrices of block l by the root of 2 l)"
+            " its initial values (normal, 0.02)"
         ),
     ),
     "siamese_im": PublishedMethod(
@@ -300,21 +301,21 @@ PUBLISHED: dict[str, PublishedMethod] = {
     ),
     "deit": PublishedMethod(
         terms=FORMS["supervised"],
-        kept="the class from the cls token, uniform stochastic depth, smoothed labels",
+        kept="the class from the cls token, uniform stochastic depth, LayerScale, colours",
         left_out=(
-            "mixup, cutmix, binary cross-entropy, LAMB, repeated augmentation, LayerScale; one of"
-            " gray, solarization and blur for every image (3-Augment): colours are the default's"
+            "mixup, cutmix, binary cross-entropy, LAMB and its rate, repeated augmentation, images"
+            " of 192 pixels, just one of gray, solarization and blur for every image (3-Augment)"
         ),
     ),
     "milan": PublishedMethod(
-        terms=(token_term(MASKED, 0, encoder="frozen"),),
+        terms=(token_term(MASKED, 0, encoder="frozen", posterior=Cosine(scale=2.0)),),
         kept=(
-            "normalised features of a frozen encoder (objective.target_checkpoint) from a"
-            " masked view"
+            "2 - 2 cos of features of a frozen encoder (objective.target_checkpoint; of another"
+            " architecture: objective.teachers) from a masked view, decoder of 8 blocks of 512"
         ),
         left_out=(
-            "sampling of cells by the teacher's attention, the prompting decoder, teachers of"
-            " another architecture"
+            "sampling of cells by the teacher's attention, the prompting decoder, CLIP's projection"
+            " of the features (here they are normalised), the cls token among the targets"
         ),
     ),
     **RECENT,

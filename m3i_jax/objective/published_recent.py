@@ -71,10 +71,7 @@ def _with_small_and_hidden(hidden: float) -> Terms:
     )
 
 
-_CAPPA_LEFT_OUT = (
-    "Adafactor, a SentencePiece vocabulary of C4, images resized without a crop where they are"
-    " longer than 4 : 3"
-)
+_CAPPA_LEFT_OUT = "Adafactor, a SentencePiece vocabulary of C4"
 
 
 def _of_both_views(
@@ -100,7 +97,7 @@ RECENT: dict[str, PublishedMethod] = {
         ),
         left_out="LARS",
     ),
-    # LeJEPA (arXiv 2511.08544, section 5; its minimal example for the constants)
+    # LeJEPA (arXiv 2511.08544, section 5; rbalestr-lab/lejepa, MINIMAL.md for the constants)
     "lejepa": PublishedMethod(
         terms=(
             *_towards_centre(0.98),
@@ -122,8 +119,8 @@ RECENT: dict[str, PublishedMethod] = {
         ),
         left_out=(
             "the paper's constants (0.05, 1,024 directions, knots up to 5), which differ from those"
-            " of its example, batch norm of all views together (here of each), the floor of the"
-            " rate"
+            " of its example, cls after a norm and a linear map to 512 as the feature of an image"
+            " (here the mean of its tokens), batch norm of all views together (here of each)"
         ),
     ),
     # SimDINO (arXiv 2502.10385, section 4; RobinWu218/SimDINO, simdino/main_dino.py)
@@ -268,7 +265,7 @@ RECENT: dict[str, PublishedMethod] = {
             "text layers that both losses share, the first half of its decoder (here the text tower"
             " is by itself and bidirectional, and the decoder begins with token embeddings), 256"
             " queries that pool the image for the decoder (here it reads all patches), patches of"
-            " 18 pixels, Adafactor, linear decay of the rate"
+            " 18 pixels, Adafactor"
         ),
     ),
     # SigLIP 2 (arXiv 2502.14786, sections 2.2 and 2.3); its training code is not public
@@ -288,7 +285,8 @@ RECENT: dict[str, PublishedMethod] = {
             "boxes and their captions in the decoder's text (locca+siglip2 has them),"
             " self-distillation in the last fifth of the run alone and on augmented views of its"
             " own (here pairs and target read one plain view, and small ones have its colours), an"
-            " encoder without cls, the pooling as in siglip, 256,000 tokens, NaFlex"
+            " encoder without cls, the pooling as in siglip, 256,000 tokens (here 32,000), images"
+            " resized without a crop where they are longer than 4 : 3, NaFlex"
         ),
     ),
     # TIPS (arXiv 2410.16512, section 3)
@@ -296,11 +294,11 @@ RECENT: dict[str, PublishedMethod] = {
         terms=(*FORMS["weakly_supervised"], *_with_small_and_hidden(2.0)),
         kept=(
             "CLIP's loss of cls with weight 1, small views predict the EMA encoder's assignment of"
-            " the whole view with weight 1, half of the cells hidden and predicted with weight 2"
+            " the whole view with weight 1, three cells in four hidden and predicted with weight 2"
         ),
         left_out=(
             "the second cls token with a synthetic caption (a record has one caption), sinusoidal"
-            " positions, scaled embeddings and ReLU of the text tower, LayerScale, its augmentation"
+            " positions, scaled embeddings, dropout and ReLU of the text tower, its augmentation"
             " (here the pairs read a view with colour changes and flips), rates and length of its"
             " runs"
         ),

@@ -375,7 +375,9 @@ class Detect:
         "federated",
     )
     federated_classes: int = option(
-        50, "federated loss: categories kept per image, background included [P: LVIS]", EVERY
+        50,
+        "federated loss: categories kept per image, background included (detectron2 on LVIS: 50)",
+        EVERY,
     )
     score_threshold: float = option(
         0.05, "lowest score of a detection (LVIS: 0.02; dino: 0)", SHARE

@@ -92,11 +92,13 @@ class Optim:
         " norms of the encoder and of the transformers of heads, its position table, and queries of"
         " masks (detectron2); ranks: those with more than one axis, tokens and tables too, but not"
         " offsets of deformable attention in heads (mmsegmentation, SLIP); kernels: matrices and"
-        " convolutions alone, not the table of token embeddings either (big_vision)",
+        " convolutions alone, not the table of token embeddings either (big_vision); all: every"
+        " parameter (MoCo v3, ViTDet-H)",
         "matrices",
         "but_norms",
         "ranks",
         "kernels",
+        "all",
     )
     b1: float = option(0.9, "AdamW beta 1 [P]", BELOW_ONE)
     b2: float = option(0.95, "AdamW beta 2 [P]", BELOW_ONE)
@@ -147,7 +149,8 @@ class Optim:
     )
     center_lr: float = option(
         1.0,
-        "learning rate multiplier of DCNv3's centre scale (InternImage fine-tunes with 0.1)",
+        "learning rate multiplier of DCNv3's centre scale (0.1 where InternImage is fine-tuned with"
+        " layer decay)",
         SHARE,
     )
     fan_in_lr: int = option(

@@ -138,9 +138,9 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
     >>> params = {"encoder": {"norm": {"scale": np.ones(2)}, "cls_token": np.ones((1, 1, 2))}}
     >>> [
     ...     jax.tree.leaves(decay_mask(params, rule=rule))
-    ...     for rule in ("matrices", "but_norms", "ranks", "kernels")
+    ...     for rule in ("matrices", "but_norms", "ranks", "kernels", "all")
     ... ]
-    [[False, False], [True, False], [True, False], [False, False]]
+    [[False, False], [True, False], [True, False], [False, False], [True, True]]
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -153,6 +153,8 @@ def decay_mask(params: Any, *, rule: str = "matrices", frozen: tuple[str, ...] =
             decays = axes > 1 and not others
         elif rule == "kernels":
             decays = name.endswith("/kernel")
+        elif rule == "all":
+            decays = True
         else:
             decays = not _NO_DECAY.search(name)
         return decays and not name.startswith(frozen)
@@ -173,7 +175,7 @@ def lr_factor(config: schema.Config, path: str, shape: tuple[int, ...] = ()) -> 
     The product of those that apply:
     - in the encoder, `optim.encoder_lr`, and `optim.layer_decay` to the power of the layers above;
     - for a DCNv3's offsets or centre scale, whose products sample the map and start at zero,
-      `optim.offset_lr` or `optim.center_lr` (InternImage, and SiameseIM's code); for the offsets of
+      `optim.offset_lr` or `optim.center_lr` (InternImage's fine-tuning); for the offsets of
       deformable attention in the head of a dense task, `optim.head_offset_lr`;
     - for a matrix of n inputs, `optim.fan_in_lr` / n if that is less than 1: Adam moves every entry
       by about the learning rate, whatever n, and so an output by up to n of those (Yang et al.

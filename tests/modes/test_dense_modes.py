@@ -1,8 +1,11 @@
 """The modes on a run of segmentation, and what a run of detection writes at its end: real files,
 made by short runs through the command line in process."""
 
+import inspect
 import json
 import pathlib
+import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,8 +14,11 @@ from PIL import Image
 
 import m3i_jax
 from m3i_jax import main as command
-from m3i_jax import run_files
+from m3i_jax import run_files, schema
 from m3i_jax.data.sources import scenes
+from m3i_jax.data.sources.segmentations import decode_mask
+from m3i_jax.modes import task_views
+from m3i_jax.reporting import dense_panels
 from m3i_jax.training import loop
 from tests import scene_files
 from tests.dense_toy import SEGMENT, SHARED, flags
@@ -43,13 +49,42 @@ def arguments(run: pathlib.Path, *more: str, **changes: object) -> list[str]:
     return ["--config", "configs/transfer/segment.py", "--workdir", str(run), *texts, *more]
 
 
+Sheets = list[dict[str, Any]]
+
+
+def note_sheets(patch: pytest.MonkeyPatch) -> Sheets:
+    """Returns a list that gets the arguments of every call that writes a sheet."""
+    calls: Sheets = []
+    for name in ("write_detection_sheet", "write_object_sheet", "write_map_sheet"):
+        write = getattr(dense_panels, name)
+        names = list(inspect.signature(write).parameters)
+
+        def noted(*args: Any, _write: Any = write, _names: Any = names, **more: Any) -> None:
+            calls.append(dict(zip(_names, args, strict=False)) | more)
+            _write(*args, **more)
+
+        patch.setattr(dense_panels, name, noted)
+    return calls
+
+
+@pytest.fixture
+def sheets(monkeypatch: pytest.MonkeyPatch) -> Sheets:
+    return note_sheets(monkeypatch)
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def run_and_sheets(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Sheets]:
     path = tmp_path_factory.mktemp("segment")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
+        calls = note_sheets(patch)
         assert command.main(arguments(path)) == loop.DONE
-    return path
+    return path, calls
+
+
+@pytest.fixture(scope="module")
+def run(run_and_sheets: tuple[pathlib.Path, Sheets]) -> pathlib.Path:
+    return run_and_sheets[0]
 
 
 def test_a_run_writes_scores_panels_figures_and_names(run: pathlib.Path) -> None:
@@ -158,14 +193,105 @@ def test_modes_of_features_refuse(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flip_p", [0.0, 1.0])
 @pytest.mark.parametrize("task", ["detect", "segment"])
 def test_the_preview_shows_annotations(
-    task: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    task: str,
+    flip_p: float,
+    sheets: Sheets,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """At their size and at most mirrored, images, objects and maps are those of the source."""
     monkeypatch.chdir(ROOT)
     recipe = f"configs/transfer/{task}.py"
     command_line = ["--mode=preview", "--config", recipe, "--workdir", str(tmp_path)]
-    assert command.main([*command_line, "--config.data.size=40"]) == 0
+    changes = {"data.size": 40, "dense.geometry.rule": "jitter", "dense.geometry.flip_p": flip_p}
+    texts = [f"--config.{key}={value}" for key, value in changes.items()]
+    assert command.main([*command_line, *texts]) == 0
     with Image.open(tmp_path / "preview.png") as page:
         colors = len(page.convert("RGB").getcolors(2**24) or ())
     assert page.size[0] == 1024 and colors > 100
+    (sheet,) = sheets
+    source = scenes.ScenesSource(40, side=96)
+    assert len(sheet["words"]) == len(set(sheet["words"])) == 8
+    objects = 0
+    for row, key in enumerate(sheet["words"]):
+        record = source[int(key.rsplit("-", 1)[1])]
+        assert isinstance(record.image, np.ndarray) and isinstance(record.map, np.ndarray)
+        step = -1 if flip_p else 1
+        np.testing.assert_array_equal(sheet["images"][row], record.image[:, ::step])
+        if task == "segment":
+            np.testing.assert_array_equal(sheet["truth"][row], record.map[:, ::step])
+            continue
+        given, width = record.objects, record.image.shape[1]
+        assert given is not None
+        drawn, left = sheet["objects"][row], np.flatnonzero(~given.crowd).tolist()
+        assert len(drawn.boxes) == len(left)
+        for k, box in enumerate(drawn.boxes):  # in the order of the batch, which is not ours
+            expected = given.boxes[:, [2, 1, 0, 3]] if flip_p else given.boxes
+            expected = np.abs(expected - np.array([width, 0, width, 0]) * flip_p)
+            near = [i for i in left if np.abs(expected[i] - box).max() < 1e-3]
+            assert near, (box, expected)
+            left.remove(near[0])
+            mask = decode_mask(given.segmentations[near[0]], *given.size)[:, ::step] > 0
+            assert drawn.classes[k] == given.classes[near[0]]
+            assert (drawn.masks[k] & mask).sum() / (drawn.masks[k] | mask).sum() > 0.9
+            objects += 1
+    assert task == "segment" or objects > 8
+
+
+def test_panels_show_what_the_model_predicts(
+    run_and_sheets: tuple[pathlib.Path, Sheets],
+) -> None:
+    """The last panel is of the weights that `load` reads."""
+    run, calls = run_and_sheets
+    model, sheet = m3i_jax.load(str(run)), calls[-1]
+    assert set(sheet["words"]) == {"step 2"}
+    for image, predicted in zip(sheet["images"], sheet["found"], strict=True):
+        height, width = image.shape[:2]
+        padded = np.zeros((1, 32, 32, 3), np.uint8)
+        padded[0, :height, :width] = image
+        out = model.function(model.params, padded, np.array([[height, width]], np.int32))
+        logits = np.asarray(out["logits"])[0, :height, :width]
+        ranked = np.sort(logits, -1)
+        clear = ranked[..., -1] - ranked[..., -2] > 1e-4
+        assert clear.mean() > 0.9 and predicted.shape == (height, width)
+        np.testing.assert_array_equal(predicted[clear], logits.argmax(-1)[clear])
+
+
+def test_panels_of_detection_show_the_valid_detections(
+    sheets: Sheets, tmp_path: pathlib.Path
+) -> None:
+    """Of two images, with three places for detections each; masks are those of boxes."""
+    outputs = {
+        "valid": np.array([[True, False, True], [False, True, False]]),
+        "boxes": np.array(
+            [[[2, 3, 10, 11], [0, 0, 5, 5], [4, 4, 8, 12]], [[1, 1, 9, 5]] * 3], float
+        ),
+        "classes": np.arange(6).reshape(2, 3),
+        "scores": np.linspace(0.9, 0.4, 6).reshape(2, 3),
+        "masks": np.ones((2, 3, 4, 4), np.float32) * np.array([1, 1, 0])[:, None, None],
+    }
+    batch = {
+        "position": np.arange(2),
+        "size": np.array([[16, 12], [8, 16]]),
+        "image": np.arange(2 * 16 * 16 * 3, dtype=np.uint8).reshape(2, 16, 16, 3),
+        "classes": np.array([[1, -1], [0, 2]]),
+        "boxes": np.array([[[1, 1, 5, 7], [0, 0, 0, 0]], [[0, 0, 4, 4], [3, 2, 9, 8]]], np.float32),
+    }
+    setup = types.SimpleNamespace(config=schema.Config(), workdir=tmp_path, classes=tuple("abcdef"))
+    trainer = types.SimpleNamespace(panel_outputs=lambda state, few: outputs)
+    task_views.task_views("detect").draw_panel(setup, trainer, 7, None, batch)  # type: ignore[arg-type]
+    (sheet,) = sheets
+    assert (tmp_path / "panels" / "00000007.png").is_file()
+    assert [image.shape for image in sheet["images"]] == [(16, 12, 3), (8, 16, 3)]
+    assert [drawn.classes.tolist() for drawn in sheet["truth"]] == [[1], [0, 2]]
+    first, second = sheet["found"]
+    assert (first.classes.tolist(), second.classes.tolist()) == ([0, 2], [4])
+    np.testing.assert_allclose(first.scores, [0.9, 0.7])
+    np.testing.assert_allclose(first.boxes, [[2, 3, 10, 11], [4, 4, 8, 12]])
+    assert [mask.shape for mask in first.masks] == [(16, 12)] * 2
+    rows, columns = np.nonzero(first.masks[0])
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (3, 10, 2, 9)
+    assert len(rows) == 64 and not first.masks[1].any()
