@@ -203,8 +203,8 @@ def test_show_lists_them_with_their_products():
         ("byol,koleo", {"model__encoder__cls_token": False}, "needs the cls token"),
         (
             "dinov2",
-            {"train__batch_size": 40},
-            "40 rows do not divide into the groups of 32 of the entropy term koleo",
+            {"train__batch_size": 72},
+            "72 rows do not divide into the groups of 64 of the entropy term koleo",
         ),
     ],
 )

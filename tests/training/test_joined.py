@@ -86,7 +86,16 @@ def test_the_second_group_may_be_named_after_a_joined_row() -> None:
         ),
         ("byol,simclr", {"global", "global_simclr"}, {"global", "global_simclr"}),
         ("sim,dense_instance", set(), {"inter", "inter_dense_instance"}),
-        ("slip,barlow_twins", {"global"}, {"global", "global_barlow_twins", "text"}),
+        (
+            "slip,barlow_twins",
+            {"global", "global_barlow_twins"},
+            {"global", "global_barlow_twins", "text"},
+        ),
+        (
+            "barlow_twins,vicreg",
+            {"global"},
+            {"global", "global_vicreg"},
+        ),
     ],
 )
 def test_rows_that_train_together_have_spaces_and_figures_of_their_own(

@@ -251,8 +251,8 @@ def test_division_of_the_batch_and_a_restart_change_nothing(
         ("dino", {"data__small_views": "65 x 16 at 0.1-0.3"}, ("1 to 64",)),
         (
             "dinov2",
-            {"train__batch_size": 48},
-            ("train.batch_size: 48", "groups of 32", "koleo"),
+            {"train__batch_size": 72},
+            ("train.batch_size: 72", "groups of 64", "koleo"),
         ),
         (
             "dino",
