@@ -15,6 +15,9 @@ from typing import Any
 from m3i_jax import config as configuration
 from m3i_jax import published_caption_settings, published_rates, published_views, schema
 
+# The encoder that its authors evaluate.
+_OF_EMA = {"evaluate.encoder": "ema"}
+
 # Of DINO and its successors.
 _DINO = {
     "model.encoder.positions": "learned",
@@ -24,6 +27,7 @@ _DINO = {
     "model.head.width": 256,
     "model.head.prototypes": 65_536,
     **published_views.DINO,
+    **_OF_EMA,
 }
 
 # Images per step that learning rates and momentum of a method are given for, and above which they
@@ -122,6 +126,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.head.hidden": 2048,
         "model.head.width": 256,
         **published_rates.MSN,
+        **_OF_EMA,
         "train.epochs": 800.0,
         **published_views.MOCO_V2,
     },
@@ -175,6 +180,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.decoder.heads": 16,  # as many as its encoder
         "model.decoder.positions": "absolute",
         **published_rates.IJEPA,
+        **_OF_EMA,
         "train.epochs": 300.0,
         **published_views.PLAIN,
     },
@@ -274,6 +280,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.freeze_patch_embed": False,
         "optim.freeze_prototypes": 5 / 1200,
         **published_rates.DINOV3,
+        **_OF_EMA,
     },
     # ViT-L on LVD-142M
     "capi": {
@@ -292,6 +299,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.decoder.depth": 12,
         "model.head.prototypes": 16_384,
         **published_rates.CAPI,
+        **_OF_EMA,
         "train.epochs": 57.7,
         **published_views.PLAIN,
     },

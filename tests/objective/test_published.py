@@ -39,6 +39,7 @@ _DINO = {
     "strength": (0.4, 0.4, 0.2, 0.1),
     "positions": "learned",
     "last_norm": True,
+    "encoder": "ema",
 }
 # the length of WebLI's texts and one more token
 _BIG_VISION = {
@@ -133,6 +134,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "drop_path": 0.0,
         "last_norm": True,
         "positions": "learned",
+        "encoder": "ema",
         **_MOCO_V2,
     },
     # a batch of 512 with 0.996, down to 1e-6
@@ -167,6 +169,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "lowest": 1e-6 * 2,
         "flip": 0.0,
         "ema": 0.992,
+        "encoder": "ema",
         "b2": 0.999,
         "decay": 0.04,
         "clip": 0.0,
@@ -185,6 +188,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "drop_path": 0.4,
         "clip": 30.0,
         "positions": "rope",
+        "encoder": "ema",
         "snapshots": (0.83333, 0.84167, 0.85, 0.85833),
         "rise": 0.08333,
     },
@@ -195,6 +199,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "lowest": 2.5e-4 * 0.09549,
         "decay": 0.1,
         "ema": 0.99975,
+        "encoder": "ema",
         "warmup": 5.77,
         "clip": 0.0,
         "crop": (0.6, 1.0),
@@ -316,6 +321,7 @@ def test_a_named_method_has_the_recipe_it_was_published_with(name: str) -> None:
         "smoothing": config.objective.label_smoothing,
         "snapshots": config.objective.snapshot_at,
         "tokens": (config.data.caption_length, config.data.vocabulary_size),
+        "encoder": config.evaluate.encoder,
     }
     for key, expected in PUBLISHED[name].items():
         value = found[key]
