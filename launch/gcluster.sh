@@ -14,7 +14,9 @@
 # itself) and M3I_RESTARTS (default: 100). gcluster counts all restarts alike, also those after exit
 # 42, so there are more of them than in gke.yaml. Refused settings (exit 2) and a model that does
 # not fit (3) end the run at once. The bucket must have a hierarchical namespace: gcluster passes no
-# mount options, and by default gcsfuse renames directories in no other bucket.
+# mount options, and but for large machines gcsfuse renames directories in no other bucket. On those
+# (v5p, v6e and eight chips of v5e) it keeps what it knows of a file while it is mounted, so that a
+# host does not notice a file that another replaces; launch/gke.yaml sets a minute.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -8,8 +8,8 @@ logarithm of the sum for the backward pass. A program of the backward pass makes
 tile of keys and values and of a tile of queries, and adds nothing to what another writes, so that
 equal runs have equal bits.
 
-cuDNN's flash attention refuses odd numbers of tokens in training, such as 196 patches and a cls
-token, adds gradients in any order, and wants heads apart; it is not used.
+cuDNN's flash attention adds gradients in any order, wants heads apart, and refuses a bias with an
+odd number of tokens in training, such as 196 patches and a cls token; it is not used.
 
 B batch, Q query rows, T tokens, H heads, E width of a head, N rows of a tile, C columns of an
 array. Further: FlashAttention-2, arXiv 2307.08691."""

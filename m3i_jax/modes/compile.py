@@ -384,7 +384,7 @@ def run(
     ):
         print(
             "this needs more than the three quarters of a GPU that JAX allocates by default: set"
-            f" XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY}"
+            f" XLA_CLIENT_MEM_FRACTION={GPU_MEMORY}"
         )
     if assumed:
         print(f"assumed, since this mode reads no data: {', '.join(assumed)}")

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 MIB, GIB = 2**20, 2**30
-GPU_MEMORY = 0.9  # share of a GPU's memory that JAX takes with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
+GPU_MEMORY = 0.9  # share of a GPU's memory that JAX takes with XLA_CLIENT_MEM_FRACTION=0.9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,15 +15,16 @@ class Chip:
 
     "Cloud" is docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; "data sheet" is NVIDIA's of
     the A100, H100 and H200 (SXM) and of the HGX B200 (nvidia.com/en-us/data-center); "CUDA" is what
-    the driver reports of those cards, of all but the H200 also published in github.com/openxla/xla,
-    xla/backends/gpu/target_config/specs.
+    the driver reports of those cards, also published in github.com/openxla/xla,
+    xla/backends/gpu/target_config/specs, where the H200 has other figures than what devices print.
 
     Attributes:
       platform: tpu, cuda or cpu: what compiles for it.
       device_kind: the name that JAX gives its devices. Source: libtpu; CUDA, whose compiler gets
         it, too. A reduced edition of a GPU has another name and another peak, and is not listed.
       other_kinds: pattern of further names of the same chip, in any case of letters. Source: names
-        of other versions of libtpu and of other editions with the same peak.
+        of other versions of libtpu and of other editions with the same peak, but not of parts of a
+        card (MIG).
 
       peak: FLOP/s of a chip, dense, bf16. Source: Cloud, "peak compute per chip"; data sheet, half
         of the figure with sparsity.
@@ -31,8 +32,8 @@ class Chip:
       bandwidth: bytes a second to and from HBM of a chip. Source: Cloud, "HBM bandwidth"; data
         sheet.
       link: bytes a second that a chip receives over all links from the others of its slice, or of
-        its host. Source: Cloud, half of "bidirectional inter-chip interconnect bandwidth"; data
-        sheet, half of NVLink's total.
+        its host. Source: Cloud, half of "bidirectional inter-chip interconnect bandwidth", of v4
+        its six links of 50 GB/s (arXiv 2304.01433); data sheet, half of NVLink's total.
       network: bytes a second that a GPU receives from other hosts. Source: one adapter a GPU, of
         200 Gb/s in the data sheet of the DGX A100 and of 400 Gb/s in those of the DGX H100, H200
         and B200.
@@ -126,7 +127,7 @@ CHIPS = {
     ),
     "v6e": Chip(
         platform="tpu", device_kind="TPU v6 lite", other_kinds="TPU (v6lite|v6e)",
-        peak=918e12, memory=32 * GIB, bandwidth=1600e9, link=400e9,
+        peak=918e12, memory=32 * GIB, bandwidth=1638e9, link=400e9,
         device_memory=31.25 * GIB, clock=1.75e9, scratchpad=128 * MIB,
         sides=2, cloud="v6e", most=256, slices=(64, 256),
     ),
@@ -137,7 +138,8 @@ CHIPS = {
         cores=2, sides=3, slices=(64,),
     ),
     "a100": Chip(
-        platform="cuda", device_kind="NVIDIA A100-SXM4-80GB", other_kinds="NVIDIA A100[- ].*",
+        platform="cuda", device_kind="NVIDIA A100-SXM4-80GB",
+        other_kinds="NVIDIA A100[- ](?!.*MIG).*",
         peak=312e12, memory=80e9, bandwidth=2039e9, link=300e9, network=25e9,
         device_memory=85_100_068_864, clock=1.41e9, host=8, slices=(8,),
         multiprocessors=108, fp32_units=64, capability=8, shared=167_936, shared_of_block=166_912,
@@ -153,7 +155,7 @@ CHIPS = {
     "h200": Chip(
         platform="cuda", device_kind="NVIDIA H200",
         peak=989e12, memory=141e9, bandwidth=4800e9, link=450e9, network=50e9,
-        device_memory=150_754_820_096, clock=1.98e9, host=8, slices=(8,),
+        device_memory=143_156 * MIB, clock=1.98e9, host=8, slices=(8,),
         multiprocessors=132, fp32_units=128, capability=9, shared=233_472, shared_of_block=232_448,
         cache=62_914_560, reported_bandwidth=4_814_000_000_000,
     ),

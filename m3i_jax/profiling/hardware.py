@@ -8,8 +8,12 @@ from m3i_jax.parallel.chips import CHIPS, Chip
 
 
 def _slice_name(kind: str, chip: Chip, chips: int) -> str:
-    """The name to order a slice by."""
-    return f"{kind}:{chips}" if chip.platform == "cuda" else f"{kind}-{chips * chip.counted}"
+    """The name to order a slice by; its sides, those of a cube, where no type has a name."""
+    if chip.platform == "cuda":
+        return f"{kind}:{chips}"
+    if chip.cloud:
+        return f"{kind}-{chips * chip.counted}"
+    return f"{kind}:{'x'.join([str(round(chips ** (1 / chip.sides)))] * chip.sides)}"
 
 
 # (name to order by, kind of chip, chips)
@@ -35,6 +39,8 @@ def find_chip(kind: str, devices: int) -> ChipPeak | None:
     ChipPeak(name='v5e', flops=197000000000000.0, chips=16.0)
     >>> find_chip("TPU7x", 8).chips, find_chip("cpu", 1), find_chip("NVIDIA H100 PCIe", 1)
     (4.0, None, None)
+    >>> find_chip("NVIDIA A100-SXM4-40GB", 1).name, find_chip("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 1)
+    ('a100', None)
     """
     for name, chip in CHIPS.items():
         patterns = filter(None, (re.escape(chip.device_kind), chip.other_kinds))

@@ -22,7 +22,11 @@ FAMILIES = CHIPS | {"cpu": CPU}
 EXAMPLES = "v5e:4x4, v5litepod-16, v5p:4x4x4, v6e:4x8, tpu7x:2x2x1, h100:8, cpu:8"
 # Google Cloud's accelerator types: first part of the name -> kind
 CLOUD = {chip.cloud: kind for kind, chip in CHIPS.items() if chip.cloud}
-EXTRA = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_plugins.xla_cuda12", "cuda")}
+# platform -> (modules of which one compiles for it, extra that brings the first)
+EXTRA = {
+    "tpu": (("libtpu",), "tpu"),
+    "cuda": (("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), "cuda"),
+}
 # libtpu would otherwise query the cloud's metadata server, claim a chip, and log both to stderr
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -151,10 +155,11 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     platform, cores = topology.family.platform, topology.devices
     if platform == "cpu":
         return _host(cores, topology.name)
-    library, extra = EXTRA[platform]
-    if not _installed(library):
+    libraries, extra = EXTRA[platform]
+    if not any(map(_installed, libraries)):
+        library = libraries[0].split(".")[-1]
         raise UserError(
-            f"--topology {topology.name}: compiling for it needs {library.split('.')[-1]}, which is"
+            f"--topology {topology.name}: compiling for it needs {library}, which is"
             f" not installed, though no accelerator: pip install 'm3i-jax[{extra}]'; --topology"
             f" cpu:{min(cores, 64)} shows shares of state and FLOPs without it"
         )

@@ -203,9 +203,9 @@ def attention(toy: bool, steps: int) -> list[tuple[str, str, float]]:
 def child(*arguments: str) -> Any:
     """The output of a process of this module; None if it ran out of memory."""
     command = [sys.executable, "-m", "tests.bench.accelerator", *arguments]
-    environment = {
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"
-    } | os.environ  # it has the card to itself
+    environment = dict(os.environ)
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:  # the older name; JAX refuses both
+        environment.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")  # it has the card to itself
     done = subprocess.run(
         command,
         text=True,

@@ -154,7 +154,7 @@ def main(module: str, names: list[str], agree: float) -> None:
     """Run the command line of a contest: names, or `one_thread` and names, to compare with one
     thread each."""
     if sys.argv[1:2] == ["one_thread"]:
-        one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        one = "--xla_cpu_multi_thread_eigen=false"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {one}"
         for name in sys.argv[2:] or names:
             a, b = one_thread(module, name, agree)

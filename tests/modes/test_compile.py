@@ -278,7 +278,7 @@ def test_a_need_beyond_the_default_gpu_pool_is_printed(
         command.main([*ARGUMENTS, "--workdir", str(tmp_path), "--topology=h100:8", "--memory=64"])
         == 0
     )
-    assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in capsys.readouterr().out) == printed
+    assert ("XLA_CLIENT_MEM_FRACTION=0.9" in capsys.readouterr().out) == printed
 
 
 @pytest.mark.slow
