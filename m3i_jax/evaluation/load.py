@@ -172,7 +172,7 @@ def _check_view(size: int, image: np.ndarray) -> np.ndarray:
 def load(
     path: str | os.PathLike[str],
     *,
-    weights: str = "online",
+    weights: str = "",
     pool: str = "auto",
     heads: int = 0,
     dtype: str = "",
@@ -190,7 +190,8 @@ def load(
         preset. With the fusion of M3I (H, G) its dense features are fused; without (T to XL) they
         are the map of the last stage. Its images have the size given by a preprocessor_config.json
         next to it, or 224 pixels.
-      weights: online, or ema: the momentum average.
+      weights: online, or ema: the momentum average; "": those that the run evaluates, by its
+        `evaluate.encoder`, and online for a file.
       pool: attention, mean (of the patch tokens), cls, or tokens (all of them); auto: that
         which the run trained, by `Plan.image_feature`, else mean.
       heads: attention heads, for a file that does not store them; 0: as stored, or 64 channels a
@@ -209,7 +210,7 @@ def load(
     """
     for name, value, known in (
         ("pool", pool, POOLS),
-        ("weights", weights, WEIGHTS),
+        ("weights", weights, ("", *WEIGHTS)),
         ("dtype", dtype, ("", *DTYPES)),
     ):
         if value not in known:
@@ -220,13 +221,14 @@ def load(
     given, path = path, os.path.expanduser(path)
     if path.startswith(HUB_PREFIX):
         path = fetch_weights(path)
-    source = weight_source.open_weights(path, weights=weights, key="load")
-    if given != path:
-        source.name = source.name.replace(path, str(given))
     run = checkpoint_dir.is_run(path)
     if run:
         settings = configuration.load_from_workdir(path, "load")
-    else:
+        weights = weights or settings.evaluate.encoder
+    source = weight_source.open_weights(path, weights=weights or "online", key="load")
+    if given != path:
+        source.name = source.name.replace(path, str(given))
+    if not run:
         settings = _described(source, path, heads, "load")
         settings.data.image_size = source.settings.get("dense_size", settings.data.image_size)
     config = configuration.resolve(settings)

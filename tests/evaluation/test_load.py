@@ -42,6 +42,21 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
 
 
+@pytest.mark.parametrize("evaluated", ["online", "ema"])
+def test_the_weights_are_those_that_the_run_evaluates(
+    evaluated: str, tmp_path: pathlib.Path
+) -> None:
+    params, average = saved.run(tmp_path, toy.settings(evaluate__encoder=evaluated))
+    trees = {"online": params, "ema": average}
+    for asked, expected in (("", evaluated), ("online", "online"), ("ema", "ema")):
+        got = m3i_jax.load(tmp_path, weights=asked).params["encoder"]["patch_embed"]["kernel"]
+        np.testing.assert_array_equal(got, trees[expected]["encoder"]["patch_embed"]["kernel"])
+    other = trees["ema" if evaluated == "online" else "online"]["encoder"]["patch_embed"]["kernel"]
+    assert not np.array_equal(
+        m3i_jax.load(tmp_path).params["encoder"]["patch_embed"]["kernel"], other
+    )
+
+
 def test_features_of_a_run_equal_those_of_its_parts(run, images: np.ndarray) -> None:
     workdir, params, average = run
     config = toy.settings()
