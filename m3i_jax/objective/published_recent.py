@@ -120,7 +120,8 @@ RECENT: dict[str, PublishedMethod] = {
         left_out=(
             "the paper's constants (0.05, 1,024 directions, knots up to 5), which differ from those"
             " of its example, cls after a norm and a linear map to 512 as the feature of an image"
-            " (here the mean of its tokens), batch norm of all views together (here of each)"
+            " (here the mean of its tokens), the mean of all views as their centre in its example"
+            " (here of the large ones), batch norm of all views together (here of each)"
         ),
     ),
     # SimDINO (arXiv 2502.10385, section 4; RobinWu218/SimDINO, simdino/main_dino.py)
@@ -191,10 +192,11 @@ RECENT: dict[str, PublishedMethod] = {
         left_out=(
             "queries that see the visible cells and not each other, and 5 % of the hidden cells"
             " as queries (here all), its rotary positions, which are no rotation, and places of"
-            " the registers, layers without biases, a final norm without scale, half of the rate"
-            " and a decay of 0.01 for the clusters, a fifth of the rate for the patch embedding, a"
-            " momentum of 1 that falls to 0.999 in the warm-up, decay of norms, a cosine cut at 0.8"
-            " of its length (here it ends at the rate that this one has there)"
+            " the registers, layers without biases, a final norm without scale, RMSNorm and"
+            " stochastic depth in the decoder, half of the rate and a decay of 0.01 for the"
+            " clusters, a fifth of the rate for the patch embedding, a momentum of 1 that falls to"
+            " 0.999 in the warm-up, decay of norms, cosines of rate and momentum cut at 0.8 of"
+            " their length (here the rate ends where that one does, and the momentum at 1)"
         ),
     ),
     # SigLIP (arXiv 2303.15343, sections 3 and 4; google-research/big_vision, siglip.py)
@@ -244,7 +246,8 @@ RECENT: dict[str, PublishedMethod] = {
             " of its view; prefixes have no loss"
         ),
         left_out=(
-            "captions of regions by a detector with text (here the names of the categories of"
+            "a loss of the caption of a region before its box, captions of regions by a detector"
+            " with text (here the names of the categories of"
             " annotated objects), a prefix of captions, its own order of coordinates and texts of"
             " prefixes, which are not checked against the paper, images that all have both captions"
             " and boxes (here an image has the terms that its record has), Adafactor"
