@@ -216,7 +216,7 @@ def _dino(config: ml_collections.ConfigDict, schedule: Schedule, *, vit: bool) -
     config.optim.decayed = "ranks"  # [R]
     config.optim.head_offset_lr = 1e-3 if large else 1.0  # [R]
     config.optim.warmup_steps = min(500, config.train.steps)  # [R]
-    if large:  # [R]: after the warm-up the rate stays
+    if large:  # [R] of COCO and LVIS: after the warm-up the rate stays; of other data [C]
         config.optim.schedule, config.optim.milestones = "constant", ()
 
 

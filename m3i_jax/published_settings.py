@@ -3,8 +3,9 @@
 `objective/published.py` has the methods' terms; `configs/forms.py` combines terms and settings into
 recipes. The settings are here rather than there because an installed package without configs/ needs
 them too, to log where a run differs from the publication. They are those of the method's public
-code and, where a comment does not name another model, of a ViT-B/16 or ResNet-50 on ImageNet-1K.
-Images keep 224 pixels, also of methods that train on 192 (DeiT III), 256 or 288.
+code, where there is any, and of a ViT-B/16 or ResNet-50 on ImageNet-1K, where a comment does not
+name another model. Images keep 224 pixels, also of methods that train on 192 (DeiT III), 256 or
+288.
 """
 
 import functools

@@ -62,8 +62,8 @@ THREE_AUGMENT = {
     "data.augment.jitter_p": 1.0,
     "data.augment.grayscale_p": 1 / 3,
 }
-# big_vision's images with captions: the whole image is resized to a square. No box of all its
-# pixels has a shape between these, so that the crop is what is left after ten attempts: the whole.
+# big_vision's images with captions: the whole image is resized to a square. A box of as many pixels
+# and another shape does not fit in, and after ten attempts the crop is the whole image.
 WHOLE = {
     **PLAIN,
     "data.flip_p": 0.0,

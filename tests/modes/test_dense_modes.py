@@ -278,7 +278,8 @@ def test_panels_of_detection_show_the_valid_detections(
     }
     setup = types.SimpleNamespace(config=schema.Config(), workdir=tmp_path, classes=tuple("abcdef"))
     trainer = types.SimpleNamespace(panel_outputs=lambda state, few: outputs)
-    task_views.task_views("detect").draw_panel(setup, trainer, 7, None, batch)  # type: ignore[arg-type]
+    draw: Any = task_views.task_views("detect").draw_panel
+    draw(setup, trainer, 7, None, batch)
     (sheet,) = sheets
     assert (tmp_path / "panels" / "00000007.png").is_file()
     assert [image.shape for image in sheet["images"]] == [(16, 12, 3), (8, 16, 3)]

@@ -41,7 +41,6 @@ _DINO = {
     "last_norm": True,
     "encoder": "ema",
 }
-# the length of WebLI's texts and one more token
 _BIG_VISION = {
     "decay": 1e-4 / 1e-3,  # is multiplied by the schedule, not by the peak of 1e-3, as AdamW's is
     "rate": 1e-3,
