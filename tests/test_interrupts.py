@@ -57,7 +57,14 @@ def waiting(folder: pathlib.Path, mode: str, first: str = "") -> tuple[str, ...]
 
 
 @pytest.mark.row("A4")
-@pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.settings])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(name, marks=() if name in ("train", "eval", "index") else pytest.mark.slow)
+        for name, mode in MODES.items()
+        if mode.settings
+    ],
+)
 def test_every_mode_while_it_starts(tmp_path: pathlib.Path, mode: str) -> None:
     assert interrupted(*waiting(tmp_path, mode)) == (130, LINE)
 

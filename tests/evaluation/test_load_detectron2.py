@@ -116,6 +116,7 @@ def test_detections_of_an_image_are_those_of_detectron2(other: str) -> None:
     assert (found.masks != wanted["masks"]).sum() <= 2
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_a_detector(
     other: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

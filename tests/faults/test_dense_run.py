@@ -84,7 +84,7 @@ def _close(run: pathlib.Path, other: pathlib.Path) -> None:
             np.testing.assert_allclose(row[name], wanted[name], rtol=2e-5, err_msg=name)
 
 
-@pytest.mark.fast
+@pytest.mark.slow
 @pytest.mark.row("B1", "B2")
 def test_a_disk_that_is_full_for_a_while_costs_no_bit(
     head: str,
@@ -118,7 +118,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_bit(
     assert same(tmp_path, unbroken)
 
 
-@pytest.mark.fast
+@pytest.mark.slow
 @pytest.mark.row("B1")
 def test_a_disk_that_stays_full_ends_the_run_and_a_restart_goes_on(
     head: str,

@@ -93,7 +93,7 @@ def test_detections_of_a_file_are_those_of_its_system(files: dict, system: str) 
     assert len(found.boxes) > 10 and found.masks is None
 
 
-@pytest.mark.parametrize("system", ["upernet", "mask2former"])
+@pytest.mark.parametrize("system", ["upernet", pytest.param("mask2former", marks=pytest.mark.slow)])
 def test_maps_of_a_file_are_those_of_its_system(files: dict, system: str) -> None:
     loaded = model(files[system])
     assert loaded.config.dense.segment.head == system and loaded.config.task == "segment"

@@ -33,7 +33,9 @@ def test_windows_that_no_sample_touches_are_left_out():
         assert (int(low), int(high)) == wanted, rows
 
 
-@pytest.mark.parametrize("shape", ((8, 1, 1), (2, 4, 1)))
+@pytest.mark.parametrize(
+    "shape", (pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 4, 1)), ids=str
+)
 def test_every_device_has_its_own_rows(shape):
     *arrays, ct = inputs((5, 6), batch=8)
 

@@ -219,7 +219,9 @@ def test_gradients():
         )
 
 
-@pytest.mark.parametrize("norm", ("pre", "post", "res_post"))
+@pytest.mark.parametrize(
+    "norm", ("pre", *(pytest.param(n, marks=pytest.mark.slow) for n in ("post", "res_post")))
+)
 def test_what_is_kept_by_name_needs_no_product_twice(norm):
     model = dataclasses.replace(SMALL, norm=norm, layer_scale=0.1 if norm == "post" else 0.0)
     params = jax.eval_shape(lambda key: intern_image.init(model, key), jax.random.key(0))

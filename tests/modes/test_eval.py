@@ -229,6 +229,7 @@ def test_a_file_of_encoder_weights_on_other_data(
     )
 
 
+@pytest.mark.slow
 def test_a_file_of_a_published_intern_image_sets_the_model(
     run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,13 +86,8 @@ def qkv(layout: str, path: str) -> np.ndarray:
     return np.asarray(tensor_files.read_tensors(path)["blocks.0.attn.qkv.weight"]).T
 
 
-SLOW = [
-    pytest.param(layout, marks=pytest.mark.slow, id=layout.__name__)
-    for layout in (ours, mae, google)
-]
-
-
-@pytest.mark.parametrize("layout", [pytest.param(timm, id="timm"), *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", (timm, ours, mae, google), ids=lambda layout: layout.__name__)
 def test_the_first_loss_is_that_of_the_given_weights(
     layout, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

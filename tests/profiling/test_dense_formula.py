@@ -17,8 +17,8 @@ SMALL = {
 }
 
 
-# DINO's step, through two copies with everything computed again, is traced for ten seconds.
-@pytest.mark.parametrize("name", [pytest.param("dino", marks=pytest.mark.slow), "mask2former"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dino", "mask2former"])
 def test_flops_of_the_step_are_those_of_the_formula(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from m3i_jax.training import predictions
 from tests.training.forward import augmented_patches, encode, forward, plan_of
 
 
-@pytest.mark.parametrize("temperature", [0.2, 0.5])
+@pytest.mark.parametrize("temperature", [0.2, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_instance_is_infonce_of_two_pooled_projections(temperature: float) -> None:
     got = forward(plan_of("instance", objective__temperature=temperature))
     config, head = got.plan.config, got.plan.terms[0].head

@@ -123,7 +123,9 @@ def test_norms_are_those_of_the_two_losses_at_the_encoder_output() -> None:
     np.testing.assert_allclose([float(n) for n in gradients("m3i")[2]], want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["m3i", "sim,densecl", ALSO[0]])
+@pytest.mark.parametrize(
+    "form", ["m3i", pytest.param("sim,densecl", marks=pytest.mark.slow), ALSO[0]]
+)
 @pytest.mark.row("D6")
 def test_microbatches_are_the_whole_batch(form: str) -> None:
     whole, metrics, norms = gradients(form)

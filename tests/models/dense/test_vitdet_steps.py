@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from m3i_jax import schema
 from m3i_jax.interop import dense_weights, vit_weights
@@ -71,6 +72,7 @@ def test_rates_and_decay_are_those_of_detectron2() -> None:
         np.testing.assert_allclose(decays[name], decay, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_eight_steps_are_those_of_detectron2() -> None:
     task = DetectTask(CONFIG)
     tx = task.optimizer(steps=1000, warmup=0)
