@@ -71,6 +71,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train.epochs": 300.0,
         **published_views.PLAIN,
     },
+    "distill": {  # rates and length are not published for AdamW
+        "model.encoder.drop_path": 0.0,
+        "model.encoder.freeze_patch_embed": False,
+        **published_views.PLAIN,
+    },
     "byol": {
         **published_views.BYOL,
         "model.encoder.freeze_patch_embed": False,

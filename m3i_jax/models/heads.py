@@ -227,24 +227,25 @@ def _uniform_prototypes(rng: jax.Array, count: int, width: int) -> jax.Array:
 
 
 def init_linear(model: schema.Model, rng: jax.Array, of: str, width: int = 0) -> Params:
-    """Returns parameters of a linear map, `kernel` and `bias`: to D for tokens, or to `width` if
-    that is not 0; to 3 p p for pixels.
+    """Returns parameters of a linear map, `kernel` and `bias`: to D for tokens and pooled features,
+    or to `width` if that is not 0; to 3 p p for pixels.
 
     >>> call = lambda key: init_linear(schema.Model(), key, "pixels")
     >>> jax.eval_shape(call, jax.random.key(0))["kernel"].shape
     (768, 768)
     """
     e = model.encoder
-    if of not in ("tokens", "pixels"):
-        raise ValueError(f"a linear head of {of!r}: it predicts tokens or pixels")
-    width = (width or e.width) if of == "tokens" else 3 * e.patch_size**2
+    if of not in ("tokens", "pooled", "pixels"):
+        raise ValueError(f"a linear head of {of!r}: it predicts tokens, pooled features or pixels")
+    width = 3 * e.patch_size**2 if of == "pixels" else width or e.width
     return init_params(
         rng, shapes_of(Dense(width, jnp.dtype(model.dtype)), jnp.zeros((1, e.width)))
     )
 
 
 def apply_linear(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> jax.Array:
-    """Returns predictions at the cells of the encoder's own tokens, in `model.dtype`.
+    """Returns predictions at the cells of the encoder's own tokens, or of a pooled feature [B, D],
+    in `model.dtype`.
 
     >>> model, x = schema.Model(), jnp.zeros((2, 4, 768))
     >>> shapes = jax.eval_shape(lambda key: init_linear(model, key, "tokens"), jax.random.key(0))

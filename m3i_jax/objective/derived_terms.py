@@ -263,15 +263,17 @@ def teacher_name(number: int) -> str:
 
 
 def linear_name(term: Term) -> str:
-    """Returns the name of the linear map of a term with a `LinearHead`: one a teacher, else one a
-    kind of target.
+    """Returns the name of the linear map of a term with a `LinearHead`: one for the tokens and one
+    for the image of a teacher, else one a kind of target.
 
     >>> from m3i_jax.objective.terms import pixel_term
     >>> linear_name(pixel_term(FULL, 0, head=LinearHead()))
     'linear_pixels'
     """
-    encoder = term.target.encoder
-    return encoder if encoder.startswith("teacher") else f"linear_{term.target.of}"
+    encoder, of = term.target.encoder, term.target.of
+    if not encoder.startswith("teacher"):
+        return f"linear_{of}"
+    return encoder if of == "tokens" else f"{encoder}_image"
 
 
 def predicts_visible(term: Term) -> bool:
@@ -283,20 +285,21 @@ def predicts_visible(term: Term) -> bool:
     """
     reads = term.reads
     shown = reads.mixed or (reads.masked and not reads.mask_tokens)
-    return shown and term.target.encoder.startswith("teacher")
+    return shown and term.target.encoder.startswith("teacher") and term.target.of == "tokens"
 
 
 def with_teachers(terms: Terms, widths: Sequence[int], *, weight: float = 1.0) -> Terms:
     """Returns an objective with a term for every teacher.
 
-    A term that distils a frozen encoder by a linear map (feature distillation) is done for each
-    teacher instead. Without one, a term is added that reads the first pass of the objective, so
-    that no other pass is computed: smooth L1 to the features, normalised without scale and offset.
+    Terms that distil a frozen encoder by a linear map (`feature_distillation`, `distill`) are done
+    for each teacher instead; where there are several, the name of each ends in its own. Without
+    one, a term is added that reads the first pass of the objective, so that no other pass is
+    computed: smooth L1 to the features, normalised without scale and offset.
 
     Args:
       terms: the objective.
       widths: width of the features of each teacher.
-      weight: of each of these terms.
+      weight: of each teacher, by which the weights of its terms are multiplied.
 
     >>> from m3i_jax.objective.terms import FORMS
     >>> new = with_teachers(FORMS["m3i"], [768, 1024])[-2:]
@@ -320,8 +323,8 @@ def with_teachers(terms: Terms, widths: Sequence[int], *, weight: float = 1.0) -
         out += [
             dataclasses.replace(
                 t,
-                name=name,
-                weight=weight,
+                name=name if len(distilled) < 2 else f"{name}_{t.name}",
+                weight=weight * t.weight,
                 target=dataclasses.replace(t.target, encoder=name),
                 head=LinearHead(width=width),
             )

@@ -186,7 +186,8 @@ class Gaussian(Regression):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SmoothL1(Regression):
-    """Smooth L1 (data2vec and feature distillation: beta 2).
+    """Smooth L1 (data2vec and feature distillation: beta 2), to the target normalised without scale
+    and offset, or as it is.
 
     >>> p, t = jnp.zeros((1, 4)), jnp.ones((1, 4))
     >>> print(SmoothL1().cost(p, t, jnp.ones(1), LossInputs()).sum)  # d^2 / (2 beta)
@@ -194,6 +195,10 @@ class SmoothL1(Regression):
     """
 
     beta: float = 2.0
+    normalized: bool = True
+
+    def prepare(self, target: jax.Array) -> jax.Array:
+        return losses.layer_normalize(target) if self.normalized else target
 
     def cost(
         self, prediction: jax.Array, target: jax.Array, where: jax.Array, given: LossInputs

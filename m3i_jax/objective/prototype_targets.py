@@ -45,6 +45,9 @@ def sinkhorn(
     """Assignments of rows to prototypes that share the rows (almost) equally: exp(logits /
     temperature) is scaled in turn to equal sums of the prototypes and to sums 1 of the rows.
 
+    It constrains the entropy of the mean assignment, `H(mean_M q)`, to its largest value, log K
+    nats, without any constant left open: no term of the loss has to maximise it.
+
     The last scaling is that of the rows, so that each row is a distribution, and the prototypes are
     equal only up to what few iterations leave. Computed on logarithms: no logit overflows, and a
     prototype that is far from all rows causes no division by 0.
@@ -90,6 +93,10 @@ def sinkhorn(
 def centering(logits_MxK: ArrayLike, center_K: ArrayLike, *, temperature: ArrayLike) -> jax.Array:
     """Assignments of rows to prototypes, softmax((logits - center) / temperature): a prototype that
     was near to many rows before has to be nearer to be chosen again.
+
+    To first order it constrains the entropy of the mean assignment, `H(mean_M q)`, to its largest
+    value, log K nats: with the mean of these logits as center, and a high temperature, `q = 1 / K +
+    (logits - center) / (K temperature)` up to a constant of each row, whose mean is uniform.
 
     Args:
       logits_MxK: similarities of the target encoder, [..., K].

@@ -236,7 +236,8 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " of its ViT-S, the rest as in dino"
         ),
     ),
-    # DINOv2 (arXiv 2304.07193, section 4 and table 16; dinov2/train/ssl_meta_arch.py)
+    # DINOv2 (arXiv 2304.07193, section 4 and table 16; facebookresearch/dinov2,
+    # dinov2/train/ssl_meta_arch.py)
     "dinov2": PublishedMethod(
         terms=(
             *dino_terms(MASK_TOKENS, DINOV2, PrototypeSoftmax()),

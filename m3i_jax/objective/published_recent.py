@@ -14,7 +14,13 @@ from m3i_jax.objective.entropy_terms import (
     Sigreg,
     VarianceCovariance,
 )
-from m3i_jax.objective.posteriors import Cosine, SquaredError, TextSigmoid, TokenSimilarity
+from m3i_jax.objective.posteriors import (
+    Cosine,
+    SmoothL1,
+    SquaredError,
+    TextSigmoid,
+    TokenSimilarity,
+)
 from m3i_jax.objective.prototype_targets import PrototypeSoftmax
 from m3i_jax.objective.published_terms import (
     DINO,
@@ -32,6 +38,7 @@ from m3i_jax.objective.terms import (
     MASKED,
     ClusterHead,
     DecoderHead,
+    LinearHead,
     MlpShape,
     ProjectionHead,
     Target,
@@ -199,7 +206,49 @@ RECENT: dict[str, PublishedMethod] = {
             " their length (here the rate ends where that one does, and the momentum at 1)"
         ),
     ),
-    # SigLIP (arXiv 2303.15343, sections 3 and 4; google-research/big_vision, siglip.py)
+    # AM-RADIO (arXiv 2312.06709, section 3), whose training code is not public
+    "distill": PublishedMethod(
+        terms=(
+            pooled_term(
+                FULL,
+                0,
+                name="image",
+                encoder="frozen",
+                posterior=Cosine(scale=0.5),
+                head=LinearHead(),
+            ),
+            token_term(
+                FULL,
+                0,
+                name="direction",
+                encoder="frozen",
+                posterior=Cosine(scale=0.5),
+                head=LinearHead(),
+                weight=0.9,
+            ),
+            token_term(
+                FULL,
+                0,
+                name="length",
+                encoder="frozen",
+                posterior=SmoothL1(beta=1.0, normalized=False),
+                head=LinearHead(),
+                weight=0.1,
+            ),
+        ),
+        kept=(
+            "any number of frozen teachers (objective.teachers or objective.target_checkpoint), the"
+            " feature of the image by 1 - cos with weight 1, features of cells by 0.9 (1 - cos) and"
+            " 0.1 smooth L1, without any other target"
+        ),
+        left_out=(
+            "maps of two layers with a norm between them (here linear ones), teachers that read"
+            " other images of other sizes than each other, a teacher whose image feature does not"
+            " count (SAM), LAMB"
+        ),
+    ),
+    # SigLIP (arXiv 2303.15343, sections 3 and 4; google-research/big_vision,
+    # trainers/proj/image_text/siglip.py)
     "siglip": PublishedMethod(
         terms=(dataclasses.replace(text_term(FULL), posterior=TextSigmoid()),),
         kept=(
@@ -292,7 +341,8 @@ RECENT: dict[str, PublishedMethod] = {
             " resized without a crop where they are longer than 4 : 3, NaFlex"
         ),
     ),
-    # TIPS (arXiv 2410.16512, section 3)
+    # TIPS (arXiv 2410.16512, section 3; google-deepmind/tips has its encoders, pytorch/, and not
+    # its training)
     "tips": PublishedMethod(
         terms=(*FORMS["weakly_supervised"], *_with_small_and_hidden(2.0)),
         kept=(

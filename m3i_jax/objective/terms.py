@@ -150,8 +150,9 @@ class DecoderHead:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearHead:
-    """Dense prediction by one linear layer on the encoder's tokens at the same cells. `width` is
-    that of a target of another encoder; 0: the encoder's own."""
+    """Prediction by one linear layer: of a dense target on the encoder's tokens at the same cells,
+    of a pooled one on cls, or on the mean of the tokens without it. `width` is that of a target of
+    another encoder; 0: the encoder's own."""
 
     width: int = 0
 
@@ -256,7 +257,7 @@ class Term:
         heads = (
             (DecoderHead, LinearHead, ProjectionHead, ClusterHead)
             if self.target.of in DENSE_TARGETS
-            else ProjectionHead
+            else (ProjectionHead, LinearHead)
             if self.target.of == "pooled"
             else CaptionHead
             if self.target.of in CAPTIONS
@@ -290,6 +291,7 @@ Terms = tuple[Term, ...]
 
 FULL, MASKED, MIXED, BLENDED = Pass(), Pass(masked=True), Pass(mixed=True), Pass(blended=True)
 CATEGORY, TEXT = Target(of="category"), Target(of="text")
+IMAGE_FEATURE = ProjectionHead(pool="cls")  # what a linear map of an image reads and predicts
 # The paper specifies no head for global targets; MoCo v3's is the closest public one.
 MOCO = ProjectionHead(
     projector=MlpShape(layers=3, last_norm=True), predictor=MlpShape(layers=2, last_norm=True)

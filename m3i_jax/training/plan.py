@@ -18,6 +18,7 @@ from m3i_jax.objective.entropy_terms import EntropyTerm, EntropyTerms
 from m3i_jax.objective.terms import (
     ANNOTATIONS,
     DENSE_TARGETS,
+    IMAGE_FEATURE,
     IMAGE_TARGETS,
     LETTERS,
     ClusterHead,
@@ -121,6 +122,8 @@ class Plan:
         if isinstance(term.head, ProjectionHead):
             space = dataclasses.replace(term.head, predictor=None, match="position")
             return TargetKey(term.target, space)
+        if term.target.of == "pooled":
+            return TargetKey(term.target, IMAGE_FEATURE)
         projected = (
             term.target.of == "tokens"
             and isinstance(term.head, DecoderHead)
@@ -149,7 +152,7 @@ class Plan:
         (DINO, MoCo v3); else mean, of the patch tokens."""
         if self.where("category", "text"):
             return "attention"
-        pools = {getattr(self.terms[i].head, "pool", "") for i in self.where("pooled")}
+        pools = {getattr(self.terms[i].head, "pool", "cls") for i in self.where("pooled")}
         return "cls" if pools == {"cls"} else "mean"
 
     def reads_cls(self, term: Term) -> bool:

@@ -16,6 +16,7 @@ from m3i_jax.objective.caption_posterior import CaptionSoftmax
 from m3i_jax.objective.derived_terms import linear_name, predicts_visible
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
+    IMAGE_FEATURE,
     ClusterHead,
     DecoderHead,
     LinearHead,
@@ -197,7 +198,9 @@ def head_inputs(
     decoded = decoder_inputs(plan, params, z, inputs, indices)
     out: HeadInputs = {(i,): arrays for i, arrays in decoded.items()}
     for i in _with_head(plan, LinearHead, indices):
-        out[(i,)] = (visible_tokens(plan, plan.terms[i], z, inputs)[0],)
+        tokens, _, cls = visible_tokens(plan, plan.terms[i], z, inputs)
+        pooled = plan.terms[i].target.of == "pooled"
+        out[(i,)] = (pool_tokens(IMAGE_FEATURE, tokens, cls) if pooled else tokens,)
     users: dict[Any, list[int]] = {}
     for i in _with_head(plan, ProjectionHead, indices):
         term = plan.terms[i]

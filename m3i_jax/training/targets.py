@@ -154,8 +154,8 @@ def target_features(
             out[key] = patches[key.target.view]
         else:
             tree, z = encoders[key.target.encoder], encoded[target_pass(key.target)]
-            if key.target.encoder.startswith("teacher"):  # patch tokens alone
-                out[key] = z
+            if key.target.encoder.startswith("teacher"):  # its feature of the image is first
+                out[key] = z[:, 0] if key.target.of == "pooled" else z[:, 1:]
                 continue
             if isinstance(key.space, ClusterHead):  # it is trained on these, and has no average
                 tree = encoders[TRAINED]

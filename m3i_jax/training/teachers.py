@@ -166,7 +166,8 @@ def load_params(path: str, shardings: Any) -> Any:
 def encode_teacher(
     config: schema.Config, name: str, params: Any, patches_BxNxP: jax.Array
 ) -> jax.Array:
-    """Patch tokens [B, N, D] of clean views, at the cells of the run, without gradient.
+    """Features [B, 1 + N, D] of clean views, without gradient: that of the image, which is cls or
+    the mean of the tokens of an encoder without it, and those at the cells of the run.
 
     Args:
       config: settings of the run.
@@ -187,10 +188,14 @@ def encode_teacher(
     z_BxTxD = backbones.get_backbone(model).apply(
         model, params, vit.patchify(images_BxSxSx3, model.encoder.patch_size), grid=own_grid
     )
-    z_BxTxD = z_BxTxD[:, -own_grid * own_grid :]
-    b, _, width = z_BxTxD.shape
-    map_BxNxD = _resized(z_BxTxD.reshape(b, own_grid, own_grid, width), grid, "bilinear")
-    return jax.lax.stop_gradient(map_BxNxD.reshape(b, grid * grid, width))
+    cells = own_grid * own_grid
+    has_cls = z_BxTxD.shape[1] > cells and model.encoder.cls_token
+    tokens_BxMxD = z_BxTxD[:, -cells:].astype(jnp.float32)
+    image_BxD = z_BxTxD[:, 0].astype(jnp.float32) if has_cls else tokens_BxMxD.mean(1)
+    b, _, width = tokens_BxMxD.shape
+    map_BxNxD = _resized(tokens_BxMxD.reshape(b, own_grid, own_grid, width), grid, "bilinear")
+    map_BxNxD = map_BxNxD.reshape(b, grid * grid, width)
+    return jax.lax.stop_gradient(jnp.concatenate([image_BxD[:, None], map_BxNxD], 1))
 
 
 def teacher_side(side: int, patch: int) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy.special import ive
 
@@ -188,6 +189,8 @@ def test_variance_covariance_is_the_entropy_of_a_gaussian_near_unit_covariance()
     x = (normal(20000, 3) @ np.linalg.cholesky(covariance).T).astype(np.float32)
     exact = 0.5 * np.linalg.slogdet(covariance)[1] / math.log(2)
     assert bits(entropy_terms.VarianceCovariance(), x) == pytest.approx(exact, abs=0.02)
+    known = scipy.stats.multivariate_normal(cov=covariance).entropy()  # nats
+    assert exact * math.log(2) + 1.5 * math.log(2 * math.pi * math.e) == pytest.approx(known)
     # the covariance part is -4 / D of the entropy, per unit of its weight
     c = np.cov(x.T)
     off = (c**2).sum() - (np.diag(c) ** 2).sum()
@@ -216,6 +219,20 @@ def test_uniformity_is_the_renyi_entropy_of_the_uniform_sphere(width):
     assert value == pytest.approx({4: -2.41, 8: -3.08}[width], abs=0.03)
 
 
+def test_uniformity_is_that_of_a_density_of_gaussians():
+    """The Renyi entropy of order 2 of Gaussians of variance 1 / (4 t) around points of a circle, by
+    its integral over the plane. The integral has the pairs of a point with itself, too."""
+    t, x = 2.0, sphere(40, 2)
+    axis = np.linspace(-3, 3, 301)
+    plane = np.stack(np.meshgrid(axis, axis), -1)
+    square = ((plane[..., None, :] - x) ** 2).sum(-1)
+    density = (2 * t / math.pi * np.exp(-2 * t * square)).mean(-1)
+    renyi = -math.log((density**2).sum() * (axis[1] - axis[0]) ** 2)
+    pairs = math.exp(mean(entropy.uniformity_loss(x, t=t)))
+    value = -math.log((39 * pairs + 1) / 40) + math.log(math.pi / t)
+    assert value == pytest.approx(renyi, rel=1e-4)
+
+
 def test_coding_rate_is_the_information_of_gaussian_features_with_noise():
     """Unit vectors of a uniform sphere have the second moment 1 / D, as its largest value; of a
     Gaussian that is concentrated on some axes, that of its normalised covariance."""
@@ -226,6 +243,10 @@ def test_coding_rate_is_the_information_of_gaussian_features_with_noise():
     assert bits(entropy_terms.CodingRate(eps=eps), flat) == pytest.approx(
         0.5 * 2 * math.log2(1 + 2 / eps), abs=0.01
     )
+    z = reference.unit(normal(50, 4)).astype(np.float64)
+    noisy = scipy.stats.multivariate_normal(cov=z.T @ z / 50 + eps / 4 * np.eye(4)).entropy()
+    rate = bits(entropy_terms.CodingRate(eps=eps), z.astype(np.float32)) * math.log(2)
+    assert rate + 2 * math.log(2 * math.pi * math.e * eps / 4) == pytest.approx(noisy, rel=1e-4)
     scaled = entropy_terms.CodingRate(eps=eps, scaled=True)
     assert bits(scaled, x) == pytest.approx(largest, abs=0.01)  # the factor is no information
 

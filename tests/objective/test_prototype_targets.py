@@ -89,6 +89,21 @@ def test_centering_subtracts_before_the_temperature() -> None:
         centering(z, center[:5], temperature=0.04)
 
 
+def test_centering_makes_the_mean_assignment_uniform_to_first_order() -> None:
+    """Entropy of the mean assignment: what is missing to log K falls with the fourth power of the
+    temperature around the mean of the logits, with the second around another center."""
+
+    def missing(center: np.ndarray, temperature: float) -> float:
+        q = np.asarray(centering(z, center, temperature=temperature), np.float64).mean(0)
+        return np.log(12) + (q * np.log(q)).sum()
+
+    z = 3 * logits(7, rows=200) + np.linspace(0, 3, 12, dtype=np.float32)
+    first, second = (missing(z.mean(0), tau) for tau in (8.0, 16.0))
+    assert 0 < first < 1e-3 and first / second > 10
+    other = [missing(0 * z[0], tau) for tau in (8.0, 16.0)]
+    assert other[0] > 10 * first and 3 < other[0] / other[1] < 5
+
+
 def test_cross_entropy_and_its_gradient() -> None:
     z, t, where = logits(5), softmax(logits(6).astype(np.float64)), np.r_[np.ones(7), 0]
     z[7] = np.nan

@@ -100,6 +100,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "last_norm": True,
         "drop_path": 0.2,
     },
+    "distill": {"jitter": 0.0, "drop_path": 0.0},
     "byol": {"epochs": 1000, "ema": 0.996, **_BYOL, **_BLUR_OF_BYOL, **_RESNET},
     "moco_v3": {
         "epochs": 300,

@@ -18,7 +18,7 @@ from m3i_jax.profiling import flops
 from m3i_jax.training import plan, plan_table, teachers, trainer, views, weight_source
 from tests import saved, toy
 from tests.interop.test_modern_encoders import directory
-from tests.training.forward import augmented_patches, encode
+from tests.training.forward import augmented_patches, encode, forward, plan_of
 
 # compiling is what takes the time here
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -57,7 +57,9 @@ def test_a_teacher_reads_views_at_its_own_patch_size(paths) -> None:
     ours = jax.jit(lambda tree, x: teachers.encode_teacher(config, "teacher0", tree, x))(
         found.params["encoder"], patches
     )
-    np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-4)
+    np.testing.assert_allclose(ours[:, 1:], expected, atol=2e-5, rtol=1e-4)
+    cls = whole.function(whole.params, pixels)[:, 0]
+    np.testing.assert_allclose(ours[:, 0], cls, atol=2e-5, rtol=1e-4)
 
 
 def test_the_objective_gets_a_term_for_each(paths) -> None:
@@ -71,6 +73,15 @@ def test_the_objective_gets_a_term_for_each(paths) -> None:
     assert [t.name for t in distilled] == ["teacher0", "teacher1"]
     assert all(t.posterior.beta == 2 and t.reads == terms.FULL for t in distilled)
     assert derived_terms.with_teachers(plain, []) == plain
+    several = plan.build_plan(
+        settings(paths, objective__forms="distill", objective__teacher_weight="0.5")
+    )
+    assert [(t.name, t.weight) for t in several.terms[3:]] == [
+        ("teacher1_image", 0.5),
+        ("teacher1_direction", 0.45),
+        ("teacher1_length", 0.05),
+    ]
+    assert len(several.target_passes) == 2 and several.image_feature == "cls"
 
 
 def test_the_tables_of_a_run_name_them(paths) -> None:
@@ -117,7 +128,7 @@ def test_the_loss_is_smooth_l1_to_normalised_features(paths, form: str) -> None:
     target = np.asarray(
         jit(lambda t, x: teachers.encode_teacher(config, "teacher1", t, x))(tree, patches),
         np.float64,
-    )
+    )[:, 1:]
     target = (target - target.mean(-1, keepdims=True)) / np.sqrt(
         target.var(-1, keepdims=True) + 1e-6
     )
@@ -126,6 +137,52 @@ def test_the_loss_is_smooth_l1_to_normalised_features(paths, form: str) -> None:
     error = np.abs(prediction - target)
     expected = np.where(error < 2, error**2 / 4, error - 1).mean()
     np.testing.assert_allclose(metrics["loss/teacher1"], expected, rtol=1e-4)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_distill_predicts_images_and_cells_of_every_teacher(paths) -> None:
+    """The image of DINOv3 is its cls, that of SigLIP, which has none, the mean of its tokens; no
+    target is normalised."""
+    one, state = made(paths, "distill")
+    config, batch = one.config, toy.batch(one.config)
+    metrics = jit(one.task.gradients)(state.params, state.opt, batch).metrics
+    patches = augmented_patches(config, batch, (0,))[0]
+    z = np.asarray(encode(config, state.params["encoder"], patches), np.float64)
+    total = 0.0
+    for name in ("teacher0", "teacher1"):
+        tree = state.opt["teachers"].params[name]
+        target = np.asarray(
+            jit(lambda t, x, n=name: teachers.encode_teacher(config, n, t, x))(tree, patches),
+            np.float64,
+        )
+        if name == "teacher1":  # its grid of 8 is averaged with equal weights inside alone
+            assert np.abs(target[:, 0] - target[:, 1:].mean(1)).max() < 0.1
+        heads = {n: jax.device_get(state.params["heads"][n]) for n in (name, f"{name}_image")}
+        image = z[:, 0] @ heads[f"{name}_image"]["kernel"] + heads[f"{name}_image"]["bias"]
+        cells = z[:, 1:] @ heads[name]["kernel"] + heads[name]["bias"]
+        of_image = (1 - (unit(image) * unit(target[:, 0])).sum(-1)).mean()
+        direction = (1 - (unit(cells) * unit(target[:, 1:])).sum(-1)).mean()
+        error = np.abs(cells - target[:, 1:])
+        length = np.where(error < 1, error**2 / 2, error - 0.5).mean()
+        wanted = {"image": of_image, "direction": direction, "length": length}
+        for term, value in wanted.items():
+            np.testing.assert_allclose(metrics[f"loss/{name}_{term}"], value, rtol=1e-4)
+        total += of_image + 0.9 * direction + 0.1 * length
+    np.testing.assert_allclose(metrics["loss/ssp"], total / 4, rtol=1e-4)
+
+
+def test_distill_of_one_checkpoint_reads_its_cls() -> None:
+    """As `feature_distillation`, a run of the same shape needs no other way."""
+    got = forward(plan_of("distill", objective__target_checkpoint="x"))
+    crops = augmented_patches(got.plan.config, got.batch, (0,))
+    target = np.asarray(encode(got.plan.config, got.trees["frozen"]["encoder"], crops[0]))
+    tree = got.params["heads"]["linear_pooled"]
+    image = np.asarray(got.z[terms.FULL][:, 0] @ tree["kernel"] + tree["bias"], np.float64)
+    wanted = (1 - (unit(image) * unit(target[:, 0].astype(np.float64))).sum(-1)).mean()
+    assert got.losses["loss/image"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_steps_train_the_maps_and_leave_the_teachers(paths) -> None:
@@ -181,7 +238,7 @@ def test_a_run_is_a_teacher_of_another_size(tmp_path) -> None:
     params = load.load(str(tmp_path)).params["encoder"]
     _, patches = patches_of(config)
     call = functools.partial(teachers.encode_teacher, config, "teacher0")
-    assert jax.eval_shape(call, params, patches).shape == (3, 16, 16)
+    assert jax.eval_shape(call, params, patches).shape == (3, 17, 16)
 
 
 def test_an_intern_image_is_a_teacher(tmp_path) -> None:
@@ -192,7 +249,7 @@ def test_an_intern_image_is_a_teacher(tmp_path) -> None:
     params = load.load(str(tmp_path)).params["encoder"]
     call = functools.partial(teachers.encode_teacher, config, "teacher0")
     _, patches = patches_of(config)
-    assert jax.eval_shape(call, params, patches).shape == (3, 16, 32)
+    assert jax.eval_shape(call, params, patches).shape == (3, 17, 32)
 
 
 def test_a_vit_h_of_a_file_without_its_heads_has_16(monkeypatch) -> None:

@@ -16,6 +16,7 @@ from tests.training.forward import plan_of
 NEEDS = {
     "milan": {"objective__target_checkpoint": "x"},
     "feature_distillation": {"objective__target_checkpoint": "x"},
+    "distill": {"objective__target_checkpoint": "x"},
     "capi": {"data__mask": "inverse_block", "data__mask_ratio": 0.625},
     "ijepa": {"data__mask": "multi_block", "data__mask_ratio": 0.75},
     "locca": {"data__regions": True},
