@@ -63,6 +63,7 @@ class Backbone:
         T, T]. None: it has no attention.
 
     What it can do:
+      side_unit(model): pixels of which the side of an image must be a multiple.
       can_drop_tokens: cells that a pass does not read cost nothing; otherwise they are filled.
       can_isolate: the two images of a mixed input can be kept from seeing each other.
       can_average_blocks: dense features can be a mean over the outputs of several last blocks.
@@ -113,6 +114,7 @@ class Backbone:
     init_maps: Callable[..., Params] = lambda model, maps, params, *, size: params
     attention: Callable[..., jax.Array] | None = None
 
+    side_unit: Callable[[schema.Model], int] = lambda model: model.encoder.patch_size
     can_drop_tokens: bool = False
     can_isolate: bool = False
     can_average_blocks: bool = False

@@ -167,7 +167,7 @@ def _validate(config: schema.Config) -> None:
     _validate_section(config.model.intern_image)
     _validate_maps(config.dense.maps)
     net, e = config.model.intern_image, config.model.encoder
-    stride, deepest, size = 4 * math.prod(net.stem_strides), 8 * net.width, config.data.image_size
+    stride, deepest = 4 * math.prod(net.stem_strides), 8 * net.width
     _require(
         e.patch_size == stride or (e.patch_size, e.width) == (2 * stride, deepest),
         "encoder.patch_size",
@@ -175,11 +175,18 @@ def _validate(config: schema.Config) -> None:
         f"must be {stride} {_WHERE}: the stride of its third stage; or {2 * stride}, that of its"
         f" last, and model.encoder.width {deepest}",
     )
-    if size % (2 * stride):
-        raise UserError(
-            f"config.data.image_size: {size!r} must be a multiple of {2 * stride} {_WHERE}: the"
-            " stride of its last stage"
-        )
+    sides = [("image_size", config.data.image_size)]
+    sides += [("small_views", group.size) for group in config.small_views]
+    for key, size in sides:
+        if size % (unit := _side_unit(config.model)):
+            raise UserError(
+                f"config.data.{key}: {size!r} must be a multiple of {unit} {_WHERE}: the stride of"
+                " its last stage"
+            )
+
+
+def _side_unit(model: schema.Model) -> int:
+    return 8 * math.prod(model.intern_image.stem_strides)
 
 
 def _validate_encoder(e: schema.Encoder) -> None:
@@ -379,6 +386,7 @@ INTERN_IMAGE = Backbone(
     stages=_stages,
     map_strides=_map_strides,
     init_maps=_init_maps,
+    side_unit=_side_unit,
     validate=_validate,
     sections=("intern_image",),
     presets=PRESETS,

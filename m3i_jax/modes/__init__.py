@@ -291,7 +291,8 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
         "profile": False,
         "features": False,
     }
-    for teacher in config.objective.teachers if mode in ("train", "compare", "profile") else ():
+    planned = ("train", "compare", "profile", "show", "compile", "preview")
+    for teacher in config.objective.teachers if mode in planned else ():
         if not os.path.exists(teacher):  # a run that goes on reads its width too
             raise UserError(
                 f"config.objective.teachers: there is no {teacher!r}; give the workdir of a run, a"

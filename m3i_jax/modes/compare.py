@@ -36,7 +36,7 @@ from m3i_jax.modes.setup import (
 from m3i_jax.reporting import compare_table, run_log, text_table
 from m3i_jax.reporting.text_table import format_figures
 from m3i_jax.run_files import write_text_atomic
-from m3i_jax.training import loop, plan
+from m3i_jax.training import loop, plan, unused_settings
 from m3i_jax.training.trainer import Trainer, run_length
 
 RESULT = "result.json"
@@ -94,7 +94,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     trains = [objective_names(form) for form in config.compare.forms]
     for name in itertools.chain(*trains):
         plan.terms_named(name, "config.compare.forms")
-    plan.reject_unused_settings(config, trains)
+    unused_settings.reject_unused_settings(config, trains)
     require_shared(pathlib.Path(workdir))
     base = open_setup(config, workdir, trains=trains)
     main = jax.process_index() == 0

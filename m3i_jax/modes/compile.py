@@ -26,7 +26,7 @@ from m3i_jax.parallel.chips import CHIPS, GPU_MEMORY
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.profiling import compile_report, flops, hardware, libtpu_dump
 from m3i_jax.profiling import topology as topologies
-from m3i_jax.training import trainer
+from m3i_jax.training import plan, trainer
 
 GPU_POOL = 0.75  # share of GPU memory that JAX allocates by default
 
@@ -203,11 +203,14 @@ def _residual_bytes(config: schema.Config, shards: int, vocabulary: int, gradien
     """Bytes of a device that wait for the backward pass: those of a microbatch, and of several
     also the targets of the others and the gradients that are added up."""
     count = config.train.microbatches
-    part = batch_search.with_batch(config, config.train.batch_size // shards // count)
+    due = config.train.batch_size // shards // count
+    # an entropy term compares rows of several devices, and one device has fewer than its groups
+    traced = math.lcm(due, plan.entropy_group(config)) if due > plan.entropy_group(config) else due
+    part = batch_search.with_batch(config, traced)
     alone, rows = trainer.Trainer(part, _one_cpu(), vocabulary), trainer.abstract_batch(part)
-    residual = alone.residual_bytes(rows)
+    residual = alone.residual_bytes(rows) * due / traced
     if count > 1:
-        residual += (count - 1) * alone.waiting_bytes(rows) + gradients
+        residual += (count - 1) * alone.waiting_bytes(rows) * due / traced + gradients
     return residual
 
 
@@ -263,6 +266,10 @@ def search_batch(
     """(images a data shard, or 0; report of that size, or of the smallest tried; attempts)."""
     shards = batch_search.data_shards(parallel.make_mesh(config.parallel.mesh, target.devices))
     unit, reports, rows = 2 * config.train.microbatches, {}, {}
+    group = plan.entropy_group(config)
+    if config.objective.entropy_rows == "microbatch":
+        group *= config.train.microbatches
+    unit = math.lcm(unit, group // math.gcd(group, shards))
 
     def attempt(units: int) -> batch_search.CompileTrial:
         report = reports[units] = report_program(

@@ -119,6 +119,7 @@ def checked_position(position: dict[str, Any], step: int) -> dict[str, Any]:
         "fingerprint": str,
         "seconds": dict,
         "counts": dict,
+        "collapse": dict,
         "files": dict,
     }
     wrong = [
@@ -242,6 +243,7 @@ def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
             state = trainer.init(log, classes=setup.classes)
         data = setup.batches(samples)
         data.go_on(position.get("counts", {}))
+        alarm = loop.CollapseAlarm(position.get("collapse"))
         callbacks = loop.Callbacks(
             data=data,
             checkpoints=checkpoints,
@@ -259,11 +261,13 @@ def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
                 "seconds": clock.total(),
                 "restarts": restarts,
                 "counts": data.counts,
+                "collapse": alarm.saved(),
                 "files": {**writer.mark(), **vocabulary_mark},
             },
             dump=lambda *what: dump_step(workdir, trainer, log, *what),
             evaluated=done,
             clock=clock,
+            collapse=alarm,
             on_step=tracer,
         )
         try:

@@ -239,7 +239,9 @@ def entropies_of(terms: Sequence[Term | EntropyTerm]) -> EntropyTerms:
     return tuple(t for t in terms if isinstance(t, EntropyTerm))
 
 
-def join_entropies(rows: Mapping[str, AnyTerms], renamed: Mapping[str, Terms]) -> EntropyTerms:
+def join_entropies(
+    rows: Mapping[str, AnyTerms], renamed: Mapping[str, Terms], *, small_views: bool = True
+) -> EntropyTerms:
     """Returns the entropy terms of rows that are trained together.
 
     A term follows the space of its row to the name that `derived_terms.uniquify` gave it, and gets
@@ -249,6 +251,8 @@ def join_entropies(rows: Mapping[str, AnyTerms], renamed: Mapping[str, Terms]) -
     Args:
       rows: {name of a row: its terms}, in order.
       renamed: the prediction terms of these rows after `derived_terms.uniquify`.
+      small_views: whether images have any; without, terms that read them are left out, and a row
+        of entropy terms alone has its weight relative to the others.
 
     Raises:
       ValueError: a projector that no prediction term of the row has, or no term to join.
@@ -280,8 +284,11 @@ def join_entropies(rows: Mapping[str, AnyTerms], renamed: Mapping[str, Terms]) -
                         f"{row} has entropy terms alone; join it to an objective that predicts"
                         f" features, such as byol+{row}"
                     )
-                weight = t.weight * sum(each.weight for each in learned)
-                t = dataclasses.replace(t, reads=learned[0].reads, weight=weight)
+                left = [each for each in learned if small_views or each.reads.view < SMALL]
+                kept = {each.name for each in left}
+                weight = t.weight * sum(each.weight for each in learned if each.name in kept)
+                reads = (left or learned)[0].reads
+                t = dataclasses.replace(t, reads=reads, weight=weight)
             if t.head.projector is not None:
                 space = dataclasses.replace(t.head, match="position")
                 if space not in spaces:

@@ -444,7 +444,6 @@ class SquaredError(Regression):
     """Squared error per element of two representations as they are, not normalised, with gradient
     through both. The mean squared distance of two views from their mean is a quarter of it.
 
-    >>> import jax.numpy as jnp
     >>> total = SquaredError(scale=25.0).cost(jnp.eye(2), 0 * jnp.eye(2), jnp.ones(2), LossInputs())
     >>> print(total.sum)
     25.0

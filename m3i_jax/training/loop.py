@@ -92,28 +92,6 @@ class Preemption:
             raise Preempted
 
 
-@dataclasses.dataclass(kw_only=True)
-class Callbacks:
-    """The loop's inputs and outputs. The mode creates them, so that the loop imports no writer,
-    evaluator or figure."""
-
-    data: Any  # iterator of host batches; `.counted()`: metrics of the consumed ones
-    checkpoints: Checkpoints
-    write: Callable[[int, dict[str, float]], None]
-    log: Callable[[str], None]
-    panel: Callable[[int, State, dict[str, Any]], None]
-    evaluators: list[Evaluator]
-    position: Callable[[int], dict[str, Any]]  # samples seen -> JSON saved with the state
-    # called with the step that ended the run
-    dump: Callable[[int, State, Any, Mapping[str, float]], None] = (
-        lambda step, state, batch, values: None
-    )
-    evaluated: frozenset[int] = frozenset()  # steps whose evaluation a resumed log already has
-    clock: GoodputClock = dataclasses.field(default_factory=GoodputClock)
-    # called after each dispatched step with its metrics, which may still be computing
-    on_step: Callable[[int, Any], None] = lambda step, metrics: None
-
-
 class CollapseAlarm:
     """Detects that all targets become equal, from the monitors of objective/collapse.py, at any
     scale of the features.
@@ -126,9 +104,22 @@ class CollapseAlarm:
 
     THRESHOLD, PATIENCE = 0.02, 5
 
-    def __init__(self) -> None:
+    def __init__(self, saved: Mapping[str, Any] | None = None) -> None:
         self.alarm, self._in_row = False, 0
         self._largest: dict[str, float] = {}
+        if saved:
+            self.alarm, self._in_row = bool(saved["alarm"]), int(saved["in_row"])
+            self._largest = {name: float(value) for name, value in saved["largest"].items()}
+
+    def saved(self) -> dict[str, Any]:
+        """Returns what a later run goes on from: without it, a run that resumes after a collapse
+        would take the collapsed values for its largest.
+
+        >>> alarm = CollapseAlarm({"alarm": True, "in_row": 5, "largest": {}})
+        >>> alarm.update({"collapse/spread": 0.01}), alarm.alarm
+        (False, True)
+        """
+        return {"alarm": self.alarm, "in_row": self._in_row, "largest": self._largest}
 
     def update(self, values: Mapping[str, float]) -> bool:
         """Add the metrics of a step; True if it sets the alarm. Metrics that are absent or not
@@ -164,6 +155,29 @@ COLLAPSED = (
 )
 
 
+@dataclasses.dataclass(kw_only=True)
+class Callbacks:
+    """The loop's inputs and outputs. The mode creates them, so that the loop imports no writer,
+    evaluator or figure."""
+
+    data: Any  # iterator of host batches; `.counted()`: metrics of the consumed ones
+    checkpoints: Checkpoints
+    write: Callable[[int, dict[str, float]], None]
+    log: Callable[[str], None]
+    panel: Callable[[int, State, dict[str, Any]], None]
+    evaluators: list[Evaluator]
+    position: Callable[[int], dict[str, Any]]  # samples seen -> JSON saved with the state
+    # called with the step that ended the run
+    dump: Callable[[int, State, Any, Mapping[str, float]], None] = (
+        lambda step, state, batch, values: None
+    )
+    evaluated: frozenset[int] = frozenset()  # steps whose evaluation a resumed log already has
+    clock: GoodputClock = dataclasses.field(default_factory=GoodputClock)
+    collapse: CollapseAlarm = dataclasses.field(default_factory=CollapseAlarm)
+    # called after each dispatched step with its metrics, which may still be computing
+    on_step: Callable[[int, Any], None] = lambda step, metrics: None
+
+
 def equal_weights(values: Mapping[str, float]) -> dict[str, float]:
     """loss/equal_weights, the sum of the losses of both groups with weight 1, where the loss of a
     step weighs the second by lambda. `loss` moves with lambda, and falls by a factor when lambda
@@ -185,7 +199,7 @@ class _MetricsLog:
     def __init__(self, trainer: Trainer, callbacks: Callbacks):
         self.trainer, self.callbacks, self.clock = trainer, callbacks, callbacks.clock
         self.bad, self.failed = 0, False  # steps in a row that were not finite; too many
-        self.collapse = CollapseAlarm()
+        self.collapse = callbacks.collapse
         self.stalls = InputStallAlarm(self.clock.total()["data"])
         self.last: dict[str, float] = {}  # metrics of the newest fetched step
         self._pending: tuple[int, dict[str, float], dict[str, jax.Array]] | None = None

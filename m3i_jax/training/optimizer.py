@@ -28,7 +28,8 @@ from m3i_jax.training.update_rules import STACKED, NamedLink, Schedule, update_r
 # fine-tuning do not; Mask2Former decays no query).
 _NO_DECAY = re.compile(
     r"(^|/)(bias|scale|gamma[12]|cls_token|registers|mask_token|query_token|prototypes"
-    r"|positions|queries|levels|logit_scale)$|(^|/)\w*_bias$"
+    r"|prototype_norms|positions|queries|levels|logit_scale)$|(^|/)\w*_bias$"
+    r"|(^|/)gamma/stage\d+$"
 )
 # ViTDet: its own channel norms of pyramid and heads are decayed; those of the blocks are not, as
 # are PyTorch's own in the transformers of DINO and Mask2Former, and queries of the latter.
@@ -41,6 +42,10 @@ _HEAD_OFFSETS = re.compile(r"^head/(.*/)?offsets/")
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
 # settings of the learning rate, and the schedules that read them
 _SCHEDULES = {"min_lr": ("cosine", "wsd"), "decay_share": ("wsd",), "milestones": ("steps",)}
+# settings of update rules, and the rules that read them
+_RULES = {"muon_momentum": ("muon",), "muon_rms": ("muon",)} | dict.fromkeys(
+    ("b2", "eps"), ("adamw", "muon", "schedule_free")
+)
 SPIKE_WINDOW = 128  # steps
 MIN_SPREAD = 1e-3  # of the median: a smaller deviation is rounding, not a spike
 
@@ -279,18 +284,21 @@ def lr_schedule(optim: schema.Optim, *, steps: int, warmup: int) -> Schedule:
 
 
 def unread_settings(optim: schema.Optim) -> list[str]:
-    """Returns a warning for each setting of the learning rate that `optim.schedule` does not read.
-    A warning, not an error: a recipe may set what an override of its schedule leaves unread.
+    """Returns a warning for each setting that `optim.schedule` or `optim.rule` does not read. A
+    warning, not an error: a recipe may set what an override of its schedule leaves unread.
 
     >>> print(*unread_settings(schema.Optim(schedule="poly", min_lr=0.1)))
     warning: optim.min_lr=0.1 has no effect with optim.schedule=poly: cosine and wsd read it
     """
-    default = schema.Optim()
+    default, own = schema.Optim(), optim.rule in schema.UPDATE_RULES
+    unread = [("schedule", key, by) for key, by in _SCHEDULES.items() if optim.schedule not in by]
+    # a rule of another package may read any of them
+    unread += [("rule", key, by) for key, by in _RULES.items() if own and optim.rule not in by]
     return [
         f"warning: optim.{key}={getattr(optim, key)!r} has no effect with"
-        f" optim.schedule={optim.schedule}: {' and '.join(by)} read it"
-        for key, by in _SCHEDULES.items()
-        if optim.schedule not in by and getattr(optim, key) != getattr(default, key)
+        f" optim.{of}={getattr(optim, of)}: {' and '.join(by)} read{'s' * (len(by) < 2)} it"
+        for of, key, by in unread
+        if getattr(optim, key) != getattr(default, key)
     ]
 
 

@@ -4,8 +4,7 @@ Every encoder pass, target pass and target is listed once. `build_plan` also ref
 settings that contradict each other."""
 
 import dataclasses
-import operator
-from collections.abc import Iterable
+import math
 from typing import Any, NamedTuple
 
 from m3i_jax import schema
@@ -190,9 +189,21 @@ def terms_named(name: str, key: str = "config.objective.forms") -> entropy_terms
         raise UserError(f"{key}: {error}") from None
 
 
-def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerms]:
-    """The prediction and the entropy terms of an objective, before those without data are
-    dropped."""
+def terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerms]:
+    """Returns the prediction and the entropy terms of an objective, before those without data are
+    dropped.
+
+    Args:
+      o: settings of the objective.
+      small_views: number of the small views of an image.
+
+    Raises:
+      UserError: unknown forms, or forms that cannot be joined.
+
+    >>> predictions, entropies = terms_of(schema.Objective(forms=("byol", "koleo")), 0)
+    >>> len(predictions), [t.name for t in entropies]
+    (2, ['koleo'])
+    """
     if not o.forms:
         raise UserError("config.objective.forms: is empty; name at least one form, such as m3i")
     names = [LETTERS.get(name, name) for name in o.forms]
@@ -211,7 +222,8 @@ def _terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerm
     }
     rows = derived_terms.uniquify(predictions)
     try:
-        entropies = entropy_terms.join_entropies(named, dict(zip(predictions, rows, strict=True)))
+        renamed = dict(zip(predictions, rows, strict=True))
+        entropies = entropy_terms.join_entropies(named, renamed, small_views=small_views > 0)
     except ValueError as error:
         raise UserError(f"config.objective.forms: {error}") from None
     # an annotation term that `uniquify` renamed stays in its group
@@ -257,7 +269,7 @@ def build_plan(config: schema.Config) -> Plan:
       UserError: unknown forms, forms without data, or settings that contradict the terms.
     """
     backbones.validate_backbone(config)
-    o, (terms, entropies) = config.objective, _terms_of(config.objective, len(config.small_views))
+    o, (terms, entropies) = config.objective, terms_of(config.objective, len(config.small_views))
     try:
         terms = derived_terms.drop_unavailable(
             terms,
@@ -274,6 +286,20 @@ def build_plan(config: schema.Config) -> Plan:
     plan = Plan(config, terms, entropies)
     _validate(plan)
     return plan
+
+
+def entropy_group(config: schema.Config) -> int:
+    """Returns the number of rows that a batch of an objective must be a multiple of: that of the
+    groups of its entropy terms.
+
+    >>> entropy_group(schema.Config(objective=schema.Objective(forms=("dinov2",))))
+    64
+    """
+    if not config.traits.views:
+        return 1
+    _, entropies = terms_of(config.objective, len(config.small_views))
+    groups = (getattr(t.estimator, "group", 0) or 1 for t in entropies)
+    return math.lcm(*groups)
 
 
 def _validate(plan: Plan) -> None:
@@ -415,66 +441,3 @@ def _validate_backbone(plan: Plan) -> None:
             f" {config.data.mask_ratio} shows {config.tokens - config.hidden} of {config.tokens};"
             " use 0.5"
         )
-
-
-def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ...]]) -> None:
-    """Refuse a setting that no objective of a training run reads.
-
-    Only for training: a run that is evaluated or reused as an encoder may keep settings that its
-    objective does not read. `objective.pairing` is exempt, since configs/quickstart.py sets it for
-    any form.
-
-    Args:
-      config: settings.
-      trains: the objectives, each a tuple of names of forms.
-
-    Raises:
-      UserError: with the setting, why it does nothing, and its default.
-
-    >>> reject_unused_settings(schema.Config(), [("sim",)])
-    """
-    o, default_config = config.objective, schema.Config()
-    objectives = list(trains)
-    count = len(config.small_views)
-    found = [_terms_of(dataclasses.replace(o, forms=forms), count) for forms in objectives]
-    terms = [t for each, _ in found for t in each]
-    entropies = [t for _, each in found for t in each]
-    names = ", ".join("+".join(forms) for forms in objectives)
-    mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
-    predicted = {t.target.of for t in terms}
-    encoders = {t.target.encoder for t in terms}
-    small = any(t.reads.view >= derived_terms.SMALL for t in terms)
-    assigns = bool(prototype_targets.prototype_terms(tuple(terms)))
-    no_assignment = "no assignment to prototypes (as in dino)"
-    no_caption = "no decoder of captions (as in cappa)"
-    no_snapshot = "no snapshot of the EMA encoder (as in dinov3_gram)"
-    no_blend = "no blended input (as in finetune)"
-    for key, is_read, reason in (
-        ("data.small_views", small, "no small view"),
-        ("objective.prototype_targets", assigns, no_assignment),
-        ("objective.target_temperature", assigns, no_assignment),
-        ("optim.freeze_prototypes", assigns, no_assignment),
-        ("objective.parallel_captions", "caption" in predicted, no_caption),
-        ("data.regions", predicted & {"box", "region"}, "no text of an object (as in locca)"),
-        ("objective.target_checkpoint", encoders & {"frozen", "snapshot"}, "no frozen target"),
-        ("objective.snapshot_at", "snapshot" in encoders, no_snapshot),
-        ("objective.isolate", mixed, "no mixed input"),
-        ("objective.soft_label", mixed, "no mixed input"),
-        ("data.augment.mixup", blended, no_blend),
-        ("data.augment.cutmix", blended, no_blend),
-    ):
-        value, default = (operator.attrgetter(key)(each) for each in (config, default_config))
-        if value != default and not is_read:
-            raise UserError(
-                f"config.{key}: {value!r} has no effect: there is {reason} in {names}; leave it at"
-                f" {default!r} or choose another form"
-            )
-    known = sorted(
-        {t.name for each in (*registry.forms().values(), terms, entropies) for t in each}
-    )
-    for name in o.second_group if o.second_group != default_config.objective.second_group else ():
-        if name not in known:
-            raise UserError(
-                f"config.objective.second_group: {name!r} is not a term; the terms are"
-                f" {', '.join(known)}"
-            )

@@ -26,6 +26,7 @@ from m3i_jax.data import pipeline, region_texts
 from m3i_jax.models import m3i
 from m3i_jax.objective import balance, masks
 from m3i_jax.objective.caption_posterior import CAPTIONS
+from m3i_jax.objective.derived_terms import teacher_name
 from m3i_jax.objective.ema import SnapshotState
 from m3i_jax.objective.prototype_targets import PrototypeState
 from m3i_jax.training import (
@@ -36,6 +37,7 @@ from m3i_jax.training import (
     targets,
     teachers,
     term_losses,
+    unused_settings,
     views,
     weight_source,
 )
@@ -159,10 +161,11 @@ class Pretrain(Task):
                 encoder = weight_source.load_encoder(path, model, own, layout)
                 opt[link] = held._replace(params={**held.params, "encoder": encoder})
         if (held := opt.get("teachers")) is not None:
-            names = zip(held.params, self.config.objective.teachers, strict=True)
+            # by name: a compiled function returns a dict sorted, teacher10 before teacher2
+            names = {teacher_name(k): run for k, run in enumerate(self.config.objective.teachers)}
             loaded = {
                 name: teachers.load_params(run, layouts["teachers"].params[name])
-                for name, run in names
+                for name, run in names.items()
             }
             opt["teachers"] = held._replace(params=loaded)
         return State(step=state.step, params=state.params, opt=opt)
@@ -173,7 +176,7 @@ class Pretrain(Task):
 
     @classmethod
     def reject_unused_settings(cls, config: schema.Config) -> None:
-        plan.reject_unused_settings(config, [config.objective.forms])
+        unused_settings.reject_unused_settings(config, [config.objective.forms])
 
 
 register_task("pretrain", Pretrain)

@@ -182,7 +182,8 @@ def encode_teacher(
     scale = np.asarray(augment.std, np.float32) / np.asarray(teacher.std, np.float32)
     shift = (np.asarray(augment.mean) - np.asarray(teacher.mean)) / np.asarray(teacher.std)
     images_BxSxSx3 = images_BxSxSx3 * scale + shift.astype(np.float32)
-    own = teacher_side(images_BxSxSx3.shape[1], model.encoder.patch_size)
+    unit = backbones.get_backbone(model).side_unit(model)
+    own = teacher_side(images_BxSxSx3.shape[1], unit)
     images_BxSxSx3 = _resized(images_BxSxSx3, own, "bicubic")
     own_grid = own // model.encoder.patch_size
     z_BxTxD = backbones.get_backbone(model).apply(
@@ -198,13 +199,14 @@ def encode_teacher(
     return jax.lax.stop_gradient(jnp.concatenate([image_BxD[:, None], map_BxNxD], 1))
 
 
-def teacher_side(side: int, patch: int) -> int:
-    """Returns the side at which a teacher reads a view: the nearest multiple of its patch.
+def teacher_side(side: int, unit: int) -> int:
+    """Returns the side at which a teacher reads a view: the nearest multiple of its patch, or of
+    the stride of its last stage.
 
     >>> teacher_side(224, 14), teacher_side(224, 16), teacher_side(32, 14)
     (224, 224, 28)
     """
-    return max(patch, round(side / patch) * patch)
+    return max(unit, round(side / unit) * unit)
 
 
 def images_of_patches(patches_BxNxP: jax.Array, patch: int) -> jax.Array:

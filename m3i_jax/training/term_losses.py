@@ -314,7 +314,8 @@ def group_loss(
             for i in plan.where("category", group=group):
                 costs[i] = _category_loss(plan, i, heads, vectors, inputs)
             if plan.where("text", group=group):
-                costs |= _text_losses(plan, heads, vectors, batch, inputs, cached)
+                texts = _text_losses(plan, heads, vectors, batch, inputs, cached)
+                costs |= {i: cost for i, cost in texts.items() if plan.terms[i].group == group}
         if captions := plan.where(*CAPTIONS, group=group):
             logits = predictions.caption_logits(plan, heads, z, inputs, captions)
             costs |= {i: _caption_loss(plan, i, logits[i], inputs) for i in captions}
@@ -371,8 +372,8 @@ def loss_metrics(
     entropy/<name> in bits a row, and the collapse monitors of pooled targets."""
     out: dict[str, jax.Array] = {}
     for group in ("ssp", "sp"):
-        if indices := [i for i, t in enumerate(plan.terms) if t.group == group]:
-            indices += plan.numbered_entropies(group)
+        indices = [i for i, t in enumerate(plan.terms) if t.group == group]
+        if indices := [*indices, *plan.numbered_entropies(group)]:
             out[f"loss/{group}"] = sum((weights[i] * costs[i].sum for i in indices), jnp.zeros(()))
     for name in dict.fromkeys(t.name for t in plan.terms):
         indices = [i for i, t in enumerate(plan.terms) if t.name == name]

@@ -4,11 +4,13 @@ weights is a subset of paths. `RunWeights` reads the newest checkpoint of a run 
 any mesh."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -423,12 +425,13 @@ def load_encoder(workdir: str, model: schema.Model, template: Any, shardings: An
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
     own = {"params/encoder/" + path_text(path): leaf.shape for path, leaf in leaves}
     theirs = [path for path in run.shapes if path.startswith("params/encoder/")]
-    more = [path for path in theirs if not path.endswith("/mask_token")]  # a target reads none
+    # a target reads no mask token, which may be on one side alone
+    unread = {path for path in (*own, *theirs) if path.endswith("/mask_token")}
     if differences := [
         f"{path} {run.shapes.get(path, 'absent')} in the checkpoint, {own.get(path, 'absent')} in"
         " this run"
-        for path in dict.fromkeys([*own, *more])
-        if run.shapes.get(path) != own.get(path)
+        for path in dict.fromkeys([*own, *theirs])
+        if run.shapes.get(path) != own.get(path) and path not in unread
     ]:
         raise UserError(
             f"{key}: {workdir!r}: its encoder has other shapes ({len(differences)} arrays differ,"
@@ -439,8 +442,13 @@ def load_encoder(workdir: str, model: schema.Model, template: Any, shardings: An
             f"{key}: {workdir!r}: its encoder was trained with {', '.join(others)}; use the same"
             " model settings"
         )
-    layouts = zip(own, jax.tree.leaves(shardings), strict=True)
-    arrays = _read_trained(run, {path: (path, sharding) for path, sharding in layouts})
+    layouts = dict(zip(own, jax.tree.leaves(shardings), strict=True))
+    arrays = _read_trained(
+        run, {p: (p, layout) for p, layout in layouts.items() if p not in unread}
+    )
+    for path in unread & layouts.keys():
+        make = functools.partial(jnp.zeros, own[path], jnp.float32)
+        arrays[path] = jax.jit(make, out_shardings=layouts[path])()
     return jax.tree.unflatten(structure, [arrays[path] for path in own])
 
 

@@ -58,6 +58,25 @@ def test_the_parts_of_the_state_sum_to_its_bytes() -> None:
     assert whole / 4 < parts["params"] < whole / 2
 
 
+def test_residual_bytes_of_groups_that_span_devices() -> None:
+    """A quarter of dinov2's 192 images are 48 rows, and KoLeo compares 64."""
+
+    def kept(images: int, shards: int) -> float:
+        config = toy.settings(
+            objective__forms="dinov2",
+            train__batch_size=images,
+            data__size=256,
+            model__encoder__depth=1,
+            model__head__prototypes=8,
+            model__head__hidden=16,
+            model__head__width=8,
+        )
+        return mode._residual_bytes(config, shards, toy.VOCABULARY, 0.0)
+
+    assert kept(256, 4) < kept(192, 2)
+    assert kept(192, 4) == pytest.approx(kept(192, 1) / 4, rel=0.02)
+
+
 def test_residual_bytes_follow_from_shapes() -> None:
     """`names` keeps two tensors more than `half`: the output of attention, [B, T, D], and the input
     of the GELU, [B, T, 4 D]."""

@@ -9,8 +9,7 @@ import pytest
 from m3i_jax.errors import UserError
 from m3i_jax.models import captioner
 from m3i_jax.objective.terms import FULL
-from m3i_jax.training import plan as plans
-from m3i_jax.training import plan_table, term_losses, views
+from m3i_jax.training import plan_table, term_losses, unused_settings, views
 from tests import toy
 from tests.training.forward import forward, plan_of
 
@@ -213,7 +212,7 @@ def test_what_does_not_fit_is_one_line(forms, changes, words) -> None:
 def test_a_share_that_no_row_reads_is_refused() -> None:
     config = toy.settings(objective__parallel_captions=0.5)
     with pytest.raises(UserError, match="objective.parallel_captions: 0.5 has no effect"):
-        plans.reject_unused_settings(config, [("mim",)])
-    plans.reject_unused_settings(config, [("mim", "cappa")])
+        unused_settings.reject_unused_settings(config, [("mim",)])
+    unused_settings.reject_unused_settings(config, [("mim", "cappa")])
     with pytest.raises(UserError, match="data.regions: True has no effect.*as in locca"):
-        plans.reject_unused_settings(toy.settings(data__regions=True), [("cappa",)])
+        unused_settings.reject_unused_settings(toy.settings(data__regions=True), [("cappa",)])

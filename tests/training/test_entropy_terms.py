@@ -145,6 +145,15 @@ def test_a_row_of_entropy_alone_joins_any_other():
     assert plan_of("m3i,koleo").entropy_terms[0].reads == MIXED
 
 
+def test_a_row_of_entropy_alone_weighs_the_same_without_small_views():
+    """A tenth of the predictions that are left: of SigLIP 2, those of hidden cells."""
+    for small in ((), ("2 x 16 at 0.2-0.5",)):
+        plan = plan_of("siglip2,koleo", data__small_views=small, **HEAD)
+        kept = sum(t.weight for t in plan.terms if t.group == "ssp")
+        assert kept == pytest.approx(1.25 if small else 0.25)
+        assert [t.weight for t in plan.entropy_terms] == pytest.approx([0.1 * kept])
+
+
 def test_joined_rows_keep_their_own_spaces_and_names():
     plan = plan_of("byol,vicreg,lejepa,koleo", **HEAD)
     assert {t.name: t.head.name for t in plan.entropy_terms} == {
@@ -248,6 +257,46 @@ def test_the_key_is_that_of_the_step():
         return tuple(jax.random.key_data(entropy_losses.entropy_key(seed, batch)).tolist())
 
     assert len({data(4), data(6), data(4, high=1), data(4, seed=1)}) == 4
+
+
+def gradients(forms, second_group, parts=1):
+    config = toy.settings(
+        objective__forms=forms,
+        objective__second_group=second_group,
+        objective__weighting="fixed",
+        objective__gamma=2.0,
+        model__encoder__depth=1,
+        model__text__depth=1,
+        train__microbatches=parts,
+        **HEAD,
+    )
+    one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
+    state = one.init()
+    run = jax.jit(one.task.gradients)
+    return jax.device_get(run(state.params, state.opt, toy.batch(config)))
+
+
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_each_text_term_is_in_the_loss_of_its_group_alone(parts):
+    """CLIP in the first group, SigLIP in the second, of twice the weight: the loss and its gradient
+    are the sum of both; in one group they are their mean, twice."""
+    split = gradients("clip,siglip", "category,text_siglip", parts)
+    clip, siglip = (split.metrics[f"loss/{name}"] for name in ("text", "text_siglip"))
+    assert split.loss == pytest.approx(clip + 2 * siglip, rel=1e-5)
+    clip = gradients("clip", "category", parts).grads["encoder"]
+    together = gradients("clip,siglip", "category,text,text_siglip", parts).grads["encoder"]
+    for got, first, mean in zip(
+        *map(jax.tree.leaves, (split.grads["encoder"], clip, together)), strict=True
+    ):
+        wanted = 2 * mean - first  # clip + siglip, of which clip is half as heavy
+        np.testing.assert_allclose(got, wanted, atol=2e-5 * max(np.abs(wanted).max(), 1e-4))
+
+
+def test_a_group_of_entropy_alone_is_part_of_the_loss():
+    got = gradients("byol,koleo", "koleo")
+    koleo = got.metrics["loss/koleo"]
+    assert got.metrics["loss/sp"] == pytest.approx(got.metrics["loss/koleo"] * 0.1 * 2, rel=1e-5)
+    assert got.loss == pytest.approx(got.metrics["loss/global"] + 2 * 0.2 * koleo, rel=1e-4)
 
 
 # --- steps of the trainer

@@ -13,7 +13,7 @@ from m3i_jax.objective import ema, terms
 from m3i_jax.objective.terms import FULL, Target, token_term
 from m3i_jax.profiling import flops
 from m3i_jax.training import plan as plans
-from m3i_jax.training import targets, term_losses, trainer, views
+from m3i_jax.training import targets, term_losses, trainer, unused_settings, views
 from tests import toy
 from tests.bench import formula
 from tests.training.forward import forward, plan_of
@@ -160,7 +160,9 @@ def test_a_snapshot_that_is_never_taken_is_one_line(changes: dict, words: str) -
 
 def test_snapshots_that_mean_nothing_are_refused() -> None:
     with pytest.raises(UserError, match="snapshot_at.*no snapshot of the EMA encoder"):
-        plans.reject_unused_settings(toy.settings(objective__snapshot_at="0.5"), [("byol",)])
+        unused_settings.reject_unused_settings(
+            toy.settings(objective__snapshot_at="0.5"), [("byol",)]
+        )
     with pytest.raises(ValueError, match="without decoder and projector"):
         token_term(FULL, 0, encoder="snapshot")
     with pytest.raises(ValueError, match="only dense features are resized"):

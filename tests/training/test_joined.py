@@ -8,7 +8,7 @@ import pytest
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.modes import train
-from m3i_jax.training import plan as plans
+from m3i_jax.training import unused_settings
 from tests import toy
 from tests.training.forward import forward, plan_of
 
@@ -29,6 +29,9 @@ from tests.training.forward import forward, plan_of
         ),
         ("supervised", {"data__augment__mixup": 0.8}, ("data.augment.mixup", "no blended input")),
         ("m3i", {"data__augment__cutmix": 1.0}, ("data.augment.cutmix", "no blended input")),
+        ("clip", {"objective__target_encoder": "shared"}, ("target_encoder", "no target encoder")),
+        ("mim", {"objective__teacher_weight": 0.5}, ("teacher_weight", "no teacher")),
+        ("mim", {"data__mask_blocks": 3}, ("data.mask_blocks", "data.mask=multi_block")),
         (
             "m3i",
             {"objective__second_group": "category,txt"},
@@ -41,12 +44,13 @@ def test_what_no_objective_reads_is_refused(
 ) -> None:
     config, row = toy.settings(**changes), tuple(forms.split("+"))
     with pytest.raises(UserError) as error:
-        plans.reject_unused_settings(config, [row])
+        unused_settings.reject_unused_settings(config, [row])
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), (
         error.value
     )
-    if "objective__second_group" not in changes:  # one of those that are compared is enough
-        plans.reject_unused_settings(config, [row, ("m3i", "milan"), ("finetune",)])
+    shared = {"objective__second_group", "objective__teacher_weight", "data__mask_blocks"}
+    if not shared & changes.keys():  # one of those that are compared is enough
+        unused_settings.reject_unused_settings(config, [row, ("m3i", "milan"), ("finetune",)])
 
 
 def test_a_run_is_refused_before_its_data_are_opened(
@@ -64,7 +68,7 @@ def test_a_run_is_refused_before_its_data_are_opened(
 
 def test_the_second_group_may_be_named_after_a_joined_row() -> None:
     config = toy.settings(objective__second_group="global_moco_v3")
-    plans.reject_unused_settings(config, [("byol", "moco_v3"), ("mim",)])
+    unused_settings.reject_unused_settings(config, [("byol", "moco_v3"), ("mim",)])
     assert [
         t.group for t in plan_of("byol,moco_v3", objective__second_group="global_moco_v3").terms
     ] == ["ssp", "ssp", "sp", "sp"]

@@ -95,6 +95,15 @@ def test_kernels_and_the_token_table_are_decayed() -> None:
     } <= decayed
 
 
+def test_lengths_of_prototypes_and_of_stages_are_not_decayed() -> None:
+    head = {"prototypes": np.zeros((4, 2)), "prototype_norms": np.zeros(4)}
+    params = {
+        "heads": {"global": head | {"projector": {"layer_0": {"kernel": np.zeros((2, 2))}}}},
+        "encoder": {"gamma": {"stage1": np.zeros(2)}},
+    }
+    assert names(optimizer.decay_mask(params), bool) == {"heads/global/projector/layer_0/kernel"}
+
+
 @pytest.mark.parametrize("name", ["siglip", "siglip2", "cap", "cappa", "locca"])
 def test_methods_of_big_vision_decay_kernels_alone(name: str) -> None:
     """By 1e-4 a step at the peak, where AdamW multiplies by the rate: no table of tokens."""

@@ -12,8 +12,7 @@ from m3i_jax import parallel, validation
 from m3i_jax.errors import UserError
 from m3i_jax.objective.prototype_targets import PrototypeState
 from m3i_jax.objective.terms import FULL, Pass
-from m3i_jax.training import plan as plans
-from m3i_jax.training import trainer
+from m3i_jax.training import trainer, unused_settings
 from m3i_jax.training.checkpoint import Checkpoints
 from tests import toy
 from tests.training.forward import augmented_patches, encode, forward, plan_of
@@ -277,7 +276,7 @@ def test_what_no_objective_reads_is_refused() -> None:
         ({"optim__freeze_prototypes": 0.1}, "freeze_prototypes.*no assignment"),
     ):
         with pytest.raises(UserError, match=words):
-            plans.reject_unused_settings(toy.settings(**changes), [("byol",)])
+            unused_settings.reject_unused_settings(toy.settings(**changes), [("byol",)])
 
 
 def test_more_devices_than_prototypes_is_one_line() -> None:

@@ -3,6 +3,7 @@ that they stay as they are. The weights are those of tests/data/make_vit_options
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,18 @@ from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.models import m3i, vit
-from m3i_jax.objective import derived_terms, terms
+from m3i_jax.objective import derived_terms, ema, terms
 from m3i_jax.profiling import flops
-from m3i_jax.training import plan, plan_table, teachers, trainer, views, weight_source
+from m3i_jax.training import (
+    plan,
+    plan_table,
+    pretrain_task,
+    task,
+    teachers,
+    trainer,
+    views,
+    weight_source,
+)
 from tests import saved, toy
 from tests.interop.test_modern_encoders import directory
 from tests.training.forward import augmented_patches, encode, forward, plan_of
@@ -250,6 +260,19 @@ def test_an_intern_image_is_a_teacher(tmp_path) -> None:
     call = functools.partial(teachers.encode_teacher, config, "teacher0")
     _, patches = patches_of(config)
     assert jax.eval_shape(call, params, patches).shape == (3, 17, 32)
+
+
+def test_eleven_teachers_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled function returns a dict sorted, in which teacher10 is before teacher2."""
+    given = [f"file{k}" for k in range(11)]
+    held = ema.TargetState(
+        count=0, params={name: 0 for name in sorted(f"teacher{k}" for k in range(11))}
+    )
+    state = task.State(step=0, params={}, opt={"teachers": held})
+    monkeypatch.setattr(teachers, "load_params", lambda path, layout: path)
+    one = types.SimpleNamespace(config=toy.settings(objective__teachers=repr(tuple(given))))
+    opt = pretrain_task.Pretrain.after_init(one, state, state).opt
+    assert opt["teachers"].params == {f"teacher{k}": path for k, path in enumerate(given)}
 
 
 def test_a_vit_h_of_a_file_without_its_heads_has_16(monkeypatch) -> None:

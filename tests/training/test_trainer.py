@@ -249,6 +249,21 @@ def test_a_frozen_target_starts_from_another_run(teacher: pathlib.Path) -> None:
     assert not np.array_equal(state.params["encoder"]["cls_token"], wanted["cls_token"])
 
 
+def test_a_frozen_target_needs_no_mask_token_of_the_other_run(teacher: pathlib.Path) -> None:
+    """data2vec's encoder has one and the other run's none; a target reads none."""
+    settings = toy.settings(
+        objective__forms="data2vec",
+        objective__target_encoder="frozen",
+        objective__target_checkpoint=str(teacher),
+    )
+    state = trainer.Trainer(settings, made().mesh, toy.VOCABULARY).init()
+    assert "mask_token" in state.params["encoder"]
+    found = dict(state.opt["frozen"].params["encoder"])
+    assert not np.any(found.pop("mask_token"))
+    wanted = made().init().params["encoder"]
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
