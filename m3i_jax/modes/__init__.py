@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from m3i_jax import schema
+from m3i_jax.config.teacher_paths import described_teacher
 from m3i_jax.errors import UserError
 
 
@@ -293,7 +294,7 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
     }
     planned = ("train", "compare", "profile", "show", "compile", "preview")
     for teacher in config.objective.teachers if mode in planned else ():
-        if not os.path.exists(teacher):  # a run that goes on reads its width too
+        if not os.path.exists(described_teacher(teacher)[0] or teacher):
             raise UserError(
                 f"config.objective.teachers: there is no {teacher!r}; give the workdir of a run, a"
                 " file of weights or a Hugging Face directory"

@@ -10,6 +10,7 @@ import jax
 
 from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, run_files, schema
+from m3i_jax.config.teacher_paths import TEACHERS
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
@@ -19,7 +20,15 @@ from m3i_jax.modes.task_views import task_views
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import run_log, writers
 from m3i_jax.run_files import write_text_atomic
-from m3i_jax.training import checkpoint_dir, debug_dump, goodput, loop, scaling, weight_source
+from m3i_jax.training import (
+    checkpoint_dir,
+    debug_dump,
+    goodput,
+    loop,
+    scaling,
+    teachers,
+    weight_source,
+)
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, SavesFailed
 from m3i_jax.training.task import task_kind
 from m3i_jax.training.trainer import Trainer
@@ -60,6 +69,9 @@ def check_same_run(setup: Setup, position: dict[str, Any] | None, allow_changes:
             write_text_atomic(setup.workdir / "config.txt", privacy.redact(setup.text), noted=True)
             identity = privacy.redact(setup.identity)
             write_text_atomic(setup.workdir / "data.txt", identity, noted=True)
+        if main and (paths := setup.config.objective.teachers):
+            text = teachers.descriptions(paths) + "\n"
+            write_text_atomic(setup.workdir / TEACHERS, text, noted=True)
         if main and not setup.config.traits.views:  # predictions of the run have their names
             names = json.dumps({"classes": setup.classes}, indent=1) + "\n"
             write_text_atomic(setup.workdir / weight_source.CLASSES, names, noted=True)

@@ -74,11 +74,7 @@ def build_optimizer(
             *([("frozen", hold_frozen(parts))] if has_frozen else []),
             *([("snapshot", _snapshot(config, steps))] if has_snapshot else []),
             # zeros are made inside the program that makes the state, with its shardings
-            *(
-                [("teachers", hold_frozen(lambda _: teachers.zero_params(paths)))]
-                if teachers.widths(paths)
-                else []
-            ),
+            *([("teachers", hold_frozen(lambda _: teachers.zero_params(paths)))] if paths else []),
             *targets.center_link(config, terms, steps),
         ),
     )

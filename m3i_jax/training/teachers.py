@@ -11,7 +11,9 @@ B images, S pixels a side, N cells of the run, D width of the teacher.
 
 import dataclasses
 import functools
+import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import schema
+from m3i_jax import run_files, schema
+from m3i_jax.config.teacher_paths import described_teacher
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones, vit
 from m3i_jax.objective.derived_terms import teacher_name
@@ -48,15 +51,48 @@ class Teacher:
 
 
 def widths(paths: Sequence[str]) -> list[int]:
-    """Width of the features of each teacher. Where one does not exist any more, as on a machine
-    that only evaluates the run, there are none; training refuses that before.
+    """Returns the width of the features of each teacher.
+
+    Raises:
+      UserError: one does not exist and no run describes it, or it is no encoder.
 
     >>> widths(())
     []
     """
-    if not all(os.path.exists(path) for path in paths):
-        return []
-    return [open_teacher(path).model.encoder.width for path in paths]
+    return [_layout(path)[0] for path in paths]
+
+
+def descriptions(paths: Sequence[str]) -> str:
+    """Returns the text of teachers.json: what a run has to know of its teachers where their
+    files are not, as on a machine that evaluates it.
+
+    >>> descriptions(())
+    '[]'
+    """
+    return json.dumps([{"width": w, "shapes": dict(s)} for w, s in map(_layout, paths)])
+
+
+@functools.cache
+def _layout(path: str) -> tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]:
+    """(width of the features, shapes of the parameters) of a teacher, by its files or as the run
+    that it trained describes it."""
+    file, number = described_teacher(path)
+    if not file:
+        if not os.path.exists(path):
+            raise UserError(
+                f"{KEY}: there is no {path!r}; give the workdir of a run, a file of weights or a"
+                " Hugging Face directory"
+            )
+        teacher = open_teacher(path)
+        return teacher.model.encoder.width, teacher.shapes
+    advice = f"restore it, or the teachers that {KEY} of the run names"
+    text = run_files.read_run_text(pathlib.Path(file), advice)
+    try:
+        found = json.loads(text)[number]
+        shapes = {str(name): tuple(map(int, shape)) for name, shape in found["shapes"].items()}
+        return int(found["width"]), tuple(shapes.items())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{KEY}: {file}: describes no teacher {number}; {advice}") from error
 
 
 @functools.cache
@@ -133,14 +169,9 @@ def teacher_shapes(paths: Sequence[str]) -> dict[str, Any]:
     >>> teacher_shapes(())
     {}
     """
-    if not widths(paths):
-        return {}
     return {
         teacher_name(number): _nested(
-            {
-                name: jax.ShapeDtypeStruct(shape, jnp.float32)
-                for name, shape in open_teacher(path).shapes
-            }
+            {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in _layout(path)[1]}
         )
         for number, path in enumerate(paths)
     }

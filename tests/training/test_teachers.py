@@ -3,6 +3,7 @@ that they stay as they are. The weights are those of tests/data/make_vit_options
 
 import dataclasses
 import functools
+import shutil
 import types
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
+from m3i_jax.interop import tensor_files
 from m3i_jax.models import m3i, vit
 from m3i_jax.objective import derived_terms, ema, terms
 from m3i_jax.profiling import flops
@@ -265,9 +268,8 @@ def test_an_intern_image_is_a_teacher(tmp_path) -> None:
 def test_eleven_teachers_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiled function returns a dict sorted, in which teacher10 is before teacher2."""
     given = [f"file{k}" for k in range(11)]
-    held = ema.TargetState(
-        count=0, params={name: 0 for name in sorted(f"teacher{k}" for k in range(11))}
-    )
+    names = sorted(f"teacher{k}" for k in range(11))
+    held = ema.TargetState(count=0, params=dict.fromkeys(names))
     state = task.State(step=0, params={}, opt={"teachers": held})
     monkeypatch.setattr(teachers, "load_params", lambda path, layout: path)
     one = types.SimpleNamespace(config=toy.settings(objective__teachers=repr(tuple(given))))
@@ -292,10 +294,46 @@ def test_a_vit_h_of_a_file_without_its_heads_has_16(monkeypatch) -> None:
     assert teacher.model.encoder.heads == 16
 
 
-def test_bad_teachers_are_refused(tmp_path) -> None:
+def test_bad_teachers_are_refused(tmp_path, paths) -> None:
+    """A directory without weights, a path that does not exist, a file that lacks an array, and one
+    that is no encoder: each in one line that names it."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="^config.objective.teachers: "):
-        plan.build_plan(settings((str(tmp_path / "empty"),)))
-    # one that is gone: a run that is only evaluated does not need it
-    gone = plan.build_plan(settings((str(tmp_path / "gone"),)))
-    assert gone.terms == plan.build_plan(toy.settings()).terms
+    weights = tensor_files.read_tensors(paths[0] + "/model.safetensors")
+    arrays = {name: np.asarray(weights[name]) for name in weights.shapes}
+    missing = tmp_path / "missing.safetensors"
+    tensor_files.write_safetensors(
+        missing, {k: v for k, v in arrays.items() if "layer.1.norm1" not in k}
+    )
+    other = tmp_path / "other.safetensors"
+    tensor_files.write_safetensors(other, {"weight": np.zeros((2, 2), np.float32)})
+    for path in (tmp_path / "empty", tmp_path / "gone", missing, other):
+        with pytest.raises(UserError, match="^config.objective.teachers: ") as error:
+            plan.build_plan(settings((paths[1], str(path))))
+        assert str(path) in str(error.value) and "\n" not in str(error.value), error.value
+
+
+def test_a_run_is_evaluated_where_its_teachers_are_not(tmp_path, paths, monkeypatch) -> None:
+    """By what it wrote about them: the same plan, state and features."""
+    moved = [shutil.copytree(path, tmp_path / f"moved{k}") for k, path in enumerate(paths)]
+    config = settings([str(path) for path in moved], objective__forms="distill")
+    run = tmp_path / "run"
+    saved.run(run, config)
+    (run / "teachers.json").write_text(teachers.descriptions(config.objective.teachers))
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    before, state = load.load(str(run)).features(images), m3i_shapes(config)
+    for path in moved:
+        shutil.rmtree(path)
+    teachers._layout.cache_clear()
+    here = configuration.resolve(configuration.load_from_workdir(str(run), "--workdir"))
+    assert here.objective.teachers == (f"{run}/teachers.json#0", f"{run}/teachers.json#1")
+    assert m3i_shapes(here) == state
+    np.testing.assert_array_equal(load.load(str(run)).features(images), before)
+    (run / "teachers.json").write_text("[]")
+    teachers._layout.cache_clear()
+    with pytest.raises(UserError, match=r"teachers\.json: describes no teacher 0; restore it"):
+        plan.build_plan(here)
+
+
+def m3i_shapes(config: schema.Config):
+    one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), toy.VOCABULARY)
+    return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), one.template)
