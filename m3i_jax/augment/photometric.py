@@ -210,8 +210,8 @@ def grayscale(images: jax.Array) -> jax.Array:
 
 
 def solarize(images: jax.Array) -> jax.Array:
-    """Invert values of at least one half: x >= 128/255 becomes 1 - x (8-bit levels 0..127 stay).
-    Any shape.
+    """Invert values of at least one half: x >= 1/2 becomes 1 - x (8-bit levels 0 to 127 stay). Any
+    shape.
 
     >>> (solarize(jnp.array([127, 128, 255]) / 255) * 255).round().tolist()
     [127.0, 127.0, 0.0]

@@ -23,7 +23,8 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FittedImage:
-    """An image whose long side is scaled to the side of a square.
+    """An image whose long side is scaled to the side of a square, or its short side to another
+    number of pixels, if that makes it smaller.
 
     image: uint8 [S, S, 3], the padding at the right and at the bottom is 0. size: (height, width)
     of the content. original: those of the image. objects: None if its source annotates none."""

@@ -39,6 +39,7 @@ PROTOCOLS = ("coco", "lvis")
 MOST = {"coco": 100, "lvis": 300}  # detections: per image and class; per image
 AREAS = ("all", "small", "medium", "large")  # limits at 32^2 and 96^2 pixels
 KINDS = {"bbox": "box", "segm": "mask"}
+_BEYOND = "boxes beyond dense.detect.candidates"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -328,11 +329,13 @@ def _metrics(tables: _Tables, frequency: Sequence[str], most: int) -> Iterator[t
 
 @dataclasses.dataclass(frozen=True)
 class DetectionEvaluation:
-    """Detections of all held-out images, on every host, and their scores by kind, box and mask."""
+    """Detections of all held-out images, on every host, and their scores by kind, box and mask;
+    beyond: scored boxes of all images that were more than `dense.detect.candidates`."""
 
     categories: CategoryTable
     results: list[DetectionResult]
     scores: dict[str, DetectionScores]
+    beyond: int = 0
 
 
 def detections(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
@@ -342,6 +345,7 @@ def detections(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
 
 def _detect(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
     skipped: dict[str, int] = {}
+    beyond = 0
     own, known = [], np.arange(len(inputs.held_out.classes))
     known[len(inputs.classes) :] = -1  # classes that the run does not predict
     predicted = annotated_inputs.predicted_images(
@@ -358,7 +362,10 @@ def _detect(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
             image.outputs, content=fitted.size, size=fitted.original
         )
         own.append(DetectionResult(truth, found))
-    context.skipped.update(gather_from_hosts(skipped))
+        beyond += int(image.outputs.get("cut", 0))
+    counts = gather_from_hosts({**skipped, _BEYOND: beyond})
+    beyond = counts.pop(_BEYOND)
+    context.skipped.update(counts)
     results = detection_results.gather_results(own)
     categories = detection_results.category_table(inputs.held_out, inputs.classes)
     protocol = "lvis" if categories.frequency else "coco"
@@ -367,14 +374,17 @@ def _detect(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
         KINDS[kind]: detection_scores(results, categories, kind=kind, protocol=protocol)
         for kind in kinds
     }
-    return DetectionEvaluation(categories, results, scores)
+    return DetectionEvaluation(categories, results, scores, beyond)
 
 
 def _build(inputs: EvalInputs) -> Metric:
     def measure(context: EvalContext) -> Iterator[tuple[str, float]]:
-        for kind, scores in detections(inputs, context).scores.items():
+        found = detections(inputs, context)
+        for kind, scores in found.scores.items():
             for name, value in scores.metrics.items():
                 yield f"eval/{kind}/{name}", value
+        if found.beyond:
+            yield "eval/box/beyond_candidates", float(found.beyond)
 
     return measure
 

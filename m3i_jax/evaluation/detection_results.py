@@ -432,7 +432,7 @@ def _unpack(row: dict[str, Any]) -> DetectionResult:
     return DetectionResult(ImageTruth(**truth), ImageDetections(**found))
 
 
-# boxes of annotations are float64 in files, and decide ties
+# as of annotations: boxes decide ties
 _ARRAYS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
     ("boxes", np.float64, (4,)),
     ("scores", np.float64, ()),

@@ -5,7 +5,7 @@ network chooses, and adds them with softmax weights. There are four exact forms:
 
 dense    products with the matrix of bilinear weights, for whole maps or bands (`dcnv3_dense`)
 kernel   the same without that matrix in HBM, for TPUs (`dcnv3_tpu`; `dcnv3_windows` for maps that
-         VMEM cannot hold)
+         VMEM cannot hold) and GPUs (`dcnv3_gpu`)
 fused    a loop that reads the four cells around each sample where it adds them, for CPUs
          (`dcnv3_cpu`)
 gather   one gather of those cells, packed side by side (as Scenic's deformable attention), which
@@ -175,9 +175,9 @@ def dcnv3(
       offset_scale: factor of the points and of the offsets (2 in InternImage-L and XL).
       remove_center: omit the middle point.
       method: dense, band (dense over the rows that samples touch), kernel, fused, gather, or auto:
-        that of `choose`. The numbers are equal to rounding. The kernel runs on TPUs in bfloat16 or
-        float32, elsewhere interpreted; auto takes it where every device computes its own rows: on
-        one device, in a mesh set with jax.set_mesh, or inside shard_map.
+        that of `choose`. The numbers are equal to rounding. The kernel runs on TPUs and GPUs in
+        bfloat16 or float32, elsewhere interpreted; auto takes it where every device computes its
+        own rows: on one device, in a mesh set with jax.set_mesh, or inside shard_map.
 
     Returns:
       [B, I, J, C] in the type of x.

@@ -3,8 +3,8 @@
 Dense layers multiply [B * T, D], so that no backend pads a short token axis. Layer norm, GELU and
 attention have custom backward passes: autodiff would keep several float32 copies of every
 activation, these keep the input (and two numbers a row), or q, k, v and the attention weights, in
-the compute precision. None of them computes a matrix product twice, except on TPUs, where a kernel
-computes the attention and keeps no weights (attention_tpu). The tensors that the remat policy
+the compute precision. None of them computes a matrix product twice, except where a kernel computes
+the attention and keeps no weights (attention_tpu, attention_gpu). The tensors that the remat policy
 `names` of scan_blocks may keep are named here.
 
 B batch, T tokens, Q query rows, D width, H heads, E = D / H, L blocks.

@@ -254,7 +254,7 @@ def flops_a_step(setup: Setup) -> float:
         parallel.make_mesh((1, 1, 1), jax.devices()[:1]),
         setup.tokenizer.vocabulary if setup.tokenizer else 0,
     )
-    return monitoring.model_flops(trainer)
+    return monitoring.mean_flops(trainer)
 
 
 def compare_notes(

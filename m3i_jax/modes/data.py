@@ -158,7 +158,7 @@ def chips_fed(config: schema.Config, vocabulary: int, supply: float) -> dict[str
     step_trainer = trainer.Trainer(
         dataclasses.replace(config, train=train, optim=optim), one, vocabulary
     )
-    cost, mfu = monitoring.model_flops(step_trainer) / config.train.batch_size, config.report.mfu
+    cost, mfu = monitoring.mean_flops(step_trainer) / config.train.batch_size, config.report.mfu
     rows = [
         (kind, chip.peak, chip.peak * mfu / cost, supply * cost / (chip.peak * mfu))
         for kind, chip in CHIPS.items()

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from m3i_jax import interrupts, parallel, run_files, schema
+from m3i_jax.data import geometry
 from m3i_jax.profiling import flops, hardware, trace
 from m3i_jax.training import goodput, step
 from m3i_jax.training.trainer import Trainer, abstract_batch
@@ -40,15 +41,33 @@ def without_remat(config: schema.Config) -> schema.Config:
     return dataclasses.replace(config, model=model, dense=dense)
 
 
-def model_flops(trainer: Trainer) -> float:
+def model_flops(trainer: Trainer, canvas: tuple[int, int] = (0, 0)) -> float:
     """Returns matrix FLOPs of one step of the model, without those that rematerialisation and
-    microbatches add."""
+    microbatches add, on images of this height and width, or on the largest that there are."""
     plain = without_remat(trainer.config)
     plain = dataclasses.replace(plain, train=dataclasses.replace(plain.train, microbatches=1))
     run = functools.partial(
         step.train_step, dataclasses.replace(trainer.task, config=plain), trainer.tx
     )
-    return flops.count_flops(run, trainer.template, abstract_batch(plain)).total
+    batch = abstract_batch(plain)
+    if any(canvas):
+        image = batch["image"]
+        batch["image"] = image.update(shape=(image.shape[0], *canvas, 3))
+    return flops.count_flops(run, trainer.template, batch).total
+
+
+def mean_flops(trainer: Trainer) -> float:
+    """Returns `model_flops` of the mean step of a run, whose batches may have different canvases.
+    Between the smallest and the largest, FLOPs grow with the number of pixels."""
+    largest = model_flops(trainer)
+    canvases = geometry.bucket_canvases(trainer.config.dense.geometry)
+    pixels = [height * width for height, width in canvases]
+    if len(set(pixels)) < 2:
+        return largest
+    least, most = min(pixels), max(pixels)
+    smallest = model_flops(trainer, canvases[pixels.index(least)])
+    share = (sum(pixels) / len(pixels) - least) / (most - least)
+    return smallest + share * (largest - smallest)
 
 
 def make_clock(
@@ -73,7 +92,7 @@ def make_clock(
                 " that of one chip"
             )
     else:
-        clock.flops, clock.peak = model_flops(trainer), peak.flops * peak.chips
+        clock.flops, clock.peak = mean_flops(trainer), peak.flops * peak.chips
         log(
             f"{flops.format_flops(clock.flops)} a step; MFU against {peak.chips:g} x {peak.name}"
             f" of {peak.flops / 1e12:,.4g} TFLOP/s"

@@ -242,7 +242,7 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
     )
     if unpublished := views.unpublished(done):
         print(f"{unpublished}\n")
-    total = monitoring.model_flops(step_trainer)
+    total = monitoring.mean_flops(step_trainer)
     amounts = _amounts(config, step_trainer, total, state, views.unit(done))
     print(text_table.text_table(amounts, ("what", "how much")))
     mfu = done.report.mfu

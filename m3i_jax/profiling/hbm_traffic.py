@@ -29,6 +29,8 @@ _FREE |= {
     "opt-barrier",
 }
 _SLICES = {"dynamic-slice", "slice", "gather"}
+# what such an instruction returns begins with its operands
+_ALIASED = {"all-gather-start", "collective-permute-start"}
 
 
 def hbm_traffic(program: HloProgram) -> float:
@@ -65,6 +67,10 @@ def _moved(program: HloProgram, each: HloInstruction) -> float:
         )
     if each.opcode == "copy-start":
         return _hbm_bytes(operands[0]) + _hbm_bytes(each.arrays[:1])
+    if each.opcode in _ALIASED:  # (operands, results, contexts of four bytes)
+        given = sum(map(len, operands))
+        results = [array for array in each.arrays[given:] if array.bytes > 4]
+        return sum(map(_hbm_bytes, operands)) + _hbm_bytes(results)
     if 'custom_call_target="AllocateBuffer"' in each.text:
         return 0.0
     if each.opcode != "fusion":

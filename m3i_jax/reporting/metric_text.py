@@ -59,6 +59,15 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             ),
             _accuracy("embedding/same_class", "images whose nearest neighbour is of their class"),
             MetricText(
+                "eval/box/beyond_candidates",
+                "boxes",
+                "of all images, scored boxes that suppression did not see, since there were more"
+                " than dense.detect.candidates: with more, AP may be higher",
+                "absent",
+                score=False,
+                note=True,
+            ),
+            MetricText(
                 "eval/box/*",
                 "share",
                 "average precision (AP) and recall (AR) of boxes by the rules of COCO or LVIS; also"

@@ -310,7 +310,8 @@ class Segment:
         "auto",
         "what is averaged over scales and mirrored images; auto: probabilities, which for the masks"
         " of mask2former are the sums over its queries, as they are (its authors'); softmax: the"
-        " softmax also of those sums (mmsegmentation, InternImage)",
+        " softmax also of those sums, which are resized instead of the masks (mmsegmentation,"
+        " InternImage)",
         "auto",
         "softmax",
     )

@@ -233,11 +233,11 @@ def mask2former(maps, shapes):
             multi_scale_features=pixels.multi_scale_features, mask_features=pixels.mask_features
         )
         classes = whole.C(made.intermediate_hidden_states[-1].transpose(0, 1))
-        masks = F.interpolate(
-            made.masks_queries_logits[-1], (case.SIDE, case.SIDE), mode="bilinear"
-        )
-        scores = torch.einsum("bqk,bqhw->bhwk", classes.softmax(-1)[..., :-1], masks.sigmoid())
-    return {"logits": scores[:, ::4, ::4].numpy()}
+        masks = made.masks_queries_logits[-1].sigmoid()
+        # InternImage's copy of mmsegmentation resizes the scores, Mask2Former's authors the masks
+        scores = torch.einsum("bqk,bqhw->bkhw", classes.softmax(-1)[..., :-1], masks)
+        scores = F.interpolate(scores, (case.SIDE, case.SIDE), mode="bilinear")
+    return {"logits": scores.permute(0, 2, 3, 1)[:, ::4, ::4].numpy()}
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from m3i_jax.modes import monitoring, profile, train
 from m3i_jax.profiling import flops
 from m3i_jax.training import goodput, loop, trainer
 from tests import toy
+from tests.dense_toy import dense_settings
 
 
 def made(**changes: Any) -> trainer.Trainer:
@@ -35,6 +36,21 @@ def test_model_flops_are_those_of_the_plain_step() -> None:
     ).total
     # rematerialisation adds no FLOPs of the model
     assert monitoring.model_flops(again) == wanted < counted
+
+
+@pytest.mark.slow
+def test_the_mean_step_is_that_of_the_mean_canvas() -> None:
+    """Of three canvases: FLOPs of convolutions are proportional to the pixels; those of heads of
+    proposals, which do not depend on them, are the same in all."""
+    changes = {
+        "dense__geometry__rule": "buckets",
+        "dense__geometry__buckets": (64, 64, 64, 128, 128, 128),
+    }
+    config = dense_settings("detect", **toy.INTERN, **changes)
+    one = trainer.Trainer(config, parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
+    counts = [monitoring.model_flops(one, side) for side in ((64, 64), (64, 128), (128, 128))]
+    assert counts[2] == monitoring.model_flops(one) > counts[1] > counts[0]
+    assert monitoring.mean_flops(one) == pytest.approx(np.mean(counts), rel=2e-3)
 
 
 def test_mfu_needs_a_known_peak() -> None:

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from m3i_jax import parallel
-from m3i_jax.profiling import hlo
+from m3i_jax.profiling import hbm_traffic, hlo
 
 # A scan of 12 turns whose counter starts at 2, as a peeled loop's does, and in it a reduced
 # gradient and a gathered weight.
@@ -118,6 +118,22 @@ def test_of_what_a_device_receives_a_part_comes_from_other_hosts(line: str, outs
         pytest.approx(outside)
     ]
     assert [traffic.outside for traffic in hlo.collective_traffic(program).values()] == [0.0]
+
+
+def test_an_asynchronous_collective_reads_its_operand_and_writes_its_result() -> None:
+    """Its result is a tuple that begins with the operand, and may end in contexts."""
+    program = hlo.parse_hlo(SPREAD)
+    permute = program.computations["main"]["s"]
+    assert hbm_traffic.instruction_traffic(program, permute) == 2 * 64 * 64 * 4
+    text = (
+        "HloModule m\nENTRY %e (a: f32[8,64]) -> f32[64,64] {\n  %a = f32[8,64]{1,0} parameter(0)\n"
+        "  %s = (f32[8,64]{1,0}, f32[64,64]{1,0}, u32[], u32[]) all-gather-start(%a),"
+        " dimensions={0}\n"
+        "  ROOT %d = f32[64,64]{1,0} all-gather-done(%s)\n}\n"
+    )
+    program = hlo.parse_hlo(text)
+    moved = hbm_traffic.instruction_traffic(program, program.computations["e"]["s"])
+    assert moved == (8 + 64) * 64 * 4
 
 
 def test_what_is_spread_over_fusions_counts_once_and_a_kept_slice_is_a_scatter() -> None:

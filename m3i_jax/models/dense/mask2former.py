@@ -92,4 +92,4 @@ def semantic_scores(
     """
     masks = jax.nn.sigmoid(resize_bilinear(masks_BxhxwxQ.astype(jnp.float32), size))
     share = jax.nn.softmax(classes_BxQxK1.astype(jnp.float32))[..., :-1]
-    return jnp.einsum("bhwq,bqk->bhwk", masks, share)
+    return jnp.einsum("bhwq,bqk->bhwk", masks, share, precision=jax.lax.Precision.HIGHEST)

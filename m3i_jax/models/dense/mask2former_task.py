@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from m3i_jax import schema
 from m3i_jax.models.dense import mask2former
+from m3i_jax.models.dense.map_sampling import resize_bilinear
 from m3i_jax.models.dense.mask2former_losses import (
     class_masks,
     mask2former_losses,
@@ -117,6 +118,12 @@ def mask2former_logits(
     maps: Mapping[int, jax.Array],
     size: tuple[int, int],
 ) -> jax.Array:
-    """Scores of the categories at the size of the images, from the last predictions."""
+    """Scores of the categories at the size of the images, from the last predictions: of resized
+    masks, or, as mmsegmentation has them, scores of masks that are resized."""
     made = mask2former.apply(settings, params, maps)
-    return mask2former.semantic_scores(made.classes_SxBxQxK1[-1], made.masks_SxBxhxwxQ[-1], size)
+    classes_BxQxK1, masks_BxhxwxQ = made.classes_SxBxQxK1[-1], made.masks_SxBxhxwxQ[-1]
+    if settings.test_average != "softmax":
+        return mask2former.semantic_scores(classes_BxQxK1, masks_BxhxwxQ, size)
+    _, h, w, _ = masks_BxhxwxQ.shape
+    scores_BxhxwxK = mask2former.semantic_scores(classes_BxQxK1, masks_BxhxwxQ, (h, w))
+    return resize_bilinear(scores_BxhxwxK, size)

@@ -75,7 +75,8 @@ def masked_decoder_shapes(settings: schema.Segment | schema.Detect, classes: int
 
 def masked_decoder_values(path: str, shape: tuple[int, ...]) -> InitSpec:
     """First values: queries, their positions and levels N(0, 1); Xavier-uniform matrices, those of
-    query, key and value as one; classifier and embedding of masks uniform within 1 / sqrt(D).
+    query, key and value as one; those of the classifier and of the embedding of masks uniform
+    within 1 / sqrt(D); biases 0, where PyTorch's are uniform within that, too.
 
     >>> masked_decoder_values("layer_0/norm/scale", (8,))
     ('constant', 1.0)
