@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from m3i_jax import interrupts
+from m3i_jax.data import region_texts
 from m3i_jax.data.reencode import UNCHANGED, Reencoding
 from m3i_jax.data.sources import array_record, base, shared_files, tar_shards
 from m3i_jax.data.sources.base import DataSource, Record
@@ -57,12 +58,18 @@ def shard_count(records: int) -> int:
 
 
 def shard_path(directory: str, shard: int, shards: int, form: ShardFormat = ARRAY_RECORD) -> str:
-    """Returns the path of one shard.
+    """Returns the path of one shard. Sorted by name, the shards are in their order.
 
-    >>> shard_path("out", 3, 8)
-    'out/pictures-00003-of-00008.array_record'
+    >>> shard_path("out", 3, 8), shard_path("out", 3, 107_911, TAR)
+    ('out/pictures-00003-of-00008.array_record', 'out/pictures-000003-of-107911.tar')
     """
-    return os.path.join(directory, f"{NAME}-{shard:05d}-of-{shards:05d}{form.ending}")
+    digits = _digits(shards)
+    name = f"{NAME}-{shard:0{digits}d}-of-{shards:0{digits}d}{form.ending}"
+    return os.path.join(directory, name)
+
+
+def _digits(shards: int) -> int:
+    return max(5, len(str(shards)))
 
 
 def shard_rows(records: int, shard: int, shards: int) -> range:
@@ -90,7 +97,7 @@ def check_plan(
         UserError: the directory holds another conversion, or other shards; or the source
             has annotations, which a shard does not hold.
     """
-    if base.map_classes(source) or base.object_table(source) is not None:
+    if region_texts.has_objects(source) or region_texts.has_maps(source):
         raise UserError(
             f"{source.name} has objects or class maps, which shards would lose: train"
             " on its files themselves"
@@ -112,6 +119,14 @@ def check_plan(
             raise UserError(
                 f"--workdir {directory}: {foreign[0]!r} is not from this conversion: choose another"
                 " directory"
+            )
+    for name in names:  # earlier versions wrote five digits, which sort in another order
+        number = re.match(rf"{NAME}-(\d+)-of-", name)
+        if number and len(number[1]) != _digits(shards):
+            raise UserError(
+                f"--workdir {directory}: {name!r} has a number of {len(number[1])} digits, as"
+                f" earlier versions wrote it, and {shards:,} shards need {_digits(shards)} to be"
+                " read in their order: choose another directory"
             )
     # of hosts that start together, the first writes it, and all have the plan that is there then
     content = json.dumps(plan, ensure_ascii=False).encode("utf-8", "replace")

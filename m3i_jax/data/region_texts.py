@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from m3i_jax.data.sources.base import DataSource, object_table
+from m3i_jax.data.sources.base import DataSource, inner_sources, map_classes, object_table
 from m3i_jax.data.sources.objects import Objects
 
 BINS = 500
@@ -33,9 +33,16 @@ def has_objects(source: DataSource) -> bool:
     >>> has_objects([])
     False
     """
-    inner = getattr(source, "source", None)
-    parts = [*getattr(source, "sources", ()), *([] if inner is None else [inner])]
-    return object_table(source) is not None or any(map(has_objects, parts))
+    return object_table(source) is not None or any(map(has_objects, inner_sources(source)))
+
+
+def has_maps(source: DataSource) -> bool:
+    """Returns whether a source, or one of a mixture, has class maps.
+
+    >>> has_maps([])
+    False
+    """
+    return bool(map_classes(source)) or any(map(has_maps, inner_sources(source)))
 
 
 def object_in_view(

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from m3i_jax import schema
-from m3i_jax.data.sources import base, keep_list, mixture, registry
+from m3i_jax.data.sources import base, keep_list, mixture, registry, relabelled
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.errors import UserError
 
@@ -49,11 +49,11 @@ def open_source(data: schema.Data, *, cache: str = "") -> DataSource:
             " that split by itself"
         )
     sources = [
-        _keep(
-            registry.open_kind(entry.kind, entry.path, entry.split, data, cache=cache), keep, cache
-        )
+        _open_kept(entry, entry.split, keep, data, cache)
         for entry, keep in zip(entries, keep_paths(data, len(entries)), strict=True)
     ]
+    kinds = [entry.kind for entry in entries]
+    registry.name_classes(data, list(zip(kinds, sources, strict=True)))
     return mixture.join_sources(data, entries, sources)
 
 
@@ -85,6 +85,9 @@ def open_splits(data: schema.Data, *, cache: str = "") -> tuple[DataSource, Data
     pairs = [
         _open_pair(entry, keep, data, cache) for entry, keep in zip(entries, keeps, strict=True)
     ]
+    opened = zip(entries, pairs, strict=True)
+    registry.name_classes(data, [(entry.kind, part) for entry, pair in opened for part in pair])
+    pairs = [(train, _with_classes_of(train, held_out)) for train, held_out in pairs]
     train, held_out = (
         mixture.join_sources(data, entries, part) for part in zip(*pairs, strict=True)
     )
@@ -121,8 +124,25 @@ def keep_paths(data: schema.Data, count: int) -> list[str]:
     return ["" if path == "all" else path for path in data.keep or ("all",) * count]
 
 
-def _keep(source: DataSource, keep: str, cache: str) -> DataSource:
+def _open_kept(
+    entry: mixture.MixtureEntry, split: str, keep: str, data: schema.Data, cache: str
+) -> DataSource:
+    """Opens what a run trains on, or reads as a whole: a single class distinguishes nothing there,
+    and is dropped before a keep-list gives labels."""
+    source = registry.open_kind(entry.kind, entry.path, split, data, cache=cache)
+    if drop := getattr(source, "drop_single_class", None):
+        drop()
     return keep_list.keep_records(source, keep, cache=cache) if keep else source
+
+
+def _with_classes_of(train: DataSource, held_out: DataSource) -> DataSource:
+    """Returns the held-out part with its labels renumbered to the classes of the training part."""
+    ids = [getattr(source, "class_ids", ()) for source in (held_out, train)]
+    if held_out.classes == train.classes and ids[0] == ids[1]:
+        return held_out
+    renumbered = relabelled.RelabelledSource(held_out, train.classes, ids if all(ids) else ())
+    renumbered.class_ids = tuple(ids[1])  # a mixture joins both parts alike
+    return renumbered
 
 
 def _open_pair(
@@ -137,8 +157,7 @@ def _open_pair(
         source.note = splits.note
         return train, held_out
     if not entry.held_out:
-        source = registry.open_kind(entry.kind, entry.path, entry.split, data, cache=cache)
-        source = _keep(source, keep, cache)
+        source = _open_kept(entry, entry.split, keep, data, cache)
         train, held_out = (
             base.split_by_hash(source, data.holdout, part) for part in ("train", "held_out")
         )
@@ -164,21 +183,14 @@ def _open_pair(
             f"{held_out_setting}={entry.held_out!r} is also the training split: hold another split"
             " out, or set data.holdout"
         )
-    train, held_out = (
-        registry.open_kind(entry.kind, entry.path, split, data, cache=cache)
-        for split in (train_split, entry.held_out)
-    )
+    train = _open_kept(entry, train_split, keep, data, cache)
+    held_out = registry.open_kind(entry.kind, entry.path, entry.held_out, data, cache=cache)
     if not keep and (shared := _find_shared(train, held_out)):
         raise UserError(
             f"{held_out_setting}={entry.held_out!r} holds out images that {train_setting}="
             f"{train_split!r} trains on, those of {shared!r}: give two splits that share none, or"
             " a keep-list of the images to train on (data.keep)"
         )
-    ids = [getattr(source, "class_ids", ()) for source in (held_out, train)]
-    train = _keep(train, keep, cache)
-    if held_out.classes != train.classes or ids[0] != ids[1]:
-        held_out = mixture.RelabelledSource(held_out, train.classes, ids if all(ids) else ())
-        held_out.class_ids = tuple(ids[1])  # a mixture joins both parts alike
     return train, held_out
 
 

@@ -86,6 +86,7 @@ def run(
         _with_captions(config, "auto") if text_tower else config,
         workdir,
         trains=[config.objective.forms],
+        draws_batches=False,
     )
     # the checkpoint too: while the run trains, hosts may see different newest ones
     distributed.assert_same_on_all_hosts("data", {"data": setup.identity, "checkpoint": str(step)})

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import ml_collections
 
 from m3i_jax import schema
-from m3i_jax.data.sources import array_record, mixture, registry
+from m3i_jax.data.sources import array_record, folder, mixture, registry
 from m3i_jax.data.sources.mixture import MixtureEntry
 from m3i_jax.errors import UserError, shorten
 
@@ -146,7 +146,12 @@ def _kind_of_path(path: str, task: str) -> str:
     if "state.json" in names or "dataset_dict.json" in names:  # written by save_to_disk
         return "hugging_face"
     for ending, kind in ((array_record.ENDING, "array_record"), (".tar", "tars")):
-        if any(name.endswith(ending) for name in names):
+        if file := next((name for name in names if name.endswith(ending)), ""):
+            if images := folder.folder_with_images(expanded):
+                raise UserError(
+                    f"--data={shorten(path)}: holds {file} and a folder of images, {images}/: give"
+                    f" {kind}:{path} or folder:{path}"
+                )
             return kind
     return "folder"
 

@@ -159,7 +159,11 @@ def with_objective(config: schema.Config, forms: tuple[str, ...]) -> schema.Conf
 
 
 def open_setup(
-    config: schema.Config, workdir: str, *, trains: Iterable[tuple[str, ...]] = ()
+    config: schema.Config,
+    workdir: str,
+    *,
+    trains: Iterable[tuple[str, ...]] = (),
+    draws_batches: bool = True,
 ) -> Setup:
     """Open the data of a configuration and complete it.
 
@@ -168,6 +172,8 @@ def open_setup(
       workdir: directory of the data index and the tokenizer.
       trains: objectives (tuples of forms) that will be trained. If none of them reads captions,
         captions are not tokenized, unless `data.captions` is "yes". Empty: all data are opened.
+      draws_batches: batches of training will be drawn, so the data need what these read; data to
+        evaluate on may lack it.
     """
     backbones.validate_backbone(config)  # before data are opened, which may take minutes
     path = pathlib.Path(workdir)
@@ -183,7 +189,8 @@ def open_setup(
     train, names = kind.training_records(train), kind.class_names(train)
     count = len(names) if config.data.classes < 0 else config.data.classes
     captions = pipeline.uses_captions(config.data, train)
-    pipeline.require_regions(config.data, train)
+    if draws_batches:
+        pipeline.require_regions(config.data, train)
     done = complete_config(config, classes=count, captions=captions, size=len(train))
     # refused here, before a vocabulary is learnt
     plans = [build_plan(with_objective(done, forms)) for forms in trains]

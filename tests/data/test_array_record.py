@@ -72,6 +72,21 @@ def test_round_trip(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_an_index_grows_with_its_shards(tmp_path, monkeypatch):
+    """One of 107,911 shards has more bytes than an index without them may have."""
+    written = [bare(r) for r in write(tmp_path, 5)]
+    index = tmp_path / "dataset.json"
+    monkeypatch.setattr(array_record_source, "INDEX_LIMIT", 100)
+    assert len(index.read_bytes()) > 500
+    source = ArrayRecordSource(str(tmp_path))
+    assert [source[i] for i in range(5)] == written
+    # those of earlier versions have one value a line
+    index.write_text(json.dumps(json.loads(index.read_text()), indent=1))
+    assert ArrayRecordSource(str(tmp_path)).fingerprint() == source.fingerprint()
+    index.write_text(index.read_text() + " " * 10_000 + "x")
+    assert len(ArrayRecordSource(str(tmp_path))) == 5  # what lies behind the limit is not read
+
+
 def test_pixels_are_kept_without_loss(make):
     pixels = make.smooth(20, 30)
     assert (

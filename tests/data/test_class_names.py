@@ -1,12 +1,14 @@
 """Names of WordNet ids and numbers, from the usual files."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import splits
-from m3i_jax.data.sources import class_names
+from m3i_jax.data.sources import base, class_names, keep_list, registry
 from m3i_jax.errors import UserError
 
 IDS = {
@@ -132,6 +134,74 @@ def test_names_of_numbers(tmp_path, make, name, content):
         schema.Data(source="tars", path=str(tmp_path), class_names=str(tmp_path / name))
     )
     assert source.classes == ("ant", "bee", "cat") and source[0].label == 1
+
+
+@pytest.fixture
+def mixed_tars(tmp_path, make) -> tuple[str, str]:
+    """Captioned tars, labelled tars, and a file of names."""
+    members = {
+        "captioned": [("1.jpg", b"x"), ("1.txt", b"a cat")],
+        "labelled": [("2.jpg", b"x"), ("2.cls", b"1"), ("3.jpg", b"x"), ("3.cls", b"2")],
+    }
+    for name, content in members.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.tar").write_bytes(make.tar_bytes(content))
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    return tuple(f"tars:{tmp_path / name}" for name in members)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_names_of_a_mixture_with_a_source_without_labels(mixed_tars, tmp_path, order):
+    names = str(tmp_path / "names.txt")
+    data = schema.Data(source="mixture", mixture=mixed_tars[::order], class_names=names)
+    train, held_out = splits.open_splits(dataclasses.replace(data, holdout=0.0))
+    for source in (splits.open_source(data), train):
+        assert source.classes == ("ant", "bee", "cat") and source.captions
+        labels = {record.key: record.label for record in map(source.__getitem__, range(3))}
+        assert labels == {"1": -1, "2": 1, "3": 2}
+    assert held_out.classes == train.classes
+    # a name of none of the sources is refused, as that of a single one
+    (tmp_path / "names.txt").write_text("n01440764 tench\n")
+    (tmp_path / "names.json").write_text('{"tench": "Tinca tinca"}')
+    other = dataclasses.replace(data, class_names=str(tmp_path / "names.json"))
+    for open_data in (splits.open_source, splits.open_splits):
+        with pytest.raises(
+            UserError, match="names 1 classes, but none of the source's \\('0', '1'"
+        ):
+            open_data(other)
+
+
+def test_names_of_the_labels_of_a_keep_list(mixed_tars, tmp_path):
+    pytest.importorskip("pyarrow")
+    path = str(tmp_path / "keep.parquet")
+    keep_list.write_keep_list(path, ["1"], label=[2])
+    data = schema.Data(
+        source="tars",
+        path=mixed_tars[0].removeprefix("tars:"),
+        keep=(path,),
+        class_names=str(tmp_path / "names.txt"),
+        holdout=0.0,
+    )
+    for source in (splits.open_source(data), splits.open_splits(data)[0]):
+        assert source.classes == ("ant", "bee", "cat") and source[0].label == 2
+    with pytest.raises(UserError, match=r"none of the source's \(none\)"):
+        splits.open_source(dataclasses.replace(data, keep=()))
+
+
+def test_a_kept_source_of_maps_keeps_its_names(tmp_path):
+    """It has read the file itself, by which its classes would be named twice."""
+
+    class Named:
+        name, captions, classes, names_its_classes = "named", False, ("0", "1"), True
+
+        def __len__(self) -> int:
+            return 3
+
+    part = base.SubsetSource(Named(), np.arange(2), "part", "part")
+    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    settings = schema.Data(source="maps", path="/m", class_names=str(tmp_path / "names.txt"))
+    registry.name_classes(settings, [("maps", part)])
+    assert part.classes == ("0", "1")
 
 
 def test_refusals(tmp_path):

@@ -183,6 +183,17 @@ def test_lists_that_are_refused(columns: Any, why: str, tmp_path: pathlib.Path) 
     assert "\n" not in str(error.value)
 
 
+def test_what_was_left_out_is_not_kept(tmp_path: pathlib.Path) -> None:
+    """The directory of --mode=curate holds both lists."""
+    keep = write(tmp_path / "keep.parquet", key=["k1", "k2"])
+    columns = {"key": ["k3"], "reason": ["equal file"], "copy_of": ["k1"]}
+    left_out = write(tmp_path / "left_out.parquet", **columns)
+    with pytest.raises(UserError, match="'left_out.parquet' lists what .* give the keep-list"):
+        keep_list.keep_records(Numbers(), str(tmp_path))
+    assert len(keep_list.keep_records(Numbers(), keep)) == 2
+    assert len(keep_list.keep_records(Numbers(), left_out)) == 1  # by its name it is meant
+
+
 def test_files_that_are_refused(tmp_path: pathlib.Path) -> None:
     good = pathlib.Path(write(tmp_path / "a.parquet", key=["k1"])).read_bytes()
     for name, content, why in (

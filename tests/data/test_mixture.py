@@ -38,6 +38,28 @@ def test_entries(text, entry):
     assert mixture.parse_entry(text) == mixture.MixtureEntry(*entry)
 
 
+def test_splits_with_a_slash(tmp_path):
+    """@ is part of a path unless what is before it, or the split, shows that it is none."""
+    folder = tmp_path / "me@home"
+    (folder / "coco").mkdir(parents=True)
+
+    def parts(text: str) -> tuple[str, str, str]:
+        entry = mixture.parse_entry(text)
+        return entry.path, entry.split, entry.held_out
+
+    train, held = "annotations/lvis_v1_train.json", "annotations/lvis_v1_val.json"
+    assert parts(f"coco:/data/coco@{train}|{held}") == ("/data/coco", train, held)
+    assert parts(f"coco:/data/coco@{train}") == ("/data/coco", train, "")
+    assert parts("tars:/d@train/*.tar|val/*.tar=3") == ("/d", "train/*.tar", "val/*.tar")
+    assert parts("tars:gs://b/d@train/*.tar|val/*.tar") == ("gs://b/d", "train/*.tar", "val/*.tar")
+    assert parts("tars:gs://me@b/d/*.tar") == ("gs://me@b/d/*.tar", "", "")
+    assert parts(f"tars:{folder}@train/*.tar") == (str(folder), "train/*.tar", "")
+    assert parts(f"coco:{folder}/coco@{train}") == (f"{folder}/coco", train, "")
+    assert parts(f"coco:{folder}/coco") == (f"{folder}/coco", "", "")  # it exists
+    assert parts(f"folder:{folder}/new/x") == (f"{folder}/new/x", "", "")
+    assert parts(f"folder:{folder}@/other/train") == (str(folder), "/other/train", "")
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

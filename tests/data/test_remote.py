@@ -48,6 +48,12 @@ def test_the_same_records_as_on_disk(bucket, glob):
     assert ForkingPickler.loads(ForkingPickler.dumps(source))[5] == local[5]
 
 
+def test_a_split_takes_the_place_of_a_pattern(bucket):
+    url, _ = bucket
+    some = splits.open_source(schema.Data(source="tars", path=f"{url}/*.tar", split="1*.tar"))
+    assert some.files == [f"{url}/1.tar"] and len(some) == 20
+
+
 def test_only_ranges_are_read(bucket, monkeypatch):
     source = TarSource(bucket[0])
     read = []

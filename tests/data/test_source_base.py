@@ -58,8 +58,11 @@ def test_every_extension_in_any_case(fill):
 
 
 def test_one_sub_folder_is_not_a_class(fill):
-    assert FolderSource(str(fill({"images/a.jpg": b"", "images/b.jpg": b""}))).classes == ()
-    assert FolderSource(str(fill({"images/a.jpg": b"", "texts/a.txt": b""}, "other"))).classes == ()
+    for folder, other in (("one", "images/b.jpg"), ("other", "texts/a.txt")):
+        path = fill({"images/a.jpg": b"", other: b""}, folder)
+        data = schema.Data(source="folder", path=str(path), holdout=0.0)
+        for source in (splits.open_source(data), splits.open_splits(data)[0]):
+            assert source.classes == () and source[0].label == -1
 
 
 def test_files_that_are_ignored(fill, tmp_path):

@@ -79,6 +79,28 @@ def test_a_split_without_labels_cannot_judge_categories(fill):
     )
 
 
+def test_one_category_is_held_out(fill):
+    """Its images have the label that the training part gives to their folder."""
+    train, held = opened(fill(images("train/ant", "train/bee", "val/bee")))
+    assert train.classes == held.classes == ("ant", "bee")
+    assert [held[i].label for i in range(len(held))] == [1, 1, 1]
+    # a training part with one category has none
+    train, held = opened(fill(images("train/bee", "val/ant", "val/bee"), "one"))
+    assert train.classes == held.classes == ()
+    assert {source[i].label for source in (train, held) for i in range(3)} == {-1}
+
+
+def test_one_wordnet_id_is_held_out(fill):
+    """Readable names are searched for a single category, too."""
+    files = images("train/n01440764", "train/n02012849", "val/n02012849")
+    path = fill(files | {"words.txt": b"n01440764 tench\nn02012849 crane\n"})
+    train, held = opened(path)
+    assert train.classes == held.classes == ("tench", "crane") and held[0].label == 1
+    (path / "names.txt").write_text("n01440764 Tinca\nn02012849 Grus\n")
+    train, held = opened(path, class_names=str(path / "names.txt"))
+    assert train.classes == held.classes == ("Tinca", "Grus") and held[0].label == 1
+
+
 def test_train_alone(fill):
     train, held = opened(fill(images("train/a", "train/b", count=30)), holdout=0.3)
     assert train.classes == ("a", "b") and len(train) + len(held) == 60 and len(held)

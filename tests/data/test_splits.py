@@ -1,5 +1,6 @@
 """Training and held-out parts, by hash or by name, with the same classes."""
 
+import dataclasses
 import os
 
 import pytest
@@ -56,6 +57,25 @@ def test_both_splits_of_tars(tmp_path, make):
         )
     )
     assert keys(train) == ["train-0", "train-1"] and keys(held) == ["val-0"]
+
+
+def test_a_split_takes_the_place_of_a_pattern(tmp_path, make):
+    """The commands of a large set have a pattern as the path."""
+    for name in ("000-a", "000-b", "001-a"):
+        (tmp_path / f"{name}.tar").write_bytes(make.tar_bytes([(f"{name}.jpg", b"x")]))
+    data = schema.Data(source="tars", path=str(tmp_path / "*.tar"))
+    some = splits.open_source(dataclasses.replace(data, split="000*.tar"))
+    assert keys(some) == ["000-a", "000-b"] and len(splits.open_source(data)) == 3
+    named = dataclasses.replace(data, split="000*.tar", holdout_split="001*.tar")
+    train, held = splits.open_splits(named)
+    assert keys(train) == ["000-a", "000-b"] and keys(held) == ["001-a"]
+
+
+def test_a_folder_with_brackets_is_no_pattern(fill):
+    path = fill({"train/1.jpg": b"x", "2.jpg": b"x"}, "images [new]")
+    assert keys(
+        splits.open_source(schema.Data(source="folder", path=str(path), split="train"))
+    ) == ["1.jpg"]
 
 
 @pytest.mark.parametrize(

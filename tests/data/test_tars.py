@@ -16,60 +16,13 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import splits
-from m3i_jax.data.sources import base, tar_headers, tar_index, tars
+from m3i_jax.data.sources import base, tar_index, tars
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 
 
 def all_records(source: TarSource) -> list[tuple]:
     return [(r.key, r.image, r.label, r.caption) for r in (source[i] for i in range(len(source)))]
-
-
-def parse(content: bytes) -> tuple[list[tuple[str, bytes]], dict[str, int]]:
-    problems: collections.Counter[str] = collections.Counter()
-    members = [
-        (name, content[start : start + size])
-        for name, start, size in tar_headers.tar_members(io.BytesIO(content), problems)
-    ]
-    return members, {kind: n for kind, n in problems.items() if n}
-
-
-@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_are_those_of_tarfile(make, kind):
-    long = "d" * 60 + "/" + "e" * 60 + "/"
-    names = ["a.jpg", "./b.txt", "b.c.d.png", "deep/er/x.jpg", "n" * 99 + ".", long + "f.jpg"]
-    if kind != tarfile.USTAR_FORMAT:
-        names += [long * 3 + "g.jpg", "ünï.jpg", "日本" * 60 + ".jpg"]
-    members = [(name, bytes([i]) * (i * 511)) for i, name in enumerate(names)]
-    content = make.tar_bytes(members, kind)
-    parsed, problems = parse(content)
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        expected = [(m.name.removeprefix("./"), tar.extractfile(m).read()) for m in tar]
-    assert (
-        parsed == expected == [(name.removeprefix("./"), c) for name, c in members] and not problems
-    )
-
-
-def test_sizes_in_base_256_and_in_pax_headers(make):
-    content = bytearray(make.tar_bytes([("a.jpg", b"abc"), ("b.jpg", b"de")]))
-    content[124:136] = b"\x80" + (3).to_bytes(11, "big")
-    content[148:156] = b" " * 8
-    content[148:156] = b"%06o\0 " % sum(content[:512])
-    assert parse(bytes(content))[0] == [("a.jpg", b"abc"), ("b.jpg", b"de")]
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        member = tarfile.TarInfo("a.jpg")
-        member.size, member.pax_headers = (
-            3,
-            {
-                "size": "3",
-                "path": "b.jpg",
-                "mtime": "1.5",
-                "comment": "x=y z",
-            },
-        )
-        tar.addfile(member, io.BytesIO(b"abc"))
-    assert parse(buffer.getvalue())[0] == [("b.jpg", b"abc")]
 
 
 def test_nothing_leads_outside(tmp_path, make):
@@ -177,6 +130,52 @@ def test_grouping_captions_and_labels(tmp_path, make):
     assert source.description().startswith("9 images in 1 tar file of tars ")
 
 
+def test_a_key_twice_keeps_the_first_sample(tmp_path, make):
+    """The second begins where a name comes again; what only it has is not the first one's."""
+
+    def meta(caption: str, label: int) -> bytes:
+        return json.dumps({"caption": caption, "label": label}).encode()
+
+    members = [
+        ("1.jpg", b"one"),
+        ("1.txt", b"first"),
+        ("1.cls", b"1"),
+        ("1.jpg", b"two"),
+        ("1.txt", b"second"),
+        ("1.cls", b"2"),
+        ("2.json", meta("first", 1)),
+        ("2.jpg", b"one"),
+        ("2.json", meta("second", 2)),
+        ("2.jpg", b"two"),
+        ("2.txt", b"of the second"),
+        ("3.jpg", b"one"),
+        ("3.jpg", b"two"),
+        ("3.json", meta("second", 2)),
+        # all texts before all images
+        ("4.txt", b"first"),
+        ("4.txt", b"second"),
+        ("4.jpg", b"one"),
+        ("4.jpg", b"two"),
+        # a second format of one image
+        ("5.jpg", b"one"),
+        ("5.png", b"one, too"),
+        ("5.txt", b"first"),
+    ]
+    (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
+    source = TarSource(str(tmp_path))
+    assert all_records(source) == [
+        ("1", b"one", 1, b"first"),
+        ("2", b"one", 1, "first"),
+        ("3", b"one", -1, None),
+        ("4", b"one", -1, b"first"),
+        ("5", b"one", -1, b"first"),
+    ]
+    assert {kind: n for kind, n in source.ignored.items() if n} == {
+        "images with the key of an earlier one": 5,
+        "captions or labels with the key of an earlier one": 6,
+    }
+
+
 def test_files_in_the_order_of_their_names(tmp_path, make):
     for name in ("b", "a", "c"):
         (tmp_path / f"{name}.tar").write_bytes(make.tar_bytes([("1.jpg", name.encode())]))
@@ -185,58 +184,6 @@ def test_files_in_the_order_of_their_names(tmp_path, make):
     assert [r[1] for r in all_records(source)] == [b"a", b"b", b"c"]
     # Equal keys of two files are in the same part of a split.
     assert {len(base.split_by_hash(source, 0.5, part)) for part in ("train", "held_out")} == {0, 3}
-
-
-def test_truncation_keeps_complete_members(make):
-    members = [(f"{i}.jpg", bytes([i]) * (300 + 200 * i)) for i in range(8)]
-    content = make.tar_bytes(members)
-    ends = [
-        at + size
-        for _, at, size in tar_headers.tar_members(io.BytesIO(content), collections.Counter())
-    ]
-    for length in range(0, len(content), 77):
-        parsed, problems = parse(content[:length])
-        assert parsed == members[: sum(end <= length for end in ends)]
-        on_block_edge = (
-            length in {-(-end // 512) * 512 for end in [0, *ends]}
-            or length >= -(-ends[-1] // 512) * 512 + 512
-        )
-        assert (
-            problems == ({} if on_block_edge else {tar_headers.TRUNCATED: 1}) or length > ends[-1]
-        )
-
-
-def test_a_damaged_header_affects_only_its_member(make):
-    members = [(f"{i}.jpg", bytes([65 + i]) * 700) for i in range(5)]
-    content = make.tar_bytes(members)
-    for at in (0, 3, 130, 150, 511):  # within the header of the third member
-        damaged = bytearray(content)
-        damaged[2 * 1536 + at] ^= 0x41
-        parsed, problems = parse(bytes(damaged))
-        assert parsed == members[:2] + members[3:] and problems == {tar_headers.BROKEN: 1}
-
-
-def test_random_damage_never_raises(make):
-    rng = np.random.default_rng(0)
-    content = make.tar_bytes(
-        [(f"{'x' * 120}{i}.jpg", rng.bytes(600)) for i in range(6)], tarfile.PAX_FORMAT
-    )
-    for _ in range(300):
-        damaged = bytearray(content)
-        for _ in range(rng.integers(1, 30)):
-            damaged[rng.integers(len(damaged))] = rng.integers(256)
-        parsed, _ = parse(bytes(damaged))
-        assert len(parsed) <= 7
-
-
-def test_a_negative_size_is_a_damaged_header(make):
-    content = bytearray(make.tar_bytes([("a.jpg", b"a" * 2000), ("b.jpg", b"b")]))
-    at = 512 + 2048
-    for size in (b"-0000004000\0", b"\xff" * 12):
-        content[at + 124 : at + 136] = size
-        content[at + 148 : at + 156] = b" " * 8
-        content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
-        assert parse(bytes(content)) == ([("a.jpg", b"a" * 2000)], {tar_headers.BROKEN: 1})
 
 
 def test_damage_is_logged_with_the_name_of_the_file(tmp_path, make, caplog):

@@ -10,13 +10,18 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from m3i_jax import schema
 from m3i_jax.data import conversion, decode
-from m3i_jax.data.sources import array_record, tar_shards
+from m3i_jax.data.sources import array_record, base, tar_shards
 from m3i_jax.data.sources.base import Record
 from m3i_jax.data.sources.class_names import class_names_from_file
 from m3i_jax.data.sources.folder import FolderSource
+from m3i_jax.data.sources.maps import MapsSource
+from m3i_jax.data.sources.mixture import Mixture
+from m3i_jax.data.sources.scenes import ScenesSource
+from m3i_jax.data.sources.shapes import ShapesSource
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 from m3i_jax.modes import convert as mode
@@ -89,6 +94,41 @@ def test_the_shards_partition_all_rows():
         assert [
             i for s in range(shards) for i in conversion.shard_rows(records, s, shards)
         ] == list(range(records))
+
+
+@pytest.mark.parametrize("shards", [8, 99_999, 100_001, 1_000_000])
+def test_sorted_by_name_the_shards_are_in_their_order(shards):
+    """A program that reads them all sorts their names."""
+    numbers = sorted({0, 1, *(n for n in (9_999, 10_000, 99_999, 100_000) if n < shards)})
+    paths = [conversion.shard_path("out", number, shards) for number in numbers]
+    assert paths == sorted(paths)
+
+
+def test_shards_of_another_number_of_digits_are_refused(tmp_path, monkeypatch):
+    """Earlier versions wrote five digits for any number of shards: both in one directory would be
+    indexed as the records of one set."""
+    monkeypatch.setattr(conversion, "shard_count", lambda records: 100_001)
+    source = ShapesSource(3)
+    assert conversion.check_plan(source, str(tmp_path)) == 100_001
+    (tmp_path / "pictures-000007-of-100001.array_record").write_bytes(b"")
+    assert conversion.check_plan(source, str(tmp_path)) == 100_001
+    (tmp_path / "pictures-00008-of-100001.array_record").write_bytes(b"")
+    with pytest.raises(UserError, match="'pictures-00008-.*a number of 5 digits, .* need 6"):
+        conversion.check_plan(source, str(tmp_path))
+
+
+@pytest.mark.parametrize("held", [0.0, 0.3])
+def test_a_mixture_with_annotations_is_refused(tmp_path, held):
+    """Of sources of which only some annotate objects, or have class maps."""
+    for folder, name in (("images", "1.jpg"), ("annotations", "1.png")):
+        (tmp_path / "maps" / folder).mkdir(parents=True)
+        Image.new("L", (8, 8), 1).save(tmp_path / "maps" / folder / name)
+    for annotated in (ScenesSource(4, side=48), MapsSource(str(tmp_path / "maps"))):
+        mixed = Mixture([ShapesSource(5), annotated], [None, None])
+        part = base.split_by_hash(mixed, held, "train")
+        with pytest.raises(UserError, match="has objects or class maps, which shards would lose"):
+            conversion.check_plan(part, str(tmp_path))
+    assert conversion.check_plan(Mixture([ShapesSource(5)] * 2, [None, None]), str(tmp_path)) == 1
 
 
 def written(directory: pathlib.Path) -> dict[str, bytes]:

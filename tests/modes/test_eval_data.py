@@ -17,9 +17,10 @@ from m3i_jax.data.sources.mixture import MixtureEntry
 from m3i_jax.errors import UserError
 from m3i_jax.modes import eval as evaluate
 from m3i_jax.modes import eval_data, report
+from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.eval_results import Results, result_dir
-from tests import broken
-from tests.modes.test_eval import enable, run, write_run, written
+from tests import broken, toy
+from tests.modes.test_eval import EVERY, SMALL, enable, run, write_run, written
 
 __all__ = ["run", "written"]
 
@@ -142,6 +143,40 @@ def test_which_source_a_text_names(tmp_path: pathlib.Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             find(text, entries)
+
+
+def test_shards_beside_folders_of_images_are_ambiguous(tmp_path: pathlib.Path) -> None:
+    write_folder(tmp_path, images=2)
+    assert eval_data.find_source(str(tmp_path)).kind == "folder"
+    for name, kind in (("archive.tar", "tars"), ("x.array_record", "array_record")):
+        (tmp_path / name).touch()
+        words = f"holds {name} and a folder of images, class 0/: give {kind}:.* or folder:"
+        with pytest.raises(UserError, match=words) as caught:
+            eval_data.find_source(str(tmp_path))
+        for given in str(caught.value).partition(": give ")[2].split(" or "):
+            assert eval_data.find_source(given).path == str(tmp_path)
+    shards = tmp_path / "shards"
+    (shards / "index").mkdir(parents=True)
+    (shards / "0.tar").touch()
+    assert eval_data.find_source(str(shards)).kind == "tars"
+
+
+def test_data_without_objects_evaluate_a_run_that_read_boxes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only batches of training hold texts of objects. The refusal comes after the data."""
+    forms = ("cappa", "locca")
+    read_boxes = {"objective__forms": ",".join(forms), "data__regions": True}
+    config = toy.settings(**SMALL | read_boxes)
+    with pytest.raises(UserError, match="data.regions=True, but shapes .*annotates no objects"):
+        jobs.open_setup(config, str(tmp_path / "train"), trains=[forms])
+    saved = tmp_path / "run" / "checkpoints"
+    saved.mkdir(parents=True)
+    monkeypatch.setattr(evaluate, "find_checkpoint", lambda *a, **k: (saved, 1))
+    off = {f"evaluate__{name}": False for name in EVERY}
+    config = toy.settings(**SMALL | read_boxes | off)
+    with pytest.raises(UserError, match="no enabled evaluator"):
+        evaluate.run(config, workdir=str(tmp_path / "eval"))
 
 
 def test_the_settings_of_the_source_are_replaced() -> None:

@@ -34,7 +34,9 @@ from m3i_jax.errors import UnreadableError, UserError
 
 VERSION = 1
 INDEX = "dataset.json"
-INDEX_LIMIT = 1 << 22  # bytes of the index that are read; a shard takes a hundred
+# Bytes of the index that are read: of names of classes, and for each file of the directory. A shard
+# takes a hundred and has two files, so an index of many shards does not lie there alone.
+INDEX_LIMIT, _FILE_LIMIT = 1 << 22, 1 << 9
 ENDING = ".array_record"
 DAMAGED = b"damaged record"  # instead of bytes with a wrong checksum; no decoder accepts it
 # Names of features in files of other programs; the first that is present is used.
@@ -211,10 +213,8 @@ def write_shard_index(
         "count": count,
         "captions": any_caption if captions is None else captions,
     }
-    shared_files.write_shared(
-        os.path.join(directory, INDEX),
-        json.dumps({**metadata, "classes": list(classes), "shards": shards}, indent=1).encode(),
-    )
+    index = {**metadata, "classes": list(classes), "shards": shards}
+    shared_files.write_shared(os.path.join(directory, INDEX), json.dumps(index).encode())
     return count
 
 
@@ -265,9 +265,9 @@ class ArrayRecordSource:
     def _read_index(self, index: str) -> None:
         """Reads the index of a converted data set."""
         try:
-            metadata = json.loads(
-                base.read_byte_range(index, 0, min(os.path.getsize(index), INDEX_LIMIT))
-            )
+            limit = INDEX_LIMIT + _FILE_LIMIT * len(os.listdir(self.path))
+            size = min(os.path.getsize(index), limit)
+            metadata = json.loads(base.read_byte_range(index, 0, size))
             shards = metadata["shards"]
             self.classes: tuple[str, ...] = tuple(map(str, metadata["classes"]))
             self.captions = bool(metadata["captions"])

@@ -58,27 +58,58 @@ def class_names_from_file(path: str, classes: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UserError: the file cannot be read, or names none of the classes.
     """
+    (names,) = name_spaces(path, [classes])
+    return names or ()
+
+
+def name_spaces(
+    path: str, spaces: Sequence[Sequence[str]], *, needed: bool = True
+) -> list[tuple[str, ...] | None]:
+    """Names the classes of several sources by one file.
+
+    Args:
+        path: the file.
+        spaces: classes of each source.
+        needed: refuse a file that names none of them.
+
+    Returns:
+        For each source the names of its classes; None if the file names none of them, as of a
+        source without labels.
+
+    Raises:
+        UserError: the file cannot be read, or names no class of any source.
+    """
     text = _text(os.path.expanduser(path))
     try:
-        known = _json(text) if path.endswith(".json") else {}
+        listed = _json(text) if path.endswith(".json") else {}
     except (ValueError, RecursionError, TypeError) as error:
         raise UserError(
             f"data.class_names={path!r} is not a JSON list or object of names: {error}"
         ) from None
-    if not known and are_wordnet_ids(classes):
-        known = dict(_lines(text))
-    if not known:
-        known = {str(i): line.strip() for i, line in enumerate(text.splitlines()) if line.strip()}
-        identified = _lines(text)
-        if len(identified) == len(known) and are_wordnet_ids([key for key, _ in identified]):
-            known = {key: line.split(None, 1)[1] for key, line in known.items()}
-    if not known.keys() & set(classes):
+    known = [listed or _names_in_text(text, space) for space in spaces]
+    named = [
+        readable_class_names(space, names) if names.keys() & set(space) else None
+        for space, names in zip(spaces, known, strict=True)
+    ]
+    if needed and not any(named):
+        classes = [name for space in spaces for name in space]
         examples = ", ".join(map(repr, classes[:3])) or "none"
         raise UserError(
-            f"data.class_names={path!r} names {len(known):,} classes, but none of the source's"
+            f"data.class_names={path!r} names {len(known[0]):,} classes, but none of the source's"
             f" ({examples}): give another file"
         )
-    return readable_class_names(classes, known)
+    return named
+
+
+def _names_in_text(text: str, classes: Sequence[str]) -> dict[str, str]:
+    """Parses lines of ids and names, or of names alone in the order of numbered classes."""
+    if are_wordnet_ids(classes) and (known := dict(_lines(text))):
+        return known
+    known = {str(i): line.strip() for i, line in enumerate(text.splitlines()) if line.strip()}
+    identified = _lines(text)
+    if len(identified) == len(known) and are_wordnet_ids([key for key, _ in identified]):
+        known = {key: line.split(None, 1)[1] for key, line in known.items()}
+    return known
 
 
 def readable_class_names(classes: Sequence[str], known: Mapping[str, str]) -> tuple[str, ...]:

@@ -25,9 +25,10 @@ class FolderSource:
     """The images of a directory and its sub-folders. Keys are relative paths, with `/` on every
     system.
 
-    Classes are the first-level sub-folders that hold images, sorted, if there are at least two; an
-    image outside of them has label -1. Hidden files and folders, links out of the directory and
-    files that are not images are never opened.
+    Classes are the first-level sub-folders that hold images, sorted; an image outside of them has
+    label -1. A single class is one where images are held out by the classes of others, and none of
+    a source by itself (`drop_single_class`). Hidden files and folders, links out of the directory
+    and files that are not images are never opened.
 
     Args:
         path: the directory.
@@ -85,8 +86,7 @@ class FolderSource:
         self._captioned = np.array([os.path.splitext(name)[0] in texts for name in self._names])
         tops = [name.split("/", 1)[0] if "/" in name else "" for name in self._names]
         names = sorted(set(tops) - {""})
-        # a single class would distinguish nothing
-        self.classes: tuple[str, ...] = tuple(names) if len(names) > 1 else ()
+        self.classes: tuple[str, ...] = tuple(names)
         self.class_ids: tuple[str, ...] = ()  # where other names replace the classes
         number = {name: i for i, name in enumerate(self.classes)}
         self._labels = np.array([number.get(top, -1) for top in tops], np.int32)
@@ -94,6 +94,12 @@ class FolderSource:
         self._fingerprint = base.stable_digest(
             *(f"{name}\0{size}" for name, size in images), self._captioned.tobytes()
         )
+
+    def drop_single_class(self) -> None:
+        """Leaves the images without a label if they have one class, which distinguishes nothing."""
+        if len(self.classes) == 1:
+            self.classes, self.class_ids = (), ()
+            self._labels[:] = -1
 
     def __len__(self) -> int:
         return len(self._names)
@@ -345,6 +351,15 @@ def _folders(root: str) -> list[str]:
         for entry in entries
         if os.path.commonpath((real, os.path.realpath(entry.path))) == real
     )
+
+
+def folder_with_images(root: str) -> str:
+    """Returns the first sub-folder that holds an image, at any level; "" if none does.
+
+    >>> folder_with_images("/no/such/folder")
+    ''
+    """
+    return next((name for name in _folders(root) if _has_images(root, name)), "")
 
 
 def _has_images(root: str, name: str) -> bool:

@@ -46,7 +46,8 @@ class DataSource(Protocol):
     records are refused. Annotated sources: `object_table()`, `map_classes`, and for the
     tables of an evaluation `category_ids` and `frequencies`. Sources of sources: `identity()`,
     `part(holdout, part)`, `locate(seed, positions, attempt)`, `record_weights` and
-    `cumulative_weights`. `names_its_classes`: see `registry.SourceKind`."""
+    `cumulative_weights`. `names_its_classes`: see `registry.SourceKind`.
+    `drop_single_class()` is called unless the source is a held-out split."""
 
     @property
     def name(self) -> str: ...
@@ -98,6 +99,17 @@ def map_classes(source: DataSource) -> tuple[str, ...]:
     (('sky',), ())
     """
     return getattr(source, "map_classes", ())
+
+
+def inner_sources(source: DataSource) -> list[DataSource]:
+    """Returns the sources that a mixture, or a part of a source, is made of; [] for others.
+
+    >>> import types
+    >>> inner_sources(types.SimpleNamespace(source="one")), inner_sources([])
+    (['one'], [])
+    """
+    inner = getattr(source, "source", None)
+    return [*getattr(source, "sources", ()), *([] if inner is None else [inner])]
 
 
 def source_key_hashes(source: DataSource) -> np.ndarray:

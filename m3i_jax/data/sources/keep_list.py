@@ -22,7 +22,7 @@ from m3i_jax.data.sources import base, remote
 from m3i_jax.data.sources.base import DataSource, Record
 from m3i_jax.errors import UserError, one_line, shorten
 
-VERSION = 1  # of the index of a kept set
+VERSION = 2  # of the index of a kept set
 ENDINGS = (".parquet", ".arrow", ".feather")
 WEIGHT_LIMIT = 1e6
 _FORMAT = "a keep-list is a Parquet or Arrow file with a column `key`"
@@ -210,8 +210,9 @@ def arrow_library() -> Any:
     return pyarrow
 
 
-def _batches(file: str) -> Iterator[Any]:
-    """Yields the record batches of one file, with the columns that are read."""
+def _batches(file: str, *, one_of_many: bool = False) -> Iterator[Any]:
+    """Yields the record batches of one file, with the columns that are read; it may be one of many
+    files of a list."""
     arrow = arrow_library()
     wanted = ("key", "weight", "caption", "label")
     try:
@@ -220,18 +221,18 @@ def _batches(file: str) -> Iterator[Any]:
             opened.seek(0)
             if magic[:4] == b"PAR1":
                 parquet = arrow.parquet.ParquetFile(opened)
-                _check_columns(file, parquet.schema_arrow)
+                _check_columns(file, parquet.schema_arrow, one_of_many)
                 names = [name for name in wanted if name in parquet.schema_arrow.names]
                 yield from parquet.iter_batches(1 << 18, columns=names)
                 return
             if magic == b"ARROW1":
                 reader = arrow.ipc.open_file(opened)
-                _check_columns(file, reader.schema)
+                _check_columns(file, reader.schema, one_of_many)
                 yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
                 return
             if magic[:4] == b"\xff\xff\xff\xff":
                 stream = arrow.ipc.open_stream(opened)
-                _check_columns(file, stream.schema)
+                _check_columns(file, stream.schema, one_of_many)
                 yield from stream
                 return
     except (arrow.ArrowException, OSError) as error:
@@ -240,8 +241,14 @@ def _batches(file: str) -> Iterator[Any]:
     raise UserError(f"data.keep={file!r} is neither Parquet nor Arrow: {_FORMAT}")
 
 
-def _check_columns(file: str, columns: Any) -> None:
+def _check_columns(file: str, columns: Any, one_of_many: bool) -> None:
     arrow = arrow_library()
+    if one_of_many and "copy_of" in columns.names:
+        raise UserError(
+            f"data.keep={os.path.dirname(file)!r}: its file {os.path.basename(file)!r} lists what"
+            " --mode=curate left out (column `copy_of`), and would be kept with the rest: give the"
+            " keep-list itself, such as keep.parquet"
+        )
     if "key" not in columns.names:
         names = shorten(", ".join(columns.names))
         raise UserError(
@@ -286,7 +293,7 @@ def _read(files: Sequence[str]) -> dict[str, Any]:
     parts: dict[str, list[Any]] = {"hash": [], "weight": [], "label": [], "caption": []}
     first, count = "", 0
     for file in files:
-        for batch in _batches(file):
+        for batch in _batches(file, one_of_many=len(files) > 1):
             keys = batch.column("key").to_pylist()
             if None in keys:
                 raise UserError(

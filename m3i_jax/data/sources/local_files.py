@@ -3,6 +3,7 @@ are replaced as a whole."""
 
 import collections
 import difflib
+import glob
 import os
 import stat
 import sys
@@ -20,18 +21,23 @@ FILE_LIMIT = 1 << 28
 
 def split_path(path: str, split: str) -> str:
     """Joins a split to a path: a folder or glob below the path, or the split itself if it is
-    absolute or a URL.
+    absolute or a URL. If the last part of the path is a glob, the split takes its place.
 
     >>> split_path("/data", "train"), split_path("/data", ""), split_path("/data", "/other/val")
     ('/data/train', '/data', '/other/val')
     >>> split_path("gs://bucket/x", "val-*.tar"), split_path("/data", "gs://bucket/x/*.tar")
     ('gs://bucket/x/val-*.tar', 'gs://bucket/x/*.tar')
+    >>> split_path("gs://bucket/x/*.tar", "000*.tar"), split_path("/data/*.tar", "a/*.tar")
+    ('gs://bucket/x/000*.tar', '/data/a/*.tar')
     """
     if not split:
         return path
     if "://" in split:
         return split
-    return os.path.join(os.path.expanduser(path), os.path.expanduser(split))
+    folder, last = os.path.split(path := os.path.expanduser(path))
+    if glob.has_magic(last) and not os.path.isdir(path):
+        path = folder
+    return os.path.join(path, os.path.expanduser(split))
 
 
 def whole_files(source: Any) -> list[tuple[str, int, int]]:

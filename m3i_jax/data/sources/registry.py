@@ -19,7 +19,7 @@ so its class belongs in an importable module."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from m3i_jax import schema
 from m3i_jax.data.sources import class_names
@@ -57,8 +57,8 @@ class SourceKind:
         path: what `data.path` has to be, as the end of "give ..."; "" if it may be empty.
         reads: which of the settings "class_names", "directory", "size" and "annotations" (with
             "holdout_annotations") it reads; an override of the others is refused. With
-            "class_names", `classes` of the opened source is assigned, unless its attribute
-            `names_its_classes` is true: then `open` has read the file.
+            "class_names", `classes` of the opened source is assigned (`name_classes`), unless its
+            attribute `names_its_classes` is true: then `open` has read the file.
         splits: whether `data.split` and `data.holdout_split` name parts of the source.
         default_split: used if `data.split` is empty; "" for all of it.
         find_splits: recognises splits by the layout of a path; None if it has no splits.
@@ -155,10 +155,29 @@ def open_kind(
             f"data.class_names={data.class_names!r} is not read by data.source={kind!r}, which"
             " names its classes itself: leave it empty"
         )
-    source = entry.open(path, split or entry.default_split, data, cache)
-    named = getattr(source, "names_its_classes", False)
-    if data.class_names and "class_names" in entry.reads and not named:
-        names = class_names.class_names_from_file(data.class_names, source.classes)
-        source.class_ids = source.classes  # type: ignore[attr-defined]
-        source.classes = names  # type: ignore[misc]
-    return source
+    return entry.open(path, split or entry.default_split, data, cache)
+
+
+def name_classes(data: schema.Data, sources: Sequence[tuple[str, DataSource]]) -> None:
+    """Assigns the names that `data.class_names` has for the classes of the sources of a run. A
+    source of which it names none, such as one without labels, keeps its own.
+
+    Args:
+        data: the settings.
+        sources: (kind, source), with the labels of their keep-lists.
+
+    Raises:
+        UserError: the file cannot be read, or names no class of any source.
+
+    >>> name_classes(schema.Data(), [])
+    """
+    reading = [source for kind, source in sources if "class_names" in source_kind(kind).reads]
+    unnamed: list[Any] = [s for s in reading if not getattr(s, "names_its_classes", False)]
+    if not data.class_names or not unnamed:
+        return
+    # where a source has read the file itself, it need not name another one
+    spaces = [s.classes for s in unnamed]
+    named = class_names.name_spaces(data.class_names, spaces, needed=len(unnamed) == len(reading))
+    for source, names in zip(unnamed, named, strict=True):
+        if names:
+            source.class_ids, source.classes = source.classes, names

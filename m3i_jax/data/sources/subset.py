@@ -31,6 +31,7 @@ class SubsetSource:
             source.captions,
         )
         self.map_classes = map_classes(source)
+        self.names_its_classes = bool(getattr(source, "names_its_classes", False))
         self.class_ids: tuple[str, ...] = getattr(source, "class_ids", ())
         weights = getattr(source, "record_weights", None)  # see `sampler.records_at`
         self.record_weights: np.ndarray | None = None if weights is None else weights[indices]

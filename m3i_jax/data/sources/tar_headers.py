@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 BLOCK = 512
 _MAX_HEADER = 1 << 16  # bytes of a GNU name or pax header that are read
+_ZEROS = 1 << 20  # bytes that are read at a time where a file has zeros instead of headers
 TRUNCATED, BROKEN = "truncated ends", "damaged headers"
 LINKS, SPECIAL, OUTSIDE = "links", "special members", "names that lead outside"
 DAMAGE, HOSTILE = (TRUNCATED, BROKEN), (LINKS, SPECIAL, OUTSIDE)
@@ -45,7 +46,12 @@ def tar_members(
             problems[TRUNCATED] += 1
             return
         if header.count(0) == BLOCK:
-            return  # the end-of-archive marker
+            if (following := _skip_zeros(file, offset + BLOCK)) is None:
+                return  # the end-of-archive marker and its padding
+            # a range that was never written, or another archive behind the end of this one
+            problems[BROKEN] += not damaged
+            offset, damaged, overrides = following, True, {}
+            continue
         size = _valid_size(header)
         if size is None:
             problems[BROKEN] += not damaged  # consecutive damaged blocks count once
@@ -75,6 +81,16 @@ def tar_members(
         else:
             yield name.removeprefix(b"./").decode("utf-8", "surrogateescape"), content, size
     problems[TRUNCATED] += offset > end
+
+
+def _skip_zeros(file: BinaryIO, offset: int) -> int | None:
+    """Returns where the first block from `offset` on begins that is not zero; None if the file ends
+    before. Of an archive that ends as it should, these are some KB."""
+    while chunk := _read(file, offset, _ZEROS):
+        if (zeros := len(chunk) - len(chunk.lstrip(b"\0"))) < len(chunk):
+            return offset + zeros // BLOCK * BLOCK
+        offset += len(chunk)
+    return None
 
 
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:

@@ -29,7 +29,7 @@ from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT
 from m3i_jax.data.sources.captions import caption_texts
 from m3i_jax.errors import UserError
 
-VERSION = 4  # of the index; an index of another version is rebuilt
+VERSION = 5  # of the index; an index of another version is rebuilt
 PART = 64  # tar files of a part
 JSON_LIMIT = 1 << 20
 NO_CAPTION, TEXT, JSON = 0, 1, 2  # where the caption of an image is stored
@@ -314,6 +314,9 @@ def _members(path: str) -> tuple[dict[str, dict[str, Any]], collections.Counter[
     is ignored."""
     groups: dict[str, dict[str, Any]] = {}
     problems = collections.Counter[str]()
+    # A second member of the same name begins another sample of its key, and later ones are of that:
+    # the first image is paired with no caption or label among them.
+    seen, repeated = set[str](), set[str]()
     with remote.open_file(path) if remote.is_remote(path) else open(path, "rb") as file:
         for name, offset, size in tar_headers.tar_members(file, problems):
             stem, extension = os.path.splitext(name)
@@ -323,14 +326,20 @@ def _members(path: str) -> tuple[dict[str, dict[str, Any]], collections.Counter[
                 for part in name.split("/")
             ):
                 problems["hidden"] += 1
-            elif extension in EXTENSIONS:
+                continue
+            if again := stem + extension in seen:
+                repeated.add(stem)
+            seen.add(stem + extension)
+            if extension in EXTENSIONS:
                 group = groups.setdefault(stem, {})
-                if "size" in group:
+                if "size" in group or again:
                     problems["images with the key of an earlier one"] += 1
                 elif size > FILE_LIMIT:
                     problems["files over 256 MiB"] += 1
                 else:
                     group.update(offset=offset, size=size)
+            elif stem in repeated and extension in (".txt", ".json", ".cls"):
+                problems["captions or labels with the key of an earlier one"] += 1
             elif extension == ".txt":
                 if 0 < size < FILE_LIMIT:  # has priority over the JSON, in any order of members
                     groups.setdefault(stem, {}).update(
