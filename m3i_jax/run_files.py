@@ -4,9 +4,10 @@ secrets, and how a change by another program is detected.
 `FILES` lists them. A file that a mode reads back and nothing else protects has its size and digest
 in WORKDIR/digests/NAME, recorded before the file itself is written. The record has the newest two
 versions, so that the file is valid also if the process is killed between the two writes. Of a log
-that only grows, the record covers the beginning. A run of an older version has no records, and its
-files are used unverified. What a checkpoint needs (the tokenizer, the log so far) is also in its
-position, which its own checksums cover."""
+that only grows, the record covers the beginning. WORKDIR/digests/NAME.origin says what a file was
+made from. A run of an older version has no records, and its files are used unverified. What a
+checkpoint needs (the tokenizer, the log so far) is also in its position, which its own checksums
+cover."""
 
 import contextlib
 import dataclasses
@@ -18,8 +19,8 @@ import pathlib
 import socket
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -30,6 +31,7 @@ Mark = tuple[int, str]  # size in bytes and digest of a file, or of its beginnin
 DIGESTS = "digests"  # directory of the records
 LARGEST = 2**28  # most bytes of a file that are read into memory
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 _warned: set[tuple[pathlib.Path, int]] = set()
 
 
@@ -200,21 +202,72 @@ def note_path(path: pathlib.Path) -> pathlib.Path:
 def noted_marks(path: pathlib.Path) -> list[Mark]:
     """Recorded sizes and digests of a file of a run, the newest first; [] without a record. Logs a
     warning if the record is damaged."""
-    note = note_path(path)
+    return _read_note(note_path(path), path.name, parse_marks) or []
+
+
+def _read_note(note: pathlib.Path, name: str, parse: Callable[[Any], _T | None]) -> _T | None:
+    """The value of a record, None without one. Logs a warning if it is damaged, or if `parse`
+    returns None."""
     try:
-        marks = parse_marks(unseal_note(read_bytes(note, 2**12)))
+        value = parse(unseal_note(read_bytes(note, 2**12)))
     except FileNotFoundError:
-        return []
+        return None
     except (OSError, UserError) as error:
-        _warn(
-            note,
-            f"cannot be read ({getattr(error, 'strerror', '') or error}): {path.name} is used"
-            " unverified",
-        )
-        return []
-    if marks is None:
-        _warn(note, f"is damaged: {path.name} is used unverified")
-    return marks or []
+        why = getattr(error, "strerror", "") or error
+        _warn(note, f"cannot be read ({why}): {name} is used unverified")
+        return None
+    if value is None:
+        _warn(note, f"is damaged: {name} is used unverified")
+    return value
+
+
+def _write_note(note: pathlib.Path, value: Any) -> None:
+    """Write a record atomically. Raises UserError if that fails."""
+    temporary = note.with_name(f".{note.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(seal_note(value))
+            os.replace(temporary, note)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {note}: {error.strerror or error}; make room or choose another --workdir"
+        ) from error
+
+
+def origin_path(path: pathlib.Path) -> pathlib.Path:
+    """Returns the path of the record of what a file was made from."""
+    return path.parent / DIGESTS / f"{path.name}.origin"
+
+
+def note_origin(path: pathlib.Path, new: Mark, origin: Mapping[str, Any]) -> None:
+    """Record what the next version of a file is made from.
+
+    Args:
+      path: of the file, which does not exist yet: of an older version this would be wrong.
+      new: size and digest that it will have.
+      origin: as JSON; settings, digests.
+
+    Raises:
+      UserError: the record cannot be written.
+    """
+    _write_note(origin_path(path), {"mark": list(new), "origin": dict(origin)})
+
+
+def noted_origin(path: pathlib.Path, mark: Mark) -> dict[str, Any]:
+    """Returns what a file was made from; {} without a record, or with that of another version
+    than the one of this size and digest."""
+
+    def parse(value: Any) -> dict[str, Any] | None:
+        marks = parse_marks([value.get("mark")]) if isinstance(value, dict) else None
+        origin = value.get("origin") if marks else None
+        if not marks or not isinstance(origin, dict):
+            return None
+        return origin if marks[0] == mark else {}
+
+    return _read_note(origin_path(path), path.name, parse) or {}
 
 
 def _warn(path: pathlib.Path, problem: str) -> None:
@@ -235,20 +288,8 @@ def note_mark(path: pathlib.Path, new: Mark) -> None:
     Raises:
       UserError: the record cannot be written.
     """
-    note = note_path(path)
     known = [new, *(old for old in noted_marks(path) if old != new)][:2]
-    temporary = note.with_name(f".{note.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(seal_note(known))
-            os.replace(temporary, note)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {note}: {error.strerror or error}; make room or choose another --workdir"
-        ) from error
+    _write_note(note_path(path), known)
 
 
 def mark_mismatch(content: bytes, known: list[Mark], *, beginning: bool = False) -> str:

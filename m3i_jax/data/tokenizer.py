@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import importlib.util
 import itertools
+import logging
 import os
 import pathlib
 import re
@@ -18,6 +19,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -39,6 +41,8 @@ _MERGES = 48_894  # lines of the file that CLIP uses
 _UNPACKED_LIMIT = 1 << 23  # bytes; CLIP's file has 3.2 million
 _TOKEN_LIMIT = 256  # characters of a token of the file
 _TRAINED, _CLIP = ("<pad>", "<start>", "<end>"), ("<|startoftext|>", "<|endoftext|>")
+_CAPTIONS = "captions"  # in an origin: digest of what the texts are read from
+_log = logging.getLogger(__name__)
 _LITERALS = re.compile(
     "|".join(map(re.escape, (*_TRAINED, *_CLIP, "<start_of_text>", "<end_of_text>")))
 )
@@ -51,6 +55,9 @@ class Tokenizer:
     Args:
         core: a tokenizer of the `tokenizers` package with start and end tokens.
         length: ids to which a caption is padded or cut, start and end included; at least 2.
+
+    Attributes:
+        origin: what it was made from, which is saved beside it; {} if unknown.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, length: int) -> None:
@@ -66,7 +73,7 @@ class Tokenizer:
                 f"the tokenizer has neither {_TRAINED[1]!r} nor {_CLIP[0]!r} in its vocabulary: it"
                 " was not written by m3i_jax"
             )
-        self.core, self.length = core, length
+        self.core, self.length, self.origin = core, length, dict[str, Any]()
         self.start, self.end = present[0]
 
     @property
@@ -111,9 +118,13 @@ class Tokenizer:
         ).strip()
 
     def save(self, path: str) -> None:
-        """Writes the JSON of the `tokenizers` package atomically, and its digest."""
-        content = self.core.to_str().encode()
-        run_files.note_mark(pathlib.Path(path), run_files.file_mark(content))
+        """Writes the JSON of the `tokenizers` package atomically, its digest, and its origin."""
+        content, file = self.core.to_str().encode(), pathlib.Path(path)
+        mark = run_files.file_mark(content)
+        if self.origin:
+            file.unlink(missing_ok=True)  # the record would not belong to it
+            run_files.note_origin(file, mark, self.origin)
+        run_files.note_mark(file, mark)
         base.write_atomic(path, content)
 
     @classmethod
@@ -137,7 +148,10 @@ class Tokenizer:
                     f"the tokenizer {path!r} has more than {FILE_LIMIT >> 20} MiB, so m3i_jax did"
                     " not write it; restore it"
                 )
-            return cls(tokenizers.Tokenizer.from_str(text), length)
+            loaded = cls(tokenizers.Tokenizer.from_str(text), length)
+            mark = run_files.file_mark(text.encode())
+            loaded.origin = run_files.noted_origin(pathlib.Path(path), mark)
+            return loaded
         except OSError as error:
             raise UserError(f"the tokenizer {path!r} cannot be read: {error.strerror}") from error
         except UserError:
@@ -326,26 +340,40 @@ def _find_installed() -> str:
     )
 
 
-def open_tokenizer(data: schema.Data, source: base.DataSource, saved: str = "") -> Tokenizer:
-    """Loads the saved tokenizer of a run, or makes the one of the configuration and saves it.
+def open_tokenizer(
+    data: schema.Data, source: base.DataSource, saved: str = "", *, fixed: bool = False
+) -> Tokenizer:
+    """Loads the saved tokenizer of a run, or makes the one of the configuration and saves it, also
+    in place of a saved one that was made from other settings or captions.
 
     Args:
         data: `tokenizer`, `vocabulary`, `vocabulary_size`, `caption_length`.
         source: of the captions for training.
         saved: path of the saved tokenizer; "" to save none.
+        fixed: whether checkpoints or other hosts already use the saved one. Other captions do not
+            matter then: a run is evaluated on other data, too.
 
     Returns:
         The tokenizer.
 
     Raises:
-        UserError: see `train_tokenizer` and `clip_tokenizer`.
+        UserError: the saved one is fixed, and was made from other settings; see also
+            `train_tokenizer` and `clip_tokenizer`.
 
     >>> source = [base.Record("0", b"", caption="a red cat")]
     >>> open_tokenizer(schema.Data(caption_length=5), source).encode("cat")[0].shape
     (5,)
     """
     if saved and os.path.exists(saved):
-        return Tokenizer.load(saved, data.caption_length)
+        opened = Tokenizer.load(saved, data.caption_length)
+        if not (other := _other_origin(opened.origin, data, source, fixed)):
+            return opened
+        if fixed:
+            raise UserError(
+                f"{saved}: was made from {other}, and the run in this directory uses it: restore"
+                " the setting, or choose another --workdir"
+            )
+        _log.warning("%s: was made from %s: it is made again", saved, other)
     if data.tokenizer == "clip":
         tokenizer = clip_tokenizer(data.vocabulary, data.caption_length)
     else:
@@ -360,8 +388,44 @@ def open_tokenizer(data: schema.Data, source: base.DataSource, saved: str = "") 
             data.caption_length,
         )
     if saved:
+        tokenizer.origin = _origin(data, source)
         tokenizer.save(saved)
     return tokenizer
+
+
+def _origin(data: schema.Data, source: base.DataSource) -> dict[str, Any]:
+    """What decides the tokenizer of a configuration: settings, the kind first, and digests."""
+    if data.tokenizer == "clip":
+        merges = _read_merges(os.path.expanduser(data.vocabulary) or _find_installed())
+        digest = base.stable_digest("\n".join(map(" ".join, merges)))
+        return {"data.tokenizer": data.tokenizer, "data.vocabulary": digest}
+    named = source.classes if data.regions else ()
+    captions = base.stable_digest(source.fingerprint(), data.captions != "no", *named)
+    sizes = {"data.vocabulary_size": data.vocabulary_size}
+    return {"data.tokenizer": data.tokenizer, **sizes, _CAPTIONS: captions}
+
+
+def _other_origin(
+    was: dict[str, Any], data: schema.Data, source: base.DataSource, fixed: bool
+) -> str:
+    """How a saved tokenizer differs in origin from that of a configuration; "" if it does not, as
+    far as it is known."""
+    if not was:  # of an older version
+        return ""
+    if (kind := was.get("data.tokenizer")) != data.tokenizer:
+        return f"data.tokenizer={kind!r}, not {data.tokenizer!r}"
+    try:
+        now = _origin(data, source)
+    except UserError:  # the vocabulary is not on this machine, and the saved one needs it no more
+        if fixed:
+            return ""
+        raise
+    for name, value in now.items():
+        if was.get(name) == value or (fixed and name == _CAPTIONS):
+            continue
+        digests = {_CAPTIONS: "other captions", "data.vocabulary": "another data.vocabulary"}
+        return digests.get(name, f"{name}={was.get(name)!r}, not {value!r}")
+    return ""
 
 
 def fetch_vocabulary(folder: str) -> str:

@@ -27,6 +27,7 @@ from m3i_jax.models import backbones
 from m3i_jax.modes import monitoring, train
 from m3i_jax.modes.setup import (
     Setup,
+    has_checkpoints,
     lock_on_all_hosts,
     open_setup,
     require_shared,
@@ -224,7 +225,8 @@ def run_one(setup: Setup, allow_changes: bool) -> int:
     vocabulary = setup.workdir / "tokenizer.json"
     with parallel.fail_together("tokenizer.json"):
         setup.workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if setup.tokenizer and not jax.process_index() and not vocabulary.is_file():
+        begun = vocabulary.is_file() and has_checkpoints(setup.workdir)
+        if setup.tokenizer and not jax.process_index() and not begun:
             setup.tokenizer.save(str(vocabulary))
     with lock_on_all_hosts(setup.workdir):
         code = train.pretrain(setup, allow_changes)

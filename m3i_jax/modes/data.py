@@ -22,7 +22,7 @@ from m3i_jax.data import (
 from m3i_jax.data.cores import usable_cores
 from m3i_jax.data.sources import base
 from m3i_jax.modes import monitoring
-from m3i_jax.modes.setup import complete_config, index_directory, make_workdir
+from m3i_jax.modes.setup import complete_config, has_checkpoints, index_directory, make_workdir
 from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.reporting import data_page, data_report
 from m3i_jax.run_files import write_text_atomic
@@ -45,7 +45,12 @@ def run(config: schema.Config, *, workdir: str) -> int:
     captions = pipeline.uses_captions(config.data, source)
     done = complete_config(config, classes=classes, captions=captions, size=max(len(train), 1))
     words = (
-        tokenizer.open_tokenizer(done.data, train, str(directory / "tokenizer.json"))
+        tokenizer.open_tokenizer(
+            done.data,
+            train,
+            str(directory / "tokenizer.json"),
+            fixed=has_checkpoints(directory),
+        )
         if captions or done.data.regions
         else None
     )

@@ -25,7 +25,8 @@ from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.objective.caption_posterior import CAPTIONS
-from m3i_jax.training import scaling
+from m3i_jax.parallel import distributed
+from m3i_jax.training import checkpoint_dir, scaling
 from m3i_jax.training.plan import Plan, build_plan
 from m3i_jax.training.pretrain_task import Pretrain
 from m3i_jax.training.task import Task, make_task, task_kind
@@ -205,10 +206,20 @@ def open_setup(
     vocabulary = str(path / "tokenizer.json")
     with parallel.host0_first("tokenizer", written=_new_files(vocabulary)):
         opened = (
-            tokenizer.open_tokenizer(done.data, train, vocabulary)
+            tokenizer.open_tokenizer(
+                done.data,
+                train,
+                vocabulary,
+                # the first host makes it, the others have to use that one
+                fixed=bool(jax.process_index()) or has_checkpoints(path),
+            )
             if captions or done.data.regions
             else None
         )
+    if opened and parallel.host_names() > 1:
+        # a network disk may still show another host the one before
+        digest = base.stable_digest(opened.core.to_str())
+        distributed.assert_same_on_all_hosts("tokenizer", {"tokenizer.json": digest})
     return Setup(
         config=done,
         mesh=devices,
@@ -219,6 +230,16 @@ def open_setup(
         workdir=path,
         configured_size=config.data.size,
     )
+
+
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Returns whether a directory has a checkpoint of a run, or of one of its --mode=compare.
+
+    >>> has_checkpoints(pathlib.Path("/no/such/run"))
+    False
+    """
+    runs = [workdir, *workdir.glob("compare/*")]
+    return any(checkpoint_dir.complete_steps(run / "checkpoints") for run in runs)
 
 
 def _new_files(path: str) -> Callable[[], list[str]]:

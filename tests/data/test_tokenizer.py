@@ -18,7 +18,6 @@ import pytest
 from m3i_jax import schema
 from m3i_jax.data import tokenizer
 from m3i_jax.data.decode import clean_caption
-from m3i_jax.data.sources import base
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UnreadableError, UserError
 from tests.faults.hostile import PEAK, ROOT
@@ -359,34 +358,6 @@ def test_saved_and_sent_tokenizers_are_the_same(tmp_path, vocabulary, kind):
         pathlib.Path(path).write_text(damage)
         with pytest.raises(UserError, match=message):
             tokenizer.Tokenizer.load(path, 12)
-
-
-class Captions:
-    name, classes, captions = "captions", (), True
-
-    def __len__(self) -> int:
-        return len(corpus())
-
-    def __getitem__(self, index: int) -> base.Record:
-        return base.Record(str(index), b"", -1, corpus()[index])
-
-
-def test_the_tokenizer_of_a_run_is_saved(tmp_path, vocabulary):
-    saved = str(tmp_path / "tokenizer.json")
-    data = schema.Data(vocabulary_size=300, caption_length=9)
-    first = tokenizer.open_tokenizer(data, Captions(), saved)
-    assert first.vocabulary == 300 and first.length == 9
-    again = tokenizer.open_tokenizer(
-        schema.Data(vocabulary_size=400, caption_length=11), Captions(), saved
-    )
-    assert again.core.to_str() == first.core.to_str() and again.length == 11
-    clip = tokenizer.open_tokenizer(
-        schema.Data(tokenizer="clip", vocabulary=vocabulary), Captions()
-    )
-    assert (
-        clip.core.to_str() == tokenizer.clip_tokenizer(vocabulary).core.to_str()
-        and clip.length == 77
-    )
 
 
 def test_only_the_right_vocabulary_is_saved(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from m3i_jax import config as configuration
+from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
 from m3i_jax.modes import compare
 from m3i_jax.modes import setup as jobs
@@ -151,3 +152,34 @@ def test_a_working_directory_on_the_disk_of_each_host_is_refused(
     else:
         with pytest.raises(UserError, match=r"is another directory on host 1 than on host 0; give"):
             jobs.require_shared(tmp_path)
+
+
+def test_a_vocabulary_is_made_again_until_there_is_a_checkpoint(tmp_path: pathlib.Path) -> None:
+    """--mode=preview may have made another one before; that of a run stays."""
+    sizes = [SMALL | {"data__vocabulary_size": size} for size in (270, 280)]
+    for changes in (*sizes, sizes[0]):
+        job = jobs.open_setup(toy.settings(**changes), str(tmp_path))
+        assert job.vocabulary == changes["data__vocabulary_size"]
+    for run in (tmp_path, tmp_path / "compare" / "mim-0"):
+        step = run / "checkpoints" / "7"
+        step.mkdir(parents=True)
+        assert jobs.has_checkpoints(tmp_path)
+        assert jobs.open_setup(toy.settings(**sizes[0]), str(tmp_path)).vocabulary == 270
+        with pytest.raises(UserError, match=r"data\.vocabulary_size=270, not 280, and the run"):
+            jobs.open_setup(toy.settings(**sizes[1]), str(tmp_path))
+        step.rmdir()
+
+
+def test_a_run_of_a_comparison_has_its_vocabulary(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an earlier start wrote another one, but no checkpoint."""
+    monkeypatch.setattr(compare.train, "pretrain", lambda job, allow: 0)
+    for size in (270, 280):
+        job = jobs.open_setup(
+            toy.settings(**SMALL | {"data__vocabulary_size": size}), str(tmp_path)
+        )
+        one = compare.config_for(job, "mim", 0)
+        assert compare.run_one(one, False) == 0
+        saved = tokenizer.Tokenizer.load(str(one.workdir / "tokenizer.json"), 16)
+        assert saved.vocabulary == size and saved.origin["data.vocabulary_size"] == size
