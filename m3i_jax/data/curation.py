@@ -5,6 +5,7 @@ The descriptions take 3.1 KB a record, so one machine with 64 GB compares some t
 
 import collections
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -139,6 +140,7 @@ def decide(
     features: np.ndarray | None = None,
     scores: dict[str, np.ndarray] | None = None,
     source: DataSource | None = None,
+    background: int = 255,
 ) -> Decisions:
     """Decides which records are kept. The first reason that applies is given, in the order of
     REASONS; of several copies the one with the most pixels stays, then the first.
@@ -152,6 +154,7 @@ def decide(
         scores: columns of numbers of the records, NaN where unknown, for `rules.least`.
         source: of the records, to compare copies at a higher resolution (`rules.detail`); None not
             to.
+        background: gray level 0..255 under transparent pixels of what is compared, as in `facts`.
 
     >>> import types
     >>> shades = np.arange(4)[:, None, None, None] + np.zeros((4, 32, 32, 3))
@@ -170,9 +173,10 @@ def decide(
         np.full(count, -1, np.int16),
         np.full(count, np.nan, np.float32),
     )
-    _filter({**facts, **(scores or {})}, rules, done)
+    _filter(facts, scores or {}, rules, done)
+    check = functools.partial(_check, rules=rules, mapper=mapper, background=background)
     for number, each in enumerate(evaluation):
-        _leave_out_evaluation(facts, each, number, rules, mapper, done, source)
+        _leave_out_evaluation(facts, each, number, rules, mapper, done, source, check)
     if rules.duplicates == "none":
         return done
     pixels = facts["height"].astype(np.int64) * facts["width"]
@@ -190,7 +194,7 @@ def decide(
         rows = done.kept
         thumbnails = facts["thumbnail"][rows]
         pairs = _near(facts["hash"][rows], thumbnails, thumbnails, rules, mapper)
-        pairs = _check(pairs, source, rows, source, rows, rules, mapper)
+        pairs = check(pairs, source, rows, source, rows)
         _leave_out_pairs(rows, pairs, pixels, NEAR, done)
     if features is not None:
         rows = done.kept
@@ -216,7 +220,14 @@ class FeatureSearch:
         return near_duplicates.similar_features(self.features, rows, self.least)
 
 
-def _filter(facts: dict[str, np.ndarray], rules: schema.Curate, done: Decisions) -> None:
+def _filter(
+    facts: dict[str, np.ndarray],
+    scores: dict[str, np.ndarray],
+    rules: schema.Curate,
+    done: Decisions,
+) -> None:
+    """Leaves out by single records: by what was measured, and by `scores` for `rules.least`
+    alone."""
     short = np.minimum(facts["height"], facts["width"])
     long = np.maximum(facts["height"], facts["width"])
     if rules.min_side:
@@ -233,7 +244,7 @@ def _filter(facts: dict[str, np.ndarray], rules: schema.Curate, done: Decisions)
     if rules.min_entropy:
         done.leave_out(np.flatnonzero(facts["entropy"] < rules.min_entropy), PLAIN)
     for name, least in least_scores(rules).items():
-        done.leave_out(np.flatnonzero(~(facts[name] >= least)), SCORE)
+        done.leave_out(np.flatnonzero(~(scores[name] >= least)), SCORE)
 
 
 def least_scores(rules: schema.Curate) -> dict[str, float]:
@@ -324,8 +335,10 @@ def _check(
     asked_rows: np.ndarray,
     found: DataSource | None,
     found_rows: np.ndarray,
+    *,
     rules: schema.Curate,
     mapper: Mapper,
+    background: int,
 ) -> np.ndarray:
     """Returns the pairs that are copies also at a higher resolution."""
     if not rules.detail or asked is None or found is None or not len(pairs):
@@ -334,7 +347,7 @@ def _check(
     numbered[:, 0] = asked_rows[pairs[:, 0].astype(int)]
     numbered[:, 1] = found_rows[pairs[:, 1].astype(int)]
     parts = [numbered[rows.start : rows.stop] for rows in _ranges(len(pairs))]
-    differences = np.concatenate([*mapper(CopyChecker(asked, found), parts)])
+    differences = np.concatenate([*mapper(CopyChecker(asked, found, background), parts)])
     return pairs[differences <= rules.detail]
 
 
@@ -350,6 +363,7 @@ def _leave_out_evaluation(
     mapper: Mapper,
     done: Decisions,
     source: DataSource | None,
+    check: Callable[..., np.ndarray],
 ) -> None:
     """Leaves out the copies of evaluation images, their crops, and images of which they are
     crops; with duplicates=exact or none only equal files."""
@@ -361,11 +375,11 @@ def _leave_out_evaluation(
         own, others = facts["thumbnail"][rows], evaluation.facts["thumbnail"][usable]
         hashes = evaluation.facts["hash"][usable]
         pairs = _near(hashes, others, own, rules, mapper)
-        pairs = _check(pairs, source, rows, evaluation.source, usable, rules, mapper)
+        pairs = check(pairs, source, rows, evaluation.source, usable)
         for pair in pairs.tolist():
             matches.append((rows[int(pair[0])], usable[int(pair[1])], pair[2]))
         pairs = _near(facts["hash"][rows], own, others, rules, mapper)
-        pairs = _check(pairs, evaluation.source, usable, source, rows, rules, mapper)
+        pairs = check(pairs, evaluation.source, usable, source, rows)
         for pair in pairs.tolist():
             matches.append((rows[int(pair[1])], usable[int(pair[0])], pair[2]))
     for row, image, difference in sorted(matches, key=lambda match: -match[2]):  # the nearest last

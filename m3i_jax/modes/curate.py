@@ -17,6 +17,7 @@ import numpy as np
 from m3i_jax import interrupts, privacy, progress, schema
 from m3i_jax.data import curation, dataset_scan, decode, engines, splits
 from m3i_jax.data.cores import usable_cores
+from m3i_jax.data.record_batches import record_key
 from m3i_jax.data.sources import base, keep_list, mixture, registry, score_table
 from m3i_jax.errors import UserError
 from m3i_jax.modes import features as feature_mode
@@ -26,6 +27,9 @@ from m3i_jax.run_files import write_text_atomic
 
 EXAMPLES = 12  # of each reason on the page
 _READ = ("key", "weight", "caption", "label")  # columns of a keep-list that a training reads
+_MEASURED = ("sharpness", "entropy")  # columns of both lists
+_OWN = ("key", *_MEASURED, "reason", "copy_of", "difference")  # that no score may replace
+_UNREADABLE = decode.REASONS.index(decode.UNREADABLE)
 QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)  # of scores on the page
 
 
@@ -49,6 +53,7 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
     with lock_workdir(directory), interrupts.raise_interrupts():
         source = splits.open_source(config.data, cache=index_directory(config.data, directory))
         print(source.description(), flush=True)
+        scores = _scores(source, rules)  # refused before the images are read
         facts = _describe(source, config.data, directory, mapper)
         sources, sets = [], []
         for text in rules.against:
@@ -64,7 +69,6 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
             sources.append(against)
             described = _describe(against, data, directory, mapper)
             sets.append(curation.EvaluationSet(against.name, described, against))
-        scores = _scores(source, rules)
         done = curation.decide(
             facts,
             rules,
@@ -73,8 +77,9 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
             features=_features(source, rules.features),
             scores=scores,
             source=source,
+            background=config.data.background,
         )
-        scores = {name: facts[name] for name in ("sharpness", "entropy")} | scores
+        scores = {name: facts[name] for name in _MEASURED} | scores
         report = _report(source, rules, done, sets, engine)
         report["scores"] = {name: _quantiles(scores[name], done.kept) for name in scores}
         _write_lists(source, done, sources, directory, scores)
@@ -97,11 +102,13 @@ def _describe(
     directory: pathlib.Path,
     mapper: curation.Mapper,
 ) -> dict[str, np.ndarray]:
-    """The descriptions of all records; those of an earlier start are read."""
+    """The descriptions of all records; those of an earlier start are read. Chunks with records that
+    could not be read then are described again: the disk or the network may be back."""
     describer = curation.RecordDescriber(source, data.background, data.missing)
     folder, found = directory / "descriptions" / describer.identity(), {}
     for chunk in range(describer.chunks()):
-        if (arrays := base.load_arrays(str(folder / f"{chunk:06d}.npz"))) is not None:
+        arrays = base.load_arrays(str(folder / f"{chunk:06d}.npz"))
+        if arrays is not None and not (arrays["reason"] == _UNREADABLE).any():
             found[chunk] = arrays
     todo = [chunk for chunk in range(describer.chunks()) if chunk not in found]
     described = progress.track_progress(
@@ -115,10 +122,20 @@ def _describe(
 
 
 def _scores(source: base.DataSource, rules: schema.Curate) -> dict[str, np.ndarray]:
-    """The columns of curate.scores by record."""
+    """The columns of curate.scores by record.
+
+    Raises:
+      UserError: a column has the name of one that curation writes itself; or see `read_scores`.
+    """
     names = list(curation.least_scores(rules))
     if rules.scores:
-        return score_table.read_scores(source, rules.scores, names)
+        scores = score_table.read_scores(source, rules.scores, names)
+        if taken := [name for name in scores if name in _OWN]:
+            raise UserError(
+                f"curate.scores={rules.scores!r}: its column {taken[0]!r} has the name of one that"
+                " curation writes itself: rename it, or name in curate.least the columns to read"
+            )
+        return scores
     if names:
         raise UserError(
             f"curate.least names {names[0]!r}, and curate.scores no file with that column"
@@ -144,7 +161,7 @@ def _features(source: base.DataSource, path: str) -> np.ndarray | None:
         raise UserError(f"curate.features={path!r}: there is no such file; see --mode=features")
     columns, _ = feature_mode.read_feature_file(path)
     rows = {key: row for row, key in enumerate(columns["keys"].tolist())}
-    place = np.array([rows.get(base.source_key(source, i), -1) for i in range(len(source))])
+    place = np.array([rows.get(record_key(source, i), -1) for i in range(len(source))])
     if (place < 0).all():
         raise UserError(
             f"curate.features={path!r}: none of its keys is in {source.name}: write it from this"
@@ -202,12 +219,12 @@ def _write_lists(
     copies = [
         ""
         if done.of[row] < 0
-        else base.source_key(_source_of(row, source, sources, done), done.of[row])
+        else record_key(_source_of(row, source, sources, done), int(done.of[row]))
         for row in out
     ]
     keep_list.write_keep_list(
         str(directory / "left_out.parquet"),
-        [base.source_key(source, row) for row in out],
+        [record_key(source, row) for row in out],
         reason=[curation.REASONS[done.reason[row]] for row in out],
         copy_of=[copy.encode("utf-8", "replace").decode() for copy in copies],
         difference=done.difference[out],
@@ -260,4 +277,4 @@ def _image(source: base.DataSource, row: int, note: str, data: schema.Data) -> d
         jpeg = dataset_scan.thumbnail(record, background=data.background)
     except decode.BadRecord as error:
         jpeg, note = None, error.detail
-    return {"jpeg": jpeg, "key": base.source_key(source, row), "note": note}
+    return {"jpeg": jpeg, "key": record_key(source, row), "note": note}

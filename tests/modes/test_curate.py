@@ -1,5 +1,6 @@
 """--mode=curate: what is left out and why; its list is one that data.keep reads."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -15,7 +16,8 @@ from PIL import Image
 from m3i_jax import schema
 from m3i_jax.data import curation, engines, near_duplicates, perceptual_hash, splits
 from m3i_jax.data.sources import base
-from m3i_jax.errors import UserError
+from m3i_jax.data.sources.folder import FolderSource
+from m3i_jax.errors import UnreadableError, UserError
 from m3i_jax.modes import curate as mode
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -154,6 +156,80 @@ def test_look_alikes_are_told_apart_in_detail(tmp_path: pathlib.Path) -> None:
     assert left_out(tmp_path / "run") == {"small.jpg": ("copy or crop", "card.png")}
     assert mode.run(config(tmp_path, detail=0.0), workdir=str(tmp_path / "run")) == 0
     assert set(left_out(tmp_path / "run")) == {"other.png", "small.jpg"}
+
+
+def test_columns_of_scores_replace_nothing_that_was_measured(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+    def run(name: str, **rules: Any) -> dict[str, tuple[str, str]]:
+        path = str(tmp_path / "scores.parquet")
+        values = [1.0, float("nan")] * 6
+        table = {"key": [f"{i:02d}.png" for i in range(12)], name: values, "path": values}
+        pyarrow.parquet.write_table(pyarrow.table(table), path)
+        workdir = tmp_path / "run"
+        rules = {"duplicates": "none", "scores": path, **rules}
+        assert mode.run(config(data, **rules), workdir=str(workdir)) == 0
+        return left_out(workdir)
+
+    for name in ("width", "height"):
+        found = run(name, min_side=18, max_aspect=3.0)
+        assert set(found) == {"tiny.png", "long.png", "broken.jpg"}
+    (kept,) = (row for row in kept_rows(tmp_path / "run") if row["key"] == "00.png")
+    assert kept["height"] == kept["path"] == 1.0
+    # by curate.least the column is what is asked for
+    assert run("width", least=("width=1",))["01.png"][0] == "below a score of least"
+    monkeypatch.setattr(curation.RecordDescriber, "__call__", None)  # before the images are read
+    for name in ("difference", "reason", "copy_of", "sharpness", "entropy"):
+        with pytest.raises(UserError, match=f"its column '{name}' has the name of one that"):
+            run(name)
+
+
+def kept_rows(directory: pathlib.Path) -> list[dict[str, Any]]:
+    return parquet.read_table(directory / "keep.parquet").to_pylist()
+
+
+def test_records_of_an_outage_are_read_again(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+    """And their keys are not needed, as those in an array_record whose shard is missing."""
+    plain = config(data, duplicates="none")
+    replacing = dataclasses.replace(plain, data=dataclasses.replace(plain.data, missing="replace"))
+    read, key = FolderSource.__getitem__, FolderSource.key
+
+    def away(self: FolderSource, index: int) -> Any:
+        if index == 3:
+            raise UnreadableError("the disk is away")
+        return read(self, index)
+
+    def unknown(self: FolderSource, index: int) -> str:
+        if index == 3:
+            raise UnreadableError("the disk is away")
+        return key(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "__getitem__", away)
+        patch.setattr(FolderSource, "key", unknown)
+        patch.setattr(base, "source_key_hashes", lambda source: np.zeros(0))
+        assert mode.run(replacing, workdir=str(tmp_path)) == 0
+    assert left_out(tmp_path) == {"3": ("unreadable", ""), "broken.jpg": ("undecodable", "")}
+    assert mode.run(replacing, workdir=str(tmp_path)) == 0
+    assert set(left_out(tmp_path)) == {"broken.jpg"}
+
+
+def test_copies_are_compared_over_the_background_of_the_run(tmp_path: pathlib.Path) -> None:
+    """A transparent image and its copy over black: over white they have nothing in common."""
+    image = photo(3).convert("RGBA")
+    image.paste((0, 0, 0, 0), (20, 20, 110, 80))
+    flat = Image.new("RGB", image.size, (0, 0, 0))
+    flat.paste(image, mask=image)
+    save(tmp_path / "train", "alpha.png", image)
+    save(tmp_path / "train", "flat.png", flat)
+    plain = config(tmp_path)
+    for background, copies in ((0, {"flat.png": ("copy or crop", "alpha.png")}), (255, {})):
+        over = dataclasses.replace(plain.data, background=background)
+        chosen = dataclasses.replace(plain, data=over)
+        assert mode.run(chosen, workdir=str(tmp_path / str(background))) == 0
+        assert left_out(tmp_path / str(background)) == copies
 
 
 def alike() -> np.ndarray:

@@ -402,7 +402,9 @@ def _match(source: DataSource, path: str, keep: dict[str, Any]) -> dict[str, np.
     }
 
 
-def write_keep_list(path: str, keys: Sequence[str], **columns: np.ndarray | Sequence[Any]) -> None:
+def write_keep_list(
+    path: str, keys: Sequence[str], /, **columns: np.ndarray | Sequence[Any]
+) -> None:
     """Writes a Parquet file of keys and other columns of the same length. Keys that are no UTF-8
     are written as bytes.
 
