@@ -239,7 +239,8 @@ def measure_speed(
     process.
 
     Args:
-        config: of the run, which decides crops, masks and captions; batches have 32 rows.
+        config: of the run, which decides crops, masks and captions; batches have 32 rows, and
+            `dense.geometry.repeat` is left out.
         records: usable ones; with fewer than two, the speed of the pipeline is 0.
         like: the source of the records.
         tokenizer: see `pipeline.iterate_batches`.
@@ -254,8 +255,13 @@ def measure_speed(
     if len(records) < 2:
         return ReadSpeed(decode, 0.0, len(records))
     serial = dataclasses.replace(config.data, threads=0, workers=0, max_bad_share=1.0)
+    # repeat factors need the objects of all records, and cost no time of a batch
+    geometry = dataclasses.replace(config.dense.geometry, repeat=0.0)
     small = dataclasses.replace(
-        config, data=serial, train=dataclasses.replace(config.train, batch_size=32)
+        config,
+        data=serial,
+        train=dataclasses.replace(config.train, batch_size=32),
+        dense=dataclasses.replace(config.dense, geometry=geometry),
     )
     source = InMemorySource(records, like)
     batches = (

@@ -2,16 +2,19 @@
 
 import dataclasses
 import io
+import logging
 
 import PIL
 from PIL import Image
 
 from m3i_jax.data import decode
 from m3i_jax.data.sources.base import Record
-from m3i_jax.errors import UserError
+from m3i_jax.errors import UserError, shorten
 
 QUALITY = 90  # of JPEGs, if only a size is given
+JPEG_SIDE = 65_500  # pixels; libjpeg writes no longer side
 _MARGIN = 2  # a JPEG is decoded at no less than so many times the size
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Reencoding:
 
     def __call__(self, record: Record) -> Record:
         """Returns a record with the image encoded again. One that cannot be decoded keeps its
-        bytes: it is counted and replaced when it is read.
+        bytes: it is counted and replaced when it is read. So does, with a warning, one that no JPEG
+        can hold.
 
         >>> import numpy as np
         >>> record = Record("a", np.zeros((40, 80, 3), np.uint8), 3)
@@ -59,12 +63,18 @@ class Reencoding:
                 height = max(1, round(opened.height * self.size / short))
                 width = max(1, round(opened.width * self.size / short))
                 least, target = (_MARGIN * height, _MARGIN * width), (width, height)
+            if max(target) > JPEG_SIDE:
+                _keep_bytes(record, f"a JPEG has at most {JPEG_SIDE:,} pixels a side", *target)
+                return record
             image = opened.rgb(background=self.background, least=least)
             if image.size != target:
                 image = image.resize(target, Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=self.quality or QUALITY)
         except decode.BadRecord:
+            return record
+        except OSError as error:  # of the encoder, not of a disk
+            _keep_bytes(record, str(error), *target)
             return record
         return dataclasses.replace(record, image=buffer.getvalue())
 
@@ -73,6 +83,17 @@ class Reencoding:
         if not self:
             return {}
         return {**dataclasses.asdict(self), "pillow": PIL.__version__}
+
+
+def _keep_bytes(record: Record, why: str, width: int, height: int) -> None:
+    """Warns that a record keeps its bytes."""
+    _log.warning(
+        "warning: %s, %d x %d pixels, is not encoded again: %s",
+        shorten(record.key),
+        width,
+        height,
+        why,
+    )
 
 
 UNCHANGED = Reencoding()

@@ -1,6 +1,7 @@
 """--mode=convert: the same records in the same order, for any number of processes and after an
 interruption."""
 
+import io
 import os
 import pathlib
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import conversion, decode
+from m3i_jax.data import conversion, decode, reencode
 from m3i_jax.data.sources import array_record, base, tar_shards
 from m3i_jax.data.sources.base import Record
 from m3i_jax.data.sources.class_names import class_names_from_file
@@ -346,3 +347,26 @@ def test_a_killed_conversion_is_resumed(images, tmp_path):
     assert done.returncode == 0, done.stderr
     same(tmp_path, images)
     assert os.listdir(tmp_path) and not list(tmp_path.glob("*.part"))
+
+
+def test_a_panorama_that_no_jpeg_can_hold_keeps_its_bytes(tmp_path, caplog, monkeypatch):
+    """libjpeg writes at most 65,500 pixels a side: others stopped the conversion for ever."""
+    for name, width in (("long", 66_000), ("short", 65_500)):
+        (tmp_path / "in" / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (width, 32), (9, 99, 9)).save(tmp_path / "in" / "a" / f"{name}.png")
+    run = tmp_path / "run"
+    assert mode.run(config(tmp_path / "in", 1), workdir=str(run), quality="90") == 0
+    before, after = FolderSource(str(tmp_path / "in")), array_record.ArrayRecordSource(str(run))
+    assert [record.key for record in after] == ["a/long.png", "a/short.png"]
+    assert after[0].image == before[0].image
+    assert Image.open(io.BytesIO(after[1].image)).format == "JPEG"
+    assert caplog.messages == [
+        "warning: 'a/long.png', 66000 x 32 pixels, is not encoded again: a JPEG has at most 65,500"
+        " pixels a side"
+    ]
+    small = reencode.Reencoding(size=16)(before[0])
+    assert Image.open(io.BytesIO(small.image)).size == (33_000, 16)
+    # any other refusal of the encoder
+    monkeypatch.setattr(reencode, "JPEG_SIDE", 10**6)
+    record = reencode.Reencoding(quality=90)(before[0])
+    assert record is not None and record.image == before[0].image

@@ -161,3 +161,14 @@ def test_frequencies_of_classes() -> None:
         infos, classes=("a", "b", "c", "d"), map_classes=(), geometry=schema.Geometry()
     )["objects"]
     assert (stats["frequent"], stats["common"], stats["rare"], stats["empty"]) == (1, 1, 1, ["d"])
+
+
+def test_repeat_factors_do_not_stop_the_report(files, tmp_path, monkeypatch) -> None:
+    """As in configs/transfer/lvis.py. Batches of the measured speed are made from records in
+    memory, which have no table of all objects."""
+    plain = config(schema.Data(source="coco", path=str(files)), "detect")
+    geometry = dataclasses.replace(plain.dense.geometry, repeat=0.5)
+    repeated = dataclasses.replace(plain, dense=dataclasses.replace(plain.dense, geometry=geometry))
+    monkeypatch.setitem(globals(), "config", lambda source, task: repeated)
+    report, _, _ = report_of(repeated.data, "detect", tmp_path, monkeypatch)
+    assert report["speed"]["pipeline"] > 0 and report["annotations"]["objects"]["images"] == 40
