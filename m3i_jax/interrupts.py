@@ -1,6 +1,7 @@
 """Signals outside the training loop. Ctrl-C (SIGINT): the process ends with one line and exit code
-130. SIGTERM in training and evaluation, by which a scheduler preempts: one line and exit code 42,
-as in the loop, where a checkpoint is saved first; before and after it there is nothing to save.
+130. SIGTERM, by which a scheduler preempts, in the modes that go on where they were stopped: one
+line and exit code 42, as in the training loop, where a checkpoint is saved first; before and after
+it, and in the other modes, there is nothing to save: their complete parts are on the disk.
 
 The handlers end the process instead of raising KeyboardInterrupt, which imports, callbacks of the
 garbage collector and threads of libraries print, swallow or wait for. A killed run loses nothing

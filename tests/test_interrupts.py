@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -82,10 +83,28 @@ def preempted(*command: str) -> None:
 
 
 @pytest.mark.row("A2")
-@pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.preemptible])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(
+            name, marks=pytest.mark.slow if name in ("index", "curate", "features") else ()
+        )
+        for name, mode in MODES.items()
+        if mode.preemptible
+    ],
+)
 def test_sigterm_before_the_loop(tmp_path: pathlib.Path, mode: str) -> None:
     """As a preemption in the loop, which saves: a scheduler starts the run again."""
     preempted(*waiting(tmp_path, mode))
+
+
+def test_the_modes_that_go_on_where_they_were_stopped() -> None:
+    """As configs/README.md lists them."""
+    text = (pathlib.Path(__file__).parents[1] / "configs" / "README.md").read_text()
+    (listed,) = re.findall(r"\(SIGTERM in ([\w, \n]*) and (\w+);", text)
+    names = [*re.split(r",\s+", listed[0]), listed[1]]
+    assert sorted(names) == sorted(name for name, mode in MODES.items() if mode.preemptible)
+    assert {"convert", "curate", "index", "features"} < set(names)
 
 
 def test_a_request_for_a_trace_does_not_end_a_run_that_starts(tmp_path: pathlib.Path) -> None:

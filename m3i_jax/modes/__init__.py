@@ -173,6 +173,7 @@ MODES = {
         " working directory or init_from",
         flags=("out",),
         of_run=True,
+        preemptible=True,
         compiles=True,
         reads=(
             *_DATA,
@@ -208,6 +209,7 @@ MODES = {
         " the same command resumes it; on several hosts each reads its share (--shard)",
         flags=("shard",),
         shares=True,
+        preemptible=True,
         reads=("data.",),
     ),
     "convert": Mode(
@@ -215,11 +217,13 @@ MODES = {
         " same command resumes it; on several hosts each writes its share (--shard)",
         flags=("shard", "size", "quality", "format"),
         shares=True,
+        preemptible=True,
     ),
     "curate": Mode(
         "write a keep-list without bad records, copies, crops and images of evaluation sets:"
         " WORKDIR/keep.parquet, and the page WORKDIR/curate.html of what is left out and why",
         flags=("engine",),
+        preemptible=True,
         reads=("data.", "curate.", "report.private"),
     ),
 }
