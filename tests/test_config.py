@@ -146,6 +146,16 @@ def test_windows_of_segmentation_leave_no_pixel_out(stride: int, whole: int, fit
         config.resolve(cfg)
 
 
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_an_average_that_a_dense_run_does_not_keep_is_not_evaluated(task: str) -> None:
+    cfg = config.default_config()
+    config.apply_overrides(cfg, [f"task={task}", "evaluate.encoder=ema"])
+    with pytest.raises(UserError, match="config.evaluate.encoder: 'ema' needs optim.ema_of=all"):
+        config.resolve(cfg)
+    config.apply_overrides(cfg, ["optim.ema_of=all"])
+    assert config.resolve(cfg).evaluate.encoder == "ema"
+
+
 def test_a_watchdog_that_is_off_ends_no_run() -> None:
     for off in ("watchdog", "watchdog_first"):
         cfg = config.default_config()

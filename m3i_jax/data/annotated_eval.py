@@ -85,13 +85,27 @@ def fit_image(
     """
     stated = record.objects.size if record.objects is not None else (0, 0)
     opened, _ = open_annotated(record, stated)
+    image, sides = fit_pixels(opened, size, background=background, short=short)
+    return FittedImage(record.key, image, sides, (opened.height, opened.width), record.objects)
+
+
+def fit_pixels(
+    opened: decode.DecodedImage, size: int, *, background: int = 255, short: int = 0
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Fits an open image of any size into a square; returns the square and (height, width) of its
+    content. See `fit_image`.
+
+    >>> square, sides = fit_pixels(decode.wrap_pixels(np.zeros((1, 2, 3), np.uint8)), 32)
+    >>> square.shape, sides
+    ((32, 32, 3), (16, 32))
+    """
     original = (opened.height, opened.width)
     sides = geometry.range_sides(*original, size, short or size)
     placement = geometry.whole_placement(original, sides, smooth=True)
     image = np.zeros((size, size, 3), np.uint8)
     content = geometry.cut_image(opened.rgb(background=background), placement)
     image[: sides[0], : sides[1]] = content
-    return FittedImage(record.key, image, sides, original, record.objects)
+    return image, sides
 
 
 def detection_eval_batches(

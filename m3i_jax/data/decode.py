@@ -245,6 +245,16 @@ def open_image(image: bytes | np.ndarray) -> DecodedImage:
     return DecodedImage(opened, transpose, height, width)
 
 
+def wrap_pixels(pixels: np.ndarray) -> DecodedImage:
+    """Returns decoded pixels, uint8 [height, width, 3], as an open image. Unlike those of records,
+    which crops are cut from, they may have any size.
+
+    >>> wrap_pixels(np.zeros((1, 30, 3), np.uint8)).width
+    30
+    """
+    return DecodedImage(Image.fromarray(pixels), None, *pixels.shape[:2])
+
+
 def open_jpeg_fast(image: bytes | np.ndarray) -> DecodedImage | PlainJpeg:
     """Opens an image as `open_image` does, or as a PlainJpeg if that is possible.
 

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import annotated_eval
-from m3i_jax.data.sources import base
+from m3i_jax.data import annotated_eval, decode
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import detection_results, sliding_windows
 from m3i_jax.parallel.sharding import path_text
@@ -104,21 +103,19 @@ class LoadedDense:
         self._require("detect")
         out = []
         for image in as_images(images):
-            fitted = annotated_eval.fit_image(
-                base.Record("", image),
+            original = image.shape[:2]
+            square, size = annotated_eval.fit_pixels(
+                decode.wrap_pixels(image),
                 self.config.data.image_size,
-                background=0,
                 short=self.config.dense.geometry.test_short,
             )
-            outputs = self.function(self.params, fitted.image[None], np.array([fitted.size]))
+            outputs = self.function(self.params, square[None], np.array([size]))
             row = {name: np.asarray(value)[0] for name, value in outputs.items()}
-            found = detection_results.original_detections(
-                row, content=fitted.size, size=fitted.original
-            )
+            found = detection_results.original_detections(row, content=size, size=original)
             masks = None
             if found.masks is not None:
                 pixels = [detection_results.rle_to_mask(rle) for rle in found.masks]
-                empty = np.zeros((0, *fitted.original), bool)
+                empty = np.zeros((0, *original), bool)
                 masks = np.stack(pixels).astype(bool) if pixels else empty
             names = tuple(self.names[k] for k in found.classes.tolist())
             out.append(DetectedObjects(found.boxes, found.scores, found.classes, names, masks))
@@ -172,7 +169,7 @@ def as_images(images: Any) -> list[np.ndarray]:
     """Returns one image, an array of images or a list of images as a list of uint8 [H, W, 3].
 
     Raises:
-      ValueError: an image of another shape or type.
+      ValueError: an image of another shape or type, or without pixels.
 
     >>> [image.shape for image in as_images(np.zeros((2, 4, 5, 3), np.uint8))]
     [(4, 5, 3), (4, 5, 3)]
@@ -180,7 +177,7 @@ def as_images(images: Any) -> list[np.ndarray]:
     several = isinstance(images, Sequence) or np.ndim(images) == 4
     out = [np.asarray(image) for image in (images if several else [images])]
     for image in out:
-        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
             raise ValueError(
                 f"an image has shape {image.shape} and type {image.dtype}; give RGB uint8"
                 " [height, width, 3]"

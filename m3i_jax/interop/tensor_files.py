@@ -307,7 +307,7 @@ def _torch(path: pathlib.Path) -> TensorFile:
         raise ValueError("it contains no arrays")
 
     def read(name: str) -> np.ndarray:
-        value = table[name]
+        value = table[name].detach()  # a Parameter has no numpy array
         return value.float().numpy() if value.dtype == library.bfloat16 else value.numpy()
 
     return TensorFile({name: tuple(value.shape) for name, value in table.items()}, read)

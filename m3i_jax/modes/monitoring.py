@@ -31,11 +31,13 @@ def without_remat(config: schema.Config) -> schema.Config:
     """
     detect, segment = config.dense.detect, config.dense.segment
     dino = dataclasses.replace(detect.dino, remat=False)
-    masked = dataclasses.replace(segment.mask2former, remat=False)
+    of_objects, of_maps = (
+        dataclasses.replace(head.mask2former, remat=False) for head in (detect, segment)
+    )
     dense = dataclasses.replace(
         config.dense,
-        detect=dataclasses.replace(detect, dino=dino),
-        segment=dataclasses.replace(segment, mask2former=masked),
+        detect=dataclasses.replace(detect, dino=dino, mask2former=of_objects),
+        segment=dataclasses.replace(segment, mask2former=of_maps),
     )
     model = dataclasses.replace(config.model, remat="none")
     return dataclasses.replace(config, model=model, dense=dense)

@@ -311,8 +311,8 @@ PUBLISHED: dict[str, PublishedMethod] = {
     "milan": PublishedMethod(
         terms=(token_term(MASKED, 0, encoder="frozen", posterior=Cosine(scale=2.0)),),
         kept=(
-            "2 - 2 cos of features of a frozen encoder (objective.target_checkpoint; of another"
-            " architecture: objective.teachers) from a masked view, decoder of 8 blocks of 512"
+            "2 - 2 cos of features of a frozen encoder (objective.target_checkpoint) from a masked"
+            " view, decoder of 8 blocks of 512"
         ),
         left_out=(
             "sampling of cells by the teacher's attention, the prompting decoder, CLIP's projection"

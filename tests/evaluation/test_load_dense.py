@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from m3i_jax.data import annotated_eval
+from m3i_jax.data import annotated_eval, decode
 from m3i_jax.data.sources.base import Record
 from m3i_jax.data.sources.scenes import ScenesSource
 from m3i_jax.errors import UserError
@@ -33,10 +33,16 @@ def loaded(task: str) -> LoadedDense:
 
 
 @pytest.mark.parametrize("task", ["detect", "dino", "instances"])
-def test_detections_are_those_of_an_evaluation(task: str) -> None:
+def test_detections_are_those_of_an_evaluation(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images of any size: an evaluation leaves out those that training cannot crop."""
     model = loaded(task)
     side = model.config.data.image_size
-    for image, found in zip(IMAGES, model.detect(IMAGES), strict=True):
+    images = [*IMAGES, IMAGES[0][:3]]
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "PIXEL_LIMIT", 100)
+        detected = model.detect(images)
+    monkeypatch.setattr(decode, "MIN_SIDE", 1)
+    for image, found in zip(images, detected, strict=True):
         fitted = annotated_eval.fit_image(Record("", image), side)
         outputs = model.function(model.params, fitted.image[None], np.array([fitted.size]))
         row = {name: np.asarray(value)[0] for name, value in outputs.items()}
@@ -103,5 +109,6 @@ def test_the_other_prediction_and_features_are_refused() -> None:
         loaded("detect").segment(IMAGES)
     with pytest.raises(UserError, match="has no features"):
         loaded("segment").features(IMAGES)
-    with pytest.raises(ValueError, match="give RGB uint8"):
-        as_images(np.zeros((4, 4), np.uint8))
+    for shape in ((4, 4), (0, 4, 3)):
+        with pytest.raises(ValueError, match="give RGB uint8"):
+            as_images(np.zeros(shape, np.uint8))

@@ -4,6 +4,7 @@ safetensors library if it is installed."""
 import json
 import pathlib
 import struct
+import types
 import zipfile
 
 import ml_dtypes
@@ -135,3 +136,30 @@ def test_files_are_written_atomically(tmp_path: pathlib.Path) -> None:
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
     assert not zipfile.is_zipfile(tmp_path / "b")
+
+
+class Tensor:
+    """A tensor of PyTorch as far as it is read."""
+
+    dtype = "float32"
+
+    def __init__(self, array: np.ndarray, trained: bool = False) -> None:
+        self.array, self.shape, self.trained = array, array.shape, trained
+
+    def detach(self) -> "Tensor":
+        return Tensor(self.array)
+
+    def numpy(self) -> np.ndarray:
+        if self.trained:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+        return self.array
+
+
+def test_parameters_of_pytorch_are_read(tmp_path: pathlib.Path, monkeypatch) -> None:
+    """torch.save(dict(model.named_parameters()), FILE)."""
+    table = {"a": Tensor(np.arange(3.0), trained=True), "b": Tensor(np.zeros((2, 1)))}
+    library = types.SimpleNamespace(load=lambda *_, **__: table, bfloat16="bfloat16")
+    monkeypatch.setattr(tensor_files, "import_torch", lambda why: library)
+    (tmp_path / "x.pth").write_bytes(b"read by the library")
+    found = tensor_files.read_tensors(tmp_path / "x.pth")
+    assert found["a"].tolist() == [0, 1, 2] and found["b"].shape == (2, 1)

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from m3i_jax import interrupts, parallel
+from m3i_jax import interrupts, parallel, schema
+from m3i_jax.config import config_to_text
 from m3i_jax.modes import monitoring, profile, train
 from m3i_jax.profiling import flops
 from m3i_jax.training import goodput, loop, trainer
@@ -234,3 +235,18 @@ def test_only_the_first_host_reads_the_log_that_it_replaces(monkeypatch, tmp_pat
     monkeypatch.setattr(train.jax, "process_index", lambda: 1)
     monkeypatch.setattr(monitoring, "log_metrics", lambda log: pytest.fail("read"))
     assert train.earlier_seconds(tmp_path, position)["step"] == 2.0
+
+
+def test_heads_compute_nothing_again_either() -> None:
+    """Mask2Former is a head of both tasks, with settings of each."""
+    masked = schema.Mask2Former(remat=True)
+    dense = schema.DensePrediction(
+        detect=schema.Detect(dino=schema.Dino(remat=True), mask2former=masked),
+        segment=schema.Segment(mask2former=masked),
+    )
+    plain = monitoring.without_remat(schema.Config(dense=dense))
+    assert not [
+        line
+        for line in config_to_text(plain).splitlines()
+        if ".remat " in line and not line.endswith(("False", "'none'"))
+    ]
