@@ -34,7 +34,7 @@ def vit(c: schema.Config, shown: int) -> tuple[int, int]:
     """Forward multiply-adds of an encoder pass: (all, those whose input needs no gradient)."""
     e = c.model.encoder
     first = shown * 3 * e.patch_size**2 * e.width
-    return e.depth * block(shown + int(e.cls_token), e.width) + first, first
+    return e.depth * block(shown + int(e.cls_token) + e.registers, e.width) + first, first
 
 
 def intern_image(c: schema.Config) -> tuple[int, int]:
@@ -229,7 +229,8 @@ def step(plan: Plan, vocabulary: int = 49_408) -> float:
         elif isinstance(term.head, CaptionHead):
             total += captions(plan, term, vocabulary)
         elif isinstance(term.head, LinearHead):
-            total += 3 * n * e.width * (patch if term.target.of == "pixels" else e.width)
+            rows = 1 if term.target.of == "pooled" else n
+            total += 3 * rows * e.width * (patch if term.target.of == "pixels" else e.width)
         elif isinstance(term.head, ProjectionHead):
             rows = n if term.head.pool == "none" else 1
             projector, width = _mlp(rows, c, term.head.projector, e.width)
