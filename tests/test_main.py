@@ -99,6 +99,10 @@ def test_run_time_starts_with_the_process() -> None:
     assert age - 1 <= time.monotonic() - command._process_start() <= age + 2
 
 
+def quickstart(*overrides: str) -> list[str]:
+    return ["--config", "configs/quickstart.py", "--workdir", "W", *overrides]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -190,6 +194,22 @@ def test_run_time_starts_with_the_process() -> None:
                 "--config.objective.forms=mim3",
             ],
             "did you mean mim?",
+        ),
+        (quickstart("--config.objective.forms=koleo"), "koleo has entropy terms alone"),
+        (quickstart("--config.objective.teachers=('no/such',)"), "teachers: there is no 'no/such'"),
+        (
+            quickstart(
+                "--config.objective.forms=dino", "--config.data.small_views='2 x 4 at 0.1-0.3'"
+            ),
+            "config.data.small_views: ",
+        ),
+        (
+            quickstart(
+                "--config.objective.forms=dino",
+                "--config.model.head.prototypes=4",
+                "--config.parallel.mesh=(1,8,1)",
+            ),
+            "config.model.head.prototypes: 4 is fewer than the 8 devices of the axis fsdp",
         ),
         (
             ["--config", "configs/quickstart.py", "--mode=show", "--allow-changes"],

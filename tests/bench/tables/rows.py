@@ -143,7 +143,7 @@ RECENT = _by_title(
         _single(form, form)
         for form in (
             *("dinov2", "siglip", "siglip2", "lejepa", "dino", "ibot", "ijepa", "capi"),
-            *("dinov2+dinov3_gram", "vicreg", "simdino", "tips", "cap", "cappa", "coca"),
+            *("dinov2+dinov3_gram", "vicreg", "simdino", "tips", "cap", "cappa", "coca", "locca"),
         )
     ),
     *(
