@@ -15,6 +15,7 @@ RULES: ShardingRules = (
     (r"(qkv|fc1|query|key|value|input)/kernel$", ("fsdp", "tensor")),
     (r"(out|fc2|output)/kernel$", ("tensor", "fsdp")),
     (r"token_table$", ("tensor", "fsdp")),
+    (r"(^|/)prototypes$", ("fsdp", None)),
     (r"kernel$", ("fsdp", None)),
     (r"", ()),
 )

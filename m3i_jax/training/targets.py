@@ -186,7 +186,7 @@ def moment_key(key: TargetKey) -> TargetKey:
 
 def target_moments(plan: Plan, features: TargetFeatures) -> dict[TargetKey, jax.Array]:
     """Computes the second moment C [D, D] of the learned targets of each kind, over all tokens and
-    views of the batch."""
+    views of the batch; of projections, which are only monitored, those of the first view."""
     out: dict[TargetKey, list[jax.Array]] = {}
     # in the order of the terms: a dict that leaves a compiled loop is sorted
     for key in plan.target_keys:

@@ -38,6 +38,8 @@ def mesh() -> Mesh:
         ("encoder/patch_embed/kernel", (768, 768), P("fsdp", None)),
         ("decoder/head/kernel", (768, 768), P("fsdp", None)),
         ("category/kernel", (768, 1000), P("fsdp", None)),
+        ("heads/global/prototypes", (65536, 256), P("fsdp", None)),
+        ("heads/global/prototype_norms", (65536,), P()),
         ("image_projection/kernel", (768, 768), P("fsdp", None)),
         ("encoder/blocks/norm1/scale", (12, 1536), P()),
         ("encoder/blocks/mlp/fc1/bias", (12, 3072), P()),
