@@ -172,8 +172,8 @@ def merge(*rows: Terms, annotation_input: str = "shared") -> Terms:
             row = tuple(
                 dataclasses.replace(t, reads=shared, image=image) for image in images for t in row
             )
-        out += [t for t in row if t not in out]
-    return tuple(out)
+        out += row
+    return tuple(dict.fromkeys(out))
 
 
 def _shared_input(rows: Sequence[Terms]) -> Pass | None:

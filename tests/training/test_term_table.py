@@ -6,7 +6,7 @@ import pytest
 
 from m3i_jax import parallel, published_settings
 from m3i_jax.errors import UserError
-from m3i_jax.objective import derived_terms, terms
+from m3i_jax.objective import derived_terms, registry, terms
 from m3i_jax.objective import published as published_methods
 from m3i_jax.objective.terms import FULL, MASKED, Pass, pooled_term, token_term
 from m3i_jax.training import trainer
@@ -91,6 +91,12 @@ def test_sets_share_passes() -> None:
         "partner",
     }
     assert plan_of("instance,dense_instance").target_passes == (("ema", 1, 1, 1),)
+
+
+def test_annotations_of_two_images_are_one_term_where_the_input_shows_one() -> None:
+    """Both categories of a blended image, joined to a masked view of a single one."""
+    joined = derived_terms.merge(registry.form("mae"), registry.form("finetune"))
+    assert [(t.name, t.reads) for t in joined] == [("pixel", MASKED), ("category", MASKED)]
 
 
 def test_annotations_of_a_row_that_reads_one_input_have_none_of_their_own() -> None:
