@@ -1,7 +1,7 @@
 """Signals outside the training loop. Ctrl-C (SIGINT): the process ends with one line and exit code
 130. SIGTERM, by which a scheduler preempts, in the modes that go on where they were stopped: one
-line and exit code 42, as in the training loop, where a checkpoint is saved first; before and after
-it, and in the other modes, there is nothing to save: their complete parts are on the disk.
+line and exit code 42. The training loop saves a checkpoint first; elsewhere nothing is to be saved,
+since complete parts are on the disk.
 
 The handlers end the process instead of raising KeyboardInterrupt, which imports, callbacks of the
 garbage collector and threads of libraries print, swallow or wait for. A killed run loses nothing
@@ -27,10 +27,7 @@ from typing import NoReturn
 STATUS = 130  # exit code: 128 + SIGINT, as shells report it
 PREEMPTED = 42  # exit code
 _LINE = "m3i_jax: interrupted; run the same command again to continue\n"
-_WHY = (
-    "preempted (SIGTERM) outside the training loop, where nothing is to be saved; run the same"
-    " command again to continue"
-)
+_WHY = "stopped by SIGTERM where nothing has to be saved; run the same command again to continue"
 _once = threading.Lock()
 _watching = False  # whether the thread of `watch_long_calls` runs
 _tell: Callable[[int, str], None] = lambda status, why: None  # the other hosts

@@ -5,7 +5,7 @@
 
 `python -m m3i_jax` and the console command `m3i-jax` are the same.
 
-Exit codes: 0 done, 2 refused, 3 does not fit, 42 preempted (what was trained is saved), 130
+Exit codes: 0 done, 2 refused, 3 does not fit, 42 stopped (the same command continues), 130
 interrupted, 1 any other error. Only the module of the requested mode is imported.
 """
 

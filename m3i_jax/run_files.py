@@ -82,7 +82,6 @@ FILES = (
         "config.txt", _RUNS, ("train", "compare", "eval", "export", "features", "report"), "note"
     ),
     RunFile("data.txt", _RUNS, ("train", "compare", "eval", "report"), "note"),
-    RunFile("teachers.json", _RUNS, (*_RUNS, "eval", "export", "features"), "note"),
     # of detection and segmentation; also read by m3i_jax.load
     RunFile("classes.json", ("train",), ("export",), "note"),
     RunFile("detections-*.json", ("train", "eval"), (), "not read"),

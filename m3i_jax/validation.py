@@ -129,14 +129,6 @@ def validate_settings(c: schema.Config) -> None:
         )
     if c.traits.pairs:
         _validate_masks(c)
-    if c.task in ("detect", "segment"):
-        _require(
-            c.evaluate.encoder != "ema" or c.optim.ema_of == "all",
-            "evaluate.encoder",
-            c.evaluate.encoder,
-            f"needs optim.ema_of=all: config.task={c.task} has no targets, and with optim.ema_of="
-            f"{c.optim.ema_of} it keeps no average; set it, or use online",
-        )
     if c.task == "segment":
         stride = c.dense.segment.test_stride
         _require(

@@ -17,10 +17,11 @@ from m3i_jax.schema.limits import ListLimit, NumberLimit, TextLimit
 ROOT = pathlib.Path(__file__).parent.parent
 HEAD = """# Settings
 
-Every setting of a run with its default, the values that it accepts, and its meaning. On the command
-line a key is `--config.KEY=VALUE`; in a recipe it is `config.KEY`. `[P]` marks what the paper
-states. This page is written by `python -m tests.references --write` from `m3i_jax/schema`, and
-`--help` prints the same. [README.md](README.md) has them by topic."""
+Every setting of a run with its default, the values that it accepts, and its meaning. Recipes change
+many defaults: `--mode=show` prints the values of a run. On the command line a key is
+`--config.KEY=VALUE`; in a recipe it is `config.KEY`. `[P]` marks what the paper states. The command
+`python -m tests.references --write` writes this page from `m3i_jax/schema`, and `--help` prints the
+same. [README.md](README.md) has them by topic."""
 TEXTS = {"path": "path", "name": "name", "pattern": "regular expression", "line": "text"}
 
 

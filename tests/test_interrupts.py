@@ -79,7 +79,7 @@ def test_python_a_long_call_and_a_callback(code: str) -> None:
 def preempted(*command: str) -> None:
     code, error = interrupted(*command, number=signal.SIGTERM)
     assert code == 42 and error.count("\n") == 1, (code, error)
-    assert error.startswith("m3i_jax: preempted (SIGTERM) outside the training loop")
+    assert error.startswith("m3i_jax: stopped by SIGTERM where nothing has to be saved")
 
 
 @pytest.mark.row("A2")

@@ -13,7 +13,6 @@ from typing import Any
 import ml_collections
 
 from m3i_jax import run_files, schema
-from m3i_jax.config.teacher_paths import reachable_teachers
 from m3i_jax.errors import UserError, one_line, refuse_system_errors, shorten
 
 MAX_VALUE_LENGTH = 100_000  # characters; a list of thousands of paths has fewer
@@ -235,8 +234,7 @@ def config_from_text(text: str, where: str) -> ml_collections.ConfigDict:
 
 
 def load_from_workdir(workdir: str, flag: str) -> ml_collections.ConfigDict:
-    """Returns the settings of the run in a directory. Teachers that are not on this machine are
-    named by what the run knows of them.
+    """Returns the settings of the run in a directory.
 
     Raises:
       UserError: the directory holds no run; the message begins with `flag`.
@@ -248,10 +246,7 @@ def load_from_workdir(workdir: str, flag: str) -> ml_collections.ConfigDict:
         text = run_files.read_run_text(
             file, "restore it; the command that trained the run writes it anew if it is deleted"
         )
-        config = config_from_text(text, str(file))
-    given = config.objective.teachers
-    config.objective.teachers = reachable_teachers(workdir, given)
-    return config
+        return config_from_text(text, str(file))
 
 
 def config_difference(old: str, new: str) -> list[str]:

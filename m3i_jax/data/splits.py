@@ -137,6 +137,8 @@ def _open_kept(
 
 def _with_classes_of(train: DataSource, held_out: DataSource) -> DataSource:
     """Returns the held-out part with its labels renumbered to the classes of the training part."""
+    if not train.classes and hasattr(held_out, "drop_single_class"):
+        held_out.drop_single_class()
     ids = [getattr(source, "class_ids", ()) for source in (held_out, train)]
     if held_out.classes == train.classes and ids[0] == ids[1]:
         return held_out

@@ -34,7 +34,7 @@ from m3i_jax.evaluation import feature_extraction, load_dense
 from m3i_jax.models import backbones, networks
 from m3i_jax.objective import positions
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_dir, plan, weight_source
+from m3i_jax.training import checkpoint_dir, plan, teachers, weight_source
 
 WEIGHTS = ("online", "ema")
 DTYPES = ("bfloat16", "float32")
@@ -236,6 +236,8 @@ def load(
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     if not config.traits.views:
         return load_dense.load_dense(path, config, source)
+    if run:
+        teachers.find_in_run(path, config.objective.teachers, "load")
     own = plan.build_plan(config).image_feature if run else "mean"
     trained = own == "attention" and any(p.startswith("pool/") for p in source.shapes)
     if pool == "attention" and not trained:

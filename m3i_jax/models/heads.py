@@ -1,6 +1,6 @@
 """Small heads beside the decoder and the pooling: projector and predictor of an embedding space
 (BYOL, MoCo v3, SimCLR, Barlow Twins, MSN), and one linear map of the encoder's tokens (SimMIM,
-data2vec, feature distillation).
+data2vec, feature distillation) or of the feature of the image (AM-RADIO).
 
 The method sets the number of layers of a head, the configuration their width (`model.head`). Batch
 norm takes the statistics of its batch over all devices; so does the target's projector, with its

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from m3i_jax import schema
-from m3i_jax.config.teacher_paths import described_teacher
 from m3i_jax.errors import UserError
 
 
@@ -210,7 +209,7 @@ MODES = {
         flags=("shard",),
         shares=True,
         preemptible=True,
-        reads=("data.",),
+        reads=("data.", "report.private"),
     ),
     "convert": Mode(
         "write all records of the source as shards to WORKDIR, array_record or tar (--format); the"
@@ -282,11 +281,12 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
 
 
 def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
-    """Refuse initial weights that do not exist, before the trainer is imported. A run that has a
-    checkpoint does not need them.
+    """Refuse weights that do not exist, before the trainer is imported: initial ones, which a run
+    that has a checkpoint does not need, teachers, and an average that a dense run does not keep.
 
     Raises:
-      UserError: `init_from` or `objective.target_checkpoint` names no existing path.
+      UserError: `init_from`, `objective.target_checkpoint` or `objective.teachers` names a path
+        that does not exist, or `evaluate.encoder` weights that the run does not have.
     """
     run = pathlib.Path(workdir)
     saved = [step for step in (run / "checkpoints").glob("*") if step.name.isdecimal()]
@@ -298,11 +298,18 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
     }
     planned = ("train", "compare", "profile", "show", "compile", "preview")
     for teacher in config.objective.teachers if mode in planned else ():
-        if not os.path.exists(described_teacher(teacher)[0] or teacher):
+        if not os.path.exists(teacher):
             raise UserError(
                 f"config.objective.teachers: there is no {teacher!r}; give the workdir of a run, a"
                 " file of weights or a Hugging Face directory"
             )
+    no_average = config.task in ("detect", "segment") and config.optim.ema_of != "all"
+    if config.evaluate.encoder == "ema" and no_average and mode in ("train", "compare", "eval"):
+        raise UserError(
+            f"config.evaluate.encoder: 'ema' needs optim.ema_of=all: config.task={config.task} has"
+            f" no targets, and with optim.ema_of={config.optim.ema_of} it keeps no average; set it,"
+            " or use online"
+        )
     if begun.get(mode, True):
         return
     paths = {

@@ -205,13 +205,20 @@ def _residual_bytes(config: schema.Config, shards: int, vocabulary: int, gradien
     count = config.train.microbatches
     due = config.train.batch_size // shards // count
     # an entropy term compares rows of several devices, and one device has fewer than its groups
-    traced = math.lcm(due, plan.entropy_group(config)) if due > plan.entropy_group(config) else due
+    group = _entropy_unit(config)
+    traced = math.lcm(due, group) if due > group else due
     part = batch_search.with_batch(config, traced)
     alone, rows = trainer.Trainer(part, _one_cpu(), vocabulary), trainer.abstract_batch(part)
     residual = alone.residual_bytes(rows) * due / traced
     if count > 1:
         residual += (count - 1) * alone.waiting_bytes(rows) * due / traced + gradients
     return residual
+
+
+def _entropy_unit(config: schema.Config) -> int:
+    """Images that a batch is a multiple of, so that entropy terms see whole groups."""
+    parts = config.train.microbatches if config.objective.entropy_rows == "microbatch" else 1
+    return plan.entropy_group(config) * parts
 
 
 def _excess(requested: float, limit: float, state: dict[str, float], rows: float) -> dict[str, Any]:
@@ -266,9 +273,7 @@ def search_batch(
     """(images a data shard, or 0; report of that size, or of the smallest tried; attempts)."""
     shards = batch_search.data_shards(parallel.make_mesh(config.parallel.mesh, target.devices))
     unit, reports, rows = 2 * config.train.microbatches, {}, {}
-    group = plan.entropy_group(config)
-    if config.objective.entropy_rows == "microbatch":
-        group *= config.train.microbatches
+    group = _entropy_unit(config)
     unit = math.lcm(unit, group // math.gcd(group, shards))
 
     def attempt(units: int) -> batch_search.CompileTrial:

@@ -40,7 +40,7 @@ from m3i_jax.modes.eval_results import (
 )
 from m3i_jax.modes.setup import Setup, check_writable, open_setup, require_views
 from m3i_jax.parallel import distributed
-from m3i_jax.training import checkpoint_dir, init_from, loop, weight_source
+from m3i_jax.training import checkpoint_dir, init_from, loop, teachers, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
 
 HELD = "held out"  # prefix of the lines of data.txt about held-out data
@@ -73,6 +73,10 @@ def run(
         f" --config FILE --checkpoint={workdir}",
     )
     asked = config.data.augment
+    if source is not None:
+        with parallel.fail_together("teachers"):
+            trained = str(source[0].parent)
+            teachers.find_in_run(trained, config.objective.teachers, "--checkpoint")
     if source is None:
         config = evaluate_weights(
             load.fit_config_to_weights(config, checkpoint, "--checkpoint"), checkpoint

@@ -242,7 +242,7 @@ def _of_intern_image(model: load.LoadedEncoder, arrays: int, whose: str) -> str:
     strides = model.config.model.intern_image.stem_strides
     stem = "" if strides == (2, 2) else f"; its stem has strides {strides}, theirs (2, 2)"
     return (
-        f"{arrays} arrays under the names of {whose}, read back bit by bit; the encoder alone,"
+        f"{arrays} arrays under the names of {whose}, read back bit for bit; the encoder alone,"
         f" without a classifier{stem}"
     )
 

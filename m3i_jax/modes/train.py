@@ -10,7 +10,6 @@ import jax
 
 from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, run_files, schema
-from m3i_jax.config.teacher_paths import TEACHERS
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
@@ -26,7 +25,6 @@ from m3i_jax.training import (
     goodput,
     loop,
     scaling,
-    teachers,
     weight_source,
 )
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, SavesFailed
@@ -69,9 +67,6 @@ def check_same_run(setup: Setup, position: dict[str, Any] | None, allow_changes:
             write_text_atomic(setup.workdir / "config.txt", privacy.redact(setup.text), noted=True)
             identity = privacy.redact(setup.identity)
             write_text_atomic(setup.workdir / "data.txt", identity, noted=True)
-        if main and (paths := setup.config.objective.teachers):
-            text = teachers.descriptions(paths) + "\n"
-            write_text_atomic(setup.workdir / TEACHERS, text, noted=True)
         if main and not setup.config.traits.views:  # predictions of the run have their names
             names = json.dumps({"classes": setup.classes}, indent=1) + "\n"
             write_text_atomic(setup.workdir / weight_source.CLASSES, names, noted=True)
@@ -256,6 +251,8 @@ def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
         data = setup.batches(samples)
         data.go_on(position.get("counts", {}))
         alarm = loop.CollapseAlarm(position.get("collapse"))
+        if alarm.alarm:
+            log("warning: the targets had collapsed before this start (collapse/alarm)")
         callbacks = loop.Callbacks(
             data=data,
             checkpoints=checkpoints,

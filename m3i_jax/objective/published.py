@@ -309,7 +309,7 @@ PUBLISHED: dict[str, PublishedMethod] = {
         ),
     ),
     "milan": PublishedMethod(
-        terms=(token_term(MASKED, 0, encoder="frozen", posterior=Cosine(scale=2.0)),),
+        terms=(token_term(MASKED, 0, encoder="frozen", posterior=Cosine()),),
         kept=(
             "2 - 2 cos of features of a frozen encoder (objective.target_checkpoint) from a masked"
             " view, decoder of 8 blocks of 512"

@@ -42,7 +42,8 @@ _HEAD_OFFSETS = re.compile(r"^head/(.*/)?offsets/")
 LOGIT_SCALE_LIMITS = (0.0, 4.605170185988092)  # ln 1 .. ln 100
 # settings of the learning rate, and the schedules that read them
 _SCHEDULES = {"min_lr": ("cosine", "wsd"), "decay_share": ("wsd",), "milestones": ("steps",)}
-# settings of update rules, and the rules that read them
+# settings of update rules, and the rules that read them; a registered one may read any of them
+_OWN_RULES = ("adamw", "muon", "schedule_free", "lars")
 _RULES = {"muon_momentum": ("muon",), "muon_rms": ("muon",)} | dict.fromkeys(
     ("b2", "eps"), ("adamw", "muon", "schedule_free")
 )
@@ -286,16 +287,19 @@ def unread_settings(optim: schema.Optim) -> list[str]:
     >>> print(*unread_settings(schema.Optim(schedule="poly", min_lr=0.1)))
     warning: optim.min_lr=0.1 has no effect with optim.schedule=poly: cosine and wsd read it
     """
-    default, own = schema.Optim(), optim.rule in schema.UPDATE_RULES
+    default, own = schema.Optim(), optim.rule in _OWN_RULES
     unread = [("schedule", key, by) for key, by in _SCHEDULES.items() if optim.schedule not in by]
-    # a rule of another package may read any of them
     unread += [("rule", key, by) for key, by in _RULES.items() if own and optim.rule not in by]
     return [
         f"warning: optim.{key}={getattr(optim, key)!r} has no effect with"
-        f" optim.{of}={getattr(optim, of)}: {' and '.join(by)} read{'s' * (len(by) < 2)} it"
+        f" optim.{of}={getattr(optim, of)}: {_listed(by)} read{'s' * (len(by) < 2)} it"
         for of, key, by in unread
         if getattr(optim, key) != getattr(default, key)
     ]
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def ema_momentum(optim: schema.Optim, *, steps: int) -> Callable[[int], float]:

@@ -151,7 +151,8 @@ class Plan:
         (DINO, MoCo v3); else mean, of the patch tokens."""
         if self.where("category", "text"):
             return "attention"
-        pools = {getattr(self.terms[i].head, "pool", "cls") for i in self.where("pooled")}
+        of_linear = "cls" if self.config.model.encoder.cls_token else "mean"
+        pools = {getattr(self.terms[i].head, "pool", of_linear) for i in self.where("pooled")}
         return "cls" if pools == {"cls"} else "mean"
 
     def reads_cls(self, term: Term) -> bool:

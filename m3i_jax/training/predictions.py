@@ -197,10 +197,15 @@ def head_inputs(
     features read one array."""
     decoded = decoder_inputs(plan, params, z, inputs, indices)
     out: HeadInputs = {(i,): arrays for i, arrays in decoded.items()}
+    linear: dict[Any, list[int]] = {}
     for i in _with_head(plan, LinearHead, indices):
-        tokens, _, cls = visible_tokens(plan, plan.terms[i], z, inputs)
-        pooled = plan.terms[i].target.of == "pooled"
-        out[(i,)] = (pool_tokens(IMAGE_FEATURE, tokens, cls) if pooled else tokens,)
+        term = plan.terms[i]
+        linear.setdefault((term.reads, term.image, linear_name(term)), []).append(i)
+    for group in linear.values():
+        term = plan.terms[group[0]]
+        tokens, _, cls = visible_tokens(plan, term, z, inputs)
+        pooled = term.target.of == "pooled"
+        out[tuple(group)] = (pool_tokens(IMAGE_FEATURE, tokens, cls) if pooled else tokens,)
     users: dict[Any, list[int]] = {}
     for i in _with_head(plan, ProjectionHead, indices):
         term = plan.terms[i]
@@ -244,7 +249,7 @@ def predict_images(
             out |= _decode(plan, params, {i: given[(i,)] for (i,) in call})
         elif isinstance(term.head, LinearHead):
             tree, (tokens,) = params["heads"][linear_name(term)], given[call[0]]
-            out[call[0][0]] = heads.apply_linear(plan.config.model, tree, tokens)
+            out |= dict.fromkeys(call[0], heads.apply_linear(plan.config.model, tree, tokens))
         elif isinstance(term.head, ProjectionHead):
             rows = _project(plan, params, term.head, [given[group][0] for group in call])
             for group, x in zip(call, rows, strict=True):

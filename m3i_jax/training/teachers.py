@@ -2,7 +2,8 @@
 views of a run.
 
 A teacher reads a view at its own patch size and with its own normalisation, at the side nearest to
-the view's that its patch divides; its patch tokens are resized to the grid of the run, bilinear.
+the view's that its patch, or the stride of its last stage, divides. Its patch tokens are resized to
+the grid of the run, bilinear; the feature of the image is its cls, or their mean.
 Its positions are resized to its grid, from those that its weights have. It stays in the optimizer
 state, sharded as the rest, without gradient or moments.
 
@@ -11,18 +12,15 @@ B images, S pixels a side, N cells of the run, D width of the teacher.
 
 import dataclasses
 import functools
-import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3i_jax import run_files, schema
-from m3i_jax.config.teacher_paths import described_teacher
+from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones, vit
 from m3i_jax.objective.derived_terms import teacher_name
@@ -54,45 +52,63 @@ def widths(paths: Sequence[str]) -> list[int]:
     """Returns the width of the features of each teacher.
 
     Raises:
-      UserError: one does not exist and no run describes it, or it is no encoder.
+      UserError: one does not exist, and no run is known that has it; or it is no encoder.
 
     >>> widths(())
     []
     """
-    return [_layout(path)[0] for path in paths]
+    return [_layout(path).width for path in paths]
 
 
-def descriptions(paths: Sequence[str]) -> str:
-    """Returns the text of teachers.json: what a run has to know of its teachers where their
-    files are not, as on a machine that evaluates it.
+class TeacherLayout(NamedTuple):
+    """What the state of a run has to know of a teacher: the width of its features, and ((path below
+    the encoder, shape), ...)."""
 
-    >>> descriptions(())
-    '[]'
+    width: int
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+# by path: of the teachers of runs that are evaluated or loaded, whose files may be elsewhere
+_IN_RUNS: dict[str, TeacherLayout] = {}
+
+
+def find_in_run(workdir: str, paths: Sequence[str], key: str) -> None:
+    """Takes widths and shapes of the teachers of a run from its newest checkpoint, so that their
+    files are not needed where the run is evaluated, loaded or exported.
+
+    Args:
+      workdir: of the run.
+      paths: its `objective.teachers`.
+      key: what names the run, for errors.
+
+    Raises:
+      UserError: the run has no readable checkpoint.
+
+    >>> find_in_run("no_run", (), "load")
     """
-    return json.dumps([{"width": w, "shapes": dict(s)} for w, s in map(_layout, paths)])
+    if not paths:
+        return
+    saved = weight_source.RunWeights(workdir, key).shapes
+    for number, path in enumerate(paths):
+        name = teacher_name(number)
+        own = f"opt/teachers/params/{name}/"
+        shapes = {p.removeprefix(own): shape for p, shape in saved.items() if p.startswith(own)}
+        maps = (f"params/heads/{each}/kernel" for each in (name, f"{name}_image"))
+        width = next((saved[p][-1] for p in maps if p in saved), 0)
+        if shapes and width:
+            _IN_RUNS[path] = TeacherLayout(width, tuple(sorted(shapes.items())))
 
 
-@functools.cache
-def _layout(path: str) -> tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]:
-    """(width of the features, shapes of the parameters) of a teacher, by its files or as the run
-    that it trained describes it."""
-    file, number = described_teacher(path)
-    if not file:
-        if not os.path.exists(path):
-            raise UserError(
-                f"{KEY}: there is no {path!r}; give the workdir of a run, a file of weights or a"
-                " Hugging Face directory"
-            )
-        teacher = open_teacher(path)
-        return teacher.model.encoder.width, teacher.shapes
-    advice = f"restore it, or the teachers that {KEY} of the run names"
-    text = run_files.read_run_text(pathlib.Path(file), advice)
-    try:
-        found = json.loads(text)[number]
-        shapes = {str(name): tuple(map(int, shape)) for name, shape in found["shapes"].items()}
-        return int(found["width"]), tuple(shapes.items())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{KEY}: {file}: describes no teacher {number}; {advice}") from error
+def _layout(path: str) -> TeacherLayout:
+    if path in _IN_RUNS:
+        return _IN_RUNS[path]
+    if not os.path.exists(path):
+        raise UserError(
+            f"{KEY}: there is no {path!r}; give the workdir of a run, a file of weights or a"
+            " Hugging Face directory"
+        )
+    teacher = open_teacher(path)
+    return TeacherLayout(teacher.model.encoder.width, teacher.shapes)
 
 
 @functools.cache
@@ -171,7 +187,7 @@ def teacher_shapes(paths: Sequence[str]) -> dict[str, Any]:
     """
     return {
         teacher_name(number): _nested(
-            {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in _layout(path)[1]}
+            {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in _layout(path).shapes}
         )
         for number, path in enumerate(paths)
     }

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.objective import derived_terms, prototype_targets, registry
+from m3i_jax.objective.terms import LinearHead
 from m3i_jax.training import plan
 
 
@@ -37,6 +38,11 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     mixed, blended = any(t.reads.mixed for t in terms), any(t.reads.blended for t in terms)
     predicted = {t.target.of for t in terms}
     encoders = {t.target.encoder for t in terms}
+    # teachers take the place of a frozen target that a linear map predicts
+    reads_checkpoint = "snapshot" in encoders or any(
+        t.target.encoder == "frozen" and not (o.teachers and isinstance(t.head, LinearHead))
+        for t in terms
+    )
     targets = encoders & set(derived_terms.ENCODERS)
     small = any(t.reads.view >= derived_terms.SMALL for t in terms)
     assigns = bool(prototype_targets.prototype_terms(tuple(terms)))
@@ -51,7 +57,7 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
         ("optim.freeze_prototypes", assigns, no_assignment),
         ("objective.parallel_captions", "caption" in predicted, no_caption),
         ("data.regions", predicted & {"box", "region"}, "no text of an object (as in locca)"),
-        ("objective.target_checkpoint", encoders & {"frozen", "snapshot"}, "no frozen target"),
+        ("objective.target_checkpoint", reads_checkpoint, "no frozen target"),
         ("objective.target_encoder", targets, "no target encoder"),
         ("objective.teacher_weight", o.teachers, "no teacher (objective.teachers)"),
         ("data.mask_blocks", in_blocks, "no mask of several blocks (data.mask=multi_block)"),

@@ -11,6 +11,7 @@ import dataclasses
 from m3i_jax import schema
 from m3i_jax.objective import masks
 from m3i_jax.objective.caption_posterior import CaptionHead
+from m3i_jax.objective.derived_terms import linear_name
 from m3i_jax.objective.entropy_terms import EntropyTerm
 from m3i_jax.objective.terms import (
     ClusterHead,
@@ -230,7 +231,9 @@ def step(plan: Plan, vocabulary: int = 49_408) -> float:
             total += captions(plan, term, vocabulary)
         elif isinstance(term.head, LinearHead):
             rows = 1 if term.target.of == "pooled" else n
-            total += 3 * rows * e.width * (patch if term.target.of == "pixels" else e.width)
+            if (term.reads, term.image, linear_name(term)) not in projected:
+                total += 3 * rows * e.width * (patch if term.target.of == "pixels" else e.width)
+            projected.add((term.reads, term.image, linear_name(term)))
         elif isinstance(term.head, ProjectionHead):
             rows = n if term.head.pool == "none" else 1
             projector, width = _mlp(rows, c, term.head.projector, e.width)

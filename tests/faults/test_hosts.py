@@ -234,7 +234,7 @@ def test_a_mistake_that_one_host_meets_ends_all(tmp_path: pathlib.Path) -> None:
             for i, process in enumerate(both):
                 _, err = process.communicate(timeout=90)
                 expected, code = f"m3i_jax: host {who[-1]} (", 2
-                why = "preempted (SIGTERM) outside" if "preempted" in who else "cannot be read"
+                why = "stopped by SIGTERM" if "preempted" in who else "cannot be read"
                 if "bug" in who:
                     expected, code, why = "m3i_jax: lost host 1 (", 1, "its process ended"
                 elif "preempted" in who:

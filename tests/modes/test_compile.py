@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,9 @@ def test_the_parts_of_the_state_sum_to_its_bytes() -> None:
 def test_residual_bytes_of_groups_that_span_devices() -> None:
     """A quarter of dinov2's 192 images are 48 rows, and KoLeo compares 64."""
 
-    def kept(images: int, shards: int) -> float:
+    def kept(images: int, shards: int, **changes: Any) -> float:
         config = toy.settings(
+            **changes,
             objective__forms="dinov2",
             train__batch_size=images,
             data__size=256,
@@ -75,6 +77,9 @@ def test_residual_bytes_of_groups_that_span_devices() -> None:
 
     assert kept(256, 4) < kept(192, 2)
     assert kept(192, 4) == pytest.approx(kept(192, 1) / 4, rel=0.02)
+    # 96 rows of a device, in two parts whose groups are of 64 rows of all devices
+    parts = {"objective__entropy_rows": "microbatch", "train__microbatches": 2}
+    assert 0 < kept(256, 2, **parts) < kept(256, 2)
 
 
 def test_residual_bytes_follow_from_shapes() -> None:

@@ -375,7 +375,7 @@ def _list(names: list[str], most: int = 4) -> str:
 
 def _open(path: str, split: str, data: schema.Data, cache: str) -> FolderSource:
     source = FolderSource(base.split_path(path, split))
-    if not data.class_names and class_names.are_wordnet_ids(source.classes):
+    if class_names.are_wordnet_ids(source.classes):
         source.class_ids = source.classes
         source.classes = class_names.names_near_folder(source.path, source.classes)
     return source

@@ -21,22 +21,22 @@ FILE_LIMIT = 1 << 28
 
 def split_path(path: str, split: str) -> str:
     """Joins a split to a path: a folder or glob below the path, or the split itself if it is
-    absolute or a URL. If the last part of the path is a glob, the split takes its place.
+    absolute or a URL. If the last part of the path is a glob of files, the split takes its place.
 
     >>> split_path("/data", "train"), split_path("/data", ""), split_path("/data", "/other/val")
     ('/data/train', '/data', '/other/val')
     >>> split_path("gs://bucket/x", "val-*.tar"), split_path("/data", "gs://bucket/x/*.tar")
     ('gs://bucket/x/val-*.tar', 'gs://bucket/x/*.tar')
-    >>> split_path("gs://bucket/x/*.tar", "000*.tar"), split_path("/data/*.tar", "a/*.tar")
-    ('gs://bucket/x/000*.tar', '/data/a/*.tar')
+    >>> split_path("gs://bucket/x/*.tar", "000*.tar"), split_path("/data/set-*", "a/*.tar")
+    ('gs://bucket/x/000*.tar', '/data/set-*/a/*.tar')
     """
     if not split:
         return path
     if "://" in split:
         return split
     folder, last = os.path.split(path := os.path.expanduser(path))
-    if glob.has_magic(last) and not os.path.isdir(path):
-        path = folder
+    if glob.has_magic(last) and "." in last and not os.path.isdir(path):
+        path = folder  # of files, not of directories, below which the split is
     return os.path.join(path, os.path.expanduser(split))
 
 

@@ -176,8 +176,8 @@ def name_classes(data: schema.Data, sources: Sequence[tuple[str, DataSource]]) -
     if not data.class_names or not unnamed:
         return
     # where a source has read the file itself, it need not name another one
-    spaces = [s.classes for s in unnamed]
+    spaces = [getattr(s, "class_ids", ()) or s.classes for s in unnamed]
     named = class_names.name_spaces(data.class_names, spaces, needed=len(unnamed) == len(reading))
-    for source, names in zip(unnamed, named, strict=True):
+    for source, ids, names in zip(unnamed, spaces, named, strict=True):
         if names:
-            source.class_ids, source.classes = source.classes, names
+            source.class_ids, source.classes = ids, names
