@@ -211,7 +211,7 @@ def open_setup(
                 train,
                 vocabulary,
                 # the first host makes it, the others have to use that one
-                fixed=bool(jax.process_index()) or has_checkpoints(path),
+                fixed=bool(jax.process_index()) or uses_tokenizer(path),
             )
             if captions or done.data.regions
             else None
@@ -240,6 +240,24 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
     """
     runs = [workdir, *workdir.glob("compare/*")]
     return any(checkpoint_dir.complete_steps(run / "checkpoints") for run in runs)
+
+
+def uses_tokenizer(workdir: pathlib.Path) -> bool:
+    """Returns whether a run needs the tokenizer of a directory: it has a checkpoint, or trains now.
+
+    >>> uses_tokenizer(pathlib.Path("/no/such/run"))
+    False
+    """
+    if has_checkpoints(workdir):
+        return True
+    try:
+        with open(workdir / "run.lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _new_files(path: str) -> Callable[[], list[str]]:

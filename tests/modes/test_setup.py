@@ -168,6 +168,11 @@ def test_a_vocabulary_is_made_again_until_there_is_a_checkpoint(tmp_path: pathli
         with pytest.raises(UserError, match=r"data\.vocabulary_size=270, not 280, and the run"):
             jobs.open_setup(toy.settings(**sizes[1]), str(tmp_path))
         step.rmdir()
+    with (
+        jobs.lock_workdir(tmp_path),  # a training before its first checkpoint
+        pytest.raises(UserError, match=r"data\.vocabulary_size=270, not 280, and the run"),
+    ):
+        jobs.open_setup(toy.settings(**sizes[1]), str(tmp_path))
 
 
 def test_a_run_of_a_comparison_has_its_vocabulary(
