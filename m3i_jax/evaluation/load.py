@@ -33,8 +33,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load_dense
 from m3i_jax.models import backbones, networks
 from m3i_jax.objective import positions
-from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_dir, plan, teachers, weight_source
+from m3i_jax.training import checkpoint_dir, encoder_shapes, plan, teachers, weight_source
 
 WEIGHTS = ("online", "ema")
 DTYPES = ("bfloat16", "float32")
@@ -260,29 +259,9 @@ def load(
         arrays[_TABLE] = table
     for name, array in arrays.items():
         weight_source.set_leaf(params, name, jnp.asarray(array))
-    _check_shapes(config, {name: array.shape for name, array in arrays.items()}, path)
+    expected = encoder_shapes.encoder_shapes(config.model, config.grid)
+    encoder_shapes.check_encoder(f"load: {path}", expected, {n: a.shape for n, a in arrays.items()})
     return LoadedEncoder(config, params, pool, source.name)
-
-
-def _check_shapes(config: schema.Config, shapes: dict[str, tuple[int, ...]], path: str) -> None:
-    """Raise UserError unless the arrays have the shapes of the encoder that the settings describe;
-    some wrong shapes would be broadcast."""
-    make = functools.partial(
-        backbones.get_backbone(config.model).init, config.model, mask_token=True, grid=config.grid
-    )
-    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(make, jax.random.key(0)))
-    expected = {f"encoder/{path_text(key)}": leaf.shape for key, leaf in leaves}
-    missing = [name for name in expected if name not in shapes and name != "encoder/mask_token"]
-    wrong = [
-        name
-        for name, shape in shapes.items()
-        if name.startswith("encoder/") and name in expected and shape != expected[name]
-    ]
-    for name in [*missing, *wrong][:1]:
-        raise UserError(
-            f"load: {path}: the arrays are not those of a complete encoder ({name} is"
-            f" {shapes.get(name, 'absent')}, expected {expected[name]}); is the file complete?"
-        )
 
 
 def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:

@@ -25,7 +25,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import backbones, vit
 from m3i_jax.objective.derived_terms import teacher_name
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import weight_source
+from m3i_jax.training import encoder_shapes, weight_source
 
 KEY = "config.objective.teachers"
 
@@ -148,27 +148,10 @@ def open_teacher(path: str) -> Teacher:
         tuple(float(x) for x in stored.get(name, getattr(of_pixels, name)))
         for name in ("mean", "std")
     )
-    shapes = _expected_shapes(model, stored["image_size"])
-    found = {name.removeprefix("encoder/"): shape for name, shape in source.shapes.items()}
-    for name, shape in shapes.items():
-        if found.get(name) != shape:
-            raise UserError(
-                f"{KEY}: {path}: the arrays are not those of a complete encoder ({name} is"
-                f" {found.get(name, 'absent')}, expected {shape}); give another file"
-            )
+    grid = stored["image_size"] // encoder.patch_size
+    shapes = encoder_shapes.encoder_shapes(model, grid)
+    encoder_shapes.check_encoder(f"{KEY}: {path}", shapes, source.shapes)
     return Teacher(model, stored["image_size"], mean, std, tuple(shapes.items()))
-
-
-def _expected_shapes(model: schema.Model, image_size: int) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the parameters of an encoder without a mask token."""
-    make = functools.partial(
-        backbones.get_backbone(model).init,
-        model,
-        mask_token=False,
-        grid=image_size // model.encoder.patch_size,
-    )
-    tree = jax.eval_shape(make, jax.random.key(0))
-    return {path_text(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

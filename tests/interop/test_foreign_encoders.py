@@ -150,3 +150,23 @@ def test_values_that_load_does_not_have(tmp_path: pathlib.Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             m3i_jax.load(str(tmp_path), **values)
+
+
+@pytest.mark.parametrize("option", ["relative biases", "layer scale"])
+def test_options_of_dense_tasks_are_not_dropped(option: str, tmp_path: pathlib.Path) -> None:
+    """mmsegmentation's BEiT, with a table for every token: only maps have what it adds."""
+    arrays = vit_weights.load_vit(weights(ENCODERS["timm"], **TINY)).arrays
+    if option == "layer scale":
+        arrays |= {f"encoder/blocks/gamma{n}": np.ones((2, 16), np.float32) for n in (1, 2)}
+        first = r"encoder/blocks/gamma\d \(2 such arrays\)"
+    else:
+        table = np.ones((28, 2), np.float32)
+        arrays |= {f"encoder/relative/block{block}/table": table for block in (0, 1)}
+        first = r"encoder/relative/block0/table \(2 such arrays\)"
+    stored = vit_weights.store_vit(arrays, "mmseg", heads=2, prefix="backbone.")
+    path = tmp_path / "model.safetensors"
+    tensor_files.write_safetensors(path, stored)
+    for refuse in (m3i_jax.load, teachers.open_teacher):
+        with pytest.raises(UserError, match=f"features are computed with {first}"):
+            refuse(str(path))
+    assert weight_source.open_weights(str(path)).settings["depth"] == 2  # init_from reads it

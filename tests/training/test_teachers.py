@@ -20,6 +20,7 @@ from m3i_jax.models import m3i, vit
 from m3i_jax.objective import derived_terms, ema, terms
 from m3i_jax.profiling import flops
 from m3i_jax.training import (
+    encoder_shapes,
     plan,
     plan_table,
     pretrain_task,
@@ -281,7 +282,7 @@ def test_eleven_teachers_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_vit_h_of_a_file_without_its_heads_has_16(monkeypatch) -> None:
     """MAE's and timm's files do not state them, and 1280 channels are not heads of 64."""
     encoder = schema.Encoder(width=1280, depth=1, heads=16)
-    shapes = teachers._expected_shapes(schema.Model(encoder=encoder, scan=True), 32)
+    shapes = encoder_shapes.encoder_shapes(schema.Model(encoder=encoder, scan=True), 2)
     source = weight_source.WeightSource(
         name="file",
         shapes={f"encoder/{path}": shape for path, shape in shapes.items()},
