@@ -171,7 +171,16 @@ def test_a_fixed_table_in_a_file_is_known_as_the_fixed_one_here(tmp_path: pathli
     mae = {"init_from": str(tmp_path / "mae.safetensors")}
     with pytest.raises(UserError, match=r"set config\.model\.encoder\.positions=sincos_columns"):
         take(toy.settings(**mae))
-    take(toy.settings(**mae, model__encoder__positions="sincos_columns", data__image_size=48))
+    mae["model__encoder__positions"] = "sincos_columns"
+    grids = "of a grid of 4 in the source and are of 6 in this run; .*position_grid=4 resizes them"
+    for changes, other in (
+        ({"data__image_size": 48}, True),
+        ({"data__image_size": 48, "model__encoder__position_grid": 4}, False),
+        ({}, False),
+    ):
+        text = "\n".join(take(toy.settings(**mae, **changes))[2])
+        assert "the fixed one of model.encoder.positions=sincos_columns" in text
+        assert bool(re.search(grids, text)) == other, text
 
 
 def test_other_settings_are_logged_and_with_strict_refused(tmp_path: pathlib.Path) -> None:
