@@ -238,13 +238,17 @@ def test_days_of_the_paper_s_run() -> None:
     )  # fmt: skip
     rows = {row[0]: row for row in table}
     assert (
-        rows["v5e-16"][3] == "4.7" and rows["h100:1"][3] == "14.9" and rows["v6e-256"][3] == "0.06"
+        rows["v5litepod-16"][3] == "4.7"
+        and rows["h100:1"][3] == "14.9"
+        and rows["v6e-256"][3] == "0.06"
     )
     # 256 images of 2 GB and 10 GB of state on each of 16 chips, at 819 GB/s
-    assert rows["v5e-16"][4] == f"{522e9 / 819e9 * 499_200 / 86_400:.1f}" == "3.7"
+    assert rows["v5litepod-16"][4] == f"{522e9 / 819e9 * 499_200 / 86_400:.1f}" == "3.7"
     # 1.2 GB of sums of gradients, at 200 GB/s; between hosts a GPU has 50 GB/s
-    assert rows["v5e-16"][5] == f"{150e6 * 8 * 15 / 16 / 200e9 * 499_200 / 86_400:.2f}" == "0.03"
-    assert [rows[name][6] for name in ("v5e-16", "v6e-256")] == ["FLOPs", "memory"]
+    assert (
+        rows["v5litepod-16"][5] == f"{150e6 * 8 * 15 / 16 / 200e9 * 499_200 / 86_400:.2f}" == "0.03"
+    )
+    assert [rows[name][6] for name in ("v5litepod-16", "v6e-256")] == ["FLOPs", "memory"]
 
 
 def test_a_slice_without_room_for_the_state_has_no_days() -> None:
@@ -254,7 +258,7 @@ def test_a_slice_without_room_for_the_state_has_no_days() -> None:
     }  # fmt: skip
     # chips of 15.75 GiB
     for state, fits in ((16 * 15.7 * 2**30, True), (16 * 15.8 * 2**30, False)):
-        (row,) = traffic_model.bound_rows([("v5e-16", "v5e", 16)], state=state, **run)
+        (row,) = traffic_model.bound_rows([("v5litepod-16", "v5e", 16)], state=state, **run)
         assert row[2] == "15.75 GiB"
         assert (row[3:] == ("-", "-", "-", "no room for the state")) is not fits, row
 

@@ -12,7 +12,7 @@ def _slice_name(kind: str, chip: Chip, chips: int) -> str:
     if chip.platform == "cuda":
         return f"{kind}:{chips}"
     if chip.cloud:
-        return f"{kind}-{chips * chip.counted}"
+        return f"{chip.cloud}-{chips * chip.counted}"
     return f"{kind}:{'x'.join([str(round(chips ** (1 / chip.sides)))] * chip.sides)}"
 
 

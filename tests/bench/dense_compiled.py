@@ -32,7 +32,7 @@ PARTS = ("remat", "largest", "days")
 HEADERS = ("figure", "measured", "target", "", "note")
 RECIPES = {"Table 10, COCO": "coco", "Table 11, LVIS": "lvis", "Table 12, ADE20k": "ade20k"}
 ONE_CHIP = ("v5e:1x1", "v6e:1x1", "v5p:1x1x1")
-SLICES = ("v5e-64", "v6e-64", "v5p-32", "h100:8")  # names of `hardware.SLICES`
+SLICES = ("v5litepod-64", "v6e-64", "v5p-32", "h100:8")  # names of `hardware.SLICES`
 
 
 def settings(recipe: str, **changes: Any) -> schema.Config:

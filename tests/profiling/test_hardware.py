@@ -83,3 +83,10 @@ def test_the_chip_of_a_device(kind: str, chip: str | None) -> None:
     assert (peak and peak.name) == chip
     if peak:
         assert (peak.flops, peak.chips) == (CHIPS[peak.name].peak, 4)
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in hardware.SLICES])
+def test_a_named_slice_is_a_topology(name: str) -> None:
+    """The names of the table of days are those that --topology takes and Google Cloud has."""
+    (chips_of,) = (count for each, _, count in hardware.SLICES if each == name)
+    assert topology.parse_topology(name).chips == chips_of
