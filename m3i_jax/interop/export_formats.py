@@ -112,11 +112,8 @@ def timm_config(
         "num_classes": 0,
         "num_features": encoder["width"],
         "global_pool": "avg",
-        "model_args": {
-            name: value
-            for name, value in arguments.items()
-            if name not in ("num_classes", "global_pool")
-        },
+        # of the keys above timm takes the number of classes alone
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": {
             "input_size": [3, image_size, image_size],
             "fixed_input_size": True,
@@ -181,7 +178,9 @@ def hugging_face_config(
         if clip
         else {"qkv_bias": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     )
-    table = vit_weights.store_vit(tree, "clip" if clip else "hf", heads=encoder["heads"])
+    # Transformers 4 has this part in the names of a CLIPVisionModel; 5 reads both forms
+    layout, prefix = ("clip", "vision_model.") if clip else ("hf", "")
+    table = vit_weights.store_vit(tree, layout, heads=encoder["heads"], prefix=prefix)
     tensor_files.write_safetensors(directory / "model.safetensors", table, {"format": "pt"})
     _json(directory / "config.json", config)
     _json(directory / "preprocessor_config.json", _processor(preprocessing))

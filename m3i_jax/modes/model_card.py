@@ -110,7 +110,7 @@ def configured_paths(c: schema.Config) -> set[str]:
     """Returns the paths of this machine that the settings name."""
     given = [c.data.path, c.data.directory, c.data.class_names, c.data.vocabulary, c.init_from]
     given += [*c.data.keep, c.objective.target_checkpoint, *c.objective.teachers, *c.report.beside]
-    given += [entry.partition(":")[2].rpartition("=")[0] for entry in c.data.mixture]
+    given += [re.sub("=[^=/]*$", "", entry.partition(":")[2]) for entry in c.data.mixture]
     return {path for path in given if "/" in path and "://" not in path}
 
 

@@ -1,6 +1,7 @@
 """--mode=export: files with the names and shapes that other libraries expect and with exact values;
 a StableHLO program that runs without this package; the model card."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -12,14 +13,16 @@ import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
+from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import load
-from m3i_jax.interop import tensor_files, vit_weights
+from m3i_jax.evaluation import feature_extraction, load
+from m3i_jax.interop import export_formats, tensor_files, vit_weights
 from m3i_jax.models import presets
-from m3i_jax.modes import export
+from m3i_jax.modes import export, model_card
+from m3i_jax.parallel import kernel_calls
 from tests import saved, toy
 from tests.interop import published
-from tests.interop.published_vit import ENCODERS, shapes
+from tests.interop.published_vit import ENCODERS, shapes, weights
 
 SIZES = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "grid": 4}
 ENCODER = "model__encoder__"
@@ -64,6 +67,12 @@ def test_timm(run, capsys: pytest.CaptureFixture[str]) -> None:
         np.testing.assert_array_equal(back[path], array, err_msg=path)
     config = json.loads((directory / "config.json").read_text())
     assert config["model_args"]["embed_dim"] == 32 and config["model_args"]["final_norm"] is False
+    # timm's _parse_model_cfg takes `model_args`, and of the other keys the number of classes
+    _, arguments = export_formats.timm_arguments(
+        dataclasses.asdict(toy.settings().model.encoder), 32
+    )
+    given = config["model_args"] | {"num_classes": config["num_classes"]}
+    assert given == arguments and given["global_pool"] == "avg"
     out = capsys.readouterr().out
     assert "timm.create_model('vit_base_patch16_224', img_size=32" in out
     assert ("equal" in out) != (
@@ -90,6 +99,30 @@ def test_hugging_face_and_the_momentum_average(run, capsys: pytest.CaptureFixtur
     pixels = json.loads((directory / "preprocessor_config.json").read_text())
     assert pixels["size"] == {"shortest_edge": 37} and pixels["image_mean"] == [0.485, 0.456, 0.406]
     assert "hidden_states[-1]" in capsys.readouterr().out
+
+
+def test_a_clip_encoder_has_the_names_of_both_versions_of_transformers(
+    tmp_path: pathlib.Path,
+) -> None:
+    """4 reads `vision_model.` alone, 5 both forms; here they are the same encoder."""
+    tree = vit_weights.load_vit(weights(ENCODERS["clip"], **SIZES)).arrays
+    config = toy.settings(
+        model__encoder__embedding_norm="true",
+        model__encoder__final_norm="true",
+        data__image_size=32,
+    )
+    seen = Preprocessing.of(config).described()
+    encoder = dataclasses.asdict(config.model.encoder)
+    assert export_formats.hugging_face_config(tmp_path, tree, encoder, seen) == "CLIPVisionModel"
+    table = tensor_files.read_tensors(tmp_path)
+    assert all(name.startswith("vision_model.") for name in table.shapes)
+    plain = {name.removeprefix("vision_model."): table[name] for name in table.shapes}
+    for form in (table, plain):
+        back = vit_weights.load_vit(form)
+        assert back.layout == "clip" and not back.unknown
+        for path, array in tree.items():
+            if path not in ("encoder/patch_embed/bias", "encoder/positions"):
+                np.testing.assert_array_equal(back.arrays[path], array, err_msg=path)
 
 
 def test_exported_weights_load_as_the_same_function(run) -> None:
@@ -179,7 +212,16 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(
     run, tmp_path: pathlib.Path, capsys
 ) -> None:
     pytest.importorskip("flatbuffers")
-    directory = exported(run[0], "stablehlo")
+    features, excluded = feature_extraction.extract_features, []
+
+    def noted(*arguments):
+        excluded.append(kernel_calls.excluded())
+        return features(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_extraction, "extract_features", noted)
+        directory = exported(run[0], "stablehlo")
+    assert len(excluded) > 1 and all(excluded)  # what it is compared with has no kernels either
     assert "images [b, 32, 32, 3] as float32 [b, 24], for cpu" in capsys.readouterr().out
     seen = json.loads((directory / "preprocessing.json").read_text())
     assert (seen["image_size"], seen["short_side"], seen["crop"], seen["resample"]) == (
@@ -235,11 +277,23 @@ def test_the_model_card(run) -> None:
     assert "| lr |" not in text and str(run[0]) not in text
 
 
+def test_paths_of_a_mixture() -> None:
+    entries = ("folder:own/photos", "tars:own/date=7/x", "folder:own/b=0.5", "tfds:food101=size")
+    config = toy.settings()
+    data = dataclasses.replace(config.data, mixture=entries)
+    found = model_card.configured_paths(dataclasses.replace(config, data=data))
+    assert found == {"own/photos", "own/date=7/x", "own/b"}
+
+
 def test_refusals(
     run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved.run(tmp_path, toy.settings(**{f"{ENCODER}cls_token": "false", "objective__forms": "mim"}))
+    rope = {"positions": "rope", "norm": "rms"}
+    changes = {f"{ENCODER}{name}": value for name, value in rope.items()}
+    saved.run(tmp_path / "rope", toy.settings(**changes, objective__forms="mim"))
     for arguments, words in (
+        ([f"--workdir={tmp_path / 'rope'}", "--format=npz"], "--format=npz: has no names for"),
         ([f"--workdir={run[0]}"], "--format: is missing; give one of timm, hf"),
         ([f"--workdir={run[0]}", "--format=onnx"], "--format: 'onnx' is not one of timm"),
         ([f"--workdir={tmp_path / 'x'}", "--format=timm"], "has no config.txt"),
