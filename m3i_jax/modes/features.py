@@ -102,6 +102,11 @@ def _model(config: schema.Config, workdir: str) -> load.LoadedEncoder:
     pooling = pool if pool in ("mean", "cls") else "auto"
     if config.init_from:
         model = load.load(config.init_from, weights=config.init.weights, pool=pooling)
+        if not isinstance(model, load.LoadedEncoder):
+            raise UserError(
+                f"config.init_from: {model.name}: is a model of config.task={model.config.task},"
+                " which has no features of images; give the weights that it was initialised from"
+            )
     elif checkpoint_dir.is_run(workdir):
         model = load.load(workdir, weights=config.evaluate.encoder, pool=pooling)
     else:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from m3i_jax import main as command
+from m3i_jax import schema
 from m3i_jax.data import eval_batches, splits
-from m3i_jax.evaluation import load
+from m3i_jax.errors import UserError
+from m3i_jax.evaluation import load, load_dense
 from m3i_jax.interop import tensor_files
 from m3i_jax.modes import features
 from tests import saved, toy
@@ -190,6 +192,14 @@ def test_parts_of_a_file_that_was_written_anew_are_removed(
     tensor_files.write_safetensors(file, table)
     assert written(workdir, tmp_path / "a.npz", *arguments) == 0
     assert [start for start, *_ in asked] == [0, 16, 0, 16, 0, 16]
+
+
+def test_a_detector_has_no_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = schema.Config(task="detect")
+    found = load_dense.LoadedDense(dense, {}, ("a",), "runs/detect (step 4)")
+    monkeypatch.setattr(load, "load", lambda *arguments, **options: found)
+    with pytest.raises(UserError, match=r"^config.init_from: runs/detect .*config.task=detect"):
+        features._model(toy.settings(init_from="runs/detect"), "")
 
 
 def test_refusals(
