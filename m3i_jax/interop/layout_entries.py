@@ -100,6 +100,23 @@ def require_rgb_patches(shape: tuple[int, ...], channels: int, *sides: int) -> N
         )
 
 
+def flat_table(a: np.ndarray) -> np.ndarray:
+    """Returns a table of positions [1, R, D]; that of a map, [1, h, w, D] (SAM), by rows. Raises
+    UserError for a map that is no square.
+
+    >>> flat_table(np.ones((1, 8, 8, 3))).shape, flat_table(np.ones((1, 65, 3))).shape
+    ((1, 64, 3), (1, 65, 3))
+    """
+    if a.ndim != 4:
+        return a
+    if a.shape[1] != a.shape[2]:
+        raise UserError(
+            f"the table of positions has shape {a.shape}; m3i_jax reads those of square images:"
+            " give weights of such an encoder"
+        )
+    return a.reshape(1, -1, a.shape[3])
+
+
 def _convolution_to_matrix(a_Dx3xpxp: np.ndarray) -> np.ndarray:
     if a_Dx3xpxp.ndim == 2:  # a linear layer of patches (row, column, channel): SigLIP 2 NaFlex
         return a_Dx3xpxp.T

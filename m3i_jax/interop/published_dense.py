@@ -129,7 +129,7 @@ def load_published_dense(table: Mapping[str, Any]) -> PublishedWeights | None:
     if not prefix:
         name = theirs[0] if theirs else "none"
         unused[f"of an encoder that this package does not have, such as {name}"] = len(theirs)
-    else:
+    elif head:
         settings |= _published_sizes(arrays, settings)
     name = f"InternImage with {head}" if prefix and head else head or "InternImage"
     return PublishedWeights(name, arrays, settings, unused, [], [])

@@ -36,6 +36,7 @@ RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 # bare number as the side of a square
 _BILINEAR = ("ViTImage", "ViTFeature", "DINOv3ViT")
 _SQUARE = (*_BILINEAR, "DeiT")
+_WHOLE = "Siglip2Image"  # of NaFlex: images are not cropped, and have as many patches as fit
 _PROCESSOR = "processor_config.json"
 _TIMM_CROP = 0.875  # of files without crop_pct
 
@@ -185,6 +186,8 @@ def preprocessing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         out["crop"] = 1.0
     if squash and cropped <= resized:
         out["squash"] = True
+    if kind.startswith(_WHOLE) and "size" not in config:
+        out |= {"crop": 1.0, "squash": True}
     out |= _timm_crop(pretrained)
     if _is_number(share := ours.get("crop")) and 0 < share <= 1:
         out.setdefault("crop", share)

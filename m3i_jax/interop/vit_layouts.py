@@ -27,6 +27,7 @@ from m3i_jax.interop.layout_entries import (
     IMAGENET,
     Layout,
     LayoutEntry,
+    flat_table,
     joined_qkv,
     linear_weight,
     norm_weights,
@@ -55,7 +56,7 @@ def timm_encoder() -> list[LayoutEntry]:
     entries = [
         *patch_weight("patch_embed.proj"),
         single_array("cls_token", "encoder/cls_token"),
-        single_array("pos_embed", "encoder/positions"),
+        single_array("pos_embed", "encoder/positions", flat_table),
     ]
     entries += [
         *norm_weights("norm_pre.", "encoder/embedding_norm"),
@@ -418,7 +419,12 @@ LAYOUTS: dict[str, Layout] = {
             name="timm",
             known_by=r"^blocks\.0\.attn\.qkv\.weight$",
             table=tuple(timm_encoder()),
-            unused={**_HEADS, **_MAE_DECODER, r"^attn_pool\.": "pooling head"},
+            unused={
+                **_HEADS,
+                **_MAE_DECODER,
+                r"^attn_pool\.": "pooling head",
+                r"^local_cls_norm\.": "norm of small views",
+            },
             settings={**_USUAL, **IMAGENET},
         ),
         Layout(

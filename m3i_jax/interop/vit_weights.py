@@ -151,11 +151,15 @@ def load_vit(
         if kernel is not None and f"encoder/{part}/bias" not in flat:
             zeros = np.zeros((*kernel.shape[:-2], kernel.shape[-1]), np.float32)
             flat[f"encoder/{part}/bias"] = zeros
+    beside = sidecar_configs.sidecar_settings(config or {})
     settings = {
         **layout.settings,
-        **sidecar_configs.sidecar_settings(config or {}),
+        **_pixels_of_satellites(arrays, flat),
+        **beside,
         **_shape_settings(flat, layout, arrays),
     }
+    if not layout.resizes:
+        notes += _crop_to_patches(settings, beside.get("image_size", 0))
     if settings.get("positions") == "rope":
         settings.setdefault("image_size", 224)
     side = sidecar_configs.preprocessing_settings(config or {}).get("image_size", 0)
@@ -232,14 +236,16 @@ def _stack_layers(
 
 
 def _fold_layer_scale(flat: Flat) -> list[str]:
-    """Multiply LayerScale into the preceding matrix; returns notes."""
+    """Multiply LayerScale into the preceding matrix, in float32: in the precision of a file its
+    small factors would make numbers that this does not have. Returns notes."""
     notes = []
     for n, matrix in ((1, "encoder/blocks/attention/out"), (2, "encoder/blocks/mlp/fc2")):
         scale = flat.pop(f"encoder/blocks/scale{n}", None)
         if scale is None:
             continue
-        flat[f"{matrix}/kernel"] = flat[f"{matrix}/kernel"] * scale[:, None]
-        flat[f"{matrix}/bias"] = flat[f"{matrix}/bias"] * scale
+        scale = scale.astype(np.float32)
+        flat[f"{matrix}/kernel"] = flat[f"{matrix}/kernel"].astype(np.float32) * scale[:, None]
+        flat[f"{matrix}/bias"] = flat[f"{matrix}/bias"].astype(np.float32) * scale
         notes.append(f"LayerScale {n} is multiplied into {matrix}")
     return notes
 
@@ -292,6 +298,34 @@ def _shape_settings(flat: Flat, layout: Layout, arrays: Mapping[str, np.ndarray]
         name = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
         out["heads"] = np.asarray(arrays[name]).shape[1]
     return out
+
+
+def _pixels_of_satellites(names: Mapping[str, Any], flat: Flat) -> dict[str, Any]:
+    """Mean and deviation of DINOv3's ViT-L of satellite images, which alone of its ViT-Ls has a
+    norm for small views; {} for other files. Both of the 7B models have it."""
+    kernel = flat.get("encoder/patch_embed/kernel")
+    if "local_cls_norm.weight" not in names or kernel is None or kernel.shape[-1] != 1024:
+        return {}
+    return {"mean": (0.430, 0.411, 0.296), "std": (0.213, 0.156, 0.143)}
+
+
+def _crop_to_patches(settings: dict[str, Any], side: int) -> list[str]:
+    """Lessens the crop where images have more pixels than their patches: 27 of 14 pixels, of images
+    of 384 (SigLIP). Returns notes.
+
+    Args:
+      settings: those of a file, changed in place; `image_size` is that of its position table.
+      side: of its images, as stated beside it.
+    """
+    patch, read = settings.get("patch_size", 0), settings.get("image_size", 0)
+    if not patch or side == read or side // patch * patch != read or "crop" not in settings:
+        return []
+    settings["crop"] *= read / side
+    return [
+        f"images are resized for {side} pixels, of which patches of {patch} cover {read}: the crop"
+        f" is {settings['crop']:.4f}, of the centre, where the original leaves out the last rows"
+        " and columns"
+    ]
 
 
 def _no_copy(layout: str) -> UserError:

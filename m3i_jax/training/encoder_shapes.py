@@ -25,9 +25,7 @@ def encoder_shapes(model: schema.Model, grid: int) -> dict[str, tuple[int, ...]]
     >>> encoder_shapes(model, 2)["blocks/norm1/scale"]
     (2, 8)
     """
-    make = functools.partial(
-        backbones.get_backbone(model).init, model, mask_token=False, grid=grid
-    )
+    make = functools.partial(backbones.get_backbone(model).init, model, mask_token=False, grid=grid)
     tree = jax.eval_shape(make, jax.random.key(0))
     return {path_text(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 

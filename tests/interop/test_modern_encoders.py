@@ -18,6 +18,7 @@ from m3i_jax.models import vit_maps
 from m3i_jax.training import init_from
 from m3i_jax.training.task import make_task
 from tests import toy
+from tests.interop import published_vit
 
 DATA = pathlib.Path(__file__).parent.parent / "data" / "vit"
 LAYOUTS = {
@@ -232,3 +233,19 @@ def test_a_run_starts_from_them_with_their_options_only(change, message, tmp_pat
             start()
     else:
         assert start()["encoder"]["registers"].any() and "encoder (23)" in lines[0]
+
+
+@pytest.mark.parametrize("width", [1024, 4096])
+def test_dinov3_of_satellite_images_has_their_mean(width: int) -> None:
+    """The ViT-L with a norm for small views; both 7B models have it."""
+    flat = {"encoder/patch_embed/kernel": np.zeros((1, width), np.float32)}
+    found = vit_weights._pixels_of_satellites({"local_cls_norm.weight": 0}, flat)
+    assert found == (
+        {"mean": (0.430, 0.411, 0.296), "std": (0.213, 0.156, 0.143)} if width == 1024 else {}
+    )
+    assert vit_weights._pixels_of_satellites({"norm.weight": 0}, flat) == {}
+    sizes = {"width": 1024, "depth": 1, "heads": 16, "patch": 1, "grid": 1}
+    table = published_vit.weights(published_vit.ENCODERS["timm"], **sizes)
+    norm = {f"local_cls_norm.{name}": np.ones(1024, np.float32) for name in ("weight", "bias")}
+    whole = vit_weights.load_vit(table | norm)
+    assert whole.settings["mean"][0] == 0.430 and whole.unused == {"norm of small views": 2}

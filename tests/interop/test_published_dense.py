@@ -161,6 +161,8 @@ def test_of_other_heads_the_encoder_is_read(tmp_path: pathlib.Path) -> None:
     assert source.settings["preset"] == "internimage_nano" and "detect" not in source.settings
     assert source.unused == {"of heads that are not read, such as rpn_head.rpn_conv.bias": 1}
     assert all(name.startswith("encoder/") for name in source.shapes)
+    # its images are those that it classifies, not those that a detector reads
+    assert m3i_jax.load(str(path)).config.data.image_size == 224
 
 
 def test_a_head_without_a_known_encoder_is_a_head(tmp_path: pathlib.Path) -> None:

@@ -17,6 +17,7 @@ from m3i_jax.evaluation import load
 from m3i_jax.interop import export_formats, sidecar_configs, tensor_files, vit_weights
 from m3i_jax.interop.layout_entries import HALVES, IMAGENET
 from m3i_jax.modes import features
+from m3i_jax.training import weight_source
 from tests import toy
 from tests.interop.published_vit import ENCODERS, TINY, weights
 
@@ -49,6 +50,10 @@ PROCESSORS = {
     "an old CLIP": (
         {"size": 14, "crop_size": SIDE, "feature_extractor_type": "CLIPFeatureExtractor"},
         ("bicubic", False, 14),
+    ),
+    "NaFlex": (
+        {"image_processor_type": "Siglip2ImageProcessor", "resample": 2, "patch_size": 4},
+        ("bilinear", True, 12),
     ),
     "nearest": ({"size": SQUARE, "resample": 0}, ("nearest", True, 12)),
     "lanczos": ({"size": SQUARE, "resample": 1}, ("lanczos", True, 12)),
@@ -124,6 +129,24 @@ def test_a_file_of_timm(name: str, tmp_path: pathlib.Path) -> None:
     theirs = see.transforms[1](see.transforms[0](Image.fromarray(image)))
     difference = preprocessing.view(image).astype(int) - np.asarray(theirs)
     assert np.abs(difference).max() <= 2
+
+
+@pytest.mark.parametrize("layout", ["clip", "timm"])
+def test_images_with_more_pixels_than_their_patches(layout: str, tmp_path: pathlib.Path) -> None:
+    """SigLIP's of 384 have 27 patches of 14; here 14 pixels have 3 of 4, and are resized to 14."""
+    square = {"height": 14, "width": 14}
+    files = {
+        "clip": {"config": {"image_size": 14}, "preprocessor_config": {"size": square}},
+        "timm": {"config": {"pretrained_cfg": {
+            "input_size": [3, 14, 14], "crop_pct": 1.0, "crop_mode": "squash",
+        }}},
+    }  # fmt: skip
+    found = published(tmp_path, layout, **files[layout])
+    assert (found.image_size, found.short_side, found.squash) == (12, 14, True)
+    image = np.random.default_rng(0).integers(0, 256, (14, 14, 3), np.uint8)
+    np.testing.assert_array_equal(found.view(image), image[1:-1, 1:-1])
+    notes = weight_source.open_weights(str(tmp_path)).notes
+    assert any("14 pixels, of which patches of 4 cover 12" in note for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,36 @@ def test_layer_scale_is_multiplied_into_the_preceding_matrix() -> None:
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_small_layer_scale_keeps_its_digits_in_half_precision() -> None:
+    """1e-5 times a weight is below the smallest normal number of float16, 6e-5."""
+    theirs = weights(ENCODERS["timm"], **TINY)
+    theirs |= {f"blocks.{k}.ls{n}.gamma": np.full(16, 1e-5) for k in (0, 1) for n in (1, 2)}
+    theirs = {name: array.astype(np.float16) for name, array in theirs.items()}
+    got = vit_weights.load_vit(theirs).arrays
+    gamma = np.float64(np.float16(1e-5))
+    for ours, name in (("attention/out", "attn.proj"), ("mlp/fc2", "mlp.fc2")):
+        kernel = theirs[f"blocks.1.{name}.weight"].astype(np.float64).T * gamma
+        bias = theirs[f"blocks.1.{name}.bias"].astype(np.float64) * gamma
+        np.testing.assert_allclose(got[f"encoder/blocks/{ours}/kernel"][1], kernel, rtol=1e-6)
+        np.testing.assert_allclose(got[f"encoder/blocks/{ours}/bias"][1], bias, rtol=1e-6)
+
+
+def test_the_position_table_of_a_map() -> None:
+    """SAM's in timm, [1, h, w, D]: 64 rows are no 128 pixels, and rows come before columns."""
+    table = weights(ENCODERS["timm"], **(TINY | {"grid": 8}))
+    del table["cls_token"]
+    table |= {f"blocks.{k}.attn.rel_pos_{n}": np.ones((15, 8), "f4") for k in (0, 1) for n in "hw"}
+    table["pos_embed"] = table["pos_embed"][:, 1:].reshape(1, 8, 8, 16)
+    found = vit_weights.load_vit(table)
+    assert found.layout == "detectron2" and found.settings["image_size"] == 32
+    np.testing.assert_array_equal(
+        found.arrays["encoder/positions"][0, 11], table["pos_embed"][0, 1, 3]
+    )
+    table["pos_embed"] = table["pos_embed"].reshape(1, 4, 16, 16)
+    with pytest.raises(UserError, match=r"has shape \(1, 4, 16, 16\)"):
+        vit_weights.load_vit(table)
+
+
 def test_the_patch_embedding_bias_is_added_to_the_positions_for_clip() -> None:
     tree = vit_weights.load_vit(weights(ENCODERS["timm"], **TINY)).arrays
     stored = vit_weights.store_vit(tree, "clip", heads=2)
