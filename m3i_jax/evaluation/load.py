@@ -412,11 +412,9 @@ def _described(
         if backbones.get_backbone(config.model).resizes_positions:
             config.dense.maps.image_size = stored["image_size"]
         config.data.classes = stored["classes"]
-        side = stored.get("dense_size", stored["image_size"])
         if task == "detect" and "dense_size" in stored:
             config.dense.geometry.test_short = stored.get("dense_short", 0)
-        if task == "segment":  # as published, for the sizes of evaluation
-            config.dense.geometry.update({"rule": "range", "long": 4 * side, "short": side})
+        config.dense.geometry.update(stored.get("geometry", {}))
     config.evaluate.update(
         {name: stored[name] for name in ("crop", "interpolation", "squash") if name in stored}
     )

@@ -15,7 +15,7 @@ C channels, D width."""
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,8 +79,9 @@ def load_published_dense(table: Mapping[str, Any]) -> PublishedWeights | None:
 
     Returns:
       `arrays` below `encoder/`, `head/` and `running/`; `settings`, those of the images and
-      "detect" or "segment", fields of these sections of `dense`, "maps", "classes", and
-      "dense_size" and for detectors "dense_short", sides of the images of the published evaluation.
+      "detect" or "segment", fields of these sections of `dense`, "maps", "classes", and those of
+      the published evaluation: "dense_size", the side of its images or windows, and of detectors
+      "dense_short", of segmenters "geometry", fields of this section.
 
     Raises:
       UserError: weights of Deformable DETR, whose queries are made in another way; names that the
@@ -129,22 +130,68 @@ def load_published_dense(table: Mapping[str, Any]) -> PublishedWeights | None:
     if not prefix:
         name = theirs[0] if theirs else "none"
         unused[f"of an encoder that this package does not have, such as {name}"] = len(theirs)
-    elif head:
-        settings |= _published_sizes(arrays, settings)
+    notes: list[str] = []
+    if prefix and head:
+        width = arrays["encoder/stem/conv2/bias"].shape[0]
+        if "detect" in settings:
+            # the long side is rounded to a multiple of 32
+            long, short = (2016, 1000) if width >= 320 else (1344, 800)
+            settings |= {"dense_size": long, "dense_short": short}
+        else:
+            notes = _add_evaluation(settings, width)
     name = f"InternImage with {head}" if prefix and head else head or "InternImage"
-    return PublishedWeights(name, arrays, settings, unused, [], [])
+    return PublishedWeights(name, arrays, settings, unused, [], notes)
 
 
-def _published_sizes(
-    arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
-) -> dict[str, int]:
-    """The sizes of the images of the published evaluations: of detectors the long side, rounded to
-    a multiple of 32, and the short one; of segmenters the short one."""
-    width = arrays["encoder/stem/conv2/bias"].shape[0]
-    if "detect" in settings:
-        long, short = (2016, 1000) if width >= 320 else (1344, 800)
-        return {"dense_size": long, "dense_short": short}
-    return {"dense_size": 896 if width >= 320 else 640 if width >= 160 else 512}
+class _Evaluation(NamedTuple):
+    """How a segmenter is evaluated as published.
+
+    Attributes:
+      data: what it was trained on.
+      size: side of a window, or of the crops of its training.
+      long, short: limits of the sides of an image.
+      stride: of the windows; 0: images are whole.
+    """
+
+    data: str
+    size: int
+    long: int
+    short: int
+    stride: int = 0
+
+
+# by head and number of categories, from the configurations of InternImage's repository
+_EVALUATIONS = {
+    ("upernet", 19): _Evaluation("Cityscapes", 1024, 2048, 1024),
+    ("mask2former", 19): _Evaluation("Cityscapes", 1024, 2048, 1024, 512),
+    ("mask2former", 40): _Evaluation("NYU Depth V2", 480, 640, 480),
+    ("mask2former", 59): _Evaluation("Pascal Context", 480, 4096, 520),
+}
+_BY_WIDTH = (("upernet", 150), ("mask2former", 150))  # of ADE20K
+
+
+def _add_evaluation(settings: dict[str, Any], width: int) -> list[str]:
+    """Adds sizes and windows of the published evaluation of a segmenter; returns a note where the
+    file may be of other data.
+
+    Args:
+      settings: of the file, changed in place.
+      width: channels of the encoder's stem.
+    """
+    kind = settings["segment"]["head"], settings["classes"]
+    short = 896 if width >= 320 else 640 if width >= 160 else 512
+    found = _EVALUATIONS.get(kind, _Evaluation("ADE20K", short, 4 * short, short))
+    settings["dense_size"] = found.size
+    settings["geometry"] = {"rule": "range", "long": found.long, "short": found.short}
+    if found.stride:
+        settings["segment"] |= {"test_whole": 0, "test_stride": found.stride}
+    if kind in _EVALUATIONS or kind in _BY_WIDTH:
+        return []
+    return [
+        f"the file does not say how its {kind[0]} of {kind[1]} categories is evaluated: as that of"
+        f" ADE20K, with images of {found.long} x {found.short}; other sizes are"
+        " dense.geometry.long and short"
+    ]
 
 
 def _encoder(table: Mapping[str, Any], prefix: str) -> dict[str, np.ndarray]:

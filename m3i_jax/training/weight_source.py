@@ -50,7 +50,7 @@ class WeightSource:
         them; `view_size`, where its images have another size than its position table is of; of an
         InternImage also `backbone`, `scan` and `intern_image` of `model`, and of a file
         its `preset`; of a file with a detector or segmenter `detect` or `segment`, and `maps`, of
-        `dense`, `classes`, and `dense_size`, the side of its images.
+        `dense`, `classes`, `dense_size`, the side of its images, and `geometry`.
       unused: {name: count} of arrays that have no such path.
       notes: what was changed while reading.
       classes: names of the categories that its heads predict, of a run of a dense task; else None.

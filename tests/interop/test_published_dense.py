@@ -13,7 +13,7 @@ import m3i_jax
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import load
+from m3i_jax.evaluation import load, sliding_windows
 from m3i_jax.evaluation.load_dense import LoadedDense
 from m3i_jax.interop import published_dense, tensor_files
 from m3i_jax.models import intern_image, intern_image_backbone
@@ -110,6 +110,37 @@ def test_maps_of_a_file_are_those_of_its_system(files: dict, system: str) -> Non
     assert average == ("softmax" if system == "mask2former" else "auto")
     (found,) = loaded.segment(images[0][:32])
     assert found.shape == (32, 64) and found.max() < case.MAP_CLASSES
+
+
+@pytest.mark.parametrize(
+    ("system", "classes", "original", "resized", "window"),
+    [
+        ("upernet", 19, (1024, 2048), (1024, 2048), 0),  # Cityscapes
+        ("upernet", 150, (480, 640), (512, 704), 0),  # ADE20K: 683 is rounded up
+        ("mask2former", 19, (1024, 2048), (1024, 2048), 1024),
+        ("mask2former", 40, (480, 640), (480, 640), 0),  # NYU Depth V2
+        ("mask2former", 59, (375, 500), (544, 704), 0),  # Pascal Context: 520 x 693
+        ("mask2former", 150, (480, 640), (512, 704), 0),
+        ("mask2former", 171, (480, 640), (512, 704), 0),
+    ],
+)
+def test_a_segmenter_is_evaluated_as_its_data_are(
+    system: str, classes: int, original: tuple, resized: tuple, window: int, tmp_path: pathlib.Path
+) -> None:
+    rows = classes + (system == "mask2former")  # and no object
+    table = weights(system)
+    for name in table:
+        if "conv_seg" in name or "cls_embed" in name:
+            table[name] = np.ones((rows, *table[name].shape[1:]), "f4")
+    path = tmp_path / "model.safetensors"
+    tensor_files.write_safetensors(path, table)
+    config = m3i_jax.load(str(path)).config
+    size_of, _ = sliding_windows.resize_rule(config)
+    settings = sliding_windows.sliding_settings(config, classes=classes, batch=1)
+    assert size_of(original, 1.0) == resized and settings.whole == (not window)
+    assert not window or (settings.window, settings.stride) == (window, window // 2)
+    notes = weight_source.open_weights(str(path)).notes
+    assert any("does not say how" in note for note in notes) == (classes == 171)
 
 
 def test_layer_scale_is_read_where_a_preset_has_none() -> None:
