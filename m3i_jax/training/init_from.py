@@ -24,7 +24,7 @@ from m3i_jax.interop import vit_weights
 from m3i_jax.models import backbones, composite, relative_bias
 from m3i_jax.objective import positions
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training.init_positions import TABLE, PositionTable, position_table
+from m3i_jax.training.init_positions import TABLE, PositionTable, initial_positions
 from m3i_jax.training.task import State
 from m3i_jax.training.weight_source import RUNNING, WeightSource, open_on_all_hosts, put_array
 
@@ -91,7 +91,7 @@ def initialize_from(
         restarted = sorted(path for path in selected if _matches(of_categories, path))
         selected -= set(restarted)
     table = (
-        position_table(config, source, _own_grid(config, target))
+        initial_positions(config, source, _own_grid(config, target))
         if _matches(config.init.only, TABLE)
         else PositionTable(None, "")
     )

@@ -30,7 +30,7 @@ class PositionTable:
     cls: np.ndarray | None = None
 
 
-def position_table(config: schema.Config, source: WeightSource, own_grid: int) -> PositionTable:
+def initial_positions(config: schema.Config, source: WeightSource, own_grid: int) -> PositionTable:
     """Returns the table of a run that starts from a source.
 
     Args:
