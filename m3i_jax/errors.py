@@ -21,7 +21,14 @@ class UserError(Exception):
     status = 2  # exit code
 
 
-class UnreadableError(UserError):
+class TransientError(UserError):
+    """A failure of a disk, a server or the network, and no user's mistake: main exits with code 1,
+    so that a scheduler starts the run again."""
+
+    status = 1
+
+
+class UnreadableError(TransientError):
     """Data that was readable at the start of the run can no longer be read."""
 
 
@@ -56,6 +63,21 @@ HINTS = {
     errno.EIO: "check the disk, then run the same command again",
     errno.ESTALE: "mount the file system again, then run the same command again",
     errno.EPIPE: "the program that reads the output has ended",
+}
+# Errors that the same call may not give a minute later.
+TRANSIENT = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENETRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.ENOTCONN,
 }
 MAX_PATH = 600  # characters of a path in a message
 SMALLER = "use a smaller batch, image or model, or a machine with more memory"
@@ -117,7 +139,8 @@ def as_refusal(error: BaseException) -> UserError | RunStopped | None:
     """Returns the error that `main` prints on one line instead of `error`; None for a bug of this
     package.
 
-    - OSError, UnicodeError, RecursionError: UserError with the path.
+    - OSError, UnicodeError, RecursionError: UserError with the path; of `TRANSIENT` kinds,
+      TransientError.
     - MemoryError and jax's RESOURCE_EXHAUSTED: DoesNotFit.
     - A backend that jax cannot start: UserError.
     - A lost device or host: RunStopped.
@@ -220,8 +243,19 @@ def system_error(error: OSError) -> UserError:
     reason = error.strerror or one_line(error) or type(error).__name__
     if error.errno == errno.ENOMEM:
         return DoesNotFit(f"{path}: {reason}; {SMALLER}")
+    kind: type[UserError] = TransientError if is_transient(error) else UserError
     hint = HINTS.get(error.errno or 0, "repair that, then run the same command again")
-    return UserError(f"{path}: {reason}; {hint}")
+    return kind(f"{path}: {reason}; {hint}")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Returns whether an error is one of the system that may pass: of a disk, a server or the
+    network.
+
+    >>> is_transient(OSError(errno.ESTALE, "Stale file handle")), is_transient(FileNotFoundError())
+    (True, False)
+    """
+    return isinstance(error, OSError) and error.errno in TRANSIENT
 
 
 def _frames(trace: TracebackType | None) -> list[TracebackType]:

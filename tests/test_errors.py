@@ -23,8 +23,19 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.mark.parametrize("number", sorted(errors.HINTS))
 def test_system_error_has_path_reason_and_hint(number: int) -> None:
     refusal = errors.as_refusal(OSError(number, os.strerror(number), "/data/x"))
-    assert isinstance(refusal, UserError) and refusal.status == 2
+    assert isinstance(refusal, UserError)
+    assert refusal.status == (1 if number in errors.TRANSIENT else 2)  # 1: a scheduler restarts it
     assert str(refusal) == f"/data/x: {os.strerror(number)}; {errors.HINTS[number]}"
+
+
+@pytest.mark.parametrize("number", sorted(errors.TRANSIENT))
+def test_failure_of_a_server_is_no_mistake(number: int, monkeypatch, capsys) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "/data/x")
+
+    monkeypatch.setattr(command, "_run", fails)
+    assert command.main([]) == 1
+    assert capsys.readouterr().err.startswith(f"m3i_jax: /data/x: {os.strerror(number)}; ")
 
 
 def test_both_paths_of_a_rename_are_named() -> None:

@@ -21,12 +21,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from m3i_jax import run_files
-from m3i_jax.errors import UserError
+from m3i_jax.errors import TransientError, UserError, is_transient
 from m3i_jax.training import checksums
 
 # format of a checkpoint; 1: no checksums, 2: CRC-32, 3: the checksums do not have the step number
 FORMAT = 4
-WAITS = (1.0, 4.0, 15.0)  # seconds before each retry of a failed read
+# Seconds before each retry of a failed read; an error that a server does not cause, such as a
+# missing permission, has `BRIEF` waits.
+WAITS, BRIEF = (1.0, 4.0, 15.0, 30.0, 60.0), 3
 T = TypeVar("T")
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # opening a pipe does not block
 _LEFTOVER = re.compile(r"\d+\.(new|old|orbax-checkpoint-tmp)([.-].*)?")
@@ -127,22 +129,24 @@ def retry_read(read: Callable[[], T], path: pathlib.Path, log: Callable[[str], N
       log: logs a line.
 
     Raises:
-      UserError: the last retry failed too.
+      UserError: the last retry failed too; TransientError if it may succeed later.
     """
-    for wait in (*WAITS, None):
+    for attempt in range(len(WAITS) + 1):
         try:
             return read()
         except OSError as error:
+            transient = is_transient(error)
+            waits = WAITS if transient else WAITS[:BRIEF]
             file = f"{error.filename or path}"
             reason = f"{file} cannot be read ({error.strerror or error})"
-            if wait is None:
-                raise UserError(
+            if attempt >= len(waits):
+                raise (TransientError if transient else UserError)(
                     f"{reason}; its content may be undamaged, so nothing was renamed and no older"
                     " step is used: check its permissions, its disk or its server and run again;"
                     f" only if it is lost, move {path} away"
                 ) from error
-            log(f"warning: {reason}; retrying in {wait:g} seconds")
-            time.sleep(wait)
+            log(f"warning: {reason}; retrying in {waits[attempt]:g} seconds")
+            time.sleep(waits[attempt])
     raise AssertionError("unreachable")
 
 

@@ -100,7 +100,8 @@ def test_the_index_is_cached_and_rebuilt(bucket, tmp_path, monkeypatch, make):
 def test_a_network_that_fails(bucket, monkeypatch):
     source, files = TarSource(bucket[0]), remote.file_system(bucket[0])
     local = TarSource(bucket[1])
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    slept: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", slept.append)
     fails = []
     original = files.cat_file
 
@@ -113,8 +114,12 @@ def test_a_network_that_fails(bucket, monkeypatch):
     fails += [OSError("reset by peer"), TimeoutError("slow")]
     assert base.read_items(source, [3, 4]) == base.read_items(local, [3, 4]) and not fails
     fails += [OSError("reset by peer")] * 99
-    with pytest.raises(UserError, match=r"0.tar' cannot be read \(OSError: reset by peer\)"):
+    slept.clear()
+    with pytest.raises(
+        UserError, match=r"0.tar' cannot be read \(OSError: reset by peer\)"
+    ) as refusal:
         source[3]
+    assert 60 < sum(slept) < 180 and refusal.value.status == 1  # a scheduler starts it again
     fails.clear()
     files.pipe(bucket[0].removeprefix("memory:/") + "/0.tar", b"short")
     with pytest.raises(UserError, match="became shorter"):
@@ -122,6 +127,21 @@ def test_a_network_that_fails(bucket, monkeypatch):
     files.rm(bucket[0].removeprefix("memory:/") + "/0.tar")
     with pytest.raises(UserError, match=r"0.tar' cannot be read \(FileNotFoundError"):
         source[3]
+
+
+def test_a_wrong_address_is_refused_at_once(monkeypatch):
+    """Where a store is away, a scheduler starts the run again; a wrong name stays wrong."""
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: pytest.fail("waits"))
+    with pytest.raises(UserError, match=r"none.txt' cannot be read \(FileNotFoundError") as wrong:
+        remote.open_file("memory://no-such-bucket/none.txt")
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+
+    def away():
+        raise ConnectionResetError("reset by peer")
+
+    with pytest.raises(UserError, match="reset by peer") as fails:
+        remote.retry_network("gs://bucket/x", away)
+    assert (wrong.value.status, fails.value.status) == (2, 1)
 
 
 def test_an_empty_image_is_a_bad_record_and_no_request(make, monkeypatch):

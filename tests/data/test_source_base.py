@@ -287,11 +287,21 @@ def test_reading_fails_with_one_line(fill, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(os, "pread", pread)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
     assert base.read_byte_range(path, 0, 3) == b"012" and not fails
-    fails.extend([OSError(5, "Input/output error")] * 3)
-    with pytest.raises(UserError, match="Input/output error"):
+    fails.extend([OSError(5, "Input/output error")] * 99)
+    slept.clear()
+    with pytest.raises(UserError, match="Input/output error") as refusal:
         base.read_byte_range(path, 0, 3)
+    # a file server starts within two minutes; where it does not, a scheduler starts the run again
+    assert 60 < sum(slept) < 180 and slept == sorted(slept) and refusal.value.status == 1
+    fails.clear()
+    fails.extend([OSError(24, "Too many open files")] * 99)
+    slept.clear()
+    with pytest.raises(UserError, match="Too many open files"):
+        base.read_byte_range(path, 0, 3)
+    assert sum(slept) <= 1
 
 
 @pytest.mark.row("C13")

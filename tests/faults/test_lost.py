@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel, run_files
-from m3i_jax.errors import UserError
+from m3i_jax.errors import RunStopped, UserError
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes import train
 from m3i_jax.training import checkpoint_dir, checksums, weight_source
@@ -175,6 +175,8 @@ def test_what_cannot_be_read_is_not_damaged(
     ) as refusal:
         read()
     assert os.strerror(number) in str(refusal.value) and "\n" not in str(refusal.value)
+    # only what a user must repair ends with 2, after which no scheduler starts the run again
+    assert refusal.value.status == (2 if number == errno.EACCES else 1)
     assert names(pair) == ["4", "8"]
 
 
@@ -185,7 +187,7 @@ def test_a_host_that_alone_cannot_read_ends_all(
 ) -> None:
     """All learn of it before they read together, in a collective that waits for that host."""
     one, _ = opened()
-    wrong = f"2 {pair}/8/digests.json cannot be read (Input/output error)"
+    wrong = f"1 {pair}/8/digests.json cannot be read (Input/output error)"
     monkeypatch.setattr(parallel.barriers, "host_names", lambda: 2)
     for module in (parallel, parallel.barriers):
         monkeypatch.setattr(
@@ -194,7 +196,7 @@ def test_a_host_that_alone_cannot_read_ends_all(
             lambda name, text, **_: [text, wrong if name == what else text],
         )
     monkeypatch.setattr(one._orbax, "restore", lambda *_, **__: pytest.fail("a collective"))
-    with pytest.raises(UserError, match=r"^host 1: .*8/digests\.json cannot be read \(Input/"):
+    with pytest.raises(RunStopped, match=r"^host 1: .*8/digests\.json cannot be read \(Input/"):
         one.newest_good()
         one.position(8)
         restored(one, 8)

@@ -122,7 +122,7 @@ TALK = """
             with barriers.fail_together("read"):
                 if me == who:
                     raise OSError(5, "Input/output error", "/run/digests.json")
-        except UserError as error:
+        except RunStopped as error:  # all exit with 1, and may be started again
             print(f"together{who}", error)
     with barriers.fail_together("read"):
         pass

@@ -4,6 +4,7 @@ are replaced as a whole."""
 import collections
 import difflib
 import glob
+import logging
 import os
 import stat
 import sys
@@ -12,11 +13,15 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from m3i_jax.errors import UnreadableError, UserError
+from m3i_jax.errors import UnreadableError, UserError, is_transient
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # An image file is read into memory before its header is checked, so 256 MiB is the limit.
 FILE_LIMIT = 1 << 28
+# Seconds before each retry of a failed read: two minutes in total, which a file server needs to
+# start again. An error that a server does not cause, such as too many open files, has `BRIEF` waits.
+WAITS, BRIEF = (0.2, 0.8, 4.0, 15.0, 30.0, 60.0), 2
+_log = logging.getLogger(__name__)
 
 
 def split_path(path: str, split: str) -> str:
@@ -80,9 +85,7 @@ def open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def read_byte_range(
-    path: str, offset: int = 0, size: int | None = None, *, tries: int = 3
-) -> bytes:
+def read_byte_range(path: str, offset: int = 0, size: int | None = None) -> bytes:
     """Reads part of a file by position.
 
     A failed read is retried. A read that keeps failing is an error and not a bad record: otherwise
@@ -92,7 +95,6 @@ def read_byte_range(
         path: local file.
         offset: of the first byte.
         size: bytes; None for the rest of the file, at most FILE_LIMIT.
-        tries: attempts before giving up.
 
     Returns:
         The bytes; exactly `size` of them if `size` is given.
@@ -103,7 +105,7 @@ def read_byte_range(
     >>> read_byte_range(__file__, 0, 3)
     b'\"\"\"'
     """
-    for attempt in range(1, tries + 1):
+    for attempt in range(len(WAITS) + 1):
         try:
             with open(path, "rb", buffering=0, opener=open_nonblocking) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -129,13 +131,22 @@ def read_byte_range(
                 )
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
         except OSError as error:
-            if attempt == tries or isinstance(error, (FileNotFoundError, PermissionError)):
+            waits = WAITS if is_transient(error) else WAITS[:BRIEF]
+            if attempt >= len(waits) or isinstance(error, FileNotFoundError | PermissionError):
                 raise UnreadableError(
                     f"{path!r} cannot be read ({error.strerror}) although it could when the run"
                     " began; restore it"
                 ) from error
-            time.sleep(0.2 * attempt**2)
+            log_retry(path, error, wait := waits[attempt])
+            time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def log_retry(path: str, error: Exception, wait: float) -> None:
+    """Logs that a failed read is retried after a wait, if the wait is long enough to be noticed."""
+    if wait >= 1:
+        reason = " ".join(str(error).split())[:200]
+        _log.warning("%r cannot be read (%s); retrying in %g seconds", path, reason, wait)
 
 
 class HandleCache:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from m3i_jax.data.sources.local_files import log_retry
 from m3i_jax.errors import UnreadableError, UserError
 
 # The protocols of fsspec that are stores. Others start programs (ssh, git) or keep unpacked copies
@@ -31,7 +32,8 @@ STORES = (
 )
 # Bytes per request while headers are read: at 50 ms a request and 100 MB/s, 8 MiB take 130 ms.
 BLOCK = 1 << 23
-TRIES = 5  # of each range
+# Seconds before each retry of a range: two minutes in total. The first retry follows at once.
+WAITS = (0.0, 0.2, 0.8, 4.0, 15.0, 30.0, 60.0)
 JOIN = 1 << 16  # bytes between two ranges that are read along: less time than another request
 _JOINED = 1 << 23  # most bytes of ranges that are read at once
 _THREADS = 32  # of file systems that have no concurrent reads of their own
@@ -198,18 +200,18 @@ def _join(ranges: Sequence[tuple[str, int, int]]) -> tuple[list[tuple[str, int, 
 def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
     # a range of no bytes cannot be asked for: stores send the whole file, or refuse
     contents = {i: b"" for i, (_, start, end) in enumerate(requests) if start == end}
-    for attempt in range(1, TRIES + 1):
+    for wait in (*WAITS, None):
         pending = [i for i in range(len(requests)) if i not in contents]
         if not pending:
             break
-        if attempt > 2:  # the second attempt follows at once
-            time.sleep(0.2 * (attempt - 2) ** 2)
+        failed: tuple[str, Exception] | None = None
         results = _read_once([requests[i] for i in pending])
         for i, content in zip(pending, results, strict=True):
             path, start, end = requests[i]
             if isinstance(content, Exception):
-                if attempt == TRIES or isinstance(content, FileNotFoundError | PermissionError):
-                    raise _unreadable(path, content) from content
+                if wait is None or isinstance(content, FileNotFoundError | PermissionError):
+                    raise UnreadableError(_reason(path, content)) from content
+                failed = path, content
             elif len(content) < end - start:
                 raise UnreadableError(
                     f"{path!r} ends before byte {end}: it became shorter while the run was reading"
@@ -221,6 +223,9 @@ def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
                 )
             else:
                 contents[i] = bytes(content)
+        if failed and wait is not None:
+            log_retry(*failed, wait)
+            time.sleep(wait)
     return [contents[i] for i in range(len(requests))]
 
 
@@ -249,7 +254,8 @@ def retry_network(path: str, act: Callable[[], _T], tries: int = 4) -> _T:
     bad record.
 
     Raises:
-        UnreadableError: the last attempt failed, or the file is missing or forbidden.
+        UserError: the file is missing or forbidden.
+        UnreadableError: the last attempt failed.
 
     >>> retry_network("gs://x", lambda: 3)
     3
@@ -260,15 +266,17 @@ def retry_network(path: str, act: Callable[[], _T], tries: int = 4) -> _T:
         except UserError:
             raise
         except Exception as error:  # each store raises its own types
-            if attempt == tries or isinstance(error, (FileNotFoundError, PermissionError)):
-                raise _unreadable(path, error) from error
+            if isinstance(error, FileNotFoundError | PermissionError):
+                raise UserError(_reason(path, error)) from error
+            if attempt == tries:
+                raise UnreadableError(_reason(path, error)) from error
             time.sleep(0.2 * attempt**2)
     raise AssertionError("unreachable")
 
 
-def _unreadable(path: str, error: Exception) -> UnreadableError:
+def _reason(path: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:200]
-    return UnreadableError(
+    return (
         f"{path!r} cannot be read ({type(error).__name__}: {reason}): check the address and the"
         " access"
     )
