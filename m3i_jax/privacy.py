@@ -8,6 +8,7 @@ files through `reporting.atomic_write`.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -67,6 +68,8 @@ _RULES: list[tuple[re.Pattern[str], Any]] = [
         HIDDEN,
     ),
 ]
+# Images of a page. Their text is random, so it may have the form of a key; a short one is no PNG.
+_IMAGE = re.compile(r"(?<![\w:])data:image/[a-z]{3,4};base64,[A-Za-z0-9+/]{64,}={0,2}")
 # Control characters and characters that change the direction of text, except tab and line ends.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -75,7 +78,7 @@ def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
     """Returns the text with every secret replaced by "***".
 
     Args:
-      text: any.
+      text: any; base64 text of its images (data:image/...) stays.
       environment: variables whose values are secret if their names say so; those of the process if
         not given.
 
@@ -87,6 +90,12 @@ def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
     >>> redact("gs://bucket/part-?.tar on host:8080, 12 tokens: 300", environment={})
     'gs://bucket/part-?.tar on host:8080, 12 tokens: 300'
     """
+    if images := _IMAGE.findall(text):  # what is around them is redacted as one text
+        mark, number = f"\x00{os.urandom(8).hex()}-", itertools.count()
+        rest = redact(
+            _IMAGE.sub(lambda _: f"{mark}{next(number)}\x00", text), environment=environment
+        )
+        return re.sub(rf"{mark}(\d+)\x00", lambda match: images[int(match[1])], rest)
     for name, value in (os.environ if environment is None else environment).items():
         # A path is no secret.
         if (

@@ -1,6 +1,7 @@
 """The report of a run: how it reads a log and what it draws; it opens without a network, and a
 browser logs no errors."""
 
+import base64
 import json
 import pathlib
 import re
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3i_jax import privacy, schema
+from m3i_jax import privacy, run_files, schema
 from m3i_jax.errors import UserError
 from m3i_jax.modes import report
-from m3i_jax.reporting import figures, run_log, run_page, svg_charts
+from m3i_jax.reporting import figures, html_page, run_log, run_page, svg_charts
 
 CHROMIUM = next(
     (
@@ -363,3 +364,23 @@ def test_losses_of_dense_tasks_have_their_own_note(names: tuple[str, ...], dense
     page = run_page.run_page_html([run_log.RunLog("a", lines, "", "", [], {})], differs={})
     assert ("no object is ever matched" in page) == dense
     assert ("when the target moves" in page.replace("\n", " ")) == (not dense)
+
+
+def test_images_that_have_the_form_of_a_key_stay_whole(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of an image is random: some have the prefix of a key, or end with `pwd=`."""
+    monkeypatch.setenv("OTHER_TOKEN", "hunter22hunter22")
+    begin = "iVBORw0KGgo" + "A" * 61
+    images = [
+        base64.b64decode(begin + end, validate=True)
+        for end in ("AKIAABCDEFGHIJKLMNOP", "/hunter22hunter22AAA", "AAAAAAAAAAAAAAAApwA=")
+    ]
+    page = "".join(html_page.embed_image(image, "pwd") + "<b>word</b>" for image in images)
+    page = page.replace("pwA=", "pwd=")  # the last bits of the byte are free
+    secret = (
+        "<p>https://me:word-1@host/x data:image/png;base64,AKIAABCDEFGHIJKLMNOP pwd=abcdefgh </p>"
+    )
+    run_files.write_text_atomic(tmp_path / "a.html", page + secret + page)
+    hidden = "<p>https://***@host/x data:image/png;base64,*** pwd=*** </p>"
+    assert (tmp_path / "a.html").read_text() == page + hidden + page
