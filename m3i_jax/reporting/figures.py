@@ -7,6 +7,7 @@ dark mode."""
 
 import dataclasses
 import io
+import math
 import os
 import pathlib
 import time
@@ -208,11 +209,16 @@ def _html_line(line: dict[str, Any]) -> str:
     )
     if line["share"] is None:
         return f'<div class="line">{words}</div>'
-    share = min(max(float(line["share"]), 0.0), 1.0)
+    share = float(line["share"])
     return (
         f'<div class="line">{words}<i class=track><i'
-        f' style="width:{100 * share:.1f}%"></i></i><b>{format_percent(share)}</b></div>'
+        f' style="width:{100 * _bar(share):.1f}%"></i></i><b>{format_percent(share)}</b></div>'
     )
+
+
+def _bar(share: float) -> float:
+    """The length of a bar, 0..1: 0 of a share that is not a number, as of features with NaN."""
+    return 0.0 if math.isnan(share) else min(max(share, 0.0), 1.0)
 
 
 def _tone(right: bool | None) -> str:
@@ -279,7 +285,8 @@ def _draw_line(paper: image_grid.ImageGrid, x: int, y: int, line: FigureLine) ->
     if line.share is not None:
         left = x + width + GAP
         paper.draw.rectangle(
-            (left, y - 8, left + max(1, round(line.share * BAR)), y - 1), fill=image_grid.PARTNER
+            (left, y - 8, left + max(1, round(_bar(line.share) * BAR)), y - 1),
+            fill=image_grid.PARTNER,
         )
         paper.words(left + BAR + 6, y, format_percent(line.share), size=11, ink=MUTED)
 

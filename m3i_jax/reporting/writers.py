@@ -15,6 +15,7 @@ import re
 import secrets
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -22,9 +23,12 @@ from typing import Any, Protocol
 import xxhash
 
 from m3i_jax import privacy, run_files, schema
-from m3i_jax.errors import UserError
+from m3i_jax.errors import RunStopped, UserError, one_line
 
 Values = dict[str, float]
+QUEUE = 10_000  # values that wait for TensorBoard's thread: more than those of many lines
+REOPEN = 600.0  # seconds between attempts to write to TensorBoard again
+FINISH = 30.0  # seconds that W&B gets for its last uploads
 
 
 class Sink(Protocol):
@@ -184,15 +188,48 @@ def format_duration(seconds: float) -> str:
 class _TensorBoard:
     def __init__(self, directory: pathlib.Path, resume_at: int):
         writer = require_package("tensorboardX", "report.tensorboard", "tensorboard").SummaryWriter
+        self._make = lambda **options: writer(str(directory), max_queue=QUEUE, **options)
         # hides what an interrupted run wrote after this step
-        self._writer = writer(str(directory), purge_step=resume_at + 1)
+        self._writer, self._opened = self._make(purge_step=resume_at + 1), time.monotonic()
+
+    def _thread(self) -> Any:
+        """tensorboardX's thread that writes the file; None if this version has another."""
+        events = getattr(getattr(self._writer, "file_writer", None), "event_writer", None)
+        return getattr(events, "_worker", None)
+
+    def _check(self) -> None:
+        """Raises OSError if the thread ended, as it does on a full disk: nothing would empty its
+        queue, and the main thread would wait for ever once the queue is full."""
+        thread = self._thread()
+        if thread is not None and not thread.is_alive():
+            raise OSError("the thread of tensorboardX ended, as it does on a full disk")
 
     def write(self, step: int, values: Values) -> None:
+        try:
+            self._check()
+        except OSError:
+            if time.monotonic() < self._opened + REOPEN:
+                raise
+            self._abandon()
+            self._opened = time.monotonic()
+            self._writer = self._make()  # a new file beside the one before
         for name, value in values.items():
+            self._check()
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def _abandon(self) -> None:
+        """Python would wait at its end until a thread that has ended reads the queue."""
+        queue = getattr(self._writer.file_writer.event_writer, "_event_queue", None)
+        if queue is not None:
+            queue.cancel_join_thread()
+
     def close(self) -> None:
+        try:
+            self._check()
+        except OSError:
+            self._abandon()
+            raise
         self._writer.close()
 
 
@@ -202,24 +239,49 @@ class _Wandb:
         # one id for each working directory, so that a resumed run continues the same W&B run;
         # random, since another run may have the same name
         path = directory / "wandb.id"
-        if not path.is_file():
+        if not (path.is_file() and path.read_text(encoding="utf-8").strip()):
             name = re.sub(r"[/\\#?%:]", "-", directory.absolute().name[:40])  # refused in an id
-            path.write_text(f"{name}-{secrets.token_hex(4)}\n", encoding="utf-8")
+            run_files.write_text_atomic(path, f"{name}-{secrets.token_hex(4)}\n")
         identity = path.read_text(encoding="utf-8").strip()
-        self._run = wandb.init(
-            project=project,
-            dir=str(directory),
-            id=identity,
-            name=identity,
-            resume="allow",
-            config=config,
-        )
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", f"{FINISH:.0f}")
+        try:
+            self._run = wandb.init(
+                project=project,
+                dir=str(directory),
+                id=identity,
+                name=identity,
+                resume="allow",
+                config=config,
+                # metadata have the command line, whose paths may have credentials
+                settings=wandb.Settings(x_disable_meta=True),
+            )
+        except Exception as error:
+            if type(error).__name__ == "UsageError":  # no key; a setting that W&B refuses
+                raise UserError(
+                    f"config.report.wandb: W&B refuses to start ({one_line(error, 300)}); log in"
+                    " with `wandb login`, set WANDB_API_KEY, or leave the key unset"
+                ) from error
+            raise
 
     def write(self, step: int, values: Values) -> None:
         self._run.log(values, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        """Finish the run; an upload that takes longer than FINISH does not hold the process."""
+        failed: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                self._run.finish()
+            except Exception as error:  # raised below
+                failed.append(error)
+
+        (thread := threading.Thread(target=finish, name="wandb", daemon=True)).start()
+        thread.join(FINISH + 1.0)
+        if thread.is_alive():
+            failed.append(TimeoutError(f"its uploads took longer than {FINISH:.0f} seconds"))
+        if failed:
+            raise failed[0]
 
 
 def require_package(module: str, key: str, extra: str) -> Any:
@@ -297,7 +359,9 @@ class Writers:
         `dropped` counts."""
         try:
             write()
-        except (OSError, UserError) as error:
+        except RunStopped:  # another host is lost
+            raise
+        except Exception as error:  # also of a figure of values that are not finite
             self._lost(name, "file(s)", error)
 
     def mark(self) -> dict[str, run_files.Mark]:
@@ -349,7 +413,7 @@ def open_writers(
       main: whether this is the process that writes.
 
     Raises:
-      UserError: an optional package is missing; names the extra.
+      UserError: an optional package is missing, names the extra; or W&B has no key.
     """
     if not main:
         return Writers({}, lambda text: None)
@@ -365,7 +429,14 @@ def open_writers(
     if config.report.tensorboard:
         sinks["tensorboard"] = _TensorBoard(workdir, resume_at)
     if config.report.wandb:
-        sinks["wandb"] = _Wandb(
-            config.report.wandb, workdir, privacy.redact_tree(dataclasses.asdict(config))
-        )
+        settings = privacy.redact_tree(dataclasses.asdict(config))
+        try:
+            sinks["wandb"] = _Wandb(config.report.wandb, workdir, settings)
+        except UserError:
+            raise
+        except Exception as error:  # a service that is away must not stop training
+            log_line(
+                f"warning: W&B does not start ({type(error).__name__}: {one_line(error, 300)}); the"
+                " run is logged there from its next start on"
+            )
     return Writers(sinks, log_line)

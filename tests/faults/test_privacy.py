@@ -366,7 +366,8 @@ def test_no_secret_goes_to_a_service_or_into_a_converted_data_set(
 ) -> None:
     sent: dict[str, Any] = {}
     wandb = types.SimpleNamespace(
-        init=lambda **what: sent.update(what) or types.SimpleNamespace(finish=lambda: None)
+        init=lambda **what: sent.update(what) or types.SimpleNamespace(finish=lambda: None),
+        Settings=dict,
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = schema.Config(

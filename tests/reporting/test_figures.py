@@ -57,6 +57,15 @@ def test_the_page_shows_the_pixels_and_words_that_were_given(tmp_path: pathlib.P
     assert html.count('class="right"') == 1 and html.count('class="wrong"') == 2
 
 
+def test_a_share_that_is_no_number_has_no_bar(tmp_path: pathlib.Path) -> None:
+    """Of features with NaN: the figure says so, and ends no run."""
+    lines = [FigureLine("cat", float("nan")), FigureLine("dog", 1.0)]
+    row = FigureRow([FigureTile(noise(20, 0))], lines)
+    figures.write_figure(tmp_path, "000007-kind", Figure("", "", [row]))
+    html = figures.figure_html(tmp_path / "000007-kind.json")
+    assert "width:0.0%" in html and "nan %" in html and "width:100.0%" in html
+
+
 def test_nothing_of_a_sheet_overlaps() -> None:
     paper, boxes = figures.draw_figure(Figure("t", "note " * 60, [*ROWS, *ROWS]))
     pixels, places = np.asarray(paper.image), [box for row in boxes for box in row]

@@ -7,6 +7,7 @@ import math
 import os
 import stat
 import sys
+import threading
 import types
 
 import numpy as np
@@ -237,6 +238,7 @@ def test_wandb_goes_on_in_the_run_of_the_directory(tmp_path, monkeypatch):
 
     fake = types.ModuleType("wandb")
     fake.init = init  # type: ignore[attr-defined]
+    fake.Settings = dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for place in ("a/run", "a/run", "b/run", "lr:0.1%?"):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
@@ -252,13 +254,62 @@ def test_wandb_goes_on_in_the_run_of_the_directory(tmp_path, monkeypatch):
     assert first["id"] == again["id"] != elsewhere["id"] and first["id"].startswith("run-")
     assert not set(odd["id"]) & set("/\\#?%:")  # which W&B refuses in an id
     assert logged[:2] == [(5, {"loss": 1.0}), (-1, {})]
+    # the metadata would have the command line, and so the credentials in paths
+    assert first["settings"] == {"x_disable_meta": True}
+    (tmp_path / "a/run/wandb.id").write_text("")  # of a version that was killed while it wrote it
+    open_writers(tmp_path / "a/run", wandb="project").close()
+    assert started[-1]["id"].startswith("run-") and started[-1]["id"] != first["id"]
+    assert (tmp_path / "a/run/wandb.id").read_text().strip() == started[-1]["id"]
+
+
+def test_wandb_that_does_not_start_or_end_stops_no_run(tmp_path, monkeypatch, capsys):
+    class UsageError(Exception):
+        pass
+
+    class CommError(Exception):
+        pass
+
+    class Service(types.ModuleType):
+        Settings = dict
+
+        def init(self, **_):
+            raise self.failure
+
+    service = Service("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    service.failure = UsageError("No API key configured.\nUse `wandb login`")
+    with pytest.raises(UserError, match=r"config\.report\.wandb: .*No API key configured. Use"):
+        open_writers(tmp_path, wandb="project")
+    service.failure = CommError("cannot reach https://me:hunter2hunter2@api")
+    writer = open_writers(tmp_path, wandb="project")
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert "warning: W&B does not start (CommError: cannot reach" in capsys.readouterr().out
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+    # at the end
+    monkeypatch.setattr(writers, "FINISH", -0.9)
+    released = threading.Event()
+    service.init = lambda **_: types.SimpleNamespace(finish=released.wait)  # type: ignore
+    open_writers(tmp_path, wandb="project").close()
+    assert "_Wandb did not close: its uploads took longer" in capsys.readouterr().out
+    released.set()
+
+
+def test_a_file_that_cannot_be_drawn_loses_only_itself(capsys):
+    writer = writers.Writers({}, writers.log_line)
+    writer.attempt("pictures", lambda: round(math.nan))
+    assert writer.dropped == {"pictures": 1}
+    assert (
+        "pictures lost 1 file(s): ValueError: cannot convert float NaN" in capsys.readouterr().out
+    )
 
 
 def test_tensorboard_gets_scalars_and_a_purge_on_resume(tmp_path, monkeypatch):
     made: list[tuple] = []
 
     class SummaryWriter:
-        def __init__(self, directory, purge_step):
+        def __init__(self, directory, purge_step, max_queue):
+            assert max_queue > 1000  # the values of a line do not wait
             made.append((directory, purge_step))
 
         def add_scalar(self, name, value, step):
@@ -277,6 +328,39 @@ def test_tensorboard_gets_scalars_and_a_purge_on_resume(tmp_path, monkeypatch):
     writer.write(50, {"loss": 1.0})
     writer.close()
     assert made == [(str(tmp_path), 41), ("loss", 1.0, 50), ("flush",), ("close",)]
+
+
+def test_a_full_disk_does_not_block_tensorboard(tmp_path, monkeypatch, capsys):
+    """The thread of tensorboardX ends on a full disk, and nothing empties its queue any more."""
+    tensorboard = pytest.importorskip("tensorboardX")
+    fails = [False]
+    events = tensorboard.event_file_writer.EventsWriter
+    original = events.write_event
+
+    def write_event(self, event):
+        if fails[0]:
+            raise OSError(28, "No space left on device")
+        return original(self, event)
+
+    monkeypatch.setattr(events, "write_event", write_event)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    monkeypatch.setattr(writers, "QUEUE", 5)
+    writer = open_writers(tmp_path, tensorboard=True)
+    sink = writer._sinks["tensorboard"]
+    fails[0] = True
+    writer.write(1, {"loss": 1.0})
+    sink._thread().join(10)
+    for step in range(2, 12):  # more values than the queue has places
+        writer.write(step, {"loss": 1.0})
+    assert writer.dropped == {"metrics.jsonl": 0, "console": 0, "tensorboard": 10}
+    assert "tensorboard lost 1 line(s): OSError: the thread of" in capsys.readouterr().out
+    fails[0] = False  # there is room again
+    monkeypatch.setattr(writers, "REOPEN", 0.0)
+    writer.write(12, {"loss/again": 1.0})
+    assert writer.dropped["tensorboard"] == 10
+    writer.close()
+    assert any(b"loss/again" in path.read_bytes() for path in tmp_path.glob("events.*"))
+    assert "did not close" not in capsys.readouterr().out
 
 
 def test_tensorboard_for_real(tmp_path):
