@@ -24,7 +24,7 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from m3i_jax import config as configuration
@@ -231,10 +231,21 @@ def _settings(flags: argparse.Namespace, overrides: list[str]) -> schema.Config:
     return settings
 
 
-def _start_hosts(
-    flags: argparse.Namespace, settings: schema.Config
-) -> contextlib.AbstractContextManager[None]:
-    """Connect the hosts of a run; returns the context that reports an error here to the others."""
+@contextlib.contextmanager
+def _hosts(flags: argparse.Namespace, settings: schema.Config) -> Iterator[None]:
+    """Connect the hosts of a run for the block. An error here, before the block too, ends all of
+    them; at its end they wait for each other."""
+    from m3i_jax.parallel import barriers, heartbeat
+
+    with heartbeat.refuse_on_error(), refuse_system_errors():
+        _start_hosts(flags, settings)
+        yield
+        # the first host writes reports when the others are done; jax.distributed would wait for it
+        # for a minute only, and then end them with an error
+        barriers.barrier("end", limit=1800.0)
+
+
+def _start_hosts(flags: argparse.Namespace, settings: schema.Config) -> None:
     from m3i_jax.parallel import distributed, heartbeat
 
     processes = distributed.detect_processes(
@@ -252,7 +263,6 @@ def _start_hosts(
     )
     if interrupts.exits_on_sigterm():
         interrupts.exit_on_sigterm(heartbeat.end_hosts)
-    return heartbeat.refuse_on_error()
 
 
 def _run(arguments: Sequence[str], began: float, process: bool) -> int:
@@ -270,12 +280,12 @@ def _run(arguments: Sequence[str], began: float, process: bool) -> int:
         options["began"] = began
     if mode.shares:
         options["hosts"] = (flags.coordinator, flags.processes, flags.process_id)
-    error_guard = _start_hosts(flags, settings) if mode.together else contextlib.nullcontext()
-    if mode.compiles:
-        monitoring = importlib.import_module("m3i_jax.modes.monitoring")
-        monitoring.enable_compilation_cache(pathlib.Path(flags.workdir))
-    module = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
-    with privacy.private_umask(settings.report.private), error_guard, refuse_system_errors():
+    hosts = _hosts(flags, settings) if mode.together else contextlib.nullcontext()
+    with privacy.private_umask(settings.report.private), hosts, refuse_system_errors():
+        if mode.compiles:
+            monitoring = importlib.import_module("m3i_jax.modes.monitoring")
+            monitoring.enable_compilation_cache(pathlib.Path(flags.workdir))
+        module = importlib.import_module(f"m3i_jax.modes.{flags.mode}")
         return module.run(settings, workdir=flags.workdir, **options)
 
 

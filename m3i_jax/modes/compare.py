@@ -111,6 +111,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
         ]
         results: list[dict[str, Any]] = []
         failed: list[str] = []
+        notices: list[bool] = []  # of signals that came too late to stop a run
         for number, (form, seed, setup) in enumerate(runs, 1):
             result = read_result(setup, allow_changes)
             if result is None:
@@ -118,7 +119,7 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                     f"compare: {number} of {len(runs)}: {form}, seed {seed}, in {setup.workdir}",
                     flush=True,
                 )
-                code = run_one(setup, allow_changes)
+                code = run_one(setup, allow_changes, lambda: notices.append(True))
                 if code == loop.PREEMPTED:
                     return code
                 if code != loop.DONE:
@@ -131,6 +132,13 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
             results.append({**result, "form": form, "seed": seed})
             if main:
                 write_comparison(base, results, failed, budget)
+            if notices and number < len(runs):
+                print(
+                    f"compare: preempted after {number} of {len(runs)}; run the same command again"
+                    " to resume",
+                    flush=True,
+                )
+                return loop.PREEMPTED
         if main:
             rows = compare_table.compare_rows(results)
             if rows:
@@ -220,8 +228,10 @@ def config_for(base: Setup, form: str, seed: int) -> Setup:
     )
 
 
-def run_one(setup: Setup, allow_changes: bool) -> int:
-    """Train one run, as --mode=train would in its directory."""
+def run_one(
+    setup: Setup, allow_changes: bool, on_late_notice: Callable[[], None] = lambda: None
+) -> int:
+    """Train one run, as --mode=train would in its directory; see `train.pretrain`."""
     vocabulary = setup.workdir / "tokenizer.json"
     with parallel.fail_together("tokenizer.json"):
         setup.workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -229,7 +239,7 @@ def run_one(setup: Setup, allow_changes: bool) -> int:
         if setup.tokenizer and not jax.process_index() and not begun:
             setup.tokenizer.save(str(vocabulary))
     with lock_on_all_hosts(setup.workdir):
-        code = train.pretrain(setup, allow_changes)
+        code = train.pretrain(setup, allow_changes, on_late_notice=on_late_notice)
     gc.collect()
     jax.clear_caches()  # the next run compiles other programs
     return code

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax
 from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, run_files, schema
 from m3i_jax.data.sources import base
-from m3i_jax.errors import UserError
+from m3i_jax.errors import UserError, one_line
 from m3i_jax.models import m3i
 from m3i_jax.modes import evaluators, monitoring, report
 from m3i_jax.modes.setup import Setup, lock_on_all_hosts, open_setup, require_shared
@@ -154,13 +154,25 @@ def checked_position(position: dict[str, Any], step: int) -> dict[str, Any]:
     return position
 
 
-def pretrain(setup: Setup, allow_changes: bool, began: float | None = None) -> int:
-    """Train from the start or from its newest good checkpoint; returns the exit code of
-    `loop.run_loop`: 0, 1 or 42. The caller holds the lock. `began`: `time.monotonic()` at the start
-    of the process."""
+def pretrain(
+    setup: Setup,
+    allow_changes: bool,
+    began: float | None = None,
+    on_late_notice: Callable[[], None] = lambda: None,
+) -> int:
+    """Train from the start or from its newest good checkpoint. The caller holds the lock.
+
+    Args:
+      setup: of the run.
+      allow_changes: continue a run of other settings.
+      began: `time.monotonic()` at the start of the process.
+      on_late_notice: called, on all hosts, if SIGTERM came too late to stop this run.
+
+    Returns: the exit code of `loop.run_loop`: 0, 1 or 42.
+    """
     while True:
         try:
-            return _pretrain(setup, allow_changes, began)
+            return _pretrain(setup, allow_changes, began, on_late_notice)
         except CheckpointDamaged:
             pass  # it was logged and set aside: the next attempt uses the one before
 
@@ -204,7 +216,26 @@ def _log_start(setup: Setup, trainer: Trainer, log: Callable[[str], None]) -> No
         log(line)
 
 
-def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
+def _last_batch(data: Iterator[Any], log: Callable[[str], None]) -> Any:
+    """The batch after the last step, for a panel; None, with a warning, if a host cannot read it:
+    the run is done without it."""
+    batch, reason = None, ""
+    try:
+        batch = next(data)
+    except parallel.HostMissing:
+        raise
+    except Exception as error:
+        reason = one_line(error, 300) or type(error).__name__
+    reasons = parallel.exchange_values("last panel", reason, limit=1800.0)
+    if failed := [host for host, text in enumerate(reasons) if text]:
+        log(f"warning: no panel of the last step ({reasons[failed[0]]})")
+        return None
+    return batch
+
+
+def _pretrain(
+    setup: Setup, allow_changes: bool, began: float | None, on_late_notice: Callable[[], None]
+) -> int:
     config, workdir, main = setup.config, setup.workdir, not jax.process_index()
     with parallel.fail_together("checkpoints"):
         if main:
@@ -278,17 +309,15 @@ def _pretrain(setup: Setup, allow_changes: bool, began: float | None) -> int:
             clock=clock,
             collapse=alarm,
             on_step=tracer,
+            on_late_notice=on_late_notice,
         )
         try:
             code, state = loop.run_loop(trainer, state, samples_seen=samples, callbacks=callbacks)
             clock.turn("stop")
             if code == loop.DONE and config.train.panel_every:
                 with clock.phase("panel"):
-                    last = next(data)
-                    writer.attempt(
-                        "panels",
-                        lambda: views.draw_panel(setup, trainer, trainer.length.steps, state, last),
-                    )
+                    if (last := _last_batch(data, log)) is not None:
+                        callbacks.panel(trainer.length.steps, state, last)
         except SavesFailed as error:
             log(
                 f"stopped: {error}; free space or fix the permissions of {workdir}, and run the"

@@ -307,6 +307,8 @@ class CoordinatedStop:
         _rounds["notice"] = _rounds.get("notice", -1) + 1
         self._key = f"m3i/notice/{_rounds['notice']}"
         self._count, self._stop_at = 0, 0  # polls so far; the one at which to stop, 0: none
+        # after `close`: whether a host got a notice, also one after the last poll
+        self.noticed = False
         self._error: HostMissing | None = None
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
@@ -329,6 +331,8 @@ class CoordinatedStop:
     def close(self, failed: bool = False) -> None:
         """End of the run. Answers a host that gets a notice now; `failed`: without waiting for the
         others."""
+        if self._alone:
+            self.noticed = self._requested()
         if self._alone or not self._thread.is_alive() and self._stop_at:
             return
         self._closed.set()
@@ -354,7 +358,9 @@ class CoordinatedStop:
     def _agree(self) -> None:
         with self._lock:
             try:
-                counts = exchange_values("stop", str(self._count), limit=self._limit)
-                self._stop_at = max(map(int, counts)) + 1
+                own = f"{self._count} {int(self._requested())}"
+                answers = [x.split() for x in exchange_values("stop", own, limit=self._limit)]
+                self._stop_at = max(int(count) for count, _ in answers) + 1
+                self.noticed = any(int(noticed) for _, noticed in answers)
             except HostMissing as error:
                 self._error = error

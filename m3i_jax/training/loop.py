@@ -87,6 +87,11 @@ class Preemption:
             raise KeyboardInterrupt
         self.requested = True
 
+    @property
+    def noticed(self) -> bool:
+        """After the block: whether a signal came, on any host, also one after the last poll."""
+        return self._stop.noticed
+
     def poll(self) -> None:
         if self._stop.poll():
             raise Preempted
@@ -176,6 +181,8 @@ class Callbacks:
     collapse: CollapseAlarm = dataclasses.field(default_factory=CollapseAlarm)
     # called after each dispatched step with its metrics, which may still be computing
     on_step: Callable[[int, Any], None] = lambda step, metrics: None
+    # called at the end of a finished run if a signal came after its last poll
+    on_late_notice: Callable[[], None] = lambda: None
 
 
 def equal_weights(values: Mapping[str, float]) -> dict[str, float]:
@@ -338,6 +345,8 @@ def run_loop(
         # a signal meanwhile does not cost the last checkpoint
         with metrics_log.clock.phase("save"):
             callbacks.checkpoints.wait(state)
+    if notice.noticed:
+        callbacks.on_late_notice()
     return DONE, state
 
 

@@ -13,6 +13,7 @@ from m3i_jax import parallel
 from m3i_jax.data import pipeline
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import RunStopped, UnreadableError, UserError
+from m3i_jax.modes import train
 from m3i_jax.training import loop
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
 from tests.data.conftest import settings
@@ -50,8 +51,12 @@ def test_a_signal_during_the_last_save_does_not_cost_it(monkeypatch: pytest.Monk
         assert signal.getsignal(signal.SIGTERM) != before
         signal.raise_signal(signal.SIGTERM)
 
-    world.at["wait"] = wait
-    assert world.run(monkeypatch) == loop.DONE and world.events[-1] == "wait"
+    world.at["wait"], late = wait, list[str]()
+    callback = lambda: late.append(world.events[-1])
+    assert world.run(monkeypatch, on_late_notice=callback) == loop.DONE and late == ["wait"]
+    # --mode=compare starts no other run then; without a signal it goes on
+    world = World(2)
+    assert world.run(monkeypatch, on_late_notice=callback) == loop.DONE and late == ["wait"]
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -111,6 +116,23 @@ def test_what_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnreadableError, match="gone"):
         world.run(monkeypatch)
     assert world.logged[-1] == "warning: no space"
+
+
+@pytest.mark.fast
+@pytest.mark.row("C9")
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_data_that_fail_after_the_last_step_cost_a_panel(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """All hosts draw the panel together, or none does."""
+    logged: list[str] = []
+    assert train._last_batch(iter([7]), logged.append) == 7 and not logged
+    gone = (_ for _ in [0] if (_ for _ in ()).throw(error))
+    assert train._last_batch(gone, logged.append) is None
+    assert logged == [f"warning: no panel of the last step ({error})"]
+    monkeypatch.setattr(parallel, "exchange_values", lambda name, text, **_: ["", "not here"])
+    assert train._last_batch(iter([7]), logged.append) is None
+    assert logged[1:] == ["warning: no panel of the last step (not here)"]
 
 
 @pytest.mark.fast

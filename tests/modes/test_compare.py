@@ -37,7 +37,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[jobs.Setup]:
     """The runs that were trained; each writes a log whose last loss is 3 + seed."""
     made: list[jobs.Setup] = []
 
-    def pretrain(job: jobs.Setup, allow_changes: bool) -> int:
+    def pretrain(job: jobs.Setup, allow_changes: bool, **_: object) -> int:
         made.append(job)
         compare.train.check_same_run(job, None, allow_changes)
         lines = [
@@ -170,12 +170,32 @@ def test_preemption_is_returned_and_the_table_has_the_finished_runs(
     monkeypatch.setattr(
         compare.train,
         "pretrain",
-        lambda job, allow: loop.PREEMPTED if job.workdir.name == "mim-1" else inner(job, allow),
+        lambda job, allow, **_: (
+            loop.PREEMPTED if job.workdir.name == "mim-1" else inner(job, allow)
+        ),
     )
     assert compare.run(settings(), workdir=str(tmp_path), allow_changes=False) == 42
     assert names(ran) == ["mim-0"] and json.loads((tmp_path / "compare.json").read_text())["rows"][
         0
     ]["seeds"] == [0]
+
+
+def test_a_signal_during_the_last_save_of_a_run_stops_before_the_next(
+    ran, tmp_path, monkeypatch, capsys
+) -> None:
+    inner = compare.train.pretrain
+
+    def pretrain(job: jobs.Setup, allow: bool, *, on_late_notice) -> int:
+        if job.workdir.name in ("mim-1", "mae+clip-1"):
+            on_late_notice()
+        return inner(job, allow)
+
+    monkeypatch.setattr(compare.train, "pretrain", pretrain)
+    assert compare.run(settings(), workdir=str(tmp_path), allow_changes=False) == 42
+    assert names(ran) == ["mim-0", "mim-1"] and "preempted after 2 of 4" in capsys.readouterr().out
+    # its result is not lost, and nothing follows the last run
+    assert compare.run(settings(), workdir=str(tmp_path), allow_changes=False) == loop.DONE
+    assert names(ran) == ["mim-0", "mim-1", "mae+clip-0", "mae+clip-1"]
 
 
 def test_a_run_that_is_not_finite_does_not_stop_the_others(
@@ -185,7 +205,7 @@ def test_a_run_that_is_not_finite_does_not_stop_the_others(
     monkeypatch.setattr(
         compare.train,
         "pretrain",
-        lambda job, allow: loop.FAILED if job.workdir.name == "mim-0" else inner(job, allow),
+        lambda job, allow, **_: loop.FAILED if job.workdir.name == "mim-0" else inner(job, allow),
     )
     assert compare.run(settings(), workdir=str(tmp_path), allow_changes=False) == loop.FAILED
     assert (

@@ -60,7 +60,9 @@ def test_a_comparison_tokenizes_captions_if_one_form_reads_them(
     """Even if the objective of the configuration, which is not trained, reads none."""
     seen = []
     monkeypatch.setattr(
-        compare.train, "pretrain", lambda job, allow: seen.append(job) or compare.loop.PREEMPTED
+        compare.train,
+        "pretrain",
+        lambda job, allow, **_: seen.append(job) or compare.loop.PREEMPTED,
     )
     settings = toy.settings(
         **SMALL | {"objective__forms": "mim", "compare__forms": "weakly_supervised"}
@@ -179,7 +181,7 @@ def test_a_run_of_a_comparison_has_its_vocabulary(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where an earlier start wrote another one, but no checkpoint."""
-    monkeypatch.setattr(compare.train, "pretrain", lambda job, allow: 0)
+    monkeypatch.setattr(compare.train, "pretrain", lambda job, allow, **_: 0)
     for size in (270, 280):
         job = jobs.open_setup(
             toy.settings(**SMALL | {"data__vocabulary_size": size}), str(tmp_path)

@@ -36,6 +36,7 @@ def test_alone_nothing_waits() -> None:
     asked.append(1)
     assert together.poll()
     together.close()
+    assert together.noticed
 
 
 def environment() -> dict[str, str]:
@@ -153,7 +154,15 @@ TALK = """
     together = barriers.CoordinatedStop(lambda: False, limit=30).open()
     assert not together.poll()
     together.close()
-    print("ended")
+    print("ended", together.noticed)
+    # A notice on host 1 after its last poll.
+    late = threading.Event()
+    together = barriers.CoordinatedStop(late.is_set, limit=30).open()
+    assert not together.poll()
+    if me:
+        late.set()
+    together.close()
+    print("late", together.noticed)
 
     # Host 1 does not come.
     if me == 0:
@@ -209,7 +218,7 @@ def test_hosts_talk(tmp_path: pathlib.Path) -> None:
             "host 1 (name1): seed is 1, 0 on host 0" in s["differ"]
             and "code" not in s["differ"].partition(";")[0]
         )
-        assert "ended" in s
+        assert (s["ended"], s["late"]) == ("False", "True")
     assert outputs[0]["stopped"] == outputs[1]["stopped"] and int(outputs[0]["stopped"]) >= 8
     assert (
         "missing" not in outputs[1]

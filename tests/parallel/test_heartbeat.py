@@ -1,12 +1,17 @@
 """A host that cannot connect for heartbeats, as behind a firewall, is not taken for lost."""
 
+import os
+import pathlib
 import socket
 import sys
 import time
 
 import pytest
 
-from m3i_jax.parallel import barriers, heartbeat
+from m3i_jax import main
+from m3i_jax.errors import UserError
+from m3i_jax.modes import monitoring, train
+from m3i_jax.parallel import barriers, distributed, heartbeat
 
 
 @pytest.mark.parametrize("blocked", [True, False])
@@ -85,3 +90,56 @@ def test_a_host_connects_by_either_protocol(monkeypatch: pytest.MonkeyPatch, add
             assert line.recv(2) == b".\n"
     finally:
         one.close()
+
+
+class Reported:
+    """Stands for the heartbeats of this process."""
+
+    status = 0
+
+    def refuse(self, status: int, why: str) -> None:
+        self.status, self.why = status, why
+
+
+def test_a_mistake_before_a_mode_begins_ends_all_hosts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heartbeats run from the start on: the others would wait in their first barrier."""
+    monkeypatch.setattr(distributed, "start_distributed", lambda *_, **__: None)
+    command = ["--config", "configs/quickstart.py", "--workdir", str(tmp_path / "a" / "run")]
+    for error, status in ((UserError("no cache"), 2), (OSError(5, "Input/output", "/x"), 1)):
+
+        def fails(workdir: pathlib.Path, error: Exception = error) -> str:
+            raise error
+
+        monkeypatch.setattr(heartbeat, "_running", [reported := Reported()])
+        monkeypatch.setattr(monitoring, "enable_compilation_cache", fails)
+        assert main.main(command) == status == reported.status
+        assert reported.why in capsys.readouterr().err
+
+
+def test_hosts_end_together(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """The first host writes reports for minutes; the others would end with an error meanwhile."""
+    events: list[object] = []
+
+    def meet(name: str, *, limit: float) -> None:
+        events.append((name, limit > 600))
+
+    def begin(workdir: pathlib.Path) -> str:
+        workdir.parent.mkdir(parents=True)
+        events.append("cache")
+        return ""
+
+    monkeypatch.setattr(distributed, "start_distributed", lambda *_, **__: events.append("start"))
+    monkeypatch.setattr(barriers, "barrier", meet)
+    monkeypatch.setattr(monitoring, "enable_compilation_cache", begin)
+    monkeypatch.setattr(train, "run", lambda *_, **__: events.append("train") or 42)
+    before = os.umask(0o022)
+    try:
+        command = ["--config", "configs/quickstart.py", "--workdir", str(tmp_path / "a" / "run")]
+        assert main.main(command) == 42
+    finally:
+        os.umask(before)
+    assert events == ["start", "cache", "train", ("end", True)]
+    # what the cache creates is as private as the rest of the run (report.private)
+    assert (tmp_path / "a").stat().st_mode & 0o077 == 0

@@ -19,7 +19,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # An image file is read into memory before its header is checked, so 256 MiB is the limit.
 FILE_LIMIT = 1 << 28
 # Seconds before each retry of a failed read: two minutes in total, which a file server needs to
-# start again. An error that a server does not cause, such as too many open files, has `BRIEF` waits.
+# start again. An error that no server causes, such as too many open files, has `BRIEF` waits.
 WAITS, BRIEF = (0.2, 0.8, 4.0, 15.0, 30.0, 60.0), 2
 _log = logging.getLogger(__name__)
 
