@@ -7,8 +7,9 @@
 #   bash launch/host.sh --config configs/m3i.py:path=/mnt/m3i/imagenet --workdir /mnt/m3i/runs/first
 #   bash launch/host.sh --dry-run --config configs/m3i.py --workdir runs/m3i    # prints the command
 #
-# Settings: those of launch/environment.sh, and M3I_AGAIN=0: exit with 42 instead of running again,
-# for a scheduler that restarts the job.
+# Settings: those of launch/environment.sh, M3I_AGAIN=0: exit with 42 instead of running again, for
+# a scheduler that restarts the job, and M3I_ONCE=FILE: a second start of the same command waits for
+# the first and exits with its status. FILE is on a disk of this machine.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -27,6 +28,23 @@ if [[ "${1:-}" == --dry-run ]]; then
     echo "$command"
     exit 0
 fi
+# once: only the first of several starts of this command goes on
+once() {
+    local begun='' code='' own
+    own="$(printf '%q ' "$@" | cksum)"
+    exec 9>>"$M3I_ONCE"
+    if ! flock -n 9; then
+        echo "host.sh: an earlier start is at work here; waiting for its end" >&2
+        flock 9
+        { IFS=: read -r begun code <"$M3I_ONCE.status"; } 2>/dev/null || true
+        if [[ "$begun" == "$own" && "$code" =~ ^[0-9]+$ ]]; then exit "$code"; fi
+    fi
+    rm -f "$M3I_ONCE.status"
+    # shellcheck disable=SC2064  # `own` is of now
+    trap "echo \"$own:\$?\" >\"\$M3I_ONCE.status\"" EXIT
+}
+if [[ -n "${M3I_ONCE:-}" ]] && command -v flock >/dev/null; then once "$@"; fi
+
 extra="${M3I_EXTRA-$(accelerator)}"
 prepare "$venv" "$extra"
 if [[ -z "$extra" ]]; then keep_heap; fi
@@ -39,7 +57,7 @@ stop() {
 trap stop TERM INT
 
 while true; do
-    "$venv/bin/python" -m m3i_jax.main "$@" &
+    "$venv/bin/python" -m m3i_jax.main "$@" 9>&- & # no process of the run holds the lock
     child=$!
     if [[ -n "$stopped" ]]; then stop; fi # a signal came before `child` was set
     status=0

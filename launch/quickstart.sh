@@ -44,8 +44,9 @@ import sys
 workdir = pathlib.Path(sys.argv[1]).resolve()
 log = workdir / "metrics.jsonl"
 rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-knn = sorted((row["step"], row["eval/knn/top1"]) for row in rows if "eval/knn/top1" in row)
-loss = sorted((row["step"], row["loss"]) for row in rows if "loss" in row)
+# a value that is not finite is a text
+knn = sorted((row["step"], float(row["eval/knn/top1"])) for row in rows if "eval/knn/top1" in row)
+loss = sorted((row["step"], float(row["loss"])) for row in rows if "loss" in row)
 print()
 for name, values, form in (
     ("kNN top-1 on held-out images", knn, "{:.1%}"),

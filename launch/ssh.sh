@@ -50,6 +50,8 @@ for name in "${names[@]}"; do
         fail "--hosts $hosts: give names joined by commas alone, such as --hosts node1,node2"
 done
 coordinator="${coordinator:-${names[0]#*@}}:$port"
+# a router forgets a connection without traffic, as while a step compiles
+alive=-oServerAliveInterval=60
 pids=() file="/tmp/m3i-\$(id -u)-$port.pid"
 # ssh forwards no signals: each host writes its process id to a file, for Ctrl-C here
 # shellcheck disable=SC2317  # called by the trap
@@ -58,7 +60,7 @@ stop() {
     for name in "${names[@]}"; do
         # the file may be older than the host's last start
         # shellcheck disable=SC2029  # meant to be expanded here
-        ssh "$name" "pid=\$(cat $file) && grep -qa host.sh /proc/\$pid/cmdline && kill -TERM \$pid" ||
+        ssh "$alive" "$name" "pid=\$(cat $file) && grep -qa host.sh /proc/\$pid/cmdline && kill -TERM \$pid" ||
             true
     done
 }
@@ -75,11 +77,11 @@ for i in "${!names[@]}"; do
         command+=" $(printf %q "$argument")"
     done
     if [[ -n "$dry" ]]; then
-        echo "$(quoted ssh "${names[$i]}" "$command") </dev/null &"
+        echo "$(quoted ssh "$alive" "${names[$i]}" "$command") </dev/null &"
         continue
     fi
     # shellcheck disable=SC2029  # meant to be expanded here
-    ssh "${names[$i]}" "$command" </dev/null > >(sed -u "s/^/${names[$i]}: /") 2>&1 &
+    ssh "$alive" "${names[$i]}" "$command" </dev/null > >(sed -u "s/^/${names[$i]}: /") 2>&1 &
     pids+=($!)
 done
 if [[ -n "$dry" ]]; then

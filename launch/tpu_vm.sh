@@ -169,7 +169,9 @@ lost() {
 }
 
 on_all_workers() {
-    act gcloud compute tpus tpu-vm ssh "$name" "${location[@]}" --worker all --command "$1"
+    # a router forgets a connection without traffic, as while a step compiles
+    act gcloud compute tpus tpu-vm ssh "$name" "${location[@]}" --worker all \
+        --ssh-flag=-oServerAliveInterval=60 --command "$1"
 }
 
 copy() {
@@ -206,8 +208,9 @@ copy() {
 }
 
 run() {
-    # exit 42 of one worker starts all again here: the others would wait for it
-    local command='cd m3i && env M3I_AGAIN=0' argument status
+    # exit 42 of one worker starts all again here: the others would wait for it. gcloud starts the
+    # command once more where the connection broke
+    local command='cd m3i && env M3I_AGAIN=0 M3I_ONCE=.once' argument status
     for argument in ${variables[@]+"${variables[@]}"}; do command+=" $(printf %q "$argument")"; done
     command+=' bash launch/host.sh'
     if [[ -z "$dry" ]]; then

@@ -130,7 +130,9 @@ def test_help_is_the_head_of_the_script_and_nothing_else_happens(
 
 def test_dry_runs_say_who_is_who(stage: Stage) -> None:
     ssh = stage.run(*DRY["ssh"])[1].replace("\\", "").splitlines()
-    assert [line.split()[1] for line in ssh[:2]] == ["me@n1", "n2"]
+    assert [line.split()[1:3] for line in ssh[:2]] == [
+        ["-oServerAliveInterval=60", host] for host in ("me@n1", "n2")
+    ]
     assert all(
         "--coordinator n1:8476 --processes 2" in line and f"--process-id {i}" in line
         for i, line in enumerate(ssh[:2])
@@ -147,7 +149,9 @@ def test_dry_runs_say_who_is_who(stage: Stage) -> None:
     tpu = stage.run(*DRY["tpu_vm"])[1]
     assert "--coordinator" not in tpu  # the slice knows
     # a worker that runs again by itself would wait for those that do not
-    assert "cd m3i && env M3I_AGAIN=0 A=b c bash launch/host.sh" in tpu.replace("\\", "")
+    assert "cd m3i && env M3I_AGAIN=0 M3I_ONCE=.once A=b c bash launch/host.sh" in tpu.replace(
+        "\\", ""
+    )
     order = [
         "queued-resources create m3i",
         "queued-resources describe m3i",
@@ -328,7 +332,7 @@ def test_ssh_starts_all_and_ends_with_the_first_failure(
     (tmp_path / "there/launch/host.sh").write_text(
         'echo "$*"; [[ "$*" == *"--process-id 1"* ]] && exit 7; exit 0\n'
     )
-    stage.stand_in("ssh", 'bash -c "$2"')
+    stage.stand_in("ssh", 'bash -c "$3"')
     where = [
         "--hosts",
         "n1,n2",

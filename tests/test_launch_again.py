@@ -191,7 +191,7 @@ def test_an_interrupt_of_ssh_reaches_the_hosts_alone(
     (tmp_path / "there/launch/host.sh").write_text(
         """trap 'exit 42' TERM; echo "up $*" >>"$LOG"; for i in {1..300}; do /bin/sleep 0.1; done"""
     )
-    stage.stand_in("ssh", 'bash -c "$2"')
+    stage.stand_in("ssh", 'bash -c "$3"')
     where = ["--hosts", "n1", "--directory", str(tmp_path / "there"), "--workdir", "w"]
     port = str(20_000 + os.getpid() % 40_000)
     file = pathlib.Path(f"/tmp/m3i-{os.getuid()}-{port}.pid")
@@ -208,3 +208,41 @@ def test_an_interrupt_of_ssh_reaches_the_hosts_alone(
             other.kill()
     finally:
         file.unlink(missing_ok=True)
+
+
+def test_a_second_start_on_a_worker_waits_for_the_first(
+    stage: Stage,  # noqa: F811
+    tmp_path: pathlib.Path,
+) -> None:
+    """gcloud starts the command again where the connection broke, while the first still runs."""
+    stage.python(
+        'for i in {1..300}; do [[ ! -e "$HOME/go" ]] || break; /bin/sleep 0.1; done; exit 7'
+    )
+    one = {"M3I_ONCE": str(tmp_path / "once"), "M3I_AGAIN": "0"}
+    first = stage.start("launch/host.sh", *RUN, **one)
+    stage.until("python")
+    again = stage.start("launch/host.sh", *RUN, **one)
+    assert again.stderr is not None and "waiting for its end" in again.stderr.readline()
+    (stage.place / "go").touch()
+    for process in (first, again):
+        process.communicate(timeout=60)
+        assert process.returncode == 7
+    assert len(stage.calls) == 1
+    # a start after its end runs, also of the same command
+    assert stage.run("launch/host.sh", *RUN, **one)[0] == 7 and len(stage.calls) == 2
+
+
+def test_the_quickstart_prints_a_loss_that_is_no_number(
+    stage: Stage,  # noqa: F811
+    tmp_path: pathlib.Path,
+) -> None:
+    stage.python('[[ "$1" == - ]] || exit 0; exec python3 "$@"')
+    stage.stand_in("nvidia-smi", "exit 1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.5}\n{"step": 9, "loss": "nan"}\n'
+    )
+    status, out, err = stage.run(
+        "launch/quickstart.sh", "--workdir", str(tmp_path / "run"), M3I_EXTRA=""
+    )
+    assert status == 0 and "loss: 2.500 at step 1, nan at step 9" in out, err

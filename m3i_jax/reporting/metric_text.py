@@ -287,12 +287,23 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText(
                 "data/skipped/evaluation/*", "images", "left out of an evaluation, by reason", "few"
             ),
-            MetricText("data/skipped/*", "images", "replaced so far in training, by reason", "few"),
-            MetricText("data/restarts", "", "restarts of the workers of data.workers", "0"),
+            MetricText(
+                "data/skipped/*",
+                "images",
+                "of the first host, replaced so far in training, by reason",
+                "few",
+            ),
+            MetricText(
+                "data/restarts",
+                "",
+                "restarts of the workers of data.workers on the first host",
+                "0",
+            ),
             MetricText(
                 "data/*",
                 "",
-                "captions, labels and annotations that were cut or left out so far, by reason",
+                "captions, labels and annotations of the first host that were cut or left out,"
+                " by reason, so far",
             ),
             MetricText(
                 "report/dropped/*",
