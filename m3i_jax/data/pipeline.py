@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -208,6 +208,10 @@ class Batches(Iterator[Batch]):
             self.noted[name] += count
         self._check_bad_share(len(self.record), skipped)
         return batch
+
+    def call_while_waiting(self, on_wait: Callable[[], None]) -> None:
+        """Calls `on_wait` again and again while a batch is late; see `RestartingIterator`."""
+        self._batches.on_wait = on_wait
 
     def counted(self) -> dict[str, float]:
         """Returns the metrics of the consumed batches: bad records, what else was counted, and

@@ -13,6 +13,7 @@ import queue
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -22,6 +23,7 @@ from m3i_jax.data import shared_buffers
 from m3i_jax.errors import RunStopped
 
 TRIES = 3  # starts of the workers for one batch
+SLICE = 0.5  # seconds of a wait for a batch between calls of `on_wait`
 # message of Grain's RuntimeError
 _DIED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
 _log = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class RestartingIterator(Iterator[dict[str, Any]]):
 
     Attributes:
         restarts: number of restarts of the workers.
+        on_wait: called again and again while a batch is late; it may raise, to give up the wait,
+            after which only `close` may be called.
 
     >>> def make(first): return iter({"k": k} for k in range(first, 9)), None
     >>> batches = RestartingIterator(make, workers=0, limit=9.0)
@@ -59,6 +63,7 @@ class RestartingIterator(Iterator[dict[str, Any]]):
     ) -> None:
         self._make, self._workers, self._limit = make, workers, limit
         self._number, self.restarts = 0, 0
+        self.on_wait: Callable[[], None] = lambda: None
         self._open()
 
     def _open(self) -> None:
@@ -105,13 +110,7 @@ class RestartingIterator(Iterator[dict[str, Any]]):
 
     def _fetch_within_limit(self) -> Any:
         self._requests.put(True)
-        try:
-            batch, error = self._results.get(timeout=self._limit)
-        except queue.Empty:
-            raise _WorkerLost(
-                f"{self._worker_name()} made no batch in {self._limit:g} seconds"
-                " (config.data.patience)"
-            ) from None
+        batch, error = self._result_within_limit()
         if error is None:
             return batch
         if self._workers and isinstance(error, RuntimeError) and (died := _DIED.search(str(error))):
@@ -124,6 +123,16 @@ class RestartingIterator(Iterator[dict[str, Any]]):
                 f"{self._worker_name()} ended with exit code {died[1]}{killed}"
             ) from None
         raise error
+
+    def _result_within_limit(self) -> tuple[Any, BaseException | None]:
+        deadline = time.monotonic() + self._limit
+        while (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                return self._results.get(timeout=min(left, SLICE))
+            self.on_wait()
+        raise _WorkerLost(
+            f"{self._worker_name()} made no batch in {self._limit:g} seconds (config.data.patience)"
+        )
 
     def _worker_name(self) -> str:
         """Names the worker that builds the batch that is due."""

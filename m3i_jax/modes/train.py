@@ -309,6 +309,7 @@ def _pretrain(
             clock=clock,
             collapse=alarm,
             on_step=tracer,
+            while_waiting=data.call_while_waiting,
             on_late_notice=on_late_notice,
         )
         try:

@@ -181,6 +181,9 @@ class Callbacks:
     collapse: CollapseAlarm = dataclasses.field(default_factory=CollapseAlarm)
     # called after each dispatched step with its metrics, which may still be computing
     on_step: Callable[[int, Any], None] = lambda step, metrics: None
+    # called with a function that the data are to call while a batch is late: it raises Preempted
+    # after a signal
+    while_waiting: Callable[[Poll], None] = lambda poll: None
     # called at the end of a finished run if a signal came after its last poll
     on_late_notice: Callable[[], None] = lambda: None
 
@@ -292,6 +295,8 @@ def run_loop(
     train, first = config.train, int(state.step)
     host: Any = None  # the newest batch
     with Preemption() as notice, metrics_log.clock.phase("step"):
+        if parallel.host_names() == 1:  # several hosts poll at the same points of the program
+            callbacks.while_waiting(notice.poll)
         try:
             for step in range(first, total + 1):
                 evaluate = (

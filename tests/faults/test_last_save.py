@@ -3,6 +3,8 @@
 import os
 import pathlib
 import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from m3i_jax import parallel
-from m3i_jax.data import pipeline
+from m3i_jax.data import pipeline, workers
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import RunStopped, UnreadableError, UserError
 from m3i_jax.modes import train
@@ -69,6 +71,31 @@ def test_until_the_first_step_sigterm_ends_the_process(monkeypatch: pytest.Monke
     monkeypatch.setattr(loop.interrupts, "exits_on_sigterm", lambda: True)
     assert world.run(monkeypatch) == loop.DONE and ends == [True, True, False, False]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.fast
+@pytest.mark.row("A2", "C9")
+def test_a_signal_while_a_batch_is_late_saves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler kills the process half a minute later, and a file server may be away longer."""
+    world, released = World(9, save_every=100), threading.Event()
+
+    def make(first: int) -> tuple[Any, None]:
+        def inner() -> Iterator[dict[str, Any]]:
+            for number in range(9):
+                if number == 3:
+                    signal.raise_signal(signal.SIGTERM)
+                    released.wait(60)
+                yield {}
+
+        return inner(), None
+
+    batches = workers.RestartingIterator(make, workers=0, limit=60.0)
+    monkeypatch.setattr(workers, "SLICE", 0.01)
+    monkeypatch.setattr(World, "__next__", lambda self: next(batches))
+    waits = lambda poll: setattr(batches, "on_wait", poll)
+    assert world.run(monkeypatch, while_waiting=waits) == loop.PREEMPTED
+    assert world.positions == {3: {"samples_seen": 24}} and not released.is_set()
+    released.set()
 
 
 @pytest.mark.fast
