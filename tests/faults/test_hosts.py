@@ -240,7 +240,7 @@ def test_a_mistake_that_one_host_meets_ends_all(tmp_path: pathlib.Path) -> None:
                 elif "preempted" in who:
                     code = 42
                 if str(i) in who:
-                    expected = why = "preempted" if "preempted" in who else ""
+                    expected = why = "stopped by SIGTERM" if "preempted" in who else ""
                 assert why in err, (who, i, err[-2000:])
                 assert process.returncode == code and expected in err, (
                     who,
