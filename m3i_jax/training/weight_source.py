@@ -4,13 +4,11 @@ weights is a subset of paths. `RunWeights` reads the newest checkpoint of a run 
 any mesh."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -447,8 +445,8 @@ def load_encoder(workdir: str, model: schema.Model, template: Any, shardings: An
         run, {p: (p, layout) for p, layout in layouts.items() if p not in unread}
     )
     for path in unread & layouts.keys():
-        make = functools.partial(jnp.zeros, own[path], jnp.float32)
-        arrays[path] = jax.jit(make, out_shardings=layouts[path])()
+        zeros = np.zeros(own[path], np.float32)
+        arrays[path] = jax.make_array_from_callback(zeros.shape, layouts[path], zeros.__getitem__)
     return jax.tree.unflatten(structure, [arrays[path] for path in own])
 
 

@@ -197,5 +197,5 @@ def test_a_linear_head_is_one_map_of_every_token(of, width):
     np.testing.assert_allclose(
         got, x @ np.asarray(params["kernel"]) + np.asarray(params["bias"]), rtol=1e-4, atol=1e-4
     )
-    with pytest.raises(ValueError, match="'pooled'"):
-        heads.init_linear(MODEL, jax.random.key(0), "pooled")
+    with pytest.raises(ValueError, match="'category'"):
+        heads.init_linear(MODEL, jax.random.key(0), "category")

@@ -168,7 +168,8 @@ def test_a_resumed_run_waits_as_long_as_a_new_one_before_it_warns(pass_: Time) -
     short, and the third makes 6 s."""
     world = World(1)
     clock = GoodputClock(earlier={"data": 100.0})
-    stalls = loop._MetricsLog(world, types.SimpleNamespace(clock=clock)).stalls
+    callbacks = types.SimpleNamespace(clock=clock, collapse=loop.CollapseAlarm())
+    stalls = loop._MetricsLog(world, callbacks).stalls
     warned = []
     for _ in range(3):
         with clock.phase("data"):
