@@ -28,8 +28,14 @@ class TransientError(UserError):
     status = 1
 
 
-class UnreadableError(TransientError):
+class UnreadableError(UserError):
     """Data that was readable at the start of the run can no longer be read."""
+
+
+class UnreachableError(UnreadableError, TransientError):
+    """Data whose disk or server does not answer."""
+
+    status = 1
 
 
 class RunStopped(Exception):

@@ -90,6 +90,7 @@ def find_in_run(workdir: str, paths: Sequence[str], key: str) -> None:
         return
     saved = weight_source.RunWeights(workdir, key).shapes
     for number, path in enumerate(paths):
+        _IN_RUNS.pop(path, None)
         name = teacher_name(number)
         own = f"opt/teachers/params/{name}/"
         shapes = {p.removeprefix(own): shape for p, shape in saved.items() if p.startswith(own)}

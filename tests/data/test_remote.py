@@ -102,6 +102,7 @@ def test_a_network_that_fails(bucket, monkeypatch):
     local = TarSource(bucket[1])
     slept: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", slept.append)
+    monkeypatch.setattr(remote, "OUTAGE", remote.OUTAGE.__class__())
     fails = []
     original = files.cat_file
 
@@ -120,6 +121,16 @@ def test_a_network_that_fails(bucket, monkeypatch):
     ) as refusal:
         source[3]
     assert 60 < sum(slept) < 180 and refusal.value.status == 1  # a scheduler starts it again
+    slept.clear()
+    with pytest.raises(UserError, match="reset by peer"):  # where records are replaced, the next
+        source[4]
+    assert sum(slept) < 5
+    fails.clear()
+    slept.clear()
+    fails += [OSError("Forbidden: no access")] * 3
+    with pytest.raises(UserError, match="Forbidden") as refusal:
+        source[3]
+    assert not slept and refusal.value.status == 2
     fails.clear()
     files.pipe(bucket[0].removeprefix("memory:/") + "/0.tar", b"short")
     with pytest.raises(UserError, match="became shorter"):

@@ -11,7 +11,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import decode, splits
-from m3i_jax.data.sources import base
+from m3i_jax.data.sources import base, local_files
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UserError
 
@@ -289,6 +289,7 @@ def test_reading_fails_with_one_line(fill, monkeypatch):
     monkeypatch.setattr(os, "pread", pread)
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(local_files, "OUTAGE", local_files.Outage())
     assert base.read_byte_range(path, 0, 3) == b"012" and not fails
     fails.extend([OSError(5, "Input/output error")] * 99)
     slept.clear()
@@ -296,6 +297,10 @@ def test_reading_fails_with_one_line(fill, monkeypatch):
         base.read_byte_range(path, 0, 3)
     # a file server starts within two minutes; where it does not, a scheduler starts the run again
     assert 60 < sum(slept) < 180 and slept == sorted(slept) and refusal.value.status == 1
+    slept.clear()
+    with pytest.raises(UserError, match="Input/output error"):
+        base.read_byte_range(path, 0, 3)
+    assert sum(slept) < 5  # of many records that are replaced, one waits
     fails.clear()
     fails.extend([OSError(24, "Too many open files")] * 99)
     slept.clear()

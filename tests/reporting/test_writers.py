@@ -352,12 +352,13 @@ def test_a_full_disk_does_not_block_tensorboard(tmp_path, monkeypatch, capsys):
     sink._thread().join(10)
     for step in range(2, 12):  # more values than the queue has places
         writer.write(step, {"loss": 1.0})
-    assert writer.dropped == {"metrics.jsonl": 0, "console": 0, "tensorboard": 10}
+    lost = writer.dropped["tensorboard"]  # the thread may end before the first line is flushed
+    assert lost in (10, 11) and set(writer.dropped.values()) == {0, lost}
     assert "tensorboard lost 1 line(s): OSError: the thread of" in capsys.readouterr().out
     fails[0] = False  # there is room again
     monkeypatch.setattr(writers, "REOPEN", 0.0)
     writer.write(12, {"loss/again": 1.0})
-    assert writer.dropped["tensorboard"] == 10
+    assert writer.dropped["tensorboard"] == lost
     writer.close()
     assert any(b"loss/again" in path.read_bytes() for path in tmp_path.glob("events.*"))
     assert "did not close" not in capsys.readouterr().out

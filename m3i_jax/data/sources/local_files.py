@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from m3i_jax.errors import UnreadableError, UserError, is_transient
+from m3i_jax.errors import UnreachableError, UnreadableError, UserError, is_transient
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # An image file is read into memory before its header is checked, so 256 MiB is the limit.
@@ -131,15 +131,40 @@ def read_byte_range(path: str, offset: int = 0, size: int | None = None) -> byte
                 )
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
         except OSError as error:
-            waits = WAITS if is_transient(error) else WAITS[:BRIEF]
+            transient = is_transient(error)
+            waits = WAITS if transient and not OUTAGE.lasts() else WAITS[:BRIEF]
             if attempt >= len(waits) or isinstance(error, FileNotFoundError | PermissionError):
-                raise UnreadableError(
+                if transient:
+                    OUTAGE.begin()
+                raise (UnreachableError if transient else UnreadableError)(
                     f"{path!r} cannot be read ({error.strerror}) although it could when the run"
                     " began; restore it"
                 ) from error
             log_retry(path, error, wait := waits[attempt])
             time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+class Outage:
+    """Remembers that a read failed after all retries. For ten minutes others are retried briefly:
+    where bad records are replaced, each would wait for two minutes.
+
+    >>> outage = Outage()
+    >>> outage.begin(); outage.lasts()
+    True
+    """
+
+    def __init__(self) -> None:
+        self._until = 0.0
+
+    def begin(self) -> None:
+        self._until = time.monotonic() + 600.0
+
+    def lasts(self) -> bool:
+        return time.monotonic() < self._until
+
+
+OUTAGE = Outage()
 
 
 def log_retry(path: str, error: Exception, wait: float) -> None:

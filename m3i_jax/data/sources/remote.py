@@ -4,12 +4,13 @@ without local copies."""
 import concurrent.futures
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from m3i_jax.data.sources.local_files import log_retry
-from m3i_jax.errors import UnreadableError, UserError
+from m3i_jax.data.sources.local_files import OUTAGE, log_retry
+from m3i_jax.errors import UnreachableError, UnreadableError, UserError
 
 # The protocols of fsspec that are stores. Others start programs (ssh, git) or keep unpacked copies
 # (zip, simplecache::).
@@ -33,7 +34,8 @@ STORES = (
 # Bytes per request while headers are read: at 50 ms a request and 100 MB/s, 8 MiB take 130 ms.
 BLOCK = 1 << 23
 # Seconds before each retry of a range: two minutes in total. The first retry follows at once.
-WAITS = (0.0, 0.2, 0.8, 4.0, 15.0, 30.0, 60.0)
+WAITS, BRIEF = (0.0, 0.2, 0.8, 4.0, 15.0, 30.0, 60.0), 3
+_REFUSED = re.compile(r"(?i)forbidden|unauthorized|credentials|bad request|access ?denied")
 JOIN = 1 << 16  # bytes between two ranges that are read along: less time than another request
 _JOINED = 1 << 23  # most bytes of ranges that are read at once
 _THREADS = 32  # of file systems that have no concurrent reads of their own
@@ -200,7 +202,7 @@ def _join(ranges: Sequence[tuple[str, int, int]]) -> tuple[list[tuple[str, int, 
 def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
     # a range of no bytes cannot be asked for: stores send the whole file, or refuse
     contents = {i: b"" for i, (_, start, end) in enumerate(requests) if start == end}
-    for wait in (*WAITS, None):
+    for wait in (*(WAITS[:BRIEF] if OUTAGE.lasts() else WAITS), None):
         pending = [i for i in range(len(requests)) if i not in contents]
         if not pending:
             break
@@ -209,8 +211,11 @@ def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
         for i, content in zip(pending, results, strict=True):
             path, start, end = requests[i]
             if isinstance(content, Exception):
-                if wait is None or isinstance(content, FileNotFoundError | PermissionError):
+                if is_refusal(content):
                     raise UnreadableError(_reason(path, content)) from content
+                if wait is None:
+                    OUTAGE.begin()
+                    raise UnreachableError(_reason(path, content)) from content
                 failed = path, content
             elif len(content) < end - start:
                 raise UnreadableError(
@@ -266,12 +271,25 @@ def retry_network(path: str, act: Callable[[], _T], tries: int = 4) -> _T:
         except UserError:
             raise
         except Exception as error:  # each store raises its own types
-            if isinstance(error, FileNotFoundError | PermissionError):
+            if is_refusal(error):
                 raise UserError(_reason(path, error)) from error
             if attempt == tries:
-                raise UnreadableError(_reason(path, error)) from error
+                raise UnreachableError(_reason(path, error)) from error
             time.sleep(0.2 * attempt**2)
     raise AssertionError("unreachable")
+
+
+def is_refusal(error: Exception) -> bool:
+    """Returns whether a store refuses a request, so that no retry helps: there is no such file, or
+    no access to it. Stores have errors of their own; gcsfs raises an OSError without number.
+
+    >>> is_refusal(OSError("Forbidden: gs://x/a.tar")), is_refusal(OSError("502 Bad Gateway"))
+    (True, False)
+    """
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return True
+    code = getattr(error, "status", getattr(error, "code", None))
+    return code in (400, 401, 403, 404) or bool(_REFUSED.search(str(error)))
 
 
 def _reason(path: str, error: Exception) -> str:
