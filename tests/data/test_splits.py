@@ -7,6 +7,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import splits
+from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 
 
@@ -76,6 +77,15 @@ def test_a_folder_with_brackets_is_no_pattern(fill):
     assert keys(
         splits.open_source(schema.Data(source="folder", path=str(path), split="train"))
     ) == ["1.jpg"]
+
+
+def test_a_split_is_below_the_directories_of_a_pattern_and_replaces_one_of_files(tmp_path):
+    for name in ("set-1.0", "set-2.0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}-of-2").touch()
+    below, beside = (f"{tmp_path}/{pattern}" for pattern in ("set-*.0", "set-*-of-2"))
+    assert base.split_path(below, "train") == f"{below}/train"
+    assert base.split_path(beside, "val-*") == f"{tmp_path}/val-*"
 
 
 @pytest.mark.parametrize(

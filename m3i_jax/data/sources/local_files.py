@@ -32,17 +32,24 @@ def split_path(path: str, split: str) -> str:
     ('/data/train', '/data', '/other/val')
     >>> split_path("gs://bucket/x", "val-*.tar"), split_path("/data", "gs://bucket/x/*.tar")
     ('gs://bucket/x/val-*.tar', 'gs://bucket/x/*.tar')
-    >>> split_path("gs://bucket/x/*.tar", "000*.tar"), split_path("/data/set-*", "a/*.tar")
-    ('gs://bucket/x/000*.tar', '/data/set-*/a/*.tar')
+    >>> split_path("gs://bucket/x/*.tar", "000*.tar"), split_path("gs://bucket/x-*", "a/*.tar")
+    ('gs://bucket/x/000*.tar', 'gs://bucket/x-*/a/*.tar')
     """
     if not split:
         return path
     if "://" in split:
         return split
     folder, last = os.path.split(path := os.path.expanduser(path))
-    if glob.has_magic(last) and "." in last and not os.path.isdir(path):
-        path = folder  # of files, not of directories, below which the split is
+    if glob.has_magic(last) and not _names_directories(path):
+        path = folder
     return os.path.join(path, os.path.expanduser(split))
+
+
+def _names_directories(path: str) -> bool:
+    """Whether a glob is of directories, below which a split lies; of a URL by its form."""
+    if "://" in path:
+        return "." not in os.path.basename(path)
+    return os.path.isdir(path) or any(map(os.path.isdir, glob.iglob(path)))
 
 
 def whole_files(source: Any) -> list[tuple[str, int, int]]:
