@@ -294,7 +294,7 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
         "train": bool(saved),
         "compare": (run / "compare").is_dir(),
         "profile": False,
-        "features": False,
+        "features": bool(saved),
     }
     planned = ("train", "compare", "profile", "show", "compile", "preview")
     for teacher in config.objective.teachers if mode in planned else ():

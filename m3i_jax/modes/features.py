@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, progress, schema
 from m3i_jax.data import eval_batches, splits
 from m3i_jax.data.preprocessing import Preprocessing
@@ -42,6 +43,8 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
         f"--workdir {workdir}",
         "the data index is written there; choose another --workdir, and give the run as init_from",
     )
+    file = _weight_file(config, workdir)
+    config = dataclasses.replace(config, init_from=file)
     model = _model(config, workdir)
     preprocessing = _preprocessing(config, model)
     train, held_out = splits.open_splits(config.data, cache=index_directory(config.data, directory))
@@ -56,7 +59,7 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
     }
     parts_dir = target.with_name(target.name + ".parts")
     with lock_workdir(directory):
-        files = weight_files(config.init_from) if config.init_from else []
+        files = weight_files(file) if file else []
         _remove_other_parts(parts_dir, identity | {"files": files})
         print(
             f"{model.name}, {model.pool}: {len(train):,} training images, {len(held_out):,} held"
@@ -93,6 +96,15 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
         + (f"; left out: {bad}" if bad else "")
     )
     return 0
+
+
+def _weight_file(config: schema.Config, workdir: str) -> str:
+    """The weights that `init_from` names; "" for the run in the working directory, whose settings
+    name the weights that it started from."""
+    if checkpoint_dir.is_run(workdir):
+        began = configuration.load_from_workdir(workdir, f"--workdir {workdir}").init_from
+        return "" if config.init_from == began else config.init_from
+    return config.init_from
 
 
 def _model(config: schema.Config, workdir: str) -> load.LoadedEncoder:

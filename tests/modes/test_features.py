@@ -3,6 +3,7 @@ resuming; refusals."""
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -67,6 +68,26 @@ def test_every_image_once_and_in_order(
     )
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
     assert f"40 x 24 in {tmp_path / 'a.npz'}" in capsys.readouterr().out
+
+
+def test_a_run_that_began_from_weights_is_read_and_not_those(
+    workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Of a fine-tuned run, whose settings name the weights that it began from, also after these
+    were deleted. Other weights that the command names are read."""
+    started, tuned = tmp_path / "started", tmp_path / "tuned"
+    shutil.copytree(workdir, started)
+    saved.run(tuned, toy.settings(**SOURCE, init_from=str(started)), seed=2)
+    table = {}
+    assert written(tuned, tmp_path / "other.npz", f"--config.init_from={workdir}") == 0
+    shutil.rmtree(started)
+    assert written(tuned, tmp_path / "own.npz") == 0
+    for name in ("own", "other"):
+        table[name], about = features.read_feature_file(str(tmp_path / f"{name}.npz"))
+        assert about["weights"].startswith(str(tuned if name == "own" else workdir))
+    assert np.abs(table["own"]["features"] - table["other"]["features"]).max() > 1e-2
+    gone = [f"--config.init_from={started}"]
+    assert written(workdir, tmp_path / "x.npz", *gone) == 2
 
 
 def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:

@@ -5,12 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax.reporting import compare_table as report
-from m3i_jax.reporting import html_page
+from m3i_jax.reporting import html_page, svg_charts
+from tests.bench.tables.crossing import crossing_charts
 from tests.bench.tables.paired import compare_with, paired_text
 from tests.bench.tables.results import PAIRED, REFERENCE
 from tests.bench.tables.sets import RUN_COLUMNS, Set
 
-STYLE = """
+STYLE = (
+    svg_charts.STYLE
+    + """
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 .span { position: relative; height: 1.3rem; }
 .span .bar { margin-top: .15rem; }
 .span .spread { position: absolute; top: .55rem; height: 2px; background: var(--ink); }
@@ -19,6 +23,7 @@ STYLE = """
 .rows td:first-child { width: 14rem; } .rows .number { width: 6rem; }
 .best { font-weight: 600; }
 """
+)
 
 
 def bar_chart(rows: Sequence[report.CompareRow], column: report.CompareColumn) -> str:
@@ -90,6 +95,7 @@ def tables_page(
             headers += [PAIRED] if paired else []
             body.append(
                 f"<h2>{html_page.escape_html(f'{one.name}, {title}')}</h2>"
-                f"<div class=charts>{charts}</div>{html_page.html_table(headers, cells, 1)}"
+                f"<div class=charts>{charts}</div>{crossing_charts(one, of_set)}"
+                f"{html_page.html_table(headers, cells, 1)}"
             )
     return html_page.render_page("Small tables", html_page.with_toc(body, after=2), STYLE)

@@ -11,6 +11,7 @@ from typing import Any
 
 from m3i_jax.reporting import compare_table as report
 from m3i_jax.run_files import write_text_atomic
+from tests.bench.tables.crossing import crossing_text
 from tests.bench.tables.paired import compare_with, paired_text
 from tests.bench.tables.sets import RUN_COLUMNS, Set
 
@@ -170,6 +171,8 @@ def tables_text(sets: Mapping[str, Set], results: Sequence[Mapping[str, Any]]) -
             rows = [r for r in results if (r["protocol"], r["set"]) == (protocol, one.name)]
             if rows:
                 parts.append(f"### {one.name}, {title}\n\n{markdown_table(one, rows)}")
+                if fitted := crossing_text(one, rows):
+                    parts.append(fitted)
     return "\n\n".join(parts) + "\n"
 
 

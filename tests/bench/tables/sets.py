@@ -13,7 +13,8 @@ from tests.bench.tables import rows as table_rows
 
 ROOT = pathlib.Path(__file__).parents[3]
 STEPS_OF_A_STYLE, STEPS_OF_FINETUNING = 1600, 1000
-STEPS, STEPS_OF_A_TRIAL, STEPS_OF_A_ROW = 3000, 1000, 1500  # of the sets with 8 x 8 patches
+# Of the sets with 8 x 8 patches: methods, trials, and the many rows of further questions.
+STEPS, STEPS_OF_A_TRIAL, STEPS_OF_A_ROW = 3000, 1000, 1500
 LABELLED, CAPTIONED = (1.0, 0.3, 0.1), (1.0, 0.3)  # shares of the images with an annotation
 
 COLUMNS = (
@@ -83,6 +84,7 @@ class Set:
       seeds: at most so many of every row.
       searched: the set whose trials choose rate and decay; "": the settings are fixed.
       protocol: of every run of a set whose rows have steps of their own; "": the one that is asked.
+      fitted: two methods whose accuracy is fitted to widths and steps (`crossing.py`); (): none.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Set:
     seeds: int = 99
     searched: str = ""
     protocol: str = ""
+    fitted: tuple[str, ...] = ()
 
 
 def image_sets(
@@ -248,16 +251,20 @@ def _sets_of_64_patches(
         )
     chosen = {name: table_rows.METHODS[name] for name in ("M3I", "supervised", "sim")}
     more = dataclasses.replace(grid, finetune=False, columns=COLUMNS, other=())
+    compared = ("M3I", "supervised")
     out += [
         dataclasses.replace(
             more, name="emoji-4x4", rows=chosen, overrides=emoji.overrides | GRID_4
         ),
-        dataclasses.replace(more, name="ablations", rows=table_rows.ABLATIONS),
+        dataclasses.replace(
+            more, name="ablations", rows=table_rows.ABLATIONS, steps=STEPS_OF_A_ROW
+        ),
         dataclasses.replace(more, name="forms", rows=table_rows.FORMS),
         dataclasses.replace(
             more,
             name="scaling",
-            rows=table_rows.scaling_rows(("M3I", "supervised"), (750, 1500, 3000)),
+            rows=table_rows.scaling_rows(compared, (750, 1500, 3000)),
+            fitted=compared,
             columns=(*COLUMNS[:2], report.CompareColumn("loss", "loss", ".3f")),
             protocol="epochs",
         ),
@@ -287,6 +294,7 @@ def _mixed(grid: Set, tars: Sequence[str], shares: tuple[float, float]) -> Set:
         rows=kept,
         other=(),
         finetune=False,
+        steps=STEPS_OF_A_ROW,
     )
 
 
