@@ -9,7 +9,8 @@
 #
 # Settings: those of launch/environment.sh, M3I_AGAIN=0: exit with 42 instead of running again, for
 # a scheduler that restarts the job, and M3I_ONCE=FILE: a second start of the same command waits for
-# the first and exits with its status. FILE is on a disk of this machine.
+# the first and exits with its status. FILE is on a disk of this machine. With M3I_START=NAME, which
+# differs for every start that is meant, it also does so where the first has ended.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -30,12 +31,15 @@ if [[ "${1:-}" == --dry-run ]]; then
 fi
 # once: only the first of several starts of this command goes on
 once() {
-    local begun='' code='' own
-    own="$(printf '%q ' "$@" | cksum)"
+    local begun='' code='' own again="${M3I_START:-}"
+    own="$(printf '%q ' "${M3I_START:-}" "$@" | cksum)"
     exec 9>>"$M3I_ONCE"
     if ! flock -n 9; then
         echo "host.sh: an earlier start is at work here; waiting for its end" >&2
         flock 9
+        again=yes
+    fi
+    if [[ -n "$again" ]]; then
         { IFS=: read -r begun code <"$M3I_ONCE.status"; } 2>/dev/null || true
         if [[ "$begun" == "$own" && "$code" =~ ^[0-9]+$ ]]; then exit "$code"; fi
     fi

@@ -209,8 +209,8 @@ copy() {
 
 run() {
     # exit 42 of one worker starts all again here: the others would wait for it. gcloud starts the
-    # command once more where the connection broke
-    local command='cd m3i && env M3I_AGAIN=0 M3I_ONCE=.once' argument status
+    # command once more where the connection broke, with the same M3I_START
+    local environment='cd m3i && env M3I_AGAIN=0 M3I_ONCE=.once' command='' start='' argument status
     for argument in ${variables[@]+"${variables[@]}"}; do command+=" $(printf %q "$argument")"; done
     command+=' bash launch/host.sh'
     if [[ -z "$dry" ]]; then
@@ -225,7 +225,8 @@ run() {
         copy || { sleep "$pause" && copy; } || status=$?
         if ((status == 0)); then
             say "run on all workers"
-            on_all_workers "$command" || status=$?
+            if [[ -z "$dry" ]]; then start=" M3I_START=$(date +%s)-$RANDOM"; fi
+            on_all_workers "$environment$start$command" || status=$?
         fi
         if [[ -n "$dry" ]]; then
             say "after exit 42: the last command again; after a preemption: the next, and all again"

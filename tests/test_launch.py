@@ -92,6 +92,7 @@ esac""",
         status, _, err = stage.run(*command, **job)
         assert status == (42 if name == "slurm" and command[0] != "-c" else 0), err
         calls = [re.sub(r"\S*m3i\S*\.tar\.gz|/tmp/tmp\S+gz", "ARCHIVE", c) for c in stage.calls]
+        calls = [re.sub(r" M3I_START=\S+", "", call) for call in calls]  # another at every start
         dropped = ("describe", "sleep", "mountpoint")  # how often it looks
         results.append([call for call in calls if not any(word in call for word in dropped)])
         stage.log.unlink()
@@ -385,6 +386,8 @@ exit 0""",
         next(v for v in verbs if v in call) for call in stage.calls if any(v in call for v in verbs)
     ]
     assert did == ["create", "scp", "host.sh", "delete", "create", "scp", "host.sh"]
+    names = [found[1] for call in stage.calls if (found := re.search(r"M3I_START=(\S+)", call))]
+    assert len(set(names)) == 2  # the second run is another start
     assert not (stage.place / "states").read_text()
 
 

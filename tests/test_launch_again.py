@@ -230,6 +230,10 @@ def test_a_second_start_on_a_worker_waits_for_the_first(
     assert len(stage.calls) == 1
     # a start after its end runs, also of the same command
     assert stage.run("launch/host.sh", *RUN, **one)[0] == 7 and len(stage.calls) == 2
+    # unless it is the same start: the connection of one worker broke after the run had ended
+    for name, calls in (("a", 3), ("a", 3), ("b", 4), ("b", 4), ("a", 5)):
+        assert stage.run("launch/host.sh", *RUN, **one, M3I_START=name)[0] == 7
+        assert len(stage.calls) == calls
 
 
 def test_the_quickstart_prints_a_loss_that_is_no_number(
