@@ -58,6 +58,19 @@ def _exit(status: int, line: str, then: Callable[[], None] = lambda: None) -> No
     os._exit(status)
 
 
+def end_within(seconds: float, status: int) -> None:
+    """End the process with `status` if it has not ended by itself after so many seconds: Python
+    waits for its threads, and one that reads from a disk that hangs would make a scheduler, which
+    starts a preempted job again by its exit code, kill it instead."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        line = f"m3i_jax: a thread has not ended within {seconds:g} s; ending without it\n"
+        _exit(status, line)
+
+    threading.Thread(target=end, name="end-within", daemon=True).start()
+
+
 def _handle(number: int, frame: object) -> None:
     exit_interrupted()
 

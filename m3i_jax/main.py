@@ -35,6 +35,7 @@ from m3i_jax.training import malloc
 from m3i_jax.version import __version__
 
 MAX_ERROR_LENGTH = 4_000  # characters of an error line
+_PATIENCE = 20.0  # seconds for the threads of a preempted run to end; Slurm kills after 30
 
 
 class Parser(argparse.ArgumentParser):
@@ -340,6 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = 1
         if process and code:
             library_errors.silence_process()
+        if process and code == interrupts.PREEMPTED:
+            interrupts.end_within(_PATIENCE, code)
         return code
 
 

@@ -157,3 +157,22 @@ def test_processes_that_are_started_in_a_block_do_not_receive_it() -> None:
         f"{READY}time.sleep(100)\n"
     )
     assert interrupted("-c", START + code) == (130, LINE)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 30])
+def test_a_preempted_process_does_not_wait_for_a_thread_that_hangs(seconds: float) -> None:
+    """One thread ends after a second: the process ends before or by itself, with its own code."""
+    code = (
+        "import sys, threading, time\nfrom m3i_jax import interrupts\n"
+        "threading.Thread(target=time.sleep, args=(1.0 if LIMIT > 1 else 100,)).start()\n"
+        "interrupts.end_within(LIMIT, 42)\nsys.exit(LIMIT < 1 or 42)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("LIMIT", str(seconds))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 42
+    assert ("has not ended within 0.2 s" in done.stderr) == (seconds < 1)
