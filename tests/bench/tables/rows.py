@@ -174,6 +174,7 @@ ENCODERS = _by_title(
 
 # Learning rate and weight decay, the same trials for every method.
 RATES = {
+    "rate 5e-4": {"optim.lr": "5e-4"},
     "rate 1e-3": {"optim.lr": "1e-3"},
     "rate 2e-3": {"optim.lr": "2e-3"},
     "rate 4e-3": {"optim.lr": "4e-3"},
