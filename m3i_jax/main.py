@@ -279,6 +279,8 @@ def _run(arguments: Sequence[str], began: float, process: bool) -> int:
     options = {name: getattr(flags, name) for name in mode.flags}
     if mode.timed:
         options["began"] = began
+    if mode.asks:
+        options["given"] = frozenset(text.partition("=")[0] for text in overrides)
     if mode.shares:
         options["hosts"] = (flags.coordinator, flags.processes, flags.process_id)
     hosts = _hosts(flags, settings) if mode.together else contextlib.nullcontext()

@@ -24,6 +24,8 @@ class Mode(NamedTuple):
         `hosts`, the flags --coordinator, --processes and --process-id.
       preemptible: SIGTERM ends it with exit code 42, in all of its phases.
       timed: its `run` takes `began`, the start time of the process.
+      asks: its `run` takes `given`, the keys of the settings that the command line sets: those of
+        a run may be of other weights than the command names.
       compiles: keeps compiled programs for the next start.
       reads: prefixes of the settings that it reads; (): all.
     """
@@ -36,6 +38,7 @@ class Mode(NamedTuple):
     shares: bool = False
     preemptible: bool = False
     timed: bool = False
+    asks: bool = False
     compiles: bool = False
     reads: tuple[str, ...] = ()
 
@@ -128,6 +131,7 @@ MODES = {
         of_run=True,
         together=True,
         preemptible=True,
+        asks=True,
         compiles=True,
         reads=(
             "seed",
@@ -173,6 +177,7 @@ MODES = {
         flags=("out",),
         of_run=True,
         preemptible=True,
+        asks=True,
         compiles=True,
         reads=(
             *_DATA,

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -30,7 +31,9 @@ from m3i_jax.training import checkpoint_dir
 _PART = 4096  # images of a part
 
 
-def run(config: schema.Config, *, workdir: str, out: str) -> int:
+def run(
+    config: schema.Config, *, workdir: str, out: str, given: Collection[str] = ()
+) -> int:
     if not out:
         raise UserError("--out: is missing; give the npz file to write, such as --out=features.npz")
     require_views(config, "features", "use m3i_jax.load(RUN).detect or .segment")
@@ -43,9 +46,9 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
         f"--workdir {workdir}",
         "the data index is written there; choose another --workdir, and give the run as init_from",
     )
-    file = _weight_file(config, workdir)
+    file = _weight_file(config, workdir, given)
     config = dataclasses.replace(config, init_from=file)
-    model = _model(config, workdir)
+    model = _model(config, workdir, _which_weights(config, given))
     preprocessing = _preprocessing(config, model)
     train, held_out = splits.open_splits(config.data, cache=index_directory(config.data, directory))
     identity = {
@@ -98,22 +101,29 @@ def run(config: schema.Config, *, workdir: str, out: str) -> int:
     return 0
 
 
-def _weight_file(config: schema.Config, workdir: str) -> str:
+def _weight_file(config: schema.Config, workdir: str, given: Collection[str]) -> str:
     """The weights that `init_from` names; "" for the run in the working directory, whose settings
-    name the weights that it started from."""
-    if checkpoint_dir.is_run(workdir):
+    name the weights that it started from, unless the command line names these."""
+    if "init_from" not in given and checkpoint_dir.is_run(workdir):
         began = configuration.load_from_workdir(workdir, f"--workdir {workdir}").init_from
         return "" if config.init_from == began else config.init_from
     return config.init_from
 
 
-def _model(config: schema.Config, workdir: str) -> load.LoadedEncoder:
-    """The encoder of init_from, or of the run in the working directory; pooled by
+def _which_weights(config: schema.Config, given: Collection[str]) -> str:
+    """Online or ema, of `init_from`; "": those that a run evaluates, and online of a file. A saved
+    `init.weights` is of the weights that the run started from, and not of those of the command."""
+    own = "init.weights" not in given and "init_from" in given
+    return "" if own else config.init.weights
+
+
+def _model(config: schema.Config, workdir: str, weights: str) -> load.LoadedEncoder:
+    """The encoder of init_from, by its `weights`, or of the run in the working directory; pooled by
     evaluate.features."""
     pool = config.evaluate.features
     pooling = pool if pool in ("mean", "cls") else "auto"
     if config.init_from:
-        model = load.load(config.init_from, weights=config.init.weights, pool=pooling)
+        model = load.load(config.init_from, weights=weights, pool=pooling)
         if not isinstance(model, load.LoadedEncoder):
             raise UserError(
                 f"config.init_from: {model.name}: is a model of config.task={model.config.task},"

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import schema
 from m3i_jax.data import eval_batches, splits
@@ -80,14 +81,39 @@ def test_a_run_that_began_from_weights_is_read_and_not_those(
     saved.run(tuned, toy.settings(**SOURCE, init_from=str(started)), seed=2)
     table = {}
     assert written(tuned, tmp_path / "other.npz", f"--config.init_from={workdir}") == 0
+    assert written(tuned, tmp_path / "before.npz", f"--config.init_from={started}") == 0
+    before, about = features.read_feature_file(str(tmp_path / "before.npz"))
+    assert about["weights"].startswith(str(started))
     shutil.rmtree(started)
     assert written(tuned, tmp_path / "own.npz") == 0
     for name in ("own", "other"):
         table[name], about = features.read_feature_file(str(tmp_path / f"{name}.npz"))
         assert about["weights"].startswith(str(tuned if name == "own" else workdir))
     assert np.abs(table["own"]["features"] - table["other"]["features"]).max() > 1e-2
+    np.testing.assert_allclose(before["features"], table["other"]["features"], atol=1e-5)
     gone = [f"--config.init_from={started}"]
     assert written(workdir, tmp_path / "x.npz", *gone) == 2
+
+
+def test_a_run_as_init_from_is_read_as_it_is_evaluated(
+    workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """By its average, if that is what it evaluates, unless the command says which weights; and not
+    as the weights that the run in the working directory started from were read."""
+    averaged, tuned = tmp_path / "averaged", tmp_path / "tuned"
+    averaged.mkdir(), tuned.mkdir()
+    saved.run(averaged, toy.settings(**SOURCE, evaluate__encoder="ema"))
+    began = toy.settings(**SOURCE, init_from=str(averaged), init__weights="ema")
+    (tuned / "config.txt").write_text(configuration.config_to_text(began))
+    online = "--config.init.weights=online"
+    for run, more, words in (
+        (averaged, [], "momentum average"),
+        (averaged, [online], "online"),
+        (workdir, [], "online"),
+    ):
+        arguments = ["--config.data.size=8", f"--config.init_from={run}", *more]
+        assert written(tuned, tmp_path / "a.npz", *arguments) == 0
+        assert words in features.read_feature_file(str(tmp_path / "a.npz"))[1]["weights"]
 
 
 def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
@@ -220,7 +246,7 @@ def test_a_detector_has_no_features(monkeypatch: pytest.MonkeyPatch) -> None:
     found = load_dense.LoadedDense(dense, {}, ("a",), "runs/detect (step 4)")
     monkeypatch.setattr(load, "load", lambda *arguments, **options: found)
     with pytest.raises(UserError, match=r"^config.init_from: runs/detect .*config.task=detect"):
-        features._model(toy.settings(init_from="runs/detect"), "")
+        features._model(toy.settings(init_from="runs/detect"), "", "")
 
 
 def test_refusals(
