@@ -16,7 +16,7 @@ import json
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -60,6 +60,7 @@ def run(
     checkpoint: str = "",
     data: str = "",
     untrained: bool = False,
+    given: Collection[str] = (),
 ) -> int:
     if untrained:
         require_views(config, "eval --untrained", "its weights alone predict nothing")
@@ -73,17 +74,14 @@ def run(
         f" --config FILE --checkpoint={workdir}",
     )
     asked = config.data.augment
-    if source is not None:
-        with parallel.fail_together("teachers"):
-            trained = str(source[0].parent)
-            teachers.find_in_run(trained, config.objective.teachers, "--checkpoint")
+    began = checkpoint_dir.is_run(workdir)  # asked before the data index is written there
+    _find_teachers(config, source[0].parent if source else pathlib.Path(workdir))
     if source is None:
         config = evaluate_weights(
-            load.fit_config_to_weights(config, checkpoint, "--checkpoint"), checkpoint
+            load.fit_config_to_weights(config, checkpoint, "--checkpoint"), checkpoint, given
         )
     step, main = source[1] if source else 0, not jax.process_index()
     log = print if main else _ignore
-    began = checkpoint_dir.is_run(workdir)  # asked before the data index is written there
     # other data may have no captions, but the checkpoint has its text tower
     text_tower = bool(source) and config.data.captions == "yes"
     setup = open_setup(
@@ -153,11 +151,18 @@ def run(
     )
 
 
+def _find_teachers(config: schema.Config, run: pathlib.Path) -> None:
+    """Take the shapes of the teachers from the checkpoint of a run, if it has one."""
+    with parallel.fail_together("teachers"):
+        if checkpoint_dir.complete_steps(run / "checkpoints"):
+            teachers.find_in_run(str(run), config.objective.teachers, "--checkpoint")
+
+
 def _restored_state(setup: Setup, source: tuple[pathlib.Path, int] | None, checkpoint: str) -> Any:
     """The state of a checkpoint, or the initial one, with the weights of a file."""
     trainer = dataclasses.replace(setup, config=_one_step(setup.config)).make_trainer()
     if source is None:
-        state = trainer.init()
+        state = trainer.init(targets=False)
         return state if setup.config.traits.views else init_from.with_statistics(state, checkpoint)
     checkpoints = Checkpoints(source[0], setup.config.train.keep)
     state = checkpoints.restore(source[1], trainer.template, trainer.shardings)
@@ -174,7 +179,7 @@ def _context(setup: Setup, image_sets: Any, state: Any) -> EvalContext:
 def _initial_state(setup: Setup) -> Any:
     """The state of the run before its first step, without the weights that it started from."""
     config = dataclasses.replace(_one_step(setup.config), init_from="")
-    return dataclasses.replace(setup, config=config).make_trainer().init()
+    return dataclasses.replace(setup, config=config).make_trainer().init(targets=False)
 
 
 def _ignore(line: str) -> None:
@@ -309,11 +314,14 @@ def _one_step(config: schema.Config) -> schema.Config:
     return dataclasses.replace(config, train=train, optim=optim)
 
 
-def evaluate_weights(config: schema.Config, path: str) -> schema.Config:
+def evaluate_weights(
+    config: schema.Config, path: str, given: Collection[str] = ()
+) -> schema.Config:
     """Returns the configuration that evaluates a file of weights, read as `init_from` reads it: the
     mean features of the online encoder, or its cls token if `evaluate.features` asks for it, since
     such files have no heads of pre-training; of a dense task, the whole model, of which nothing may
-    be missing.
+    be missing. Which copy of the encoder is read, and whether arrays may be missing, say the
+    settings `given` by the command line: others are of the weights that the run started from.
 
     Raises:
       UserError: `evaluate.features` is attention.
@@ -325,10 +333,13 @@ def evaluate_weights(config: schema.Config, path: str) -> schema.Config:
         )
     features = "cls" if config.evaluate.features == "cls" else "mean"
     settings = dataclasses.replace(config.evaluate, features=features, encoder="online")
-    init = dataclasses.replace(config.init, only=("^encoder/",))
+    asked = {
+        name: getattr(config.init, name) for name in ("weights", "strict") if f"init.{name}" in given
+    }
+    init = schema.Init(**asked, only=("^encoder/",))
     if not config.traits.views:
         settings = config.evaluate
-        init = dataclasses.replace(config.init, only=(), strict=True)
+        init = schema.Init(**asked | {"only": (), "strict": True})
     return dataclasses.replace(config, init_from=path, init=init, evaluate=settings)
 
 
@@ -395,7 +406,10 @@ def evaluate(
         unreadable = {reason: count for reason, count in results.skipped.items() if count}
         page = run or setup.workdir
         if (page / "metrics.jsonl").is_file():
-            print(f"\n{report.write_report(setup.config, page)}, with these figures")
+            try:  # the results are measured and written
+                print(f"\n{report.write_report(setup.config, page)}, with these figures")
+            except UserError as error:
+                print(f"\nwarning: report.html was not written: {error}")
         print(
             f"\n{path}" + (f"; images that could not be read: {unreadable}" if unreadable else ""),
             flush=True,

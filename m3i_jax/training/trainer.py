@@ -151,11 +151,18 @@ class Trainer:
             " what fits"
         )
 
-    def init(self, log: Callable[[str], None] = print, classes: tuple[str, ...] = ()) -> State:
+    def init(
+        self,
+        log: Callable[[str], None] = print,
+        classes: tuple[str, ...] = (),
+        *,
+        targets: bool = True,
+    ) -> State:
         """Returns the state at step 0, created with its shardings, so that no device holds more
         than its share. It includes what `init_from` names, also in the EMA target; `log` gets the
         report of it. `classes`: names of the categories, by which heads of other categories
-        restart."""
+        restart. `targets`: read the frozen encoders of other runs; False: they keep first values,
+        which an evaluation does not read."""
         if self.config.init_from:
             params = parallel.Program(
                 self._params, name="init", out_shardings=self.shardings.params
@@ -176,7 +183,7 @@ class Trainer:
         else:
             state = parallel.Program(self._create, name="init", out_shardings=self.shardings)()
 
-        return self.task.after_init(state, self.shardings)
+        return self.task.after_init(state, self.shardings) if targets else state
 
     def step(self, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
         """Takes one step; `state` is donated. Returns at once, while the device computes."""

@@ -1,0 +1,113 @@
+"""--mode=eval: which weights are evaluated, with which settings, and what need not exist any more:
+teachers, targets, and the runs beside which a report was shown."""
+
+import dataclasses
+import pathlib
+import shutil
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from m3i_jax import config as configuration
+from m3i_jax import main as command
+from m3i_jax import schema
+from m3i_jax.evaluation.feature_extraction import EvalContext
+from m3i_jax.interop import tensor_files
+from m3i_jax.modes import eval as evaluate
+from m3i_jax.modes import report
+from m3i_jax.training import teachers
+from tests import saved, toy
+from tests.interop.published_vit import ENCODERS, weights
+from tests.modes.test_eval import SMALL, enable, write_run
+
+COUNTED = {key: value for key, value in SMALL.items() if "forms" not in key}
+
+
+def vit_file(directory: pathlib.Path) -> pathlib.Path:
+    file = directory / "vit.safetensors"
+    table = weights(ENCODERS["timm"], width=32, depth=2, heads=2, patch=8, grid=4)
+    tensor_files.write_safetensors(file, table)
+    return file
+
+
+@pytest.fixture
+def contexts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[schema.Config, list[EvalContext]]]:
+    """(settings, weights) of every evaluation, which measures nothing."""
+    found = []
+
+    def spy(setup, about, metrics, trained, untrained=None, *, run=None) -> int:
+        found.append((setup.config, [trained, *([untrained()] if untrained else [])]))
+        return 0
+
+    monkeypatch.setattr(evaluate, "evaluate", spy)
+    return found
+
+
+def test_targets_of_other_runs_need_not_exist(tmp_path: pathlib.Path, contexts) -> None:
+    """A frozen target and a teacher are read by the steps of a run alone: not by its checkpoint,
+    its untrained encoder, or a file in its place."""
+    other, run = tmp_path / "other", tmp_path / "run"
+    saved.run(other, toy.settings())
+    changes = {
+        "objective__forms": "mim",
+        "objective__target_encoder": "frozen",
+        "objective__target_checkpoint": str(other),
+        "objective__teachers": repr((str(other),)),
+    }
+    write_run(run, ("mim",), **COUNTED | changes)
+    shutil.rmtree(other)
+    own = ["--mode=eval", "--workdir", str(run), *enable("knn")]
+    for more in (["--untrained"], [f"--checkpoint={vit_file(tmp_path)}"]):
+        teachers._IN_RUNS.clear()
+        assert command.main([*own, *more]) == 0
+    teachers._IN_RUNS.clear()
+    (_, (trained, untrained)), (_, (of_file,)) = contexts
+    kernel = [
+        np.asarray(jax.device_get(context.params["encoder"]["patch_embed"]["kernel"]))
+        for context in (trained, untrained, of_file)
+    ]
+    np.testing.assert_allclose(kernel[0], kernel[1], atol=1e-6)
+    assert np.abs(kernel[2] - kernel[0]).max() > 1e-3
+
+
+def test_init_settings_of_a_run_are_not_of_another_file(
+    tmp_path: pathlib.Path, contexts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that started from an average evaluates a file without one; the command can ask."""
+    run = tmp_path / "run"
+    run.mkdir()
+    began = toy.settings(
+        **COUNTED, objective__forms="mim", init_from="gone", init__weights="ema", init__strict=True
+    )
+    (run / "config.txt").write_text(configuration.config_to_text(began))
+    own = ["--mode=eval", "--workdir", str(run), f"--checkpoint={vit_file(tmp_path)}"]
+    assert command.main([*own, *enable("knn")]) == 0
+    ((config, _),) = contexts
+    assert config.init == schema.Init(only=("^encoder/",))
+    capsys.readouterr()
+    assert command.main([*own, *enable("knn"), "--config.init.weights=ema"]) == 2
+    assert "no momentum copy" in capsys.readouterr().err
+    assert command.main([*own, *enable("knn"), "--config.init.strict=true"]) == 0
+    assert contexts[-1][0].init == schema.Init(only=("^encoder/",), strict=True)
+
+
+def test_results_stay_where_the_report_cannot_be_written(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The saved report.beside names a run that was deleted since."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    beside = schema.Config(report=schema.Report(beside=(str(tmp_path / "gone"),)))
+    setup = types.SimpleNamespace(config=beside, workdir=tmp_path, classes=())
+    about = {"checkpoint": "c", "step": 1, "encoder": "online", "data": {}}
+    context = EvalContext({}, {}, lambda: None)
+    metrics = {"knn": lambda context: {"eval/knn/top1": 0.5}}
+    assert evaluate.evaluate(setup, about, metrics, context) == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "eval.json").is_file() and "eval/knn/top1" in out
+    assert "warning: report.html was not written: config.report.beside" in out
+    setup.config = dataclasses.replace(beside, report=schema.Report())
+    assert evaluate.evaluate(setup, about, metrics, context) == 0
+    assert f"{tmp_path / 'report.html'}, with these figures" in capsys.readouterr().out
+    assert report.write_report(setup.config, tmp_path).is_file()
