@@ -30,7 +30,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load, registry
 from m3i_jax.evaluation.feature_extraction import EvalContext
 from m3i_jax.models import backbones
-from m3i_jax.modes import eval_data, evaluators, figure_evaluators, report
+from m3i_jax.modes import eval_data, eval_source, evaluators, figure_evaluators, report
 from m3i_jax.modes.eval_results import (
     RESULT,
     Results,
@@ -64,15 +64,19 @@ def run(
 ) -> int:
     if untrained:
         require_views(config, "eval --untrained", "its weights alone predict nothing")
-    source = find_checkpoint(
-        checkpoint or workdir, "--checkpoint" if checkpoint else "--workdir", needed=not checkpoint
-    )
+    flag = "--checkpoint" if checkpoint else "--workdir"
+    source = find_checkpoint(checkpoint or workdir, flag, needed=not checkpoint)
     check_writable(
         workdir,
         f"--workdir {workdir}",
         "eval writes its results there; to evaluate this run, give another directory: --workdir DIR"
         f" --config FILE --checkpoint={workdir}",
     )
+    step, main = source[1] if source else 0, not jax.process_index()
+    log = print if main else _ignore
+    if source:
+        with parallel.fail_together("settings of the checkpoint"):
+            eval_source.check_settings(config, source[0].parent, flag, given, log)
     asked = config.data.augment
     began = checkpoint_dir.is_run(workdir)  # asked before the data index is written there
     _find_teachers(config, source[0].parent if source else pathlib.Path(workdir))
@@ -80,8 +84,6 @@ def run(
         config = evaluate_weights(
             load.fit_config_to_weights(config, checkpoint, "--checkpoint"), checkpoint, given
         )
-    step, main = source[1] if source else 0, not jax.process_index()
-    log = print if main else _ignore
     # other data may have no captions, but the checkpoint has its text tower
     text_tower = bool(source) and config.data.captions == "yes"
     setup = open_setup(
