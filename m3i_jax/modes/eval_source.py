@@ -1,5 +1,5 @@
-"""Settings with which the run behind a checkpoint was trained, where --mode=eval reads it with those
-of another run or of a file: what no shape of an array shows."""
+"""Settings with which the run of a checkpoint was trained, where --mode=eval reads it with those of
+another run or of a file: what no shape of an array shows."""
 
 import dataclasses
 import operator

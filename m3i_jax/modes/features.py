@@ -31,9 +31,7 @@ from m3i_jax.training import checkpoint_dir
 _PART = 4096  # images of a part
 
 
-def run(
-    config: schema.Config, *, workdir: str, out: str, given: Collection[str] = ()
-) -> int:
+def run(config: schema.Config, *, workdir: str, out: str, given: Collection[str] = ()) -> int:
     if not out:
         raise UserError("--out: is missing; give the npz file to write, such as --out=features.npz")
     require_views(config, "features", "use m3i_jax.load(RUN).detect or .segment")

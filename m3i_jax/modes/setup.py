@@ -32,6 +32,9 @@ from m3i_jax.training.pretrain_task import Pretrain
 from m3i_jax.training.task import Task, make_task, task_kind
 from m3i_jax.training.trainer import Trainer
 
+# parameters with a row or column for each id
+_OF_TOKENS = ("text/token_table", "captioner/token_table", "captioner/logits/kernel")
+
 
 def complete_config(
     config: schema.Config, *, classes: int, captions: bool, size: int
@@ -212,10 +215,13 @@ def open_setup(
                 vocabulary,
                 # the first host makes it, the others have to use that one
                 fixed=bool(jax.process_index()) or uses_tokenizer(path),
+                start=starting_tokenizer(done),
             )
             if captions or done.data.regions
             else None
         )
+    if opened and tokenizer.TAKEN in opened.origin and not jax.process_index():
+        print(f"{vocabulary}: the tokenizer of the run that this one starts from", flush=True)
     if opened and parallel.host_names() > 1:
         # a network disk may still show another host the one before
         digest = base.stable_digest(opened.core.to_str())
@@ -230,6 +236,24 @@ def open_setup(
         workdir=path,
         configured_size=config.data.size,
     )
+
+
+def starting_tokenizer(config: schema.Config) -> tokenizer.Tokenizer | None:
+    """Returns the tokenizer of the run in `init_from`, if this one takes arrays that have a row for
+    each of its ids: of another vocabulary of this size they would have the same shape. None if
+    these settings make a tokenizer of another kind or size, whose arrays differ in shape."""
+    file = pathlib.Path(config.init_from) / "tokenizer.json"
+    only = config.init.only
+    taken = not only or any(re.search(each, path) for each in only for path in _OF_TOKENS)
+    # a Hugging Face directory may have a file of this name
+    run = bool(config.init_from) and checkpoint_dir.is_run(config.init_from)
+    if not (run and taken and file.is_file()):
+        return None
+    found = tokenizer.Tokenizer.load(str(file), config.data.caption_length)
+    kind = found.origin.get("data.tokenizer", config.data.tokenizer)
+    size = found.origin.get("data.vocabulary_size", config.data.vocabulary_size)
+    same = kind == config.data.tokenizer == "train" and size == config.data.vocabulary_size
+    return found if same else None
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:

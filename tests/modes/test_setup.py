@@ -177,6 +177,44 @@ def test_a_vocabulary_is_made_again_until_there_is_a_checkpoint(tmp_path: pathli
         jobs.open_setup(toy.settings(**sizes[1]), str(tmp_path))
 
 
+def test_text_weights_of_a_run_come_with_its_vocabulary(
+    tmp_path: pathlib.Path, caplog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other captions make another vocabulary of the same size, by which every array would fit. It
+    is made where no array of tokens is taken, or where its size shows that it is another one."""
+    first, own = tmp_path / "first", tmp_path / "own"
+    jobs.open_setup(toy.settings(**SMALL), str(own))
+    first.mkdir()
+    theirs = tokenizer.train_tokenizer(["the quick brown fox", "the lazy dog"] * 9, 300, 8)
+    theirs.origin = {"data.tokenizer": "train", "data.vocabulary_size": toy.VOCABULARY}
+    theirs.save(str(first / "tokenizer.json"))
+    (first / "config.txt").write_text(configuration.config_to_text(toy.settings(**SMALL)))
+    started = SMALL | {"init_from": str(first)}
+
+    def opened(workdir: pathlib.Path, **changes: object) -> str:
+        return jobs.open_setup(toy.settings(**changes), str(workdir)).tokenizer.core.to_str()
+
+    made, taken = (own / "tokenizer.json").read_text(), theirs.core.to_str()
+    assert made != taken and opened(tmp_path / "new", **started) == taken
+    assert "the tokenizer of the run that this one starts from" in capsys.readouterr().out
+    assert opened(tmp_path / "new", **started) == taken  # the same command again
+    assert opened(tmp_path / "part", **started, init__only="('^captioner/logits',)") == taken
+    assert opened(tmp_path / "encoder", **started, init__only="('^encoder/',)") == made
+    assert not caplog.text
+    assert opened(tmp_path / "new", **SMALL) == made  # started from another run, or from none
+    assert "another init_from, or none: it is made again" in caplog.text
+    other = {**started, "data__vocabulary_size": 290}
+    assert opened(tmp_path / "size", **other) not in (made, taken)
+    (first / "config.txt").unlink()  # a directory of Hugging Face has a tokenizer.json, too
+    assert opened(tmp_path / "hugging", **started) == made
+    # without that run the checkpoint needs it all the same
+    (first / "config.txt").touch()
+    assert opened(tmp_path / "kept", **started) == taken
+    (tmp_path / "kept" / "checkpoints" / "7").mkdir(parents=True)
+    (first / "tokenizer.json").unlink()
+    assert opened(tmp_path / "kept", **started) == taken
+
+
 def test_a_run_of_a_comparison_has_its_vocabulary(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
