@@ -22,9 +22,9 @@ from m3i_jax.data.sources.shapes import ShapesSource
 from m3i_jax.errors import UserError
 from tests import xla_flags
 from tests.bench.tables import __main__ as tables
-from tests.bench.tables import crossing, paired
 from tests.bench.tables import data as table_data
 from tests.bench.tables import page as table_page
+from tests.bench.tables import paired
 from tests.bench.tables import results as table_results
 from tests.bench.tables import rows as table_rows
 from tests.bench.tables import runs as table_runs
@@ -176,72 +176,6 @@ def test_the_page_has_every_figure_and_escapes_names(sets: dict[str, table_sets.
     assert "&lt;b&gt;" in page and "<td><b>" not in page
     # the mean of .3 on a scale that ends at the mean plus one deviation, .4
     assert '<div class=bar style="width:75.00%">' in page
-
-
-def _scaling_results(one: table_sets.Set, images: int = 1000) -> list[dict[str, object]]:
-    """Runs whose accuracies are planes: M3I is level with `supervised` at 3,000 steps."""
-    out = []
-    for title, row in one.rows.items():
-        width = np.log2(int(row.settings["model.encoder.width"]) / 96)
-        steps = np.log2(row.steps / 1500)
-        m3i = title.startswith("M3I")
-        accuracy = 0.40 + 0.03 * width + 0.06 * steps if m3i else 0.42 + 0.03 * width + 0.04 * steps
-        hits = np.arange(images) < round(images * accuracy)
-        out.append(
-            {
-                "set": one.name,
-                "protocol": "epochs",
-                "form": title,
-                "seed": 0,
-                "values": {
-                    "eval/knn/top1": hits.mean(),
-                    "loss": 2.0 * 2 ** (-0.1 * width - 0.2 * steps),
-                    "steps": row.steps,
-                    "seconds": 1.0,
-                    "flops": row.steps * 4.0**width * (2e9 if m3i else 1e9),
-                },
-                "hits": {"images": "", "count": images, "knn": np.packbits(hits).tobytes().hex()},
-            }
-        )
-    return out
-
-
-def test_two_methods_cross_where_their_planes_do(sets: dict[str, table_sets.Set]) -> None:
-    one = sets["scaling"]
-    results = _scaling_results(one)
-    runs = [crossing.runs_of(one, method, results) for method in one.fitted]
-    planes = crossing.resample_planes(runs, 4000)
-    np.testing.assert_allclose(planes[0][0], [0.40, 0.03, 0.06], atol=1e-3)
-    assert crossing.level_steps(planes, 192)[0] == pytest.approx(3000, rel=0.05)
-    # A plane at the centre of nine runs is their mean, and the error that of a mean over images.
-    error = (runs[0].hits_RxN.mean(0) - runs[1].hits_RxN.mean(0)).std() / np.sqrt(1000)
-    assert crossing.lead(planes, 96, 1500)[1:].std() == pytest.approx(error, rel=0.15)
-    text = table_results.tables_text(sets, results)
-    # Steps of M3I cost twice as much: at equal FLOPs 0.40 + 0.06 s = 0.42 + 0.04 (s + 1), s = 3.
-    equal = re.search(r"\| FLOPs \| 96 \|.*\| ([\d,]+) \(", text)
-    assert equal and float(equal[1].replace(",", "")) == pytest.approx(12000, rel=0.05)
-    assert "-0.100 | -0.200 |" in text and "12,000 (extrapolated)" in text
-    page = table_page.tables_page(sets, results, table_results.TITLES)
-    assert page.count("<path") == 6 and "M3I, width 192" in page
-
-
-def test_residuals_widen_the_error_of_a_crossing(sets: dict[str, table_sets.Set]) -> None:
-    """Runs that scatter by three points about their planes, which no resampling of images shows."""
-    one, rng = sets["scaling"], np.random.default_rng(0)
-    errors = []
-    for scatter in (0.0, 0.03):
-        results = _scaling_results(one)
-        for result in results:
-            share = np.clip(
-                paired.unpack_hits(result["hits"]).mean() + scatter * rng.normal(), 0, 1
-            )
-            hits = np.arange(1000) < round(1000 * share)
-            result["hits"] = {"count": 1000, "knn": np.packbits(hits).tobytes().hex()}
-        runs = [crossing.runs_of(one, method, results) for method in one.fitted]
-        errors.append(crossing.lead(crossing.resample_planes(runs), 96, 1500)[1:].std())
-    # A plane at the centre of nine runs is their mean; the lead is the difference of two.
-    assert errors[1] == pytest.approx(np.hypot(errors[0], 0.03 * np.sqrt(2 / 9)), rel=0.5)
-    assert errors[1] > 2 * errors[0]
 
 
 def test_a_seed_of_every_row_comes_before_the_next_seed(
