@@ -148,6 +148,26 @@ def test_model_is_taken_from_a_weights_file(name: str, tmp_path: pathlib.Path) -
     assert (cfg.model.dtype, cfg.model.pool.heads) == ("bfloat16", 2)
 
 
+@pytest.mark.parametrize("origin", ["probe.py:path=/images", "finetune.py:path=/images"])
+def test_a_new_run_has_no_settings_of_the_head_before(origin: str, tmp_path: pathlib.Path) -> None:
+    """A probe freezes its encoder, and both have another pooling and initial head."""
+    source = configuration.load_config(f"configs/transfer/{origin}")
+    source.model.pool.update({"width": 384, "heads": 4})
+    (tmp_path / "config.txt").write_text(
+        configuration.config_to_text(configuration.resolve(source))
+    )
+    tuned = load(f"finetune.py:path=/images,from={tmp_path}").model
+    assert (tuned.encoder.freeze, tuned.pool.norm, tuned.pool.kind) == (False, "layer", "mean")
+    assert (tuned.pool.width, tuned.pool.heads) == (384, 4)
+    probe = load(f"probe.py:path=/images,kind=attentive,from={tmp_path}").model
+    assert (probe.encoder.freeze, probe.pool.projection, probe.category_std) == (True, True, 0.0)
+    assert (probe.pool.norm, probe.pool.query) == ("layer", "learned")
+    linear = load(f"probe.py:path=/images,from={tmp_path}").model
+    assert (linear.pool.norm, linear.pool.projection, linear.category_std) == ("batch", False, 0.01)
+    for recipe in ("detect.py:annotations=a.json", "ade20k.py:path=/images"):
+        assert not load(f"{recipe},from={tmp_path}").model.encoder.freeze
+
+
 def test_another_image_size_keeps_the_position_grid(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings()))
     cfg = load(f"finetune.py:from={tmp_path},image_size=48,ema=0.99,batch_size=512")

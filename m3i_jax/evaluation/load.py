@@ -40,6 +40,8 @@ DTYPES = ("bfloat16", "float32")
 POOLS = ("auto", "attention", "mean", "cls", "tokens")
 _ROWS = 64  # images a device step
 _TABLE = "encoder/positions"
+# what a pooling computes, beside its sizes
+_OF_POOLING = ("kind", "query", "norm", "projection")
 HUB_PREFIX = "hf://"
 # weights, settings, preprocessing and the description; never code
 HUB_FILES = ("*.safetensors", "*.json", "*.npz", "README.md")
@@ -285,7 +287,9 @@ def build_encoder(
     config: ml_collections.ConfigDict, path: str, flag: str
 ) -> ml_collections.ConfigDict:
     """Set up a run that starts from other weights: their model and preprocessing, and `init_from`.
-    A file states no precision of the matrix products, and so that of the recipe stays.
+    What a head of the source was trained with stays as of a new run: whether the encoder was
+    frozen, how its pooling works, and the initial values of its layer of categories. A file states
+    no precision of the matrix products, and so that of the recipe stays.
 
     Args:
       config: settings of the run, changed in place.
@@ -294,10 +298,13 @@ def build_encoder(
     Returns:
       the settings of the weights.
     """
-    source, dtype = settings_of_weights(path, flag), config.model.dtype
+    source, own = settings_of_weights(path, flag), config.model.to_dict()
     config.model.update(source.model)
+    config.model.encoder.freeze = own["encoder"]["freeze"]
+    config.model.pool.update({name: own["pool"][name] for name in _OF_POOLING})
+    config.model.category_std = own["category_std"]
     if not checkpoint_dir.is_run(path):
-        config.model.dtype = dtype
+        config.model.dtype = own["dtype"]
     _copy_preprocessing(config, source)
     config.init_from, config.init.only = path, ("^encoder/",)
     return source
