@@ -156,6 +156,20 @@ def test_an_average_that_a_dense_run_does_not_keep_is_not_evaluated(task: str) -
     modes.refuse_missing("eval", config.resolve(cfg), "")
 
 
+@pytest.mark.parametrize("task", ["pretrain", "detect"])
+def test_an_average_that_never_moves_is_not_evaluated(task: str) -> None:
+    """With a momentum of 1 it is what the run started from."""
+    cfg = config.default_config()
+    config.apply_overrides(cfg, [f"task={task}", "optim.ema_of=all", "optim.ema=1"])
+    modes.refuse_missing("eval", config.resolve(cfg), "")
+    cfg.evaluate.encoder = "ema"
+    for mode in ("train", "compare", "eval"):
+        with pytest.raises(UserError, match="optim.ema=1 the run has no momentum average"):
+            modes.refuse_missing(mode, config.resolve(cfg), "")
+    cfg.optim.ema = -1.0  # open: follows from batch and length
+    modes.refuse_missing("train", config.resolve(cfg), "")
+
+
 def test_a_watchdog_that_is_off_ends_no_run() -> None:
     for off in ("watchdog", "watchdog_first"):
         cfg = config.default_config()

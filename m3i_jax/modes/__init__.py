@@ -287,7 +287,7 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
 
 def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
     """Refuse weights that do not exist, before the trainer is imported: initial ones, which a run
-    that has a checkpoint does not need, teachers, and an average that a dense run does not keep.
+    that has a checkpoint does not need, teachers, and an average that the run does not keep.
 
     Raises:
       UserError: `init_from`, `objective.target_checkpoint` or `objective.teachers` names a path
@@ -308,13 +308,19 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
                 f"config.objective.teachers: there is no {teacher!r}; give the workdir of a run, a"
                 " file of weights or a Hugging Face directory"
             )
-    no_average = config.task in ("detect", "segment") and config.optim.ema_of != "all"
-    if config.evaluate.encoder == "ema" and no_average and mode in ("train", "compare", "eval"):
-        raise UserError(
-            f"config.evaluate.encoder: 'ema' needs optim.ema_of=all: config.task={config.task} has"
-            f" no targets, and with optim.ema_of={config.optim.ema_of} it keeps no average; set it,"
-            " or use online"
-        )
+    if config.evaluate.encoder == "ema" and mode in ("train", "compare", "eval"):
+        if config.task in ("detect", "segment") and config.optim.ema_of != "all":
+            raise UserError(
+                f"config.evaluate.encoder: 'ema' needs optim.ema_of=all: config.task={config.task}"
+                f" has no targets, and with optim.ema_of={config.optim.ema_of} it keeps no average;"
+                " set it, or use online"
+            )
+        if not config.optim.averages:
+            raise UserError(
+                "config.evaluate.encoder: 'ema' needs optim.ema below 1: with"
+                f" optim.ema={config.optim.ema:g} the run has no momentum average, only its initial"
+                " weights; use online, or train with a smaller optim.ema"
+            )
     if begun.get(mode, True):
         return
     paths = {

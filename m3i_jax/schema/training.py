@@ -187,6 +187,11 @@ class Optim:
         "cosine", "schedule of the EMA momentum: cosine to 1 [P], or constant", "cosine", "constant"
     )
 
+    @property
+    def averages(self) -> bool:
+        """Whether the EMA moves: with a momentum of 1 it stays at the initial parameters."""
+        return self.ema < 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:

@@ -188,6 +188,7 @@ def _add_detector(published: vit_weights.PublishedWeights, table: tensor_files.T
 
 def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
     run = RunWeights(workdir, key)
+    config = configuration.resolve(configuration.load_from_workdir(workdir, key))
     paths = {
         path.removeprefix("params/"): path for path in run.shapes if path.startswith("params/")
     }
@@ -197,11 +198,12 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
             for path in run.shapes
             if path.startswith("opt/target/params/")
         }
-        if not average:
-            raise UserError(f"{key}: {workdir!r} has no momentum average; use the online weights")
+        if not average or not config.optim.averages:
+            why = f" (config.optim.ema={config.optim.ema:g})" if average else ""
+            raise UserError(
+                f"{key}: {workdir!r} has no momentum average{why}; use the online weights"
+            )
         paths |= average
-
-    config = configuration.resolve(configuration.load_from_workdir(workdir, key))
 
     def read(shardings: Mapping[str, Any]) -> dict[str, Any]:
         return _read_trained(run, {path: (paths[path], at) for path, at in shardings.items()})

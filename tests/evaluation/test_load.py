@@ -4,6 +4,7 @@ type."""
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -55,6 +56,16 @@ def test_the_weights_are_those_that_the_run_evaluates(
     assert not np.array_equal(
         m3i_jax.load(tmp_path).params["encoder"]["patch_embed"]["kernel"], other
     )
+
+
+def test_an_average_that_never_moves_is_refused(run, tmp_path: pathlib.Path) -> None:
+    """With optim.ema=1, as fine-tuning has, it is the encoder that the run started from."""
+    workdir = shutil.copytree(run[0], tmp_path / "run")
+    text = configuration.config_to_text(toy.settings(optim__ema="1.0"))
+    (workdir / "config.txt").write_text(text)
+    with pytest.raises(UserError, match=r"no momentum average \(config.optim.ema=1\); use"):
+        m3i_jax.load(workdir, weights="ema")
+    m3i_jax.load(workdir, weights="online")
 
 
 def test_features_of_a_run_equal_those_of_its_parts(run, images: np.ndarray) -> None:

@@ -105,7 +105,7 @@ def test_fine_tuning_and_probe_on_a_folder_in_one_command(
         command.main(
             [
                 "--config",
-                f"configs/transfer/finetune.py:{spec},epochs=30",
+                f"configs/transfer/finetune.py:{spec},epochs=30,ema=0.9",
                 "--workdir",
                 str(tmp_path / "a"),
                 *shared,
