@@ -225,8 +225,7 @@ def load(
     run = checkpoint_dir.is_run(path)
     if run:
         settings = configuration.load_from_workdir(path, "load")
-        weights = weights or settings.evaluate.encoder
-    source = weight_source.open_weights(path, weights=weights or "online", key="load")
+    source = weight_source.open_weights(path, weights=weights, key="load")
     if given != path:
         source.name = source.name.replace(path, str(given))
     if not run:
@@ -286,10 +285,11 @@ def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
 def build_encoder(
     config: ml_collections.ConfigDict, path: str, flag: str
 ) -> ml_collections.ConfigDict:
-    """Set up a run that starts from other weights: their model and preprocessing, and `init_from`.
-    What a head of the source was trained with stays as of a new run: whether the encoder was
-    frozen, how its pooling works, and the initial values of its layer of categories. A file states
-    no precision of the matrix products, and so that of the recipe stays.
+    """Set up a run that starts from other weights: their model and preprocessing, and `init_from`,
+    of a run with the weights that it evaluates. What a head of the source was trained with stays as
+    of a new run: whether the encoder was frozen, how its pooling works, and the initial values of
+    its layer of categories. A file states no precision of the matrix products, and so that of the
+    recipe stays.
 
     Args:
       config: settings of the run, changed in place.
@@ -307,6 +307,8 @@ def build_encoder(
         config.model.dtype = own["dtype"]
     _copy_preprocessing(config, source)
     config.init_from, config.init.only = path, ("^encoder/",)
+    if checkpoint_dir.is_run(path):
+        config.init.weights = weight_source.evaluated_weights(source)
     return source
 
 

@@ -31,6 +31,7 @@ from m3i_jax.objective.ema import SnapshotState
 from m3i_jax.objective.prototype_targets import PrototypeState
 from m3i_jax.training import (
     entropy_losses,
+    frozen_target,
     optimizer,
     plan,
     predictions,
@@ -39,7 +40,6 @@ from m3i_jax.training import (
     term_losses,
     unused_settings,
     views,
-    weight_source,
 )
 from m3i_jax.training.plan import Plan
 from m3i_jax.training.predictions import Arrays
@@ -157,8 +157,8 @@ class Pretrain(Task):
         for link in ("frozen", "snapshot"):
             if (held := opt.get(link)) is not None and (path or link == "frozen"):
                 layout = layouts[link].params["encoder"]
-                own, model = state.params["encoder"], self.config.model
-                encoder = weight_source.load_encoder(path, model, own, layout)
+                own = state.params["encoder"]
+                encoder = frozen_target.load_encoder(path, self.config, own, layout)
                 opt[link] = held._replace(params={**held.params, "encoder": encoder})
         if (held := opt.get("teachers")) is not None:
             # by name: a compiled function returns a dict sorted, teacher10 before teacher2

@@ -122,7 +122,7 @@ def open_teacher(path: str) -> Teacher:
     Raises:
       UserError: no readable weights, or those of an encoder that this package cannot run.
     """
-    source = weight_source.open_weights(path, key=KEY)
+    source = weight_source.open_weights(path, weights="", key=KEY)
     source.require_own_encoder(f"{KEY}: {path}")
     stored = dict(source.settings)
     if "width" not in stored or "image_size" not in stored:
@@ -187,10 +187,10 @@ def zero_params(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def load_params(path: str, shardings: Any) -> Any:
-    """Returns the parameters of a teacher with these shardings."""
+    """Returns the parameters of a teacher with these shardings; a run gives what it evaluates."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(shardings)
     names = {f"encoder/{path_text(key)}": sharding for key, sharding in leaves}
-    arrays = weight_source.open_on_all_hosts(path, key=KEY).read(names)
+    arrays = weight_source.open_on_all_hosts(path, weights="", key=KEY).read(names)
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
 

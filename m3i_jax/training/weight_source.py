@@ -85,7 +85,8 @@ def open_weights(
 
     Args:
       location: workdir, file, or Hugging Face directory.
-      weights: online, or ema: the momentum copy.
+      weights: online, or ema: the momentum copy; "": those that a run evaluates, and online for a
+        file.
       key: flag or setting that gave the location, for messages.
 
     Raises:
@@ -102,7 +103,7 @@ def open_weights(
         return _open_run(location, weights, key)
     try:
         table = tensor_files.read_tensors(location)
-        dense = published_dense.load_published_dense(table) if weights == "online" else None
+        dense = published_dense.load_published_dense(table) if weights != "ema" else None
         published = dense or vit_weights.load_vit(
             table, momentum=weights == "ema", config=sidecar_configs.read_sidecar_configs(location)
         )
@@ -186,27 +187,45 @@ def _add_detector(published: vit_weights.PublishedWeights, table: tensor_files.T
         published.settings["dense_size"] = whole * published.settings["patch_size"]
 
 
-def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
-    run = RunWeights(workdir, key)
-    config = configuration.resolve(configuration.load_from_workdir(workdir, key))
+def evaluated_weights(settings: Any) -> str:
+    """Returns which weights a run evaluates, online or ema, by its settings: those of an average
+    that moves.
+
+    >>> evaluated_weights(schema.Config(evaluate=schema.Evaluate(encoder="ema")))
+    'ema'
+    """
+    return settings.evaluate.encoder if settings.optim.ema < 1 else "online"
+
+
+def paths_in_state(run: "RunWeights", weights: str, config: schema.Config) -> dict[str, str]:
+    """{path: path in the state} of the parameters of a run; with weights=ema that of their average,
+    where there is one. Raises UserError if the run has no average."""
     paths = {
         path.removeprefix("params/"): path for path in run.shapes if path.startswith("params/")
     }
-    if weights == "ema":
-        average = {
-            path.removeprefix("opt/target/params/"): path
-            for path in run.shapes
-            if path.startswith("opt/target/params/")
-        }
-        if not average or not config.optim.averages:
-            why = f" (config.optim.ema={config.optim.ema:g})" if average else ""
-            raise UserError(
-                f"{key}: {workdir!r} has no momentum average{why}; use the online weights"
-            )
-        paths |= average
+    if weights != "ema":
+        return paths
+    average = {
+        path.removeprefix("opt/target/params/"): path
+        for path in run.shapes
+        if path.startswith("opt/target/params/")
+    }
+    if not average or not config.optim.averages:
+        why = f" (config.optim.ema={config.optim.ema:g})" if average else ""
+        raise UserError(
+            f"{run.key}: {run.workdir!r} has no momentum average{why}; use the online weights"
+        )
+    return paths | average
+
+
+def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
+    run = RunWeights(workdir, key)
+    config = configuration.resolve(configuration.load_from_workdir(workdir, key))
+    weights = weights or evaluated_weights(config)
+    paths = paths_in_state(run, weights, config)
 
     def read(shardings: Mapping[str, Any]) -> dict[str, Any]:
-        return _read_trained(run, {path: (paths[path], at) for path, at in shardings.items()})
+        return read_trained(run, {path: (paths[path], at) for path, at in shardings.items()})
 
     pixels = {
         "mean": config.data.augment.mean,
@@ -234,7 +253,7 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
     )
 
 
-def _read_trained(run: "RunWeights", wanted: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+def read_trained(run: "RunWeights", wanted: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
     """Arrays of a run as it is evaluated, by name; of a schedule-free run the average of its
     parameters, instead of the point where gradients are taken.
 
@@ -402,68 +421,6 @@ class RunWeights:
         if saved is not None and (changed := checksums.changed_arrays(out, saved)):
             raise self._damaged(ValueError(f"{changed[0]}: differs from what was trained"))
         return out
-
-
-def load_encoder(workdir: str, model: schema.Model, template: Any, shardings: Any) -> Any:
-    """Returns the online encoder of the newest checkpoint of another run, as that run is evaluated,
-    for a frozen target.
-
-    Args:
-      workdir: directory of that run.
-      model: settings of this run.
-      template, shardings: of the encoder of this run, which must have the same shapes.
-
-    Raises:
-      UserError: there is no checkpoint, or its encoder has other shapes, arrays or settings, or is
-        not finite.
-    """
-    key = "config.objective.target_checkpoint"
-    with parallel.fail_together(key):
-        run = RunWeights(workdir, key)
-        others = _other_settings(workdir, key, model)
-    distributed.assert_same_on_all_hosts(key, {key: f"{workdir} (step {run.step:,})"})
-    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-    own = {"params/encoder/" + path_text(path): leaf.shape for path, leaf in leaves}
-    theirs = [path for path in run.shapes if path.startswith("params/encoder/")]
-    # a target reads no mask token, which may be on one side alone
-    unread = {path for path in (*own, *theirs) if path.endswith("/mask_token")}
-    if differences := [
-        f"{path} {run.shapes.get(path, 'absent')} in the checkpoint, {own.get(path, 'absent')} in"
-        " this run"
-        for path in dict.fromkeys([*own, *theirs])
-        if run.shapes.get(path) != own.get(path) and path not in unread
-    ]:
-        raise UserError(
-            f"{key}: {workdir!r}: its encoder has other shapes ({len(differences)} arrays differ,"
-            f" first {differences[0]}); use the same model settings"
-        )
-    if others:
-        raise UserError(
-            f"{key}: {workdir!r}: its encoder was trained with {', '.join(others)}; use the same"
-            " model settings"
-        )
-    layouts = dict(zip(own, jax.tree.leaves(shardings), strict=True))
-    arrays = _read_trained(
-        run, {p: (p, layout) for p, layout in layouts.items() if p not in unread}
-    )
-    for path in unread & layouts.keys():
-        zeros = np.zeros(own[path], np.float32)
-        arrays[path] = jax.make_array_from_callback(zeros.shape, layouts[path], zeros.__getitem__)
-    return jax.tree.unflatten(structure, [arrays[path] for path in own])
-
-
-def _other_settings(workdir: str, key: str, model: schema.Model) -> list[str]:
-    """Settings of the encoder of a run that no shape shows and that differ from these."""
-    if not (pathlib.Path(workdir) / "config.txt").is_file():
-        return []
-    theirs = configuration.resolve(configuration.load_from_workdir(workdir, key)).model.encoder
-    backbone = backbones.get_backbone(model)
-    names = (*backbone.silent_settings, *(["positions"] if backbone.resizes_positions else []))
-    return [
-        f"model.encoder.{name}={getattr(theirs, name)} ({getattr(model.encoder, name)} in this run)"
-        for name in names
-        if getattr(theirs, name) != getattr(model.encoder, name)
-    ]
 
 
 def set_leaf(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -15,7 +15,14 @@ from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
 from m3i_jax.objective import ema, registry
-from m3i_jax.training import checkpoint, muon, optimizer, schedule_free, weight_source
+from m3i_jax.training import (
+    checkpoint,
+    frozen_target,
+    muon,
+    optimizer,
+    schedule_free,
+    weight_source,
+)
 from m3i_jax.training.task import State
 from tests import toy
 
@@ -307,7 +314,7 @@ def test_weights_of_a_schedule_free_run_are_its_average(tmp_path) -> None:
     np.testing.assert_allclose(found["scalars"], (1 - 0.1 * 3) / 0.9, rtol=1e-6)  # it has none
     encoder = params["encoder"]
     layout = jax.tree.map(lambda leaf: leaf.sharding, encoder)
-    found = weight_source.load_encoder(str(tmp_path), settings.model, encoder, layout)
+    found = frozen_target.load_encoder(str(tmp_path), settings, encoder, layout)
     np.testing.assert_allclose(found["patch_embed"]["kernel"], (1 - 0.1 * 3) / 0.9, rtol=1e-6)
 
 

@@ -21,6 +21,7 @@ from m3i_jax.objective import derived_terms, ema, terms
 from m3i_jax.profiling import flops
 from m3i_jax.training import (
     encoder_shapes,
+    frozen_target,
     plan,
     plan_table,
     pretrain_task,
@@ -256,6 +257,28 @@ def test_a_run_is_a_teacher_of_another_size(tmp_path) -> None:
     assert jax.eval_shape(call, params, patches).shape == (3, 17, 16)
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "momentum", "wanted"), [("online", 0.9, 0), ("ema", 0.9, 1), ("ema", 1.0, 0)]
+)
+def test_a_run_hands_on_the_encoder_that_it_evaluates(
+    evaluated: str, momentum: float, wanted: int, tmp_path
+) -> None:
+    """To recipes, teachers and frozen targets, as to `load`; an average that stays is none."""
+    theirs = toy.settings(evaluate__encoder=evaluated, optim__ema=momentum)
+    trees = saved.run(tmp_path, theirs)
+    own, path = trees[0]["encoder"], str(tmp_path)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, own)
+    for found in (
+        teachers.load_params(path, layout),
+        frozen_target.load_encoder(path, theirs, own, layout),
+        load.load(path).params["encoder"],
+    ):
+        jax.tree.map(np.testing.assert_array_equal, found, trees[wanted]["encoder"])
+    config = configuration.default_config()
+    load.build_encoder(config, path, "from")
+    assert config.init.weights == ("online", "ema")[wanted]
+
+
 def test_an_intern_image_is_a_teacher(tmp_path) -> None:
     """A convolution has its map at another stride; the terms of ViTs read it all the same."""
     saved.run(tmp_path, toy.settings(**toy.INTERN))
@@ -291,7 +314,7 @@ def test_a_vit_h_of_a_file_without_its_heads_has_16(monkeypatch) -> None:
         unused={},
         notes=[],
     )
-    monkeypatch.setattr(weight_source, "open_weights", lambda path, *, key: source)
+    monkeypatch.setattr(weight_source, "open_weights", lambda path, **_: source)
     teacher = teachers.open_teacher.__wrapped__("vit_h.safetensors")
     assert teacher.model.encoder.heads == 16
 

@@ -273,11 +273,11 @@ def test_a_frozen_target_needs_no_mask_token_of_the_other_run(teacher: pathlib.P
         ),
         (
             {"model__encoder__depth": 3},
-            ("its encoder has other shapes", "params/encoder/blocks", "same model settings"),
+            ("its encoder has other shapes", "encoder/blocks", "same model settings"),
         ),
         (  # what the teacher has and this run would leave out
             {"model__encoder__cls_token": False},
-            ("params/encoder/cls_token (1, 1, 32) in the checkpoint, absent in this run",),
+            ("encoder/cls_token (1, 1, 32) in the checkpoint, absent in this run",),
         ),
         (
             {"model__encoder__activation": "gelu_tanh"},
