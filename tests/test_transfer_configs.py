@@ -10,6 +10,7 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax.errors import UserError
 from m3i_jax.interop import tensor_files
+from m3i_jax.models import vit
 from m3i_jax.modes import setup as jobs
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import optimizer, plan, scaling
@@ -172,6 +173,40 @@ def test_another_image_size_keeps_the_position_grid(tmp_path: pathlib.Path) -> N
     (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings()))
     cfg = load(f"finetune.py:from={tmp_path},image_size=48,ema=0.99,batch_size=512")
     assert (cfg.model.encoder.position_grid, cfg.grid, cfg.optim.ema_of) == (4, 6, "all")
+
+
+def saved_as(config, path: pathlib.Path) -> str:
+    path.mkdir()
+    (path / "config.txt").write_text(configuration.config_to_text(config))
+    return str(path)
+
+
+def test_positions_stay_those_of_the_first_training(tmp_path: pathlib.Path) -> None:
+    """Through fine-tuning on larger images, dense tasks, and back: 32 pixels, 4 patches a side."""
+    first = saved_as(toy.settings(), tmp_path / "first")
+    large = saved_as(load(f"finetune.py:from={first},image_size=48"), tmp_path / "large")
+    dense = saved_as(
+        load(f"detect.py:annotations=a.json,from={large},image_size=96"), tmp_path / "dense"
+    )
+    again = saved_as(
+        load(f"detect.py:annotations=a.json,from={dense},image_size=64"), tmp_path / "again"
+    )
+    for source, sizes in ((large, (32, 64)), (dense, (0,)), (again, (32, 128))):
+        for size in sizes:
+            cfg = load(f"finetune.py:from={source},image_size={size}")
+            assert (cfg.model.encoder.position_grid or cfg.grid) == 4
+        cfg = load(f"probe.py:from={source}")
+        assert cfg.grid > 4 and cfg.model.encoder.position_grid == 4
+    assert vit.position_size(load(f"detect.py:from={again}")) == 32
+
+
+def test_learned_positions_are_those_of_the_table(tmp_path: pathlib.Path) -> None:
+    """Which is resized when a run starts: its grid is that of the images before."""
+    learned = {"model__encoder__positions": "learned", "model__encoder__position_grid": 2}
+    first = saved_as(toy.settings(**learned), tmp_path / "first")
+    large = saved_as(load(f"finetune.py:from={first},image_size=48"), tmp_path / "large")
+    assert load(f"detect.py:from={large}").dense.maps.image_size == 48
+    assert load(f"detect.py:from={first}").dense.maps.image_size == 32
 
 
 def test_intern_image_has_the_paper_s_30_epochs(tmp_path: pathlib.Path) -> None:

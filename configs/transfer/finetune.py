@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from m3i_jax.config import default_config
 from m3i_jax.evaluation.load import build_encoder
-from m3i_jax.models import backbones, presets
+from m3i_jax.models import backbones, presets, vit
 
 BATCH = 1024  # [P]
 
@@ -63,7 +63,7 @@ def get_config(
     if image_size and image_size != config.data.image_size:
         if backbone.resizes_positions:
             config.model.encoder.position_grid = (
-                config.data.image_size // config.model.encoder.patch_size
+                vit.position_size(config) // config.model.encoder.patch_size
             )
         config.data.image_size = image_size
 

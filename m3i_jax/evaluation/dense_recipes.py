@@ -8,7 +8,7 @@ from m3i_jax.config import default_config
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation.load import build_encoder, settings_of_weights
 from m3i_jax.interop import dense_weights, published_dense, tensor_files
-from m3i_jax.models import backbones, presets
+from m3i_jax.models import backbones, presets, vit
 from m3i_jax.models.dense.task_heads import (
     DETECTION_HEADS,
     SEGMENTATION_HEADS,
@@ -42,8 +42,7 @@ def build_dense_encoder(
     pretrained = image_size
     if from_:
         source = build_encoder(config, from_, flag)
-        # of a dense run, the images to which its position table belongs
-        pretrained = source.dense.maps.image_size or source.data.image_size
+        pretrained = vit.position_size(source)
     else:
         config.model.update(presets.preset(model))
     backbone = backbones.get_backbone(config.model)
@@ -96,7 +95,7 @@ def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: s
         return False
     config.dense.maps.update(source.dense.maps)
     if backbones.get_backbone(config.model).resizes_positions:
-        config.dense.maps.image_size = source.dense.maps.image_size or source.data.image_size
+        config.dense.maps.image_size = vit.position_size(source)
     ours, theirs = config.dense[config.task], source.dense[config.task]
     for name in _head(config).shape_settings:
         section, _, field = name.rpartition(".")

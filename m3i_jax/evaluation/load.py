@@ -31,7 +31,7 @@ from m3i_jax.data.cores import usable_cores
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load_dense
-from m3i_jax.models import backbones, networks
+from m3i_jax.models import backbones, networks, vit
 from m3i_jax.objective import positions
 from m3i_jax.training import checkpoint_dir, encoder_shapes, plan, teachers, weight_source
 
@@ -285,11 +285,11 @@ def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
 def build_encoder(
     config: ml_collections.ConfigDict, path: str, flag: str
 ) -> ml_collections.ConfigDict:
-    """Set up a run that starts from other weights: their model and preprocessing, and `init_from`,
-    of a run with the weights that it evaluates. What a head of the source was trained with stays as
-    of a new run: whether the encoder was frozen, how its pooling works, and the initial values of
-    its layer of categories. A file states no precision of the matrix products, and so that of the
-    recipe stays.
+    """Set up a run that starts from other weights: their model, preprocessing and positions, and
+    `init_from`, of a run with the weights that it evaluates. What a head of the source was trained
+    with stays as of a new run: whether the encoder was frozen, how its pooling works, and the
+    initial values of its layer of categories. A file states no precision of the matrix products,
+    and so that of the recipe stays.
 
     Args:
       config: settings of the run, changed in place.
@@ -306,6 +306,12 @@ def build_encoder(
     if not checkpoint_dir.is_run(path):
         config.model.dtype = own["dtype"]
     _copy_preprocessing(config, source)
+    encoder, trained = config.model.encoder, vit.position_size(source)
+    fixed = (
+        encoder.positions in vit.FIXED and backbones.get_backbone(config.model).resizes_positions
+    )
+    if fixed and trained != config.data.image_size:
+        encoder.position_grid = trained // encoder.patch_size
     config.init_from, config.init.only = path, ("^encoder/",)
     if checkpoint_dir.is_run(path):
         config.init.weights = weight_source.evaluated_weights(source)

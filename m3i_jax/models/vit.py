@@ -21,6 +21,8 @@ from m3i_jax.models.rope import Rotation, axial_rotation
 from m3i_jax.models.scan_blocks import block_kwargs, run_blocks, split_blocks
 from m3i_jax.objective import losses, mixing, positions
 
+FIXED = ("sincos", "sincos_columns")  # positions that are a table which is not trained
+
 
 def patchify(images_BxSxSx3: jax.Array, patch: int) -> jax.Array:
     """Returns images as rows of patches: [B, N, P], patches row-major, inside one (row, column,
@@ -111,6 +113,24 @@ def _rotation(
     return axial_rotation(
         grid, e.width // e.heads, e.rope_base, prefix=token_prefix(e), index_BxK=index_BxK
     )
+
+
+def position_size(config: Any) -> int:
+    """Returns the side in pixels of the images for which an encoder has its positions: those of its
+    first training, of which tables for other images are resized.
+
+    Args:
+      config: settings of a run, or those that a file of weights implies.
+
+    >>> position_size(schema.Config(data=schema.Data(image_size=384)))
+    384
+    >>> encoder = schema.Encoder(position_grid=14)
+    >>> position_size(schema.Config(model=schema.Model(encoder=encoder)))
+    224
+    """
+    e = config.model.encoder
+    fixed = e.position_grid * e.patch_size if e.positions in FIXED else 0
+    return fixed or config.dense.maps.image_size or config.data.image_size
 
 
 def fixed_positions(encoder: schema.Encoder, grid: int | tuple[int, int]) -> np.ndarray:

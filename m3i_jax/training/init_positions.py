@@ -7,7 +7,7 @@ import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
-from m3i_jax.models.vit import fixed_positions
+from m3i_jax.models.vit import FIXED, fixed_positions
 from m3i_jax.objective import positions
 from m3i_jax.training.weight_source import WeightSource
 
@@ -81,7 +81,7 @@ def initial_positions(config: schema.Config, source: WeightSource, own_grid: int
     table_1xTxD = source.read({TABLE: None})[TABLE]
     grid = positions.table_grid(table_1xTxD.shape[1])
     cls_rows = table_1xTxD.shape[1] - grid * grid
-    for fixed_kind in ("sincos", "sincos_columns"):
+    for fixed_kind in FIXED:
         fixed = fixed_positions(
             dataclasses.replace(encoder, positions=fixed_kind, position_grid=0), grid
         )

@@ -140,7 +140,7 @@ def open_teacher(path: str) -> Teacher:
     }
     kind = stored.get("backbone", schema.Model.backbone)
     model = schema.Model(backbone=kind, encoder=encoder, scan=True, **sections)
-    fixed = encoder.positions in ("sincos", "sincos_columns") and not encoder.position_grid
+    fixed = encoder.positions in vit.FIXED and not encoder.position_grid
     if fixed and backbones.get_backbone(model).resizes_positions:
         grid = stored["image_size"] // encoder.patch_size
         model = dataclasses.replace(model, encoder=dataclasses.replace(encoder, position_grid=grid))
