@@ -9,7 +9,7 @@ import numpy as np
 from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
-from m3i_jax.models import backbones
+from m3i_jax.models import backbones, vit
 from m3i_jax.parallel import distributed
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import weight_source
@@ -55,8 +55,8 @@ def load_encoder(workdir: str, config: schema.Config, template: Any, shardings: 
         )
     if others:
         raise UserError(
-            f"{key}: {workdir!r}: its encoder was trained with {', '.join(others)}; use the same"
-            " model settings"
+            f"{key}: {workdir!r}: its encoder was trained with {', '.join(others)}; set these"
+            " values here, too: it reads the views of this run"
         )
     layouts = dict(zip(own, jax.tree.leaves(shardings), strict=True))
     arrays = weight_source.read_trained(
@@ -69,13 +69,23 @@ def load_encoder(workdir: str, config: schema.Config, template: Any, shardings: 
 
 
 def _other_settings(theirs: schema.Config, config: schema.Config) -> list[str]:
-    """Settings of the encoder of a run that no shape shows and that differ from these."""
-    backbone = backbones.get_backbone(config.model)
-    names = (*backbone.silent_settings, *(["positions"] if backbone.resizes_positions else []))
-    encoders = theirs.model.encoder, config.model.encoder
-    pairs = {name: tuple(getattr(encoder, name) for encoder in encoders) for name in names}
+    """Settings of a run that no shape of its encoder shows, that change what it computes of an
+    image, and that differ from these."""
+    pairs = zip(_read_settings(theirs), _read_settings(config), strict=True)
     return [
-        f"model.encoder.{name}={value} ({own} in this run)"
-        for name, (value, own) in pairs.items()
-        if value != own
+        f"{name}={value} ({own} in this run)" for (name, value), (_, own) in pairs if value != own
+    ]
+
+
+def _read_settings(config: schema.Config) -> list[tuple[str, Any]]:
+    """(setting, value) of what an encoder computes of an image beside its arrays; a grid of
+    positions is that in effect."""
+    backbone, encoder = backbones.get_backbone(config.model), config.model.encoder
+    names = (*backbone.silent_settings, *(["positions"] if backbone.resizes_positions else []))
+    fixed = backbone.resizes_positions and encoder.positions in vit.FIXED
+    grid = vit.position_size(config) // encoder.patch_size if fixed else 0
+    return [
+        *((f"model.encoder.{name}", getattr(encoder, name)) for name in names),
+        ("model.encoder.position_grid", grid),
+        *((f"data.augment.{name}", getattr(config.data.augment, name)) for name in ("mean", "std")),
     ]

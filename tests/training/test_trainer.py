@@ -15,7 +15,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
-from m3i_jax.training import checkpoint, plan, step, trainer
+from m3i_jax.training import checkpoint, frozen_target, plan, step, trainer
 from tests import toy
 
 
@@ -249,6 +249,22 @@ def test_a_frozen_target_starts_from_another_run(teacher: pathlib.Path) -> None:
     assert not np.array_equal(state.params["encoder"]["cls_token"], wanted["cls_token"])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__image_size": 48, "model__encoder__position_grid": 4},
+        {"model__encoder__position_grid": 4},
+    ],
+)
+def test_settings_that_a_frozen_target_computes_alike_with_are_accepted(changes: dict) -> None:
+    """Its positions are those of a grid, whichever setting says so."""
+    ours = toy.settings(**changes)
+    assert not frozen_target._other_settings(toy.settings(), ours)
+    learned = {"model__encoder__positions": "learned"}  # the shape of a table shows its grid
+    theirs, ours = toy.settings(**learned), toy.settings(**learned, **changes)
+    assert not frozen_target._other_settings(theirs, ours)
+
+
 def test_a_frozen_target_needs_no_mask_token_of_the_other_run(teacher: pathlib.Path) -> None:
     """data2vec's encoder has one and the other run's none; a target reads none."""
     settings = toy.settings(
@@ -282,6 +298,15 @@ def test_a_frozen_target_needs_no_mask_token_of_the_other_run(teacher: pathlib.P
         (
             {"model__encoder__activation": "gelu_tanh"},
             ("was trained with model.encoder.activation=gelu (gelu_tanh in this run)",),
+        ),
+        (
+            {"data__augment__mean": "(0.5,0.5,0.5)"},
+            ("data.augment.mean=(0.485, 0.456, 0.406) ((0.5, 0.5, 0.5) in this run); set these",),
+        ),
+        ({"data__augment__std": "(0.5,0.5,0.5)"}, ("data.augment.std=(0.229, 0.224, 0.225)",)),
+        (  # fixed positions of another grid
+            {"data__image_size": 48},
+            ("was trained with model.encoder.position_grid=4 (6 in this run); set these",),
         ),
     ],
 )
