@@ -28,6 +28,18 @@ class TransientError(UserError):
     status = 1
 
 
+class MissingWeights(UserError):
+    """Weights that a setting or a recipe names do not exist.
+
+    Attributes:
+      path: as given.
+    """
+
+    def __init__(self, message: str, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 class UnreadableError(UserError):
     """Data that was readable at the start of the run can no longer be read."""
 

@@ -27,10 +27,12 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+import ml_collections
+
 from m3i_jax import config as configuration
 from m3i_jax import library_errors, privacy, schema
-from m3i_jax.errors import RunStopped, UserError, one_line, refuse_system_errors
-from m3i_jax.modes import FLAGS, MODES, refuse_missing, refuse_unread
+from m3i_jax.errors import MissingWeights, RunStopped, UserError, one_line, refuse_system_errors
+from m3i_jax.modes import FLAGS, MODES, has_checkpoint, refuse_missing, refuse_unread
 from m3i_jax.training import malloc
 from m3i_jax.version import __version__
 
@@ -210,12 +212,33 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, overrides
 
 
+def _configured(flags: argparse.Namespace, overrides: list[str]) -> ml_collections.ConfigDict:
+    """The settings of --config. Where its recipe starts from weights that are gone, and a run in
+    the working directory started from them and has a checkpoint, those that the run saved."""
+    try:
+        return configuration.load_config(flags.config, overrides)
+    except MissingWeights as error:
+        if flags.mode != "train" or not has_checkpoint(flags.workdir):
+            raise
+        saved = configuration.load_from_workdir(flags.workdir, "--workdir")
+        if saved.init_from != os.path.expanduser(error.path):
+            raise
+        if flags.process_id in ("", "0"):
+            print(
+                f"{error.path!r} does not exist any more: the run, which started from it, continues"
+                f" with its own settings, {pathlib.Path(flags.workdir) / 'config.txt'}; arguments"
+                f" of --config {flags.config} are not read",
+                flush=True,
+            )
+        return saved
+
+
 def _settings(flags: argparse.Namespace, overrides: list[str]) -> schema.Config:
     """The settings of a command, of its file or of the run in its working directory."""
     if flags.config:
         file = configuration.find_config_file(flags.config)
         found, file = configuration.describe_config_file(file), file.absolute()
-        config = configuration.load_config(flags.config, overrides)
+        config = _configured(flags, overrides)
     else:
         config = configuration.load_from_workdir(flags.workdir, "--workdir")
     if flags.data:

@@ -285,6 +285,12 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
                     raise UserError(f"config.{key}: {value!r} has no effect, because {reason}")
 
 
+def has_checkpoint(workdir: str) -> bool:
+    """Returns whether the run in a directory has saved a step, from which it goes on."""
+    saved = (pathlib.Path(workdir) / "checkpoints").glob("*")
+    return any(step.name.isdecimal() for step in saved)
+
+
 def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
     """Refuse weights that do not exist, before the trainer is imported: initial ones, which a run
     that has a checkpoint does not need, teachers, and an average that the run does not keep.
@@ -294,12 +300,12 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
         that does not exist, or `evaluate.encoder` weights that the run does not have.
     """
     run = pathlib.Path(workdir)
-    saved = [step for step in (run / "checkpoints").glob("*") if step.name.isdecimal()]
+    saved = has_checkpoint(workdir)
     begun = {
-        "train": bool(saved),
+        "train": saved,
         "compare": (run / "compare").is_dir(),
         "profile": False,
-        "features": bool(saved),
+        "features": saved,
     }
     planned = ("train", "compare", "profile", "show", "compile", "preview")
     for teacher in config.objective.teachers if mode in planned else ():

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from m3i_jax import config as configuration
 from m3i_jax import library_errors, parallel, run_files, schema
-from m3i_jax.errors import UserError
+from m3i_jax.errors import MissingWeights, UserError
 from m3i_jax.interop import (
     dense_weights,
     published_dense,
@@ -90,14 +90,16 @@ def open_weights(
       key: flag or setting that gave the location, for messages.
 
     Raises:
-      UserError: the location does not exist or cannot be read, the layout is unknown, or there is
+      MissingWeights: the location does not exist.
+      UserError: it cannot be read, the layout is unknown, or there is
         no momentum copy.
     """
     path = pathlib.Path(location)
     if not path.exists():
-        raise UserError(
+        raise MissingWeights(
             f"{key}: {location!r} does not exist; give the workdir of a run, or a file of weights"
-            f" ({', '.join(tensor_files.ENDINGS[:4])})"
+            f" ({', '.join(tensor_files.ENDINGS[:4])})",
+            location,
         )
     if checkpoint_dir.is_run(location):
         return _open_run(location, weights, key)

@@ -3,6 +3,7 @@ folder."""
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
+from m3i_jax.modes import setup
 from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.trainer import Trainer
 from tests import toy
@@ -81,6 +83,39 @@ def test_an_encoder_of_another_shape_is_refused(run: pathlib.Path) -> None:
         Trainer(
             configuration.resolve(config), parallel.make_mesh((1, 1, 1), jax.devices()[:1]), 0
         ).init()
+
+
+def test_a_begun_run_needs_no_source(
+    run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a preemption the same command reads the settings that the run saved."""
+    source, tuned = tmp_path / "source", tmp_path / "tuned"
+    source.mkdir()
+    shutil.copy(run / "config.txt", source)
+    arguments = ["--config", f"configs/transfer/finetune.py:path=/pictures,from={source}"]
+    arguments += ["--workdir", str(tuned), "--config.train.batch_size=16"]
+
+    def settings() -> str:
+        read = command._settings(*command._parse(arguments))
+        done = setup.complete_config(read, classes=toy.CLASSES, captions=False, size=64)
+        return configuration.config_to_text(done)
+
+    before = settings()
+    shutil.rmtree(source)
+    with pytest.raises(UserError, match="does not exist"):
+        settings()
+    (tuned / "checkpoints").mkdir(parents=True)
+    (tuned / "config.txt").write_text(before)
+    with pytest.raises(UserError, match="does not exist"):  # it saved no step
+        settings()
+    (tuned / "checkpoints" / "3").mkdir()
+    capsys.readouterr()
+    assert settings() == before
+    assert "does not exist any more: the run, which started from it" in capsys.readouterr().out
+    other = before.replace(f"init_from = '{source}'", "init_from = '/other'")
+    (tuned / "config.txt").write_text(other)
+    with pytest.raises(UserError, match="does not exist"):
+        settings()
 
 
 @pytest.mark.slow
