@@ -2,19 +2,16 @@
 
 import os
 import pathlib
-import signal
 import subprocess
 import time
 
 import pytest
 
+from tests.interruptible import interruptible
+
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 RUN = ["--config", "configs/m3i.py:path=/d/imagenet"]
-
-
-def _interruptible() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Stage:
@@ -48,15 +45,15 @@ class Stage:
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         # A shell cannot trap what was ignored when it began, as SIGINT is where these tests run in
         # the background of another shell.
-        return subprocess.Popen(
-            ["bash", *command],
-            cwd=ROOT,
-            env=self.environment | environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=_interruptible,
-        )
+        with interruptible():
+            return subprocess.Popen(
+                ["bash", *command],
+                cwd=ROOT,
+                env=self.environment | environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
 
     def run(self, *command: str, **environment: str) -> tuple[int, str, str]:
         process = self.start(*command, **environment)

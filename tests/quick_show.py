@@ -7,8 +7,13 @@ from m3i_jax.modes import monitoring, show
 from m3i_jax.profiling.traffic_model import StepTraffic
 
 
-def leave_out_estimates(patch: pytest.MonkeyPatch) -> None:
+def leave_out_traffic(patch: pytest.MonkeyPatch) -> None:
+    """The FLOPs of a step, and what they take on each slice, are those of the run."""
     traffic = {platform: StepTraffic(1e6, 1e6, 1e6) for platform in ("tpu", "cuda")}
     patch.setattr(show, "estimated_traffic", lambda trainer, state: traffic)
-    patch.setattr(monitoring, "model_flops", lambda trainer: 1e9)
     patch.setattr(show, "machine_line", lambda total, state, mfu, dtype: "")
+
+
+def leave_out_estimates(patch: pytest.MonkeyPatch) -> None:
+    leave_out_traffic(patch)
+    patch.setattr(monitoring, "model_flops", lambda trainer: 1e9)

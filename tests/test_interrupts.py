@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from m3i_jax.modes import MODES
+from tests.interruptible import interruptible
 
 ROOT = pathlib.Path(__file__).parent.parent
 LINE = "m3i_jax: interrupted; run the same command again to continue\n"
@@ -33,16 +34,15 @@ COLLECTED = (  # Python prints and ignores what a callback of the garbage collec
 
 def interrupted(*command: str, number: int = signal.SIGINT) -> tuple[int, str]:
     """Exit code and stderr of a process that gets a signal when it has printed "ready"."""
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # the tests may run where the signal is ignored, as in a shell's background job
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    with interruptible():
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert process.stdout and process.stdout.readline() == "ready\n"
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
@@ -61,7 +61,7 @@ def waiting(folder: pathlib.Path, mode: str, first: str = "") -> tuple[str, ...]
 @pytest.mark.parametrize(
     "mode",
     [
-        pytest.param(name, marks=() if name in ("train", "eval", "index") else pytest.mark.slow)
+        pytest.param(name, marks=() if name in ("train", "index") else pytest.mark.slow)
         for name, mode in MODES.items()
         if mode.settings
     ],
@@ -87,7 +87,10 @@ def preempted(*command: str) -> None:
     "mode",
     [
         pytest.param(
-            name, marks=pytest.mark.slow if name in ("index", "curate", "features") else ()
+            name,
+            marks=pytest.mark.slow
+            if name in ("index", "curate", "features", "compare", "eval")
+            else (),
         )
         for name, mode in MODES.items()
         if mode.preemptible

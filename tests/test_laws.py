@@ -5,9 +5,10 @@ tried on a small offender, then run over the project."""
 import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import pytest
 
@@ -103,6 +104,7 @@ LAZY = {
 NEVER = {"tensorflow": "no room", "torch": "interop", "torchvision": "no room"}
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
 UNSAFE_CALLS = ("eval", "exec", "builtins.eval", "builtins.exec", "os.system", "os.popen")
+UNSAFE_ARGUMENTS = ("shell", "allow_pickle")
 
 
 def calls(node: ast.Call, *names: str) -> str:
@@ -113,6 +115,11 @@ def calls(node: ast.Call, *names: str) -> str:
         return ""
     called = ast.unparse(node.func)
     return called if called in names else ""
+
+
+def mentions(source: str, names: Collection[str]) -> bool:
+    """Whether a source has one of these words: without, it need not be parsed."""
+    return bool(re.search(rf"\b({'|'.join(names)})\b", source))
 
 
 def imports(
@@ -180,6 +187,8 @@ def pure(source: str, name: str) -> list[str]:
 
 
 def kept(source: str, name: str) -> list[str]:
+    if not mentions(source, KEPT):
+        return []
     inside = name.removeprefix("m3i_jax/")
     return [
         f"{name}:{line}: {module} outside {' and '.join(KEPT[library])}"
@@ -189,6 +198,8 @@ def kept(source: str, name: str) -> list[str]:
 
 
 def lazy(source: str, name: str) -> list[str]:
+    if not mentions(source, LAZY | NEVER.keys()):
+        return []
     eager = [
         (line, m) for line, m in imports(source, name, top_only=True) if m.split(".")[0] in LAZY
     ]
@@ -208,6 +219,9 @@ def short(source: str, name: str) -> list[str]:
 
 
 def safe(source: str, name: str) -> list[str]:
+    words = {call.split(".")[-1] for call in UNSAFE_CALLS} | UNSAFE_MODULES | {*UNSAFE_ARGUMENTS}
+    if not mentions(source, words):
+        return []
     found = [
         (line, m)
         for line, m in imports(source, name)
@@ -222,20 +236,13 @@ def safe(source: str, name: str) -> list[str]:
                 for k in node.keywords
                 if k.arg and not (isinstance(k.value, ast.Constant) and not k.value.value)
             }
-            found += [
-                (node.lineno, f"{argument}=True")
-                for argument in ("shell", "allow_pickle")
-                if argument in on
-            ]
+            found += [(node.lineno, f"{one}=True") for one in UNSAFE_ARGUMENTS if one in on]
     return [f"{name}:{line}: {what}" for line, what in found]
 
 
 def documented(source: str, name: str) -> list[str]:
-    return (
-        []
-        if ast.get_docstring(ast.parse(source))
-        else [f"{name}: no docstring that says what the module is"]
-    )
+    found = ast.get_docstring(ast.parse(source))
+    return [] if found else [f"{name}: no docstring that says what the module is"]
 
 
 def files(*folders: str) -> list[pathlib.Path]:

@@ -21,6 +21,7 @@ import pytest
 
 from m3i_jax import main as command
 from tests import xla_flags
+from tests.quick_show import leave_out_traffic
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
@@ -48,7 +49,8 @@ TINY = [
         for figure in ("embedding", "attention", "confusion", "examples")
     ),
 ]
-QUICK = ["--config", "configs/quickstart.py", *TINY]
+KNN = [f"--config.evaluate.{other}=false" for other in ("direct", "zero_shot", "retrieval")]
+QUICK = ["--config", "configs/quickstart.py", *TINY, *KNN]
 
 
 def environment() -> dict[str, str]:
@@ -262,6 +264,7 @@ def test_help_and_version(capsys) -> None:
 
 @pytest.mark.smoke
 def test_show_reads_no_data(monkeypatch, capsys) -> None:
+    leave_out_traffic(monkeypatch)
     monkeypatch.chdir(ROOT)
     assert (
         command.main(
@@ -375,12 +378,21 @@ def killed(run: pathlib.Path, after: int, number: int) -> int:
 
 
 @pytest.mark.row("A1", "A2", "D5")
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [(6, signal.SIGKILL)],
+        # test_dense_resume.py preempts a run in every test of the suite
+        pytest.param([(2, signal.SIGTERM), (6, signal.SIGKILL)], marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_preempted_and_killed_equals_an_uninterrupted_one(
-    unbroken: pathlib.Path, tmp_path: pathlib.Path
+    signals: list[tuple[int, signal.Signals]], unbroken: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """By SIGTERM, which saves and exits with 42, and then by SIGKILL, steps after its last save."""
-    assert killed(tmp_path, 2, signal.SIGTERM) == 42
-    assert killed(tmp_path, 6, signal.SIGKILL) == -signal.SIGKILL
+    for after, number in signals:
+        code = 42 if number == signal.SIGTERM else -number
+        assert killed(tmp_path, after, number) == code
     code, out, err = finish(
         *QUICK, "--workdir", str(tmp_path), "--config.train.steps=12", "--config.train.save_every=4"
     )
@@ -393,6 +405,7 @@ def test_a_run_that_is_preempted_and_killed_equals_an_uninterrupted_one(
     assert logged == expected
 
 
+@pytest.mark.slow  # the line is that of faults/test_operation.py
 def test_changed_configuration_does_not_resume(unbroken: pathlib.Path) -> None:
     code, _, err = finish(
         *QUICK, "--workdir", str(unbroken), "--config.train.steps=12", "--config.seed=7"
@@ -400,6 +413,7 @@ def test_changed_configuration_does_not_resume(unbroken: pathlib.Path) -> None:
     assert code == 2 and "seed: 0 -> 7" in err and "--allow-changes" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow  # as a dense run, in training/test_dense_resume.py
 @pytest.mark.row("D8")
 def test_finished_run_is_reported(unbroken: pathlib.Path) -> None:
     before = lines(unbroken)

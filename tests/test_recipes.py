@@ -17,6 +17,7 @@ from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.profiling import flops, hardware, traffic_model
 from m3i_jax.training import trainer
 from tests.bench import formula
+from tests.quick_show import leave_out_traffic
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -180,6 +181,7 @@ def test_models_and_refusals() -> None:
 def test_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The printed plan of a recipe, with a small network so that tracing is fast."""
     arguments = "data=joint"
+    leave_out_traffic(monkeypatch)
     monkeypatch.chdir(ROOT)
     small = [
         "--config.model.encoder.depth=1",

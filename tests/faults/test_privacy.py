@@ -24,7 +24,7 @@ from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 from m3i_jax.modes import data as data_mode
 from m3i_jax.reporting import data_page, html_page, writers
-from tests import broken
+from tests import broken, quick_show
 from tests.faults.hostile import JPEG, ROOT, read_all, tar
 from tests.test_main import TINY, environment
 
@@ -246,6 +246,7 @@ def test_no_secret_is_in_a_file_of_a_run(
         str(run),
     ]
     assert command.main([*arguments, "--mode=data"]) == 0
+    quick_show.leave_out_estimates(monkeypatch)
     assert command.main([*arguments, "--mode=show"]) == 0
     started(arguments, monkeypatch)
     printed = "".join(capsys.readouterr())

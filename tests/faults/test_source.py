@@ -55,6 +55,17 @@ CALLS = {
 }
 
 
+def dotted(node: ast.expr) -> str:
+    """The text of an expression. Names and attributes, which most are, in a tenth of the time of
+    `ast.unparse`."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    first = node.id if isinstance(node, ast.Name) else ast.unparse(node)
+    return ".".join([first, *reversed(parts)])
+
+
 def unsafe(source: str, name: str) -> list[str]:
     """Complaints about a file: running text, unpickling, starting programs, unpacking archives, or
     opening a file to everybody."""
@@ -75,7 +86,7 @@ def unsafe(source: str, name: str) -> list[str]:
                     if f"{node.module}.{a.name}" in CALLS
                 ]
         elif isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
+            called = dotted(node.func)
             keywords = {k.arg: k.value for k in node.keywords}
             if called in CALLS or called.split(".")[-1] in {
                 "exec_module",

@@ -23,6 +23,8 @@ SMALL = {
     "train__batch_size": 8,
     "model__text__depth": 1,
 }
+# Widths of heads: their defaults, as published, are most of the time of a pass of such a network.
+HEAD = {"model__head__hidden": 20, "model__head__width": 6}
 
 
 def plan_of(forms: str | terms.Terms, **changes: object) -> plans.Plan:

@@ -146,6 +146,20 @@ def test_a_detection_run_logs_its_losses(head: str, unbroken: pathlib.Path) -> N
     assert any(path.startswith(PARTS[head]) for path in paths), list(paths)[:5]
 
 
+@of_heads("mask_rcnn")
+@pytest.mark.row("D8")
+def test_a_finished_run_is_reported(
+    head: str,
+    unbroken: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    before = logged(unbroken)
+    assert command.main(arguments(unbroken, head, data__threads=1)) == loop.DONE
+    assert "done" in capsys.readouterr().out and logged(unbroken) == before
+
+
 # Instances have the data of Mask R-CNN, and no randomness that DINO has not: by position.
 @of_heads("mask_rcnn")
 @pytest.mark.row("A2", "A10")

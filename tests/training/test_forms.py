@@ -9,12 +9,12 @@ from m3i_jax.objective import losses, mixing
 from m3i_jax.objective.terms import FULL
 from m3i_jax.training import plan as plans
 from m3i_jax.training import predictions
-from tests.training.forward import augmented_patches, encode, forward, plan_of
+from tests.training.forward import HEAD, augmented_patches, encode, forward, plan_of
 
 
 @pytest.mark.parametrize("temperature", [0.2, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_instance_is_infonce_of_two_pooled_projections(temperature: float) -> None:
-    got = forward(plan_of("instance", objective__temperature=temperature))
+    got = forward(plan_of("instance", objective__temperature=temperature, **HEAD))
     config, head = got.plan.config, got.plan.terms[0].head
     query = heads.apply_predictor(
         config.model, got.params["heads"]["global"], head, got.z[FULL][:, 1:].mean(1)

@@ -10,7 +10,7 @@ from m3i_jax.models import m3i
 from m3i_jax.modes import train
 from m3i_jax.training import unused_settings
 from tests import toy
-from tests.training.forward import forward, plan_of
+from tests.training.forward import HEAD, forward, plan_of
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,16 @@ def test_rows_that_train_together_have_spaces_and_figures_of_their_own(
 
 def test_two_joined_methods_lose_what_each_loses_alone() -> None:
     """With the same parameters, and neither's monitors over the other's."""
-    both = forward(plan_of("byol,moco_v3"))
+    both = forward(plan_of("byol,moco_v3", **HEAD))
     heads = both.params["heads"]
     for name, own, end in (
         ("byol", "global", ""),
         ("moco_v3", "global_moco_v3", "/global_moco_v3"),
     ):
         alone = forward(
-            plan_of(name), batch=both.batch, params=both.params | {"heads": {"global": heads[own]}}
+            plan_of(name, **HEAD),
+            batch=both.batch,
+            params=both.params | {"heads": {"global": heads[own]}},
         ).losses
         for key, figure in (("loss/global", f"loss/{own}"), ("info/global", f"info/{own}")):
             assert both.losses[figure] == pytest.approx(alone[key], rel=1e-4), figure

@@ -15,6 +15,7 @@ from m3i_jax.training import plan as plans
 from m3i_jax.training import predictions, pretrain_task, term_losses, trainer, views
 from tests import toy
 from tests.training.forward import (
+    HEAD,
     SMALL,
     augmented_patches,
     batch_of,
@@ -204,7 +205,7 @@ def _contrast_gradients(count: int):
         projector=MlpShape(layers=2, norm="none"), predictor=MlpShape(layers=2, norm="none")
     )
     rows = (pooled_term(FULL, 1, head=head), token_term(FULL, 1, posterior=terms.Boltzmann()))
-    plan = plan_of(rows, train__microbatches=count)
+    plan = plan_of(rows, train__microbatches=count, **HEAD)
     params = parameters(plan)
     trees = {
         "ema": jax.tree.map(

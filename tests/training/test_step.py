@@ -16,7 +16,7 @@ from m3i_jax.objective.posteriors import Boltzmann
 from m3i_jax.objective.terms import MIXED
 from m3i_jax.training import plan, pretrain_task, term_losses, trainer, views
 from tests import toy
-from tests.training.forward import forward, loss_arguments, plan_of
+from tests.training.forward import HEAD, forward, loss_arguments, plan_of
 
 LAMBDA = 0.7
 
@@ -142,7 +142,7 @@ def test_a_mixed_input_points_at_the_target_of_its_own_image(pairing: str) -> No
     term = terms.pooled_term(
         MIXED, 1, image="partner", posterior=Boltzmann(temperature=0.5), head=terms.ProjectionHead()
     )
-    got = forward(plan_of((term,), objective__pairing=pairing))
+    got = forward(plan_of((term,), objective__pairing=pairing, **HEAD))
     p = mixing.gather(got.z[MIXED][:, 1:], got.inputs[MIXED].other).mean(1)
     index = jnp.arange(8) ^ 1 if pairing == "flip" else jnp.arange(1, 8, 2)
     total, count = loss_functions.boltzmann(
@@ -262,33 +262,26 @@ def test_missing_annotations_do_not_enter() -> None:
 
 
 def test_hidden_positions_count_only_what_the_input_hides() -> None:
-    assert made("m3i")[0].config.objective.intra_positions == "all"
-    everything, hidden = (
-        gradients("m3i", **changes)[1] for changes in ({}, {"objective__intra_positions": "hidden"})
-    )
-    assert float(everything["loss/inter"]) == pytest.approx(float(hidden["loss/inter"]), rel=1e-6)
-    assert float(everything["loss/intra"]) != pytest.approx(float(hidden["loss/intra"]), rel=1e-4)
+    plan_of_all = plan_of("m3i")
+    assert plan_of_all.config.objective.intra_positions == "all"
+    everything = forward(plan_of_all)
+    plan_of_hidden = plan_of("m3i", objective__intra_positions="hidden")
+    hidden = forward(plan_of_hidden, everything.batch, everything.params).losses
+    assert everything.losses["loss/inter"] == pytest.approx(hidden["loss/inter"], rel=1e-6)
+    assert everything.losses["loss/intra"] != pytest.approx(hidden["loss/intra"], rel=1e-4)
 
 
 def test_sim_with_equal_views_is_masked_image_modelling() -> None:
     """SiameseIM whose target view is the input view, geometry and pixels, is dense MIM: one
     decoder, identity positions."""
-    sim, state = made("sim")
-    mim, _ = made("mim")
-    batch = toy.batch(sim.config)
+    plans = plan_of("sim"), plan_of("mim")
+    batch = toy.batch(plans[0].config)
+    other = forward(plans[0], batch).losses["loss/ssp"]
     batch = {**batch, **{k: np.repeat(batch[k][:, :1], 2, 1) for k in ("views", "box", "flip")}}
-    trees = teachers(sim, state)
-    losses = [
-        float(
-            jax.jit(
-                lambda b, p=m.task.plan: pretrain_task.objective_gradients(
-                    p, state.params, trees, b, jnp.float32(1)
-                )[1]["loss/ssp"]
-            )(batch)
-        )
-        for m in (sim, mim)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    sim = forward(plans[0], batch)
+    mim = forward(plans[1], batch, sim.params).losses["loss/ssp"]
+    assert sim.losses["loss/ssp"] == pytest.approx(mim, rel=1e-5)
+    assert other != pytest.approx(mim, rel=1e-4)
 
 
 def test_dynamic_weighting_uses_the_statistics_before_the_step() -> None:
@@ -336,14 +329,14 @@ def on_one_device() -> trainer.Trainer:
 
 @functools.cache
 def losses_of_one_device() -> list[float]:
-    return losses(on_one_device(), 20)[0]
+    return losses(on_one_device(), 8)[0]
 
 
 @pytest.mark.row("D6")
 def test_eight_devices_are_one_device() -> None:
     """With colour, stochastic depth, missing annotations and a dynamic weight: all that could
     depend on where a row lives."""
-    eight, _ = losses(on_mesh((-1, 1, 1), 8, **COLOUR), 20)
+    eight, _ = losses(on_mesh((-1, 1, 1), 8, **COLOUR), 8)
     np.testing.assert_allclose(eight, losses_of_one_device(), rtol=1e-6)
 
 
@@ -371,9 +364,9 @@ def test_eight_devices_are_one_device_with_convolutions(monkeypatch: pytest.Monk
 @pytest.mark.row("D6")
 def test_sharded_parameters_are_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel.sharding, "SMALL", 1)  # or nothing of a toy would be worth a split
-    sharded, state = losses(on_mesh((2, 2, 2), 8, **COLOUR), 10)
+    sharded, state = losses(on_mesh((2, 2, 2), 8, **COLOUR), 6)
     # split products add up in another order
-    np.testing.assert_allclose(sharded, losses_of_one_device()[:10], rtol=2e-5)
+    np.testing.assert_allclose(sharded, losses_of_one_device()[:6], rtol=2e-5)
     split = [
         x
         for x in jax.tree.leaves((state.params, state.opt))
