@@ -159,6 +159,8 @@ def script(block: Block) -> tuple[str, int]:
     """The bash script of a block, and the number of README commands in it."""
     out, count = [], 0
     tiny = [] if block.as_is else [f"--config.{item}" for item in TINY]
+    if tiny and block.file != "README.md":  # whose runs draw them
+        tiny.append("--config.train.panel_every=0")
     overrides = " ".join((*tiny, *block.append.split()))
     for line in re.sub(r"\\\n\s*", "", block.text).splitlines():
         parts = line.strip().split(" && ")

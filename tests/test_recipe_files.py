@@ -12,6 +12,7 @@ from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax.config import recipes
 from m3i_jax.errors import UserError
+from m3i_jax.modes import show as show_mode
 from tests.quick_show import leave_out_estimates
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -41,7 +42,11 @@ def test_a_recipe_that_ships_is_found_from_everywhere(
     assert configuration.load_config("configs/transfer/probe.py:path=a").data.path == "a"
 
 
-def test_a_local_file_wins(elsewhere: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_local_file_wins(
+    elsewhere: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (elsewhere / "configs").mkdir()
     local = elsewhere / "configs/quickstart.py"
     local.write_text(
@@ -53,6 +58,7 @@ def test_a_local_file_wins(elsewhere: pathlib.Path, capsys: pytest.CaptureFixtur
     first = out.splitlines()[0]
     assert first.startswith("configuration: configs/quickstart.py of this directory, not the file")
     assert "\nseed = 5\n" in out
+    monkeypatch.setattr(show_mode, "run", lambda *_, **__: 0)
     # another one is still the one that ships
     assert "which ships" in show(capsys, "--config", "configs/folder.py:path=a")[1].splitlines()[0]
     own = elsewhere / "own.py"

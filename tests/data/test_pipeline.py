@@ -109,16 +109,15 @@ def test_threads_change_nothing(make, mixed, bpe):
 def test_worker_processes_change_nothing(make, mixed, bpe):
     alone = pipeline.iterate_batches(make.settings(), mixed, bpe, start=4)
     expected = [next(alone) for _ in range(5)]
-    for workers in (1, 2):
-        batches = pipeline.iterate_batches(make.settings(workers=workers), mixed, bpe, start=4)
-        for batch in expected:
-            same(next(batches), batch)
-        assert (
-            batches.skipped == alone.skipped
-            and sum(batches.skipped.values()) > 0
-            and batches.noted == alone.noted
-        )
-        batches.close()
+    batches = pipeline.iterate_batches(make.settings(workers=2), mixed, bpe, start=4)
+    for batch in expected:
+        same(next(batches), batch)
+    assert (
+        batches.skipped == alone.skipped
+        and sum(batches.skipped.values()) > 0
+        and batches.noted == alone.noted
+    )
+    batches.close()
 
 
 def test_workers_outside_an_absl_app_and_their_errors(fill, tmp_path):

@@ -76,10 +76,13 @@ def test_features_of_a_run_equal_those_of_its_parts(run, images: np.ndarray) -> 
         normal.reshape(5, 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(5, 16, 192), jnp.float32
     )
     for weights_, encoder in (("online", params["encoder"]), ("ema", average["encoder"])):
-        tokens = np.asarray(m3i.encode(config, encoder, patches))
+        tokens = np.asarray(jax.jit(m3i.encode, static_argnums=0)(config, encoder, patches))
+        model = m3i_jax.load(workdir, weights=weights_)
+        assert model.pool == "attention"  # the objective trains the pooling
         got = {
-            pool: m3i_jax.load(workdir, weights=weights_, pool=pool).features(images, ready=True)
+            pool: dataclasses.replace(model, pool=pool).features(images, ready=True)
             for pool in load.POOLS
+            if pool != "auto"
         }
         np.testing.assert_allclose(got["tokens"], tokens, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(got["cls"], tokens[:, 0], rtol=1e-4, atol=1e-4)
@@ -91,9 +94,6 @@ def test_features_of_a_run_equal_those_of_its_parts(run, images: np.ndarray) -> 
             cls_BxD=tokens[:, 0],
         )
         np.testing.assert_allclose(got["attention"], pooled, rtol=1e-3, atol=1e-4)
-        np.testing.assert_array_equal(
-            got["auto"], got["attention"]
-        )  # the objective trains the pooling
         assert all(a.dtype == np.float32 and len(a) == 5 for a in got.values())
 
 
@@ -247,7 +247,7 @@ def test_a_published_intern_image(
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("recipe", ["probe", "finetune"])
+@pytest.mark.parametrize("recipe", ["probe", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_recipes_start_from_a_published_intern_image(recipe: str, tmp_path: pathlib.Path) -> None:
     path, _, table = intern_image_file(tmp_path)
     config = configuration.load_config(

@@ -2,6 +2,7 @@
 size, equal to those that the evaluations of the run are computed from."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -22,12 +23,13 @@ IMAGES = [np.asarray(ScenesSource(6, 40)[i].image) for i in range(2)]
 IMAGES.append(np.tile(IMAGES[0], (2, 1, 1)))  # higher than wide
 
 
+@functools.cache
 def loaded(task: str) -> LoadedDense:
     """A model with initial parameters, without a run."""
     changes = dense_toy.MASK2FORMER if task == "mask2former" else {}
     config = dense_toy.dense_settings("segment" if changes else task, **changes)
     made = make_task(config)
-    params = made.init(jax.random.key(0)) | {"running": made.init_statistics()}
+    params = jax.jit(made.init)(jax.random.key(0)) | {"running": made.init_statistics()}
     names = tuple(f"class {k}" for k in range(config.data.classes))
     return LoadedDense(config, params, names, "a toy")
 

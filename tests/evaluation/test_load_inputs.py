@@ -143,7 +143,7 @@ def push(directory: pathlib.Path, cache: pathlib.Path, name: str, revision: str)
     (place / "refs" / revision).write_text(commit)
 
 
-@pytest.mark.parametrize("format", ["hf", "timm"])
+@pytest.mark.parametrize("format", [pytest.param("hf", marks=pytest.mark.slow), "timm"])
 def test_an_export_comes_back_from_the_hub(
     format: str, workdir: pathlib.Path, model: load.LoadedEncoder, cache: pathlib.Path
 ) -> None:

@@ -49,7 +49,7 @@ class Mixed:
 
 @pytest.mark.fast
 @pytest.mark.row("C1")
-@pytest.mark.parametrize("every", [100, 5])
+@pytest.mark.parametrize("every", [pytest.param(100, marks=pytest.mark.slow), 5])
 def test_bad_images_are_replaced_and_counted(every: int, trials) -> None:
     """1 % and 20 %, all 22 kinds: counts, order and pixels follow the rule, also the second
     time."""

@@ -337,11 +337,11 @@ def test_metadata_is_limited_before_it_is_parsed(trials, tmp_path: pathlib.Path)
         tmp_path / "inflates.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1
     ) as packed:
         header = (
-            b"{'descr': '|u1', 'fortran_order': False, 'shape': (600000000,), }".ljust(117) + b"\n"
+            b"{'descr': '|u1', 'fortran_order': False, 'shape': (330000000,), }".ljust(117) + b"\n"
         )
         with packed.open("x.npy", "w") as member:
             member.write(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
-            for _ in range(600):
+            for _ in range(330):
                 member.write(bytes(1_000_000))
     with zipfile.ZipFile(tmp_path / "claims.npz", "w") as packed:
         header = (

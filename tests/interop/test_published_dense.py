@@ -108,19 +108,20 @@ def test_maps_of_a_file_are_those_of_its_system(files: dict, system: str) -> Non
     assert loaded.config.data.image_size == 512 and loaded.config.dense.segment.test_whole == 32
     average = loaded.config.dense.segment.test_average
     assert average == ("softmax" if system == "mask2former" else "auto")
-    (found,) = loaded.segment(images[0][:32])
-    assert found.shape == (32, 64) and found.max() < case.MAP_CLASSES
+    if system == "mask2former":  # of UperNet: evaluation/test_load_dense.py
+        (found,) = loaded.segment(images[0][:32])
+        assert found.shape == (32, 64) and found.max() < case.MAP_CLASSES
 
 
 @pytest.mark.parametrize(
     ("system", "classes", "original", "resized", "window"),
     [
-        ("upernet", 19, (1024, 2048), (1024, 2048), 0),  # Cityscapes
+        pytest.param("upernet", 19, (1024, 2048), (1024, 2048), 0, marks=pytest.mark.slow),
         ("upernet", 150, (480, 640), (512, 704), 0),  # ADE20K: 683 is rounded up
-        ("mask2former", 19, (1024, 2048), (1024, 2048), 1024),
+        ("mask2former", 19, (1024, 2048), (1024, 2048), 1024),  # Cityscapes
         ("mask2former", 40, (480, 640), (480, 640), 0),  # NYU Depth V2
         ("mask2former", 59, (375, 500), (544, 704), 0),  # Pascal Context: 520 x 693
-        ("mask2former", 150, (480, 640), (512, 704), 0),
+        pytest.param("mask2former", 150, (480, 640), (512, 704), 0, marks=pytest.mark.slow),
         ("mask2former", 171, (480, 640), (512, 704), 0),
     ],
 )

@@ -54,9 +54,9 @@ SOME = slice(4, None)
     ("heads", "width", "where", "rows"),
     (
         pytest.param(4, 128, None, None, id="32"),
-        pytest.param(4, 128, None, SOME, id="32-rows"),
-        pytest.param(4, 128, WHERE, None, id="32-masked"),
-        pytest.param(8, 384, None, None, id="48"),
+        pytest.param(4, 128, None, SOME, id="32-rows", marks=pytest.mark.slow),
+        pytest.param(4, 128, WHERE, None, id="32-masked", marks=pytest.mark.slow),
+        pytest.param(8, 384, None, None, id="48", marks=pytest.mark.slow),
         pytest.param(8, 384, WHERE, SOME, id="48-masked-rows"),
     ),
 )

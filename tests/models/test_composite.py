@@ -172,6 +172,7 @@ def test_gamma_starts_at_zero_and_the_copies_differ_without_pretrained_weights()
     assert link.shape == (32, 8) and 0.9 / 32**0.5 < np.abs(link).max() <= 1 / 32**0.5
 
 
+@pytest.mark.slow
 def test_parameters_of_internimage_h_composed():
     preset = PRESETS["internimage_h"]
     model = schema.Model(

@@ -49,7 +49,9 @@ def compare(arrays, size, atol):
     (
         ((9, 13), 2, 8, 3, 117, 1.0, 2),  # tiles that are not full, of cells and of outputs
         ((3, 100), 1, 24, 2, 300, 4.0, 1),  # tiles within a row; channels that are no power of two
-        ((12, 12), 1, 16, 2, 70, 30.0, 1),  # most samples outside the map, and fewer outputs
+        pytest.param(  # most samples outside the map, and fewer outputs
+            *((12, 12), 1, 16, 2, 70, 30.0, 1), marks=pytest.mark.slow
+        ),
     ),
     ids=str,
 )

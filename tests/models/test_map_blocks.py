@@ -56,7 +56,10 @@ def in_a_loop() -> Any:
     return value_and_gradients()
 
 
-@pytest.mark.parametrize("scan,remat", [(True, "none"), (False, "names"), (True, "full")])
+@pytest.mark.parametrize(
+    "scan,remat",
+    [(True, "none"), pytest.param(False, "names", marks=pytest.mark.slow), (True, "full")],
+)
 def test_scan_and_remat_change_no_number_and_no_gradient(scan: bool, remat: str) -> None:
     close(value_and_gradients(scan=scan, remat=remat), in_a_loop(), 1e-4)
 
@@ -66,7 +69,7 @@ def test_pieces_change_no_number_and_no_gradient(monkeypatch: pytest.MonkeyPatch
     close(value_and_gradients(scan=True, remat="half"), in_a_loop(), 1e-4)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1)])
+@pytest.mark.parametrize("shape", [pytest.param((2, 1, 1), marks=pytest.mark.slow), (1, 2, 1)])
 def test_devices_change_no_number_and_no_gradient(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,10 +67,26 @@ def close(got: Any, wanted: Any, tolerance: float) -> None:
 
 
 SETTINGS = [("none", False), ("full", True)]
+# Each kind with either case, and with either setting.
+BRIEF = (
+    ("vitdet_backbone", 0, "none"),
+    ("vitdet_backbone", 1, "full"),
+    ("beit", 0, "full"),
+    ("beit", 1, "none"),
+)
 
 
-@pytest.mark.parametrize("remat,scan", SETTINGS)
-@pytest.mark.parametrize("kind,case", [(kind, case) for kind in KINDS for case in (0, 1)])
+@pytest.mark.parametrize(
+    ("kind", "case", "remat", "scan"),
+    [
+        pytest.param(
+            kind, case, *chosen, marks=() if (kind, case, chosen[0]) in BRIEF else pytest.mark.slow
+        )
+        for kind in KINDS
+        for case in (0, 1)
+        for chosen in SETTINGS
+    ],
+)
 def test_maps_and_gradients_are_those_of_the_reference(
     kind: str, case: int, remat: str, scan: bool
 ) -> None:

@@ -178,7 +178,12 @@ def expected(masked: bool):
 
 @pytest.mark.parametrize(
     "masked,scan,remat",
-    [(True, True, "none"), (True, True, "names"), (False, False, "full"), (False, True, "half")],
+    [
+        (True, True, "none"),
+        (True, True, "names"),
+        pytest.param(False, False, "full", marks=pytest.mark.slow),
+        (False, True, "half"),
+    ],
 )
 def test_scan_and_remat_change_no_number(masked, scan, remat, monkeypatch) -> None:
     monkeypatch.setattr(scan_blocks, "ROWS", 4)  # two pieces
@@ -268,21 +273,18 @@ def test_the_kernel_for_tpus_reads_turned_queries_and_keys(monkeypatch) -> None:
         return (y * jnp.cos(jnp.arange(128.0))).sum()
 
     mesh = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
-    for rows in (None, slice(3, None)):
-        found = []
-        for kernel in (False, True):
-            with monkeypatch.context() as patch, jax.set_mesh(mesh):
-                only = ("tpu",) if kernel else ()
-                patch.setattr(
-                    parallel,
-                    "kernels",
-                    lambda rows, platforms=("tpu",), only=only: platforms == only,
-                )
-                run = lambda tree, x, rows=rows: jax.value_and_grad(loss, (0, 1))(tree, x, rows)
-                traced = jax.jit(run).trace(tree, x)  # a new function: traces are cached
-                assert ("pallas_call" in str(traced.jaxpr)) == kernel
-                found.append(traced.lower().compile()(tree, x))
-        close(found[1], found[0], 5)
+    rows, found = slice(3, None), []
+    for kernel in (False, True):
+        with monkeypatch.context() as patch, jax.set_mesh(mesh):
+            only = ("tpu",) if kernel else ()
+            patch.setattr(
+                parallel, "kernels", lambda rows, platforms=("tpu",), only=only: platforms == only
+            )
+            run = lambda tree, x: jax.value_and_grad(loss, (0, 1))(tree, x, rows)
+            traced = jax.jit(run).trace(tree, x)  # a new function: traces are cached
+            assert ("pallas_call" in str(traced.jaxpr)) == kernel
+            found.append(traced.lower().compile()(tree, x))
+    close(found[1], found[0], 5)
 
 
 def test_flops_are_those_of_the_shapes() -> None:

@@ -281,7 +281,6 @@ def test_results_of_other_data_or_weights_go_to_another_directory(
     known = set(run.glob("eval-*"))
     changes = {
         "size": "--config.data.size=50",
-        "share": "--config.data.holdout=0.4",
         "weights": f"--checkpoint={run}/checkpoints/1",
     }
     for name, change in changes.items():

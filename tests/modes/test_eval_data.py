@@ -59,7 +59,7 @@ def test_weights_that_were_written_anew_are_evaluated_anew(tmp_path: pathlib.Pat
 def test_untrained_are_the_initial_weights_and_not_those_of_the_checkpoint(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_run(tmp_path / "run", ("supervised", "weakly_supervised"), moved=0.25)
+    write_run(tmp_path / "run", ("supervised",), moved=0.25, objective__forms="supervised")
     seen, context = [], evaluate._context
 
     def spy(setup, image_sets, state):

@@ -158,6 +158,7 @@ def intern(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     presets.apply_preset(config, "internimage_pico")
     config.data.update({"image_size": 32, "classes": 5, "captions": "no", "size": 80})
     config.objective.forms = ("sim",)
+    config.model.decoder.update({"width": 32, "depth": 1, "heads": 2})
     saved.run(workdir, configuration.resolve(config))
     return workdir
 

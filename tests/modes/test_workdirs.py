@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -139,19 +140,29 @@ def test_a_new_run(
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    run = tmp_path_factory.mktemp("run")
+    saved.run(run, toy.settings())
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    return run
+
+
 @pytest.mark.row("A11")
 @pytest.mark.usefixtures("nothing_begins")
 @pytest.mark.parametrize("mode", OF_RUN)
 def test_a_run_that_is_there(
-    mode: str, tmp_path: pathlib.Path, read_only: Callable, capsys: pytest.CaptureFixture[str]
+    mode: str,
+    there: pathlib.Path,
+    tmp_path: pathlib.Path,
+    read_only: Callable,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for place in ("/proc/none/x", "/proc/self", LONG, DEEP):
         line = refused(capsys, mode, place, *OF_RUN[mode])
         assert "has no config.txt" in line or "File name too long" in line
     run = tmp_path / "run"
-    run.mkdir()
-    saved.run(run, toy.settings())
-    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    shutil.copytree(there, run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     read_only(tmp_path)
     more = ("--out", str(run / "features.npz")) if mode == "features" else OF_RUN[mode]

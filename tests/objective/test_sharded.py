@@ -1,37 +1,14 @@
-"""Equal numbers from one device and from eight, and no communication where none is needed.
+"""Equal numbers from one device and from eight, and no communication where none is needed."""
 
-Eight devices need a flag before JAX starts, so the checks run in a process of their own: `python
-tests/objective/test_sharded.py`."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import os
-import subprocess
-import sys
-
-from tests import xla_flags
+from m3i_jax.objective import balance, collapse, ema, losses, masks, mixing, positions
 
 
 def test_eight_devices_agree_with_one():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{xla_flags.FASTEST} --xla_force_host_platform_device_count=8",
-    }
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, env=environment
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.splitlines()[-1] == "14 functions agree"
-
-
-def main():
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-    from m3i_jax.objective import balance, collapse, ema, losses, masks, mixing, positions
-
     assert jax.device_count() == 8
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -98,8 +75,4 @@ def main():
     state = jax.jit(lambda p: tx.update(p, tx.init(p), p)[1])(params)
     assert state.params.sharding.is_equivalent_to(rows, 2)
     np.testing.assert_allclose(state.params, 1.5 * np.asarray(params), rtol=1e-6)
-    print(len(free | summed), "functions agree")
-
-
-if __name__ == "__main__":
-    main()
+    assert len(free | summed) == 14

@@ -162,7 +162,7 @@ def test_a_tpu_scatters_the_gradients_of_blocks_in_pieces(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [
-        ((2, 4, 1), {"scan": True, "remat": "full"}),
+        pytest.param((2, 4, 1), {"scan": True, "remat": "full"}, marks=pytest.mark.slow),
         ((2, 2, 2), {"scan": True, "remat": "names", "keep_gathered": True}),
         ((1, 8, 1), {}),
         ((1, 8, 1), {"scan": True, "remat": "half"}),

@@ -169,8 +169,8 @@ def test_a_check_that_ends_the_process_is_not_repeated_for_ever(checks, tmp_path
     assert out.tolist() == [[2.0] * 4] * 3
 
 
-def test_the_kernels_of_the_package_are_found_and_right(monkeypatch):
-    """Attention with a mask, and DCNv3, in bfloat16; attention once more with a wrong sign."""
+def calls_of_the_package():
+    """Attention with a mask, and DCNv3, in bfloat16."""
     one = layers.block(128, 4, 1.0, "bfloat16")
     shapes = initializers.shapes_of(one, jnp.zeros((1, 1, 128)))
     row = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype)
@@ -184,13 +184,22 @@ def test_the_kernels_of_the_package_are_found_and_right(monkeypatch):
             lambda *arrays: dcnv3(*arrays, groups=2),
             *(row(4, 4, 4, 8), row(4, 4, 4, 36), row(4, 4, 4, 18)),
         )
-    attention, sampled = kernel_calls.take_pending()
+    return kernel_calls.take_pending()
+
+
+def test_the_kernels_of_the_package_are_found_and_right(monkeypatch):
+    attention, sampled = calls_of_the_package()
     assert (attention.name, attention.shapes) == ("attention", "2x9x384 bfloat16, 2x9 bool")
     assert sampled.shapes == "2x16x8 bfloat16, 2x16x2x9x2 bfloat16, 2x16x2x9 bfloat16"
     monkeypatch.setattr(sampled_sums, "_PART", 6)
     for call in (attention, sampled):
         result = kernel_checks.check_call(call)
         assert not result.reason and 1e-4 < result.error < 0.02, call.name
+
+
+@pytest.mark.slow  # toy kernels that are wrong are above
+def test_attention_with_a_wrong_sign_is_seen(monkeypatch):
+    attention, _ = calls_of_the_package()
     forward = attention_tpu.forward
     monkeypatch.setattr(attention_tpu, "forward", lambda *a, **k: -forward(*a, **k))
     assert "outputs are wrong" in kernel_checks.check_call(attention).reason

@@ -342,10 +342,10 @@ def test_a_browser_shows_it_and_complains_of_nothing(
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
-    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)[:, :width]
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(np.int16)[:, :width]
     assert (np.ptp(pixels[:, -6:].reshape(-1, 3), axis=0) == 0).all()  # the margin is bare
     for colour in ((0x46, 0x76, 0xB2), (0xE4, 0x87, 0x3E)):  # a curve of each run
-        assert (np.abs(pixels - colour).sum(-1) < 12).sum() > 50
+        assert (np.abs(pixels - np.array(colour, np.int16)).sum(-1) < 12).sum() > 50
     tiles, large = ((pixels == gray).all(-1).sum() for gray in (90, 50))
     assert tiles > 14 * 60**2 and large > (0.8 * min(width, 700)) ** 2
 

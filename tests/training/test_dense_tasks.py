@@ -213,9 +213,7 @@ def test_microbatches_on_several_devices_are_the_whole_batch_on_one(
 
 
 BRIEF = [
-    pytest.param(
-        task, changes, id=name, marks=pytest.mark.slow if name in (*LONG, "linear") else ()
-    )
+    pytest.param(task, changes, id=name, marks=() if name == "upernet" else pytest.mark.slow)
     for (task, changes), name in zip(HEADS, IDS, strict=True)
 ]
 

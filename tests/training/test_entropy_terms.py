@@ -48,7 +48,7 @@ def test_vicreg_is_its_formula():
     assert got.losses["entropy/variance_covariance"] < 0 and "info/global" in got.losses
 
 
-@pytest.mark.parametrize("small", [0, 2])
+@pytest.mark.parametrize("small", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_lejepa_is_its_formula(small):
     """All views around the mean of the large ones; the statistic of each."""
     views = {"data__small_views": (f"{small} x 16 at 0.2-0.5",)} if small else {}

@@ -51,7 +51,7 @@ def test_the_input_view_alone_is_erased() -> None:
         np.testing.assert_allclose(got[view], wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_loss_is_that_of_blended_images_and_targets(microbatches: int) -> None:
     """Pixels blended in numpy before they are cut into patches; soft targets as timm makes them,
     cross-entropy over them."""

@@ -72,11 +72,27 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[pat
     return one
 
 
-@pytest.mark.parametrize("task", ["detect", "segment", "mask2former"])
+OTHERS = {
+    "same": NAMES,
+    "order": ("disc", "ring", "square"),
+    "number": ("cat", "dog", "cow", "hen"),
+}
+REPEATED = (("order", "segment"), ("number", "detect"), ("number", "mask2former"))
+
+
 @pytest.mark.parametrize(
-    ("names", "restarts"),
-    [(NAMES, False), (("disc", "ring", "square"), True), (("cat", "dog", "cow", "hen"), True)],
-    ids=["same", "other order", "other number"],
+    ("names", "restarts", "task"),
+    [
+        pytest.param(
+            names,
+            names != NAMES,
+            task,
+            id=f"{other}-{task}",
+            marks=pytest.mark.slow if (other, task) in REPEATED else (),
+        )
+        for other, names in OTHERS.items()
+        for task in ("detect", "segment", "mask2former")
+    ],
 )
 def test_heads_restart_for_other_categories(
     task: str, names: tuple[str, ...], restarts: bool, saved: Callable

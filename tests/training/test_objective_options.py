@@ -166,6 +166,11 @@ def test_shared_target_is_the_online_encoder() -> None:
     )
 
 
+@functools.cache
+def supervised():
+    return forward(plan_of("supervised"))
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -175,7 +180,7 @@ def test_shared_target_is_the_online_encoder() -> None:
     ],
 )
 def test_other_poolings_predict_annotations(option: str, value: str) -> None:
-    plain, other = forward(plan_of("supervised")), forward(plan_of("supervised", **{option: value}))
+    plain, other = supervised(), forward(plan_of("supervised", **{option: value}))
     assert other.losses["loss/category"] != plain.losses["loss/category"]
     config, (read,) = other.plan.config, other.plan.passes
 

@@ -87,7 +87,9 @@ def test_dino_is_the_cross_entropy_of_both_large_views(constraint: str) -> None:
     assert got.losses["info/global"] == pytest.approx(bits, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("constraint", ["centering", "sinkhorn"])
+@pytest.mark.parametrize(
+    "constraint", ["centering", pytest.param("sinkhorn", marks=pytest.mark.slow)]
+)
 def test_ibot_adds_the_hidden_tokens_of_the_masked_view(constraint: str) -> None:
     plan = plan_of("ibot", objective__prototype_targets=constraint, data__mask_ratio=0.25, **HEAD)
     of_images, of_tokens = np.linspace(-0.2, 0.3, 12), np.linspace(0.1, -0.1, 12)

@@ -126,7 +126,9 @@ def made(paths, form: str):
     return one, one.init()
 
 
-@pytest.mark.parametrize("form", ["feature_distillation", "mim"])
+@pytest.mark.parametrize(
+    "form", [pytest.param("feature_distillation", marks=pytest.mark.slow), "mim"]
+)
 def test_the_loss_is_smooth_l1_to_normalised_features(paths, form: str) -> None:
     """At every cell, or at those that a masked input shows."""
     one, state = made(paths, form)

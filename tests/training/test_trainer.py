@@ -146,9 +146,14 @@ def made() -> trainer.Trainer:
     return trainer.Trainer(toy.settings(), parallel.make_mesh((2, 2, 2)), toy.VOCABULARY)
 
 
+@functools.cache
+def initial() -> Any:
+    return made().init()
+
+
 def test_the_template_is_the_initial_state() -> None:
     one = made()
-    state = one.init()
+    state = initial()
     assert (
         jax.tree.structure(one.template)
         == jax.tree.structure(state)
@@ -229,7 +234,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The working directory of a run that saved its first state."""
     directory = tmp_path_factory.mktemp("teacher")
     saver = checkpoint.Checkpoints(directory / "checkpoints", 1)
-    saver.save(3, made().init(), {"samples_seen": 0})
+    saver.save(3, initial(), {"samples_seen": 0})
     saver.wait()
     saver.close()
     (directory / "config.txt").write_text(configuration.config_to_text(toy.settings()))
@@ -242,7 +247,7 @@ def test_a_frozen_target_starts_from_another_run(teacher: pathlib.Path) -> None:
     )
     one = trainer.Trainer(settings, made().mesh, toy.VOCABULARY)
     state = one.init()
-    wanted = made().init().params["encoder"]
+    wanted = initial().params["encoder"]
     jax.tree.map(np.testing.assert_array_equal, state.opt["frozen"].params["encoder"], wanted)
     assert jax.tree.structure(state) == jax.tree.structure(one.template)
     # the student has another seed
@@ -276,7 +281,7 @@ def test_a_frozen_target_needs_no_mask_token_of_the_other_run(teacher: pathlib.P
     assert "mask_token" in state.params["encoder"]
     found = dict(state.opt["frozen"].params["encoder"])
     assert not np.any(found.pop("mask_token"))
-    wanted = made().init().params["encoder"]
+    wanted = initial().params["encoder"]
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 

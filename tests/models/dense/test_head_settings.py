@@ -35,7 +35,10 @@ def key(number: int) -> jax.Array:
 
 def reads_of_detection(name: str, loss: str) -> set[str]:
     head, masks = task_heads.DETECTION_HEADS[name], name != "dino"
-    few = {"dino": schema.Dino(queries=20), "mask2former": schema.Mask2Former(queries=20)}
+    few = {
+        "dino": schema.Dino(queries=20, encoder_depth=1, depth=2),
+        "mask2former": schema.Mask2Former(queries=20, encoder_depth=1, depth=2),
+    }
     given = schema.Detect(
         head=name, masks=masks, strides=(8, 16, 32, 64), anchor_sizes=(32, 64, 128, 256), **few
     )
@@ -68,7 +71,8 @@ def with_settings(config: schema.Config, **settings: Any) -> schema.Config:
 
 def reads_of_segmentation(name: str) -> set[str]:
     head = task_heads.SEGMENTATION_HEADS[name]
-    given = schema.Segment(head=name, strides=(4, 8, 16, 32), width=64)
+    few = schema.Mask2Former(encoder_depth=1, depth=2)
+    given = schema.Segment(head=name, strides=(4, 8, 16, 32), width=64, mask2former=few)
     settings, read = recorded(given)
 
     def run() -> Any:

@@ -37,6 +37,14 @@ def agrees(name, function, x):
     np.testing.assert_allclose(dx, wanted[f"{name}/dx"], atol=1e-4)
 
 
+def trace_anew():
+    for function in (
+        *(map_sampling.roi_align, map_sampling.multilevel_roi_align),
+        jax.jit(batch_by_vmap),
+    ):
+        function.clear_cache()
+
+
 @pytest.fixture(params=["windows", "products", "parts"])
 def form(request, monkeypatch):
     """How RoIAlign is computed: on one CPU, where the partitioner splits it, or some boxes at a
@@ -46,9 +54,9 @@ def form(request, monkeypatch):
             yield request.param
     elif request.param == "parts":  # the number is not
         monkeypatch.setattr(map_sampling, "_AT_ONCE", 7000)
-        jax.clear_caches()
+        trace_anew()
         yield request.param
-        jax.clear_caches()
+        trace_anew()
     else:
         yield request.param
 
@@ -137,6 +145,9 @@ def test_the_products_of_reading_are_no_work_of_the_model(form):
     assert count_flops(batch_by_vmap, *batch()).total == 0
 
 
+@pytest.mark.parametrize(
+    "form", ["windows", pytest.param("products", marks=pytest.mark.slow), "parts"], indirect=True
+)
 def test_a_program_for_any_number_of_images(form):
     maps, boxes, grad = batch()
     (b,) = jax.export.symbolic_shape("b")
