@@ -4,6 +4,7 @@ the state."""
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import chex
 import jax
