@@ -381,15 +381,15 @@ def killed(run: pathlib.Path, after: int, number: int) -> int:
 @pytest.mark.parametrize(
     "signals",
     [
-        [(6, signal.SIGKILL)],
-        # test_dense_resume.py preempts a run in every test of the suite
+        [(9, signal.SIGKILL)],  # the save of step 8 has waited for that of step 4
+        # training/test_dense_resume.py preempts a dense run
         pytest.param([(2, signal.SIGTERM), (6, signal.SIGKILL)], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_preempted_and_killed_equals_an_uninterrupted_one(
     signals: list[tuple[int, signal.Signals]], unbroken: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """By SIGTERM, which saves and exits with 42, and then by SIGKILL, steps after its last save."""
+    """By SIGTERM, which saves and exits with 42, and by SIGKILL, after its last save."""
     for after, number in signals:
         code = 42 if number == signal.SIGTERM else -number
         assert killed(tmp_path, after, number) == code
