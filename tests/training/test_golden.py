@@ -219,7 +219,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "quickstart",
         pytest.param("folder", marks=pytest.mark.slow),
         "tars",
-        pytest.param("forms", marks=pytest.mark.slow),
+        "forms",
         pytest.param("intern_image", marks=pytest.mark.slow),
         pytest.param("captioners", marks=pytest.mark.slow),
     ],

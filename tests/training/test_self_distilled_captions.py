@@ -36,9 +36,7 @@ def pairs(got):
     return (np.asarray(x, np.float64)[keep] for x in (of_images, captions))
 
 
-@pytest.mark.parametrize(
-    ("row", "weight"), [("siglip2", 0.25), pytest.param("tips", 2.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("row", "weight"), [("siglip2", 0.25), ("tips", 2.0)])
 def test_the_loss_is_that_of_captions_and_of_assignments(row, weight):
     plan = plan_of(row, data__small_views="2 x 16 at 0.2-0.5", data__mask_ratio=0.25, **HEAD)
     centers = {
