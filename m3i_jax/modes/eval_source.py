@@ -1,18 +1,16 @@
 """Settings with which the run of a checkpoint was trained, where --mode=eval reads it with those of
 another run or of a file: what no shape of an array shows."""
 
-import dataclasses
 import operator
 import pathlib
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.errors import UserError
-from m3i_jax.models import backbones
-from m3i_jax.training import weight_source
+from m3i_jax.training import silent_settings, weight_source
 
 # {parts of which one has parameters: settings of `model` that change what they compute}
 _HEADS = {
@@ -20,7 +18,8 @@ _HEADS = {
     ("text",): ("text.heads", "text.pool"),
     ("captioner",): ("captioner.heads",),
 }
-_MAPS = ("window", "global_blocks", "relative", "blocks", "image_size")
+_MAPS = ("window", "global_blocks", "relative", "blocks")
+_SIZES = {"data.image_size", "dense.maps.image_size"}  # the grid of fixed positions follows
 # other settings that change figures
 _FIGURES = (
     "model.dtype",
@@ -58,55 +57,47 @@ def check_settings(
     except UserError as error:  # of another version
         log(f"warning: the settings of the checkpoint are not compared: {error}")
         return
-    network = _changed(_network_keys(config, theirs), config, theirs)
+    network = silent_settings.setting_differences(theirs, config)
+    if not config.traits.views:
+        network |= _changed([f"dense.maps.{name}" for name in _MAPS], config, theirs)
     network |= _changed(_head_keys(config, theirs, run, flag), config, theirs)
-    refused = {key: words for key, words in network.items() if key not in given}
+    refused = {key: pair for key, pair in network.items() if not _is_given(key, given)}
     others = _changed([key for key in _FIGURES if key not in given], config, theirs)
     if refused:
-        missing = {**refused, **others}
+        missing = {key: old for key, (old, _) in {**refused, **others}.items()}
         raise UserError(
-            f"{flag}: the network of {str(run)!r} was trained with {', '.join(refused.values())}"
-            " and would compute something else; to evaluate it as it was trained, add"
-            f" {' '.join(_assignment(key, theirs) for key in missing)}"
+            f"{flag}: the network of {str(run)!r} was trained with {_words(refused)} and would"
+            " compute something else; to evaluate it as it was trained, add"
+            f" {' '.join(_assignment(key, old) for key, old in missing.items())}"
         )
     if differences := {**network, **others}:
-        log(f"{run} was trained with {', '.join(differences.values())}")
+        log(f"{run} was trained with {_words(differences)}")
 
 
-def _changed(keys: Collection[str], config: schema.Config, theirs: schema.Config) -> dict[str, str]:
-    """{key: how its values differ}, of those that do."""
-    values = {key: [operator.attrgetter(key)(one) for one in (theirs, config)] for key in keys}
-    return {key: f"{key}={old} ({new} here)" for key, (old, new) in values.items() if old != new}
+def _changed(
+    keys: Collection[str], config: schema.Config, theirs: schema.Config
+) -> dict[str, tuple[Any, Any]]:
+    """{key: (its value in the run, that of the command)}, of those that differ."""
+    pairs = {key: (_value(theirs, key), _value(config, key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _assignment(key: str, config: schema.Config) -> str:
-    value: Any = operator.attrgetter(key)(config)
+def _value(config: schema.Config, key: str) -> Any:
+    return operator.attrgetter(key)(config)
+
+
+def _words(pairs: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key}={old} ({new} here)" for key, (old, new) in pairs.items())
+
+
+def _assignment(key: str, value: Any) -> str:
     text = str(value).replace(" ", "") if isinstance(value, tuple) else str(value)
     return shlex.quote(f"--config.{key}={text}")
 
 
-def _network_keys(config: schema.Config, theirs: schema.Config) -> list[str]:
-    """Settings of the encoder that change its output and no shape."""
-    backbone = backbones.get_backbone(config.model)
-    keys = ["model.backbone", *(f"model.encoder.{name}" for name in backbone.silent_settings)]
-    for section in backbone.sections:
-        fields = dataclasses.fields(getattr(config.model, section))
-        names = [each.name for each in fields if each.name not in backbone.init_settings]
-        keys += [f"model.{section}.{name}" for name in names]
-    if not config.traits.views:
-        keys += [f"dense.maps.{name}" for name in _MAPS]
-    if backbone.resizes_positions:
-        keys.append("model.encoder.positions")
-        if config.traits.views and _fixed_grid(config) != _fixed_grid(theirs):
-            keys += ["model.encoder.position_grid", "data.image_size"]
-    return keys
-
-
-def _fixed_grid(config: schema.Config) -> int:
-    """Cells a side for which fixed positions are computed; 0: they are not fixed."""
-    encoder = config.model.encoder
-    fixed = encoder.positions.startswith("sincos")
-    return (encoder.position_grid or config.data.image_size // encoder.patch_size) if fixed else 0
+def _is_given(key: str, given: Collection[str]) -> bool:
+    """Whether the command sets a setting, or one from which its value in effect follows."""
+    return key in given or (key == silent_settings.GRID and not _SIZES.isdisjoint(given))
 
 
 def _head_keys(

@@ -22,7 +22,7 @@ import optax
 from m3i_jax import schema
 from m3i_jax.augment import dense_photometric
 from m3i_jax.errors import UserError
-from m3i_jax.models import composite
+from m3i_jax.models import composite, vit
 from m3i_jax.models.dense import pyramid
 from m3i_jax.objective import stream_keys
 from m3i_jax.training import optimizer, views
@@ -306,8 +306,7 @@ class DenseTask(Task):
 
     def _position_grid(self) -> int:
         """Cells a side of the position table, those of the pre-training images."""
-        side = self.config.dense.maps.image_size or self.config.data.image_size
-        return side // self.config.model.encoder.patch_size
+        return vit.position_size(self.config) // self.config.model.encoder.patch_size
 
     def _stages(
         self, encoder: Any, images: jax.Array, keep: jax.Array | None = None

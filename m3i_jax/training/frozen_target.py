@@ -9,10 +9,9 @@ import numpy as np
 from m3i_jax import config as configuration
 from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
-from m3i_jax.models import backbones, vit
 from m3i_jax.parallel import distributed
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import weight_source
+from m3i_jax.training import silent_settings, weight_source
 
 
 def load_encoder(workdir: str, config: schema.Config, template: Any, shardings: Any) -> Any:
@@ -71,21 +70,9 @@ def load_encoder(workdir: str, config: schema.Config, template: Any, shardings: 
 def _other_settings(theirs: schema.Config, config: schema.Config) -> list[str]:
     """Settings of a run that no shape of its encoder shows, that change what it computes of an
     image, and that differ from these."""
-    pairs = zip(_read_settings(theirs), _read_settings(config), strict=True)
-    return [
-        f"{name}={value} ({own} in this run)" for (name, value), (_, own) in pairs if value != own
-    ]
-
-
-def _read_settings(config: schema.Config) -> list[tuple[str, Any]]:
-    """(setting, value) of what an encoder computes of an image beside its arrays; a grid of
-    positions is that in effect."""
-    backbone, encoder = backbones.get_backbone(config.model), config.model.encoder
-    names = (*backbone.silent_settings, *(["positions"] if backbone.resizes_positions else []))
-    fixed = backbone.resizes_positions and encoder.positions in vit.FIXED
-    grid = vit.position_size(config) // encoder.patch_size if fixed else 0
-    return [
-        *((f"model.encoder.{name}", getattr(encoder, name)) for name in names),
-        ("model.encoder.position_grid", grid),
-        *((f"data.augment.{name}", getattr(config.data.augment, name)) for name in ("mean", "std")),
-    ]
+    pairs = silent_settings.setting_differences(theirs, config)
+    for name in ("mean", "std"):
+        values = (getattr(theirs.data.augment, name), getattr(config.data.augment, name))
+        if values[0] != values[1]:
+            pairs[f"data.augment.{name}"] = values
+    return [f"{name}={value} ({own} in this run)" for name, (value, own) in pairs.items()]

@@ -21,9 +21,10 @@ import numpy as np
 from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.interop import vit_weights
-from m3i_jax.models import backbones, composite, relative_bias
+from m3i_jax.models import backbones, composite, relative_bias, vit
 from m3i_jax.objective import positions
 from m3i_jax.parallel.sharding import path_text
+from m3i_jax.training import silent_settings
 from m3i_jax.training.init_positions import TABLE, PositionTable, initial_positions
 from m3i_jax.training.task import State
 from m3i_jax.training.weight_source import RUNNING, WeightSource, open_on_all_hosts, put_array
@@ -170,8 +171,7 @@ def _own_grid(config: schema.Config, target: Mapping[str, Any]) -> int:
     """Patches a side for which this run has its positions."""
     if TABLE in target:
         return positions.table_grid(target[TABLE].shape[1])
-    size = config.dense.maps.image_size or config.data.image_size
-    return size // config.model.encoder.patch_size
+    return vit.position_size(config) // config.model.encoder.patch_size
 
 
 def _resized_relative(
@@ -299,31 +299,22 @@ def _how_to_fit(source: WeightSource) -> str:
 
 def _setting_differences(config: schema.Config, source: WeightSource) -> list[str]:
     """Settings that no shape shows and that the source was trained with otherwise."""
-    encoder, out = config.model.encoder, []
-    backbone = backbones.get_backbone(config.model)
-
-    def compare(key: str, theirs: Any, ours: Any) -> None:
-        if theirs != ours:
-            out.append(f"{key}={theirs} in the source, {ours} in this run")
-
-    for name in backbone.silent_settings:
-        ours = getattr(encoder, name)
-        compare(f"model.encoder.{name}", source.settings.get(name, ours), ours)
-    same_kind = config.model.backbone == source.settings.get("backbone")
-    for section in backbone.sections if same_kind else ():
-        for name, theirs in source.settings[section].items():
-            if name not in backbone.init_settings:
-                ours = getattr(getattr(config.model, section), name)
-                compare(f"model.{section}.{name}", theirs, ours)
+    trained = silent_settings.settings_of_source(config, source.settings)
+    pairs = silent_settings.setting_differences(trained, config)
+    # `initial_positions` refuses other kinds, or makes a learned table of a fixed one
+    if pairs.pop(silent_settings.POSITIONS, None):
+        pairs.pop(silent_settings.GRID, None)
     for name in ("mean", "std"):
         ours = getattr(config.data.augment, name)
         theirs = source.settings.get(name, ours)
         if not np.allclose(theirs, ours, atol=1e-3):
-            compare(f"data.augment.{name}", tuple(theirs), ours)
+            pairs[f"data.augment.{name}"] = (tuple(theirs), ours)
     for name in ("final_norm", "embedding_norm"):
-        if source.settings.get(name) and not getattr(encoder, name):
-            compare(f"model.encoder.{name}", "true", "false")
-    return out
+        if source.settings.get(name) and not getattr(config.model.encoder, name):
+            pairs[f"model.encoder.{name}"] = ("true", "false")
+    return [
+        f"{key}={theirs} in the source, {ours} in this run" for key, (theirs, ours) in pairs.items()
+    ]
 
 
 def _log_lines(

@@ -74,7 +74,7 @@ def initial_positions(config: schema.Config, source: WeightSource, own_grid: int
         )
     if kind != "learned":
         found = _require_kind(source, kind, encoder.positions)
-        message = _of_another_grid(_source_grid(source, config), encoder.position_grid or own_grid)
+        message = _of_another_grid(_source_grid(source, config), own_grid)
         return dataclasses.replace(found, message=message)
     if TABLE not in source.shapes:
         return PositionTable(None, "")
@@ -90,7 +90,7 @@ def initial_positions(config: schema.Config, source: WeightSource, own_grid: int
                 "the source's position table is the fixed one of"
                 f" model.encoder.positions={encoder.positions}"
             )
-            resized = _of_another_grid(grid, encoder.position_grid or own_grid)
+            resized = _of_another_grid(grid, own_grid)
             return dataclasses.replace(
                 _require_kind(source, fixed_kind, encoder.positions),
                 message=f"{message}; {resized}" if resized else message,

@@ -31,8 +31,7 @@ def logged(
         ("model.encoder.norm_eps", 1e-5, "1e-05 (1e-06 here)"),
         ("model.encoder.activation", "quick_gelu", "quick_gelu (gelu here)"),
         ("model.encoder.positions", "sincos_columns", "sincos_columns (sincos here)"),
-        ("model.encoder.position_grid", 2, "2 (0 here)"),
-        ("data.image_size", 64, "64 (32 here)"),  # fixed positions are of another grid
+        ("model.encoder.position_grid", 2, "2 (4 here)"),
     ],
 )
 def test_another_network_is_refused_unless_the_command_sets_it(
@@ -45,6 +44,34 @@ def test_another_network_is_refused_unless_the_command_sets_it(
     assert f"{key}={shown}" in text and text.endswith(f" --config.{key}={value}")
     assert logged(tmp_path, ours, theirs, key) == [f"{tmp_path} was trained with {key}={shown}"]
     assert not logged(tmp_path, ours, ours)
+
+
+@pytest.mark.parametrize("dense", [{}, {"task": "segment", "data__classes": 2}])
+def test_a_grid_of_fixed_positions_is_that_in_effect(tmp_path: pathlib.Path, dense: dict) -> None:
+    """Whichever setting it follows from, of pre-training and of a dense task."""
+    ours, theirs = toy.settings(**dense), toy.settings(**dense, data__image_size=64)
+    with pytest.raises(UserError, match=r"model.encoder.position_grid=8 \(4 here\)") as error:
+        logged(tmp_path, ours, theirs)
+    assert str(error.value).endswith(
+        "add --config.model.encoder.position_grid=8 --config.data.image_size=64"
+    )
+    (line,) = logged(tmp_path, ours, theirs, "data.image_size")  # the command wants this size
+    assert line.endswith("was trained with model.encoder.position_grid=8 (4 here)")
+    if dense:
+        explicit = toy.settings(**dense, dense__maps__image_size=32)
+        assert not logged(tmp_path, ours, explicit)
+        turned = dense | {"model__encoder__positions": "rope"}  # which have no table
+        theirs = toy.settings(**turned, dense__maps__image_size=64)
+        assert not logged(tmp_path, toy.settings(**turned), theirs)
+
+
+def test_a_base_of_rotary_positions_is_compared_where_there_are_some(
+    tmp_path: pathlib.Path,
+) -> None:
+    base, turned = {"model__encoder__rope_base": 50.0}, {"model__encoder__positions": "rope"}
+    assert not logged(tmp_path, toy.settings(**BASE), toy.settings(**BASE, **base))
+    with pytest.raises(UserError, match=r"rope_base=50.0 \(100.0 here\)"):
+        logged(tmp_path, toy.settings(**BASE, **turned), toy.settings(**BASE, **turned, **base))
 
 
 def test_what_changes_figures_alone_is_logged(tmp_path: pathlib.Path) -> None:

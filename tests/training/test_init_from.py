@@ -316,6 +316,16 @@ def test_an_intern_image_with_other_settings_is_logged(tmp_path: pathlib.Path) -
     )
 
 
+def test_a_strict_start_compares_what_the_encoder_computes(tmp_path: pathlib.Path) -> None:
+    """The grid of its fixed positions, whichever setting says so, and no base of rotary ones."""
+    alone = {"objective__forms": "sim", "data__captions": "no"}
+    saved.run(tmp_path, toy.settings(**alone, model__encoder__rope_base=50.0))
+    strict = {**alone, "init_from": str(tmp_path), "init__strict": True, "init__only": "^encoder/"}
+    with pytest.raises(UserError, match="position_grid=4 in the source, 8 in this run"):
+        take(toy.settings(**strict, data__image_size=64))
+    take(toy.settings(**strict, data__image_size=64, model__encoder__position_grid=4))
+
+
 def test_what_is_refused(timm, run, tmp_path: pathlib.Path) -> None:
     path, _ = timm
     (tmp_path / "empty").mkdir()

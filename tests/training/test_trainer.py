@@ -271,6 +271,25 @@ def test_settings_that_a_frozen_target_computes_alike_with_are_accepted(changes:
     assert not frozen_target._other_settings(theirs, ours)
 
 
+def test_settings_of_the_sections_of_a_frozen_target_are_compared() -> None:
+    """An InternImage has its settings beside those of every encoder; those of first values alone do
+    not count."""
+    ours = toy.settings(**toy.INTERN)
+    theirs = toy.settings(**toy.INTERN, model__intern_image__offset_scale=2.0)
+    (line,) = frozen_target._other_settings(theirs, ours)
+    assert line == "model.intern_image.offset_scale=2.0 (1.0 in this run)"
+    first = {**toy.INTERN, "model__intern_image__layer_scale": "0.25"}
+    assert not frozen_target._other_settings(toy.settings(**first), ours)
+
+
+def test_a_frozen_target_of_another_backbone_is_refused(teacher: pathlib.Path) -> None:
+    settings, encoder = toy.settings(**toy.INTERN), {"stem": np.zeros(3)}
+    with pytest.raises(UserError, match="its encoder has other shapes"):
+        frozen_target.load_encoder(str(teacher), settings, encoder, {"stem": None})
+    (first, *_) = frozen_target._other_settings(toy.settings(), settings)
+    assert first == "model.backbone=vit (intern_image in this run)"
+
+
 def test_a_frozen_target_needs_no_mask_token_of_the_other_run(teacher: pathlib.Path) -> None:
     """data2vec's encoder has one and the other run's none; a target reads none."""
     settings = toy.settings(
