@@ -297,7 +297,7 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
 
     Raises:
       UserError: `init_from`, `objective.target_checkpoint` or `objective.teachers` names a path
-        that does not exist, or `evaluate.encoder` weights that the run does not have.
+        that does not exist, or `evaluate.encoder` weights that the run will not have.
     """
     run = pathlib.Path(workdir)
     saved = has_checkpoint(workdir)
@@ -321,7 +321,8 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
                 f" has no targets, and with optim.ema_of={config.optim.ema_of} it keeps no average;"
                 " set it, or use online"
             )
-        if not config.optim.averages:
+        # an evaluation asks the run of its checkpoint (`eval_source`)
+        if mode != "eval" and not config.optim.averages:
             raise UserError(
                 "config.evaluate.encoder: 'ema' needs optim.ema below 1: with"
                 f" optim.ema={config.optim.ema:g} the run has no momentum average, only its initial"

@@ -38,7 +38,8 @@ def check_settings(
     log: Callable[[str], None],
 ) -> None:
     """Refuse settings with which the network of a run would compute something else than it was
-    trained to, unless the command line sets them, and log others that change figures.
+    trained to, unless the command line sets them, and an average that the run does not have; log
+    others that change figures.
 
     Args:
       config: the settings of the command.
@@ -48,7 +49,7 @@ def check_settings(
       log: gets the lines.
 
     Raises:
-      UserError: names the settings that differ, and the way to set them.
+      UserError: names the settings that differ, and the way to set them; or the average.
     """
     if not (run / "config.txt").is_file():
         return
@@ -57,6 +58,11 @@ def check_settings(
     except UserError as error:  # of another version
         log(f"warning: the settings of the checkpoint are not compared: {error}")
         return
+    if config.evaluate.encoder == "ema" and not theirs.optim.averages:
+        raise UserError(
+            f"config.evaluate.encoder: {str(run)!r} has no momentum average, only its initial"
+            f" weights, because it was trained with optim.ema={theirs.optim.ema:g}; use online"
+        )
     network = silent_settings.setting_differences(theirs, config)
     if not config.traits.views:
         network |= _changed([f"dense.maps.{name}" for name in _MAPS], config, theirs)

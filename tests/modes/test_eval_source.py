@@ -6,7 +6,7 @@ import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
-from m3i_jax import schema
+from m3i_jax import modes, schema
 from m3i_jax.errors import UserError
 from m3i_jax.modes import eval_source
 from tests import saved, toy
@@ -87,6 +87,21 @@ def test_what_changes_figures_alone_is_logged(tmp_path: pathlib.Path) -> None:
     resized = {"data__image_size": 64, "model__encoder__position_grid": 4}
     (line,) = logged(tmp_path, toy.settings(**BASE), toy.settings(**BASE, **resized))
     assert line.endswith("was trained with data.image_size=64 (32 here)")
+
+
+def test_an_average_is_evaluated_if_it_moved_in_the_run_of_the_checkpoint(
+    tmp_path: pathlib.Path,
+) -> None:
+    """Whatever momentum the settings of the command have."""
+    moves = toy.settings(**BASE, evaluate__encoder="ema")
+    stays = toy.settings(**BASE, evaluate__encoder="ema", optim__ema=1)
+    modes.refuse_missing("eval", stays, "")  # `theirs` are read later
+    assert not logged(tmp_path, stays, moves)
+    for ours in (stays, moves):
+        with pytest.raises(UserError, match="has no momentum average, .* with optim.ema=1;"):
+            logged(tmp_path, ours, stays)
+    online = toy.settings(**BASE, optim__ema=1)
+    assert len(logged(tmp_path, online, stays)) == 1  # evaluate.encoder differs
 
 
 def test_heads_of_parts_that_the_checkpoint_has(tmp_path: pathlib.Path) -> None:
