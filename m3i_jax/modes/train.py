@@ -83,9 +83,17 @@ def _changes(setup: Setup, position: dict[str, Any]) -> list[str]:
     out = []
     if saved.is_file():
         remedy = "restore it, or delete it to continue with the settings of this command"
-        out += configuration.config_difference(
+        differences = configuration.config_difference(
             run_files.read_run_text(saved, remedy), privacy.redact(setup.text)
         )
+        # what the run took from init_from is in its checkpoint, and is not read again
+        started = [line for line in differences if line.startswith("init.")]
+        out += [line for line in differences if line not in started]
+        if started:
+            writers.log_line(
+                f"warning: {'; '.join(started)}: has no effect, because the run continues from its"
+                " checkpoint"
+            )
     else:
         writers.log_line(
             f"warning: {saved} is missing: the settings cannot be compared with those of the run"

@@ -91,6 +91,20 @@ def test_a_tokenizer_of_another_run_is_refused_by_the_position(words: pathlib.Pa
     train.check_same_run(here, position, True)
 
 
+def test_how_a_run_read_its_first_weights_is_no_other_run(tmp_path: pathlib.Path, capsys) -> None:
+    """A recipe of a later version reads others of the same source; the checkpoint needs neither."""
+    position = {"samples_seen": 8, "fingerprint": "f"}
+    train.check_same_run(job(tmp_path, init_from="/a"), None, False)
+    capsys.readouterr()
+    train.check_same_run(job(tmp_path, init_from="/a"), position, False)
+    assert "init.weights" not in capsys.readouterr().out
+    train.check_same_run(job(tmp_path, init_from="/a", init__weights="ema"), position, False)
+    words = "warning: init.weights: 'online' -> 'ema': has no effect, because the run continues"
+    assert words in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"configuration \(init_from: '/a' -> '/b'\)"):
+        train.check_same_run(job(tmp_path, init_from="/b"), position, False)
+
+
 def test_settings_that_cannot_be_compared_are_logged(tmp_path: pathlib.Path, capsys) -> None:
     position = {"samples_seen": 8, "fingerprint": "f"}
     train.check_same_run(job(tmp_path), None, False)
