@@ -26,7 +26,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.parallel import distributed
-from m3i_jax.training import checkpoint_dir, scaling
+from m3i_jax.training import checkpoint_dir, scaling, weight_source
 from m3i_jax.training.plan import Plan, build_plan
 from m3i_jax.training.pretrain_task import Pretrain
 from m3i_jax.training.task import Task, make_task, task_kind
@@ -208,14 +208,16 @@ def open_setup(
         done = complete_config(config, classes=count, captions=False, size=len(train))
     vocabulary = str(path / "tokenizer.json")
     with parallel.host0_first("tokenizer", written=_new_files(vocabulary)):
+        # the first host makes it, the others have to use that one
+        fixed = bool(jax.process_index()) or uses_tokenizer(path)
+        kept = fixed and os.path.exists(vocabulary)  # whatever became of init_from
         opened = (
             tokenizer.open_tokenizer(
                 done.data,
                 train,
                 vocabulary,
-                # the first host makes it, the others have to use that one
-                fixed=bool(jax.process_index()) or uses_tokenizer(path),
-                start=starting_tokenizer(done),
+                fixed=fixed,
+                start=None if kept else starting_tokenizer(done),
             )
             if captions or done.data.regions
             else None
@@ -240,14 +242,21 @@ def open_setup(
 
 def starting_tokenizer(config: schema.Config) -> tokenizer.Tokenizer | None:
     """Returns the tokenizer of the run in `init_from`, if this one takes arrays that have a row for
-    each of its ids: of another vocabulary of this size they would have the same shape. None if
-    these settings make a tokenizer of another kind or size, whose arrays differ in shape."""
-    file = pathlib.Path(config.init_from) / "tokenizer.json"
-    only = config.init.only
-    taken = not only or any(re.search(each, path) for each in only for path in _OF_TOKENS)
+    each of its ids: of another vocabulary of this size they would have the same shape. None if that
+    run trained none of these (--mode=data writes a tokenizer whatever is trained), or if these
+    settings make a tokenizer of another kind or size, whose arrays differ in shape."""
+    file, only = pathlib.Path(config.init_from) / "tokenizer.json", config.init.only
+    selected = [
+        path for path in _OF_TOKENS if not only or any(re.search(each, path) for each in only)
+    ]
     # a Hugging Face directory may have a file of this name
     run = bool(config.init_from) and checkpoint_dir.is_run(config.init_from)
-    if not (run and taken and file.is_file()):
+    if not (run and selected and file.is_file()):
+        return None
+    if not checkpoint_dir.complete_steps(file.parent / "checkpoints"):
+        return None
+    shapes = weight_source.RunWeights(config.init_from, "config.init_from").shapes
+    if not any(f"params/{path}" in shapes for path in selected):
         return None
     found = tokenizer.Tokenizer.load(str(file), config.data.caption_length)
     kind = found.origin.get("data.tokenizer", config.data.tokenizer)

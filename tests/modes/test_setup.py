@@ -2,6 +2,7 @@
 given."""
 
 import pathlib
+import shutil
 
 import pytest
 
@@ -10,7 +11,7 @@ from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
 from m3i_jax.modes import compare
 from m3i_jax.modes import setup as jobs
-from tests import toy
+from tests import saved, toy
 
 SMALL = {
     "data__size": 40,
@@ -184,11 +185,10 @@ def test_text_weights_of_a_run_come_with_its_vocabulary(
     is made where no array of tokens is taken, or where its size shows that it is another one."""
     first, own = tmp_path / "first", tmp_path / "own"
     jobs.open_setup(toy.settings(**SMALL), str(own))
-    first.mkdir()
+    saved.run(first, toy.settings(objective__forms="weakly_supervised"))
     theirs = tokenizer.train_tokenizer(["the quick brown fox", "the lazy dog"] * 9, 300, 8)
     theirs.origin = {"data.tokenizer": "train", "data.vocabulary_size": toy.VOCABULARY}
     theirs.save(str(first / "tokenizer.json"))
-    (first / "config.txt").write_text(configuration.config_to_text(toy.settings(**SMALL)))
     started = SMALL | {"init_from": str(first)}
 
     def opened(workdir: pathlib.Path, **changes: object) -> str:
@@ -198,21 +198,32 @@ def test_text_weights_of_a_run_come_with_its_vocabulary(
     assert made != taken and opened(tmp_path / "new", **started) == taken
     assert "the tokenizer of the run that this one starts from" in capsys.readouterr().out
     assert opened(tmp_path / "new", **started) == taken  # the same command again
-    assert opened(tmp_path / "part", **started, init__only="('^captioner/logits',)") == taken
+    assert opened(tmp_path / "part", **started, init__only="('^text/token',)") == taken
+    # which that run does not have
+    assert opened(tmp_path / "head", **started, init__only="('^captioner/logits',)") == made
     assert opened(tmp_path / "encoder", **started, init__only="('^encoder/',)") == made
     assert not caplog.text
     assert opened(tmp_path / "new", **SMALL) == made  # started from another run, or from none
     assert "another init_from, or none: it is made again" in caplog.text
     other = {**started, "data__vocabulary_size": 290}
     assert opened(tmp_path / "size", **other) not in (made, taken)
-    (first / "config.txt").unlink()  # a directory of Hugging Face has a tokenizer.json, too
-    assert opened(tmp_path / "hugging", **started) == made
-    # without that run the checkpoint needs it all the same
-    (first / "config.txt").touch()
+    # a checkpoint needs it, whatever became of that run
     assert opened(tmp_path / "kept", **started) == taken
     (tmp_path / "kept" / "checkpoints" / "7").mkdir(parents=True)
-    (first / "tokenizer.json").unlink()
+    shutil.rmtree(first / "checkpoints")
     assert opened(tmp_path / "kept", **started) == taken
+    (first / "config.txt").unlink()  # a directory of Hugging Face has a tokenizer.json, too
+    assert opened(tmp_path / "hugging", **started) == made
+
+
+def test_a_vocabulary_without_text_weights_is_not_taken(tmp_path: pathlib.Path) -> None:
+    """--mode=data writes one of the captions of a run that trains none of them."""
+    first = tmp_path / "first"
+    saved.run(first, toy.settings(objective__forms="mim"))
+    theirs = tokenizer.train_tokenizer(["the quick brown fox", "the lazy dog"] * 9, 300, 8)
+    theirs.origin = {"data.tokenizer": "train", "data.vocabulary_size": toy.VOCABULARY}
+    theirs.save(str(first / "tokenizer.json"))
+    assert jobs.starting_tokenizer(toy.settings(**SMALL, init_from=str(first))) is None
 
 
 def test_a_run_of_a_comparison_has_its_vocabulary(
