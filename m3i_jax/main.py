@@ -32,7 +32,14 @@ import ml_collections
 from m3i_jax import config as configuration
 from m3i_jax import library_errors, privacy, schema
 from m3i_jax.errors import MissingWeights, RunStopped, UserError, one_line, refuse_system_errors
-from m3i_jax.modes import FLAGS, MODES, has_checkpoint, refuse_missing, refuse_unread
+from m3i_jax.modes import (
+    FLAGS,
+    MODES,
+    given_settings,
+    has_saved_step,
+    refuse_missing,
+    refuse_unread,
+)
 from m3i_jax.training import malloc
 from m3i_jax.version import __version__
 
@@ -218,7 +225,7 @@ def _configured(flags: argparse.Namespace, overrides: list[str]) -> ml_collectio
     try:
         return configuration.load_config(flags.config, overrides)
     except MissingWeights as error:
-        if flags.mode != "train" or not has_checkpoint(flags.workdir):
+        if flags.mode != "train" or not has_saved_step(flags.workdir):
             raise
         saved = configuration.load_from_workdir(flags.workdir, "--workdir")
         if saved.init_from != os.path.expanduser(error.path):
@@ -233,6 +240,11 @@ def _configured(flags: argparse.Namespace, overrides: list[str]) -> ml_collectio
         return saved
 
 
+def _is_weight_file(path: str) -> bool:
+    """Whether a path is a file of weights, or a Hugging Face directory."""
+    return os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json"))
+
+
 def _settings(flags: argparse.Namespace, overrides: list[str]) -> schema.Config:
     """The settings of a command, of its file or of the run in its working directory."""
     if flags.config:
@@ -244,6 +256,8 @@ def _settings(flags: argparse.Namespace, overrides: list[str]) -> schema.Config:
     if flags.data:
         eval_data = importlib.import_module("m3i_jax.modes.eval_data")
         eval_data.use_data(config, flags.data, overrides)
+    if _is_weight_file(flags.checkpoint) and not config.init_from:
+        config.init_from = flags.checkpoint  # init.weights and init.strict say how it is read
     configuration.apply_overrides(config, overrides)
     settings = configuration.resolve(config)
     refuse_missing(flags.mode, settings, flags.workdir or "")
@@ -302,8 +316,8 @@ def _run(arguments: Sequence[str], began: float, process: bool) -> int:
     options = {name: getattr(flags, name) for name in mode.flags}
     if mode.timed:
         options["began"] = began
-    if mode.asks:
-        options["given"] = frozenset(text.partition("=")[0] for text in overrides)
+    if mode.takes_given:
+        options["given"] = given_settings(overrides, settings, file=bool(flags.config))
     if mode.shares:
         options["hosts"] = (flags.coordinator, flags.processes, flags.process_id)
     hosts = _hosts(flags, settings) if mode.together else contextlib.nullcontext()

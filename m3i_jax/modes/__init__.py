@@ -24,8 +24,8 @@ class Mode(NamedTuple):
         `hosts`, the flags --coordinator, --processes and --process-id.
       preemptible: SIGTERM ends it with exit code 42, in all of its phases.
       timed: its `run` takes `began`, the start time of the process.
-      asks: its `run` takes `given`, the keys of the settings that the command line sets: those of
-        a run may be of other weights than the command names.
+      takes_given: its `run` takes `given`, the keys of the settings that the command sets
+        (`given_settings`): those of a run may be of other weights than the command names.
       compiles: keeps compiled programs for the next start.
       reads: prefixes of the settings that it reads; (): all.
     """
@@ -38,7 +38,7 @@ class Mode(NamedTuple):
     shares: bool = False
     preemptible: bool = False
     timed: bool = False
-    asks: bool = False
+    takes_given: bool = False
     compiles: bool = False
     reads: tuple[str, ...] = ()
 
@@ -131,7 +131,7 @@ MODES = {
         of_run=True,
         together=True,
         preemptible=True,
-        asks=True,
+        takes_given=True,
         compiles=True,
         reads=(
             "seed",
@@ -177,7 +177,7 @@ MODES = {
         flags=("out",),
         of_run=True,
         preemptible=True,
-        asks=True,
+        takes_given=True,
         compiles=True,
         reads=(
             *_DATA,
@@ -285,7 +285,32 @@ def refuse_unread(mode: str, overrides: Iterable[str], config: schema.Config) ->
                     raise UserError(f"config.{key}: {value!r} has no effect, because {reason}")
 
 
-def has_checkpoint(workdir: str) -> bool:
+def given_settings(
+    overrides: Iterable[str], config: schema.Config, *, file: bool
+) -> frozenset[str]:
+    """Returns the keys of the settings that a command sets: those that it assigns and, of a file of
+    settings, how weights are read. The other settings of a file are not said of certain weights:
+    recipes set them for all.
+
+    Args:
+      overrides: assignments `a.b=v`.
+      config: the settings with them.
+      file: whether they are of a --config, not those that a run saved.
+
+    >>> averaged = schema.Config(init=schema.Init(weights="ema"))
+    >>> [sorted(given_settings(["seed=1"], averaged, file=file)) for file in (False, True)]
+    [['seed'], ['init.weights', 'seed']]
+    """
+    assigned = {text.partition("=")[0] for text in overrides}
+    read = {
+        f"init.{name}"
+        for name in ("weights", "strict")
+        if file and getattr(config.init, name) != getattr(schema.Init, name)
+    }
+    return frozenset(assigned | read)
+
+
+def has_saved_step(workdir: str) -> bool:
     """Returns whether the run in a directory has saved a step, from which it goes on."""
     saved = (pathlib.Path(workdir) / "checkpoints").glob("*")
     return any(step.name.isdecimal() for step in saved)
@@ -300,7 +325,7 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
         that does not exist, or `evaluate.encoder` weights that the run will not have.
     """
     run = pathlib.Path(workdir)
-    saved = has_checkpoint(workdir)
+    saved = has_saved_step(workdir)
     begun = {
         "train": saved,
         "compare": (run / "compare").is_dir(),

@@ -131,7 +131,7 @@ def run(
     figures = figure_evaluators.FigureWriter(
         setup,
         lambda: f"{step:08d}",
-        lambda: f"{weights}, {setup.config.evaluate.encoder} parameters",
+        lambda: f"{weights}, {about['encoder']} parameters",
     )
     metrics, image_sets = evaluators.enabled_metrics(
         setup, log, figures=figures, heads=source is not None
@@ -201,9 +201,11 @@ def described(setup: Setup, checkpoint: str, step: int) -> dict[str, Any]:
         name: {"name": part.name, "pictures": len(part), "fingerprint": part.fingerprint()}
         for name, part in (("index", setup.train), ("queries", setup.held_out))
     }
+    of_file = setup.config.init_from == checkpoint  # `evaluate_weights`
+    copy = setup.config.init.weights if of_file else setup.config.evaluate.encoder
     return privacy.redact_tree({
         "checkpoint": checkpoint, "step": step,
-        "encoder": setup.config.evaluate.encoder, "data": data,
+        "encoder": copy, "data": data,
         "preprocessing": json.loads(json.dumps(Preprocessing.of(setup.config).described())),
         "of": base.stable_digest(
             *settings, setup.identity, str(len(setup.held_out)), *weight_files(checkpoint)
@@ -323,7 +325,7 @@ def evaluate_weights(
     mean features of the online encoder, or its cls token if `evaluate.features` asks for it, since
     such files have no heads of pre-training; of a dense task, the whole model, of which nothing may
     be missing. Which copy of the encoder is read, and whether arrays may be missing, say the
-    settings `given` by the command line: others are of the weights that the run started from.
+    settings `given` by the command: others are of the weights that the run started from.
 
     Raises:
       UserError: `evaluate.features` is attention.

@@ -13,6 +13,7 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import schema
+from m3i_jax.data.sources import shapes
 from m3i_jax.evaluation.feature_extraction import EvalContext
 from m3i_jax.interop import tensor_files
 from m3i_jax.modes import eval as evaluate
@@ -91,6 +92,26 @@ def test_init_settings_of_a_run_are_not_of_another_file(
     assert "no momentum copy" in capsys.readouterr().err
     assert command.main([*own, *enable("knn"), "--config.init.strict=true"]) == 0
     assert contexts[-1][0].init == schema.Init(only=("^encoder/",), strict=True)
+
+
+def test_the_average_of_a_file_has_results_of_its_name(tmp_path: pathlib.Path) -> None:
+    """Also in the directory of a run that started from no weights. Those of the online encoder are
+    others, which it would continue."""
+    plain, file = toy.settings(**COUNTED, objective__forms="mim"), vit_file(tmp_path)
+    (tmp_path / "config.txt").write_text(configuration.config_to_text(plain))
+    command_line = ["--mode=eval", f"--workdir={tmp_path}", f"--checkpoint={file}"]
+    images, headers = shapes.ShapesSource(4), []
+    for more in ([], ["--config.init.weights=ema"]):
+        flags, overrides = command._parse([*command_line, *more])
+        settings = command._settings(flags, overrides)
+        given = command.given_settings(overrides, settings, file=False)
+        config = evaluate.evaluate_weights(settings, str(file), given)
+        setup = types.SimpleNamespace(
+            config=config, train=images, held_out=images, identity="shapes"
+        )
+        headers.append(evaluate.described(setup, str(file), 0))
+    assert [about["encoder"] for about in headers] == ["online", "ema"]
+    assert {**headers[1], "encoder": "online"} == headers[0]
 
 
 def test_results_stay_where_the_report_cannot_be_written(

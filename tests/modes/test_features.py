@@ -116,6 +116,22 @@ def test_a_run_as_init_from_is_read_as_it_is_evaluated(
         assert words in features.read_feature_file(str(tmp_path / "a.npz"))[1]["weights"]
 
 
+def test_a_file_of_settings_says_how_weights_are_read(
+    workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """As the command does; those that a run saved are of the weights that it started from."""
+    (tmp_path / "own.py").write_text(
+        "from m3i_jax import config\n\ndef get_config():\n"
+        f"    made = config.load_from_workdir({str(workdir)!r}, 'own.py')\n"
+        "    made.init.weights = 'ema'\n    return made\n"
+    )
+    own = ["--config", str(tmp_path / "own.py"), "--config.data.size=8"]
+    for more, words in (([], "momentum average"), (["--config.init.weights=online"], "online")):
+        arguments = [*own, f"--config.init_from={workdir}", *more]
+        assert written(tmp_path / "new", tmp_path / "a.npz", *arguments) == 0
+        assert words in features.read_feature_file(str(tmp_path / "a.npz"))[1]["weights"]
+
+
 def stopped_at_the_second_part(monkeypatch: pytest.MonkeyPatch) -> list:
     """(first index, preprocessing, settings) of every requested part of 16 images; the second is
     interrupted."""
