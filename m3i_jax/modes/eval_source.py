@@ -12,12 +12,6 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.training import silent_settings, weight_source
 
-# {parts of which one has parameters: settings of `model` that change what they compute}
-_HEADS = {
-    ("category", "image_projection"): ("pool.kind", "pool.heads", "pool.norm"),
-    ("text",): ("text.heads", "text.pool"),
-    ("captioner",): ("captioner.heads",),
-}
 _MAPS = ("window", "global_blocks", "relative", "blocks")
 _SIZES = {"data.image_size", "dense.maps.image_size"}  # the grid of fixed positions follows
 # other settings that change figures
@@ -111,7 +105,13 @@ def _head_keys(
 ) -> list[str]:
     """Settings of the parts beside the encoder that change their output and no shape, of those that
     the checkpoint has."""
-    keys = {parts: [f"model.{name}" for name in names] for parts, names in _HEADS.items()}
+    # {parts of which one has parameters: settings that change what they compute}
+    pool = "model.pool.heads" if theirs.model.pool.kind == "attention" else "model.pool.norm"
+    keys = {
+        ("category", "image_projection"): ["model.pool.kind", pool],
+        ("text",): ["model.text.heads", "model.text.pool"],
+        ("captioner",): ["model.captioner.heads"],
+    }
     if not any(_changed(names, config, theirs) for names in keys.values()):
         return []
     saved = weight_source.RunWeights(str(run), flag).shapes

@@ -113,6 +113,20 @@ def test_heads_of_parts_that_the_checkpoint_has(tmp_path: pathlib.Path) -> None:
     assert len(logged(tmp_path, ours, theirs, "model.text.heads")) == 1
 
 
+@pytest.mark.parametrize(("kind", "read"), [("attention", "heads"), ("mean", "norm")])
+def test_settings_of_a_pooling_that_it_does_not_read_are_not_compared(
+    tmp_path: pathlib.Path, kind: str, read: str
+) -> None:
+    base = {"objective__forms": "supervised", "model__pool__kind": kind, "data__captions": "no"}
+    base["model__pool__projection"] = str(kind == "attention")  # batch norms are of linear probes
+    ours, values = toy.settings(**base), {"heads": 4, "norm": "batch"}
+    saved.run(tmp_path, ours)
+    if kind == "mean":  # a batch norm of attention is refused by itself
+        assert not logged(tmp_path, ours, toy.settings(**base, model__pool__heads=4))
+    with pytest.raises(UserError, match=f"trained with model.pool.{read}="):
+        logged(tmp_path, ours, toy.settings(**base, **{f"model__pool__{read}": values[read]}))
+
+
 def test_the_command_is_refused_before_data_are_opened(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
