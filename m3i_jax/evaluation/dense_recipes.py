@@ -142,7 +142,7 @@ def build_detection(
     batch_size, epochs = batch_size or schedule.batch, epochs or schedule.epochs
     config, flag = default_config(), f"{data.recipe}:from"
     config.task = "detect"
-    vit = build_dense_encoder(config, from_=from_, model=model, image_size=image_size, flag=flag)
+    is_vit = build_dense_encoder(config, from_=from_, model=model, image_size=image_size, flag=flag)
 
     config.data.source = "coco"
     config.data.path = path
@@ -159,7 +159,7 @@ def build_detection(
     config.evaluate.batch_size = batch_size
     config.evaluate.query_limit = data.eval_images
     config.dense.update_from_flattened_dict(data.settings)
-    HEADS[head](config, schedule, vit=vit)
+    HEADS[head](config, schedule, vit=is_vit)
     if multi_scale:
         resize_to_buckets(config, data.large_buckets)
     continue_dense_run(config, from_=from_, flag=flag)

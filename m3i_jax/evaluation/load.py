@@ -314,7 +314,7 @@ def build_encoder(
         encoder.position_grid = trained // encoder.patch_size
     config.init_from, config.init.only = path, ("^encoder/",)
     if checkpoint_dir.is_run(path):
-        config.init.weights = weight_source.evaluated_weights(source)
+        config.init.weights = weight_source.evaluated_weights(configuration.resolve(source))
     return source
 
 

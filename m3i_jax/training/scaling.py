@@ -231,7 +231,7 @@ def scaling_warnings(config: schema.Config, *, steps: int, warmup: int) -> list[
             " hardly learned. Use the scaling rule (optim.lr=0), raise it, or train longer"
         )
     updates = (1 - o.ema) * steps * (0.5 if o.ema_schedule == "cosine" else 1.0)
-    averages = o.ema_of == "all" and o.ema < 1
+    averages = o.ema_of == "all" and o.averages
     if config.traits.views:
         passes = plan.build_plan(config).target_passes
         averages |= any(view.encoder == "ema" for view in passes)

@@ -140,7 +140,8 @@ class Task(abc.ABC):
 
     def after_init(self, state: State, shardings: State) -> State:
         """Returns the initial state, with what the task loads into its optimizer state, in the
-        shardings of the state."""
+        shardings of the state: what steps read of other runs, such as frozen targets. Not called
+        for a state that is only evaluated (`Trainer.init(targets=False)`)."""
         return state
 
     @classmethod

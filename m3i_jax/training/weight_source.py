@@ -189,14 +189,14 @@ def _add_detector(published: vit_weights.PublishedWeights, table: tensor_files.T
         published.settings["dense_size"] = whole * published.settings["patch_size"]
 
 
-def evaluated_weights(settings: Any) -> str:
+def evaluated_weights(settings: schema.Config) -> str:
     """Returns which weights a run evaluates, online or ema, by its settings: those of an average
     that moves.
 
     >>> evaluated_weights(schema.Config(evaluate=schema.Evaluate(encoder="ema")))
     'ema'
     """
-    return settings.evaluate.encoder if settings.optim.ema < 1 else "online"
+    return settings.evaluate.encoder if settings.optim.averages else "online"
 
 
 def paths_in_state(run: "RunWeights", weights: str, config: schema.Config) -> dict[str, str]:
