@@ -107,6 +107,25 @@ def test_files_of_names_that_are_refused(root, name, text, message) -> None:
         splits.open_splits(data(root, class_names=str(root / name)))
 
 
+def test_a_held_out_path_is_another_directory_of_images_and_maps(root, tmp_path) -> None:
+    other = tmp_path / "other"
+    for part in ("images", "annotations"):
+        (other / part).mkdir(parents=True)
+        (root / part / "validation").rename(other / part / "validation")
+    (root / "classes.txt").write_text("wall\nsky\ntree\nroad\n")
+    (other / "classes.txt").write_text("wall\nsky\ntree\nroad\n")
+    train, held_out = splits.open_splits(data(root, split="training", holdout_split=str(other)))
+    assert [len(train), len(held_out)] == [3, 1]
+    assert held_out[0].image == (other / "images/validation/validation_0.jpg").read_bytes()
+    assert (held_out[0].map == maps.shift_classes(png(numbers(2)))).all()
+
+
+def test_a_split_in_which_images_and_maps_are_one_folder_is_refused(root) -> None:
+    (root / "held").mkdir()
+    with pytest.raises(UserError, match=r"'\.\./held' of images/ and that of annotations/ are the"):
+        maps.MapsSource(str(root), "../held")
+
+
 def test_images_and_maps_that_lack_the_other(root) -> None:
     (root / "annotations/training/training_0.png").unlink()
     (root / "images/training/training_1.jpg").unlink()

@@ -32,18 +32,21 @@ class MapsSource:
 
     Args:
         path: the directory that holds images/ and annotations/.
-        split: folder of both; "" for all.
+        split: folder of both, "" for all; or another directory of this layout, an absolute path.
         names: file of class names; "" to look for one beside the two folders.
         cache: directory in which the highest class is kept, where no file names the classes.
 
     Raises:
-        UserError: a folder is missing, no image has a map, or there are more than 255 classes.
+        UserError: a folder is missing or both are one, no image has a map, or a map cannot hold
+            all classes.
     """
 
     captions, names_its_classes = False, True
 
     def __init__(self, path: str, split: str = "", *, names: str = "", cache: str = "") -> None:
-        root = os.path.expanduser(path)
+        root, split = os.path.expanduser(path), os.path.expanduser(split)
+        if os.path.isabs(split):  # below images/ and annotations/ it would be the root of both
+            path, root, split = split, split, ""
         self.image_root, self.map_root = (
             os.path.join(root, part, split).rstrip("/") for part in (IMAGES, MAPS)
         )
@@ -53,6 +56,12 @@ class MapsSource:
                     f"data.path={path!r}: {base.missing_path_error(part)}; data.source='maps' reads"
                     f" {IMAGES}/ and {MAPS}/ with the same folders in both"
                 )
+        if os.path.realpath(self.image_root) == os.path.realpath(self.map_root):
+            raise UserError(
+                f"data.path={path!r}: its split {split!r} of {IMAGES}/ and that of {MAPS}/ are the"
+                " same directory, whose maps would be the images: give a folder below both, or the"
+                f" full path of a directory that holds {IMAGES}/ and {MAPS}/"
+            )
         self.name, self.note, self.unnamed = f"maps {os.path.join(path, split)!r}", "", ""
         self.ignored: collections.Counter[str] = collections.Counter()
         images = _files(self.image_root, EXTENSIONS, self.ignored)
