@@ -197,6 +197,22 @@ def test_an_image_without_a_stated_size(tmp_path) -> None:
     assert source[3].objects.size == (0, 0) and len(source[3].objects) == 1
 
 
+@pytest.mark.parametrize("sides", [{}, {"height": 20.0, "width": "30"}, {"width": 30.5}])
+def test_run_lengths_of_an_image_without_a_plain_size(tmp_path, sides) -> None:
+    odd = annotation(20, 3, segmentation={"size": [9, 9], "counts": [600]})
+    runs = [
+        annotation(n, 3, segmentation=RLE, bbox=box)
+        for n, box in ((21, [0, 0, 20, 20]), (22, None))
+    ]
+    image = {"id": 3, "file_name": "3.png", **sides}
+    source = opened(tmp_path, changed(images=[image], annotations=[odd, *runs]))
+    objects = source[3].objects
+    assert sum(source.noted[kind] for kind in coco_index.REPAIRED) == 1
+    assert objects.size == (20, 30) and objects.boxes[1:].tolist() == [[0, 0, 20, 20]] * 2
+    for mask in objects.segmentations[1:]:
+        assert (segmentations.decode_mask(mask, 20, 30) == (np.eye(20, 30) > 0)).all()
+
+
 def deep(levels: int) -> bytes:
     return b"[" * levels + b"]" * levels
 

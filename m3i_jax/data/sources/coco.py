@@ -111,8 +111,10 @@ class CocoSource:
         self._records = np.flatnonzero(present)
         self.ignored["images whose file is missing"] = int((~present).sum())
         sizes = [listing[files[i]] for i in self._records.tolist()]
+        # a run on other files resumes with the index of another version
+        version = 2 if any(self.noted[kind] for kind in coco_index.REPAIRED) else 1
         self._fingerprint = base.stable_digest(
-            "coco", coco_index.VERSION, self._index["content"].tobytes(), present.tobytes(), *sizes
+            "coco", version, self._index["content"].tobytes(), present.tobytes(), *sizes
         )
 
     def _file(self, name: str) -> str:

@@ -22,10 +22,12 @@ import numpy as np
 from m3i_jax.data.sources import segmentations
 from m3i_jax.errors import UserError, shorten
 
-VERSION = 1  # of the index; an index of another version is rebuilt
+VERSION = 2  # of the index; an index of another version is rebuilt
 JSON_LIMIT = 8 << 30  # bytes; Python needs about ten times as much for the parsed file
 _ID_LIMIT = 2**63
 Counts = collections.Counter[str]
+# sizes that version 1 took for unknown, so that masks were lost
+REPAIRED = ("image sizes not written as whole numbers", "image sizes taken from run lengths")
 
 
 def build_index(path: str) -> dict[str, np.ndarray]:
@@ -47,7 +49,7 @@ def build_index(path: str) -> dict[str, np.ndarray]:
     del raw
     ignored, noted = Counts(), Counts()
     categories = _categories(path, document.pop("categories"))
-    images = _images(path, document.pop("images"), ignored)
+    images = _images(path, document.pop("images"), ignored, noted)
     rows = _Rows(images, {category["id"]: i for i, category in enumerate(categories)})
     per_image: list[list[dict[str, Any]]] = [[] for _ in images]
     numbers = {image["id"]: i for i, image in enumerate(images)}
@@ -126,7 +128,7 @@ def _categories(path: str, entries: list[Any]) -> list[dict[str, Any]]:
     return [found[number] for number in sorted(found)]
 
 
-def _images(path: str, entries: list[Any], ignored: Counts) -> list[dict[str, Any]]:
+def _images(path: str, entries: list[Any], ignored: Counts, noted: Counts) -> list[dict[str, Any]]:
     """Returns the images in the order of the file."""
     found: dict[int, dict[str, Any]] = {}
     for entry in entries:
@@ -142,12 +144,13 @@ def _images(path: str, entries: list[Any], ignored: Counts) -> list[dict[str, An
         if not name or "\0" in name or not _is_encodable(name):
             ignored["images without a file name"] += 1
             continue
-        size = tuple(entry.get(side) for side in ("height", "width"))
-        known = all(type(side) is int and 0 < side < 1 << 24 for side in size)
+        stated = [entry.get(side) for side in ("height", "width")]
+        size = tuple(map(_side, stated))
+        noted[REPAIRED[0]] += all(size) and any(type(side) is not int for side in stated)
         image = {
             "id": entry["id"],
             "name": name,
-            "size": size if known else (0, 0),
+            "size": size if all(size) else (0, 0),
             "negative": entry.get("neg_category_ids"),
             "inexhaustive": entry.get("not_exhaustive_category_ids"),
         }
@@ -178,6 +181,24 @@ def _is_id(value: Any) -> bool:
     return type(value) is int and -_ID_LIMIT <= value < _ID_LIMIT
 
 
+def _side(value: Any) -> int:
+    """Returns a side of an image, which may be written as 640, 640.0 or "640"; 0 if it is none."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 9:
+        value = int(value)
+    if type(value) not in (int, float) or not 0 < value < 1 << 24 or value != int(value):
+        return 0
+    return int(value)
+
+
+def _size_of_runs(annotations: list[dict[str, Any]]) -> tuple[int, int]:
+    """Returns the size that the first usable run lengths state, (0, 0) if there are no such."""
+    for annotation in annotations:
+        mask = annotation.get("segmentation")
+        if isinstance(mask, dict) and _runs(mask, (0, 0), Counts()):
+            return _side(mask["size"][0]), _side(mask["size"][1])
+    return 0, 0
+
+
 class _Rows:
     """The annotations of all images, in the order of the images, as growing columns."""
 
@@ -200,6 +221,9 @@ class _Rows:
         self, number: int, annotations: list[dict[str, Any]], ignored: Counts, noted: Counts
     ) -> None:
         """Adds the annotations of an image."""
+        if not self.images[number]["size"][0]:  # without it, run lengths have no rows
+            self.images[number]["size"] = _size_of_runs(annotations)
+            noted[REPAIRED[1]] += self.images[number]["size"][0] > 0
         size = self.images[number]["size"]
         for annotation in annotations:
             category = annotation.get("category_id")
@@ -325,10 +349,11 @@ def _touches(points: np.ndarray, size: tuple[int, int]) -> bool:
 def _runs(value: dict[str, Any], size: tuple[int, int], noted: Counts) -> bytes:
     """Returns the compressed run lengths of a mask, b"" if they cannot be used."""
     stated, counts = value.get("size"), value.get("counts")
-    if not (isinstance(stated, list) and len(stated) == 2 and all(map(_is_id, stated))):
+    sides = tuple(map(_side, stated)) if isinstance(stated, list) else ()
+    if len(sides) != 2 or not all(sides):
         noted["run lengths without a size"] += 1
         return b""
-    if size[0] and tuple(stated) != size or not all(0 < side < 1 << 24 for side in stated):
+    if size[0] and sides != size:
         noted["run lengths of an image of another size"] += 1
         return b""
     try:
@@ -342,7 +367,7 @@ def _runs(value: dict[str, Any], size: tuple[int, int], noted: Counts) -> bytes:
             runs = segmentations.decode_counts(encoded)
         else:
             raise ValueError("no run lengths")
-        if int(runs.sum()) != stated[0] * stated[1]:
+        if int(runs.sum()) != sides[0] * sides[1]:
             raise ValueError("too few or too many")
     except ValueError:
         noted["damaged run lengths"] += 1
