@@ -7,8 +7,9 @@ trainer of pre-training.
 
 Without data, it trains on built-in scenes of shapes for some minutes. DIR holds images/ and
 annotations/ with the same folders in both: a PNG map for every image, 0 = unlabelled, x = class
-x - 1. With `annotations`, a file in COCO's form, its objects are the maps. `from` is the working
-directory of a run or a weights file that `init_from` reads.
+x - 1, or with `data.map_unlabelled=255` x = class x. With `annotations`, a file in COCO's form, its
+objects are the maps. `from` is the working directory of a run or a weights file that `init_from`
+reads.
 
 configs/transfer/ade20k.py has the published settings. Here, for data sets of thousands of images,
 rate and length are a choice of this project: AdamW with 3e-3 (Mask2Former: 1e-3) below

@@ -277,7 +277,8 @@ def iterate_segment_batches(
         An iterator of the arrays of `SegmentBatchBuilder`, and position uint32 [B, 2].
 
     Raises:
-        UserError: the source is empty or has no maps; see also `pipeline.iterate`.
+        UserError: the source is empty, has no maps or fewer than two classes; see also
+            `pipeline.iterate`.
 
     >>> from m3i_jax.data.sources.scenes import ScenesSource
     >>> config = schema.Config(data=schema.Data(image_size=64), train=schema.Train(batch_size=2))
@@ -297,10 +298,16 @@ def iterate_segment_batches(
         raise UserError(
             "config.dense.geometry.rule: 'buckets' is a rule of detection; use 'range' or 'jitter'"
         )
-    limit = config.data.classes
+    classes = len(names) if config.data.classes < 0 else config.data.classes
+    if min(classes, len(names)) < 2:  # a softmax of one logit is 1: nothing would be learnt
+        raise UserError(
+            f"{source.name} has {len(names)} classes ({', '.join(names[:3])}), config.data.classes"
+            f" is {config.data.classes}, and segmentation distinguishes at least two: number"
+            " background 1 and the object 2, or set data.map_unlabelled=255 if background is 0"
+        )
     builder = SegmentBatchBuilder(
         **_builder_settings(config, source, start, host, hosts),
-        classes=len(names) if limit < 0 else limit,
+        classes=classes,
         map_classes=len(names),
     )
     return pipeline.iterate(builder)

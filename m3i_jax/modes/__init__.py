@@ -91,8 +91,8 @@ _DATA = tuple(
     f"data.{name}"
     for name in (
         "source", "path", "directory", "mixture", "class_space", "class_names", "annotations",
-        "index", "keep", "split", "holdout_split", "size", "holdout", "background", "threads",
-        "missing",
+        "index", "keep", "split", "holdout_split", "map_unlabelled", "size", "holdout",
+        "background", "threads", "missing",
     )
 )  # fmt: skip
 _EVALUATION = ("image_size", "classes", "captions", "caption_length", "augment.mean", "augment.std")

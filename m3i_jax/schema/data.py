@@ -203,6 +203,13 @@ class Data:
         "coco: JSON file of the held-out annotations; empty: data.holdout applies",
         PATH,
     )
+    map_unlabelled: int = option(
+        0,
+        "maps: number of pixels without a class; 0: classes are numbered from 1, and 255 is"
+        " unlabelled too (ADE20K); 255: classes are numbered from 0 (VOC, Cityscapes' train ids)",
+        0,
+        255,
+    )
     size: int = option(
         0,
         "images to render (shapes, scenes); of other sources a number to plan with, which"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import decode, decode_map, rendered_maps, splits
+from m3i_jax.data import annotated_batches, decode, decode_map, rendered_maps, splits
 from m3i_jax.data.sources import base, maps, segmentations
 from m3i_jax.data.sources.objects import Objects
 from m3i_jax.data.sources.scenes import ScenesSource
@@ -185,6 +185,54 @@ def test_kinds_of_maps() -> None:
         assert (decode_map.read_map(content) == grid).all()
     shifted = maps.shift_classes(png(np.array([[0, 1, 150, 255]], np.uint8)))
     assert isinstance(shifted, np.ndarray) and shifted.tolist() == [[255, 0, 149, 255]]
+
+
+def test_maps_in_which_0_is_a_class(root) -> None:
+    folder = root / "annotations/training"
+    (folder / "training_0.png").write_bytes(png(np.array([[0, 1, 4, 255]], np.uint8)))
+    train, held_out = splits.open_splits(data(root, map_unlabelled=255))
+    assert train.classes == held_out.classes == ("0", "1", "2", "3", "4")
+    assert train[0].map.tolist() == [[0, 1, 4, 255]]
+    assert (train[1].map == numbers(4)).all()
+    shifted, _ = splits.open_splits(data(root))
+    assert shifted[0].map.tolist() == [[255, 0, 3, 255]]
+    assert shifted.fingerprint() != train.fingerprint()
+    names = [f"class {n}" for n in range(255)]
+    (root / "classes.txt").write_text("\n".join(names))
+    train, _ = splits.open_splits(data(root, map_unlabelled=255))
+    assert train.classes == tuple(names)
+    (root / "classes.txt").write_text("\n".join([*names, "class 255"]))
+    with pytest.raises(UserError, match="256 classes, at most 255 fit in a map beside 255"):
+        splits.open_splits(data(root, map_unlabelled=255))
+
+
+def test_a_first_class_that_is_background_is_a_warning_where_0_is_unlabelled(root, caplog) -> None:
+    (root / "classes.txt").write_text("_background_\nwall\nsky\ntree\n")
+    splits.open_splits(data(root, map_unlabelled=255))
+    assert not caplog.text
+    splits.open_splits(data(root))
+    assert "'_background_', is number 1 of the maps" in caplog.text
+
+
+def test_a_single_class_is_refused_by_segmentation(root) -> None:
+    """Its softmax is 1 everywhere, so that mIoU was 1.0 before the first step."""
+    for file in (root / "annotations").rglob("*.png"):
+        file.write_bytes(png(numbers(1)))
+    geometry = schema.DensePrediction(geometry=schema.Geometry(rule="range", long=40, short=20))
+    for unlabelled in (0, 255):
+        config = schema.Config(
+            data=data(root, image_size=32, map_unlabelled=unlabelled),
+            dense=geometry,
+            train=schema.Train(batch_size=2),
+        )
+        train, _ = splits.open_splits(config.data)
+        if unlabelled:
+            batches = annotated_batches.iterate_segment_batches(config, train, start=0)
+            assert set(np.unique(next(batches)["map"])) == {0, 1, 255}
+            batches.close()
+        else:
+            with pytest.raises(UserError, match=r"has 1 classes \(1\).*data.map_unlabelled=255"):
+                annotated_batches.iterate_segment_batches(config, train, start=0)
 
 
 def test_the_number_of_classes_is_kept(root, tmp_path, monkeypatch) -> None:

@@ -1,9 +1,10 @@
 """Reads images with class maps from a directory in ADE20k's layout: images/ and annotations/, with
 the same folders in both, and for every image a PNG of the same name whose pixels are classes.
 
-0 is unlabelled, x is class x - 1, as in ADE20k. Class names are those of objectInfo150.txt or
-classes.txt beside the two folders, or of data.class_names; without such a file, all maps are read
-once for the highest class."""
+0 and 255 are unlabelled and x is class x - 1, as in ADE20k; with data.map_unlabelled=255, 255 alone
+is unlabelled and x is class x, as in VOC and the train ids of Cityscapes. Class names, the first
+that of class 0, are those of objectInfo150.txt or classes.txt beside the two folders, or of
+data.class_names; without such a file, all maps are read once for the highest class."""
 
 import collections
 import concurrent.futures
@@ -35,6 +36,7 @@ class MapsSource:
         split: folder of both, "" for all; or another directory of this layout, an absolute path.
         names: file of class names; "" to look for one beside the two folders.
         cache: directory in which the highest class is kept, where no file names the classes.
+        unlabelled: number of pixels without a class, see `data.map_unlabelled`.
 
     Raises:
         UserError: a folder is missing or both are one, no image has a map, or a map cannot hold
@@ -43,7 +45,9 @@ class MapsSource:
 
     captions, names_its_classes = False, True
 
-    def __init__(self, path: str, split: str = "", *, names: str = "", cache: str = "") -> None:
+    def __init__(
+        self, path: str, split: str = "", *, names: str = "", cache: str = "", unlabelled: int = 0
+    ) -> None:
         root, split = os.path.expanduser(path), os.path.expanduser(split)
         if os.path.isabs(split):  # below images/ and annotations/ it would be the root of both
             path, root, split = split, split, ""
@@ -75,15 +79,24 @@ class MapsSource:
                 f" {self.map_root!r}{base.format_counts(self.ignored)}: put NAME.png there for"
                 " NAME.jpg"
             )
-        self._fingerprint = base.stable_digest("maps", *map(repr, self._files))
+        self._first = 0 if unlabelled else 1  # the number of class 0
+        numbering = [f"classes from {self._first}"] if unlabelled else []
+        self._fingerprint = base.stable_digest("maps", *map(repr, self._files), *numbering)
         file = names or next(
             (f for name in NAMES if os.path.isfile(f := os.path.join(root, name))), ""
         )
         self.classes = read_class_list(file) if file else self._numbers(root, cache)
-        if len(self.classes) >= decode_map.UNLABELLED:
+        if len(self.classes) > (most := decode_map.UNLABELLED - self._first):
             raise UserError(
-                f"{file or self.map_root}: {len(self.classes):,} classes, at most"
-                f" {decode_map.UNLABELLED - 1} fit in a map beside 0 for unlabelled: merge classes"
+                f"{file or self.map_root}: {len(self.classes):,} classes, at most {most} fit in a"
+                f" map beside {unlabelled} for unlabelled: merge classes"
+            )
+        if self._first and self.classes[:1] and self.classes[0].strip("_").lower() == "background":
+            _log.warning(
+                "%s: the first class, %r, is number 1 of the maps, as 0 is unlabelled; where 0 is"
+                " the background, set data.map_unlabelled=255",
+                file,
+                self.classes[0],
             )
 
     def extents(self) -> list[tuple[str, int, int]]:
@@ -112,7 +125,7 @@ class MapsSource:
                 except OSError as error:
                     _log.warning("the number of classes cannot be kept: %s", error)
         self.unnamed = "; no file names the classes"
-        return tuple(str(i + 1) for i in range(int(kept["highest"])))
+        return tuple(map(str, range(self._first, int(kept["highest"]) + 1)))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -121,7 +134,7 @@ class MapsSource:
         name = self._files[index][0]
         image = base.read_byte_range(os.path.join(self.image_root, name))
         encoded = base.read_byte_range(os.path.join(self.map_root, self._files[index][2]))
-        return Record(name, image, map=shift_classes(encoded))
+        return Record(name, image, map=shift_classes(encoded, self._first))
 
     def key(self, index: int) -> str:
         return self._files[index][0]
@@ -146,9 +159,9 @@ def _highest(path: str) -> int:
     return int(np.where(numbers == decode_map.UNLABELLED, 0, numbers).max(initial=0))
 
 
-def shift_classes(encoded: bytes) -> bytes | np.ndarray:
-    """Returns a map with 0 replaced by 255 and x by x - 1; the bytes themselves if they are no map,
-    which is a bad record to the builder of batches.
+def shift_classes(encoded: bytes, first: int = 1) -> bytes | np.ndarray:
+    """Returns a map in which the number `first` is class 0, and what is unlabelled 255; the bytes
+    themselves if they are no map, which is a bad record to the builder of batches.
 
     >>> shift_classes(b"no map")
     b'no map'
@@ -157,8 +170,8 @@ def shift_classes(encoded: bytes) -> bytes | np.ndarray:
         numbers = decode_map.read_map(encoded)
     except BadRecord:
         return encoded
-    # 0 wraps to 255, and 255 stays
-    return np.where(numbers == decode_map.UNLABELLED, numbers, numbers - np.uint8(1))
+    # 0 - 1 wraps to 255, and 255 stays
+    return np.where(numbers == decode_map.UNLABELLED, numbers, numbers - np.uint8(first))
 
 
 def read_class_list(path: str) -> tuple[str, ...]:
@@ -236,7 +249,9 @@ def find_map_splits(path: str) -> SplitFolders | None:
 
 
 def _open(path: str, split: str, data: schema.Data, cache: str) -> MapsSource:
-    return MapsSource(path, split, names=data.class_names, cache=cache)
+    return MapsSource(
+        path, split, names=data.class_names, cache=cache, unlabelled=data.map_unlabelled
+    )
 
 
 register_source(
@@ -244,7 +259,7 @@ register_source(
         name="maps",
         open=_open,
         path="the directory that holds images/ and annotations/",
-        reads=("class_names",),
+        reads=("class_names", "map_unlabelled"),
         find_splits=find_map_splits,
     )
 )

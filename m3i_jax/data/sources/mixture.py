@@ -136,11 +136,11 @@ def unread(data: schema.Data, *, counted: bool) -> dict[str, str]:
 
     >>> sorted(unread(schema.Data(source="folder"), counted=True))
     ['data.annotations', 'data.class_space', 'data.directory', 'data.holdout_annotations',
-    'data.size']
+    'data.map_unlabelled', 'data.size']
     >>> mixed = schema.Data(source="mixture", mixture=("shapes:9", "tfds:food101"))
     >>> sorted(unread(mixed, counted=False))
-    ['data.annotations', 'data.holdout_annotations', 'data.holdout_split', 'data.path',
-    'data.split']
+    ['data.annotations', 'data.holdout_annotations', 'data.holdout_split', 'data.map_unlabelled',
+    'data.path', 'data.split']
     """
     mixed = data.source == "mixture"
     names = [text.strip().partition(":")[0] for text in data.mixture] if mixed else [data.source]
@@ -171,6 +171,8 @@ def unread(data: schema.Data, *, counted: bool) -> dict[str, str]:
         reasons["data.directory"] = "no source is of TFDS; use data.path"
     if "class_names" not in read:
         reasons["data.class_names"] = "the source names its classes itself"
+    if "map_unlabelled" not in read:
+        reasons["data.map_unlabelled"] = "no source reads files of class maps"
     if counted and "size" not in read:
         reasons["data.size"] = (
             "the images of a source are counted; evaluate.train_limit and evaluate.query_limit take"

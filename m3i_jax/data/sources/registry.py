@@ -55,10 +55,11 @@ class SourceKind:
         name: value of `data.source`, and the prefix of an entry of `data.mixture`.
         open: opens the source. Raises UserError if nothing at the path can be read as an image.
         path: what `data.path` has to be, as the end of "give ..."; "" if it may be empty.
-        reads: which of the settings "class_names", "directory", "size" and "annotations" (with
-            "holdout_annotations") it reads; an override of the others is refused. With
-            "class_names", `classes` of the opened source is assigned (`name_classes`), unless its
-            attribute `names_its_classes` is true: then `open` has read the file.
+        reads: which of the settings "class_names", "directory", "size", "map_unlabelled" and
+            "annotations" (with "holdout_annotations") it reads; an override of the others is
+            refused. With "class_names", `classes` of the opened source is assigned
+            (`name_classes`), unless its attribute `names_its_classes` is true: then `open` has read
+            the file.
         splits: whether `data.split` and `data.holdout_split` name parts of the source.
         default_split: used if `data.split` is empty; "" for all of it.
         find_splits: recognises splits by the layout of a path; None if it has no splits.
