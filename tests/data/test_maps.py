@@ -235,6 +235,32 @@ def test_a_single_class_is_refused_by_segmentation(root) -> None:
                 annotated_batches.iterate_segment_batches(config, train, start=0)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png(255 * numbers(1)), "annotations: all pixels are 0 or 255, both unlabelled; write one"),
+        (
+            png(np.zeros((9, 9, 3), np.uint8)),
+            "annotations: 4 of 4 maps cannot be read, as 'training/training_0.png': its map has the"
+            " mode RGB instead of one channel; write one channel with classes from 1, or set",
+        ),
+    ],
+)
+def test_maps_without_a_class_are_refused(root, tmp_path, content, message) -> None:
+    files = sorted((root / "annotations").rglob("*.png"))
+    for file in files:
+        file.write_bytes(content)
+    for _ in range(2):  # no class is not kept as a result
+        with pytest.raises(UserError, match=message):
+            maps.MapsSource(str(root), "training", cache=str(tmp_path / "cache"))
+    files[0].write_bytes(png(np.full((9, 9), 255, np.uint8)))
+    with pytest.raises(UserError, match="3 of 4 maps|all pixels are 0 or 255"):
+        maps.MapsSource(str(root), "training")
+    if "mode" in message:
+        with pytest.raises(UserError, match="all pixels are 255, unlabelled; 3 of 4 maps"):
+            maps.MapsSource(str(root), "training", unlabelled=255)
+
+
 def test_the_number_of_classes_is_kept(root, tmp_path, monkeypatch) -> None:
     cache = str(tmp_path / "cache")
     first = maps.MapsSource(str(root), "training", cache=cache)

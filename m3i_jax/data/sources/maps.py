@@ -107,25 +107,47 @@ class MapsSource:
         return self.classes
 
     def _numbers(self, root: str, cache: str) -> tuple[str, ...]:
-        """Returns the numbers of the classes, from the highest in the maps of all splits."""
+        """Returns the numbers of the classes, from the highest in the maps of all splits.
+
+        Raises:
+            UserError: no pixel of any map has a class.
+        """
         top = os.path.join(root, MAPS)
         files = sorted(_files(top, _MAP_EXTENSIONS, collections.Counter()).values())
         digest = base.stable_digest(*map(repr, files))
         path = os.path.join(cache, f"map_classes_{digest}.npz") if cache else ""
         kept = base.load_arrays(path) if path else None
-        if kept is None:
-            _log.info("reading %d maps for the number of their classes", len(files))
-            with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                found = pool.map(_highest, (os.path.join(top, name) for name, _ in files))
-                highest = max(progress.track_progress(found, "reading maps", len(files), "maps"))
-            kept = {"highest": np.array(highest)}
+        highest = int(kept["highest"]) if kept else -1
+        if highest < self._first:
+            highest = self._read_highest(top, [name for name, _ in files])
             if path:
                 try:
-                    base.save_arrays(path, **kept)
+                    base.save_arrays(path, highest=np.array(highest))
                 except OSError as error:
                     _log.warning("the number of classes cannot be kept: %s", error)
         self.unnamed = "; no file names the classes"
-        return tuple(map(str, range(self._first, int(kept["highest"]) + 1)))
+        return tuple(map(str, range(self._first, highest + 1)))
+
+    def _read_highest(self, top: str, names: list[str]) -> int:
+        """Reads all maps for the highest number of a class."""
+        _log.info("reading %d maps for the number of their classes", len(names))
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            read = pool.map(_highest, (os.path.join(top, name) for name in names))
+            found = list(progress.track_progress(read, "reading maps", len(names), "maps"))
+        if (highest := max(number for number, _ in found)) >= self._first:
+            return highest
+        unread = [(name, why) for name, (_, why) in zip(names, found, strict=True) if why]
+        which = "0 or 255, both unlabelled" if self._first else "255, unlabelled"
+        wrong = [f"all pixels are {which}"] if len(unread) < len(names) else []
+        if unread:
+            name, why = unread[0]
+            wrong.append(
+                f"{len(unread):,} of {len(names):,} maps cannot be read, as {name!r}: {why}"
+            )
+        remedy = ", or set data.map_unlabelled=255 if 0 is a class" if self._first else ""
+        raise UserError(
+            f"{top}: {'; '.join(wrong)}; write one channel with classes from {self._first}{remedy}"
+        )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -150,13 +172,15 @@ class MapsSource:
         )
 
 
-def _highest(path: str) -> int:
-    """Returns the highest number in a map, 0 for one that cannot be read."""
+def _highest(path: str) -> tuple[int, str]:
+    """Returns the highest number in a map but 255, -1 if it has no other; and why the map cannot be
+    read, "" if it can."""
     try:
         numbers = decode_map.read_map(base.read_byte_range(path))
-    except BadRecord:
-        return 0
-    return int(np.where(numbers == decode_map.UNLABELLED, 0, numbers).max(initial=0))
+    except BadRecord as error:
+        return -1, error.detail
+    labelled = numbers[numbers != decode_map.UNLABELLED]
+    return int(labelled.max()) if labelled.size else -1, ""
 
 
 def shift_classes(encoded: bytes, first: int = 1) -> bytes | np.ndarray:
