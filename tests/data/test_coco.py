@@ -291,6 +291,17 @@ def test_where_images_are_found(tmp_path, files, name, strip, prefix) -> None:
     assert source[0].image[:4] == b"\x89PNG"
 
 
+def test_a_few_of_many_images_are_found(tmp_path) -> None:
+    """The folder is found by the images that are there, not by a sample of all that are listed."""
+    images = [{"id": n, "file_name": f"v/{n:05}.png"} for n in range(2000)]
+    path = write(tmp_path, {**DOCUMENT, "images": images, "annotations": []}, images=0)
+    (tmp_path / "images/val").mkdir()
+    (tmp_path / "images/val/00777.png").write_bytes(b"")
+    source = CocoSource(str(tmp_path / "images"), path)
+    assert [source.key(i) for i in range(len(source))] == ["v/00777.png"]
+    assert source.ignored["images whose file is missing"] == 1999
+
+
 def test_folders_with_the_same_names_are_refused(tmp_path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

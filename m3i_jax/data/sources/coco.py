@@ -103,8 +103,8 @@ class CocoSource:
 
     def _find_images(self) -> None:
         """Finds the files of the images in the directory."""
-        listing = dict(folder.files(self.path, collections.Counter()))
         names = [self._name(i) for i in range(len(self._index["image_id"]))]
+        listing = dict(folder.files(self.path, collections.Counter()))
         self._strip, self._prefix = _find_prefix(names, listing, self)
         files = [self._file(name) for name in names]
         present = np.array([file in listing for file in files])
@@ -223,8 +223,11 @@ def _find_prefix(names: list[str], listing: dict[str, int], source: CocoSource) 
         UserError: none is found, or several folders have all of them and none of the folders is
             named by the file of annotations.
     """
-    step = -(-len(names) // SAMPLE)
-    sample = [name.replace("\\", "/").split("/") for name in names[::step]]
+    files = {file.rpartition("/")[2] for file in listing}
+    parts = [name.replace("\\", "/").split("/") for name in names]
+    # of many images a few may be on this disk: those decide
+    here = [path for path in parts if path[-1] in files] or parts
+    sample = here[:: -(-len(here) // SAMPLE)]
     folders = {""}
     for file in listing:
         while file := file.rpartition("/")[0]:
