@@ -287,7 +287,8 @@ def test_where_images_are_found(tmp_path, files, name, strip, prefix) -> None:
     annotations = tmp_path / "instances_train.json"
     annotations.write_text(json.dumps(document))
     source = CocoSource(str(tmp_path / "root"), str(annotations))
-    assert (source._strip, source._prefix, source.key(0)) == (strip, prefix, name)
+    place = source._place
+    assert (place.strip, place.prefix, source.key(0)) == (strip, prefix, name)
     assert source[0].image[:4] == b"\x89PNG"
 
 
@@ -309,6 +310,69 @@ def test_folders_with_the_same_names_are_refused(tmp_path) -> None:
     path = write(tmp_path, DOCUMENT, images=0)
     with pytest.raises(UserError, match="several folders with images of the names"):
         CocoSource(str(tmp_path), path)
+
+
+def test_linked_images_are_counted_where_none_is_found(tmp_path) -> None:
+    path = write(tmp_path, DOCUMENT)
+    (tmp_path / "linked").mkdir()
+    for file in (tmp_path / "images").iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    words = r"0 files; ignored: 5 links out of the folder\): give the directory .*, not links"
+    with pytest.raises(UserError, match=words):
+        CocoSource(str(tmp_path / "linked"), path)
+
+
+def exported(folder: pathlib.Path, names: list[str], *, present: int) -> str:
+    """Roboflow's form: the annotations beside the images, here of equal names in all folders."""
+    folder.mkdir()
+    for name in names[:present]:
+        (folder / name).write_bytes(folder.name.encode())
+    images = [{"id": n, "file_name": name} for n, name in enumerate(names)]
+    path = folder / "_annotations.coco.json"
+    path.write_text(json.dumps({**DOCUMENT, "images": images, "annotations": []}))
+    return str(path)
+
+
+def test_images_beside_their_annotations_go_before_others(tmp_path, caplog) -> None:
+    names = [f"{n}.jpg" for n in range(4)]
+    exported(tmp_path / "train", names, present=4)
+    for folder, present in (("valid", 4), ("test", 3)):
+        source = CocoSource(str(tmp_path), exported(tmp_path / folder, names, present=present))
+        assert [source[i].image for i in range(len(source))] == [folder.encode()] * present
+    assert not caplog.text
+
+
+def test_images_beside_their_annotations_are_read_where_data_path_has_none(
+    tmp_path, caplog
+) -> None:
+    train = exported(tmp_path / "train", ["1.jpg", "2.jpg"], present=2)
+    held_out = exported(tmp_path / "valid", ["3.jpg"], present=1)
+    data = schema.Data(
+        source="coco",
+        path=str(tmp_path / "train"),
+        annotations=train,
+        holdout_annotations=held_out,
+    )
+    parts = splits.open_splits(data)
+    assert [[part[i].image for i in range(len(part))] for part in parts] == [
+        [b"train", b"train"],
+        [b"valid"],
+    ]
+    assert "those beside the file are read" in caplog.text
+
+
+def test_names_that_are_addresses(tmp_path) -> None:
+    files = ["a b.png", "c%20d.png", "f/g h.png"]
+    for file in files:
+        (tmp_path / "images" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / file).write_bytes(file.encode())
+    names = ["a%20b.png", "c%20d.png", "/data/local-files/?d=f/g%20h.png"]
+    images = [{"id": n, "file_name": name} for n, name in enumerate(names)]
+    for chosen in ([0, 1], [2]):
+        document = {**DOCUMENT, "images": [images[i] for i in chosen], "annotations": []}
+        source = opened(tmp_path, document, images=0)
+        assert [source[i].image for i in range(len(source))] == [files[i].encode() for i in chosen]
+        assert [source.key(i) for i in range(len(source))] == [names[i] for i in chosen]
 
 
 def test_addresses_of_lvis(tmp_path) -> None:

@@ -6,10 +6,12 @@ listing the directory: file names of a JSON file often lack a folder (COCO), or 
 (Objects365)."""
 
 import collections
+import dataclasses
 import json
 import logging
 import os
 import re
+import urllib.parse
 from typing import Any
 
 import numpy as np
@@ -102,10 +104,33 @@ class CocoSource:
         return index
 
     def _find_images(self) -> None:
-        """Finds the files of the images in the directory."""
+        """Finds the files of the images in the directory, or else beside the annotations."""
         names = [self._name(i) for i in range(len(self._index["image_id"]))]
-        listing = dict(folder.files(self.path, collections.Counter()))
-        self._strip, self._prefix = _find_prefix(names, listing, self)
+        beside = os.path.realpath(os.path.dirname(self.annotations))
+        below = os.path.relpath(beside, os.path.realpath(self.path)).replace(os.sep, "/")
+        counts: collections.Counter[str] = collections.Counter()
+        listing = dict(folder.files(self.path, counts))
+        place = _find_place(names, listing, below, self)
+        if place is None and below.startswith(".."):
+            paths = {path for name in names for path in _paths(name)}
+            others = {f: n for f, n in folder.files(beside, collections.Counter()) if f in paths}
+            if place := _find_place(names, others, ".", self):
+                _log.warning(
+                    "%s: none of its images is in data.path=%r; those beside the file are read",
+                    self.annotations,
+                    self.path,
+                )
+                self.path, listing = beside, others
+                counts.clear()
+        self.ignored.update(counts)
+        if place is None:
+            links = ", not links" if counts[folder.OUTSIDE] else ""
+            raise UserError(
+                f"{self.annotations}: lists {len(names):,} images, such as {names[0]!r}, of which"
+                f" none is in data.path={self.path!r} ({len(listing):,} files"
+                f"{base.format_counts(self.ignored)}): give the directory that holds them{links}"
+            )
+        self._place = place
         files = [self._file(name) for name in names]
         present = np.array([file in listing for file in files])
         self._records = np.flatnonzero(present)
@@ -118,8 +143,9 @@ class CocoSource:
         )
 
     def _file(self, name: str) -> str:
-        parts = name.replace("\\", "/").split("/")
-        return "/".join([*([self._prefix] if self._prefix else []), *parts[self._strip :]])
+        place = self._place
+        parts = _paths(name)[name in place.addresses].split("/")
+        return "/".join([*([place.prefix] if place.prefix else []), *parts[place.strip :]])
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process loads the index from its file if there is one; pickling it would need
@@ -215,18 +241,54 @@ def _span(index: dict[str, np.ndarray], end: str, values: str, number: int) -> n
     return index[values][int(ends[number - 1]) if number else 0 : int(ends[number])]
 
 
-def _find_prefix(names: list[str], listing: dict[str, int], source: CocoSource) -> tuple[int, str]:
-    """Returns how many leading folders of the names are left out, and the folder of the directory
-    that then holds the files: the pair that finds most of some images.
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where the files of images are: how many leading folders of their names are left out, the
+    folder of the directory that then holds them, and the names that are addresses."""
+
+    strip: int
+    prefix: str
+    addresses: frozenset[str]
+
+
+def _paths(name: str) -> tuple[str, str]:
+    """Returns the path that the name of an image is, and the one that it is as an address, such as
+    Label Studio's.
+
+    >>> _paths("/data/local-files/?d=a/my%20image.jpg")[1]
+    'a/my image.jpg'
+    """
+    address = urllib.parse.unquote(name.rpartition("?d=")[2])
+    return name.replace("\\", "/"), address.replace("\\", "/")
+
+
+def _find_place(
+    names: list[str], listing: dict[str, int], below: str, source: CocoSource
+) -> _Place | None:
+    """Finds where a directory has the images: the place with most of some of them, or one in the
+    folder of the annotations with at least half as many. None if none of the images is there.
+
+    Args:
+        names: of the images in the annotations.
+        listing: the files of the directory.
+        below: folder of the annotations, relative to the directory.
+        source: of the annotations, for messages.
 
     Raises:
-        UserError: none is found, or several folders have all of them and none of the folders is
-            named by the file of annotations.
+        UserError: several folders have all of them and none of the folders is named by the file of
+            annotations.
     """
     files = {file.rpartition("/")[2] for file in listing}
-    parts = [name.replace("\\", "/").split("/") for name in names]
     # of many images a few may be on this disk: those decide
-    here = [path for path in parts if path[-1] in files] or parts
+    here, addresses = [], set()
+    for name in names:
+        tails = [path.rpartition("/")[2] in files for path in _paths(name)]
+        if any(tails):
+            here.append(_paths(name)[not tails[0]].split("/"))
+            if not tails[0]:
+                addresses.add(name)
+    if not here:
+        return None
     sample = here[:: -(-len(here) // SAMPLE)]
     folders = {""}
     for file in listing:
@@ -241,13 +303,9 @@ def _find_prefix(names: list[str], listing: dict[str, int], source: CocoSource) 
             start = f"{prefix}/" if prefix else ""
             if hits := sum(start + tail in listing for tail in tails):
                 found.append((hits, -strip, prefix))
-    if not found:
-        kinds = base.format_counts(source.ignored)
-        raise UserError(
-            f"{source.annotations}: lists {len(names):,} images, such as {names[0]!r}, of which"
-            f" none is in data.path={source.path!r} ({len(listing):,} files{kinds}): give the"
-            " directory that holds them"
-        )
+    inside = [f for f in found if f"{f[2]}/".startswith(f"{below}/")]
+    if inside and 2 * max(inside)[0] >= max(found)[0]:
+        found = inside
     most, strip, _ = max(found)
     best = [prefix for hits, stripped, prefix in found if (hits, stripped) == (most, strip)]
     if len(best) > 1:
@@ -257,10 +315,10 @@ def _find_prefix(names: list[str], listing: dict[str, int], source: CocoSource) 
             raise UserError(
                 f"data.path={source.path!r} has several folders with images of the names in"
                 f" {source.annotations} ({', '.join(sorted(best)[:4])}): give the one of these"
-                " images"
+                " images, or put the file of annotations into it"
             )
         best = [max(named, key=len)]
-    return -strip, best[0]
+    return _Place(-strip, best[0], frozenset(addresses))
 
 
 def annotation_files(path: str) -> SplitFolders | None:

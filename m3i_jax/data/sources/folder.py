@@ -14,6 +14,7 @@ from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT, Record
 from m3i_jax.data.sources.registry import SourceKind, SplitFolders, register_source
 from m3i_jax.errors import UnreadableError, UserError
 
+OUTSIDE = "links out of the folder"  # a kind of ignored files
 ROLES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
@@ -180,7 +181,7 @@ def files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, i
                     ignored["broken links"] += 1
                     continue
                 if os.path.commonpath((real, target)) != real:
-                    ignored["links out of the folder"] += 1
+                    ignored[OUTSIDE] += 1
                     continue
             if entry.is_dir():
                 inner = target or os.path.join(above[-1], entry.name)
