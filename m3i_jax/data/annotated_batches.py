@@ -378,9 +378,14 @@ def drop_without_objects(source: DataSource) -> DataSource:
         return source
     indices = np.flatnonzero(counts)
     if not len(indices):
-        raise UserError(
-            f"no image of {source.name} has an object to train on: check the annotations"
+        crowds = int(table.crowd.sum())
+        remedy = (
+            f"its {crowds:,} objects all have iscrowd=1, as CVAT writes for masks that are drawn"
+            " with a brush; set it to 0"
+            if crowds
+            else "check the annotations"
         )
+        raise UserError(f"no image of {source.name} has an object to train on: {remedy}")
     left_out = len(source) - len(indices)
     return base.SubsetSource(
         source, indices, f"without {left_out:,} that show no object", "with objects"

@@ -144,6 +144,18 @@ def test_run_lengths_and_crowds(tmp_path, segmentation) -> None:
     assert (mask == (np.eye(20, 30) > 0)).all()
 
 
+def test_objects_that_are_all_crowds_are_refused_as_such(tmp_path) -> None:
+    runs = {"size": [20, 30], "counts": [0, 60, 540]}
+    crowds = [annotation(n, n - 10, iscrowd=1, segmentation=runs) for n in (11, 12)]
+    for annotations, words in (
+        (crowds, "its 2 objects all have iscrowd=1, as CVAT"),
+        ([], "check"),
+    ):
+        source = opened(tmp_path, DOCUMENT | {"annotations": annotations})
+        with pytest.raises(UserError, match=f"has an object to train on: {words}"):
+            annotated_batches.drop_without_objects(source)
+
+
 def test_boxes_alone_are_refused_where_masks_are_predicted(tmp_path) -> None:
     """Every object would be left out, and all images be background."""
     config = schema.Config(data=schema.Data(image_size=32), train=schema.Train(batch_size=2))
