@@ -111,6 +111,43 @@ def test_polygons_that_reach_far_out_of_the_mask() -> None:
     assert segmentations.rasterize(two, 4, 4).all()  # a union, no exclusive or
 
 
+def inside_by_rays(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The even-odd rule for every pixel of the image: the crossings of a ray up from its centre."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    count = np.zeros((height, width), int)
+    for (xa, ya), (xb, yb) in zip(polygon, np.roll(polygon, -1, 0), strict=True):
+        crossed = (np.minimum(xa, xb) <= x) & (x < np.maximum(xa, xb))
+        if crossed.any():
+            count += crossed & (ya + (x - xa) * ((yb - ya) / (xb - xa)) <= y)
+    return count % 2 == 1
+
+
+def test_polygons_partly_outside_by_the_rule_of_every_pixel() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        height, width = rng.integers(1, 30, 2).tolist()
+        parts = [
+            rng.normal(rng.uniform(-5, 35, 2), rng.uniform(1, 20), (rng.integers(3, 9), 2))
+            for _ in range(rng.integers(1, 4))
+        ]
+        expected = np.any([inside_by_rays(part, height, width) for part in parts], 0)
+        assert (segmentations.rasterize(parts, height, width) == expected).all()
+
+
+def test_a_small_polygon_does_not_cost_a_pass_over_the_image(monkeypatch) -> None:
+    counted: list[int] = []
+    bincount = np.bincount
+
+    def count(cells: np.ndarray, minlength: int = 0) -> np.ndarray:
+        counted.append(minlength)
+        return bincount(cells, minlength=minlength)
+
+    monkeypatch.setattr(segmentations.np, "bincount", count)
+    square = np.array([[50, 60], [54, 60], [54, 65], [50, 65.0]])
+    mask = segmentations.rasterize([square, square + 1e4], 600, 800)
+    assert mask.sum() == mask[60:65, 50:54].sum() == 20 and counted == [4 * 6]
+
+
 @pytest.mark.parametrize("counts", [b"5220o", b"\x00", b"~~", b"ooooooooooooooooo0", b"O0"])
 def test_damaged_strings(counts: bytes) -> None:
     with pytest.raises(ValueError, match="run lengths|runs"):

@@ -171,9 +171,15 @@ def rasterize(parts: Sequence[np.ndarray], height: int, width: int) -> np.ndarra
         slope = (y1 - y)[edge] / (x1 - x)[edge]
         crossing = y[edge] + (column + 0.5 - x[edge]) * slope
         row = np.clip(np.ceil(crossing - 0.5), 0, height).astype(np.int64)
-        toggles = np.bincount(column * (height + 1) + row, minlength=width * (height + 1))
-        inside = toggles.reshape(width, height + 1)[:, :height].cumsum(1) % 2 == 1
-        mask |= inside.T
+        if not len(edge):
+            continue
+        # the box of the part alone: every column has an even number of crossings, the last of
+        # them at `bottom` or above
+        left, right, top, bottom = column.min(), column.max() + 1, row.min(), row.max()
+        rows = bottom - top + 1
+        cell = (column - left) * rows + row - top
+        toggles = np.bincount(cell, minlength=(right - left) * rows).reshape(-1, rows)
+        mask[top:bottom, left:right] |= (toggles[:, :-1].cumsum(1) % 2 == 1).T
     return mask
 
 
