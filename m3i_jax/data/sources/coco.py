@@ -282,11 +282,12 @@ def _find_place(
     # of many images a few may be on this disk: those decide
     here, addresses = [], set()
     for name in names:
-        tails = [path.rpartition("/")[2] in files for path in _paths(name)]
-        if any(tails):
-            here.append(_paths(name)[not tails[0]].split("/"))
-            if not tails[0]:
-                addresses.add(name)
+        plain, address = (path.split("/") for path in _paths(name))
+        if plain[-1] in files:
+            here.append(plain)
+        elif address[-1] in files:
+            here.append(address)
+            addresses.add(name)
     if not here:
         return None
     sample = here[:: -(-len(here) // SAMPLE)]
