@@ -113,7 +113,11 @@ def test_a_held_out_path_is_another_directory_of_images_and_maps(root, tmp_path)
         (other / part).mkdir(parents=True)
         (root / part / "validation").rename(other / part / "validation")
     (root / "classes.txt").write_text("wall\nsky\ntree\nroad\n")
-    (other / "classes.txt").write_text("wall\nsky\ntree\nroad\n")
+    for names in ("", "wall\nsky\ntree\nroad\n"):  # with those of data.path, or its own
+        if names:
+            (other / "classes.txt").write_text(names)
+        source = maps.MapsSource(str(root), str(other))
+        assert source.classes == ("wall", "sky", "tree", "road")
     train, held_out = splits.open_splits(data(root, split="training", holdout_split=str(other)))
     assert [len(train), len(held_out)] == [3, 1]
     assert held_out[0].image == (other / "images/validation/validation_0.jpg").read_bytes()

@@ -49,8 +49,10 @@ class MapsSource:
         self, path: str, split: str = "", *, names: str = "", cache: str = "", unlabelled: int = 0
     ) -> None:
         root, split = os.path.expanduser(path), os.path.expanduser(split)
+        named_in = [root]
         if os.path.isabs(split):  # below images/ and annotations/ it would be the root of both
             path, root, split = split, split, ""
+            named_in.insert(0, root)  # its numbers mean what those of data.path mean
         self.image_root, self.map_root = (
             os.path.join(root, part, split).rstrip("/") for part in (IMAGES, MAPS)
         )
@@ -82,9 +84,8 @@ class MapsSource:
         self._first = 0 if unlabelled else 1  # the number of class 0
         numbering = [f"classes from {self._first}"] if unlabelled else []
         self._fingerprint = base.stable_digest("maps", *map(repr, self._files), *numbering)
-        file = names or next(
-            (f for name in NAMES if os.path.isfile(f := os.path.join(root, name))), ""
-        )
+        lists = (os.path.join(top, name) for top in named_in for name in NAMES)
+        file = names or next(filter(os.path.isfile, lists), "")
         self.classes = read_class_list(file) if file else self._numbers(root, cache)
         if len(self.classes) > (most := decode_map.UNLABELLED - self._first):
             raise UserError(
