@@ -91,6 +91,7 @@ def run(
         workdir,
         trains=[config.objective.forms],
         draws_batches=False,
+        hold_out_all=bool(data),
     )
     # the checkpoint too: while the run trains, hosts may see different newest ones
     distributed.assert_same_on_all_hosts("data", {"data": setup.identity, "checkpoint": str(step)})

@@ -13,6 +13,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import ml_collections
 
@@ -32,8 +33,10 @@ def use_data(
     """Replace the source of a configuration, in place; returns the source as an entry of a mixture.
 
     Other settings of `data` stay those of the run: images are cut and normalised as there. A share
-    is held out, unless the source has splits. Number of categories, captions and names of classes
-    are then those of the source.
+    is held out, unless the source has splits. A task without views reads held-out images alone: of
+    data that the run did not train on, nothing is kept back (`data.holdout` is 0), and `open_setup`
+    then holds all of them out. Number of categories, captions and names of classes are then those
+    of the source.
 
     Args:
       config: settings of the run.
@@ -52,6 +55,9 @@ def use_data(
     kind = registry.source_kind(entry.kind)
     defaults = schema.Data()
     annotated = "annotations" in kind.reads
+    share = config.data.holdout or defaults.holdout
+    if config.task in _ANNOTATED and not _is_trained_on(entry, config.data):
+        share = 0.0
     config.data.update(
         {
             "source": entry.kind,
@@ -66,10 +72,31 @@ def use_data(
             "directory": config.data.directory if "directory" in kind.reads else "",
             "class_space": defaults.class_space,
             "size": _BUILT_IN_IMAGES if "size" in kind.reads and not entry.path else 0,
-            "holdout": config.data.holdout or defaults.holdout,
+            "holdout": share,
         }
     )
     return entry
+
+
+def _is_trained_on(entry: MixtureEntry, data: Any) -> bool:
+    """Whether a source is one of those that settings train on; built-in images always are."""
+    if not registry.source_kind(entry.kind).path:
+        return True
+    place, split = os.path.realpath(os.path.expanduser(entry.path)), _training_split(entry)
+    for own in mixture.mixture_entries(data):
+        if own.kind != entry.kind or os.path.realpath(os.path.expanduser(own.path)) != place:
+            continue
+        # a kind that reads a file without being given its name may read this one
+        if not split or _training_split(own) in ("", split):
+            return True
+    return False
+
+
+def _training_split(entry: MixtureEntry) -> str:
+    """The split of an entry, or the one that its kind recognises at the path."""
+    find = registry.source_kind(entry.kind).find_splits
+    found = find(entry.path) if find and not entry.split else None
+    return found.train if found else entry.split
 
 
 def entry_of(data: schema.Data) -> MixtureEntry:

@@ -19,7 +19,7 @@ from m3i_jax.modes import eval as evaluate
 from m3i_jax.modes import eval_data, report
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.eval_results import Results, result_dir
-from tests import broken, toy
+from tests import broken, dense_toy, scene_files, toy
 from tests.modes.test_eval import EVERY, SMALL, enable, run, write_run, written
 
 __all__ = ["run", "written"]
@@ -198,6 +198,30 @@ def test_the_settings_of_the_source_are_replaced() -> None:
     assert not data.split and not data.holdout_split
     with pytest.raises(UserError, match="config.data.path: --data=shapes names the source"):
         eval_data.use_data(config, "shapes", ["data.path=/b"])
+
+
+def test_all_images_of_other_data_are_held_out_for_a_dense_task(tmp_path: pathlib.Path) -> None:
+    """Also those without objects; of the data of the run, the share that it did not train on."""
+    scene_files.write_scenes(str(tmp_path), images=9, held_out=3, side=32)
+    text = configuration.config_to_text(
+        dense_toy.dense_settings("detect", data__classes=-1, data__holdout=0.4)
+    )
+    names = [f"{tmp_path}/annotations/instances_{part}.json" for part in ("train", "val")]
+
+    def opened(data: str, trained: str) -> jobs.Setup:
+        config = configuration.config_from_text(text, "")
+        config.data.update({"source": "coco", "path": str(tmp_path), "annotations": trained})
+        eval_data.use_data(config, data)
+        settings = configuration.resolve(config)
+        return jobs.open_setup(
+            settings, str(tmp_path / "run"), draws_batches=False, hold_out_all=True
+        )
+
+    setup = opened(f"coco:{tmp_path}@{names[0]}", trained=names[1])
+    keys = [setup.held_out.key(i) for i in range(len(setup.held_out))]
+    assert keys == [f"scene_{i:06d}.jpg" for i in range(9)]
+    assert len(opened(f"coco:{tmp_path}@{names[0]}|{names[1]}", trained=names[1]).held_out) == 3
+    assert 0 < len(opened(f"coco:{tmp_path}@{names[0]}", trained=names[0]).held_out) < 9
 
 
 def test_refusals_are_one_line(run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
