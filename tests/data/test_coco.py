@@ -2,6 +2,7 @@
 reason or refused in one line."""
 
 import copy
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -433,7 +434,11 @@ def test_a_missing_image_changes_the_fingerprint(tmp_path) -> None:
 
 def test_splits_by_files_of_annotations(tmp_path) -> None:
     write(tmp_path, DOCUMENT)
-    held_out = {**DOCUMENT, "categories": DOCUMENT["categories"][1:]}
+    held_out = {
+        "images": [dict(DOCUMENT["images"][0], file_name=f"{n}.png", id=n) for n in (0, 3)],
+        "annotations": [annotation(n + 20, n) for n in (0, 3)],
+        "categories": DOCUMENT["categories"][1:],
+    }
     (tmp_path / "other.json").write_text(json.dumps(held_out))
     data = schema.Data(
         source="coco",
@@ -445,6 +450,14 @@ def test_splits_by_files_of_annotations(tmp_path) -> None:
     assert train.classes == other.classes == ("cat", "dog")
     assert other[0].objects.classes.tolist() == [0]
     assert other.object_table().classes.tolist() == [0, 0]
+    (tmp_path / "link.json").symlink_to(tmp_path / "objects.json")
+    held_out["images"].append(DOCUMENT["images"][1])
+    (tmp_path / "shared.json").write_text(json.dumps(held_out))
+    for name, file in (("shared.json", "2.png"), ("./objects.json", "1.png"), ("link.json", "1")):
+        with pytest.raises(UserError, match=rf"={name!r} holds out images .*/images/{file}"):
+            splits.open_splits(dataclasses.replace(data, holdout_annotations=name))
+    for name in ("link.json", "shared.json"):
+        (tmp_path / name).unlink()
     with pytest.raises(UserError, match=r"data.path=.* has several files of annotations"):
         splits.open_splits(schema.Data(source="coco", path=str(tmp_path)))
     whole = splits.open_source(

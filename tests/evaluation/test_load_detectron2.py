@@ -128,8 +128,8 @@ def test_the_command_evaluates_a_detector(
     images = [
         {"id": k + 1, "file_name": f"{k}.png", "height": height, "width": width} for k in range(2)
     ]
-    Image.fromarray(wanted["image"]).save(tmp_path / "0.png")
-    Image.fromarray(wanted["image"]).save(tmp_path / "1.png")
+    for k in range(3):
+        Image.fromarray(wanted["image"]).save(tmp_path / f"{k}.png")
     objects = []
     rows = zip(wanted["boxes"].tolist(), wanted["classes"].tolist(), wanted["masks"], strict=True)
     for (x0, y0, x1, y1), category, mask in rows:
@@ -150,7 +150,7 @@ def test_the_command_evaluates_a_detector(
     content = {"images": images, "annotations": objects, "categories": categories}
     notes.write_text(json.dumps(content))
     unused = tmp_path / "training.json"  # the mode opens what the run would train on, too
-    unused.write_text(json.dumps(content))
+    unused.write_text(json.dumps(content | {"images": [images[0] | {"file_name": "2.png"}]}))
     small = {
         name: value
         for name, value in dataclasses.asdict(vitdet.SETS["all"]).items()

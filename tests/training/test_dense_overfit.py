@@ -43,7 +43,7 @@ PLAIN = {
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The held-out files are those of training."""
+    """The held-out files are copies of those of training."""
     directory = tmp_path_factory.mktemp("scenes") / "scenes"
     scene_files.write_scenes(str(directory), images=8, held_out=1, side=SIDE, seed=3)
     notes = directory / "annotations"
@@ -71,7 +71,7 @@ def test_detection_learns_eight_scenes(
     notes = scenes / "annotations"
     recipe = (
         f"configs/transfer/detect.py:annotations={notes / 'instances_train.json'},"
-        f"images={scenes / 'images' / 'train'},model=vit_tiny,image_size={SIDE},batch_size=8,"
+        f"images={scenes / 'images'},model=vit_tiny,image_size={SIDE},batch_size=8,"
         f"steps={500 if head == 'dino' else 700},head={head}"
     )
     values = {"data.holdout_annotations": notes / "instances_again.json"}

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import sys
 import urllib.parse
 from typing import Any
 
@@ -171,6 +172,10 @@ class CocoSource:
 
     def key(self, index: int) -> str:
         return self._name(int(self._records[index]))
+
+    def extents(self) -> list[tuple[str, int, int]]:
+        files = (self._file(self._name(number)) for number in self._records.tolist())
+        return [(os.path.join(self.path, file), 0, sys.maxsize) for file in files]
 
     def objects(self, index: int) -> Objects:
         """Returns the objects of a record without reading its image."""
