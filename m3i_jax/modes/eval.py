@@ -42,6 +42,7 @@ from m3i_jax.modes.setup import Setup, check_writable, open_setup, require_views
 from m3i_jax.parallel import distributed
 from m3i_jax.training import checkpoint_dir, init_from, loop, teachers, weight_source
 from m3i_jax.training.checkpoint import Checkpoints
+from m3i_jax.training.task import task_kind
 
 HELD = "held out"  # prefix of the lines of data.txt about held-out data
 SAME = (
@@ -122,7 +123,7 @@ def run(
     if other := other_data(setup, trained_on):
         log(f"the data are not those of the run in {trained_on}: {'; '.join(other)}")
         setup = _with_other_classes(setup, log, named=bool(data))
-        _refuse_other_names(setup, trained_on)
+        setup = _with_learnt_classes(setup, trained_on, log)
     about = described(setup, str(source[0] / str(step)) if source else checkpoint, step)
     run_dir = setup.workdir
     if not of_run or other or data:
@@ -290,23 +291,34 @@ def _with_other_classes(setup: Setup, log: Callable[[str], None], *, named: bool
     return dataclasses.replace(setup, config=config, classes=classes)
 
 
-def _refuse_other_names(setup: Setup, run: pathlib.Path) -> None:
-    """Refuse data of other classes than a run of a dense task has learnt: its head predicts those.
+def _with_learnt_classes(setup: Setup, run: pathlib.Path, log: Callable[[str], None]) -> Setup:
+    """The setup with the classes of the data numbered as a run of a dense task has learnt them, by
+    name: its head predicts those.
 
     Raises:
-      UserError: names a class that differs.
+      UserError: names a class of the data that the run has not learnt.
     """
     learnt = None if setup.config.traits.views else weight_source.class_names(str(run))
-    if learnt is None:
-        return
-    here = setup.classes
-    if learnt != here:
-        wrong = [name for name in here if name not in learnt] or list(here)
+    if learnt is None or learnt == setup.classes:
+        return setup
+    config, kind = setup.config, task_kind(setup.config.task)
+    own = kind.class_names(setup.held_out)
+    if wrong := [name for name in own if name not in learnt]:
         raise UserError(
-            f"data.source={setup.config.data.source!r}: has {len(here)} classes, such as"
-            f" {wrong[0]!r}, and the run in {run} learnt {len(learnt)} others; give data with the"
-            f" same classes, in this order: {', '.join(learnt[:5])}"
+            f"data.source={config.data.source!r}: has {len(own)} classes, of which {len(wrong)},"
+            f" such as {wrong[0]!r}, are not among the {len(learnt)} that the run in {run} learnt;"
+            f" give data with names of these, in any order: {', '.join(learnt[:5])}"
         )
+    log(f"{len(own)} classes of these data are numbered as the {len(learnt)} of the run, by name")
+    return dataclasses.replace(
+        setup,
+        config=dataclasses.replace(
+            config, data=dataclasses.replace(config.data, classes=len(learnt))
+        ),
+        train=kind.with_classes(setup.train, learnt),
+        held_out=kind.with_classes(setup.held_out, learnt),
+        classes=learnt,
+    )
 
 
 def _one_step(config: schema.Config) -> schema.Config:

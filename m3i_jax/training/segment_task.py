@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from m3i_jax import schema
 from m3i_jax.data import annotated_batches, pipeline, rendered_maps
 from m3i_jax.data.sources import base
+from m3i_jax.data.sources.relabelled import RelabelledMaps
 from m3i_jax.errors import UserError
 from m3i_jax.models.dense import pyramid, task_heads
 from m3i_jax.objective import stream_keys
@@ -108,6 +109,10 @@ class SegmentTask(DenseTask):
     @classmethod
     def class_names(cls, source: base.DataSource) -> tuple[str, ...]:
         return base.map_classes(source)
+
+    @classmethod
+    def with_classes(cls, source: base.DataSource, names: tuple[str, ...]) -> base.DataSource:
+        return RelabelledMaps(source, names)
 
 
 register_task("segment", SegmentTask)

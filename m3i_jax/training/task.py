@@ -25,6 +25,7 @@ import optax
 from m3i_jax import parallel, schema
 from m3i_jax.data.pipeline import Batches
 from m3i_jax.data.sources.base import DataSource
+from m3i_jax.data.sources.relabelled import RelabelledSource
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.errors import UserError
 from m3i_jax.registries import Registry
@@ -158,6 +159,11 @@ class Task(abc.ABC):
     def with_annotations(cls, source: DataSource) -> DataSource:
         """Returns a source, to train on or held out, with the annotations that the task reads."""
         return source
+
+    @classmethod
+    def with_classes(cls, source: DataSource, names: tuple[str, ...]) -> DataSource:
+        """Returns a source with its `class_names` renumbered to those of another list, by name."""
+        return RelabelledSource(source, names)
 
     @classmethod
     def training_records(cls, source: DataSource) -> DataSource:

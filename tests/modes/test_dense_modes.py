@@ -4,6 +4,7 @@ made by short runs through the command line in process."""
 import inspect
 import json
 import pathlib
+import shutil
 import types
 from typing import Any
 
@@ -137,8 +138,8 @@ def test_other_maps_are_evaluated_beside_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The written scenes, read by the source of ADE20k's layout, by settings or by --data. Data of
-    other classes and without maps are refused."""
+    """The written scenes, read by the source of ADE20k's layout, by settings or by --data, also with
+    their classes in another order. Data of other classes and without maps are refused."""
     monkeypatch.chdir(ROOT)
     scene_files.write_scenes(str(tmp_path / "scenes"), images=6, held_out=4, side=40)
     changes = [
@@ -159,12 +160,23 @@ def test_other_maps_are_evaluated_beside_the_run(
         json.loads((run / "eval-scenes" / "eval.json").read_text())["results"]["segmentation"]
         == values
     )
+    turned = tmp_path / "turned"
+    shutil.copytree(tmp_path / "scenes", turned)
+    classes = (turned / "classes.txt").read_text().splitlines()
+    (turned / "classes.txt").write_text("\n".join(classes[::-1]))
+    for file in turned.glob("annotations/*/*.png"):
+        numbers = np.asarray(Image.open(file)).astype(int)
+        numbers = np.where(numbers, len(classes) + 1 - numbers, 0)
+        Image.fromarray(numbers.astype(np.uint8)).save(file)
+    assert command.main([*by_flag, str(turned)]) == 0
+    turned_results = json.loads((run / "eval-turned" / "eval.json").read_text())["results"]
+    assert turned_results["segmentation"] == values
     capsys.readouterr()
     names = tmp_path / "scenes" / "classes.txt"
     names.write_text("\n".join([*names.read_text().split("\n")[:-2], "unicorn", ""]))
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "1.png")
     for more, words in (
-        ([str(tmp_path / "scenes")], "classes, such as"),
+        ([str(tmp_path / "scenes")], "classes, of which 1, such as 'unicorn', are not among"),
         ([f"folder:{tmp_path}"], "has neither class maps nor objects"),
         (["scenes:30", "--untrained"], "has no --mode=eval --untrained"),
     ):

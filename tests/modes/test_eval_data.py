@@ -15,6 +15,7 @@ from m3i_jax import schema
 from m3i_jax.data.sources import shapes
 from m3i_jax.data.sources.mixture import MixtureEntry
 from m3i_jax.errors import UserError
+from m3i_jax.evaluation import detection_results
 from m3i_jax.modes import eval as evaluate
 from m3i_jax.modes import eval_data, report
 from m3i_jax.modes import setup as jobs
@@ -222,6 +223,42 @@ def test_all_images_of_other_data_are_held_out_for_a_dense_task(tmp_path: pathli
     assert keys == [f"scene_{i:06d}.jpg" for i in range(9)]
     assert len(opened(f"coco:{tmp_path}@{names[0]}|{names[1]}", trained=names[1]).held_out) == 3
     assert 0 < len(opened(f"coco:{tmp_path}@{names[0]}", trained=names[0]).held_out) < 9
+
+
+def test_classes_of_other_data_are_matched_by_name(tmp_path: pathlib.Path) -> None:
+    """A file that lists a part of the categories in another order, and maps without names."""
+    scene_files.write_scenes(str(tmp_path), images=6, held_out=1, side=32)
+    notes = tmp_path / "annotations" / "instances_train.json"
+    own = json.loads(notes.read_text())["categories"]
+    learnt = ("zebra", *sorted((each["name"] for each in own), reverse=True))
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": learnt}))
+    lines: list[str] = []
+
+    def opened(task: str, run: pathlib.Path, **settings: object) -> jobs.Setup:
+        values = {f"data__{name}": value for name, value in settings.items()}
+        config = dense_toy.dense_settings(task, data__classes=len(learnt), **values)
+        setup = jobs.open_setup(config, str(tmp_path / "run"), draws_batches=False)
+        return evaluate._with_learnt_classes(setup, run, lines.append)
+
+    objects = {"source": "coco", "path": str(tmp_path), "annotations": str(notes)}
+    setup = opened("detect", tmp_path, **objects, holdout=0.5)
+    assert setup.classes == setup.held_out.classes == learnt and len(lines) == 1
+    source = setup.held_out.source
+    for i in range(len(source)):
+        found, stated = setup.held_out[i].objects.classes, source[i].objects.classes
+        assert [learnt[k] for k in found] == [source.classes[k] for k in stated]
+    assert detection_results.category_table(setup.held_out, learnt).ids[0] == 91
+    (tmp_path / "classes.txt").unlink()
+    other = tmp_path / "other"
+    other.mkdir()
+    maps = {"source": "maps", "path": str(tmp_path), "split": "train", "holdout_split": "val"}
+    for names, refused in ((map(str, range(1, 17)), False), (("sky", "1"), True)):
+        (other / "classes.json").write_text(json.dumps({"classes": list(names)}))
+        if refused:
+            with pytest.raises(UserError, match="14 classes, of which 13, such as '2', are not"):
+                opened("segment", other, **maps)
+        else:
+            assert len(opened("segment", other, **maps).held_out.map_classes) == 16
 
 
 def test_refusals_are_one_line(run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,13 @@
-"""A source whose labels are numbers of another list of classes, as of a held-out part."""
+"""Sources whose labels, objects or class maps are numbers of another list of classes, as of a
+held-out part."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
+from m3i_jax.data.decode import BadRecord
+from m3i_jax.data.decode_map import UNLABELLED, decode_map
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource, Record
 from m3i_jax.data.sources.captions import source_caption, source_captions
@@ -88,3 +91,45 @@ def relabel_record(record: Record, table: np.ndarray) -> Record:
     if record.objects is not None:
         record = dataclasses.replace(record, objects=record.objects.relabel(table))
     return record if label == record.label else dataclasses.replace(record, label=label)
+
+
+class RelabelledMaps(base.SubsetSource):
+    """A source with its class maps renumbered to another list of classes, by name; pixels of
+    classes that are not in the list become unlabelled.
+
+    Args:
+        source: with maps.
+        classes: the new list.
+
+    >>> class One:
+    ...     name, classes, captions, map_classes = "one", (), False, ("sea", "sky", "eel")
+    ...     def __len__(self): return 1
+    ...     def __getitem__(self, i): return Record("a", b"", map=np.array([[0, 1, 2, 255, 3]]))
+    >>> RelabelledMaps(One(), ("sky", "ant", "sea"))[0].map.tolist()  # 3: a class that One lacks
+    [[2, 0, 255, 255, 254]]
+    """
+
+    def __init__(self, source: DataSource, classes: Sequence[str]) -> None:
+        identity = base.stable_digest("maps of the classes", *classes)
+        super().__init__(source, np.arange(len(source)), "classes renumbered", identity)
+        theirs, number = base.map_classes(source), {name: i for i, name in enumerate(classes)}
+        self.map_classes = tuple(classes)
+        # a number without a class stays one, beyond all that a map may have: a bad record
+        self._table = np.full(UNLABELLED + 1, UNLABELLED - 1, np.uint8)
+        self._table[: len(theirs)] = [number.get(name, UNLABELLED) for name in theirs]
+        self._table[UNLABELLED] = UNLABELLED
+
+    def __getitem__(self, index: int) -> Record:
+        return self._relabel(super().__getitem__(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record]:
+        return [self._relabel(record) for record in super().__getitems__(indices)]
+
+    def _relabel(self, record: Record) -> Record:
+        if record.map is None:
+            return record
+        try:
+            map_HxW = decode_map(record.map, UNLABELLED)
+        except BadRecord:  # the builder of batches finds the same, and counts it
+            return record
+        return dataclasses.replace(record, map=self._table[map_HxW])
