@@ -44,7 +44,7 @@ _TABLE = "encoder/positions"
 _OF_POOLING = ("kind", "query", "norm", "projection")
 HUB_PREFIX = "hf://"
 # weights, settings, preprocessing and the description; never code
-HUB_FILES = ("*.safetensors", "*.json", "*.npz", "README.md")
+HUB_FILES = ("*.safetensors", "*.json", "*.npz", "config.txt", "parameters/*", "README.md")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -223,12 +223,13 @@ def load(
     if path.startswith(HUB_PREFIX):
         path = fetch_weights(path)
     run = checkpoint_dir.is_run(path)
-    if run:
+    stated = run or checkpoint_dir.is_export(path)  # the settings of the run are there
+    if stated:
         settings = configuration.load_from_workdir(path, "load")
     source = weight_source.open_weights(path, weights=weights, key="load")
     if given != path:
         source.name = source.name.replace(path, str(given))
-    if not run:
+    if not stated:
         settings = _described(source, path, heads, "load")
         settings.data.image_size = source.settings.get("dense_size", settings.data.image_size)
     config = configuration.resolve(settings)
@@ -238,7 +239,7 @@ def load(
         return load_dense.load_dense(path, config, source)
     if run:
         teachers.find_in_run(path, config.objective.teachers, "load")
-    own = plan.build_plan(config).image_feature if run else "mean"
+    own = plan.build_plan(config).image_feature if stated else "mean"
     trained = own == "attention" and any(p.startswith("pool/") for p in source.shapes)
     if pool == "attention" and not trained:
         raise UserError(f"load: {path}: has no trained pooling; use pool='mean'")
@@ -253,7 +254,7 @@ def load(
     ]
     params: dict[str, Any] = {}
     arrays = source.read(dict.fromkeys(names))
-    if not run and "view_size" in source.settings:
+    if not stated and "view_size" in source.settings:
         encoder = config.model.encoder
         how = {"cls": encoder.cls_token, "antialias": encoder.registers > 0}
         table = positions.resize_position_table(arrays[_TABLE], config.grid, **how)

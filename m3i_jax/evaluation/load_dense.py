@@ -8,7 +8,7 @@ in the evaluations of the run.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import annotated_eval, decode
+from m3i_jax.data import annotated_eval, decode, image_inputs
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import detection_results, sliding_windows
 from m3i_jax.parallel.sharding import path_text
@@ -94,15 +94,17 @@ class LoadedDense:
         """Returns the objects of images.
 
         Args:
-          images: RGB uint8 [H, W, 3], or a list of images of any sizes. The long side of each is
-            scaled to the model's input.
+          images: one image or several of any sizes, as those of `LoadedEncoder.features`: paths, a
+            directory, Pillow images, or arrays of 1 to 4 channels. The long side of each is scaled
+            to the model's input.
 
         Raises:
-          UserError: the run is not one of detection.
+          ValueError: see `as_images`.
+          UserError: the run is not one of detection, or a directory has no image.
         """
         self._require("detect")
         out = []
-        for image in as_images(images):
+        for image in as_images(images, background=self.config.data.background):
             original = image.shape[:2]
             square, size = annotated_eval.fit_pixels(
                 decode.wrap_pixels(image),
@@ -129,7 +131,7 @@ class LoadedDense:
           images: see `detect`. Each is resized and cut into windows as in the run's evaluations.
 
         Raises:
-          UserError: the run is not one of segmentation.
+          ValueError, UserError: see `detect`.
         """
         self._require("segment")
         size_of, resize = sliding_windows.resize_rule(self.config)
@@ -138,7 +140,7 @@ class LoadedDense:
         )
         maps = sliding_windows.class_maps(
             lambda image, size: self.function(self.params, image, size)["logits"],
-            list(enumerate(as_images(images))),
+            enumerate(as_images(images, background=self.config.data.background)),
             settings,
             size_of=size_of,
             resize=resize,
@@ -165,24 +167,23 @@ class LoadedDense:
             )
 
 
-def as_images(images: Any) -> list[np.ndarray]:
-    """Returns one image, an array of images or a list of images as a list of uint8 [H, W, 3].
+def as_images(images: Any, *, background: int = 255) -> Iterator[np.ndarray]:
+    """Returns images, read one by one, as RGB uint8 [H, W, 3].
+
+    Args:
+      images: see `image_inputs.iterate_images`.
+      background: gray level 0..255 that replaces transparent pixels.
 
     Raises:
-      ValueError: an image of another shape or type, or without pixels.
+      ValueError: see `image_inputs.rgb_pixels`.
 
-    >>> [image.shape for image in as_images(np.zeros((2, 4, 5, 3), np.uint8))]
+    >>> [image.shape for image in as_images(np.zeros((2, 4, 5, 4)))]
     [(4, 5, 3), (4, 5, 3)]
     """
-    several = isinstance(images, Sequence) or np.ndim(images) == 4
-    out = [np.asarray(image) for image in (images if several else [images])]
-    for image in out:
-        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(
-                f"an image has shape {image.shape} and type {image.dtype}; give RGB uint8"
-                " [height, width, 3]"
-            )
-    return out
+    for image in image_inputs.iterate_images(images)[0]:
+        pixels = image_inputs.rgb_pixels(image, background=background)
+        floats = pixels.dtype != np.uint8
+        yield np.rint(pixels * np.float32(255)).astype(np.uint8) if floats else pixels
 
 
 def load_dense(path: str, config: schema.Config, source: weight_source.WeightSource) -> LoadedDense:

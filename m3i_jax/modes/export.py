@@ -14,13 +14,14 @@ stablehlo: features.stablehlo, images [b, S, S, 3] uint8 -> features [b, D] for 
 orbax: parameters, the parameter tree of this package, by Orbax.
 
 A detector or segmenter is written by the last three: as one program, suppression included, or as
-its arrays.
+its arrays; model.json has its classes and its input.
 
-Each directory also has preprocessing.json, the preprocessing of the run's evaluations and what the
-arrays of a ViT do not show, activation and eps, so that `m3i_jax.load` of the directory has the
-features of the run; the files for timm and Hugging Face describe the same preprocessing. README.md
-is the model card, without paths of this machine, so that the directory can be pushed to a hub as it
-is:
+The directory of an encoder also has preprocessing.json, the preprocessing of the run's evaluations
+and what the arrays of a ViT do not show, activation and eps, so that `m3i_jax.load` of the
+directory has the features of the run; the files for timm and Hugging Face describe the same
+preprocessing. Beside arrays under names of this package, config.txt has the settings that `load`
+reads. README.md is the model card. Neither has paths of this machine, so that the directory can be
+pushed to a hub as it is:
 
     huggingface_hub.upload_folder(repo_id="OWNER/NAME", folder_path="RUN/export/hf")"""
 
@@ -48,7 +49,7 @@ from m3i_jax.modes import model_card, setup
 from m3i_jax.parallel import kernel_calls
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.run_files import write_text_atomic
-from m3i_jax.training import checkpoint, weight_source
+from m3i_jax.training import checkpoint, checkpoint_dir, weight_source
 
 FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
 # largest difference over the largest value; two libraries round differently in every layer
@@ -303,8 +304,8 @@ def _to_orbax(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) 
     tree: dict[str, Any] = {}
     for path, array in source.read(dict.fromkeys(source.shapes)).items():
         weight_source.set_leaf(tree, path, array)
-    checkpoint.write_tree(directory / "parameters", tree)
-    write_text_atomic(directory / "config.txt", configuration.config_to_text(model.config))
+    checkpoint.write_tree(directory / checkpoint_dir.PARAMETERS, tree)
+    write_text_atomic(directory / "config.txt", model_card.portable_settings(model.config))
     return [
         f"{len(source.shapes)} arrays of {', '.join(tree)}; read them with"
         " orbax.checkpoint.StandardCheckpointer().restore(DIRECTORY)"
@@ -384,12 +385,19 @@ def export_model(config: schema.Config, *, workdir: str, format: str) -> int:
         )
     directory = _directory(workdir, format)
     model = load.load(workdir, weights=config.evaluate.encoder)
+    model.config = dataclasses.replace(model.config, report=config.report)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     lines = _WRITERS[format](directory, model)
-    write_text_atomic(directory / "config.txt", configuration.config_to_text(model.config))
+    write_text_atomic(directory / "config.txt", model_card.portable_settings(model.config))
     described = {"classes": model.names, "task": config.task, "input": _input(model)}
-    write_text_atomic(directory / "model.json", json.dumps(described, indent=1) + "\n")
+    write_text_atomic(
+        directory / checkpoint_dir.DESCRIPTION, json.dumps(described, indent=1) + "\n"
+    )
+    write_text_atomic(
+        directory / model_card.FILE,
+        model_card.model_card_text(model, pathlib.Path(workdir), format),
+    )
     print(f"{model.name} -> {directory}")
     for line in lines:
         print(line)
@@ -450,12 +458,14 @@ def _flat(model: LoadedDense) -> dict[str, np.ndarray]:
 
 def _model_to_npz(directory: pathlib.Path, model: LoadedDense) -> list[str]:
     arrays = _flat(model)
-    tensor_files.write_npz(directory / "model.npz", arrays)
+    tensor_files.write_npz(directory / checkpoint_dir.ARRAYS, arrays)
     return [f"{len(arrays)} arrays by their paths, running statistics below running/"]
 
 
 def _model_to_orbax(directory: pathlib.Path, model: LoadedDense) -> list[str]:
-    checkpoint.write_tree(directory / "parameters", jax.tree.map(np.asarray, model.params))
+    checkpoint.write_tree(
+        directory / checkpoint_dir.PARAMETERS, jax.tree.map(np.asarray, model.params)
+    )
     return [
         f"{len(_flat(model))} arrays; read them with"
         " orbax.checkpoint.StandardCheckpointer().restore(DIRECTORY)"

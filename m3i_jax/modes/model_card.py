@@ -2,29 +2,35 @@
 settings, from the files of the run. It names no directory of this machine, and begins with the
 metadata that the Hugging Face Hub reads."""
 
+import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.evaluation.load import LoadedEncoder
+from m3i_jax.evaluation.load_dense import LoadedDense
 from m3i_jax.models import backbones
+from m3i_jax.schema.limits import TextLimit
 from m3i_jax.version import __version__
 
 FILE = "README.md"
 # an absolute path, or one from the home directory, and not the rest of a URL
 _PATH = re.compile(r"(?<![\w:/.~\-^])(?:~|\.{1,2})?/(?:[^\s'\",;|/]+/)*([^\s'\",;|/]+)/?")
-_READ_BACK = ("timm", "hf")  # formats that `m3i_jax.load` reads
+# formats that `m3i_jax.load` reads, of an encoder and of a detector or segmenter
+_READ_BACK, _DENSE_READ_BACK = ("timm", "hf", "orbax"), ("npz", "orbax")
+_SOURCES = ("data.mixture", "curate.against")  # settings of entries KIND:PATH
+_PIPELINE = {"detect": "object-detection", "segment": "image-segmentation"}
 _LIBRARY = {"timm": "timm", "hf": "transformers"}
 
 
-def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) -> str:
-    """Returns Markdown: metadata, encoder, preprocessing, use, data with fingerprint, metrics,
+def model_card_text(model: LoadedEncoder | LoadedDense, workdir: pathlib.Path, format: str) -> str:
+    """Returns Markdown: metadata, model, preprocessing, use, data with fingerprint, metrics,
     licence, and every setting that is not at its default."""
     c = model.config
-    e, a = c.model.encoder, c.data.augment
     licence = c.report.licence or (
         "not stated. The code is Apache-2.0; set the licence of the weights by"
         " config.report.licence before you publish them, if the licences of the data allow it"
@@ -40,27 +46,12 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
         (
             "encoder",
             (
-                f"{c.model.backbone}, patch {e.patch_size},"
+                f"{c.model.backbone}, patch {c.model.encoder.patch_size},"
                 f" {backbones.get_backbone(c.model).describe(c.model)}"
             ),
         ),
         *backbones.get_backbone(c.model).card(c.model),
-        (
-            "input",
-            (
-                f"RGB, {c.data.image_size} x {c.data.image_size}, (x / 255 - mean) / std with mean"
-                f" {a.mean} and std {a.std}"
-            ),
-        ),
-        (
-            "preprocessing",
-            (
-                f"{model.preprocessing.resized_side} resized to"
-                f" {model.preprocessing.short_side}, {model.preprocessing.interpolation}, centre"
-                f" crop (evaluate.crop={c.evaluate.crop:g})"
-            ),
-        ),
-        ("objective", " + ".join(c.objective.forms)),
+        *(_dense_rows(model) if isinstance(model, LoadedDense) else _encoder_rows(model)),
         ("licence", licence),
     ]
     lines = [
@@ -71,7 +62,7 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),
         "",
-        *_use(format),
+        *_use(c.task, format),
         "## Data",
         "",
     ]
@@ -87,6 +78,76 @@ def model_card_text(model: LoadedEncoder, workdir: pathlib.Path, format: str) ->
         "```text",
     ]
     return without_directories("\n".join([*lines, *_changed(c), "```", ""]), configured_paths(c))
+
+
+def _encoder_rows(model: LoadedEncoder) -> list[tuple[str, str]]:
+    c = model.config
+    side, a = c.data.image_size, c.data.augment
+    return [
+        (
+            "input",
+            (f"RGB, {side} x {side}, (x / 255 - mean) / std with mean {a.mean} and std {a.std}"),
+        ),
+        (
+            "preprocessing",
+            (
+                f"{model.preprocessing.resized_side} resized to"
+                f" {model.preprocessing.short_side}, {model.preprocessing.interpolation}, centre"
+                f" crop (evaluate.crop={c.evaluate.crop:g})"
+            ),
+        ),
+        ("objective", " + ".join(c.objective.forms)),
+    ]
+
+
+def _dense_rows(model: LoadedDense) -> list[tuple[str, str]]:
+    c, a = model.config, model.config.data.augment
+    head = c.dense.detect.head if c.task == "detect" else c.dense.segment.head
+    more = ", ..." if len(model.names) > 10 else ""
+    return [
+        ("task", f"{c.task}, by {head}"),
+        ("classes", f"{len(model.names)}: {', '.join(model.names[:10])}{more}"),
+        (
+            "input",
+            (
+                f"RGB, {c.data.image_size} pixels, scaled by `m3i_jax.load` and, in the model,"
+                f" normalised with mean {a.mean} and std {a.std}"
+            ),
+        ),
+    ]
+
+
+def portable_settings(c: schema.Config) -> str:
+    """Returns the text of settings with the last part of each path of this machine in the place of
+    the path.
+
+    >>> data = schema.Data(path="/data/me/my photos", split="train")
+    >>> text = portable_settings(schema.Config(data=data))
+    >>> "data.path = 'my photos'" in text, "data.split = 'train'" in text
+    (True, True)
+    """
+    return configuration.config_to_text(_with_paths(c, _last_part))
+
+
+def _with_paths(node: Any, change: Callable[[str, str], str], prefix: str = "") -> Any:
+    """Returns settings with change(key, value) in the place of each value that names a path."""
+    new: dict[str, Any] = {}
+    for field in dataclasses.fields(node):
+        value, key = getattr(node, field.name), prefix + field.name
+        limits = field.metadata.get("limits")
+        if dataclasses.is_dataclass(value):
+            new[field.name] = _with_paths(value, change, key + ".")
+        elif isinstance(limits, TextLimit) and limits.kind == "path":
+            several = not isinstance(value, str)
+            values = tuple(change(key, each) for each in (value if several else (value,)))
+            new[field.name] = values if several else values[0]
+    return dataclasses.replace(node, **new)
+
+
+def _last_part(key: str, value: str) -> str:
+    kind, colon, path = value.partition(":") if key in _SOURCES else ("", "", value)
+    local = "/" in path and "://" not in path
+    return f"{kind}{colon}{pathlib.PurePosixPath(path).name}" if local else value
 
 
 def without_directories(text: str, paths: Iterable[str] = ()) -> str:
@@ -108,9 +169,13 @@ def without_directories(text: str, paths: Iterable[str] = ()) -> str:
 
 def configured_paths(c: schema.Config) -> set[str]:
     """Returns the paths of this machine that the settings name."""
-    given = [c.data.path, c.data.directory, c.data.class_names, c.data.vocabulary, c.init_from]
-    given += [*c.data.keep, c.objective.target_checkpoint, *c.objective.teachers, *c.report.beside]
-    given += [re.sub("=[^=/]*$", "", entry.partition(":")[2]) for entry in c.data.mixture]
+    given: set[str] = set()
+
+    def note(key: str, value: str) -> str:
+        given.add(re.sub("=[^=/]*$", "", value.partition(":")[2]) if key in _SOURCES else value)
+        return value
+
+    _with_paths(c, note)
     return {path for path in given if "/" in path and "://" not in path}
 
 
@@ -125,7 +190,7 @@ def _metadata(c: schema.Config, format: str) -> list[str]:
         "---",
         f"library_name: {_LIBRARY.get(format, 'jax')}",
         *licence,
-        "pipeline_tag: image-feature-extraction",
+        f"pipeline_tag: {_PIPELINE.get(c.task, 'image-feature-extraction')}",
         "tags:",
         "- m3i",
         "- jax",
@@ -134,10 +199,11 @@ def _metadata(c: schema.Config, format: str) -> list[str]:
     ]
 
 
-def _use(format: str) -> list[str]:
-    """How to compute features, if this package reads directories of the format."""
-    if format not in _READ_BACK:
+def _use(task: str, format: str) -> list[str]:
+    """How to compute features or predictions, if this package reads directories of the format."""
+    if format not in (_DENSE_READ_BACK if task in _PIPELINE else _READ_BACK):
         return []
+    call = f"found = model.{task}" if task in _PIPELINE else "vectors = model.features"
     return [
         "## Use",
         "",
@@ -146,8 +212,8 @@ def _use(format: str) -> list[str]:
         "```python",
         "import m3i_jax",
         "",
-        'encoder = m3i_jax.load("hf://OWNER/NAME")  # or the path of this directory',
-        'vectors = encoder.features("DIRECTORY_OF_IMAGES")',
+        'model = m3i_jax.load("hf://OWNER/NAME")  # or the path of this directory',
+        f'{call}("DIRECTORY_OF_IMAGES")',
         "```",
         "",
     ]

@@ -26,6 +26,8 @@ from m3i_jax.training import checksums
 
 # format of a checkpoint; 1: no checksums, 2: CRC-32, 3: the checksums do not have the step number
 FORMAT = 4
+# of an export: its arrays in one file or as an Orbax checkpoint, and what it says about a model
+ARRAYS, PARAMETERS, DESCRIPTION = "model.npz", "parameters", "model.json"
 # Seconds before each retry of a failed read; an error that a server does not cause, such as a
 # missing permission, has `BRIEF` waits.
 WAITS, BRIEF = (1.0, 4.0, 15.0, 30.0, 60.0), 3
@@ -59,7 +61,18 @@ def make_checkpoint_dir(directory: pathlib.Path) -> None:
 def is_run(directory: str) -> bool:
     """Returns whether a directory is the workdir of a run."""
     path = pathlib.Path(directory)
-    return (path / "checkpoints").is_dir() or (path / "config.txt").is_file()
+    if (path / "checkpoints").is_dir():
+        return True
+    return (path / "config.txt").is_file() and not is_export(directory)
+
+
+def is_export(directory: str) -> bool:
+    """Returns whether a directory has the settings of a run and, in the place of checkpoints, its
+    exported parameters or the description of an exported model (--mode=export)."""
+    path = pathlib.Path(directory)
+    if (path / "checkpoints").is_dir() or not (path / "config.txt").is_file():
+        return False
+    return (path / PARAMETERS).is_dir() or (path / DESCRIPTION).is_file()
 
 
 def position(step: pathlib.Path) -> dict[str, Any]:

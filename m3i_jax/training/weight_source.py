@@ -103,6 +103,8 @@ def open_weights(
         )
     if checkpoint_dir.is_run(location):
         return _open_run(location, weights, key)
+    if checkpoint_dir.is_export(location):
+        return _open_export(location, weights, key)
     try:
         table = tensor_files.read_tensors(location)
         dense = published_dense.load_published_dense(table) if weights != "ema" else None
@@ -229,6 +231,63 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
     def read(shardings: Mapping[str, Any]) -> dict[str, Any]:
         return read_trained(run, {path: (paths[path], at) for path, at in shardings.items()})
 
+    name = f"{workdir} (step {run.step:,}, {'momentum average' if weights == 'ema' else 'online'})"
+    return WeightSource(
+        name,
+        {path: run.shapes[full] for path, full in paths.items()},
+        read,
+        _settings_of_run(config),
+        {},
+        [],
+        class_names(workdir),
+    )
+
+
+def _open_export(location: str, weights: str, key: str) -> WeightSource:
+    """The arrays of an export of npz or orbax, with the settings of its run."""
+    where, path = f"{key}: {location!r}", pathlib.Path(location)
+    if weights == "ema":
+        raise UserError(
+            f"{where} is an export, of one copy of the weights; leave weights='ema' out"
+        )
+    config = configuration.resolve(configuration.load_from_workdir(location, key))
+    table: Mapping[str, Any]
+    if (path / checkpoint_dir.ARRAYS).is_file():
+        table = tensor_files.read_tensors(path / checkpoint_dir.ARRAYS)
+    elif (path / checkpoint_dir.PARAMETERS).is_dir():
+        library_errors.drop_repeated_errors()
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                tree = reader.restore((path / checkpoint_dir.PARAMETERS).absolute())
+        except Exception as error:  # Orbax has no exception class for a damaged file
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{where} cannot be read ({reason}); export it again") from error
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        table = {path_text(name): np.asarray(leaf) for name, leaf in leaves}
+    else:
+        raise UserError(
+            f"{where} holds a program without arrays, which jax.export.deserialize reads; give the"
+            " run, or its export of npz or orbax"
+        )
+    described = path / checkpoint_dir.DESCRIPTION
+    names = run_files.read_run_json(described).get("classes") if described.is_file() else None
+
+    def read(shardings: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: put_array(table[name], at) for name, at in shardings.items()}
+
+    return WeightSource(
+        f"{location} (an export)",
+        {name: tuple(table[name].shape) for name in table},
+        read,
+        _settings_of_run(config),
+        {},
+        [],
+        tuple(map(str, names)) if names else None,
+    )
+
+
+def _settings_of_run(config: schema.Config) -> dict[str, Any]:
+    """`WeightSource.settings` of a run, by its settings."""
     pixels = {
         "mean": config.data.augment.mean,
         "std": config.data.augment.std,
@@ -242,17 +301,7 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
             for section in backbones.get_backbone(config.model).sections
         },
     }
-    settings = {**dataclasses.asdict(config.model.encoder), **model, **pixels}
-    name = f"{workdir} (step {run.step:,}, {'momentum average' if weights == 'ema' else 'online'})"
-    return WeightSource(
-        name,
-        {path: run.shapes[full] for path, full in paths.items()},
-        read,
-        settings,
-        {},
-        [],
-        class_names(workdir),
-    )
+    return {**dataclasses.asdict(config.model.encoder), **model, **pixels}
 
 
 def read_trained(run: "RunWeights", wanted: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:

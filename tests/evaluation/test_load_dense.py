@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from m3i_jax.data import annotated_eval, decode
 from m3i_jax.data.sources.base import Record
@@ -111,6 +112,22 @@ def test_the_other_prediction_and_features_are_refused() -> None:
         loaded("detect").segment(IMAGES)
     with pytest.raises(UserError, match="has no features"):
         loaded("segment").features(IMAGES)
-    for shape in ((4, 4), (0, 4, 3)):
-        with pytest.raises(ValueError, match="give RGB uint8"):
-            as_images(np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match=r"shape \(0, 4, 3\)"):
+        list(as_images(np.zeros((0, 4, 3), np.uint8)))
+
+
+def test_images_of_any_kind(tmp_path: pathlib.Path) -> None:
+    """Paths, a directory, Pillow images, gray, transparent and float arrays, as of an encoder."""
+    gray = (np.arange(20 * 24) % 256).astype(np.uint8).reshape(20, 24)
+    rgb = np.repeat(gray[..., None], 3, -1)
+    path = tmp_path / "gray.png"
+    Image.fromarray(gray).save(path)
+    opaque = np.concatenate([rgb, np.full((20, 24, 1), 255, np.uint8)], -1)
+    for given in (path, str(path), tmp_path, Image.fromarray(gray), gray, opaque, rgb / 255, [rgb]):
+        (image,) = as_images(given)
+        assert image.dtype == np.uint8
+        np.testing.assert_array_equal(image, rgb)
+    (image,) = as_images(np.zeros((4, 5, 4), np.uint8), background=7)
+    assert (image == 7).all()
+    model = loaded("segment")
+    np.testing.assert_array_equal(model.segment(str(path))[0], model.segment(rgb)[0])

@@ -18,6 +18,7 @@ from m3i_jax import main as command
 from m3i_jax import run_files, schema
 from m3i_jax.data.sources import scenes
 from m3i_jax.data.sources.segmentations import decode_mask
+from m3i_jax.errors import UserError
 from m3i_jax.modes import task_views
 from m3i_jax.reporting import dense_panels
 from m3i_jax.training import loop
@@ -130,6 +131,27 @@ def test_exports_have_the_whole_model(
     capsys.readouterr()
     assert command.main([*command_line, "--format=timm"]) == 2
     assert "has no place for the head of config.task=segment" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["npz", "orbax"])
+def test_an_export_is_loaded_and_names_no_path(
+    run: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """A copy of its directory predicts as the run does; it has settings and a model card."""
+    monkeypatch.chdir(ROOT)
+    assert command.main(["--mode=export", "--workdir", str(run), f"--format={format}"]) == 0
+    shutil.copytree(run / "export" / format, tmp_path / "copy")
+    texts = [path.read_text() for path in (tmp_path / "copy").glob("*.*") if path.suffix != ".npz"]
+    assert len(texts) == 3 and not any(str(run) in text for text in texts)
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert "pipeline_tag: image-segmentation" in card and 'model.segment("' in card
+    model, copied = m3i_jax.load(str(run)), m3i_jax.load(str(tmp_path / "copy"))
+    image = np.random.default_rng(0).integers(0, 256, (20, 50, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(copied.segment(image)[0], model.segment(image)[0])
+    assert copied.names == model.names
+    (tmp_path / "copy" / ("model.npz" if format == "npz" else "config.txt")).unlink()
+    with pytest.raises(UserError, match=r"program without arrays|model.safetensors"):
+        m3i_jax.load(str(tmp_path / "copy"))
 
 
 def test_other_maps_are_evaluated_beside_the_run(

@@ -198,6 +198,31 @@ def test_orbax(run) -> None:
     assert saved.flat(tree).keys() == saved.flat(run[1]).keys()
     np.testing.assert_array_equal(tree["encoder"]["cls_token"], run[1]["encoder"]["cls_token"])
     assert "model.encoder.width = 32" in (directory / "config.txt").read_text()
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3)).astype(np.uint8)
+    again, model = load.load(str(directory)), load.load(str(run[0]))
+    assert again.pool == model.pool == "attention"
+    np.testing.assert_array_equal(again.features(images), model.features(images))
+    with pytest.raises(UserError, match="is an export, of one copy of the weights"):
+        load.load(str(directory), weights="ema")
+
+
+def test_settings_of_an_export_name_no_directory() -> None:
+    """Of relative paths and lists, too; what is left is read as settings."""
+    config = toy.settings()
+    data = dataclasses.replace(
+        config.data,
+        mixture=("folder:own/photos=3", "coco:/b/images@/b/notes/train.json|c/val.json"),
+        keep=("lists/keep.parquet", "all"),
+        annotations="notes/train.json",
+        path="s3://bucket/x",
+    )
+    text = model_card.portable_settings(
+        dataclasses.replace(config, data=data, init_from="/a/b.npz")
+    )
+    read = configuration.config_from_text(text, "").to_dict()
+    assert read["data"]["mixture"] == ("folder:photos=3", "coco:val.json")
+    assert read["data"]["keep"] == ("keep.parquet", "all") and read["init_from"] == "b.npz"
+    assert (read["data"]["annotations"], read["data"]["path"]) == ("train.json", "s3://bucket/x")
 
 
 FRESH = """
