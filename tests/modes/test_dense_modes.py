@@ -160,8 +160,8 @@ def test_other_maps_are_evaluated_beside_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The written scenes, read by the source of ADE20k's layout, by settings or by --data, also with
-    their classes in another order. Data of other classes and without maps are refused."""
+    """The written scenes, read by the source of ADE20k's layout, by settings or by --data, also
+    with their classes in another order. Data of other classes and without maps are refused."""
     monkeypatch.chdir(ROOT)
     scene_files.write_scenes(str(tmp_path / "scenes"), images=6, held_out=4, side=40)
     changes = [
