@@ -20,12 +20,13 @@ from jax.ad_checkpoint import checkpoint_name
 from m3i_jax import parallel
 from m3i_jax.models import attention_gpu, attention_tpu
 from m3i_jax.models.attention_tpu import MASKED_LOGIT, Columns
+from m3i_jax.objective.manual_axes import custom_vjp
 
 LogitBias = tuple[jax.Array, ...]
 Relative = tuple[jax.Array, jax.Array, LogitBias]  # queries and keys, and the bias of their logits
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(custom_vjp, nondiff_argnums=(5,))
 def attend(
     q_BxHxQxE: jax.Array,
     k_BxHxTxE: jax.Array,
@@ -159,7 +160,7 @@ def _is_gpu() -> bool:
     return parallel.platform() in parallel.GPUS
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def attend_columns(
     heads: int, arrays: tuple[jax.Array, ...], where_BxT: jax.Array | None
 ) -> jax.Array:

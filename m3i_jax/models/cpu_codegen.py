@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from m3i_jax.objective.manual_axes import vary_like
+
 
 @jax.custom_vjp
 def _transposed(kernel_CxD: jax.Array) -> jax.Array:
@@ -65,12 +67,14 @@ def fusion_barrier(function: Callable[..., jax.Array], *arrays: jax.Array) -> ja
     [2.0, 2.0]
     """
 
+    arrays = vary_like(arrays, arrays)  # both branches must differ along the same axes of a mesh
+
     def separate(*arrays: jax.Array) -> jax.Array:
         out = jax.eval_shape(function, *arrays)
         return jax.lax.cond(
             jax.lax.optimization_barrier(jnp.bool_(True)),
             function,
-            lambda *_: jnp.zeros(out.shape, out.dtype),
+            lambda *_: vary_like(jnp.zeros(out.shape, out.dtype), arrays),
             *arrays,
         )
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from m3i_jax.models.cpu_codegen import fusion_barrier
 from m3i_jax.models.dcnv3_dense import Samples, sample_gradients, widen
+from m3i_jax.objective.manual_axes import vary_like
 
 # contributions of one point to the input gradient that are computed at once; they should stay in a
 # CPU's cache
@@ -192,7 +193,8 @@ def _backward(
         more_Nx2x2xD = fusion_barrier(shares, below, right, m)[..., None] * grad_NxD[:, None, None]
         return _add_squares(dv, jnp.stack([row, column], -1), more_Nx2x2xD), read
 
-    dv, read = jax.lax.scan(point, jnp.zeros(maps.shape, dtype), one_by_one)
+    start = vary_like(jnp.zeros(maps.shape, dtype), (maps, one_by_one, grad_NxD))
+    dv, read = jax.lax.scan(point, start, one_by_one)
     dx = dv.reshape(b, groups, height + 3, width + 3, d)[
         :, :, 1 : height + 1, 1 : width + 1
     ].transpose(0, 2, 3, 1, 4)

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m3i_jax.objective.manual_axes import vary_like
+
 
 class Samples(NamedTuple):
     """Coordinates in pixels and modulation of all samples, [B, G, P, O], float32 or wider."""
@@ -214,9 +216,8 @@ def forward(
             weights = _weights(samples.y - row, columns, rows, dtype)
             return total + _einsum("bgdq,bgqo->bgdo", _window(padded, row, rows, width), weights)
 
-        return _through(
-            span, rows, add, jnp.zeros((b, g, d, samples.y.shape[-1]), widen(dtype))
-        ).astype(dtype)
+        start = jnp.zeros((b, g, d, samples.y.shape[-1]), widen(dtype))
+        return _through(span, rows, add, vary_like(start, (padded, tile))).astype(dtype)
 
     return jnp.moveaxis(jax.lax.map(band, (split, spans)), 0, 3).reshape(b, g, d, -1)
 
@@ -267,7 +268,8 @@ def backward(
 
             return _through(span, rows, add, (dv, jax.tree.map(jnp.zeros_like, samples)))
 
-        dv, parts = jax.lax.scan(band, jnp.zeros(padded.shape, widen(dtype)), (split, spans, grads))
+        start, xs = jnp.zeros(padded.shape, widen(dtype)), (split, spans, grads)
+        dv, parts = jax.lax.scan(band, vary_like(start, (padded, xs)), xs)
         dv = dv[..., : height * width]
         read = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 3).reshape(b, g, -1, o), parts)
     return dv.astype(dtype), sample_gradients(at, read)

@@ -5,8 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from m3i_jax.objective.manual_axes import custom_vjp
 
-@jax.custom_vjp
+
+@custom_vjp
 def swiglu(gate: jax.Array, value: jax.Array) -> jax.Array:
     """`silu(gate) * value` (Shazeer, 2020), computed in float32; the type of gate. The backward
     pass keeps both inputs in their own type.

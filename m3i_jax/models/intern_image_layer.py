@@ -21,6 +21,7 @@ from m3i_jax.models.cpu_codegen import fusion_barrier, matmul
 from m3i_jax.models.dcnv3 import dcnv3
 from m3i_jax.models.layers import Params, gelu, layer_norm
 from m3i_jax.models.scan_blocks import chunk_count, deal_rows, join_rows, split_blocks, with_remat
+from m3i_jax.objective.manual_axes import custom_vjp, vary_like
 from m3i_jax.parallel.chips import CHIPS
 
 _POINTS = 9
@@ -118,10 +119,8 @@ def _by_row(padded: jax.Array, g_BxHxWxC: jax.Array, k: int) -> list[jax.Array]:
             total + window[:, n // k, n % k : n % k + w] * g_BxWxC for n, total in enumerate(sums)
         ]
 
-    return [
-        total.sum((0, 1))
-        for total in jax.lax.fori_loop(0, h, row, [jnp.zeros((b, w, c), jnp.float32)] * k**2)
-    ]
+    start = [vary_like(jnp.zeros((b, w, c), jnp.float32), (padded, g_BxHxWxC))] * k**2
+    return [total.sum((0, 1)) for total in jax.lax.fori_loop(0, h, row, start)]
 
 
 def _shifted_sum_backward(
@@ -184,7 +183,7 @@ def depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) 
     return _depthwise(x_BxHxWxC, kernel_KxKxC.astype(wide), bias_C.astype(wide))
 
 
-@jax.custom_vjp
+@custom_vjp
 def _depthwise(x_BxHxWxC: jax.Array, kernel_KxKxC: jax.Array, bias_C: jax.Array) -> jax.Array:
     forms: dict[str, Any] = {"tpu": _convolved, "default": _shifted_sum}
     return jax.lax.platform_dependent(x_BxHxWxC, kernel_KxKxC, bias_C, **forms)

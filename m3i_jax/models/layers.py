@@ -36,6 +36,7 @@ from m3i_jax.models.cpu_codegen import matmul
 from m3i_jax.models.gated import swiglu
 from m3i_jax.models.norms import RMSNorm
 from m3i_jax.models.rope import Rotation, turn_heads
+from m3i_jax.objective.manual_axes import custom_vjp
 
 Params = Mapping[str, Any]
 
@@ -45,7 +46,7 @@ _BATCH_EPS = 1e-5
 _SHAPE = nn.initializers.zeros  # modules declare shapes; `initializers.init_params` sets values
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
 def _norm(
     over: str, eps: float, x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array
 ) -> jax.Array:

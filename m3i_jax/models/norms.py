@@ -7,10 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from m3i_jax.objective.manual_axes import custom_vjp
+
 _EPS = 1e-6
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x_xD: jax.Array, scale_D: jax.Array, eps: float = _EPS) -> jax.Array:
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, computed in float32: a layer norm
     without mean and offset (Zhang and Sennrich, 2019).

@@ -26,6 +26,7 @@ from m3i_jax.models import (
     dcnv3_windows,
 )
 from m3i_jax.models.dcnv3_dense import Samples, widen
+from m3i_jax.objective.manual_axes import custom_vjp
 
 _PART = 4096  # outputs that the plain form of a check computes at a time
 _BAND = 2  # rows of a band and of its windows; more rows: fewer turns, more products with zeros
@@ -175,7 +176,7 @@ def _gradients(
     return (_channels_last(dv), *pull(jax.lax.optimization_barrier(dat)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def sampled_sum(call: SampledSum, x_BxQxC: jax.Array, *arrays: jax.Array) -> jax.Array:
     """The sums, [B, O, C] in the type of x, with gradients for x and the arrays.
 

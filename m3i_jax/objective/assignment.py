@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from m3i_jax.objective.manual_axes import vary_like
 from m3i_jax.objective.numerics import assert_equal_shape, assert_rank, assert_shape, float32
 
 # States of the loops of `hungarian`: prices of rows and columns, column of a row, row of a column;
@@ -163,6 +164,7 @@ def hungarian(cost_RxC: ArrayLike, valid_R: ArrayLike | None = None) -> jax.Arra
     assert_shape(valid_R, (rows,), custom_message="one `valid` per row of cost")
     if rows == 0:
         return jnp.zeros(0, jnp.int32)
+    cost_RxC, valid_R = vary_like((cost_RxC, valid_R), (cost_RxC, valid_R))
     cost_RxC = _finite_cost(cost_RxC, valid_R)
     column_C = jnp.arange(columns)
 
@@ -195,6 +197,7 @@ def hungarian(cost_RxC: ArrayLike, valid_R: ArrayLike | None = None) -> jax.Arra
             jnp.zeros(columns, bool),
             jnp.zeros((), column_C.dtype),
         )
+        start = vary_like(start, cost_RxC)
         state = jax.lax.while_loop(lambda state: (state[0] >= 0) & valid_R[row], search, start)
         _, least, length_C, before_C, done_C, last = state
         gain_C = jnp.where(done_C, least - length_C, 0.0)
@@ -225,7 +228,7 @@ def hungarian(cost_RxC: ArrayLike, valid_R: ArrayLike | None = None) -> jax.Arra
     _, carry = jax.lax.while_loop(
         lambda state: state[0] < last_row,
         lambda state: (state[0] + 1, add_row(*state)),
-        (jnp.zeros((), column_C.dtype), carry),
+        vary_like((jnp.zeros((), column_C.dtype), carry), cost_RxC),
     )
     return carry[2].astype(jnp.int32)
 

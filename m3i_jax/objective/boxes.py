@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from m3i_jax.objective.manual_axes import vary_like
 from m3i_jax.objective.numerics import assert_equal_shape, assert_shape, float32
 
 LARGEST_LOG_SCALE = math.log(1000 / 16)
@@ -304,7 +305,8 @@ def nms(
         next_N = valid_N & ~((removes_WxN & keep_Wx1) != 0).any(0)
         return next_N, (next_N != keep_N).any()
 
-    keep_N, _ = jax.lax.while_loop(changes, one_round, (valid_N, jnp.array(True)))
+    start = vary_like((valid_N, jnp.array(True)), (valid_N, removes_WxN))
+    keep_N, _ = jax.lax.while_loop(changes, one_round, start)
     return jnp.zeros_like(keep_N).at[order_N].set(keep_N, unique_indices=True)
 
 

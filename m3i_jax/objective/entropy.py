@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from m3i_jax.objective.manual_axes import vary_like
 from m3i_jax.objective.numerics import (
     ABSENT,
     EXACT,
@@ -276,7 +277,8 @@ def sigreg(
         t, weight = knot
         return total + weight * distance(x_TxS, t), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros(()), (t_K, weights_K))
+    start = vary_like(jnp.zeros((), jnp.float32), (x_TxS, share_Tx1))
+    total, _ = jax.lax.scan(add, start, (t_K, weights_K))
     return total * rows * count, count
 
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from m3i_jax.objective.manual_axes import custom_vjp
 from m3i_jax.objective.numerics import (
     ABSENT,
     EXACT,
@@ -105,7 +106,7 @@ def gaussian(
     return (weight_T * cost_T).sum() / width, weight_T.sum()
 
 
-@jax.custom_vjp
+@custom_vjp
 def _energy(p_TxD: jax.Array, t_TxD: jax.Array, c_DxD: jax.Array, w: jax.Array) -> jax.Array:
     return _energy_forward(p_TxD, t_TxD, c_DxD, w)[0]
 

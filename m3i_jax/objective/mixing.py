@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from m3i_jax.objective.manual_axes import custom_vjp
 from m3i_jax.objective.numerics import assert_rank, assert_shape
 
 
@@ -156,7 +157,7 @@ def unmix(x_BxN: ArrayLike, mask_BxN: ArrayLike, own: int) -> tuple[jax.Array, j
     return sorted_BxN[:, :own], sorted_BxN[:, own:]
 
 
-@jax.custom_vjp
+@custom_vjp
 def _permute(x_BxN: jax.Array, order_BxN: jax.Array) -> jax.Array:
     return gather(x_BxN, order_BxN)
 

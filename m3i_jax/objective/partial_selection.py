@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m3i_jax.objective.manual_axes import vary_like
+
 _BLOCK = 64  # entries that one small product counts
 
 
@@ -44,7 +46,8 @@ def _by_counting(x_MxN: jax.Array, count: int) -> jax.Array:
         below_M = jnp.where(bits_MxN < higher_M[:, None], 1.0, 0.0).sum(1)
         return jnp.where(below_M < count, higher_M, low_M)
 
-    last_M = jax.lax.fori_loop(0, 31, add_bit, jnp.zeros(rows, jnp.int32))  # the greatest selected
+    start_M = vary_like(jnp.zeros(rows, jnp.int32), x_MxN)
+    last_M = jax.lax.fori_loop(0, 31, add_bit, start_M)  # the greatest selected
     below_MxN, equal_MxN = bits_MxN < last_M[:, None], bits_MxN == last_M[:, None]
     before_MxN = _running_count(below_MxN)
     ties_MxN = before_MxN[:, -1:] + _running_count(equal_MxN)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from m3i_jax.objective.manual_axes import custom_vjp
 from m3i_jax.objective.numerics import (
     ABSENT,
     EXACT,
@@ -146,7 +147,7 @@ Scalars = tuple[jax.Array, jax.Array]
 Settings = tuple[tuple[str, ...], int]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _sums(
     settings: Settings,
     u_BxE: jax.Array,

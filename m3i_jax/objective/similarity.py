@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from m3i_jax.objective.manual_axes import custom_vjp
 from m3i_jax.objective.numerics import ABSENT, EXACT
 
 
@@ -61,7 +62,7 @@ def candidate_counts(group_B: jax.Array, weight_B: jax.Array) -> jax.Array:
     return (exists_B.sum() - same_B + 1).astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def chunked_cross_entropy(chunk: int, u_BxE: jax.Array, v_BxE: jax.Array, rows: Pairs) -> jax.Array:
     """Returns the mean of two cross-entropies of every row over the products `u v'`: its v among
     all v, and its u among all u.

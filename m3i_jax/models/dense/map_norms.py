@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax.models.layers import Params
+from m3i_jax.objective.manual_axes import custom_vjp
 
 _EPS = 1e-5
 _GROUPS = 32
@@ -41,7 +42,7 @@ def initial_statistics(channels: int) -> dict[str, jax.Array]:
     return {"mean": jnp.zeros(channels), "variance": jnp.ones(channels)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _normalize(
     relu: bool, x_xC: jax.Array, scale_C: jax.Array, bias_C: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

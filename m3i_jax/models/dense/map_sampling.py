@@ -24,6 +24,7 @@ import numpy as np
 from m3i_jax import parallel
 from m3i_jax.models.dcnv3_dense import hat, widen
 from m3i_jax.models.dense import roi_align_cpu
+from m3i_jax.objective.manual_axes import custom_vjp
 
 # Samples of a bin that can reach one cell: those of a bin with five or more are at least 0.8 cells
 # apart, and a cell is reached from two.
@@ -270,7 +271,7 @@ def _by_platform(windows: Callable[..., Any], products: Callable[..., Any], *arr
     return _merged_by_vmap(run)(*arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _aligned(call: _Alignment, maps: tuple[jax.Array, ...], boxes_BxRx4: jax.Array) -> jax.Array:
     value = (functools.partial(form, call) for form in (_windows_value, _products_value))
     return _by_platform(*value, maps, boxes_BxRx4)

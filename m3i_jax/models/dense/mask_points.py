@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from m3i_jax.models.cpu_codegen import fusion_barrier
+from m3i_jax.objective.manual_axes import custom_vjp
 
 
 def _corners(points_Px2: jax.Array, h: int, w: int) -> list[tuple[jax.Array, jax.Array]]:
@@ -45,7 +46,7 @@ def _add(grad_P: jax.Array, points_Px2: jax.Array, h: int, w: int) -> jax.Array:
     return cells.reshape(h + 2, w + 2)[1:-1, 1:-1]
 
 
-@jax.custom_vjp
+@custom_vjp
 def read_maps(maps_MxHxW: jax.Array, points_MxPx2: jax.Array) -> jax.Array:
     """Returns every map at points of its own, float32 [M, P]: `map_sampling.sample_points` with
     gradients for the maps alone.
