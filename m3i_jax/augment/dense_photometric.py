@@ -74,6 +74,9 @@ def distort(images_BxHxWx3: jax.Array, draws: DistortionDraws) -> jax.Array:
     Returns:
       uint8 [B, H, W, 3].
 
+    Raises:
+      ValueError: images of another type.
+
     >>> draws = DistortionDraws(
     ...     active=jnp.array([[True, False, False, False]]), contrast_first=jnp.array([False]),
     ...     brightness=jnp.array([20.7]), contrast=jnp.ones(1), saturation=jnp.ones(1),
@@ -81,6 +84,8 @@ def distort(images_BxHxWx3: jax.Array, draws: DistortionDraws) -> jax.Array:
     >>> distort(jnp.array([[[[0, 100, 250]]]], jnp.uint8), draws).tolist()
     [[[[20, 120, 255]]]]
     """
+    if images_BxHxWx3.dtype != jnp.uint8:  # fractions of 0..1 would be cut off
+        raise ValueError(f"images have the type {images_BxHxWx3.dtype}; pass uint8, 0..255")
     x_BxHxWx3 = images_BxHxWx3.astype(jnp.int32)
 
     def where(active_B: jax.Array, changed: jax.Array, x: jax.Array) -> jax.Array:
@@ -111,6 +116,9 @@ def dense_photometric(images_BxHxWx3: jax.Array, position: jax.Array, *, seed: i
 
     Returns:
       uint8 [B, H, W, 3].
+
+    Raises:
+      ValueError: images of another type.
 
     >>> image = jnp.full((1, 4, 4, 3), 100, jnp.uint8)
     >>> dense_photometric(image, jnp.array([[0, 5]], jnp.uint32), seed=0).shape

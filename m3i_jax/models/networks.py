@@ -54,6 +54,15 @@ def _of_name(presets: Mapping[str, Any], name: str) -> Any:
     return presets[name]
 
 
+def _check_normalised(images: jax.Array) -> None:
+    """Raise ValueError for pixels 0..255, which would pass for very large normalised values."""
+    if not jax.numpy.issubdtype(images.dtype, jax.numpy.floating):
+        raise ValueError(
+            f"images have the type {images.dtype}; a network takes normalised floats, (images / 255"
+            " - mean) / std with .preprocessing.mean and .std of m3i_jax.load, or use its .features"
+        )
+
+
 class Network:
     """A network as a function of its parameters and its input."""
 
@@ -166,6 +175,7 @@ class ViTNetwork(Network):
         return vit.init(self.model, rng, grid=self.image_size // self.patch_size)
 
     def __call__(self, params: Params, images_BxSxSx3: jax.Array) -> jax.Array:
+        _check_normalised(images_BxSxSx3)
         patches = vit.patchify(images_BxSxSx3, self.patch_size)
         grid = images_BxSxSx3.shape[1] // self.patch_size
         return vit.apply(self.model, params, patches, grid=grid)
@@ -208,12 +218,14 @@ class InternImageNetwork(Network):
         return intern_image.init(self.config, rng)
 
     def __call__(self, params: Params, images_BxSxSx3: jax.Array) -> jax.Array:
+        _check_normalised(images_BxSxSx3)
         return intern_image.apply(
             self.config, params, images_BxSxSx3, dtype=self.dtype, scan=self.scan
         )
 
     def maps(self, params: Params, images_BxHxWx3: jax.Array) -> list[jax.Array]:
         """Returns the maps of the four stages, [B, H / s, W / s, C] each."""
+        _check_normalised(images_BxHxWx3)
         return intern_image.feature_maps(
             self.config, params, images_BxHxWx3, dtype=self.dtype, scan=self.scan
         )
@@ -291,6 +303,7 @@ class BackboneNetwork(Network):
         return backbones.get_backbone(self.model).init(self.model, rng, mask_token=False, grid=grid)
 
     def __call__(self, params: Params, images_BxSxSx3: jax.Array) -> jax.Array:
+        _check_normalised(images_BxSxSx3)
         patch = self.model.encoder.patch_size
         patches, grid = vit.patchify(images_BxSxSx3, patch), images_BxSxSx3.shape[1] // patch
         return backbones.get_backbone(self.model).apply(self.model, params, patches, grid=grid)

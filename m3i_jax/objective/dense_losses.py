@@ -17,6 +17,7 @@ from m3i_jax.objective.numerics import (
     assert_rank,
     assert_shape,
     float32,
+    ignored_label,
     select_logit,
     sigmoid_cross_entropy,
     weighted_sum,
@@ -25,7 +26,7 @@ from m3i_jax.objective.numerics import (
 
 
 def pixel_cross_entropy(
-    logits_BxHxWxK: ArrayLike, labels_BxHxW: ArrayLike, ignore: int = 255
+    logits_BxHxWxK: ArrayLike, labels_BxHxW: ArrayLike, ignore: int | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes the softmax cross-entropy of semantic segmentation.
 
@@ -35,14 +36,14 @@ def pixel_cross_entropy(
     Args:
       logits_BxHxWxK: predictions, at the size of the labels; any number of axes before the last.
       labels_BxHxW: integers, 0..K-1 or `ignore`.
-      ignore: label of pixels that cost nothing.
+      ignore: label of pixels that cost nothing; None: 255.
 
     Returns:
       (sum in nats, number of labelled pixels, number of all pixels), float32 scalars. The sum is
       NaN if a label is neither a category nor `ignore`.
 
     Raises:
-      ValueError: shapes that do not belong together.
+      ValueError: shapes that do not belong together, or more than 255 categories without `ignore`.
 
     >>> logits, labels = jnp.zeros((1, 2, 2, 4)), jnp.array([[[0, 3], [255, 255]]])
     >>> print(*(x.round(4) for x in pixel_cross_entropy(logits, labels)))
@@ -51,7 +52,7 @@ def pixel_cross_entropy(
     logits_TxK, labels_T = float32(logits_BxHxWxK), jnp.asarray(labels_BxHxW)
     assert_shape(labels_T, logits_TxK.shape[:-1], custom_message="one label per pixel")
     labels_T = labels_T.astype(jnp.int32)
-    counts_T = labels_T != ignore
+    counts_T = labels_T != ignored_label(ignore, logits_TxK.shape[-1])
     logits_TxK = jnp.where(counts_T[..., None], logits_TxK, 0.0)
     labels_T = jnp.where(counts_T, labels_T, 0)
     top_T = jax.lax.stop_gradient(logits_TxK.max(-1, keepdims=True))

@@ -107,6 +107,26 @@ def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return targets * jax.nn.softplus(-logits) + (1 - targets) * jax.nn.softplus(logits)
 
 
+def ignored_label(ignore: int | None, classes: int) -> int:
+    """Returns the label that costs nothing: the given one, by default 255, the unlabelled value of
+    8-bit maps.
+
+    Raises:
+      ValueError: the default is one of the classes.
+
+    >>> ignored_label(None, 150), ignored_label(-1, 1000)
+    (255, -1)
+    """
+    if ignore is not None:
+        return ignore
+    if classes > 255:
+        raise ValueError(
+            f"255 is ignored by default, and is one of the {classes:,} classes; give another label"
+            " for pixels that do not count, such as ignore=-1"
+        )
+    return 255
+
+
 def weighted_sum(cost_T: jax.Array, weight_T: jax.Array) -> jax.Array:
     """Sum of weight * cost; a cost of weight 0 may be NaN.
 

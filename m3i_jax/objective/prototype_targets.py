@@ -185,7 +185,8 @@ def track_centers(
 
     Returns:
       the transform; its state is a `PrototypeState`, and `update` takes
-      `mean_logits={space: [K]}`. Without it, or for a space that it lacks, a centre stays.
+      `mean_logits={space: [K]}`. Without it, or for a space that it lacks, a centre stays; for a
+      space without a centre, it raises ValueError.
 
     Raises:
       ValueError: a momentum outside 0..1, 1 excluded.
@@ -216,6 +217,11 @@ def track_centers(
     ) -> tuple[optax.Updates, PrototypeState]:
         del params, extra
         count, means = optax.safe_increment(state.count), mean_logits or {}
+        if unknown := sorted(set(means) - set(state.centers)):
+            raise ValueError(
+                f"mean_logits has {unknown[0]!r}, which is not among the widths:"
+                f" {', '.join(sorted(state.centers)) or 'none'}"
+            )
         centers = {
             name: momentum * center + (1 - momentum) * means[name] if name in means else center
             for name, center in state.centers.items()

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from m3i_jax.objective.numerics import assert_equal_shape
+from m3i_jax.objective.numerics import assert_equal_shape, ignored_label
 
 
 def confusion_matrix(
-    prediction: ArrayLike, labels: ArrayLike, classes: int, ignore: int = 255
+    prediction: ArrayLike, labels: ArrayLike, classes: int, ignore: int | None = None
 ) -> jax.Array:
     """Counts the pixels of every pair of label and prediction.
 
@@ -20,14 +20,15 @@ def confusion_matrix(
       prediction: integers 0..classes-1, any shape.
       labels: integers of the same shape, 0..classes-1 or `ignore`.
       classes: number of categories.
-      ignore: label of pixels that do not count. Labels outside 0..classes-1 do not count, either.
+      ignore: label of pixels that do not count; None: 255. Labels outside 0..classes-1 do not
+        count, either.
 
     Returns:
       int32 [classes, classes]: rows are labels, columns predictions. Add up matrices of a data set
       in int64, on the host: 2^31 pixels are 2,000 images of 1024 x 1024.
 
     Raises:
-      ValueError: different shapes.
+      ValueError: different shapes, or more than 255 classes without `ignore`.
 
     >>> confusion_matrix([[0, 1, 1]], [[0, 0, 255]], classes=2).tolist()
     [[1, 1], [0, 0]]
@@ -35,7 +36,7 @@ def confusion_matrix(
     guess, truth = jnp.asarray(prediction).ravel(), jnp.asarray(labels).ravel()
     assert_equal_shape([guess, truth], custom_message="prediction and labels")
     guess, truth = guess.astype(jnp.int32), truth.astype(jnp.int32)
-    counts = (truth != ignore) & (truth >= 0) & (truth < classes)
+    counts = (truth != ignored_label(ignore, classes)) & (truth >= 0) & (truth < classes)
     counts &= (guess >= 0) & (guess < classes)
     cell = jnp.where(counts, truth * classes + guess, classes * classes)  # the last one is dropped
     return jnp.bincount(cell, length=classes * classes + 1)[:-1].reshape(classes, classes)

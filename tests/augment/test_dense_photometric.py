@@ -68,3 +68,10 @@ def test_an_image_depends_on_its_position_alone(first) -> None:
     assert (other != whole).any()
     far = position ^ np.array([1, 0], np.uint32)  # 2**32 samples on, or before
     assert (np.asarray(run(images, far)) != whole).any()
+
+
+def test_images_of_another_type_are_refused() -> None:
+    """Floats in 0..1 became black."""
+    position = jnp.zeros((1, 2), jnp.uint32)
+    with pytest.raises(ValueError, match="type float32; pass uint8"):
+        dp.dense_photometric(jnp.ones((1, 2, 2, 3)), position, seed=0)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import m3i_jax
+from m3i_jax import schema
 from m3i_jax.evaluation import load
 from m3i_jax.models import networks
 from tests import saved, toy
@@ -128,6 +129,15 @@ def test_unknown_sizes_are_refused(make, why) -> None:
     """They were read as the default: layer norm, the sin-cos table."""
     with pytest.raises(ValueError, match=why):
         make()
+
+
+def test_pixels_that_are_not_normalised_are_refused() -> None:
+    """They were computed with, as values up to 255."""
+    own = networks.BackboneNetwork(model=schema.Model(), image_size=224)
+    intern = SMALL["InternImage"]
+    for call in (SMALL["ViT"], intern, intern.maps, own):
+        with pytest.raises(ValueError, match=r"type uint8; .* \.preprocessing\.mean and \.std"):
+            call({}, jnp.zeros((1, 16, 16, 3), jnp.uint8))
 
 
 @pytest.mark.parametrize("network", [m3i_jax.ViT, m3i_jax.InternImage])

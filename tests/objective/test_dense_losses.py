@@ -58,6 +58,11 @@ def test_ignored_pixels_may_be_anything():
     assert np.isnan(losses.pixel_cross_entropy(np.zeros((1, 1, 2, 3)), np.array([[[1, 7]]]))[0])
 
 
+def test_a_category_of_number_255_costs_what_others_cost():
+    total, labelled, _ = losses.pixel_cross_entropy(np.zeros((2, 256)), [255, -1], ignore=-1)
+    np.testing.assert_allclose([total, labelled], [np.log(256), 1], rtol=1e-6)
+
+
 def test_binary_cross_entropy_is_that_of_torch():
     check("binary", lambda x: losses.binary_cross_entropy(x, SOFT), LOGITS, [SOFT.size])
 
@@ -204,6 +209,7 @@ def test_bfloat16_is_computed_in_float32():
     ("call", "message"),
     [
         (lambda: losses.pixel_cross_entropy(np.zeros((1, 2, 2, 3)), np.zeros((1, 2, 3))), "pixel"),
+        (lambda: losses.pixel_cross_entropy(np.zeros((2, 256)), np.full(2, 255)), "255 is ignored"),
         (lambda: losses.binary_cross_entropy(np.zeros(3), np.zeros(2)), "logits and targets"),
         (
             lambda: losses.binary_cross_entropy(np.zeros((3, 2)), np.zeros((3, 2)), np.ones(2)),

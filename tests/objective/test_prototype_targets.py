@@ -134,6 +134,8 @@ def test_centres_are_those_of_the_steps_before() -> None:
     np.testing.assert_allclose(state.centers["a"], center, rtol=1e-6)
     _, same = rising.update({}, state, {})
     np.testing.assert_array_equal(same.centers["a"], state.centers["a"])
+    with pytest.raises(ValueError, match="'b', which is not among the widths: a"):
+        rising.update({}, state, {}, mean_logits={"b": jnp.zeros(3)})
     with pytest.raises(ValueError, match="momentum is 1"):
         track_centers({}, momentum=1.0)
 

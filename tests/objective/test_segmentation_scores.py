@@ -34,6 +34,13 @@ def test_another_ignored_label_and_labels_that_do_not_exist():
     assert scores.confusion_matrix(np.array([5, -1]), np.array([1, 1]), 2).sum() == 0
 
 
+def test_a_class_of_number_255_is_not_ignored_by_default():
+    with pytest.raises(ValueError, match="255 is ignored by default, .* the 300 classes"):
+        scores.confusion_matrix([255], [255], 300)
+    assert scores.confusion_matrix([255], [255], 300, ignore=-1)[255, 255] == 1
+    assert scores.confusion_matrix([254], [254], 255)[254, 254] == 1
+
+
 def test_scores_are_those_of_a_loop():
     guess, labels = maps()
     valid = labels != 255
