@@ -50,7 +50,7 @@ def draw_distortion(position: jax.Array, *, seed: int) -> DistortionDraws:
 
     def uniform(words_2: jax.Array) -> jax.Array:
         key = stream_keys.position_key(base, words_2)
-        return jax.random.uniform(key, (9,))
+        return jax.random.uniform(key, (9,), jnp.float32)
 
     u_Bx9 = jax.vmap(uniform)(jnp.asarray(position, jnp.uint32))
     low, high = FACTORS

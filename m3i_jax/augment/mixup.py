@@ -58,7 +58,7 @@ def draw_mixup(
     def one(words_2: jax.Array) -> MixupDraws:
         key = jax.random.fold_in(jax.random.fold_in(base, words_2[0]), words_2[1] >> 1)
         of_uniforms, of_mixup, of_cutmix = jax.random.split(key, 3)
-        u = jax.random.uniform(of_uniforms, (4,))
+        u = jax.random.uniform(of_uniforms, (4,), jnp.float32)
         cut = jnp.asarray(bool(a.cutmix)) if not (a.mixup and a.cutmix) else u[0] < a.cutmix_switch
         mixed = jax.random.beta(of_mixup, a.mixup, a.mixup) if a.mixup else jnp.ones(())
         kept = jax.random.beta(of_cutmix, a.cutmix, a.cutmix) if a.cutmix else jnp.ones(())
@@ -116,7 +116,7 @@ def random_erase(
 
     def one(image: jax.Array, words_2: jax.Array) -> jax.Array:
         of_box, of_noise = jax.random.split(stream_keys.position_key(base, words_2))
-        u = jax.random.uniform(of_box, (2 * TRIES + 3,))
+        u = jax.random.uniform(of_box, (2 * TRIES + 3,), jnp.float32)
         area = size**2 * (AREA[0] + (AREA[1] - AREA[0]) * u[:TRIES])
         low, high = jnp.log(ASPECT[0]), jnp.log(ASPECT[1])
         aspect = jnp.exp(low + (high - low) * u[TRIES : 2 * TRIES])

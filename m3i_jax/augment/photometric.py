@@ -283,7 +283,7 @@ def draw_photometric(
 
     def uniform(words: jax.Array) -> jax.Array:
         key = stream_keys.position_key(base, words)
-        return jax.random.uniform(key, (13,))
+        return jax.random.uniform(key, (13,), jnp.float32)
 
     u = jax.vmap(uniform)(jnp.asarray(position, jnp.uint32))
     a = settings

@@ -56,8 +56,8 @@ _SWAPS_SIDES = (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90)
 _ORIENTATION = 0x0112  # EXIF tag
 # Pillow exports a view in one chunk; this saves 3 % of the pipeline's time.
 ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1 << 18)
-# PIXEL_LIMIT refuses such images.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# PIXEL_LIMIT refuses such images. Appended: filters of the program that imports this come first.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 
 
 class BadRecord(Exception):

@@ -190,7 +190,7 @@ def init_clusters(model: schema.Model, rng: jax.Array, width: int) -> Params:
     of_clusters, of_prototypes = jax.random.split(rng)
     count = model.head.prototypes
     clusters = {
-        "kernel": jax.random.normal(of_clusters, (model.encoder.width, count)),
+        "kernel": jax.random.normal(of_clusters, (model.encoder.width, count), jnp.float32),
         "bias": jnp.zeros(count),
     }
     if not width:
@@ -223,7 +223,7 @@ def cluster_logits(model: schema.Model, params: Params, x_BxNxD: jax.Array) -> j
 
 def _uniform_prototypes(rng: jax.Array, count: int, width: int) -> jax.Array:
     bound = width**-0.5
-    return jax.random.uniform(rng, (count, width), minval=-bound, maxval=bound)
+    return jax.random.uniform(rng, (count, width), jnp.float32, minval=-bound, maxval=bound)
 
 
 def init_linear(model: schema.Model, rng: jax.Array, of: str, width: int = 0) -> Params:

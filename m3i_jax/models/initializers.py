@@ -53,7 +53,7 @@ def fill(
     rules = [(shape, *rule(path, shape)) for path, shape in named]
     total = sum(math.prod(shape) for shape, kind, _ in rules if kind != "constant")
     open_unit = jax.random.uniform(
-        rng, (total,), minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0
+        rng, (total,), jnp.float32, minval=np.nextafter(np.float32(-1), np.float32(0)), maxval=1.0
     )
     leaves, offset = [], 0
     for shape, kind, value in rules:

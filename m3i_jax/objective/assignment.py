@@ -192,7 +192,7 @@ def hungarian(cost_RxC: ArrayLike, valid_R: ArrayLike | None = None) -> jax.Arra
         start = (
             row,
             jnp.float32(0),
-            jnp.full(columns, jnp.inf),
+            jnp.full(columns, jnp.inf, jnp.float32),
             jnp.full(columns, -1, row.dtype),
             jnp.zeros(columns, bool),
             jnp.zeros((), column_C.dtype),
@@ -219,8 +219,8 @@ def hungarian(cost_RxC: ArrayLike, valid_R: ArrayLike | None = None) -> jax.Arra
         return u_R, v_C, column_R, row_C
 
     carry = (
-        jnp.zeros(rows),
-        jnp.zeros(columns),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(columns, jnp.float32),
         jnp.full(rows, -1, column_C.dtype),
         jnp.full(columns, -1, column_C.dtype),
     )

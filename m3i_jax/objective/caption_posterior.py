@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from m3i_jax.objective import information
-from m3i_jax.objective.numerics import assert_rank, assert_shape, float32
+from m3i_jax.objective.numerics import assert_rank, assert_shape, checked_index, float32
 from m3i_jax.objective.posteriors import LossInputs, LossSum, Posterior
 
 # Targets that a decoder of captions predicts: a caption; the box of an object, given its name; box
@@ -61,6 +61,7 @@ def _weighted_costs(
     logits = float32(logits_RxLxV)
     assert_shape(where_RxL, logits.shape[:-1], custom_message="where: one weight per token")
     counts_RxL = where_RxL > 0
+    tokens_RxL = checked_index(jnp.asarray(tokens_RxL), counts_RxL)
     costs_RxL = token_costs(jnp.where(counts_RxL[..., None], logits, 0.0), tokens_RxL)
     return jnp.where(counts_RxL, costs_RxL, 0.0) * where_RxL
 

@@ -19,6 +19,7 @@ from m3i_jax.objective.numerics import (
     assert_equal_shape,
     assert_rank,
     assert_shape,
+    checked_index,
     float32,
     l2_normalize,
     softmax_cross_entropy,
@@ -88,6 +89,7 @@ def dense_boltzmann(
     if where_KxN is not None:
         logits_NxBxK = jnp.where(exists_KxN.T[:, None, :], logits_NxBxK, ABSENT)
     index_NxB = jnp.broadcast_to(index_B, logits_NxBxK.shape[:2])
+    index_NxB = checked_index(index_NxB, weight_BxN.T > 0)
     return (
         weighted_sum(softmax_cross_entropy(logits_NxBxK, index_NxB), weight_BxN.T),
         weight_BxN.sum(),

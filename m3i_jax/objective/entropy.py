@@ -6,7 +6,8 @@ spread out where no negatives and no frozen target do.
 Every function returns `(sum, count)`, two float32 scalars, of a loss that falls as the entropy
 rises; divide once. All but `moment_energy` are statistics of the rows that they are given: parts of
 a batch do not add up to the whole. On global arrays under `jit` they see the global batch with its
-full gradient, whatever the sharding; public implementations differ in what a device sees, and each
+full gradient, whatever the sharding over axes of type `AxisType.Auto`, which is not the default of
+`jax.make_mesh`; public implementations differ in what a device sees, and each
 docstring says how. Rows of weight 0 are ignored in values and gradients, even if NaN.
 
 T rows (images or tokens), D width, S directions, G groups of M rows that see each other.
@@ -259,11 +260,11 @@ def sigreg(
     count, share_Tx1 = weight_T.sum(), _shares(weight_T)[:, None]
     square = jnp.square(share_Tx1).sum()
     rows = jnp.where(square > 0, 1 / jnp.where(square > 0, square, 1.0), 0.0)
-    directions_DxS = jax.random.normal(key, (x_TxD.shape[1], slices))
+    directions_DxS = jax.random.normal(key, (x_TxD.shape[1], slices), jnp.float32)
     directions_DxS /= jnp.linalg.norm(directions_DxS, axis=0)
     x_TxS = jnp.matmul(x_TxD, directions_DxS, precision=EXACT)
     step = reach / (knots - 1)
-    t_K = step * jnp.arange(knots)
+    t_K = step * jnp.arange(knots).astype(jnp.float32)
     weights_K = jnp.where((t_K == 0) | (jnp.arange(knots) == knots - 1), step, 2 * step)
 
     # one knot in memory at a time, in the backward pass, too
@@ -375,7 +376,7 @@ def coding_rate(
     # det(1 + Y'Y) = det(1 + YY'): the smaller of the two is factored
     product = "gmd,gnd->gmn" if rows < width else "gmd,gme->gde"
     moment_GxKxK = jnp.einsum(product, y_GxMxD, y_GxMxD, precision=EXACT)
-    factor_GxKxK = jnp.linalg.cholesky(jnp.eye(min(rows, width)) + moment_GxKxK)
+    factor_GxKxK = jnp.linalg.cholesky(jnp.eye(min(rows, width), dtype=jnp.float32) + moment_GxKxK)
     rate_G = jnp.log(jnp.diagonal(factor_GxKxK, axis1=1, axis2=2)).sum(1)
     if scaled:
         rate_G *= (width + count_G) / (width * jnp.where(count_G > 0, count_G, 1.0))

@@ -26,6 +26,7 @@ from m3i_jax.objective.numerics import (
     assert_equal_shape,
     assert_rank,
     assert_shape,
+    checked_index,
     float32,
     l2_normalize,
     select_logit,
@@ -220,6 +221,7 @@ def boltzmann(
     logits_TxK = jnp.matmul(p_TxD, k_KxD.T, precision=EXACT) / temperature
     if where_K is not None:
         logits_TxK = jnp.where(exists_K, logits_TxK, ABSENT)
+    index_T = checked_index(index_T, weight_T > 0)
     return weighted_sum(softmax_cross_entropy(logits_TxK, index_T), weight_T), weight_T.sum()
 
 
@@ -268,6 +270,7 @@ def category(
         assert_equal_shape([where_B, label_B], custom_message="where and label")
         weight_B = weight_B * where_B.astype(jnp.float32)
     logits_BxC = jnp.where((weight_B > 0)[..., None], logits_BxC, 0.0)
+    label_B = checked_index(label_B, weight_B > 0)
     cost_B = softmax_cross_entropy(logits_BxC, label_B)
     # 0 times the -inf of a class that a caller rules out would be NaN
     if not (isinstance(smoothing, int | float) and smoothing == 0):
@@ -291,7 +294,7 @@ def text(
     With u, v the embeddings scaled to length 1 and s = exp(log_scale), a pair costs the mean of two
     cross-entropies over `s u v'`: its caption among all captions and its image among all images. On
     global arrays under `jit` this is the loss of the global batch with its full gradient, whatever
-    the sharding; sums over microbatches are another loss, with fewer negatives. Call it once for
+    the sharding over axes of type `AxisType.Auto`, which is not the default of `jax.make_mesh`; sums over microbatches are another loss, with fewer negatives. Call it once for
     each role: the same caption must not stand in one softmax twice.
 
     Args:

@@ -177,7 +177,9 @@ def similarity_sums(
             f"prediction {p_BxNxD.shape} and target {t_BxNxD.shape}: must be [B, N, D] of the same"
             " tokens"
         )
-    where_BxN = jnp.ones(p_BxNxD.shape[:2]) if where_BxN is None else float32(where_BxN)
+    where_BxN = (
+        jnp.ones(p_BxNxD.shape[:2], jnp.float32) if where_BxN is None else float32(where_BxN)
+    )
     assert_shape(where_BxN, p_BxNxD.shape[:2], custom_message="where: one weight per token")
     seen_BxNx1 = (where_BxN > 0)[..., None]  # tokens of weight 0 may be NaN
     p_BxNxD, t_BxNxD = (
@@ -196,7 +198,7 @@ def similarity_sums(
     of_image_B = where_BxN.sum(1)
     of_image_B = jnp.where(of_image_B > 0, of_image_B, 1.0)
     total = ((weight_BxNxN * square_BxNxN).sum((1, 2)) / of_image_B).sum()
-    others_BxNxN = weight_BxNxN * (1 - jnp.eye(p_BxNxD.shape[1]))
+    others_BxNxN = weight_BxNxN * (1 - jnp.eye(p_BxNxD.shape[1], dtype=jnp.float32))
     sums = {
         "pairs": others_BxNxN.sum(),
         "error": (others_BxNxN * square_BxNxN).sum(),

@@ -70,8 +70,8 @@ def text_sigmoid(
       counts.
 
     Raises:
-      ValueError: shapes that do not belong together, axes that the mesh does not have, or rows that
-        the devices do not divide.
+      ValueError: shapes that do not belong together, a scale or bias of several numbers, axes that
+        the mesh does not have, or rows that the devices do not divide.
 
     >>> import jax.numpy as jnp
     >>> total, count = text_sigmoid(jnp.eye(2), jnp.eye(2), 0.0, 0.0)
@@ -129,10 +129,18 @@ def text_sigmoid_sums(
     if rows % devices:
         raise ValueError(f"{rows} rows do not divide over {devices} devices of {axes}")
     pairs = Captions(jnp.arange(rows), weight_B > 0, group_B)
-    scalars = float32(log_scale), float32(bias)
+    scalars = _scalar(log_scale, "log_scale"), _scalar(bias, "bias")
     settings = (axes, chunk if 0 < chunk < rows // devices else rows // devices)
     total, nll = _sums(settings, l2_normalize(u_BxE), l2_normalize(v_BxE), scalars, weight_B, pairs)
     return total, weight_B.sum(), nll
+
+
+def _scalar(x: ArrayLike, name: str) -> jax.Array:
+    """float32; one number in an array of any shape, as a module keeps it, is that number."""
+    x = float32(x)
+    if x.size != 1:
+        raise ValueError(f"{name} has shape {list(x.shape)}; pass one number")
+    return x.reshape(()) if x.ndim else x
 
 
 class Captions(NamedTuple):

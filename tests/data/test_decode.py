@@ -1,6 +1,8 @@
 """Rules for bad and unusual input: refusals with their reasons, and the decoded pixels."""
 
 import io
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -303,3 +305,20 @@ def test_every_way_to_store_an_image_gives_the_same_pixels(make):
     ]:  # fmt: skip
         out = decode.decode_image(make.encode(stored, kind, exif=exif, **options))
         assert out.shape == upright.shape and distance(out, upright) <= 2, (kind, options)
+
+
+def test_filters_of_warnings_of_the_program_come_first():
+    """The import put a filter before those of the program that imports it."""
+    code = """
+import warnings
+from PIL import Image
+bomb = Image.DecompressionBombWarning
+warnings.filterwarnings("error", category=bomb)
+from m3i_jax.data import decode
+try:
+    warnings.warn("large", bomb)
+except bomb:
+    print("raised")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "raised\n"

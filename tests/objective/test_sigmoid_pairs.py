@@ -172,3 +172,17 @@ def test_a_ring_over_devices_is_one_device():
         assert largest <= max(rows_of_one**2, rows_of_one * width), (shape, largest)
     assert sent.keys() == memory.keys() and all(sent.values())
     assert max(memory.values()) <= 1.1 * min(memory.values()), memory
+
+
+def test_scale_and_bias_are_one_number_each():
+    """One number in an array, as modules keep it, had a value and no gradient."""
+    u, v = normal(4, 3), normal(4, 3, seed=1)
+    one = jax.jit(
+        jax.value_and_grad(lambda s, b: sigmoid_pairs.text_sigmoid(u, v, s, b)[0], (0, 1))
+    )
+    value, grads = one(jnp.array([0.5]), jnp.array([[-2.0]]))
+    wanted, wanted_grads = one(0.5, -2.0)
+    assert value == wanted and [g.shape for g in grads] == [(1,), (1, 1)]
+    assert [g.item() for g in grads] == [g.item() for g in wanted_grads]
+    with pytest.raises(ValueError, match=r"bias has shape \[2\]; pass one number"):
+        sigmoid_pairs.text_sigmoid(u, v, 0.5, jnp.zeros(2))

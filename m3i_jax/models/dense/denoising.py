@@ -58,7 +58,7 @@ def denoising_draws(key: jax.Array, slots: int) -> dict[str, jax.Array]:
     """
     shapes = {"relabel": (slots,), "category": (slots,), "sign": (slots, 4), "move": (slots, 4)}
     return {
-        name: jax.random.uniform(jax.random.fold_in(key, purpose), shape)
+        name: jax.random.uniform(jax.random.fold_in(key, purpose), shape, jnp.float32)
         for purpose, (name, shape) in enumerate(shapes.items())
     }
 

@@ -100,7 +100,9 @@ def draw_noise(
         if slots:
             draws["denoising"] = denoising.denoising_draws(jax.random.fold_in(key, 0), slots)
         if settings.loss == "federated":
-            draws["categories"] = jax.random.uniform(jax.random.fold_in(key, 1), (classes,))
+            draws["categories"] = jax.random.uniform(
+                jax.random.fold_in(key, 1), (classes,), jnp.float32
+            )
         return draws
 
     return jax.vmap(one)(keys_B)

@@ -148,7 +148,7 @@ def draw_points(settings: HeadSettings, key: jax.Array, slots: int) -> MaskPoint
     own = settings.mask2former
     counts = (own.points, slots * int(own.points * own.oversample))
     fresh = slots * (own.points - uncertain_count(settings))
-    all_ = jax.random.uniform(key, (sum(counts) + fresh, 2))
+    all_ = jax.random.uniform(key, (sum(counts) + fresh, 2), jnp.float32)
     match, candidates, rest = jnp.split(all_, np.cumsum(counts))
     return MaskPoints(match, candidates.reshape(slots, -1, 2), rest.reshape(slots, -1, 2))
 

@@ -182,7 +182,7 @@ def draw_uniforms(
 
     def one(key: jax.Array) -> dict[str, jax.Array]:
         return {
-            name: jax.random.uniform(jax.random.fold_in(key, purpose), (count,))
+            name: jax.random.uniform(jax.random.fold_in(key, purpose), (count,), jnp.float32)
             for purpose, (name, count) in enumerate(counts.items())
         }
 

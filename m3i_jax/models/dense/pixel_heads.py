@@ -102,7 +102,7 @@ def pixel_loss(
     ) -> tuple[Values, Values, Params]:
         width, uniform = dropout_width(settings), None
         if settings.dropout and width:
-            uniform = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(keys_B)
+            uniform = jax.vmap(lambda key: jax.random.uniform(key, (width,), jnp.float32))(keys_B)
         logits, aux, new = apply(
             settings, params, statistics, maps, train=True, uniform_BxC=uniform
         )
