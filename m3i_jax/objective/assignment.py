@@ -164,7 +164,8 @@ def hungarian(cost_RxC: ArrayLike, valid_R: ArrayLike | None = None) -> jax.Arra
     assert_shape(valid_R, (rows,), custom_message="one `valid` per row of cost")
     if rows == 0:
         return jnp.zeros(0, jnp.int32)
-    cost_RxC, valid_R = vary_like((cost_RxC, valid_R), (cost_RxC, valid_R))
+    alike: tuple[jax.Array, jax.Array] = vary_like((cost_RxC, valid_R), (cost_RxC, valid_R))
+    cost_RxC, valid_R = alike
     cost_RxC = _finite_cost(cost_RxC, valid_R)
     column_C = jnp.arange(columns)
 

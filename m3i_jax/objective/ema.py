@@ -161,7 +161,7 @@ def hold_snapshot(
 def _average(old: jax.Array, new: jax.Array, m: jax.Array) -> jax.Array:
     if not jnp.issubdtype(old.dtype, jnp.inexact):
         return new
-    wide = jnp.float32 if jnp.finfo(old.dtype).bits < 32 else old.dtype
+    wide = jnp.float32 if old.dtype.itemsize < 4 else old.dtype
     m = m.astype(wide)
     return (m * old.astype(wide) + (1 - m) * new.astype(wide)).astype(old.dtype)
 

@@ -7,8 +7,8 @@ Every function returns `(sum, count)`, two float32 scalars, of a loss that falls
 rises; divide once. All but `moment_energy` are statistics of the rows that they are given: parts of
 a batch do not add up to the whole. On global arrays under `jit` they see the global batch with its
 full gradient, whatever the sharding over axes of type `AxisType.Auto`, which is not the default of
-`jax.make_mesh`; public implementations differ in what a device sees, and each
-docstring says how. Rows of weight 0 are ignored in values and gradients, even if NaN.
+`jax.make_mesh`; public implementations differ in what a device sees, and each docstring says how.
+Rows of weight 0 are ignored in values and gradients, even if NaN.
 
 T rows (images or tokens), D width, S directions, G groups of M rows that see each other.
 """

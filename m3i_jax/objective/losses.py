@@ -294,8 +294,9 @@ def text(
     With u, v the embeddings scaled to length 1 and s = exp(log_scale), a pair costs the mean of two
     cross-entropies over `s u v'`: its caption among all captions and its image among all images. On
     global arrays under `jit` this is the loss of the global batch with its full gradient, whatever
-    the sharding over axes of type `AxisType.Auto`, which is not the default of `jax.make_mesh`; sums over microbatches are another loss, with fewer negatives. Call it once for
-    each role: the same caption must not stand in one softmax twice.
+    the sharding over axes of type `AxisType.Auto`, which is not the default of `jax.make_mesh`;
+    sums over microbatches are another loss, with fewer negatives. Call it once for each role: the
+    same caption must not stand in one softmax twice.
 
     Args:
       image_BxE: image embeddings; row b belongs to row b of `text_BxE`.

@@ -3,6 +3,7 @@ from a row of weight 0, and the checks of shapes."""
 
 import functools
 import math
+from typing import Any
 
 import chex
 import jax
@@ -20,6 +21,7 @@ ABSENT = -1e30
 # Matrix products in full float32. The default on TPUs and GPUs rounds the inputs to 8 or 11 bits,
 # an error of .2 at CLIP's largest scale.
 EXACT = jax.lax.Precision.HIGHEST
+_config: Any = jax.config  # its flags have no types
 
 
 def float32(x: ArrayLike) -> jax.Array:
@@ -85,7 +87,7 @@ def checked_index(index_T: jax.Array, counts_T: jax.Array) -> jax.Array:
     ...     checked_index(jnp.array([2, -1]), jnp.array([True, False])).tolist()
     [2, 0]
     """
-    if not jax.config.jax_debug_nans:  # the program is one selection less
+    if not _config.jax_debug_nans:  # the program is one selection less
         return index_T
     return jnp.where(counts_T, index_T, jnp.zeros_like(index_T))
 
