@@ -231,7 +231,8 @@ def hungarian(cost_RxC: ArrayLike, valid_R: ArrayLike | None = None) -> jax.Arra
         lambda state: (state[0] + 1, add_row(*state)),
         vary_like((jnp.zeros((), column_C.dtype), carry), cost_RxC),
     )
-    return carry[2].astype(jnp.int32)
+    column_R: jax.Array = carry[2].astype(jnp.int32)
+    return column_R
 
 
 def _finite_cost(cost_RxC: jax.Array, valid_R: jax.Array) -> jax.Array:

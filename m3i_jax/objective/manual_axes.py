@@ -1,9 +1,9 @@
 """Types of arrays inside `jax.shard_map`, which says of each array along which axes of the mesh it
 differs between devices.
 
-JAX casts the operands of its own operations. It casts neither the carry of a loop, nor the branches
-of a condition, nor the arguments of a function with a backward pass of its own, whose gradients
-must differ along the axes of their arguments. Outside `jax.shard_map`, and with `check_vma=False`,
+JAX casts the operands of its operations. It casts neither the carry of a loop, nor the branches of
+a condition, nor the arguments of a function of `jax.custom_vjp`, whose gradients must differ along
+the axes of their arguments. Outside `jax.shard_map`, and with `check_vma=False`,
 no array has such axes, and the functions here do nothing."""
 
 import functools
