@@ -60,8 +60,16 @@ def draw_mixup(
         of_uniforms, of_mixup, of_cutmix = jax.random.split(key, 3)
         u = jax.random.uniform(of_uniforms, (4,), jnp.float32)
         cut = jnp.asarray(bool(a.cutmix)) if not (a.mixup and a.cutmix) else u[0] < a.cutmix_switch
-        mixed = jax.random.beta(of_mixup, a.mixup, a.mixup) if a.mixup else jnp.ones(())
-        kept = jax.random.beta(of_cutmix, a.cutmix, a.cutmix) if a.cutmix else jnp.ones(())
+        mixed = (
+            jax.random.beta(of_mixup, a.mixup, a.mixup, dtype=jnp.float32)
+            if a.mixup
+            else jnp.ones(())
+        )
+        kept = (
+            jax.random.beta(of_cutmix, a.cutmix, a.cutmix, dtype=jnp.float32)
+            if a.cutmix
+            else jnp.ones(())
+        )
         box = cut_box(kept, u[1], u[2], size)
         left = 1 - (box[2] - box[0]) * (box[3] - box[1]) / size**2
         is_blended = (u[3] < a.blend_p) & bool(a.mixup or a.cutmix)

@@ -73,10 +73,17 @@ def select_logit(logits_TxK: jax.Array, index_T: jax.Array) -> jax.Array:
     >>> select_logit(jnp.array([[5.0, 6.0], [7.0, 8.0]]), jnp.array([1, 2])).tolist()
     [6.0, nan]
     """
-    classes, index_T = logits_TxK.shape[-1], index_T.astype(jnp.int32)
-    hit_TxK = jnp.arange(classes, dtype=jnp.int32) == index_T[..., None]
+    classes, index_T = logits_TxK.shape[-1], _widened(index_T)
+    hit_TxK = jnp.arange(classes, dtype=index_T.dtype) == index_T[..., None]
     chosen_T = jnp.where(hit_TxK, logits_TxK, 0.0).sum(-1)
     return jnp.where((index_T >= 0) & (index_T < classes), chosen_T, math.nan)
+
+
+def _widened(index: jax.Array) -> jax.Array:
+    """Integers of 8 or 16 bits with 32, which every number of classes fits; others as they are."""
+    index = jnp.asarray(index)
+    small = jnp.issubdtype(index.dtype, jnp.integer) and index.dtype.itemsize < 8
+    return index.astype(jnp.int32) if small else index
 
 
 def checked_index(index_T: jax.Array, counts_T: jax.Array) -> jax.Array:
@@ -103,8 +110,8 @@ def softmax_cross_entropy(logits_TxK: jax.Array, index_T: jax.Array) -> jax.Arra
     >>> print(softmax_cross_entropy(jnp.array([[100.0, 80.0], [0.0, 0.0]]), jnp.array([0, 1])))
     [2.0611537e-09 6.9314718e-01]
     """
-    classes, index_T = logits_TxK.shape[-1], index_T.astype(jnp.int32)
-    hit_TxK = jnp.arange(classes, dtype=jnp.int32) == index_T[..., None]
+    classes, index_T = logits_TxK.shape[-1], _widened(index_T)
+    hit_TxK = jnp.arange(classes, dtype=index_T.dtype) == index_T[..., None]
     own_Tx1 = jnp.where(hit_TxK, logits_TxK, 0.0).sum(-1, keepdims=True)
     others_T = jax.nn.logsumexp(jnp.where(hit_TxK, ABSENT, logits_TxK - own_Tx1), axis=-1)
     # NaN is set last, so that a row of weight 0 with such an index has no NaN in its gradient.

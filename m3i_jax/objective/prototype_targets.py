@@ -217,9 +217,11 @@ def track_centers(
     ) -> tuple[optax.Updates, PrototypeState]:
         del params, extra
         count, means = optax.safe_increment(state.count), mean_logits or {}
-        if unknown := sorted(set(means) - set(state.centers)):
+        # `optax.chain` gives all of its transformations the same means, of which each keeps its own
+        if means and not set(means) & set(state.centers):
             raise ValueError(
-                f"mean_logits has {unknown[0]!r}, which is not among the widths:"
+                f"mean_logits has {', '.join(map(repr, sorted(means)))}, of which none is among the"
+                " widths:"
                 f" {', '.join(sorted(state.centers)) or 'none'}"
             )
         centers = {

@@ -241,7 +241,8 @@ def device_text() -> str:
 def _source_digest() -> str:
     """Digest of the code that contains kernels and plain forms."""
     hashed, package = hashlib.sha256(), pathlib.Path(__file__).parents[1]
-    for path in (pathlib.Path(__file__), *sorted((package / "models").rglob("*.py"))):
+    around = (pathlib.Path(__file__), package / "objective" / "manual_axes.py")
+    for path in (*around, *sorted((package / "models").rglob("*.py"))):
         hashed.update(path.read_bytes())
     return hashed.hexdigest()
 

@@ -109,7 +109,7 @@ def drop_path_factors(
 
     def one(words_2: jax.Array) -> jax.Array:
         key = stream_keys.position_key(base, words_2)
-        kept = jax.random.uniform(key, (rates_Lx1.shape[0], 2)) >= rates_Lx1
+        kept = jax.random.uniform(key, (rates_Lx1.shape[0], 2), jnp.float32) >= rates_Lx1
         return kept / (1 - rates_Lx1)
 
     return jax.vmap(one)(position_Bx2)
@@ -126,7 +126,7 @@ def parallel_captions(
 
     def one(words_2: jax.Array) -> jax.Array:
         key = stream_keys.position_key(base, words_2)
-        return jax.random.uniform(key) < share
+        return jax.random.uniform(key, dtype=jnp.float32) < share
 
     return jax.vmap(one)(position_Rx2)
 

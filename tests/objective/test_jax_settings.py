@@ -8,7 +8,7 @@ import pytest
 
 import m3i_jax
 from m3i_jax import schema
-from m3i_jax.augment import dense_photometric, photometric
+from m3i_jax.augment import dense_photometric, mixup, photometric
 from tests.objective.numeric import normal
 from tests.objective.public_losses import LOSSES
 
@@ -57,6 +57,9 @@ def test_values_of_64_bit_mode_are_those_of_32():
             "colours": photometric.draw_photometric(
                 position, seed=0, view=0, settings=schema.Augment()
             ),
+            "mixup": mixup.draw_mixup(
+                position, seed=0, size=8, settings=schema.Augment(mixup=0.8, cutmix=1.0)
+            ),
             "colours of maps": dense_photometric.draw_distortion(position, seed=0),
         }
 
@@ -70,6 +73,14 @@ def test_values_of_64_bit_mode_are_those_of_32():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
     jax.tree.map(compare, got, wanted)
+
+
+def test_a_label_beyond_32_bits_does_not_exist():
+    with jax.enable_x64(True):
+        label = jnp.array([2**32 + 1, 1], jnp.int64)
+        cost = m3i_jax.boltzmann(jnp.zeros((2, 3)), jnp.zeros((2, 3)), label)[0]
+        assert np.isnan(cost)
+        assert np.isfinite(m3i_jax.boltzmann(jnp.zeros((2, 3)), jnp.zeros((2, 3)), label % 2)[0])
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from m3i_jax.objective import prototype_targets
@@ -134,8 +135,12 @@ def test_centres_are_those_of_the_steps_before() -> None:
     np.testing.assert_allclose(state.centers["a"], center, rtol=1e-6)
     _, same = rising.update({}, state, {})
     np.testing.assert_array_equal(same.centers["a"], state.centers["a"])
-    with pytest.raises(ValueError, match="'b', which is not among the widths: a"):
+    with pytest.raises(ValueError, match="'b', of which none is among the widths: a"):
         rising.update({}, state, {}, mean_logits={"b": jnp.zeros(3)})
+    # a chain of two gives both the means of both
+    both = optax.named_chain(("one", rising), ("two", track_centers({"b": 3}, momentum=0.5)))
+    _, states = both.update({}, both.init({}), {}, mean_logits={"a": jnp.ones(3), "b": jnp.ones(3)})
+    np.testing.assert_allclose(states["two"].centers["b"], 0.5)
     with pytest.raises(ValueError, match="momentum is 1"):
         track_centers({}, momentum=1.0)
 
