@@ -79,17 +79,26 @@ def use_data(
 
 
 def _is_trained_on(entry: MixtureEntry, data: Any) -> bool:
-    """Whether a source is one of those that settings train on; built-in images always are."""
-    if not registry.source_kind(entry.kind).path:
+    """Whether a source is one of those that settings train on, or shares a file or directory with
+    one; built-in images always are."""
+    kind = registry.source_kind(entry.kind)
+    if not kind.path:
         return True
-    place, split = os.path.realpath(os.path.expanduser(entry.path)), _training_split(entry)
-    for own in mixture.mixture_entries(data):
-        if own.kind != entry.kind or os.path.realpath(os.path.expanduser(own.path)) != place:
-            continue
-        # a kind that reads a file without being given its name may read this one
-        if not split or _training_split(own) in ("", split):
-            return True
-    return False
+    owns = [own for own in mixture.mixture_entries(data) if own.kind == entry.kind]
+    if kind.locate:
+        place = _real_path(kind.locate(entry.path, _training_split(entry)))
+        places = [_real_path(kind.locate(own.path, _training_split(own))) for own in owns]
+        return any(os.path.commonpath((place, own)) in (place, own) for own in places)
+    place, split = _real_path(entry.path), _training_split(entry)
+    # a kind that reads a split without being given its name may read this one
+    return any(
+        _real_path(own.path) == place and (not split or _training_split(own) in ("", split))
+        for own in owns
+    )
+
+
+def _real_path(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
 
 
 def _training_split(entry: MixtureEntry) -> str:

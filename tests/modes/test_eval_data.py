@@ -225,6 +225,48 @@ def test_all_images_of_other_data_are_held_out_for_a_dense_task(tmp_path: pathli
     assert 0 < len(opened(f"coco:{tmp_path}@{names[0]}", trained=names[0]).held_out) < 9
 
 
+def test_data_of_the_run_are_known_by_their_files(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another path, a relative one or one of the directory above; of data that share no file,
+    all images are held out."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("own/images/train/a", "own/images/val", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("own/notes.json", "other/o.json"):
+        (tmp_path / file).touch()
+    own, notes = tmp_path / "own", str(tmp_path / "own" / "notes.json")
+
+    def share(task: str, source: str, data: str, **settings: str) -> float:
+        config = configuration.default_config()
+        config.task = task
+        config.data.update({"source": source, "holdout": 0.2, **settings})
+        eval_data.use_data(config, data)
+        return config.data.holdout
+
+    (tmp_path / "own" / "second").symlink_to(own / "images")
+    for annotations, path in ((notes, own / "images"), ("notes.json", own), ("", own)):
+        run = {"path": str(path), "annotations": annotations}
+        for data in (
+            str(own),
+            f"coco:{own}/images@../notes.json",
+            f"coco:{own}/second@{notes}",
+            f"coco:{own}/images@own/notes.json",
+        ):
+            assert share("detect", "coco", data, **run) == 0.2, (run, data)
+        assert share("detect", "coco", f"coco:{own}/images@{tmp_path}/other/o.json", **run) == 0
+    run = {"path": str(own), "split": ""}
+    for data, trained in (
+        (str(own), True),
+        (f"maps:{own}@train/a", True),
+        (f"maps:{tmp_path}/other@{own}", True),
+        (f"maps:{own}/../own@train", True),
+        (f"maps:{own}@val", False),
+        (str(tmp_path / "other"), False),
+    ):
+        assert share("segment", "maps", data, **run) == (0.2 if trained else 0), data
+
+
 def test_classes_of_other_data_are_matched_by_name(tmp_path: pathlib.Path) -> None:
     """A file that lists a part of the categories in another order, and maps without names."""
     scene_files.write_scenes(str(tmp_path), images=6, held_out=1, side=32)

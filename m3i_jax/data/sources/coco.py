@@ -378,19 +378,31 @@ def _json_files(path: str) -> list[str]:
     return names
 
 
-def _open(path: str, split: str, data: schema.Data, cache: str) -> CocoSource:
+def _find_annotations(path: str, split: str) -> str:
+    """Returns the file of annotations that data.path and data.annotations name; "" if neither names
+    one. Raises UserError: see `annotation_files`."""
     if not split:
         files = annotation_files(path)
         split = files.train if files else next(iter(_json_files(path)), "")
     if not split:
-        raise UserError(
-            f"data.annotations is empty, and data.path={path!r} has no JSON file: give the file of"
-            " annotations"
-        )
+        return ""
     annotations = base.split_path(path, split)
     if not os.path.isfile(annotations) and os.path.isfile(os.path.expanduser(split)):
-        annotations = split  # of the working directory
-    return CocoSource(path, annotations, cache=cache)
+        return split  # of the working directory
+    return annotations
+
+
+def _locate(path: str, split: str) -> str:
+    return _find_annotations(path, split) or path
+
+
+def _open(path: str, split: str, data: schema.Data, cache: str) -> CocoSource:
+    if annotations := _find_annotations(path, split):
+        return CocoSource(path, annotations, cache=cache)
+    raise UserError(
+        f"data.annotations is empty, and data.path={path!r} has no JSON file: give the file of"
+        " annotations"
+    )
 
 
 register_source(
@@ -400,5 +412,6 @@ register_source(
         path="the directory that holds the images",
         reads=("annotations",),
         find_splits=annotation_files,
+        locate=_locate,
     )
 )

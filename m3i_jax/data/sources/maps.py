@@ -48,11 +48,11 @@ class MapsSource:
     def __init__(
         self, path: str, split: str = "", *, names: str = "", cache: str = "", unlabelled: int = 0
     ) -> None:
-        root, split = os.path.expanduser(path), os.path.expanduser(split)
-        named_in = [root]
-        if os.path.isabs(split):  # below images/ and annotations/ it would be the root of both
-            path, root, split = split, split, ""
-            named_in.insert(0, root)  # its numbers mean what those of data.path mean
+        outer = os.path.expanduser(path)
+        root, split = _find_root(path, split)
+        # numbers of another directory mean what those of data.path mean
+        named_in = dict.fromkeys((root, outer))
+        path = path if root == outer else root
         self.image_root, self.map_root = (
             os.path.join(root, part, split).rstrip("/") for part in (IMAGES, MAPS)
         )
@@ -173,6 +173,18 @@ class MapsSource:
         )
 
 
+def _find_root(path: str, split: str) -> tuple[str, str]:
+    """Returns the directory that holds images/ and annotations/, and the folder of both to read."""
+    split = os.path.expanduser(split)
+    # below images/ and annotations/, an absolute path would be the root of both
+    return (split, "") if os.path.isabs(split) else (os.path.expanduser(path), split)
+
+
+def _locate(path: str, split: str) -> str:
+    root, split = _find_root(path, split)
+    return os.path.join(root, IMAGES, split)
+
+
 def _highest(path: str) -> tuple[int, str]:
     """Returns the highest number in a map but 255, -1 if it has no other; and why the map cannot be
     read, "" if it can."""
@@ -286,5 +298,6 @@ register_source(
         path="the directory that holds images/ and annotations/",
         reads=("class_names", "map_unlabelled"),
         find_splits=find_map_splits,
+        locate=_locate,
     )
 )

@@ -63,6 +63,8 @@ class SourceKind:
         splits: whether `data.split` and `data.holdout_split` name parts of the source.
         default_split: used if `data.split` is empty; "" for all of it.
         find_splits: recognises splits by the layout of a path; None if it has no splits.
+        locate: returns the file or directory that says which images a split of a path has, by
+            which two entries are compared; None: the path and the name of the split say it.
     """
 
     name: str
@@ -72,6 +74,7 @@ class SourceKind:
     splits: bool = True
     default_split: str = ""
     find_splits: Callable[[str], SplitFolders | None] | None = None
+    locate: Callable[[str, str], str] | None = None
 
 
 def _unknown(name: str, names: list[str]) -> UserError:
