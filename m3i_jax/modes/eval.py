@@ -123,7 +123,8 @@ def run(
     if other := other_data(setup, trained_on):
         log(f"the data are not those of the run in {trained_on}: {'; '.join(other)}")
         setup = _with_other_classes(setup, log, named=bool(data))
-        setup = _with_learnt_classes(setup, trained_on, log)
+    if other or not source:  # of weights without a run, the data are not known
+        setup = _with_learnt_classes(setup, str(source[0].parent if source else checkpoint), log)
     about = described(setup, str(source[0] / str(step)) if source else checkpoint, step)
     run_dir = setup.workdir
     if not of_run or other or data:
@@ -291,14 +292,23 @@ def _with_other_classes(setup: Setup, log: Callable[[str], None], *, named: bool
     return dataclasses.replace(setup, config=config, classes=classes)
 
 
-def _with_learnt_classes(setup: Setup, run: pathlib.Path, log: Callable[[str], None]) -> Setup:
-    """The setup with the classes of the data numbered as a run of a dense task has learnt them, by
-    name: its head predicts those.
+def _learnt_classes(weights: str) -> tuple[str, ...] | None:
+    """Names of the categories that the heads of a run or of a file of weights predict, if any."""
+    if (names := weight_source.class_names(weights)) is not None:
+        return names
+    if not checkpoint_dir.is_export(weights):
+        return None
+    return weight_source.open_weights(weights, key="--checkpoint").classes
+
+
+def _with_learnt_classes(setup: Setup, run: str, log: Callable[[str], None]) -> Setup:
+    """The setup with the classes of the data numbered as a run of a dense task, or its export, has
+    learnt them, by name: its head predicts those.
 
     Raises:
       UserError: names a class of the data that the run has not learnt.
     """
-    learnt = None if setup.config.traits.views else weight_source.class_names(str(run))
+    learnt = None if setup.config.traits.views else _learnt_classes(run)
     if learnt is None or learnt == setup.classes:
         return setup
     config, kind = setup.config, task_kind(setup.config.task)

@@ -280,7 +280,7 @@ def test_classes_of_other_data_are_matched_by_name(tmp_path: pathlib.Path) -> No
         values = {f"data__{name}": value for name, value in settings.items()}
         config = dense_toy.dense_settings(task, data__classes=len(learnt), **values)
         setup = jobs.open_setup(config, str(tmp_path / "run"), draws_batches=False)
-        return evaluate._with_learnt_classes(setup, run, lines.append)
+        return evaluate._with_learnt_classes(setup, str(run), lines.append)
 
     objects = {"source": "coco", "path": str(tmp_path), "annotations": str(notes)}
     setup = opened("detect", tmp_path, **objects, holdout=0.5)
@@ -301,6 +301,15 @@ def test_classes_of_other_data_are_matched_by_name(tmp_path: pathlib.Path) -> No
                 opened("segment", other, **maps)
         else:
             assert len(opened("segment", other, **maps).held_out.map_classes) == 16
+
+
+def test_classes_of_an_export_are_those_of_its_description(tmp_path: pathlib.Path) -> None:
+    text = configuration.config_to_text(dense_toy.dense_settings("segment"))
+    (tmp_path / "config.txt").write_text(text)
+    (tmp_path / "model.json").write_text(json.dumps({"classes": ["sea", "sky"]}))
+    assert evaluate._learnt_classes(str(tmp_path / "no such file")) is None
+    np.savez(tmp_path / "model.npz", **{"head/classifier/bias": np.zeros(2, np.float32)})
+    assert evaluate._learnt_classes(str(tmp_path)) == ("sea", "sky")
 
 
 def test_refusals_are_one_line(run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
