@@ -306,7 +306,7 @@ def _with_learnt_classes(setup: Setup, run: str, log: Callable[[str], None]) -> 
     learnt them, by name: its head predicts those.
 
     Raises:
-      UserError: names a class of the data that the run has not learnt.
+      UserError: names a class of the data that the run has not learnt, or a name that two have.
     """
     learnt = None if setup.config.traits.views else _learnt_classes(run)
     if learnt is None or learnt == setup.classes:
@@ -318,6 +318,12 @@ def _with_learnt_classes(setup: Setup, run: str, log: Callable[[str], None]) -> 
             f"data.source={config.data.source!r}: has {len(own)} classes, of which {len(wrong)},"
             f" such as {wrong[0]!r}, are not among the {len(learnt)} that the run in {run} learnt;"
             f" give data with names of these, in any order: {', '.join(learnt[:5])}"
+        )
+    if twice := [name for name in own if own.count(name) > 1 or learnt.count(name) > 1]:
+        raise UserError(
+            f"data.source={config.data.source!r}: {twice[0]!r} names several classes of these data"
+            f" or of those that {run} learnt, and classes are matched by name; give each class"
+            " another name"
         )
     log(f"{len(own)} classes of these data are numbered as the {len(learnt)} of the run, by name")
     return dataclasses.replace(
