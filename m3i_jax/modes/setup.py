@@ -179,8 +179,8 @@ def open_setup(
         captions are not tokenized, unless `data.captions` is "yes". Empty: all data are opened.
       draws_batches: batches of training will be drawn, so the data need what these read; data to
         evaluate on may lack it.
-      hold_out_all: if a task without views holds nothing out of these data, all of them are held
-        out: it is only evaluated on them.
+      hold_out_all: if a task without views is to hold nothing out of these data, all of them are
+        held out: it is only evaluated on them.
     """
     backbones.validate_backbone(config)  # before data are opened, which may take minutes
     path = pathlib.Path(workdir)
@@ -191,7 +191,8 @@ def open_setup(
     # the first host reads the headers of all files, the others its index
     with parallel.host0_first("index", written=_new_files(os.path.join(index, "*.npz"))):
         train, held_out = splits.open_splits(config.data, cache=index)
-    if hold_out_all and not config.traits.views and not len(held_out):
+    # of a share that was asked for, no image may be left
+    if hold_out_all and not (config.traits.views or config.data.holdout or len(held_out)):
         held_out = train
     kind = task_kind(config.task)
     train, held_out = kind.with_annotations(train), kind.with_annotations(held_out)

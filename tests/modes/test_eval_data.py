@@ -209,8 +209,9 @@ def test_all_images_of_other_data_are_held_out_for_a_dense_task(tmp_path: pathli
     )
     names = [f"{tmp_path}/annotations/instances_{part}.json" for part in ("train", "val")]
 
-    def opened(data: str, trained: str) -> jobs.Setup:
+    def opened(data: str, trained: str, share: float = 0.4) -> jobs.Setup:
         config = configuration.config_from_text(text, "")
+        config.data.holdout = share
         config.data.update({"source": "coco", "path": str(tmp_path), "annotations": trained})
         eval_data.use_data(config, data)
         settings = configuration.resolve(config)
@@ -223,6 +224,7 @@ def test_all_images_of_other_data_are_held_out_for_a_dense_task(tmp_path: pathli
     assert keys == [f"scene_{i:06d}.jpg" for i in range(9)]
     assert len(opened(f"coco:{tmp_path}@{names[0]}|{names[1]}", trained=names[1]).held_out) == 3
     assert 0 < len(opened(f"coco:{tmp_path}@{names[0]}", trained=names[0]).held_out) < 9
+    assert not len(opened(f"coco:{tmp_path}@{names[0]}", trained=names[0], share=1e-6).held_out)
 
 
 def test_data_of_the_run_are_known_by_their_files(
