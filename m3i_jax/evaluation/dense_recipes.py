@@ -81,7 +81,7 @@ def continue_dense_run(config: ml_collections.ConfigDict, *, from_: str, flag: s
     """
     if not from_:
         return False
-    if not checkpoint_dir.is_run(from_):
+    if not checkpoint_dir.has_settings(from_):
         table = tensor_files.read_tensors(from_)
         found = (
             "detect" if dense_weights.has_mask_rcnn(table) else published_dense.dense_task(table)

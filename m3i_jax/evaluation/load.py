@@ -223,7 +223,7 @@ def load(
     if path.startswith(HUB_PREFIX):
         path = fetch_weights(path)
     run = checkpoint_dir.is_run(path)
-    stated = run or checkpoint_dir.is_export(path)  # the settings of the run are there
+    stated = checkpoint_dir.has_settings(path)
     if stated:
         settings = configuration.load_from_workdir(path, "load")
     source = weight_source.open_weights(path, weights=weights, key="load")
@@ -267,7 +267,7 @@ def load(
 
 
 def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
-    """Returns the settings of a run, or those that a file of weights implies: `model`, image size,
+    """Returns the settings of a run or an export, or those that a file of weights implies: `model`, image size,
     mean and deviation of pixels.
 
     Args:
@@ -278,7 +278,7 @@ def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
       UserError: no readable weights, or neither a supported vision transformer nor an InternImage
         of a preset.
     """
-    if checkpoint_dir.is_run(path):
+    if checkpoint_dir.has_settings(path):
         return configuration.load_from_workdir(path, flag)
     return _described(weight_source.open_weights(path, key=flag), path, 0, flag)
 
@@ -304,7 +304,7 @@ def build_encoder(
     config.model.encoder.freeze = own["encoder"]["freeze"]
     config.model.pool.update({name: own["pool"][name] for name in _OF_POOLING})
     config.model.category_std = own["category_std"]
-    if not checkpoint_dir.is_run(path):
+    if not checkpoint_dir.has_settings(path):
         config.model.dtype = own["dtype"]
     _copy_preprocessing(config, source)
     encoder, trained = config.model.encoder, vit.position_size(source)

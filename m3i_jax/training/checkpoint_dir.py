@@ -75,6 +75,12 @@ def is_export(directory: str) -> bool:
     return (path / PARAMETERS).is_dir() or (path / DESCRIPTION).is_file()
 
 
+def has_settings(directory: str) -> bool:
+    """Returns whether a directory has the settings of a run beside its weights: a run or an
+    export."""
+    return is_run(directory) or is_export(directory)
+
+
 def position(step: pathlib.Path) -> dict[str, Any]:
     """Returns the JSON that was saved with the state of a step.
 

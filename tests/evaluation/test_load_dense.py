@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3i_jax import config as configuration
 from m3i_jax.data import annotated_eval, decode
 from m3i_jax.data.sources.base import Record
 from m3i_jax.data.sources.scenes import ScenesSource
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import detection_results
+from m3i_jax.evaluation.dense_recipes import continue_dense_run
+from m3i_jax.evaluation.load import build_encoder
 from m3i_jax.evaluation.load_dense import LoadedDense, as_images
 from m3i_jax.modes import export
 from m3i_jax.training.task import make_task
@@ -114,6 +117,27 @@ def test_the_other_prediction_and_features_are_refused() -> None:
         loaded("segment").features(IMAGES)
     with pytest.raises(ValueError, match=r"shape \(0, 4, 3\)"):
         list(as_images(np.zeros((0, 4, 3), np.uint8)))
+
+
+@pytest.mark.parametrize("orbax", [False, True])
+def test_a_recipe_goes_on_from_an_export(orbax: bool, tmp_path: pathlib.Path) -> None:
+    """Its settings are those of its run: sizes of encoder and head, whatever holds its arrays."""
+    own = dense_toy.dense_settings("segment")
+    (tmp_path / "config.txt").write_text(configuration.config_to_text(own))
+    if orbax:
+        (tmp_path / "parameters").mkdir()
+    else:
+        (tmp_path / "model.json").write_text("{}")
+    config = configuration.default_config()
+    config.task, config.dense.segment.head = "segment", own.dense.segment.head
+    config.dense.segment.width = 2 * own.dense.segment.width
+    build_encoder(config, str(tmp_path), "from")
+    assert continue_dense_run(config, from_=str(tmp_path), flag="from")
+    assert config.model.encoder.width == own.model.encoder.width
+    assert config.dense.segment.width == own.dense.segment.width
+    assert config.init.only == ("^encoder/", "^pyramid/", "^head/")
+    assert config.init_from == str(tmp_path)
+    assert config.init.weights == configuration.default_config().init.weights
 
 
 def test_images_of_any_kind(tmp_path: pathlib.Path) -> None:
