@@ -267,8 +267,8 @@ def load(
 
 
 def settings_of_weights(path: str, flag: str) -> ml_collections.ConfigDict:
-    """Returns the settings of a run or an export, or those that a file of weights implies: `model`, image size,
-    mean and deviation of pixels.
+    """Returns the settings of a run or an export, or those that a file of weights implies:
+    `model`, image size, mean and deviation of pixels.
 
     Args:
       path: see `load`.
