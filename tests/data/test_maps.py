@@ -4,6 +4,7 @@ annotated objects."""
 import io
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from m3i_jax import schema
 from m3i_jax.data import annotated_batches, decode, decode_map, rendered_maps, splits
 from m3i_jax.data.sources import base, maps, segmentations
 from m3i_jax.data.sources.objects import Objects
+from m3i_jax.data.sources.relabelled import RelabelledMaps
 from m3i_jax.data.sources.scenes import ScenesSource
 from m3i_jax.errors import UserError
 
@@ -334,3 +336,11 @@ def test_a_source_of_objects_gets_maps(tmp_path) -> None:
     shapes_source = splits.open_source(schema.Data(size=9))
     with pytest.raises(UserError, match="neither class maps nor objects"):
         rendered_maps.with_maps(shapes_source)
+
+
+def test_maps_of_all_numbers_are_not_renumbered() -> None:
+    """With 255 classes, 254 is a class and cannot stand for numbers without one."""
+    source = types.SimpleNamespace(name="a", classes=("x",), map_classes=("x",), captions=False)
+    names = ["x", *map(str, range(254))]
+    with pytest.raises(UserError, match="at most 254 leave a number"):
+        RelabelledMaps(source, names)

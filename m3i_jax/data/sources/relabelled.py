@@ -99,7 +99,10 @@ class RelabelledMaps(base.SubsetSource):
 
     Args:
         source: with maps.
-        classes: the new list.
+        classes: the new list, at most 254.
+
+    Raises:
+        UserError: the new list leaves no number for pixels whose class the source lacks.
 
     >>> class One:
     ...     name, classes, captions, map_classes = "one", (), False, ("sea", "sky", "eel")
@@ -110,6 +113,12 @@ class RelabelledMaps(base.SubsetSource):
     """
 
     def __init__(self, source: DataSource, classes: Sequence[str]) -> None:
+        if len(classes) >= UNLABELLED:
+            raise UserError(
+                f"{source.name}: its class maps cannot be renumbered to {len(classes)} classes, as"
+                f" at most {UNLABELLED - 1} leave a number for pixels of unknown classes; give data"
+                " with the classes of the run in the same order"
+            )
         identity = base.stable_digest("maps of the classes", *classes)
         super().__init__(source, np.arange(len(source)), "classes renumbered", identity)
         theirs, number = base.map_classes(source), {name: i for i, name in enumerate(classes)}
