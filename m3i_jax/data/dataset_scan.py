@@ -19,6 +19,7 @@ from m3i_jax.data import annotation_stats, pipeline
 from m3i_jax.data import decode as decoding
 from m3i_jax.data.sources import base
 from m3i_jax.data.tokenizer import Tokenizer
+from m3i_jax.errors import UserError
 
 _CHUNK = 32  # records per task of a thread
 BatchesOf = Callable[[schema.Config, base.DataSource], pipeline.Batches]
@@ -217,13 +218,15 @@ class ConcatSource:
 class ReadSpeed:
     """Images per second of processor time of one core, read from memory: for decoding alone at full
     size, and for building batches. `counted` is what the batches counted of so many `samples`, such
-    as objects that a crop does not show."""
+    as objects that a crop does not show. `refused`: why the task makes no batches of these data, ""
+    if it does."""
 
     decode: float
     pipeline: float
     images: int  # distinct images that were used
     samples: int = 0
     counted: dict[str, int] = dataclasses.field(default_factory=dict)
+    refused: str = ""
 
 
 def measure_speed(
@@ -264,11 +267,14 @@ def measure_speed(
         dense=dataclasses.replace(config.dense, geometry=geometry),
     )
     source = InMemorySource(records, like)
-    batches = (
-        batches_of(small, source)
-        if batches_of
-        else pipeline.iterate_batches(small, source, tokenizer, start=0)
-    )
+    try:
+        batches = (
+            batches_of(small, source)
+            if batches_of
+            else pipeline.iterate_batches(small, source, tokenizer, start=0)
+        )
+    except UserError as error:  # the report of the data shows more of the cause
+        return ReadSpeed(decode, 0.0, len(records), refused=str(error))
     samples: list[int] = []
 
     def consume() -> Iterator[int]:

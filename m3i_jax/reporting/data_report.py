@@ -190,6 +190,8 @@ def feeding_lines(report: DataReport) -> tuple[str, list[tuple[str, str, str, st
     """Returns a paragraph with what was measured and assumed, and rows of (chip, peak, images a
     second that it needs, number of chips that this machine feeds)."""
     speed, feeds = report["speed"], report["feeds"]
+    if speed.get("refused"):
+        return f"No run can train on these data: {speed['refused']}", []
     if not speed["pipeline"]:
         return "The speed was not measured: it needs two usable images.", []
     size = feeds["image_size"]

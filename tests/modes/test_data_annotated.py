@@ -172,3 +172,19 @@ def test_repeat_factors_do_not_stop_the_report(files, tmp_path, monkeypatch) -> 
     monkeypatch.setitem(globals(), "config", lambda source, task: repeated)
     report, _, _ = report_of(repeated.data, "detect", tmp_path, monkeypatch)
     assert report["speed"]["pipeline"] > 0 and report["annotations"]["objects"]["images"] == 40
+
+
+def test_maps_that_no_run_trains_on_are_reported(tmp_path, monkeypatch) -> None:
+    """Maps of one class: the report is written, with what a run would say."""
+    for part, mode in (("images", "RGB"), ("annotations", "L")):
+        (tmp_path / part).mkdir()
+        for i in range(4):
+            Image.new(mode, (40, 40), 1 if mode == "L" else (i, 0, 0)).save(
+                tmp_path / part / f"{i}.png"
+            )
+    (tmp_path / "classes.txt").write_text("road\n")
+    source = schema.Data(source="maps", path=str(tmp_path))
+    report, _, console = report_of(source, "segment", tmp_path / "run", monkeypatch)
+    assert report["speed"]["pipeline"] == 0 and report["pictures"]["usable"] == 4
+    assert "has 1 classes (road)" in report["speed"]["refused"]
+    assert "No run can train on these data" in console
