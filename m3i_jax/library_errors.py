@@ -14,6 +14,7 @@ import pathlib
 import sys
 import threading
 import traceback
+import warnings
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,7 @@ from m3i_jax.errors import one_line
 _PACKAGE = str(pathlib.Path(__file__).parent)
 _ORBAX = "/orbax/checkpoint/"
 _SAVE_WORDS = ("orbax", "zarr", "OCDBT", "tensorstore")  # in the text of an abandoned write
+_PART_OF_SAVE = "write_fragment"  # of Orbax, writes a part of an array
 LONGEST = 300  # characters of a message of another library
 
 
@@ -165,6 +167,9 @@ def drop_repeated_errors() -> None:
             previous(args)
 
     sys.unraisablehook = unraisable
+    # the parts of an array that were not written yet when another one failed
+    unawaited = rf"coroutine '(.*\.)?{_PART_OF_SAVE}' was never awaited"
+    warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
 
 
 def silence_process() -> None:

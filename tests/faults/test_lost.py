@@ -420,6 +420,8 @@ FULL = """
     except SavesFailed as error:
         print(f"stopped: {error}")
     one.close()
+    async def write_fragment(): pass  # of Orbax, where a part fails before another begins
+    write_fragment()
 """
 
 

@@ -98,12 +98,12 @@ def test_a_name_without_an_address_is_refused_at_once_and_a_wait_is_logged(
     ):
         lines: list[str] = []
         with pytest.raises(HostMissing):
-            rendezvous.wait_for_processes(free_address(), 2, process, limit=1.0, log=lines.append)
+            rendezvous.wait_for_processes(free_address(), 2, process, limit=1.5, log=lines.append)
         assert len(lines) >= 2 and all(line.startswith(wanted) for line in lines)
     lines = []
     with pytest.raises(UserError, match="has no address here"):  # of a scheduler the name may come
         rendezvous.wait_for_processes(
-            "no-such-host.invalid:8476", 2, 1, limit=1.0, patient=True, log=lines.append
+            "no-such-host.invalid:8476", 2, 1, limit=1.5, patient=True, log=lines.append
         )
     assert lines and lines[0].startswith("waiting for an address of no-such-host.invalid:8476 (")
 
@@ -113,9 +113,9 @@ def test_who_came_and_waits_for_others_logs_that(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rendezvous, "FIRST_LOG", 0.1)
     at, lines = free_address(), list[str]()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first = pool.submit(meet, (0, 3, 0.0), limit=1.2, at=at)
+        first = pool.submit(meet, (0, 3, 0.0), limit=2.0, at=at)
         with pytest.raises(HostMissing, match="for process 2 of 3"):
-            rendezvous.wait_for_processes(at, 3, 1, limit=1.2, log=lines.append)
+            rendezvous.wait_for_processes(at, 3, 1, limit=2.0, log=lines.append)
         assert "for process 2 of 3" in first.result()[0]
     assert any(
         line.startswith("waiting for the other processes, with process 0 at") for line in lines
