@@ -66,7 +66,12 @@ def test_two_methods_cross_where_their_planes_do() -> None:
     assert equal and float(equal[1].replace(",", "")) == pytest.approx(12000, rel=0.05)
     assert "-0.100 | -0.200 |" in text and "12,000 (extrapolated)" in text
     page = table_page.tables_page({one.name: one}, results, table_results.TITLES)
-    assert page.count("<path") == 6 and "M3I, width 192" in page
+    assert (
+        page.count("<path") == 6
+        and " at TFLOP " in page
+        and " at step " not in page
+        and "M3I, width 192" in page
+    )
 
 
 def test_residuals_widen_the_error_of_a_crossing() -> None:

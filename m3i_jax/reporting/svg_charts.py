@@ -86,7 +86,13 @@ def thin_points(
 
 
 def svg_chart(
-    title: str, curves: Sequence[SvgCurve], *, last: float, note: str = "", linear: bool = False
+    title: str,
+    curves: Sequence[SvgCurve],
+    *,
+    last: float,
+    note: str = "",
+    linear: bool = False,
+    axis: str = "step",
 ) -> str:
     """Returns a figure with one chart.
 
@@ -96,6 +102,7 @@ def svg_chart(
       last: right end of the x axis, in steps.
       note: below the chart.
       linear: the vertical axis is linear however far apart the values are.
+      axis: what the horizontal axis counts, for the text of a curve.
 
     >>> svg_chart("loss", [SvgCurve("a", [0, 10], [2.0, 1.0])], last=10).count("<path")
     1
@@ -140,7 +147,7 @@ def svg_chart(
     ]
     for curve, x, y in points:
         title_tag = (
-            f"<title>{escape_html(curve.name)}: {tick_label(y[-1])} at step"
+            f"<title>{escape_html(curve.name)}: {tick_label(y[-1])} at {axis}"
             f" {tick_label(x[-1])}</title>"
             if y
             else ""

@@ -139,7 +139,7 @@ def level_steps(planes: Sequence[np.ndarray], width: float, ratio: float = 1.0) 
 
 def crossing_text(image_set: Set, results: Results) -> str:
     """The planes of both methods of `image_set.fitted`, the lead of the first and where it begins,
-    as Markdown; "" unless each has enough runs for an error: more than 3, of several widths."""
+    as Markdown; "" unless each has at least 5 runs, of several widths and steps."""
     methods = image_set.fitted
     if not methods:
         return ""
@@ -216,5 +216,5 @@ def crossing_charts(image_set: Set, results: Results) -> str:
     if not curves:
         return ""
     legend = "".join(f"<span><i class={c.tone}></i>{c.name}</span>" for c in curves)
-    chart = svg_charts.svg_chart("kNN, % over TFLOP", curves, last=last, linear=True)
+    chart = svg_charts.svg_chart("kNN, % over TFLOP", curves, last=last, linear=True, axis="TFLOP")
     return f'<div class="legend">{legend}</div><div class="charts">{chart}</div>'
