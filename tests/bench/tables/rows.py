@@ -77,10 +77,14 @@ CHAIN = Row(
     ),
 )
 
+# The annotations that M3I reads, without its self-supervised terms.
+ANNOTATIONS = _single("supervised and CLIP", "supervised+weakly_supervised")
+
 METHODS = _by_title(
     SINGLE_STAGE["M3I"],
     SINGLE_STAGE["supervised"],
     SINGLE_STAGE["CLIP"],
+    ANNOTATIONS,
     SINGLE_STAGE["M3I without mix"],
     _single("sim", "sim"),
     _single("mim", "mim"),

@@ -179,7 +179,7 @@ def _without_captions(
     kept = {
         title: row
         for title, row in of.items()
-        if all(stage.form != "weakly_supervised" for stage in row.stages)
+        if not any("weakly_supervised" in stage.form for stage in row.stages)
     }
     flat = {"data.holdout": str(table_data.HOLDOUT), "data.flip_p": "0.0"}
     return Set(name, "folder", str(path), flat, COLUMNS[:4], kept, steps, **more)  # type: ignore[arg-type]
@@ -281,9 +281,8 @@ def _mixed(grid: Set, tars: Sequence[str], shares: tuple[float, float]) -> Set:
         "data.class_space": "separate",
         "evaluate.templates": grid.overrides["evaluate.templates"],
     }
-    kept = {
-        name: table_rows.METHODS[name] for name in ("M3I", "supervised", "CLIP", "M3I without mix")
-    }
+    names = ("M3I", "supervised", "CLIP", "supervised and CLIP", "M3I without mix")
+    kept = {name: table_rows.METHODS[name] for name in names}
     return dataclasses.replace(
         grid,
         name=f"mixed-8x8-labels{labelled}-captions{captioned}",
