@@ -22,6 +22,13 @@ SCALING = table_sets.Set(
 )
 
 
+def pack(hits: np.ndarray, drawings: int = 1) -> dict[str, object]:
+    """Hits of images of which `drawings` in a row have the same key."""
+    bits = {"knn": hits, "first": np.arange(len(hits)) % drawings == 0}
+    packed = {name: np.packbits(of).tobytes().hex() for name, of in bits.items()}
+    return {"images": "", "count": len(hits)} | packed
+
+
 def _scaling_results(one: table_sets.Set, images: int = 1000) -> list[dict[str, object]]:
     """Runs whose accuracies are planes: M3I is level with `supervised` at 3,000 steps."""
     out = []
@@ -39,12 +46,13 @@ def _scaling_results(one: table_sets.Set, images: int = 1000) -> list[dict[str, 
                 "seed": 0,
                 "values": {
                     "eval/knn/top1": hits.mean(),
-                    "loss": 2.0 * 2 ** (-0.1 * width - 0.2 * steps),
+                    "loss": 1.0,
+                    "loss/equal_weights": 2.0 * 2 ** (-0.1 * width - 0.2 * steps),
                     "steps": row.steps,
                     "seconds": 1.0,
                     "flops": row.steps * 4.0**width * (2e9 if m3i else 1e9),
                 },
-                "hits": {"images": "", "count": images, "knn": np.packbits(hits).tobytes().hex()},
+                "hits": pack(hits),
             }
         )
     return out
@@ -60,6 +68,11 @@ def test_two_methods_cross_where_their_planes_do() -> None:
     # A plane at the centre of nine runs is their mean, and the error that of a mean over images.
     error = (runs[0].hits_RxN.mean(0) - runs[1].hits_RxN.mean(0)).std() / np.sqrt(1000)
     assert crossing.lead(planes, 96, 1500)[1:].std() == pytest.approx(error, rel=0.15)
+    # Drawings of one thing are one: hits that come in pairs have an error larger by sqrt(2).
+    pairs = [dict(r, hits=pack(paired.unpack_hits(r["hits"]), 2)) for r in results]
+    runs = [crossing.runs_of(one, method, pairs) for method in one.fitted]
+    error_of_pairs = crossing.lead(crossing.resample_planes(runs, 4000), 96, 1500)[1:].std()
+    assert error_of_pairs == pytest.approx(error * np.sqrt(2), rel=0.15)
     text = table_results.tables_text({one.name: one}, results)
     # Steps of M3I cost twice as much: at equal FLOPs 0.40 + 0.06 s = 0.42 + 0.04 (s + 1), s = 3.
     equal = re.search(r"\| FLOPs \| 96 \|.*\| ([\d,]+) \(", text)
@@ -85,7 +98,7 @@ def test_residuals_widen_the_error_of_a_crossing() -> None:
                 paired.unpack_hits(result["hits"]).mean() + scatter * rng.normal(), 0, 1
             )
             hits = np.arange(1000) < round(1000 * share)
-            result["hits"] = {"count": 1000, "knn": np.packbits(hits).tobytes().hex()}
+            result["hits"] = pack(hits)
         runs = [crossing.runs_of(one, method, results) for method in one.fitted]
         errors.append(crossing.lead(crossing.resample_planes(runs), 96, 1500)[1:].std())
     # A plane at the centre of nine runs is their mean; the lead is the difference of two.

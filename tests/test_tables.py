@@ -154,14 +154,38 @@ def test_methods_are_compared_on_the_same_images(tmp_path: pathlib.Path) -> None
     # McNemar's test has the same statistic up to the variance under equality
     one, other = rng.random(1000) < 0.6, rng.random(1000) < 0.5
     more, less = (one & ~other).sum(), (other & ~one).sum()
-    got = paired.paired_difference(one[None], other[None])
+    got = paired.paired_difference(one[None], other[None], np.arange(1000), None)
     assert got.difference == pytest.approx((more - less) / 1000)
     z = (more - less) / (more + less - (more - less) ** 2 / 1000) ** 0.5
     assert got.difference / got.error == pytest.approx(z, rel=1e-3)
     assert 0.01 < got.p < 0.02
-    # seeds that differ by more than their images explain make the error larger
-    seeds = np.stack([np.arange(1000) < 700, np.arange(1000) < 500])
-    assert paired.paired_difference(seeds, seeds).error > 0.1
+    # two drawings of one thing that are hit alike are one image
+    twice = [np.repeat(hits, 2)[None] for hits in (one, other)]
+    doubled = paired.paired_difference(*twice, np.repeat(np.arange(1000), 2), None)
+    assert doubled[:3] == pytest.approx(got[:3])
+    assert paired.paired_difference(*twice, np.arange(2000), None).error < 0.75 * got.error
+
+
+def test_seeds_are_part_of_the_error_of_rows_with_one() -> None:
+    """The deviation of a seed comes from the rows that have several."""
+
+    def result_of(form: str, seed: int, hit: int) -> dict:
+        hits = np.arange(100) < hit
+        packed = {"knn": np.packbits(hits).tobytes().hex(), "first": "ff" * 13}
+        return {"form": form, "seed": seed, "hits": {"images": "", "count": 100} | packed}
+
+    one = [result_of("M3I", 0, 50), result_of("MAE", 0, 40), result_of("sim", 0, 30)]
+    alone = paired.compare_with("M3I", one)
+    assert set(alone) == {"MAE", "sim"} and not alone["MAE"].seeds
+    # two rows with variances of 32 and 8 square points each
+    more = [*one, result_of("M3I", 1, 58), result_of("MAE", 1, 44)]
+    both = paired.compare_with("M3I", more)
+    variance = 20e-4
+    difference = np.arange(100) < 54, np.arange(100) < 30  # means over seeds have halves
+    halves = np.where((np.arange(100) >= 50) & (np.arange(100) < 58), 0.5, difference[0])
+    images = (halves - difference[1]).var(ddof=1) / 100
+    assert both["sim"].error == pytest.approx((images + variance * (1 / 2 + 1)) ** 0.5)
+    assert both["sim"].seeds and both["sim"].difference == pytest.approx(-0.24)
 
 
 def test_the_page_has_every_figure_and_escapes_names(sets: dict[str, table_sets.Set]) -> None:
@@ -371,6 +395,25 @@ def test_short_run_is_reported_and_not_repeated(
         table_runs.subprocess, "run", lambda *_, **__: pytest.fail("the run was repeated")
     )
     assert tables.main(arguments) == 0
+
+
+def test_altered_runs_are_rows_of_their_own(
+    sets: dict[str, table_sets.Set], tmp_path: pathlib.Path
+) -> None:
+    """A result of a trial replaces none, and its settings come after those of the search."""
+    one = sets["emoji-8x8"]
+    rows = table_rows.altered_rows(one.rows, {"optim.lr": "1.0"}, "optim.lr=1.0")
+    altered = dataclasses.replace(one, rows=rows)
+    run = table_runs.Run(altered, rows["sim (optim.lr=1.0)"], 0, chosen={"optim.lr": "2.0"})
+    assert run.path(tmp_path).name == "sim__optim.lr_1.0_-0" and run.row.unaltered == "sim"
+    (command, *_) = table_runs.commands(run, tmp_path, [5], 1)
+    assert [text for text in command if text.startswith("--config.optim.lr=")] == [
+        "--config.optim.lr=1.0"
+    ]
+    initial = rows["untrained (optim.lr=1.0)"]
+    assert initial.settings["optim.lr"] == "1e-12" and initial.searched == "M3I"
+    queue = table_runs.run_queue({"search": sets["search"], "x": altered}, ["x"], "epochs", 3, [])
+    assert not queue  # its trials are missing, as without the change
 
 
 def test_equal_flops_and_a_failed_run_is_skipped(

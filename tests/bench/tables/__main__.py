@@ -47,8 +47,9 @@ from m3i_jax.run_files import write_text_atomic
 from tests.bench.tables.data import FASHION
 from tests.bench.tables.page import tables_page
 from tests.bench.tables.results import TITLES, read_results, write_tables
+from tests.bench.tables.rows import altered_rows
 from tests.bench.tables.runs import PROTOCOLS, result_key, run_once, run_queue
-from tests.bench.tables.sets import STEPS_OF_FINETUNING, image_sets, named
+from tests.bench.tables.sets import STEPS_OF_FINETUNING, Set, image_sets, named
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="setting of every run, for small trials",
+        help="setting of every run, which is part of its row's title",
     )
     flags.add_argument(
         "--only-print", action="store_true", help="print the tables of the finished runs"
@@ -90,11 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"tables: {error}", file=sys.stderr)
         return 2
-    extra = dict(s.split("=", 1) for s in args.override)
-    sets = {
-        n: dataclasses.replace(s, overrides={**s.overrides, **extra}, steps=args.steps or s.steps)
-        for n, s in sets.items()
-    }
+    sets = {name: _altered(one, args) for name, one in sets.items()}
     private = {str(data): "DIR", str(out): "OUT"} | ({str(clipart): "CLIPART"} if clipart else {})
     wanted = [title for title in args.methods.split(";") if title]
     failed: set[tuple[str, str, str, int]] = set()
@@ -106,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remaining = [
             run
             for run in run_queue(sets, names, args.protocol, args.seeds, results)
-            if run.key not in finished | failed and (not wanted or run.row.title in wanted)
+            if run.key not in finished | failed and (not wanted or run.row.unaltered in wanted)
         ]
         if args.only_print or not remaining:
             break
@@ -117,6 +114,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed.add(run.key)
     print(text)
     return 1 if failed else 0
+
+
+def _altered(image_set: Set, args: argparse.Namespace) -> Set:
+    """The set with the steps and settings of the command line, which are part of the titles of its
+    rows: altered runs are other rows, and replace no result. The search is as it is, since its
+    trials choose the settings of other sets."""
+    changes = [f"steps={args.steps}"] if args.steps else []
+    if args.finetune_steps != STEPS_OF_FINETUNING:
+        changes.append(f"finetune-steps={args.finetune_steps}")
+    changes += args.override
+    if not changes or image_set.name == "search":
+        return image_set
+    settings = dict(change.split("=", 1) for change in args.override)
+    rows = altered_rows(image_set.rows, settings, ", ".join(changes))
+    return dataclasses.replace(image_set, rows=rows, steps=args.steps or image_set.steps)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from m3i_jax.reporting import svg_charts
-from tests.bench.tables.paired import unpack_hits
+from tests.bench.tables.paired import key_numbers, unpack_hits
 from tests.bench.tables.sets import Set
 
 WIDTH, STEPS = 96, 1500  # where the constant of a fit is measured
@@ -24,12 +24,15 @@ class Runs:
     Attributes:
       design_Rx3: 1, log2(width / 96), log2(steps / 1500) of every run.
       hits_RxN: which held-out images kNN classifies rightly.
-      loss_R: at the end of a run.
+      key_N: number of the key of every image; [0] without runs.
+      loss_R: at the end of a run, with the weights of the start of training: the balance of M3I
+        moves, which a power law would not describe.
       flops_R: of a run.
     """
 
     design_Rx3: np.ndarray
     hits_RxN: np.ndarray
+    key_N: np.ndarray
     loss_R: np.ndarray
     flops_R: np.ndarray
 
@@ -46,39 +49,36 @@ class Runs:
 
 def runs_of(image_set: Set, method: str, results: Results) -> Runs:
     """The runs of a method among the results of a set."""
-    found = []
+    found, key_N = [], np.zeros(0, int)
     for result in results:
         row = image_set.rows.get(result["form"])
         if row is None or row.searched != method:
             continue
         place = (int(row.settings["model.encoder.width"]) / WIDTH, row.steps / STEPS)
-        values = result["values"]
-        found.append(
-            (
-                [1.0, *np.log2(place)],
-                unpack_hits(result["hits"]),
-                values["loss"],
-                values["flops"],
-            )
-        )
+        values, key_N = result["values"], key_numbers(result["hits"])
+        loss = values.get("loss/equal_weights", values["loss"])
+        hits = unpack_hits(result["hits"])
+        found.append(([1.0, *np.log2(place)], hits, loss, values["flops"]))
     design, hits, loss, flops = zip(*found, strict=True) if found else ((), (), (), ())
-    return Runs(np.array(design).reshape(-1, 3), np.array(hits), np.array(loss), np.array(flops))
+    design_Rx3 = np.array(design).reshape(-1, 3)
+    return Runs(design_Rx3, np.array(hits), key_N, np.array(loss), np.array(flops))
 
 
 def fit_plane(design_Rx3: np.ndarray, value_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least squares of value = a + b log2(width / 96) + c log2(steps / 1500).
 
     Returns:
-      (a, b, c) and the R residuals, scaled to the variance of the errors: with 3 coefficients
-      fitted to R values, residuals are smaller than errors by sqrt((R - 3) / R) on average.
+      (a, b, c) and the R residuals, scaled to the variance of the errors: a residual is smaller
+      than its error by sqrt(1 - h), h the leverage of its run, which is largest at the corners.
 
     >>> design = np.array([[1.0, w, s] for w in (-1, 0, 1) for s in (-1, 0, 1)])
     >>> np.round(fit_plane(design, design @ [0.4, 0.02, 0.05])[0], 3).tolist()
     [0.4, 0.02, 0.05]
     """
     plane_3, *_ = np.linalg.lstsq(design_Rx3, value_R, rcond=None)
-    count = len(value_R)
-    return plane_3, (value_R - design_Rx3 @ plane_3) * np.sqrt(count / max(count - 3, 1))
+    orthogonal, _ = np.linalg.qr(design_Rx3)
+    unexplained_R = np.maximum(1 - (orthogonal**2).sum(1), 1e-6)
+    return plane_3, (value_R - design_Rx3 @ plane_3) / np.sqrt(unexplained_R)
 
 
 def resample_planes(
@@ -87,16 +87,17 @@ def resample_planes(
     """Planes of kNN accuracy of every method, and how far they would differ with other images and
     seeds.
 
-    A replicate draws the held-out images anew with replacement, the same for all methods, and gives
-    every run its residual with a random sign (the wild bootstrap), which stands for seeds and for
-    what a plane does not describe.
+    A replicate draws the keys of the held-out images anew with replacement, the same for all
+    methods, and gives every run its residual with a random sign (the wild bootstrap), which stands
+    for seeds and for what a plane does not describe.
 
     Returns:
       For every method (1 + replicates, 3): first the plane of the runs as they are.
     """
     rng = np.random.default_rng(seed)
-    images = runs[0].hits_RxN.shape[1]
-    weights_PxN = rng.multinomial(images, np.full(images, 1 / images), size=replicates) / images
+    key_N, keys = runs[0].key_N, int(runs[0].key_N.max()) + 1
+    weights_PxN = rng.multinomial(keys, np.full(keys, 1 / keys), size=replicates)[:, key_N]
+    weights_PxN = weights_PxN / weights_PxN.sum(1, keepdims=True)
     planes = []
     for one in runs:
         plane_3, residual_R = fit_plane(one.design_Rx3, one.hits_RxN.mean(1))
@@ -124,7 +125,7 @@ def lead(
 
 def level_steps(planes: Sequence[np.ndarray], width: float, ratio: float = 1.0) -> np.ndarray:
     """Steps of the first method from which it leads, for every replicate; infinite where it gains
-    no more with steps than the second.
+    no more with steps than the second: then it never leads, or did before.
 
     >>> planes = [np.array([[0.40, 0.0, 0.06]]), np.array([[0.42, 0.0, 0.04]])]
     >>> level_steps(planes, 96), level_steps(planes[::-1], 96)
@@ -176,6 +177,8 @@ def crossing_text(image_set: Set, results: Results) -> str:
             leads = (lead(planes, width, n, ratio) for n in steps)
             cells = [f"{100 * d[0]:+.1f} ± {100 * d[1:].std():.1f}" for d in leads]
             cells += [_range_text(level_steps(planes, width, ratio))]
+            if planes[0][0, 2] <= planes[1][0, 2]:
+                cells[-1] = "gains less with steps"
             lines.append(f"| {equal} | {width} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from m3i_jax.reporting import compare_table as report
 from m3i_jax.reporting import html_page, svg_charts
 from tests.bench.tables.crossing import crossing_charts
 from tests.bench.tables.paired import compare_with, paired_text
-from tests.bench.tables.results import PAIRED, REFERENCE
+from tests.bench.tables.results import PAIRED, REFERENCE, with_gains
 from tests.bench.tables.sets import RUN_COLUMNS, Set
 
 STYLE = (
@@ -73,7 +73,9 @@ def tables_page(
     ]
     for protocol, title in titles.items():
         for one in sets.values():
-            of_set = [r for r in results if (r["protocol"], r["set"]) == (protocol, one.name)]
+            of_set = [
+                with_gains(r) for r in results if (r["protocol"], r["set"]) == (protocol, one.name)
+            ]
             if not of_set:
                 continue
             rows, paired = report.compare_rows(of_set), compare_with(REFERENCE, of_set)

@@ -82,12 +82,16 @@ def run_metrics(path: pathlib.Path, stages: Sequence[pathlib.Path] = ()) -> dict
 
 
 def version() -> str:
-    """The version of the program: the short commit of a checkout, or of the package."""
+    """The version of the program: the short commit of a checkout, followed by "-dirty" if files
+    differ from it, or that of the package."""
     import m3i_jax
     from tests.bench.tables.sets import ROOT
 
     found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     return found.stdout.strip() or m3i_jax.__version__
 

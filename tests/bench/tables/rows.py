@@ -44,6 +44,11 @@ class Row:
     def searched(self) -> str:
         return self.method or self.title
 
+    @property
+    def unaltered(self) -> str:
+        """The title without the changes of a command line."""
+        return self.title.partition(" (")[0]
+
 
 def _single(title: str, form: str, **more: object) -> Row:
     return Row(title, (Stage(form),), **more)  # type: ignore[arg-type]
@@ -184,6 +189,22 @@ RATES = {
     "rate 4e-3": {"optim.lr": "4e-3"},
     "rate 2e-3, decay 0.2": {"optim.lr": "2e-3", "optim.weight_decay": "0.2"},
 }
+
+
+def altered_rows(
+    rows: Mapping[str, Row], settings: Mapping[str, str], changes: str
+) -> dict[str, Row]:
+    """The rows with further settings, and `changes` in parentheses in their titles."""
+
+    def altered(row: Row) -> Row:
+        # untrained weights stay untrained at any rate
+        first, last = (settings, row.settings)[:: 1 if row.title == UNTRAINED else -1]
+        title = f"{row.title} ({changes})"
+        return dataclasses.replace(
+            row, title=title, settings={**first, **last}, method=row.searched
+        )
+
+    return _by_title(*map(altered, rows.values()))
 
 
 def search_rows(rows: Mapping[str, Row], steps: int) -> dict[str, Row]:

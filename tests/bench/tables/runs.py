@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -51,7 +52,8 @@ def run_directory(protocol: str, set_name: str, title: str, seed: int) -> str:
     >>> run_directory("epochs", "recent", "dino, multi-crop", 0)
     'runs/epochs/recent/dino-multi-crop-0'
     """
-    name = title.replace(", ", "-").replace(" ", "_")
+    # a comma would end the path in the value of --config
+    name = re.sub(r"[^\w.+-]", "_", title.replace(", ", "-"))
     return f"runs/{protocol}/{set_name}/{name}-{seed}"
 
 
@@ -107,16 +109,22 @@ def steps_of(run: Run, out: pathlib.Path, results: Results = ()) -> list[int]:
         return split_steps(run, run.row.steps)
     budget = run.image_set.steps
     if run.protocol == "flops":
-        of_m3i = Run(run.image_set, METHODS["M3I"], run.seed)
+        of_m3i = Run(run.image_set, _m3i(run.image_set), run.seed)
         (m3i,) = of_m3i.row.stages
         cost = sum(stage.share * flops_a_step(run, stage, out) for stage in run.row.stages)
         budget = round(budget * flops_a_step(of_m3i, m3i, out) / cost)
     if run.protocol == "time":
         of_m3i, mine = (
-            _seconds_a_step(results, run.image_set.name, title) for title in ("M3I", run.row.title)
+            _seconds_a_step(results, run.image_set.name, title)
+            for title in (_m3i(run.image_set).title, run.row.title)
         )
         budget = round(budget * of_m3i / mine)
     return split_steps(run, budget)
+
+
+def _m3i(image_set: Set) -> Row:
+    """M3I's row in a set, or with the settings of the set if it has none."""
+    return next((r for r in image_set.rows.values() if r.unaltered == "M3I"), METHODS["M3I"])
 
 
 def _seconds_a_step(results: Results, image_set: str, title: str) -> float:
@@ -334,6 +342,6 @@ def run_queue(
         for seed in range(min(seeds, one.seeds)):
             for row in one.rows.values():
                 chosen = chosen_settings(one, row, sets, results)
-                if chosen is not None and not (row.title == UNTRAINED and seed):
+                if chosen is not None and not (row.unaltered == UNTRAINED and seed):
                     out.append(Run(one, row, seed, one.protocol or protocol, chosen))
     return out
