@@ -158,7 +158,7 @@ def as_refusal(error: BaseException) -> UserError | RunStopped | None:
     package.
 
     - OSError, UnicodeError, RecursionError: UserError with the path; of `TRANSIENT` kinds,
-      TransientError.
+      TransientError, also where it was raised as a UserError from such an OSError.
     - MemoryError and jax's RESOURCE_EXHAUSTED: DoesNotFit.
     - A backend that jax cannot start: UserError.
     - A lost device or host: RunStopped.
@@ -174,11 +174,22 @@ def as_refusal(error: BaseException) -> UserError | RunStopped | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError | RunStopped):
-            return cause
+            return _as_transient(cause)
         if refusal := _refusal(cause):
             return refusal
         cause = cause.__cause__
     return None
+
+
+def _as_transient(error: UserError | RunStopped) -> UserError | RunStopped:
+    """The refusal, as a TransientError if a failure of the system that may pass is what it was
+    raised from: it is no mistake in what the message names, such as a directory."""
+    cause = error.__cause__ if getattr(error, "status", 1) == UserError.status else None
+    while cause is not None:
+        if is_transient(cause):
+            return TransientError(str(error))
+        cause = cause.__cause__
+    return error
 
 
 @contextlib.contextmanager
@@ -274,6 +285,29 @@ def is_transient(error: BaseException) -> bool:
     (True, False)
     """
     return isinstance(error, OSError) and error.errno in TRANSIENT
+
+
+def path_exists(path: str | os.PathLike[str], *, follow: bool = True) -> bool:
+    """Returns whether a path exists, as `os.path.exists`, which is False also where the disk or
+    server of the path does not answer.
+
+    Args:
+      path: of a file or directory.
+      follow: whether a link counts by what it leads to.
+
+    Raises:
+      OSError: of a `TRANSIENT` kind: what is at the path is not known now.
+
+    >>> path_exists("/"), path_exists("/no/such/file")
+    (True, False)
+    """
+    try:
+        os.stat(path, follow_symlinks=follow)
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+        if is_transient(error):
+            raise
+        return False
+    return True
 
 
 def _frames(trace: TracebackType | None) -> list[TracebackType]:

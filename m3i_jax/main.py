@@ -31,7 +31,14 @@ import ml_collections
 
 from m3i_jax import config as configuration
 from m3i_jax import library_errors, privacy, schema
-from m3i_jax.errors import MissingWeights, RunStopped, UserError, one_line, refuse_system_errors
+from m3i_jax.errors import (
+    MissingWeights,
+    RunStopped,
+    UserError,
+    one_line,
+    path_exists,
+    refuse_system_errors,
+)
 from m3i_jax.modes import (
     FLAGS,
     MODES,
@@ -201,8 +208,9 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             )
         setattr(flags, name, value)
     workdir = pathlib.Path(flags.workdir or ".")
-    existing = next(path for path in (workdir, *workdir.parents) if os.path.lexists(path))
-    if not existing.is_dir():
+    # not by the methods of pathlib: some Pythons take a disk that does not answer for no directory
+    existing = next(p for p in (workdir, *workdir.parents) if path_exists(p, follow=False))
+    if not path_exists(existing) or not existing.is_dir():
         raise UserError(
             f"--workdir {flags.workdir}: {str(existing)!r} is not a directory; name one for the"
             " run, such as --workdir runs/first"

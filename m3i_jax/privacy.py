@@ -168,29 +168,50 @@ def plain_text(text: str) -> str:
 
 
 class _Stream:
-    """A text stream that redacts its input; all other attributes are those of the wrapped
-    stream."""
+    """A text stream that redacts its input; all other attributes are those of the wrapped stream.
+
+    Where the program that reads a pipe has ended (`| head`), the rest is discarded, with one line
+    on stderr: a run, and the files that it writes, do not depend on a reader of the console."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream, self._read = stream, True
 
     def write(self, text: str) -> int:
-        with self._named():
+        with self._guarded():
             self._stream.write(plain_text(text))
         return len(text)
 
     def flush(self) -> None:
-        with self._named():
+        with self._guarded():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Put the stream's name into an OSError, as for any other file."""
+    def _guarded(self) -> Iterator[None]:
+        """Discard the stream if its reader has ended; put its name into any other OSError, as for
+        any other file."""
         try:
             yield
+        except BrokenPipeError:
+            self._discard()
         except OSError as error:
             error.filename = error.filename or getattr(self._stream, "name", None)
             raise
+
+    def _discard(self) -> None:
+        # without its descriptor, what is buffered would fail again when Python ends
+        with (
+            contextlib.suppress(OSError, ValueError, AttributeError),
+            open(os.devnull, "wb") as devnull,
+        ):
+            os.dup2(devnull.fileno(), self._stream.fileno())
+        first, self._read = self._read, False
+        if first and sys.stderr not in (None, self):
+            name = getattr(self._stream, "name", "the output")
+            print(
+                f"m3i_jax: {name}: the program that reads it has ended; nothing more is printed",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def writelines(self, lines: Any) -> None:
         for text in lines:

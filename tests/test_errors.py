@@ -38,6 +38,39 @@ def test_failure_of_a_server_is_no_mistake(number: int, monkeypatch, capsys) -> 
     assert capsys.readouterr().err.startswith(f"m3i_jax: /data/x: {os.strerror(number)}; ")
 
 
+def test_a_refusal_of_what_may_pass_is_no_mistake() -> None:
+    """Whatever the message names: the code of a scheduler's restart is that of the system's error
+    from which it was raised."""
+
+    def refused(number: int, kind: type[UserError] = UserError) -> UserError:
+        with pytest.raises(UserError) as refusal, errors.refuse_system_errors():
+            try:
+                raise OSError(number, os.strerror(number))
+            except OSError as error:
+                raise kind("--workdir run: cannot be created; choose another") from error
+        assert str(refusal.value) == "--workdir run: cannot be created; choose another"
+        return refusal.value
+
+    for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
+        assert refused(number).status == 1
+        assert type(refused(number, DoesNotFit)) is DoesNotFit
+    for number in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+        assert refused(number).status == 2
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES])
+def test_what_a_disk_does_not_say_is_not_absent(number: int, monkeypatch) -> None:
+    def fails(path: str, **_: object) -> None:
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(os, "stat", fails)
+    if number == errno.EACCES:
+        assert not errors.path_exists("/mnt/run")
+        return
+    with pytest.raises(OSError, match="Stale file handle"):
+        errors.path_exists("/mnt/run")
+
+
 def test_both_paths_of_a_rename_are_named() -> None:
     assert str(
         errors.as_refusal(OSError(errno.EXDEV, "Invalid cross-device link", "/a", None, "/b"))
@@ -207,6 +240,27 @@ def test_full_output_is_refused() -> None:
         and "<stdout>: No space left on device" in done.stderr
         and done.stderr.count("\n") == 1
     )
+
+
+def test_a_reader_that_ends_ends_no_command(monkeypatch, capfd) -> None:
+    """As `head`: also what is buffered is discarded, and one line says so."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = []
+
+    def run(*_: object) -> int:
+        print("a table", flush=True)
+        print("and what is buffered")
+        ran.append("to its end")
+        return 0
+
+    monkeypatch.setattr(command, "_run", run)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert command.main([]) == 0 and ran
+        monkeypatch.undo()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "the program that reads it has ended; nothing more is printed" in line
 
 
 def fail_elsewhere() -> None:

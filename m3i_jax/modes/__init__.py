@@ -2,13 +2,12 @@
 modes import all other folders of the package."""
 
 import operator
-import os
 import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from m3i_jax import schema
-from m3i_jax.errors import UserError
+from m3i_jax.errors import UserError, path_exists
 
 
 class Mode(NamedTuple):
@@ -334,7 +333,7 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
     }
     planned = ("train", "compare", "profile", "show", "compile", "preview")
     for teacher in config.objective.teachers if mode in planned else ():
-        if not os.path.exists(teacher):
+        if not path_exists(teacher):
             raise UserError(
                 f"config.objective.teachers: there is no {teacher!r}; give the workdir of a run, a"
                 " file of weights or a Hugging Face directory"
@@ -360,7 +359,7 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
         "objective.target_checkpoint": config.objective.target_checkpoint,
     }
     for key, weights in paths.items():
-        if weights and not os.path.exists(weights):
+        if weights and not path_exists(weights):
             raise UserError(
                 f"config.{key}: there is no {weights!r}; give the workdir of a run, or a file of"
                 " weights"

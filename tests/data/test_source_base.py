@@ -1,6 +1,7 @@
 """Image folders and splits by hash: images, classes, captions, and the error messages."""
 
 import collections
+import errno
 import os
 import pathlib
 import shutil
@@ -13,7 +14,7 @@ from m3i_jax import schema
 from m3i_jax.data import decode, splits
 from m3i_jax.data.sources import base, local_files
 from m3i_jax.data.sources.folder import FolderSource
-from m3i_jax.errors import UserError
+from m3i_jax.errors import TransientError, UserError, refuse_system_errors
 
 KINDS = "jpg, jpeg, png, webp, gif, bmp, tif, tiff"
 
@@ -119,6 +120,22 @@ def test_names_that_are_not_utf8(tmp_path):
     source = FolderSource(str(tmp_path))
     assert source[0].image == b"x" and os.fsencode(source.key(0)) == name
     assert len(source.fingerprint()) == 16 and len(base.split_by_hash(source, 0.0, "train")) == 1
+
+
+def test_data_of_a_stale_mount_are_no_mistake(tmp_path, monkeypatch):
+    """Of a folder and of a pattern of files: 1, after which a scheduler starts the run again."""
+    plain, mount = os.stat, str(tmp_path / "mount")
+
+    def stat(path, *more, **options):
+        if not isinstance(path, int) and os.fsdecode(path).startswith(mount):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return plain(path, *more, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    for kind, path in (("folder", f"{mount}/photos"), ("tars", f"{mount}/*.tar")):
+        data = schema.Data(source=kind, path=path)
+        with pytest.raises(TransientError, match="Stale file handle"), refuse_system_errors():
+            splits.open_source(data)
 
 
 def test_refusals_of_a_folder(fill, tmp_path):

@@ -48,14 +48,15 @@ def test_the_table_has_all_modes() -> None:
 
 @pytest.fixture
 def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[pathlib.Path], None]:
-    """Makes a directory read-only, also for root, as a file system that is mounted so."""
+    """Makes a directory read-only, also for root, as a file system that is mounted so; or its
+    writes fail otherwise."""
 
-    def refuse(folder: pathlib.Path) -> None:
+    def refuse(folder: pathlib.Path, number: int = errno.EROFS) -> None:
         def check(path: Any) -> None:
             if isinstance(path, str | bytes | os.PathLike):
                 real = pathlib.Path(os.path.realpath(os.fsdecode(path)))
                 if real.is_relative_to(folder) and real != folder:
-                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+                    raise OSError(number, os.strerror(number), str(path))
 
         def patch(module: Any, name: str, writes: Callable[..., bool]) -> None:
             plain = getattr(module, name)
@@ -138,6 +139,38 @@ def test_a_new_run(
         assert f"--workdir {tmp_path / name}: cannot be " in line or "cannot write to" in line
         assert "Read-only file system" in line
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+@pytest.mark.row("A11")
+@pytest.mark.usefixtures("nothing_begins")
+def test_a_disk_that_does_not_answer_is_no_mistake(
+    tmp_path: pathlib.Path,
+    read_only: Callable,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1, after which a scheduler starts the command again: where writes fail, and where nothing of
+    a stale mount is known, also for a Python whose pathlib takes it for absent."""
+
+    def ended(*words: str) -> None:
+        command_line = ["--mode=train", "--workdir", str(tmp_path / "run"), *start("train")]
+        code = command.main(command_line)
+        line = capsys.readouterr().err
+        assert code == 1 and line.count("\n") == 1 and all(word in line for word in words), line
+
+    read_only(tmp_path, errno.EIO)
+    ended("--workdir", "cannot be created", "Input/output error")
+    for name in ("stat", "lstat"):
+        plain = getattr(os, name)
+
+        def stale(path: Any, *more: Any, plain: Any = plain, **options: Any) -> Any:
+            if not isinstance(path, int) and os.fsdecode(path) == str(tmp_path / "run"):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return plain(path, *more, **options)
+
+        monkeypatch.setattr(os, name, stale)
+    monkeypatch.setattr(pathlib.Path, "is_dir", lambda path: os.path.isdir(path))
+    ended(f"{tmp_path / 'run'}: Stale file handle; mount the file system again")
 
 
 @pytest.fixture(scope="module")

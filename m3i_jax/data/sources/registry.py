@@ -18,13 +18,14 @@ from a program that imports it and calls `m3i_jax.main.main`. Worker processes u
 so its class belongs in an importable module."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from m3i_jax import schema
 from m3i_jax.data.sources import class_names
 from m3i_jax.data.sources.base import DataSource
-from m3i_jax.errors import UserError
+from m3i_jax.errors import UserError, path_exists
 from m3i_jax.registries import Registry
 
 
@@ -159,6 +160,7 @@ def open_kind(
             f"data.class_names={data.class_names!r} is not read by data.source={kind!r}, which"
             " names its classes itself: leave it empty"
         )
+    path_exists(os.path.expanduser(path))  # raises where a disk that may come back does not answer
     return entry.open(path, split or entry.default_split, data, cache)
 
 
