@@ -102,8 +102,8 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
     with lock_on_all_hosts(base.workdir):
         firsts = {form: config_for(base, form, config.seed) for form in config.compare.forms}
         budget = plan_budget(base, firsts, flops_a_step)
-        if budget.costs and main:
-            print(budget_rows(budget), flush=True)
+        if budget.costs:
+            log(budget_rows(budget))
         runs = [
             (form, seed, budget.limit(config_for(base, form, seed), form))
             for form in config.compare.forms
@@ -115,28 +115,25 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
         for number, (form, seed, setup) in enumerate(runs, 1):
             result = read_result(setup, allow_changes)
             if result is None:
-                print(
-                    f"compare: {number} of {len(runs)}: {form}, seed {seed}, in {setup.workdir}",
-                    flush=True,
-                )
+                log(f"compare: {number} of {len(runs)}: {form}, seed {seed}, in {setup.workdir}")
                 code = run_one(setup, allow_changes, lambda: notices.append(True))
                 if code == loop.PREEMPTED:
                     return code
-                if code != loop.DONE:
+                if code == loop.DONE:
+                    cost = next((r["values"]["flops"] for r in results if r["form"] == form), None)
+                    if cost is None:
+                        cost = budget.costs[form] if budget.kind == "flops" else flops_a_step(setup)
+                    result = write_result(setup, form, seed, cost)
+                else:
                     failed.append(f"{form}, seed {seed}")
-                    continue
-                cost = next((r["values"]["flops"] for r in results if r["form"] == form), None)
-                if cost is None:
-                    cost = budget.costs[form] if budget.kind == "flops" else flops_a_step(setup)
-                result = write_result(setup, form, seed, cost)
-            results.append({**result, "form": form, "seed": seed})
+            if result:
+                results.append({**result, "form": form, "seed": seed})
             if main:
                 write_comparison(base, results, failed, budget)
             if notices and number < len(runs):
-                print(
+                log(
                     f"compare: preempted after {number} of {len(runs)}; run the same command again"
-                    " to resume",
-                    flush=True,
+                    " to resume"
                 )
                 return loop.PREEMPTED
         if main:
@@ -147,12 +144,15 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                     + compare_table.compare_text(rows, compare_notes(base, results, failed, budget))
                     + "\n"
                 )
-            print(
-                "\n".join(
-                    str(base.workdir / f"compare.{ending}") for ending in ("md", "json", "png")
-                )
-            )
+            files = [base.workdir / f"compare.{ending}" for ending in ("md", "json", "png")]
+            print("\n".join(str(file) for file in files if file.is_file()))
     return loop.FAILED if failed else loop.DONE
+
+
+def log(text: str) -> None:
+    """Print a line, on the first host."""
+    if not jax.process_index():
+        print(text, flush=True)
 
 
 def read_result(setup: Setup, allow_changes: bool) -> dict[str, Any] | None:
@@ -408,7 +408,7 @@ def _step_seconds(base: Setup, runs: Mapping[str, Setup]) -> dict[str, float]:
     for (form, setup), seconds in zip(runs.items(), times, strict=True):
         known[form] = float(seconds)
         if not seconds:
-            print(f"compare: measuring a step of {form}", flush=True)
+            log(f"compare: measuring a step of {form}")
             known[form] = float(parallel.broadcast_from_host0(np.array(time_step(setup))))
     if main:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

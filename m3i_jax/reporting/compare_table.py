@@ -156,6 +156,7 @@ def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
         f"|---|{'---:|' * len(shown)}",
     ]
     lines += [f"| {row.form} | {' | '.join(one(row, c) for c in shown)} |" for row in rows]
+    lines = lines if rows else ["No run has ended."]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
@@ -202,7 +203,7 @@ def write_bar_chart(
 
     Args:
       path: the file; its directory must exist.
-      rows: at least one.
+      rows: of the table.
       title: of the chart.
       chance: accuracy of guessing, drawn as a dashed line.
 

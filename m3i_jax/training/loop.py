@@ -184,7 +184,7 @@ class Callbacks:
     # called with a function that the data are to call while a batch is late: it raises Preempted
     # after a signal
     while_waiting: Callable[[Poll], None] = lambda poll: None
-    # called at the end of a finished run if a signal came after its last poll
+    # called at the end of a run, finished or failed, if a signal came after its last poll
     on_late_notice: Callable[[], None] = lambda: None
 
 
@@ -287,6 +287,19 @@ def run_loop(
       Exception: the error of the data or an evaluator, after the state was saved. Several hosts do
         not save then: the others continue to the next step, and a save needs all.
     """
+    notice, code = Preemption(), FAILED
+    try:
+        code, state = _take_steps(trainer, state, samples_seen, callbacks, notice)
+    finally:  # also of a run whose saves failed: what comes after it must not begin
+        if notice.noticed and code != PREEMPTED:
+            callbacks.on_late_notice()
+    return code, state
+
+
+def _take_steps(
+    trainer: Trainer, state: State, samples_seen: int, callbacks: Callbacks, notice: Preemption
+) -> tuple[int, State]:
+    """`run_loop`; it enters `notice`."""
     config, total, metrics_log = (
         trainer.config,
         trainer.length.steps,
@@ -294,7 +307,7 @@ def run_loop(
     )
     train, first = config.train, int(state.step)
     host: Any = None  # the newest batch
-    with Preemption() as notice, metrics_log.clock.phase("step"):
+    with notice, metrics_log.clock.phase("step"):
         if parallel.host_names() == 1:  # several hosts poll at the same points of the program
             callbacks.while_waiting(notice.poll)
         try:
@@ -350,8 +363,6 @@ def run_loop(
         # a signal meanwhile does not cost the last checkpoint
         with metrics_log.clock.phase("save"):
             callbacks.checkpoints.wait(state)
-    if notice.noticed:
-        callbacks.on_late_notice()
     return DONE, state
 
 

@@ -62,6 +62,33 @@ def test_a_signal_during_the_last_save_does_not_cost_it(monkeypatch: pytest.Monk
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.fast
+@pytest.mark.row("A2", "D1")
+def test_a_signal_at_the_end_of_a_run_that_fails_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the failing step is dumped, or before the save that fails: no other run begins then."""
+    late: list[str] = []
+    callbacks = {
+        "dump": lambda *_: signal.raise_signal(signal.SIGTERM),
+        "on_late_notice": lambda: late.append("late"),
+    }
+    world = World(9, bad={1, 2, 3})
+    assert world.run(monkeypatch, **callbacks) == loop.FAILED and late == ["late"]
+    world = World(9)
+
+    def fail() -> None:
+        raise SavesFailed("the disk is full")
+
+    world.at |= {"dispatch 2": lambda: signal.raise_signal(signal.SIGTERM), "save 2": fail}
+    with pytest.raises(SavesFailed):
+        world.run(monkeypatch, **callbacks)
+    assert late == ["late", "late"]
+    world = World(9)
+    world.at["dispatch 2"] = lambda: signal.raise_signal(signal.SIGTERM)
+    assert world.run(monkeypatch, **callbacks) == loop.PREEMPTED and len(late) == 2
+
+
 @pytest.mark.row("A2")
 def test_until_the_first_step_sigterm_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it does so outside the loop: there is nothing to save while the step is compiled."""

@@ -215,6 +215,36 @@ def test_a_run_that_is_not_finite_does_not_stop_the_others(
     assert not (tmp_path / "compare" / "mim-0" / "result.json").exists()
 
 
+def test_a_run_that_fails_is_in_the_files_and_a_late_signal_stops_after_it(
+    ran, tmp_path, monkeypatch, capsys
+) -> None:
+    """Also where no run has ended, and where the last one fails."""
+    inner = compare.train.pretrain
+
+    def pretrain(job: jobs.Setup, allow: bool, *, on_late_notice) -> int:
+        if job.workdir.name == "mim-0":
+            on_late_notice()
+        if job.workdir.name in ("mim-0", "mae+clip-1"):
+            return loop.FAILED
+        return inner(job, allow)
+
+    def noted() -> list[str]:
+        notes = json.loads((tmp_path / "compare.json").read_text())["notes"]
+        return [note for note in notes if note.startswith("Failed")]
+
+    monkeypatch.setattr(compare.train, "pretrain", pretrain)
+    assert compare.run(settings(), workdir=str(tmp_path), allow_changes=False) == loop.PREEMPTED
+    assert not ran and "preempted after 1 of 4" in capsys.readouterr().out
+    failed = ["Failed (not finite), not in the table: mim, seed 0."]
+    assert noted() == failed and "No run has ended" in (tmp_path / "compare.md").read_text()
+    monkeypatch.setattr(
+        compare.train, "pretrain", lambda *job, **_: pretrain(*job, on_late_notice=lambda: None)
+    )
+    assert compare.run(settings(), workdir=str(tmp_path), allow_changes=False) == loop.FAILED
+    assert names(ran) == ["mim-1", "mae+clip-0"]
+    assert noted() == [failed[0].replace(".", "; mae+clip, seed 1.")]
+
+
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
