@@ -1,6 +1,7 @@
 """Steps of a release, .github/workflows/release.yml:
 
-python .ci/release.py check v0.2.0    # tag, version, CITATION.cff and CHANGELOG.md agree
+python .ci/release.py check v0.2.0    # tag, version, CITATION.cff and CHANGELOG.md agree, and
+                                      # notebooks have the address of the project
 python .ci/release.py notes v0.2.0    # prints the section of CHANGELOG.md
 python .ci/release.py build dist      # wheel and sdist, without network
 """
@@ -36,6 +37,15 @@ def problems(tag: str, version: str, citation: str, changelog: str) -> list[str]
     return out
 
 
+def nameless(notebooks: dict[str, str]) -> list[str]:
+    """Reasons why notebooks, {name: text}, cannot be published: they have no address yet."""
+    return [
+        f"{name} names github.com/OWNER: run python -m tests.notebooks --owner ACCOUNT"
+        for name, text in sorted(notebooks.items())
+        if "/OWNER/" in text
+    ]
+
+
 def package_version() -> str:
     text = (ROOT / "m3i_jax" / "version.py").read_text()
     found = re.search(r'__version__ = "([^"]+)"', text)
@@ -65,6 +75,8 @@ def main(arguments: list[str]) -> int:
         print(section(changelog, value.removeprefix("v"))[1])
         return 0
     found = problems(value, package_version(), (ROOT / "CITATION.cff").read_text(), changelog)
+    files = (ROOT / "configs" / "notebooks").glob("*.ipynb")
+    found += nameless({path.name: path.read_text() for path in files})
     for line in found:
         print(f"release.py: {line}", file=sys.stderr)
     return 1 if found else 0

@@ -2,6 +2,10 @@
 
     python -m tests.notebooks           # runs all, each in an empty folder; fails if a cell fails
     python -m tests.notebooks --write   # and stores the outputs in the notebooks
+    python -m tests.notebooks --owner NAME    # sets the account on GitHub in all of them
+
+The project has no public address yet: badges and installations name github.com/OWNER until the
+last command is run, which the check of a release asks for (.ci/release.py).
 
 A notebook becomes one script: a line `!command` is run by bash, the value of a cell's last
 expression is shown as PNG if it has one, otherwise as text. Nothing else of IPython is supported.
@@ -114,11 +118,27 @@ def execute(notebook: dict[str, Any], folder: pathlib.Path) -> list[list[dict[st
     return [outputs(text, count) for count, text in enumerate(printed, 1)]
 
 
+def with_owner(text: str, owner: str) -> str:
+    """The text with the addresses of the project in the account of this name.
+
+    >>> with_owner("x.com/github/OWNER/m3i_jax/blob git+https://github.com/OWNER/m3i_jax", "me")
+    'x.com/github/me/m3i_jax/blob git+https://github.com/me/m3i_jax'
+    """
+    return re.sub(r"(/github(?:\.com)?/)[\w.-]+(?=/m3i_jax\b)", rf"\g<1>{owner}", text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--write", action="store_true", help="store the outputs")
+    parser.add_argument("--owner", default="", help="the account on GitHub; runs nothing")
     parser.add_argument("names", nargs="*", help="names without .ipynb; none: all")
     flags = parser.parse_args()
+    if flags.owner:
+        if not re.fullmatch(r"[A-Za-z0-9-]+", flags.owner):
+            parser.error(f"--owner {flags.owner}: is no account; give its name alone")
+        for path in NOTEBOOKS:
+            path.write_text(with_owner(path.read_text(), flags.owner))
+        return 0
     for path in NOTEBOOKS:
         if flags.names and path.stem not in flags.names:
             continue

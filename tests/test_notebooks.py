@@ -33,6 +33,21 @@ def test_a_badge_opens_it(path: pathlib.Path) -> None:
 
 
 @FILES
+def test_one_command_gives_all_addresses_an_owner(
+    path: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, plain = tmp_path / path.name, path.read_text()
+    copy.write_text(plain)
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", [copy])
+    for owner in ("some-one", "OWNER"):
+        monkeypatch.setattr("sys.argv", ["notebooks", "--owner", owner])
+        assert notebooks.main() == 0
+        found = re.findall(r"github(?:\.com)?/([^/]+)/m3i_jax", copy.read_text())
+        assert found == [owner] * 2
+    assert copy.read_text() == notebooks.with_owner(plain, "OWNER")
+
+
+@FILES
 def test_links_lead_to_files(path: pathlib.Path) -> None:
     texts = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]]
     links = [link for text in texts for link in re.findall(r"\]\((\.\.[^)#]*)", text)]

@@ -149,6 +149,13 @@ def test_a_tag_that_disagrees_is_refused() -> None:
     assert problems("v1.2.0", "1.2.0", citation, changes.replace("New.", ""))
 
 
+def test_notebooks_without_an_address_are_refused() -> None:
+    nameless = release_script().nameless
+    texts = {"a.ipynb": "git+https://github.com/me/m3i_jax", "b.ipynb": "github.com/OWNER/m3i_jax"}
+    (found,) = nameless(texts)
+    assert found.startswith("b.ipynb names github.com/OWNER: run python -m tests.notebooks")
+
+
 def test_this_version_can_be_released_once_it_has_a_date() -> None:
     release = release_script()
     changes = (ROOT / "CHANGELOG.md").read_text()
