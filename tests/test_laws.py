@@ -75,7 +75,7 @@ PURE = {"jax", "jaxlib", "numpy", "optax", "chex"}
 # A library that is kept to one place, so that it can be replaced there.
 KEPT = {
     "flax": ("models/", "training/task.py"),
-    "orbax": ("training/checkpoint.py", "training/weight_source.py"),
+    "orbax": ("training/checkpoint.py", "training/saved_arrays.py"),
 }
 # Imported inside the function that needs them, or not at all.
 LAZY = {

@@ -33,7 +33,14 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load_dense
 from m3i_jax.models import backbones, networks, vit
 from m3i_jax.objective import positions
-from m3i_jax.training import checkpoint_dir, encoder_shapes, plan, teachers, weight_source
+from m3i_jax.training import (
+    checkpoint_dir,
+    encoder_shapes,
+    plan,
+    saved_arrays,
+    teachers,
+    weight_source,
+)
 
 WEIGHTS = ("online", "ema")
 DTYPES = ("bfloat16", "float32")
@@ -222,7 +229,6 @@ def load(
     given, path = path, os.path.expanduser(path)
     if path.startswith(HUB_PREFIX):
         path = fetch_weights(path)
-    run = checkpoint_dir.is_run(path)
     stated = checkpoint_dir.has_settings(path)
     if stated:
         settings = configuration.load_from_workdir(path, "load")
@@ -237,9 +243,7 @@ def load(
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     if not config.traits.views:
         return load_dense.load_dense(path, config, source)
-    if run:
-        teachers.find_in_run(path, config.objective.teachers, "load")
-    own = plan.build_plan(config).image_feature if stated else "mean"
+    own = plan.build_plan(teachers.without_teachers(config)).image_feature if stated else "mean"
     trained = own == "attention" and any(p.startswith("pool/") for p in source.shapes)
     if pool == "attention" and not trained:
         raise UserError(f"load: {path}: has no trained pooling; use pool='mean'")
@@ -260,7 +264,7 @@ def load(
         table = positions.resize_position_table(arrays[_TABLE], config.grid, **how)
         arrays[_TABLE] = table
     for name, array in arrays.items():
-        weight_source.set_leaf(params, name, jnp.asarray(array))
+        saved_arrays.set_leaf(params, name, jnp.asarray(array))
     expected = encoder_shapes.encoder_shapes(config.model, config.grid)
     encoder_shapes.check_encoder(f"load: {path}", expected, {n: a.shape for n, a in arrays.items()})
     return LoadedEncoder(config, params, pool, source.name)

@@ -20,11 +20,9 @@ from m3i_jax.data import annotated_eval, decode, image_inputs
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import detection_results, sliding_windows
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_dir, weight_source
+from m3i_jax.training import checkpoint_dir, saved_arrays, weight_source
 from m3i_jax.training.dense_task import DenseTask
 from m3i_jax.training.task import make_task
-
-_STATISTICS = "opt/running/statistics/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,19 +208,10 @@ def load_dense(path: str, config: schema.Config, source: weight_source.WeightSou
             f" {source.shapes.get(wrong[0], 'absent')}, expected {shapes[wrong[0]]})"
         )
     params: dict[str, Any] = {"running": {"pyramid": {}, "head": {}}, "pyramid": {}, "head": {}}
-    for name, array in source.read(dict.fromkeys(shapes)).items():
+    statistics = [name for name in source.shapes if name.startswith(weight_source.RUNNING)]
+    for name, array in source.read(dict.fromkeys([*shapes, *statistics])).items():
         if name == table and array.shape != shapes[name]:
             array = array[:, -shapes[name][1] :]
-        weight_source.set_leaf(params, name, jnp.asarray(array))
-    if not run:
-        theirs = [name for name in source.shapes if name.startswith(weight_source.RUNNING)]
-        for name, array in source.read(dict.fromkeys(theirs)).items():
-            weight_source.set_leaf(params, name, jnp.asarray(array))
-    if run:
-        weights = weight_source.RunWeights(path, "load")
-        statistics = [name for name in weights.shapes if name.startswith(_STATISTICS)]
-        for name, array in weights.read(dict.fromkeys(statistics)).items() if statistics else ():
-            part = "running/" + name.removeprefix(_STATISTICS)
-            weight_source.set_leaf(params, part, jnp.asarray(array))
+        saved_arrays.set_leaf(params, name, jnp.asarray(array))
     names = source.classes or tuple(map(str, range(config.data.classes)))
     return LoadedDense(config, params, names, source.name)

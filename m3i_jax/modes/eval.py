@@ -80,8 +80,9 @@ def run(
             eval_source.check_settings(config, source[0].parent, flag, given, log)
     asked = config.data.augment
     began = checkpoint_dir.is_run(workdir)  # asked before the data index is written there
-    _find_teachers(config, source[0].parent if source else pathlib.Path(workdir))
-    if source is None:
+    if source:
+        _find_teachers(config, source[0].parent)
+    else:
         config = evaluate_weights(
             load.fit_config_to_weights(config, checkpoint, "--checkpoint"), checkpoint, given
         )
@@ -292,15 +293,6 @@ def _with_other_classes(setup: Setup, log: Callable[[str], None], *, named: bool
     return dataclasses.replace(setup, config=config, classes=classes)
 
 
-def _learnt_classes(weights: str) -> tuple[str, ...] | None:
-    """Names of the categories that the heads of a run or of a file of weights predict, if any."""
-    if (names := weight_source.class_names(weights)) is not None:
-        return names
-    if not checkpoint_dir.is_export(weights):
-        return None
-    return weight_source.open_weights(weights, key="--checkpoint").classes
-
-
 def _with_learnt_classes(setup: Setup, run: str, log: Callable[[str], None]) -> Setup:
     """The setup with the classes of the data numbered as a run of a dense task, or its export, has
     learnt them, by name: its head predicts those.
@@ -308,7 +300,7 @@ def _with_learnt_classes(setup: Setup, run: str, log: Callable[[str], None]) -> 
     Raises:
       UserError: names a class of the data that the run has not learnt, or a name that two have.
     """
-    learnt = None if setup.config.traits.views else _learnt_classes(run)
+    learnt = None if setup.config.traits.views else weight_source.class_names(run)
     if learnt is None or learnt == setup.classes:
         return setup
     config, kind = setup.config, task_kind(setup.config.task)
@@ -352,9 +344,10 @@ def evaluate_weights(
 ) -> schema.Config:
     """Returns the configuration that evaluates a file of weights, read as `init_from` reads it: the
     mean features of the online encoder, or its cls token if `evaluate.features` asks for it, since
-    such files have no heads of pre-training; of a dense task, the whole model, of which nothing may
-    be missing. Which copy of the encoder is read, and whether arrays may be missing, say the
-    settings `given` by the command: others are of the weights that the run started from.
+    such files have no heads of pre-training, and without teachers; of a dense task, the whole
+    model, of which nothing may be missing. Which copy of the encoder is read, and whether arrays
+    may be missing, say the settings `given` by the command: others are of the weights that the run
+    started from.
 
     Raises:
       UserError: `evaluate.features` is attention.
@@ -375,6 +368,7 @@ def evaluate_weights(
     if not config.traits.views:
         settings = config.evaluate
         init = schema.Init(**asked | {"only": (), "strict": True})
+    config = teachers.without_teachers(config)
     return dataclasses.replace(config, init_from=path, init=init, evaluate=settings)
 
 

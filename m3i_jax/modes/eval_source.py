@@ -10,7 +10,7 @@ from typing import Any
 from m3i_jax import config as configuration
 from m3i_jax import schema
 from m3i_jax.errors import UserError
-from m3i_jax.training import silent_settings, weight_source
+from m3i_jax.training import saved_arrays, silent_settings
 
 _MAPS = ("window", "global_blocks", "relative", "blocks")
 _SIZES = {"data.image_size", "dense.maps.image_size"}  # the grid of fixed positions follows
@@ -114,6 +114,6 @@ def _head_keys(
     }
     if not any(_changed(names, config, theirs) for names in keys.values()):
         return []
-    saved = weight_source.RunWeights(str(run), flag).shapes
+    saved = saved_arrays.saved_shapes(str(run), flag)
     trained = {path.split("/")[1] for path in saved if path.startswith("params/")}
     return [key for parts, names in keys.items() if trained & set(parts) for key in names]

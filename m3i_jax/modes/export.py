@@ -49,7 +49,7 @@ from m3i_jax.modes import model_card, setup
 from m3i_jax.parallel import kernel_calls
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.run_files import write_text_atomic
-from m3i_jax.training import checkpoint, checkpoint_dir, weight_source
+from m3i_jax.training import checkpoint, checkpoint_dir, saved_arrays, weight_source
 
 FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
 # largest difference over the largest value; two libraries round differently in every layer
@@ -303,7 +303,7 @@ def _to_orbax(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) 
     )
     tree: dict[str, Any] = {}
     for path, array in source.read(dict.fromkeys(source.shapes)).items():
-        weight_source.set_leaf(tree, path, array)
+        saved_arrays.set_leaf(tree, path, array)
     checkpoint.write_tree(directory / checkpoint_dir.PARAMETERS, tree)
     write_text_atomic(directory / "config.txt", model_card.portable_settings(model.config))
     return [

@@ -26,7 +26,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.objective.caption_posterior import CAPTIONS
 from m3i_jax.parallel import distributed
-from m3i_jax.training import checkpoint_dir, scaling, weight_source
+from m3i_jax.training import checkpoint_dir, saved_arrays, scaling
 from m3i_jax.training.plan import Plan, build_plan
 from m3i_jax.training.pretrain_task import Pretrain
 from m3i_jax.training.task import Task, make_task, task_kind
@@ -261,7 +261,7 @@ def starting_tokenizer(config: schema.Config) -> tokenizer.Tokenizer | None:
         return None
     if not checkpoint_dir.complete_steps(file.parent / "checkpoints"):
         return None
-    shapes = weight_source.RunWeights(config.init_from, "config.init_from").shapes
+    shapes = saved_arrays.saved_shapes(config.init_from, "config.init_from")
     if not any(f"params/{path}" in shapes for path in selected):
         return None
     found = tokenizer.Tokenizer.load(str(file), config.data.caption_length)

@@ -11,7 +11,7 @@ from m3i_jax import parallel, schema
 from m3i_jax.errors import UserError
 from m3i_jax.parallel import distributed
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import silent_settings, weight_source
+from m3i_jax.training import saved_arrays, silent_settings, weight_source
 
 
 def load_encoder(workdir: str, config: schema.Config, template: Any, shardings: Any) -> Any:
@@ -29,7 +29,7 @@ def load_encoder(workdir: str, config: schema.Config, template: Any, shardings: 
     """
     key = "config.objective.target_checkpoint"
     with parallel.fail_together(key):
-        run, theirs = weight_source.RunWeights(workdir, key), schema.Config()
+        run, theirs = saved_arrays.RunWeights(workdir, key), schema.Config()
         others: list[str] = []
         if (pathlib.Path(workdir) / "config.txt").is_file():
             theirs = configuration.resolve(configuration.load_from_workdir(workdir, key))

@@ -12,7 +12,6 @@ B images, S pixels a side, N cells of the run, D width of the teacher.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.errors import UserError
+from m3i_jax.errors import UserError, path_exists
 from m3i_jax.models import backbones, vit
 from m3i_jax.objective.derived_terms import teacher_name
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import encoder_shapes, weight_source
+from m3i_jax.training import encoder_shapes, saved_arrays, weight_source
 
 KEY = "config.objective.teachers"
 
@@ -60,6 +59,26 @@ def widths(paths: Sequence[str]) -> list[int]:
     return [_layout(path).width for path in paths]
 
 
+def without_teachers(config: schema.Config) -> schema.Config:
+    """Returns the settings for weights that are not trained further: the files of the teachers need
+    not be there. Terms that distil them predict a frozen encoder of the run's architecture instead,
+    which has the same views and the same feature of an image, and whose weights only a training
+    reads.
+
+    >>> distilled = schema.Objective(forms=("distill",), teachers=("a", "b"))
+    >>> found = without_teachers(schema.Config(objective=distilled)).objective
+    >>> found.teachers, found.target_checkpoint
+    ((), 'a')
+    """
+    o = config.objective
+    if not o.teachers:
+        return config
+    target = o.target_checkpoint or o.teachers[0]
+    return dataclasses.replace(
+        config, objective=dataclasses.replace(o, teachers=(), target_checkpoint=target)
+    )
+
+
 class TeacherLayout(NamedTuple):
     """What the state of a run has to know of a teacher: the width of its features, and ((path below
     the encoder, shape), ...)."""
@@ -68,13 +87,13 @@ class TeacherLayout(NamedTuple):
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
 
-# by path: of the teachers of runs that are evaluated or loaded, whose files may be elsewhere
+# by path: of the teachers of runs that are evaluated, whose files may be elsewhere
 _IN_RUNS: dict[str, TeacherLayout] = {}
 
 
 def find_in_run(workdir: str, paths: Sequence[str], key: str) -> None:
     """Takes widths and shapes of the teachers of a run from its newest checkpoint, so that their
-    files are not needed where the run is evaluated, loaded or exported.
+    files are not needed where its whole state is restored to be evaluated.
 
     Args:
       workdir: of the run.
@@ -88,7 +107,7 @@ def find_in_run(workdir: str, paths: Sequence[str], key: str) -> None:
     """
     if not paths:
         return
-    saved = weight_source.RunWeights(workdir, key).shapes
+    saved = saved_arrays.saved_shapes(workdir, key)
     for number, path in enumerate(paths):
         _IN_RUNS.pop(path, None)
         name = teacher_name(number)
@@ -103,7 +122,7 @@ def find_in_run(workdir: str, paths: Sequence[str], key: str) -> None:
 def _layout(path: str) -> TeacherLayout:
     if path in _IN_RUNS:
         return _IN_RUNS[path]
-    if not os.path.exists(path):
+    if not path_exists(path):
         raise UserError(
             f"{KEY}: there is no {path!r}; give the workdir of a run, a file of weights or a"
             " Hugging Face directory"

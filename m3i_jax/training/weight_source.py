@@ -1,20 +1,18 @@
 """Weights of another run or another project under this package's parameter paths. `init_from`,
 loading and export read from them: both kinds of source are {path: shape}, so that a subset of the
-weights is a subset of paths. `RunWeights` reads the newest checkpoint of a run array by array, on
-any mesh."""
+weights is a subset of paths."""
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from m3i_jax import config as configuration
-from m3i_jax import library_errors, parallel, run_files, schema
-from m3i_jax.errors import MissingWeights, UserError
+from m3i_jax import parallel, run_files, schema
+from m3i_jax.errors import MissingWeights, UserError, path_exists
 from m3i_jax.interop import (
     dense_weights,
     published_dense,
@@ -25,9 +23,11 @@ from m3i_jax.interop import (
 from m3i_jax.models import backbones, composite
 from m3i_jax.parallel import distributed
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.training import checkpoint_dir, checksums, schedule_free
+from m3i_jax.training import checkpoint_dir, schedule_free
+from m3i_jax.training.saved_arrays import ExportedArrays, RunWeights
 
-RUNNING = published_dense.RUNNING  # of running statistics, in `shapes` of a file
+RUNNING = published_dense.RUNNING  # of running statistics, in `shapes`
+_STATISTICS = "opt/running/statistics/"  # those in the state of a run
 _COPIES = tuple(f"encoder/{name}/" for name in composite.OWN_PARTS)
 # heads of the published widths whose heads do not have 64 channels: SoViT-400m, ViT-H, -g, -G,
 # SigLIP 2's giant
@@ -42,7 +42,7 @@ class WeightSource:
     Attributes:
       name: of the source, for messages.
       shapes: {path: shape} of the arrays that have a path of this package, without a fixed position
-        table; of a file with batch norms, running statistics too, below `running/`.
+        table; with batch norms, running statistics too, below `running/`.
       read: {path: sharding or None} -> {path: array}; None: as numpy.
       settings: of `model.encoder` and the pixels (mean, std, image_size), as far as the source has
         them; `view_size`, where its images have another size than its position table is of; of an
@@ -94,8 +94,7 @@ def open_weights(
       UserError: it cannot be read, the layout is unknown, or there is
         no momentum copy.
     """
-    path = pathlib.Path(location)
-    if not path.exists():
+    if not path_exists(location):
         raise MissingWeights(
             f"{key}: {location!r} does not exist; give the workdir of a run, or a file of weights"
             f" ({', '.join(tensor_files.ENDINGS[:4])})",
@@ -201,7 +200,7 @@ def evaluated_weights(settings: schema.Config) -> str:
     return settings.evaluate.encoder if settings.optim.averages else "online"
 
 
-def paths_in_state(run: "RunWeights", weights: str, config: schema.Config) -> dict[str, str]:
+def paths_in_state(run: RunWeights, weights: str, config: schema.Config) -> dict[str, str]:
     """{path: path in the state} of the parameters of a run; with weights=ema that of their average,
     where there is one. Raises UserError if the run has no average."""
     paths = {
@@ -226,7 +225,11 @@ def _open_run(workdir: str, weights: str, key: str) -> WeightSource:
     run = RunWeights(workdir, key)
     config = configuration.resolve(configuration.load_from_workdir(workdir, key))
     weights = weights or evaluated_weights(config)
-    paths = paths_in_state(run, weights, config)
+    paths = paths_in_state(run, weights, config) | {
+        RUNNING + path.removeprefix(_STATISTICS): path
+        for path in run.shapes
+        if path.startswith(_STATISTICS)
+    }
 
     def read(shardings: Mapping[str, Any]) -> dict[str, Any]:
         return read_trained(run, {path: (paths[path], at) for path, at in shardings.items()})
@@ -251,38 +254,31 @@ def _open_export(location: str, weights: str, key: str) -> WeightSource:
             f"{where} is an export, of one copy of the weights; leave weights='ema' out"
         )
     config = configuration.resolve(configuration.load_from_workdir(location, key))
-    table: Mapping[str, Any]
+    read_arrays: Callable[[Iterable[str]], dict[str, np.ndarray]]
     if (path / checkpoint_dir.ARRAYS).is_file():
         table = tensor_files.read_tensors(path / checkpoint_dir.ARRAYS)
+        shapes, read_arrays = table.shapes, lambda names: {name: table[name] for name in names}
     elif (path / checkpoint_dir.PARAMETERS).is_dir():
-        library_errors.drop_repeated_errors()
-        try:
-            with ocp.StandardCheckpointer() as reader:
-                tree = reader.restore((path / checkpoint_dir.PARAMETERS).absolute())
-        except Exception as error:  # Orbax has no exception class for a damaged file
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{where} cannot be read ({reason}); export it again") from error
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        table = {path_text(name): np.asarray(leaf) for name, leaf in leaves}
+        exported = ExportedArrays(path / checkpoint_dir.PARAMETERS, where)
+        shapes, read_arrays = exported.shapes, exported.read
     else:
         raise UserError(
             f"{where} holds a program without arrays, which jax.export.deserialize reads; give the"
             " run, or its export of npz or orbax"
         )
-    described = path / checkpoint_dir.DESCRIPTION
-    names = run_files.read_run_json(described).get("classes") if described.is_file() else None
 
     def read(shardings: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: put_array(table[name], at) for name, at in shardings.items()}
+        arrays = read_arrays(shardings)
+        return {name: put_array(arrays[name], at) for name, at in shardings.items()}
 
     return WeightSource(
         f"{location} (an export)",
-        {name: tuple(table[name].shape) for name in table},
+        shapes,
         read,
         _settings_of_run(config),
         {},
         [],
-        tuple(map(str, names)) if names else None,
+        class_names(location),
     )
 
 
@@ -304,7 +300,7 @@ def _settings_of_run(config: schema.Config) -> dict[str, Any]:
     return {**dataclasses.asdict(config.model.encoder), **model, **pixels}
 
 
-def read_trained(run: "RunWeights", wanted: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+def read_trained(run: RunWeights, wanted: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
     """Arrays of a run as it is evaluated, by name; of a schedule-free run the average of its
     parameters, instead of the point where gradients are taken.
 
@@ -355,11 +351,13 @@ def encoder_heads(settings: Mapping[str, Any]) -> int:
     return settings.get("heads") or other.get(width) or max(1, width // 64)
 
 
-def class_names(workdir: str) -> tuple[str, ...] | None:
-    """Returns the names of the categories that a run of a dense task predicts; None if it has no
-    file of them."""
-    file = pathlib.Path(workdir) / CLASSES
-    return tuple(map(str, run_files.read_run_json(file)["classes"])) if file.is_file() else None
+def class_names(location: str) -> tuple[str, ...] | None:
+    """Returns the names of the categories that a run of a dense task, or its export, predicts; None
+    if it has no file of them, as other weights have none."""
+    name = checkpoint_dir.DESCRIPTION if checkpoint_dir.is_export(location) else CLASSES
+    file = pathlib.Path(location) / name
+    names = run_files.read_run_json(file).get("classes") if file.is_file() else None
+    return tuple(map(str, names)) if names else None
 
 
 def _is_finite(array: Any) -> bool:
@@ -380,107 +378,3 @@ def put_array(array: Any, sharding: Any) -> Any:
         if sharding is None
         else jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
     )
-
-
-class RunWeights:
-    """The newest checkpoint of a run, read array by array.
-
-    Args:
-      workdir: directory of the run.
-      key: the flag or setting that gave it, for error messages.
-
-    Attributes:
-      workdir, key: as given.
-      step: of the checkpoint.
-      shapes: {path: shape} of its state, such as `params/encoder/patch_embed/kernel`.
-
-    Raises:
-      UserError: there is no checkpoint, or it cannot be read.
-    """
-
-    def __init__(self, workdir: str, key: str):
-        directory, where = pathlib.Path(workdir) / "checkpoints", f"{key}: {workdir!r}"
-        if not directory.is_dir():
-            raise UserError(
-                f"{where} has no checkpoints; give the --workdir of a run that saved one"
-            )
-        steps = checkpoint_dir.complete_steps(directory)
-        if not steps:
-            raise UserError(
-                f"{where} has no complete checkpoint; give the --workdir of a run that saved one"
-            )
-        self.step, self.workdir, self.key = steps[-1], workdir, key
-        self._path = directory.absolute() / str(self.step)
-        library_errors.drop_repeated_errors()
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
-        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
-        with checkpoint_dir.hold_step(self._path):
-            if problems := checkpoint_dir.retry_read(
-                lambda: checkpoint_dir.find_damage(self._path), self._path, print
-            ):
-                raise UserError(
-                    f"{where}: its checkpoint {self.step} is damaged ({problems[0]}); move it away"
-                    " to use the one before, or give another run"
-                )
-            try:
-                tree = self._reader.metadata(self._path).item_metadata["state"].tree
-            except Exception as error:  # Orbax has no exception class for a damaged file
-                raise self._damaged(error) from error
-        self.shapes = {
-            path_text(path): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-
-    def _damaged(self, error: Exception) -> UserError:
-        return UserError(
-            f"{self.key}: checkpoint {self._path} cannot be read"
-            f" ({' '.join(str(error).split())[:200]}); give another run"
-        )
-
-    def read(self, shardings: Mapping[str, Any]) -> dict[str, Any]:
-        """Read arrays by path. Raises UserError if one differs from what was trained.
-
-        Args:
-          shardings: {path: sharding}; None: as a numpy array on every host.
-        """
-        item: dict[str, Any] = {}
-        restore_args: dict[str, Any] = {}
-        for path, sharding in shardings.items():
-            plain = ocp.RestoreArgs(restore_type=np.ndarray)
-            set_leaf(item, path, jax.ShapeDtypeStruct(self.shapes[path], np.float32))
-            set_leaf(
-                restore_args,
-                path,
-                (
-                    plain
-                    if sharding is None
-                    else ocp.ArrayRestoreArgs(sharding=sharding, global_shape=self.shapes[path])
-                ),
-            )
-        restore = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        with checkpoint_dir.hold_step(self._path):
-            # before the hosts read together: the others would wait for one that cannot read this
-            saved = checkpoint_dir.saved_checksums(self._path, print).get("arrays")
-            try:
-                tree = self._reader.restore(self._path, args=ocp.args.Composite(state=restore))[
-                    "state"
-                ]
-            except Exception as error:
-                raise self._damaged(error) from error
-        out = {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        # a step of an older version has no checksums of its arrays
-        if saved is not None and (changed := checksums.changed_arrays(out, saved)):
-            raise self._damaged(ValueError(f"{changed[0]}: differs from what was trained"))
-        return out
-
-
-def set_leaf(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set a leaf of a nested dict by its path.
-
-    >>> tree = {}; set_leaf(tree, "a/b", 1); tree
-    {'a': {'b': 1}}
-    """
-    *parents, last = path.split("/")
-    for part in parents:
-        tree = tree.setdefault(part, {})
-    tree[last] = value

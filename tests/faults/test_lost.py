@@ -21,7 +21,7 @@ from m3i_jax import parallel, run_files
 from m3i_jax.errors import RunStopped, UserError
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes import train
-from m3i_jax.training import checkpoint_dir, checksums, weight_source
+from m3i_jax.training import checkpoint_dir, checksums, saved_arrays
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints
 from tests.faults.hostile import ROOT
 from tests.faults.test_saves import small_disk  # noqa: F401 (a fixture)
@@ -128,12 +128,12 @@ def test_another_run_is_verified_in_the_same_way(pair: pathlib.Path) -> None:
     """init_from, evaluation and export refuse a copy under another number, and a newer format."""
     shutil.copytree(pair / "4", pair / "12")
     with pytest.raises(UserError, match="checkpoint 12 is damaged .*belongs to checkpoint 4"):
-        weight_source.RunWeights(str(pair.parent), "init_from")
+        saved_arrays.RunWeights(str(pair.parent), "init_from")
     checksums.write_checksums(pair / "12", format=checkpoint_dir.FORMAT + 1, step=12)
     with pytest.raises(
         UserError, match="checkpoint 12: has format 5, this version of m3i_jax reads up to 4"
     ):
-        weight_source.RunWeights(str(pair.parent), "init_from")
+        saved_arrays.RunWeights(str(pair.parent), "init_from")
 
 
 @pytest.mark.row("B13")

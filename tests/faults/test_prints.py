@@ -21,7 +21,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.modes import train
 from m3i_jax.training import checksums
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints
-from m3i_jax.training.weight_source import RunWeights
+from m3i_jax.training.saved_arrays import RunWeights
 from tests.faults.test_saves import make, names, restored, same, state  # noqa: F401 (a fixture)
 
 

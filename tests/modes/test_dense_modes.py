@@ -21,7 +21,7 @@ from m3i_jax.data.sources.segmentations import decode_mask
 from m3i_jax.errors import UserError
 from m3i_jax.modes import task_views
 from m3i_jax.reporting import dense_panels
-from m3i_jax.training import loop
+from m3i_jax.training import checkpoint_dir, loop, saved_arrays
 from tests import scene_files
 from tests.dense_toy import SEGMENT, SHARED, flags
 
@@ -145,7 +145,21 @@ def test_an_export_is_loaded_and_names_no_path(
     assert len(texts) == 3 and not any(str(run) in text for text in texts)
     card = (tmp_path / "copy" / "README.md").read_text()
     assert "pipeline_tag: image-segmentation" in card and 'model.segment("' in card
+    verified, plain = [], checkpoint_dir.find_damage
+    monkeypatch.setattr(
+        checkpoint_dir, "find_damage", lambda step, *log: verified.append(step) or plain(step)
+    )
+    read, arrays = [], saved_arrays.ExportedArrays.read
+    monkeypatch.setattr(
+        saved_arrays.ExportedArrays,
+        "read",
+        lambda one, paths: read.extend(paths) or arrays(one, paths),
+    )
     model, copied = m3i_jax.load(str(run)), m3i_jax.load(str(tmp_path / "copy"))
+    assert len(verified) == 1 and len(read) == len(set(read)) == (format == "orbax") * len(
+        jax.tree.leaves(copied.params)
+    )
+    jax.tree.map(np.testing.assert_array_equal, copied.params, model.params)
     image = np.random.default_rng(0).integers(0, 256, (20, 50, 3)).astype(np.uint8)
     np.testing.assert_array_equal(copied.segment(image)[0], model.segment(image)[0])
     assert copied.names == model.names

@@ -20,6 +20,7 @@ from m3i_jax.modes import eval as evaluate
 from m3i_jax.modes import eval_data, report
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.eval_results import Results, result_dir
+from m3i_jax.training import weight_source
 from tests import broken, dense_toy, scene_files, toy
 from tests.modes.test_eval import EVERY, SMALL, enable, run, write_run, written
 
@@ -314,9 +315,10 @@ def test_classes_of_an_export_are_those_of_its_description(tmp_path: pathlib.Pat
     text = configuration.config_to_text(dense_toy.dense_settings("segment"))
     (tmp_path / "config.txt").write_text(text)
     (tmp_path / "model.json").write_text(json.dumps({"classes": ["sea", "sky"]}))
-    assert evaluate._learnt_classes(str(tmp_path / "no such file")) is None
-    np.savez(tmp_path / "model.npz", **{"head/classifier/bias": np.zeros(2, np.float32)})
-    assert evaluate._learnt_classes(str(tmp_path)) == ("sea", "sky")
+    assert weight_source.class_names(str(tmp_path / "no such file")) is None
+    # known before any array is read: this file has none
+    (tmp_path / "model.npz").write_bytes(b"no arrays")
+    assert weight_source.class_names(str(tmp_path)) == ("sea", "sky")
 
 
 def test_refusals_are_one_line(run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,25 @@ def test_targets_of_other_runs_need_not_exist(tmp_path: pathlib.Path, contexts) 
     assert np.abs(kernel[2] - kernel[0]).max() > 1e-3
 
 
+@pytest.mark.parametrize("form", ["mim", "distill"])
+def test_a_file_is_evaluated_without_the_teachers_of_its_settings(
+    tmp_path: pathlib.Path, contexts, form: str
+) -> None:
+    """With a --config, in a new directory: no run has their shapes, and none is needed."""
+    gone = repr((str(tmp_path / "teacher.npz"),))
+    own = toy.settings(**COUNTED, objective__forms=form, objective__teachers=gone)
+    file = tmp_path / "recipe.py"
+    file.write_text(
+        "from m3i_jax import config\n"
+        f"TEXT = {configuration.config_to_text(own)!r}\n"
+        "def get_config():\n    return config.config_from_text(TEXT, '')\n"
+    )
+    place = ["--mode=eval", "--config", str(file), "--workdir", str(tmp_path / "new")]
+    assert command.main([*place, f"--checkpoint={vit_file(tmp_path)}", *enable("knn")]) == 0
+    ((config, [context]),) = contexts
+    assert not config.objective.teachers and context.params["encoder"]
+
+
 def test_init_settings_of_a_run_are_not_of_another_file(
     tmp_path: pathlib.Path, contexts, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -20,6 +21,7 @@ from m3i_jax.interop import export_formats, tensor_files, vit_weights
 from m3i_jax.models import presets
 from m3i_jax.modes import export, model_card
 from m3i_jax.parallel import kernel_calls
+from m3i_jax.training import teachers
 from tests import saved, toy
 from tests.interop import published
 from tests.interop.published_vit import ENCODERS, shapes, weights
@@ -204,6 +206,22 @@ def test_orbax(run) -> None:
     np.testing.assert_array_equal(again.features(images), model.features(images))
     with pytest.raises(UserError, match="is an export, of one copy of the weights"):
         load.load(str(directory), weights="ema")
+
+
+def test_an_export_needs_no_teacher(tmp_path: pathlib.Path) -> None:
+    """Loading reads no target: not where its run distilled a file that is elsewhere now."""
+    file, run = tmp_path / "teacher.safetensors", tmp_path / "run"
+    tensor_files.write_safetensors(file, weights(ENCODERS["timm"], **SIZES))
+    own = toy.settings(objective__forms="distill", objective__teachers=repr((str(file),)))
+    saved.run(run, own)
+    with_file, directory = load.load(str(run)), exported(run, "orbax")
+    file.unlink()
+    teachers._IN_RUNS.clear()
+    teachers.open_teacher.cache_clear()
+    model = load.load(str(directory))
+    assert model.pool == with_file.pool == "cls"
+    assert model.config.objective.teachers == ("teacher.safetensors",)  # as it was trained
+    jax.tree.map(np.testing.assert_array_equal, model.params, with_file.params)
 
 
 def test_settings_of_an_export_name_no_directory() -> None:

@@ -18,7 +18,7 @@ from m3i_jax.interop import intern_image_weights, tensor_files
 from m3i_jax.models import m3i, vit
 from m3i_jax.objective import positions
 from m3i_jax.parallel import barriers
-from m3i_jax.training import init_from, weight_source
+from m3i_jax.training import init_from, saved_arrays, weight_source
 from m3i_jax.training.trainer import Trainer
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, OTHERS, SIAMESE_DECODER, weights
@@ -281,7 +281,7 @@ def test_an_encoder_that_fits_in_part_is_refused(intern, tmp_path: pathlib.Path)
     bare: dict = {}
     for name, array in tree.items():
         if "gamma" not in name:
-            weight_source.set_leaf(bare, name, array)
+            saved_arrays.set_leaf(bare, name, array)
     tensor_files.write_safetensors(
         tmp_path / "bare.safetensors", intern_image_weights.store_intern_image(bare)
     )
@@ -434,7 +434,7 @@ def test_clip_weights_compute_what_clip_defines(tmp_path: pathlib.Path) -> None:
     tree: dict = {}
     for path, array in after.items():
         if path.startswith("encoder/"):
-            weight_source.set_leaf(tree, path.removeprefix("encoder/"), jnp.asarray(array))
+            saved_arrays.set_leaf(tree, path.removeprefix("encoder/"), jnp.asarray(array))
     image = np.random.default_rng(5).normal(size=(32, 32, 3))
     got = m3i.encode(config, tree, vit.patchify(jnp.asarray(image, jnp.float32)[None], 8))[0]
     np.testing.assert_allclose(got, clip_vision(table, image, heads=2), atol=2e-4, rtol=1e-4)

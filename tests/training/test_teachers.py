@@ -20,6 +20,7 @@ from m3i_jax.models import m3i, vit
 from m3i_jax.objective import derived_terms, ema, terms
 from m3i_jax.profiling import flops
 from m3i_jax.training import (
+    checkpoint_dir,
     encoder_shapes,
     frozen_target,
     plan,
@@ -339,7 +340,7 @@ def test_bad_teachers_are_refused(tmp_path, paths) -> None:
         assert str(path) in str(error.value) and "\n" not in str(error.value), error.value
 
 
-def test_a_run_is_evaluated_where_its_teachers_are_not(tmp_path, paths) -> None:
+def test_a_run_is_evaluated_where_its_teachers_are_not(tmp_path, paths, monkeypatch) -> None:
     """By its checkpoint: the same plan, state and features, also without cls."""
     moved = [shutil.copytree(path, tmp_path / f"moved{k}") for k, path in enumerate(paths)]
     names = [str(path) for path in moved]
@@ -359,9 +360,15 @@ def test_a_run_is_evaluated_where_its_teachers_are_not(tmp_path, paths) -> None:
     teachers._IN_RUNS.clear()
     with pytest.raises(UserError, match=f"teachers: there is no '{names[0]}'"):
         plan.build_plan(config)
+    verified: list[str] = []
+    plain = checkpoint_dir.find_damage
+    monkeypatch.setattr(
+        checkpoint_dir, "find_damage", lambda step, *log: verified.append(step.name) or plain(step)
+    )
     teachers.find_in_run(str(run), names, "load")
+    assert not verified  # by what restores the arrays
     again = trainer.Trainer(config, one.mesh, toy.VOCABULARY).template
     assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, one.template)
     teachers._IN_RUNS.clear()
     np.testing.assert_array_equal(load.load(str(run)).features(images), before.features(images))
-    teachers._IN_RUNS.clear()
+    assert verified == ["0"] and not teachers._IN_RUNS
