@@ -3,9 +3,9 @@ a command, but not the start of Python, is what is tried: imports take 2.6 of th
 processor time of a toy run.
 
 `ForkServer(place, package)` starts the process and writes `place/python`, which takes the place of
-`python` in a script: it has `python -m m3i_jax.main ...` run by the server, with its own arguments,
-directory, environment and standard streams, and ends with its status; anything else it gives to the
-interpreter. JAX reads its own variables when it is imported: they are those of the server. XLA's
+`python` in a script: it has `python -m m3i_jax.main ...` and `python FILE.py ...` run by the server,
+with its own arguments, directory, environment and standard streams, and ends with its status;
+anything else it gives to the interpreter. JAX reads its own variables when it is imported: they are those of the server. XLA's
 are those of the command, as devices are initialized in the child."""
 
 import atexit
@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import pathlib
+import runpy
 import select
 import signal
 import socket
@@ -30,11 +31,12 @@ MODULE = "m3i_jax.main"
 # of standard library modules alone, so that it starts in ten milliseconds
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
-if sys.argv[1:3] != ["-m", {module!r}]:
+file = sys.argv[1] if sys.argv[1:] and sys.argv[1].endswith(".py") else ""
+if not file and sys.argv[1:3] != ["-m", {module!r}]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-asked = [sys.argv[3:], os.getcwd(), dict(os.environ)]
+asked = [sys.argv[2 if file else 3:], os.getcwd(), dict(os.environ), file]
 socket.send_fds(server, [b"x"], [0, 1, 2])
 server.sendall(json.dumps(asked).encode())
 server.shutdown(socket.SHUT_WR)
@@ -91,8 +93,11 @@ def end_like_python(run: Callable[[], Any], error: int = 1) -> NoReturn:
         os._exit(status)
 
 
-def as_command(arguments: list[str], folder: str, environment: Mapping[str, str]) -> int:
-    """Run a command in this child, whose standard streams are set, and return its status."""
+def as_command(
+    arguments: list[str], folder: str, environment: Mapping[str, str], file: str = ""
+) -> int:
+    """Run a command, or a file, in this child, whose standard streams are set, and return its
+    status."""
     atexit._clear()  # the directories of the parent are its own to remove
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
@@ -102,7 +107,11 @@ def as_command(arguments: list[str], folder: str, environment: Mapping[str, str]
     tempfile.tempdir = None
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
-    sys.argv = [MODULE, *arguments]
+    sys.argv = [file or MODULE, *arguments]
+    if file:  # `python FILE` finds modules beside the file
+        sys.path.insert(0, os.path.dirname(os.path.abspath(file)))
+        runpy.run_path(file, run_name="__main__")
+        return 0
     sys.path.insert(0, folder)
     return importlib.import_module(MODULE).main()
 

@@ -14,8 +14,9 @@ How training commands are shortened: a line with `m3i_jax.main` and `--config FI
 depend on files that only the full size would make. A line without `--config FILE` takes the
 settings of a run that an earlier line made.
 
-Commands of the root's README start Python, as a user's do; `python -m m3i_jax.main` of the others
-is a child of a process that has imported everything (`fork_server.py`).
+The first block of the root's README starts Python, as a user's commands do. In all others,
+`python -m m3i_jax.main` and a Python block are each a child of a process that has imported
+everything (`fork_server.py`).
 
 Data: `/data/images` stands for a folder of images (two classes, captions beside them) and
 `/data/shards` for a folder of img2dataset tars `*.tar`. Use these paths in a README; they are
@@ -274,11 +275,12 @@ def prepared(block: Block, home: pathlib.Path) -> list[str]:
     return (
         ["bash", "-euo", "pipefail", str(path)]
         if block.language == "bash"
-        else [sys.executable, str(path)]
+        else ["python", str(path)]
     )
 
 
 BLOCKS = [block for path, name in NAMES.items() for block in blocks(path.read_text(), name)]
+FIRST = next(block for block in BLOCKS if block.language in RUN)  # of the root's README
 
 
 def complaints(found: list[Block]) -> list[str]:
@@ -354,8 +356,7 @@ def test_block(block: Block, scratch: pathlib.Path, request: pytest.FixtureReque
         pytest.skip(block.skip)
     if block.language == "bash" and not script(block)[1]:
         return  # installs only; `complaints` requires that other blocks are run
-    anew = block.language == "python" or block.file == "README.md"
-    folders = [] if anew else [request.getfixturevalue("forked")]
+    folders = [] if block == FIRST else [request.getfixturevalue("forked")]
     execute(prepared(block, scratch), scratch, block.status, *folders)
 
 
