@@ -89,6 +89,7 @@ from tests import lowering  # noqa: E402
 from tests.faults.conftest import pytest_runtest_logreport, pytest_sessionfinish  # noqa: E402, F401
 
 lowering.reuse_contexts()
+lowering.leave_out_argument_names()
 
 
 def uninterrupted(function):
