@@ -80,9 +80,10 @@ LEFT_OUT = [
 TINY = [
     "train.steps=2", "train.batch_size=8", "train.microbatches=1", "train.log_every=1",
     "train.save_every=2", "optim.warmup_steps=1", "data.size=64", "data.holdout=0.25",
-    "data.image_size=32", "data.caption_length=8", "data.vocabulary_size=300",
-    "data.tokenizer=train", "model.dtype=float32", "model.encoder.patch_size=8",
-    "model.encoder.width=16", "model.encoder.depth=1", "model.encoder.heads=2",
+    "data.image_size=32", "data.augment.jitter_p=0", "data.caption_length=8",
+    "data.vocabulary_size=300", "data.tokenizer=train", "model.dtype=float32",
+    "model.encoder.patch_size=8", "model.encoder.width=16", "model.encoder.depth=1",
+    "model.encoder.heads=2",
     "model.decoder.width=16", "model.decoder.depth=1", "model.decoder.heads=2",
     "model.pool.width=16", "model.pool.heads=2", "model.text.width=16", "model.text.depth=1",
     "model.text.heads=2", "model.text.embed=16", "evaluate.attention=false",
