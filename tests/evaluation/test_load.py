@@ -43,7 +43,7 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("evaluated", ["online", "ema"])
+@pytest.mark.parametrize("evaluated", [pytest.param("online", marks=pytest.mark.slow), "ema"])
 def test_the_weights_are_those_that_the_run_evaluates(
     evaluated: str, tmp_path: pathlib.Path
 ) -> None:
@@ -217,7 +217,14 @@ def intern_image_file(
     return str(directory), net, table
 
 
-@pytest.mark.parametrize(("fused", "hugging_face"), [(0, True), (48, False)])
+@pytest.mark.parametrize(
+    ("fused", "hugging_face"),
+    [
+        (0, True),
+        # one that is fused is exported and loaded in modes/test_export.py
+        pytest.param(48, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_published_intern_image(
     fused: int, hugging_face: bool, tmp_path: pathlib.Path, images: np.ndarray
 ) -> None:

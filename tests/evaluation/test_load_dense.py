@@ -38,7 +38,9 @@ def loaded(task: str) -> LoadedDense:
     return LoadedDense(config, params, names, "a toy")
 
 
-@pytest.mark.parametrize("task", ["detect", "dino", "instances"])
+@pytest.mark.parametrize(
+    "task", ["detect", pytest.param("dino", marks=pytest.mark.slow), "instances"]
+)
 def test_detections_are_those_of_an_evaluation(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of images of any size: an evaluation leaves out those that training cannot crop."""
     model = loaded(task)
@@ -88,7 +90,10 @@ def test_maps_have_the_size_of_their_images(task: str) -> None:
 
 @pytest.mark.parametrize(
     ("task", "output"),
-    [("mask2former", "logits [1, 32, 32, 3]"), ("instances", "mask_logits [1, 5, 8, 8]")],
+    [
+        ("mask2former", "logits [1, 32, 32, 3]"),
+        pytest.param("instances", "mask_logits [1, 5, 8, 8]", marks=pytest.mark.slow),
+    ],
 )
 def test_the_program_of_mask2former_is_the_model(
     task: str, output: str, tmp_path: pathlib.Path

@@ -37,7 +37,8 @@ def test_names_are_found() -> None:
     assert m3i_jax.InternImage.preset("internimage_t", fused=0).config.fused == 0
 
 
-@pytest.mark.parametrize("backbone", ["vit", "intern_image"])
+# features of an InternImage are those of its file in modes/test_export.py
+@pytest.mark.parametrize("backbone", ["vit", pytest.param("intern_image", marks=pytest.mark.slow)])
 def test_a_loaded_encoder_is_such_a_function(backbone: str, tmp_path) -> None:
     """Of normalised images, with the parameters of the run: the tokens that `features` gives."""
     sizes = toy.INTERN if backbone == "intern_image" else {}

@@ -38,7 +38,7 @@ def value_and_gradients(function, params, x):
     return jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(params, x)
 
 
-@pytest.mark.parametrize("rows", [None, slice(4, None)])
+@pytest.mark.parametrize("rows", [None, pytest.param(slice(4, None), marks=pytest.mark.slow)])
 def test_scan_and_remat_change_no_number_and_no_gradient(stacked, rows):
     x, keep = (
         normal(1, 2, 6, 8),

@@ -316,7 +316,7 @@ def test_what_evaluators_drew_and_measured_is_on_it(two: tuple[pathlib.Path, pat
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, pytest.param(1280, marks=pytest.mark.slow)])
 def test_a_browser_shows_it_and_complains_of_nothing(
     width: int, two: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path
 ) -> None:

@@ -77,7 +77,13 @@ OTHERS = {
     "order": ("disc", "ring", "square"),
     "number": ("cat", "dog", "cow", "hen"),
 }
-REPEATED = (("order", "segment"), ("number", "detect"), ("number", "mask2former"))
+REPEATED = (
+    ("same", "detect"),
+    ("same", "mask2former"),
+    ("order", "segment"),
+    ("number", "detect"),
+    ("number", "mask2former"),
+)
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,9 @@ def test_the_products_of_reading_are_no_work_of_the_model(form):
 
 
 @pytest.mark.parametrize(
-    "form", ["windows", pytest.param("products", marks=pytest.mark.slow), "parts"], indirect=True
+    "form",
+    ["windows", *(pytest.param(n, marks=pytest.mark.slow) for n in ("products", "parts"))],
+    indirect=True,
 )
 def test_a_program_for_any_number_of_images(form):
     maps, boxes, grad = batch()

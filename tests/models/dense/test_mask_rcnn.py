@@ -98,7 +98,11 @@ def objective(settings: schema.Detect, params: Any, backbone: Any, arguments: An
     return sum(total / count for total, count in losses.values()), (losses, counts)
 
 
-@pytest.mark.parametrize("name", vitdet.SETS)
+# what is chosen among too few is compared in the test of choices
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "few" else ()) for n in vitdet.SETS],
+)
 def test_losses_and_gradients_are_those_of_detectron2(name: str) -> None:
     """Image by image; the gradient of a batch is the mean of the images'."""
     settings, wanted = vitdet.SETS[name], vitdet.state(f"{name}/", "vitdet_values")
