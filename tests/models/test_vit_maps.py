@@ -72,7 +72,6 @@ BRIEF = (
     ("vitdet_backbone", 0, "none"),
     ("vitdet_backbone", 1, "full"),
     ("beit", 0, "full"),
-    ("beit", 1, "none"),
 )
 
 

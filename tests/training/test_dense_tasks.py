@@ -189,9 +189,8 @@ def steps(task: str, changes: dict, devices: int, count: int) -> tuple[list[dict
     return out, jax.device_get(state)
 
 
-@pytest.mark.parametrize(
-    ("task", "changes"), cases(*LONG, slow=("dino", "instances", "mask2former"))
-)
+@pytest.mark.slow  # images add up over parts and devices in models/dense/test_mask_rcnn_batches.py
+@pytest.mark.parametrize(("task", "changes"), cases(*LONG, slow=()))
 @pytest.mark.row("D6")
 def test_microbatches_on_several_devices_are_the_whole_batch_on_one(
     task: str, changes: dict

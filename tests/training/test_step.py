@@ -332,6 +332,7 @@ def losses_of_one_device() -> list[float]:
     return losses(on_one_device(), 8)[0]
 
 
+@pytest.mark.slow  # eight devices with data and parameters split are below
 @pytest.mark.row("D6")
 def test_eight_devices_are_one_device() -> None:
     """With colour, stochastic depth, missing annotations and a dynamic weight: all that could
