@@ -186,7 +186,7 @@ def _as_transient(error: UserError | RunStopped) -> UserError | RunStopped:
     raised from: it is no mistake in what the message names, such as a directory."""
     cause = error.__cause__ if getattr(error, "status", 1) == UserError.status else None
     while cause is not None:
-        if is_transient(cause):
+        if isinstance(_refusal(cause), TransientError):
             return TransientError(str(error))
         cause = cause.__cause__
     return error

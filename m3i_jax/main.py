@@ -359,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with refuse_system_errors():
                 code = _run(sys.argv[1:] if arguments is None else arguments, began, process)
                 if sys.stdout is not None:
-                    # a full disk or a closed pipe is reported here, not at interpreter exit
+                    # a full disk is reported here, not at interpreter exit
                     sys.stdout.flush()
         except (UserError, RunStopped) as error:
             stopped = isinstance(error, RunStopped)

@@ -56,6 +56,10 @@ def test_a_refusal_of_what_may_pass_is_no_mistake() -> None:
         assert type(refused(number, DoesNotFit)) is DoesNotFit
     for number in (errno.EACCES, errno.EROFS, errno.ENOSPC):
         assert refused(number).status == 2
+    # as tensorstore says it
+    wrapped = UserError("--checkpoint run: cannot be read; give another")
+    wrapped.__cause__ = ValueError("reading /a/b [OS error 116: ESTALE Stale file handle]")
+    assert errors.as_refusal(wrapped).status == 1
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES])

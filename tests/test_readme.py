@@ -361,6 +361,15 @@ def test_block(block: Block, scratch: pathlib.Path, request: pytest.FixtureReque
     execute(prepared(block, scratch), scratch, block.status, *folders)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [case for case in CASES if case.values[0].language == "python"])
+def test_python_block_imports_what_it_uses(block: Block, scratch: pathlib.Path) -> None:
+    """In a process of a reader: the fork server has imported the whole package before."""
+    if block.skip:
+        pytest.skip(block.skip)
+    execute(prepared(block, scratch), scratch, block.status)
+
+
 EXAMPLE = """
 # Title
 ```bash

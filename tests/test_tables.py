@@ -412,6 +412,8 @@ def test_altered_runs_are_rows_of_their_own(
     ]
     initial = rows["untrained (optim.lr=1.0)"]
     assert initial.settings["optim.lr"] == "1e-12" and initial.searched == "M3I"
+    long = table_runs.run_directory("epochs", "x", "M3I (" + ", ".join(["a.b=1"] * 60) + ")", 0)
+    assert len(long.rpartition("/")[2]) < 250
     queue = table_runs.run_queue({"search": sets["search"], "x": altered}, ["x"], "epochs", 3, [])
     assert not queue  # its trials are missing, as without the change
 
@@ -452,6 +454,14 @@ def test_a_directory_without_tars_is_refused(
 ) -> None:
     assert tables.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "holds no STYLE-NUMBER.tar" in capsys.readouterr().err
+
+
+def test_the_search_takes_no_further_settings(
+    images: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", str(images), "--out", str(tmp_path), "--sets", "search"]
+    assert tables.main([*flags, "--override", "optim.lr=1"]) == 2
+    assert "--sets search: optim.lr=1 would change trials" in capsys.readouterr().err
 
 
 def test_results_of_sets_that_cannot_be_made_here_are_kept(tmp_path: pathlib.Path) -> None:

@@ -126,10 +126,18 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
                     result = write_result(setup, form, seed, cost)
                 else:
                     failed.append(f"{form}, seed {seed}")
+                    # hosts that end by an error have not agreed whether a signal came before it
+                    if any(parallel.exchange_values("compare", "stop" if notices else "")):
+                        notices.append(True)
             if result:
                 results.append({**result, "form": form, "seed": seed})
             if main:
-                write_comparison(base, results, failed, budget)
+                try:
+                    write_comparison(base, results, failed, budget)
+                except UserError as error:
+                    if not failed:
+                        raise
+                    log(f"warning: compare: {error}")  # as the disk on which the run failed
             if notices and number < len(runs):
                 log(
                     f"compare: preempted after {number} of {len(runs)}; run the same command again"
@@ -321,7 +329,7 @@ def compare_notes(
     if collapsed:
         out.append(f"Collapsed at the end: {'; '.join(collapsed)}.")
     if failed:
-        out.append(f"Failed (not finite), not in the table: {'; '.join(failed)}.")
+        out.append(f"Failed, not in the table: {'; '.join(failed)}.")
     return out
 
 

@@ -187,7 +187,9 @@ def fail_together(name: str, *, limit: float = LIMIT) -> Iterator[None]:
     if not (failed := [number for number, answer in enumerate(answers) if answer]):
         return
     more = f" (and {len(failed) - 1} more hosts)" if len(failed) > 1 else ""
-    raise _failure(answers[failed[0]], f"{host_label(failed[0])}{more}: ") from own
+    # the error of another host has the same exit code here, whatever this host met
+    cause = own if failed[0] == host_name() else None
+    raise _failure(answers[failed[0]], f"{host_label(failed[0])}{more}: ") from cause
 
 
 def _reason(error: Exception) -> str:

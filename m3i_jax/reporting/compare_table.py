@@ -156,7 +156,7 @@ def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
         f"|---|{'---:|' * len(shown)}",
     ]
     lines += [f"| {row.form} | {' | '.join(one(row, c) for c in shown)} |" for row in rows]
-    lines = lines if rows else ["No run has ended."]
+    lines = lines if rows else ["No run has a result."]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 

@@ -385,8 +385,8 @@ def log_line(text: str) -> None:
 
 
 def log_lines(text: str) -> bool:
-    """`log_line`; False if the line was lost. A closed console is replaced by os.devnull, a full
-    disk is tried again with the next line."""
+    """`log_line`; False if the line was lost to a full disk, which is tried again with the next
+    line, or to a console that was closed, which is replaced by os.devnull."""
     try:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
     except (OSError, ValueError) as error:

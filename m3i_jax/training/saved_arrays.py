@@ -88,7 +88,10 @@ def saved_shapes(workdir: str, key: str) -> Shapes:
     """
     step = _newest_step(workdir, key)
     with checkpoint_dir.hold_step(step):
-        return _step_shapes(_step_reader(), step, key)
+        try:
+            return _step_shapes(_step_reader(), step, key)
+        except UserError:
+            return RunWeights(workdir, key).shapes  # names the damaged file, or the format
 
 
 class RunWeights:
@@ -164,7 +167,10 @@ class ExportedArrays:
         self._directory, self._where = directory.absolute(), where
         self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         try:
-            self.shapes = _shapes_of(self._reader.metadata(self._directory).item_metadata.tree)
+            metadata = self._reader.metadata(self._directory).item_metadata
+            if metadata is None:  # Orbax logs the error of a missing or broken file
+                raise FileNotFoundError("its file _METADATA is missing or damaged")
+            self.shapes = _shapes_of(metadata.tree)
         except Exception as error:  # Orbax has no exception class for a damaged file
             raise self._damaged(error) from error
 

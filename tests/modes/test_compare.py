@@ -235,8 +235,8 @@ def test_a_run_that_fails_is_in_the_files_and_a_late_signal_stops_after_it(
     monkeypatch.setattr(compare.train, "pretrain", pretrain)
     assert compare.run(settings(), workdir=str(tmp_path), allow_changes=False) == loop.PREEMPTED
     assert not ran and "preempted after 1 of 4" in capsys.readouterr().out
-    failed = ["Failed (not finite), not in the table: mim, seed 0."]
-    assert noted() == failed and "No run has ended" in (tmp_path / "compare.md").read_text()
+    failed = ["Failed, not in the table: mim, seed 0."]
+    assert noted() == failed and "No run has a result" in (tmp_path / "compare.md").read_text()
     monkeypatch.setattr(
         compare.train, "pretrain", lambda *job, **_: pretrain(*job, on_late_notice=lambda: None)
     )

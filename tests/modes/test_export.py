@@ -206,6 +206,16 @@ def test_orbax(run) -> None:
     np.testing.assert_array_equal(again.features(images), model.features(images))
     with pytest.raises(UserError, match="is an export, of one copy of the weights"):
         load.load(str(directory), weights="ema")
+    metadata = directory / "parameters" / "_METADATA"
+    whole = metadata.read_bytes()
+    metadata.write_bytes(whole[:100])  # copied in part
+    with pytest.raises(UserError, match="cannot be read.*export it again") as caught:
+        load.load(str(directory))
+    assert "NoneType" not in str(caught.value)
+    metadata.unlink()
+    with pytest.raises(UserError, match="_METADATA is missing or damaged"):
+        load.load(str(directory))
+    metadata.write_bytes(whole)
 
 
 def test_an_export_needs_no_teacher(tmp_path: pathlib.Path) -> None:

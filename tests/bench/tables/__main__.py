@@ -91,6 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"tables: {error}", file=sys.stderr)
         return 2
+    changes = _changes(args)
+    if changes and "search" in names:
+        print(
+            f"tables: --sets search: {changes[0]} would change trials that choose the settings of"
+            " other sets; leave it out",
+            file=sys.stderr,
+        )
+        return 2
     sets = {name: _altered(one, args) for name, one in sets.items()}
     private = {str(data): "DIR", str(out): "OUT"} | ({str(clipart): "CLIPART"} if clipart else {})
     wanted = [title for title in args.methods.split(";") if title]
@@ -116,14 +124,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def _changes(args: argparse.Namespace) -> list[str]:
+    """The steps and settings of the command line, as in the titles of altered rows."""
+    found = [f"steps={args.steps}"] if args.steps else []
+    if args.finetune_steps != STEPS_OF_FINETUNING:
+        found.append(f"finetune-steps={args.finetune_steps}")
+    return found + list(args.override)
+
+
 def _altered(image_set: Set, args: argparse.Namespace) -> Set:
     """The set with the steps and settings of the command line, which are part of the titles of its
-    rows: altered runs are other rows, and replace no result. The search is as it is, since its
-    trials choose the settings of other sets."""
-    changes = [f"steps={args.steps}"] if args.steps else []
-    if args.finetune_steps != STEPS_OF_FINETUNING:
-        changes.append(f"finetune-steps={args.finetune_steps}")
-    changes += args.override
+    rows: altered runs are other rows, and replace no result."""
+    changes = _changes(args)
     if not changes or image_set.name == "search":
         return image_set
     settings = dict(change.split("=", 1) for change in args.override)

@@ -156,12 +156,12 @@ def paired_text(paired: Paired | None) -> str:
     >>> paired_text(Paired(0.0123, 0.004, 0.002)), paired_text(None)
     ('+1.2 ± 0.4, p 0.002', '-')
     >>> paired_text(Paired(0.0123, 0.004, 0.002, seeds=False))
-    '+1.2 ± 0.4 (images alone)'
+    '+1.2 ± 0.4 (one seed)'
     """
     if paired is None:
         return "-"
     difference, error = 100 * paired.difference, 100 * paired.error
     if not paired.seeds:
-        return f"{difference:+.1f} ± {error:.1f} (images alone)"
+        return f"{difference:+.1f} ± {error:.1f} (one seed)"
     p = "p < 0.001" if paired.p < 0.001 else f"p {paired.p:.3f}"
     return f"{difference:+.1f} ± {error:.1f}, {p}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m3i_jax.data.sources.base import stable_digest
 from m3i_jax.errors import UserError
 from m3i_jax.run_files import write_text_atomic
 from tests.bench.tables.paired import knn_hits, unpack_hits
@@ -54,6 +55,8 @@ def run_directory(protocol: str, set_name: str, title: str, seed: int) -> str:
     """
     # a comma would end the path in the value of --config
     name = re.sub(r"[^\w.+-]", "_", title.replace(", ", "-"))
+    if len(name) > 200:  # names of files end at 255 bytes
+        name = f"{name[:180]}-{stable_digest(name)}"
     return f"runs/{protocol}/{set_name}/{name}-{seed}"
 
 
@@ -123,7 +126,7 @@ def steps_of(run: Run, out: pathlib.Path, results: Results = ()) -> list[int]:
 
 
 def _m3i(image_set: Set) -> Row:
-    """M3I's row in a set, or with the settings of the set if it has none."""
+    """M3I's row in a set, or that of `METHODS` if it has none."""
     return next((r for r in image_set.rows.values() if r.unaltered == "M3I"), METHODS["M3I"])
 
 
