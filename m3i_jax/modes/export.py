@@ -27,9 +27,7 @@ pushed to a hub as it is:
 
 import dataclasses
 import importlib.util
-import json
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -42,11 +40,9 @@ from m3i_jax import progress, schema
 from m3i_jax.augment import photometric
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load
-from m3i_jax.evaluation.load_dense import LoadedDense
 from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, vit_weights
 from m3i_jax.models import backbones
-from m3i_jax.modes import model_card, setup
-from m3i_jax.parallel import kernel_calls
+from m3i_jax.modes import export_dense, export_files, model_card, monitoring
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.run_files import write_text_atomic
 from m3i_jax.training import checkpoint, checkpoint_dir, saved_arrays, weight_source
@@ -55,8 +51,6 @@ FORMATS = ("timm", "hf", "stablehlo", "npz", "orbax")
 # largest difference over the largest value; two libraries round differently in every layer
 _CLOSE = 1e-4
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-_LARGEST = 2**31 - 2**24  # bytes of one exported program
-_MODEL_PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def run(config: schema.Config, *, workdir: str, format: str) -> int:
@@ -72,30 +66,19 @@ def run(config: schema.Config, *, workdir: str, format: str) -> int:
         )
     config = settings_of(config, workdir)
     if not config.traits.views:
-        return export_model(config, workdir=workdir, format=format)
+        return export_dense.export_model(config, workdir=workdir, format=format)
     write = {**_FORMATS, **_FORMATS_OF_LAYOUT.get(backbones.get_backbone(config.model).layout, {})}
     if format not in write:
         raise UserError(
             f"--format={format}: has no model for the backbone {config.model.backbone}; use"
             f" {', '.join(write)}"
         )
-    directory = _directory(workdir, format)
+    directory = export_files.export_directory(workdir, format)
     with progress.progress_bar(f"exporting {format}", total=3, unit="parts") as advance:
         lines = _export(config, workdir, directory, format, write[format], advance)
     for line in lines:
         print(line)
     return 0
-
-
-def _directory(workdir: str, format: str) -> pathlib.Path:
-    """Where a format is written. Raises UserError if nothing can be written there."""
-    exports = setup.check_writable(
-        pathlib.Path(workdir) / "export",
-        f"--workdir {workdir}",
-        "exports are written to WORKDIR/export; copy config.txt and checkpoints to another"
-        " directory and export from there",
-    )
-    return exports / format
 
 
 def _export(
@@ -117,18 +100,17 @@ def _export(
         model,
         config=dataclasses.replace(model.config, evaluate=config.evaluate, report=config.report),
     )
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    lines = write(directory, model, workdir)
-    advance(1)
-    encoder, preprocessing = _described(model)
-    is_vit = backbones.get_backbone(model.config.model).layout == "vit"
-    export_formats.description(directory, preprocessing, encoder if is_vit else None)
-    lines.append(_preprocessing_line(model))
-    write_text_atomic(
-        directory / model_card.FILE,
-        model_card.model_card_text(model, pathlib.Path(workdir), format),
-    )
+    with export_files.replaced_directory(directory) as temporary:
+        lines = write(temporary, model, workdir)
+        advance(1)
+        encoder, preprocessing = _described(model)
+        is_vit = backbones.get_backbone(model.config.model).layout == "vit"
+        export_formats.description(temporary, preprocessing, encoder if is_vit else None)
+        lines.append(_preprocessing_line(model))
+        write_text_atomic(
+            temporary / model_card.FILE,
+            model_card.model_card_text(model, pathlib.Path(workdir), format),
+        )
     advance(1)
     return [f"{model.name} -> {directory}", *lines]
 
@@ -136,8 +118,9 @@ def _export(
 def _preprocessing_line(model: load.LoadedEncoder) -> str:
     preprocessing = model.preprocessing
     return (
-        f"preprocessing, as in {tensor_files.PREPROCESSING}: resize the"
-        f" {preprocessing.resized_side} to {preprocessing.short_side}"
+        f"preprocessing, as in {tensor_files.PREPROCESSING}: resize"
+        f" {'each side' if preprocessing.squash else 'the short side'} to"
+        f" {preprocessing.short_side}"
         f" ({preprocessing.interpolation}), centre crop {preprocessing.image_size}"
     )
 
@@ -183,7 +166,8 @@ def _to_timm(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -
 def _to_hugging_face(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     encoder, preprocessing = _described(model)
     kind = export_formats.hugging_face_config(directory, tree_of(model), encoder, preprocessing)
-    lines = [f"open it with: transformers.{kind}.from_pretrained({str(directory)!r})"]
+    place = str(pathlib.Path(workdir) / export_files.EXPORTS / "hf")  # `directory` is temporary
+    lines = [f"open it with: transformers.{kind}.from_pretrained({place!r})"]
     if kind == "ViTModel" and not encoder["final_norm"]:
         lines.append(
             "the model ends in an untrained LayerNorm (scale 1, offset 0): the features of the run"
@@ -263,29 +247,17 @@ def _check_round_trip(file: pathlib.Path, model: load.LoadedEncoder) -> None:
 
 def _to_stablehlo(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
     size, parameters = model.config.data.image_size, model.params
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters))
-    if total > _LARGEST:
-        raise UserError(
-            f"--format=stablehlo: {total / 2**30:.1f} GiB of weights do not go into one program of"
-            " 2 GiB; use orbax and jax.export"
-        )
+    plain = monitoring.without_remat(model.config)  # its chunks need a known number of images
     (rows,) = jax.export.symbolic_shape("b")
-    function = jax.jit(
-        lambda pixels: feature_extraction.extract_features(
-            model.config, model.pool, parameters, pixels
-        )
+    program, expected, result = export_files.write_program(
+        directory / "features.stablehlo",
+        lambda pixels: feature_extraction.extract_features(plain, model.pool, parameters, pixels),
+        shapes=(jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8),),
+        arguments=(export_files.random_images(3, size),),
+        parameters=parameters,
+        platforms=_PLATFORMS,
     )
-    images = np.random.default_rng(0).integers(0, 256, (3, size, size, 3)).astype(np.uint8)
-    with kernel_calls.without_kernels():
-        exported = jax.export.export(function, platforms=_PLATFORMS)(
-            jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
-        )
-        expected = np.asarray(function(images))  # kernels round otherwise
-    with tensor_files.atomic_replace(directory / "features.stablehlo") as file:
-        file.write(exported.serialize())
-    again = jax.export.deserialize(bytearray((directory / "features.stablehlo").read_bytes()))
-    result = np.asarray(again.call(images))
-    shape = ", ".join(map(str, again.out_avals[0].shape))
+    shape = ", ".join(map(str, program.out_avals[0].shape))
     return [
         f"features ({model.pool}) of uint8 images [b, {size}, {size}, 3] as float32 [{shape}], for "
         + ", ".join(_PLATFORMS),
@@ -293,7 +265,9 @@ def _to_stablehlo(directory: pathlib.Path, model: load.LoadedEncoder, workdir: s
             "run it with: jax.export.deserialize(bytearray(open('features.stablehlo',"
             " 'rb').read())).call(images)"
         ),
-        _difference("the features of the exported program", expected, result),
+        _difference(
+            "the features of the exported program", np.asarray(expected), np.asarray(result)
+        ),
     ]
 
 
@@ -328,8 +302,8 @@ def _described(model: load.LoadedEncoder) -> tuple[dict[str, Any], dict[str, Any
 def _random_images(model: load.LoadedEncoder) -> np.ndarray:
     """Two normalised random images [2, S, S, 3], for the comparison."""
     size = model.config.data.image_size
-    raw = np.random.default_rng(0).integers(0, 256, (2, size, size, 3)).astype(np.uint8)
-    return np.asarray(photometric.normalize(jnp.asarray(raw), model.config.data.augment))
+    raw = jnp.asarray(export_files.random_images(2, size))
+    return np.asarray(photometric.normalize(raw, model.config.data.augment))
 
 
 def _compared(
@@ -365,115 +339,3 @@ def _difference(what: str, ours: np.ndarray, theirs: np.ndarray) -> str:
         f"{what} and those of the run differ by at most {difference:.2g}, the largest value is"
         f" {largest:.2g}: equal"
     )
-
-
-def export_model(config: schema.Config, *, workdir: str, format: str) -> int:
-    """Write WORKDIR/export/<format>.
-
-    Args:
-      config: settings of the run; `evaluate.encoder` chooses the weights.
-      workdir: of the run.
-      format: stablehlo, npz or orbax.
-
-    Raises:
-      UserError: another format, which has no place for pyramid and head.
-    """
-    if format not in _WRITERS:
-        raise UserError(
-            f"--format={format}: has no place for the head of config.task={config.task}; use"
-            f" {', '.join(_WRITERS)}"
-        )
-    directory = _directory(workdir, format)
-    model = load.load(workdir, weights=config.evaluate.encoder)
-    model.config = dataclasses.replace(model.config, report=config.report)
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    lines = _WRITERS[format](directory, model)
-    write_text_atomic(directory / "config.txt", model_card.portable_settings(model.config))
-    described = {"classes": model.names, "task": config.task, "input": _input(model)}
-    write_text_atomic(
-        directory / checkpoint_dir.DESCRIPTION, json.dumps(described, indent=1) + "\n"
-    )
-    write_text_atomic(
-        directory / model_card.FILE,
-        model_card.model_card_text(model, pathlib.Path(workdir), format),
-    )
-    print(f"{model.name} -> {directory}")
-    for line in lines:
-        print(line)
-    return 0
-
-
-def _input(model: LoadedDense) -> str:
-    side = model.config.data.image_size
-    return (
-        f"RGB uint8 [1, {side}, {side}, 3], zeros at the right and at the bottom, and the size of"
-        " the content, int32 [1, 2] (height, width)"
-    )
-
-
-def _model_to_stablehlo(directory: pathlib.Path, model: LoadedDense) -> list[str]:
-    params, task, side = model.params, model.task, model.config.data.image_size
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    if total > _LARGEST:
-        raise UserError(
-            f"--format=stablehlo: {total / 2**30:.1f} GiB of weights do not go into one program of"
-            " 2 GiB; use orbax and jax.export"
-        )
-
-    def predict(images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
-        return task.predict(params, params["running"], {"image": images, "size": sizes})
-
-    function = jax.jit(predict)
-    images = np.random.default_rng(0).integers(0, 256, (1, side, side, 3)).astype(np.uint8)
-    sizes = np.array([[side, side]], np.int32)
-    with kernel_calls.without_kernels():
-        exported = jax.export.export(function, platforms=_MODEL_PLATFORMS)(
-            jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
-            jax.ShapeDtypeStruct((1, 2), jnp.int32),
-        )
-        ours = function(images, sizes)  # kernels round otherwise
-    file = directory / "model.stablehlo"
-    with tensor_files.atomic_replace(file) as out:
-        out.write(exported.serialize())
-    again = jax.export.deserialize(bytearray(file.read_bytes()))
-    theirs = again.call(images, sizes)
-    largest = max(
-        float(jnp.abs(ours[name].astype(jnp.float32) - theirs[name].astype(jnp.float32)).max())
-        for name in ours
-    )
-    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in ours.items())
-    return [
-        f"{_input(model)} -> {shapes}, for {', '.join(_MODEL_PLATFORMS)}",
-        "run it with: jax.export.deserialize(bytearray(open('model.stablehlo',"
-        " 'rb').read())).call(images, sizes)",
-        f"largest difference of the exported program from the model: {largest:.3g}",
-    ]
-
-
-def _flat(model: LoadedDense) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(model.params)
-    return {path_text(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def _model_to_npz(directory: pathlib.Path, model: LoadedDense) -> list[str]:
-    arrays = _flat(model)
-    tensor_files.write_npz(directory / checkpoint_dir.ARRAYS, arrays)
-    return [f"{len(arrays)} arrays by their paths, running statistics below running/"]
-
-
-def _model_to_orbax(directory: pathlib.Path, model: LoadedDense) -> list[str]:
-    checkpoint.write_tree(
-        directory / checkpoint_dir.PARAMETERS, jax.tree.map(np.asarray, model.params)
-    )
-    return [
-        f"{len(_flat(model))} arrays; read them with"
-        " orbax.checkpoint.StandardCheckpointer().restore(DIRECTORY)"
-    ]
-
-
-_WRITERS: dict[str, Callable[[pathlib.Path, LoadedDense], list[str]]] = {
-    "stablehlo": _model_to_stablehlo,
-    "npz": _model_to_npz,
-    "orbax": _model_to_orbax,
-}

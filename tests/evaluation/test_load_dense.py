@@ -19,7 +19,7 @@ from m3i_jax.evaluation import detection_results
 from m3i_jax.evaluation.dense_recipes import continue_dense_run
 from m3i_jax.evaluation.load import build_encoder
 from m3i_jax.evaluation.load_dense import LoadedDense, as_images
-from m3i_jax.modes import export
+from m3i_jax.modes import export_dense
 from m3i_jax.training.task import make_task
 from tests import dense_toy
 
@@ -99,7 +99,7 @@ def test_the_program_of_mask2former_is_the_model(
     task: str, output: str, tmp_path: pathlib.Path
 ) -> None:
     """As StableHLO for all platforms; written and read again."""
-    lines = export._model_to_stablehlo(tmp_path, loaded(task))
+    lines = export_dense._to_stablehlo(tmp_path, loaded(task))
     assert (tmp_path / "model.stablehlo").stat().st_size > 1000
     assert output in lines[0] and lines[0].endswith("for cpu, cuda, tpu")
     assert float(lines[-1].split(": ")[1]) < 1e-5

@@ -18,8 +18,8 @@ from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load
 from m3i_jax.interop import export_formats, tensor_files, vit_weights
-from m3i_jax.models import presets
-from m3i_jax.modes import export, model_card
+from m3i_jax.models import intern_image_layer, presets
+from m3i_jax.modes import export, export_files, model_card
 from m3i_jax.parallel import kernel_calls
 from m3i_jax.training import teachers
 from tests import saved, toy
@@ -298,6 +298,82 @@ def test_stablehlo_runs_in_a_fresh_process_for_any_batch(
         for n in ("1", "3"):
             assert got[n].shape == (int(n), 24)
             np.testing.assert_allclose(got[n], expected[: int(n)], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"model__remat": "names", "model__scan": "true"}, id="vit"),
+        pytest.param(
+            {**toy.INTERN, "model__remat": "full"}, id="intern_image", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_program_for_any_batch_of_a_run_with_remat(
+    changes: dict[str, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of images, which remat computes one by one, have no place in it."""
+    pytest.importorskip("flatbuffers")
+    monkeypatch.setattr(export, "_PLATFORMS", ("cpu",))
+    monkeypatch.setattr(intern_image_layer, "chunk_rows", lambda *_: 1.0)  # as on a TPU
+    config = toy.settings(objective__forms="sim", **changes)
+    params = {"encoder": saved.random(config)["encoder"]}
+    export._to_stablehlo(tmp_path, load.LoadedEncoder(config, params, "mean", ""), "")
+    program = jax.export.deserialize(bytearray((tmp_path / "features.stablehlo").read_bytes()))
+    images = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
+    one_by_one = [program.call(images[k : k + 1])[0] for k in range(4)]
+    np.testing.assert_allclose(program.call(images), np.stack(one_by_one), atol=1e-5)
+
+
+def test_an_export_replaces_an_earlier_one_as_a_whole_or_not_at_all(
+    run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = lambda: {
+        str(path.relative_to(tmp_path)): path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    model = load.load(str(run[0]))
+    monkeypatch.setattr(load, "load", lambda *_, **__: model)
+    parts = (toy.settings(), str(tmp_path), tmp_path / "npz", "npz")
+
+    def broken(directory: pathlib.Path, *_: object) -> list[str]:
+        (directory / "half.npz").write_bytes(b"")
+        raise UserError("no place left")
+
+    with pytest.raises(UserError, match="no place left"):
+        export._export(*parts, broken, lambda _: None)
+    assert not list(tmp_path.iterdir())
+    export._export(*parts, export._to_npz, lambda _: None)
+    earlier = files()
+    assert set(earlier) == {"npz/vit.npz", "npz/preprocessing.json", "npz/README.md"}
+    with pytest.raises(UserError, match="no place left"):
+        export._export(*parts, broken, lambda _: None)
+    assert files() == earlier
+    for left in (".npz.new", ".npz.old"):  # of a process that was killed
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "half.npz").write_bytes(b"")
+    export._export(*parts, export._to_npz, lambda _: None)
+    assert files() == earlier
+
+
+def test_an_export_killed_between_its_renames_keeps_the_earlier_one(tmp_path: pathlib.Path) -> None:
+    (tmp_path / ".hf.old").mkdir()
+    (tmp_path / ".hf.old" / "a.txt").write_text("earlier")
+    with (
+        pytest.raises(UserError),
+        export_files.replaced_directory(tmp_path / "hf"),
+    ):
+        raise UserError("again")
+    assert (tmp_path / "hf" / "a.txt").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_preprocessing_of_a_square_is_a_sentence() -> None:
+    for squash, words in (("false", "resize the short side to 37"), ("true", "resize each side")):
+        config = toy.settings(evaluate__squash=squash)
+        line = export._preprocessing_line(load.LoadedEncoder(config, {}, "mean", ""))
+        assert words in line, line
 
 
 def test_the_model_card(run) -> None:
