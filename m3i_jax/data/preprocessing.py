@@ -9,6 +9,8 @@ from PIL import Image
 from m3i_jax import schema
 from m3i_jax.data import crops
 
+RESIZING = ("crop", "interpolation", "squash")  # settings of `evaluate`, fields of `Preprocessing`
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
@@ -99,6 +101,34 @@ class Preprocessing:
         resized = [band.resize((size, size), how, window) for band in bands]
         # Bicubic interpolation overshoots; Pillow clips bytes but not floats.
         return np.clip(np.stack([np.asarray(band) for band in resized], -1), 0, 1)
+
+
+def with_evaluation(
+    own: schema.Config, asked: schema.Config, *, keep: bool = False
+) -> schema.Config:
+    """Returns the settings of weights with `evaluate` and the background of a command.
+
+    Args:
+      own: settings of the weights.
+      asked: settings of the command.
+      keep: RESIZING stay those of the weights where the command has the defaults.
+
+    >>> own = schema.Config(evaluate=schema.Evaluate(crop=0.5, squash=True))
+    >>> asked = schema.Config(evaluate=schema.Evaluate(crop=1.0))
+    >>> made = [with_evaluation(own, asked, keep=keep).evaluate for keep in (False, True)]
+    >>> [(evaluate.crop, evaluate.squash) for evaluate in made]
+    [(1.0, False), (1.0, True)]
+    """
+    kept = {
+        name: getattr(own.evaluate, name)
+        for name in RESIZING
+        if keep and getattr(asked.evaluate, name) == getattr(schema.Evaluate, name)
+    }
+    return dataclasses.replace(
+        own,
+        evaluate=dataclasses.replace(asked.evaluate, **kept),
+        data=dataclasses.replace(own.data, background=asked.data.background),
+    )
 
 
 def check_images(image_HxWx3: np.ndarray) -> np.ndarray:

@@ -363,7 +363,7 @@ def fit_config_to_weights(config: schema.Config, path: str, flag: str) -> schema
         out.data.image_size = config.data.image_size
         if backbones.get_backbone(out.model).resizes_positions:
             out.dense.maps.image_size = source.data.image_size
-    for name in ("crop", "interpolation", "squash"):
+    for name in preprocessing.RESIZING:
         if out.evaluate[name] == getattr(schema.Evaluate, name):
             out.evaluate[name] = source.evaluate[name]
     return configuration.resolve(out)

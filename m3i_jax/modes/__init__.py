@@ -95,6 +95,7 @@ _DATA = tuple(
     )
 )  # fmt: skip
 _EVALUATION = ("image_size", "classes", "captions", "caption_length", "augment.mean", "augment.std")
+_RESIZING = tuple(f"evaluate.{name}" for name in ("crop", "interpolation", "squash"))
 MODES = {
     "train": Mode(
         "train, or resume the run in the working directory",
@@ -165,10 +166,7 @@ MODES = {
         " tools (--format), with a model card, to WORKDIR/export",
         flags=("format",),
         of_run=True,
-        reads=(
-            *(f"evaluate.{name}" for name in ("encoder", "crop", "interpolation", "squash")),
-            *("report.licence", "report.private"),
-        ),
+        reads=("evaluate.encoder", *_RESIZING, "report.licence", "report.private"),
     ),
     "features": Mode(
         "write the features of all images of the source to a file (--out), by the run in the"
@@ -180,7 +178,8 @@ MODES = {
         compiles=True,
         reads=(
             *_DATA,
-            *(f"evaluate.{name}" for name in ("features", "encoder", "crop", "batch_size")),
+            *(f"evaluate.{name}" for name in ("features", "encoder", "batch_size")),
+            *_RESIZING,
             *("init_from", "init.weights", "report.private"),
         ),
     ),

@@ -38,6 +38,7 @@ import numpy as np
 from m3i_jax import config as configuration
 from m3i_jax import progress, schema
 from m3i_jax.augment import photometric
+from m3i_jax.data import preprocessing
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load
 from m3i_jax.interop import export_formats, intern_image_weights, tensor_files, vit_weights
@@ -96,16 +97,14 @@ def _export(
         dtype="" if format in ("stablehlo", "orbax") else "float32",
     )
     advance(1)
-    model = dataclasses.replace(
-        model,
-        config=dataclasses.replace(model.config, evaluate=config.evaluate, report=config.report),
-    )
+    asked = preprocessing.with_evaluation(model.config, config)
+    model = dataclasses.replace(model, config=dataclasses.replace(asked, report=config.report))
     with export_files.replaced_directory(directory) as temporary:
         lines = write(temporary, model, workdir)
         advance(1)
-        encoder, preprocessing = _described(model)
+        encoder, seen = _described(model)
         is_vit = backbones.get_backbone(model.config.model).layout == "vit"
-        export_formats.description(temporary, preprocessing, encoder if is_vit else None)
+        export_formats.description(temporary, seen, encoder if is_vit else None)
         lines.append(_preprocessing_line(model))
         write_text_atomic(
             temporary / model_card.FILE,
@@ -116,12 +115,11 @@ def _export(
 
 
 def _preprocessing_line(model: load.LoadedEncoder) -> str:
-    preprocessing = model.preprocessing
+    seen = model.preprocessing
     return (
         f"preprocessing, as in {tensor_files.PREPROCESSING}: resize"
-        f" {'each side' if preprocessing.squash else 'the short side'} to"
-        f" {preprocessing.short_side}"
-        f" ({preprocessing.interpolation}), centre crop {preprocessing.image_size}"
+        f" {'each side' if seen.squash else 'the short side'} to {seen.short_side}"
+        f" ({seen.interpolation}), centre crop {seen.image_size}"
     )
 
 
@@ -143,9 +141,9 @@ def tree_of(model: load.LoadedEncoder) -> dict[str, np.ndarray]:
 
 
 def _to_timm(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
-    encoder, preprocessing = _described(model)
+    encoder, seen = _described(model)
     size = model.config.data.image_size
-    export_formats.timm_config(directory, tree_of(model), encoder, preprocessing)
+    export_formats.timm_config(directory, tree_of(model), encoder, seen)
     name, arguments = export_formats.timm_arguments(encoder, size)
     words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     lines = [
@@ -164,8 +162,8 @@ def _to_timm(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -
 
 
 def _to_hugging_face(directory: pathlib.Path, model: load.LoadedEncoder, workdir: str) -> list[str]:
-    encoder, preprocessing = _described(model)
-    kind = export_formats.hugging_face_config(directory, tree_of(model), encoder, preprocessing)
+    encoder, seen = _described(model)
+    kind = export_formats.hugging_face_config(directory, tree_of(model), encoder, seen)
     place = str(pathlib.Path(workdir) / export_files.EXPORTS / "hf")  # `directory` is temporary
     lines = [f"open it with: transformers.{kind}.from_pretrained({place!r})"]
     if kind == "ViTModel" and not encoder["final_norm"]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import schema
+from m3i_jax.data.preprocessing import with_evaluation
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.evaluation.load_dense import LoadedDense
@@ -42,6 +43,7 @@ def export_model(config: schema.Config, *, workdir: str, format: str) -> int:
     directory = export_files.export_directory(workdir, format)
     model = load.load(workdir, weights=config.evaluate.encoder)
     model.config = dataclasses.replace(model.config, report=config.report)
+    asked = dataclasses.replace(model, config=with_evaluation(model.config, config))
     with export_files.replaced_directory(directory) as temporary:
         lines = _WRITERS[format](temporary, model)
         write_text_atomic(temporary / "config.txt", model_card.portable_settings(model.config))
@@ -51,7 +53,7 @@ def export_model(config: schema.Config, *, workdir: str, format: str) -> int:
         )
         write_text_atomic(
             temporary / model_card.FILE,
-            model_card.model_card_text(model, pathlib.Path(workdir), format),
+            model_card.model_card_text(asked, pathlib.Path(workdir), format),
         )
     print(f"{model.name} -> {directory}")
     for line in lines:

@@ -19,7 +19,7 @@ import numpy as np
 from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, progress, schema
 from m3i_jax.data import eval_batches, splits
-from m3i_jax.data.preprocessing import Preprocessing
+from m3i_jax.data.preprocessing import Preprocessing, with_evaluation
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
@@ -47,7 +47,9 @@ def run(config: schema.Config, *, workdir: str, out: str, given: Collection[str]
     file = _weight_file(config, workdir, given)
     config = dataclasses.replace(config, init_from=file)
     model = _model(config, workdir, _which_weights(config, given))
-    preprocessing = _preprocessing(config, model)
+    # weights of `init_from` keep their own preprocessing but for what is set
+    model.config = with_evaluation(model.config, config, keep=bool(config.init_from))
+    preprocessing = model.preprocessing
     train, held_out = splits.open_splits(config.data, cache=index_directory(config.data, directory))
     identity = {
         "weights": model.name,
@@ -139,16 +141,6 @@ def _model(config: schema.Config, workdir: str, weights: str) -> load.LoadedEnco
             f" {model.name} has none; use 'mean'"
         )
     return model
-
-
-def _preprocessing(config: schema.Config, model: load.LoadedEncoder) -> Preprocessing:
-    """The preprocessing of the weights, with the crop and background of the configuration; of
-    weights of `init_from` with their own crop, unless the configuration has another than the
-    default."""
-    crop = config.evaluate.crop
-    if config.init_from and crop == schema.Evaluate.crop:
-        crop = model.preprocessing.crop
-    return dataclasses.replace(model.preprocessing, crop=crop, background=config.data.background)
 
 
 def _remove_other_parts(parts_dir: pathlib.Path, identity: dict[str, Any]) -> None:

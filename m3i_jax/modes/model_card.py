@@ -6,11 +6,12 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
+from m3i_jax.data.preprocessing import RESIZING
 from m3i_jax.evaluation.load import LoadedEncoder
 from m3i_jax.evaluation.load_dense import LoadedDense
 from m3i_jax.models import backbones
@@ -71,7 +72,7 @@ def model_card_text(model: LoadedEncoder | LoadedDense, workdir: pathlib.Path, f
         "",
         "## Metrics",
         "",
-        *_metrics(workdir),
+        *_metrics(workdir, c.evaluate),
         "",
         "## Settings that are not at their default",
         "",
@@ -229,10 +230,27 @@ def _data(c: schema.Config, workdir: pathlib.Path) -> list[str]:
     return [f"{c.data.classes} categories, captions: {c.data.captions}.", "", *lines]
 
 
-def _metrics(workdir: pathlib.Path) -> list[str]:
+def _settings_other(used: Mapping[str, Any], asked: schema.Evaluate) -> str:
+    """Settings of an evaluation that are not those of the export, behind the name of a metric.
+
+    >>> _settings_other({"encoder": "ema", "crop": 1.0, "squash": True}, schema.Evaluate(crop=1.0))
+    ', encoder=ema, squash=true'
+    """
+    other = {name: value for name, value in used.items() if value != getattr(asked, name)}
+    return "".join(
+        f", {name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in other.items()
+    )
+
+
+def _metrics(workdir: pathlib.Path, asked: schema.Evaluate) -> list[str]:
     """The last value of every loss and evaluation metric in the log, and the results of --mode=eval
-    for the run."""
+    for the run; with the settings that they were measured by where the export has others."""
     file = workdir / "metrics.jsonl"
+    other = ""
+    if file.is_file():
+        own = configuration.load_from_workdir(str(workdir), "--workdir").evaluate
+        other = _settings_other({name: own[name] for name in ("encoder", *RESIZING)}, asked)
     last: dict[str, tuple[int, float]] = {}
     for line in file.read_text().splitlines() if file.is_file() else []:
         try:
@@ -243,7 +261,7 @@ def _metrics(workdir: pathlib.Path) -> list[str]:
             if name.split("/")[0] in ("loss", "eval", "info", "collapse") and isinstance(
                 value, int | float
             ):
-                last[name] = (row["step"], value)
+                last[name + (other if name.startswith("eval/") else "")] = (row["step"], value)
     file = workdir / "eval.json"
     evaluation = json.loads(file.read_text()) if file.is_file() else {}
     # only results of this run, not of other weights
@@ -251,8 +269,11 @@ def _metrics(workdir: pathlib.Path) -> list[str]:
         pathlib.Path(evaluation.get("checkpoint", "")).parent.resolve()
         == (workdir / "checkpoints").resolve()
     ):
+        seen = evaluation.get("preprocessing", {})
+        used = {name: seen[name] for name in RESIZING if name in seen}
+        other_eval = _settings_other(used, asked)
         results = {
-            f"{name}, {evaluation['encoder']}": value
+            f"{name}, {evaluation['encoder']}{other_eval}": value
             for metrics in evaluation["results"].values()
             for name, value in metrics.items()
         }

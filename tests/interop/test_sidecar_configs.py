@@ -11,12 +11,11 @@ from PIL import Image
 
 from m3i_jax import schema
 from m3i_jax.data import crops
-from m3i_jax.data.preprocessing import Preprocessing
+from m3i_jax.data.preprocessing import Preprocessing, with_evaluation
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
 from m3i_jax.interop import export_formats, sidecar_configs, tensor_files, vit_weights
 from m3i_jax.interop.layout_entries import HALVES, IMAGENET
-from m3i_jax.modes import features
 from m3i_jax.training import weight_source
 from tests import toy
 from tests.interop.published_vit import ENCODERS, TINY, weights
@@ -264,8 +263,8 @@ def test_evaluations_of_a_file_see_what_it_describes(tmp_path: pathlib.Path) -> 
         config = toy.settings()
         config = dataclasses.replace(config, evaluate=evaluate, init_from=str(tmp_path))
         fitted = load.fit_config_to_weights(config, str(tmp_path), "--checkpoint")
-        for found in (features._preprocessing(config, model), Preprocessing.of(fitted)):
-            assert resized(found) == ("bilinear", True, expected)
+        for found in (with_evaluation(model.config, config, keep=True), fitted):
+            assert resized(Preprocessing.of(found)) == ("bilinear", True, expected)
     config = dataclasses.replace(config, evaluate=schema.Evaluate(interpolation="lanczos"))
     fitted = load.fit_config_to_weights(config, str(tmp_path), "--checkpoint")
     assert resized(Preprocessing.of(fitted)) == ("lanczos", True, 12)

@@ -14,6 +14,7 @@ import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
+from m3i_jax import schema
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load
@@ -405,6 +406,24 @@ def test_the_model_card(run) -> None:
     ]:
         assert words in text, words
     assert "| lr |" not in text and str(run[0]) not in text
+
+
+def test_metrics_of_the_model_card_that_were_measured_by_other_settings(run) -> None:
+    """Whatever the export does not have: the weights, and how images were resized."""
+    seen = Preprocessing(image_size=32, crop=0.5, squash=True).described()
+    about = {"checkpoint": str(run[0] / "checkpoints" / "4"), "step": 4, "encoder": "ema"}
+    results = {"results": {"knn": {"eval/knn/top1": 0.5}}, "preprocessing": seen}
+    (run[0] / "eval.json").write_text(json.dumps(about | results))
+    rows = model_card._metrics(
+        run[0], schema.Evaluate(encoder="ema", crop=1.0, interpolation="bilinear", squash=True)
+    )
+    (run[0] / "eval.json").unlink()
+    other = "encoder=online, crop=0.875, interpolation=bicubic, squash=false"
+    assert rows[2:] == [
+        "| loss | 2.5 | 4 |",
+        f"| eval/knn/top1, {other} | 0.75 | 4 |",
+        "| eval/knn/top1, ema, crop=0.5, interpolation=bicubic (--mode=eval) | 0.5 | 4 |",
+    ]
 
 
 def test_paths_of_a_mixture() -> None:

@@ -205,6 +205,8 @@ def test_evaluation_settings_are_used_and_parts_of_other_settings_removed(
         written(workdir, tmp_path / "a.npz")
     wanted = {
         "evaluate.crop": 1.0,
+        "evaluate.interpolation": "bilinear",
+        "evaluate.squash": "true",
         "data.threads": 3,
         "data.missing": "replace",
         "data.background": 0,
@@ -220,7 +222,9 @@ def test_evaluation_settings_are_used_and_parts_of_other_settings_removed(
     # from the start, since the crop differs
     assert [start for start, *_ in asked] == [0, 16, 0, 16, 0, 16]
     for preprocessing, settings in (found for _, *found in asked[2:]):
-        assert (preprocessing.crop, preprocessing.background) == (1.0, 0) and settings == {
+        how = preprocessing.crop, preprocessing.interpolation, preprocessing.squash
+        assert how == (1.0, "bilinear", True)
+        assert preprocessing.background == 0 and settings == {
             "threads": 3,
             "missing": "replace",
         }
