@@ -14,6 +14,7 @@ from m3i_jax import parallel, schema, validation
 from m3i_jax.data import pipeline, splits
 from m3i_jax.data.sources import mixture
 from m3i_jax.data.sources.base import DataSource
+from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
 from m3i_jax.modes import batch_search, monitoring, setup
 from m3i_jax.modes.task_views import task_views
@@ -22,7 +23,7 @@ from m3i_jax.profiling import flops, hardware, this_machine, traffic_model
 from m3i_jax.profiling.traffic_model import StepTraffic
 from m3i_jax.reporting import text_table
 from m3i_jax.training import scaling, step, trainer
-from m3i_jax.training.plan import build_plan
+from m3i_jax.training.plan import MissingAnnotations, build_plan
 from m3i_jax.training.task import task_kind
 
 _ROWS = 64  # images that the estimate of the memory traffic traces
@@ -60,7 +61,23 @@ def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
         assumed.append(f"{size:,} training images")
     if d.source == "shapes":
         size = round(size * (1 - d.holdout))
-    return setup.complete_config(config, classes=classes, captions=captions, size=size), assumed
+    done = setup.complete_config(config, classes=classes, captions=captions, size=size)
+    if not captions and d.captions == "auto":
+        _require_terms(done, assumed)
+    return done, assumed
+
+
+def _require_terms(config: schema.Config, assumed: list[str]) -> None:
+    """Refuse an objective that has no term if the data are as assumed, since they may not be."""
+    for forms in task_kind(config.task).objectives(config):
+        try:
+            build_plan(setup.with_objective(config, forms))
+        except MissingAnnotations:
+            raise UserError(
+                f"config.objective.forms: {', '.join(forms)}: predicts only annotations, and this"
+                f" mode reads no data and assumes {', '.join(assumed)}; if the data have some, give"
+                " --config.data.captions=yes or --config.data.classes=N"
+            ) from None
 
 
 @functools.lru_cache(maxsize=1)

@@ -198,6 +198,7 @@ def _check_match(
     """Refuse a match that would leave a part of the encoder, or all of the run, random."""
     only = ",".join(config.init.only)
     where = f"config.init_from: {source.name}"
+    how = silent_settings.how_to_fit(config, source.settings)
     if not match.selected:
         raise UserError(
             f"{where}: no array of this run matches config.init.only={only}; its arrays are"
@@ -208,7 +209,7 @@ def _check_match(
         raise UserError(
             f"{where}: its encoder has other shapes ({len(paths)} arrays differ, first {path}:"
             f" {source.shapes[path]} in the source, {target[path].shape} in this run);"
-            f" {_how_to_fit(source)}"
+            f" {how}"
         )
     if not match.same:
         nearest = {
@@ -229,17 +230,16 @@ def _check_match(
     if lost and any(p.startswith("encoder/") for p in match.selected):
         raise UserError(
             f"{where}: its features are computed with {lost[0]} ({len(lost)} such arrays), which"
-            " this run lacks; set config.dense.maps.relative and layer_scale as there (or"
-            " config.model.encoder.layer_scale), or select less by config.init.only"
+            f" this run lacks; {how}, and config.dense.maps.relative and layer_scale as there, or"
+            " select less by config.init.only"
         )
     for prefix, (name, has) in _OPTIONS.items():
         lost = [p for p in source.shapes if p.startswith(prefix)]
         blocks = any(p.startswith("encoder/blocks/") for p in match.same)
         if lost and blocks and not has(getattr(config.model.encoder, name)):
             raise UserError(
-                f"{where}: its features are computed with {lost[0]}, which this run lacks; set"
-                f" config.model.encoder.{name}={source.settings.get(name)}, or select less by"
-                " config.init.only"
+                f"{where}: its features are computed with {lost[0]}, which this run lacks; {how},"
+                " or select less by config.init.only"
             )
     absent = [
         p for p in match.missing if p.startswith("encoder/") and not p.startswith(added + of_maps)
@@ -247,7 +247,7 @@ def _check_match(
     if absent:
         raise UserError(
             f"{where}: its encoder fits in part ({len(absent)} arrays are missing, first"
-            f" {absent[0]}); {_how_to_fit(source)}, or select less by config.init.only"
+            f" {absent[0]}); {how}, or select less by config.init.only"
         )
     known = (MASK_TOKEN, *of_maps)
     untrained = [p for p in match.missing if p.startswith("encoder/") and not p.startswith(known)]
@@ -277,24 +277,6 @@ def _added_parameters(config: schema.Config) -> tuple[str, ...]:
 def _map_parameters(config: schema.Config) -> tuple[str, ...]:
     """Prefixes of parameters that maps add to an encoder."""
     return tuple(f"encoder/{prefix}" for prefix in composite.of_run(config).map_parameters)
-
-
-def _how_to_fit(source: WeightSource) -> str:
-    """The settings with which the encoder of this run is the source's."""
-    settings = source.settings
-    if "preset" in settings:
-        return f"it is {settings['preset']}: use that model"
-    backbone = backbones.registered_backbones().get(settings.get("backbone", ""), backbones.VIT)
-    groups = {
-        "encoder": {name: settings[name] for name in backbone.shape_settings if name in settings},
-        **{section: settings[section] for section in backbone.sections if section in settings},
-    }
-    sizes = " and ".join(
-        f"config.model.{group} to {', '.join(f'{name}={value}' for name, value in values.items())}"
-        for group, values in groups.items()
-        if values
-    )
-    return f"set {sizes}" if sizes else "use the same model settings"
 
 
 def _setting_differences(config: schema.Config, source: WeightSource) -> list[str]:

@@ -9,6 +9,7 @@ from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.models.vit import FIXED, fixed_positions
 from m3i_jax.objective import positions
+from m3i_jax.training import silent_settings
 from m3i_jax.training.weight_source import WeightSource
 
 TABLE = "encoder/positions"
@@ -48,7 +49,7 @@ def initial_positions(config: schema.Config, source: WeightSource, own_grid: int
     ):
         return PositionTable(None, "")  # no encoder, or another one, which `_check_match` refuses
     if "rope" in (kind, encoder.positions):  # there is no table
-        return _require_kind(source, kind, encoder.positions)
+        return _require_kind(config, source, kind)
     if encoder.positions == "learned":
         if kind != "learned":
             grid = _source_grid(source, config)
@@ -73,7 +74,7 @@ def initial_positions(config: schema.Config, source: WeightSource, own_grid: int
             resized if grid != own_grid else "",
         )
     if kind != "learned":
-        found = _require_kind(source, kind, encoder.positions)
+        found = _require_kind(config, source, kind)
         message = _of_another_grid(_source_grid(source, config), own_grid)
         return dataclasses.replace(found, message=message)
     if TABLE not in source.shapes:
@@ -92,11 +93,11 @@ def initial_positions(config: schema.Config, source: WeightSource, own_grid: int
             )
             resized = _of_another_grid(grid, own_grid)
             return dataclasses.replace(
-                _require_kind(source, fixed_kind, encoder.positions),
+                _require_kind(config, source, fixed_kind),
                 message=f"{message}; {resized}" if resized else message,
                 cls=table_1xTxD[:, :1] if cls_rows else None,
             )
-    return _require_kind(source, "learned", encoder.positions)
+    return _require_kind(config, source, "learned")
 
 
 def _source_grid(source: WeightSource, config: schema.Config) -> int:
@@ -108,12 +109,14 @@ def _source_grid(source: WeightSource, config: schema.Config) -> int:
     )
 
 
-def _require_kind(source: WeightSource, kind: str, own_kind: str) -> PositionTable:
+def _require_kind(config: schema.Config, source: WeightSource, kind: str) -> PositionTable:
+    own_kind = config.model.encoder.positions
     if kind != own_kind:
+        how = silent_settings.how_to_fit(config, {**source.settings, "positions": kind})
         raise UserError(
             f"config.init_from: {source.name}: its blocks were trained with"
-            f" model.encoder.positions={kind}, this run has {own_kind}; set"
-            f" config.model.encoder.positions={kind}, or leave the encoder out by config.init.only"
+            f" model.encoder.positions={kind}, this run has {own_kind}; {how}, or leave the encoder"
+            " out by config.init.only"
         )
     return PositionTable(None, "")
 

@@ -263,11 +263,16 @@ def terms_of(o: schema.Objective, small_views: int) -> tuple[Terms, EntropyTerms
     )
 
 
+class MissingAnnotations(UserError):
+    """The data have no annotation that the objective predicts."""
+
+
 def build_plan(config: schema.Config) -> Plan:
     """Returns the plan of a completed configuration (data.classes and data.captions known).
 
     Raises:
-      UserError: unknown forms, forms without data, or settings that contradict the terms.
+      UserError: unknown forms, or settings that contradict the terms.
+      MissingAnnotations: forms without data.
     """
     backbones.validate_backbone(config)
     o, (terms, entropies) = config.objective, terms_of(config.objective, len(config.small_views))
@@ -279,9 +284,11 @@ def build_plan(config: schema.Config) -> Plan:
             regions=config.data.regions,
         )
     except ValueError as error:
-        raise UserError(
+        folder = config.data.source == "folder" and config.data.classes == 0
+        raise MissingAnnotations(
             f"config.objective.forms: {', '.join(o.forms)}: {error}; choose another form or a"
             " source with categories or captions, or data.regions for boxes"
+            + ("; a folder has categories from two sub-folders of images on" if folder else "")
         ) from None
     terms = with_teachers(terms, teachers.widths(o.teachers), weight=o.teacher_weight)
     plan = Plan(config, terms, entropies)

@@ -8,7 +8,8 @@ from typing import Any
 from m3i_jax import schema
 from m3i_jax.models import backbones, vit
 
-POSITIONS, GRID = "model.encoder.positions", "model.encoder.position_grid"
+_ENCODER = "model.encoder."
+POSITIONS, GRID = f"{_ENCODER}positions", f"{_ENCODER}position_grid"
 
 
 def silent_settings(config: schema.Config) -> dict[str, Any]:
@@ -55,6 +56,35 @@ def setting_differences(theirs: schema.Config, ours: schema.Config) -> dict[str,
         for key, value in silent_settings(theirs).items()
     }
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def how_to_fit(config: schema.Config, stored: Mapping[str, Any]) -> str:
+    """Returns a request for all settings with which the encoder of a run has the arrays of a source
+    and computes the same of them, so that one error names them together.
+
+    Args:
+      config: of the run.
+      stored: `WeightSource.settings`.
+
+    >>> how_to_fit(schema.Config(), {"width": 384, "positions": "rope", "activation": "swiglu"})
+    'set config.model.encoder to width=384, activation=swiglu, positions=rope'
+    """
+    if "preset" in stored:
+        return f"it is {stored['preset']}: use that model"
+    backbone = backbones.registered_backbones().get(stored.get("backbone", ""), backbones.VIT)
+    pairs = setting_differences(settings_of_source(config, stored), config)
+    pairs.pop(GRID, None)  # positions of another grid are resized
+    silent = [key.removeprefix(_ENCODER) for key in pairs if key.startswith(_ENCODER)]
+    groups = {
+        "encoder": {n: stored[n] for n in (*backbone.shape_settings, *silent) if n in stored},
+        **{section: stored[section] for section in backbone.sections if section in stored},
+    }
+    sizes = " and ".join(
+        f"config.model.{group} to {', '.join(f'{name}={value}' for name, value in values.items())}"
+        for group, values in groups.items()
+        if values
+    )
+    return f"set {sizes}" if sizes else "use the same model settings"
 
 
 def settings_of_source(config: schema.Config, stored: Mapping[str, Any]) -> schema.Config:

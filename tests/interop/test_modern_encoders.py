@@ -200,9 +200,9 @@ def test_formats_without_names_for_an_option_refuse_it(option) -> None:
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"model__encoder__registers": "0"}, "encoder/registers.*model.encoder.registers=3"),
-        ({"model__encoder__activation": "gelu"}, "mlp/gate.*model.encoder.activation=swiglu"),
-        ({"model__encoder__layer_scale": "0"}, "gamma1.*config.model.encoder.layer_scale"),
+        ({"model__encoder__registers": "0"}, "encoder/registers.*model.encoder to .*registers=3"),
+        ({"model__encoder__activation": "gelu"}, "mlp/gate.*model.encoder to .*activation=swiglu"),
+        ({"model__encoder__layer_scale": "0"}, "gamma1.*config.model.encoder to .*layer_scale="),
         ({"model__encoder__positions": "rope"}, "model.encoder.positions=learned"),
         ({}, ""),
     ],

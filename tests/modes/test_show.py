@@ -9,6 +9,7 @@ import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
+from m3i_jax.errors import UserError
 from m3i_jax.modes import show
 from m3i_jax.modes.setup import open_setup
 from m3i_jax.modes.task_views import task_views
@@ -85,6 +86,16 @@ def test_the_cost_is_of_what_a_step_has_as_many_of_as_images(
 def test_other_sources_are_assumed() -> None:
     config = toy.settings(data__source="tars", data__path="/x/*.tar", data__classes=-1)
     assert show.assume_data(config)[1] == ["1000 categories"]
+
+
+def test_captions_that_are_only_assumed_to_be_absent_are_asked_for() -> None:
+    """Tars may have captions, which no mode knows that does not read them."""
+    source = {"data__source": "tars", "data__path": "/x/*.tar", "objective__forms": "clip,coca"}
+    with pytest.raises(UserError) as error:
+        show.assume_data(toy.settings(**source, data__captions="auto"))
+    for words in ("clip, coca", "reads no data and assumes no captions", "data.captions=yes"):
+        assert words in str(error.value), error.value
+    assert show.assume_data(toy.settings(**source, data__captions="yes"))[0].data.captions == "yes"
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,11 @@ def test_a_joined_row_reads_the_input_of_the_first() -> None:
     ("forms", "changes", "words"),
     [
         ("cappa", {"data__captions": "no"}, ("cappa", "annotations that this data does not have")),
+        (
+            "supervised",
+            {"data__source": "folder", "data__path": "x", "data__classes": 0},
+            ("this data does not have", "a folder has categories from two sub-folders"),
+        ),
         ("locca", {"data__captions": "no"}, ("locca", "captions, or data.regions for boxes")),
         ("m3i,cap", {"objective__annotation_input": "own"}, ("annotation_input",)),
         ("cap", {"model__captioner__heads": 5}, ("model.captioner.heads", "divide the width")),

@@ -169,7 +169,7 @@ def test_a_fixed_table_in_a_file_is_known_as_the_fixed_one_here(tmp_path: pathli
         tmp_path / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": columns}
     )
     mae = {"init_from": str(tmp_path / "mae.safetensors")}
-    with pytest.raises(UserError, match=r"set config\.model\.encoder\.positions=sincos_columns"):
+    with pytest.raises(UserError, match=r"set config\.model\.encoder to .*positions=sincos_columns"):
         take(toy.settings(**mae))
     mae["model__encoder__positions"] = "sincos_columns"
     grids = "of a grid of 4 in the source and are of 6 in this run; .*position_grid=4 resizes them"
@@ -378,6 +378,20 @@ def test_what_is_refused(timm, run, tmp_path: pathlib.Path) -> None:
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             toy.settings(**changes)
+
+
+def test_one_refusal_names_all_settings_of_another_encoder(tmp_path: pathlib.Path) -> None:
+    """Whichever of them is missed first."""
+    changes = {"positions": "rope", "activation": "swiglu", "norm": "rms", "layer_scale": 0.1}
+    theirs = {f"model__encoder__{name}": value for name, value in changes.items()}
+    alone = {"objective__forms": "sim", "data__captions": "no"}
+    saved.run(tmp_path, toy.settings(**alone, **theirs))
+    for given in ({}, {"model__encoder__positions": "rope"}):
+        with pytest.raises(UserError) as error:
+            take(toy.settings(**alone, **given, init_from=str(tmp_path)))
+        for name, value in list(changes.items())[len(given) :]:
+            assert f" {name}={value}" in str(error.value), error.value
+    take(toy.settings(**alone, **theirs, init_from=str(tmp_path)))
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int) -> np.ndarray:
