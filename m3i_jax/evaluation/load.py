@@ -212,6 +212,7 @@ def load(
       `detect` and `segment`.
 
     Raises:
+      TypeError: the path is neither text nor an os.PathLike.
       UserError: no readable weights, or a checkpoint of a newer format; values that are not
         finite; a pooling that was not trained; weights that are neither a supported vision
         transformer nor an InternImage of a preset, or arrays that do not fit each other.
@@ -226,6 +227,11 @@ def load(
                 f"load: {name}={value!r} is not one of {', '.join(filter(None, known))}; give one"
                 " of these"
             )
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"load: path={path!r} is of type {type(path).__name__}; give the path of a run or of a"
+            " file of weights"
+        )
     given, path = path, os.path.expanduser(path)
     if path.startswith(HUB_PREFIX):
         path = fetch_weights(path)

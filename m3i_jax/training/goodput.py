@@ -75,8 +75,10 @@ class GoodputClock:
         self._since = time.monotonic() if began is None else began
         self._owner = threading.get_ident()
         self._compiled: list[tuple[float, float]] = []
-        self.steps = 0  # since the last reading
+        self.steps = 0  # computed since the last reading
         self.ended = 0  # steps of this process whose metrics were fetched
+        self._computed = 0  # steps of this process that are known to be computed
+        self._speed: dict[str, float] = {}  # of the last reading
         self.alive = self._since  # when the run last gave a sign of life
         self._mark = self._busy()
 
@@ -105,10 +107,16 @@ class GoodputClock:
         """Reports a sign of life within a phase that may be long."""
         self.alive = time.monotonic()
 
-    def step_ended(self) -> None:
-        """Count a step whose metrics were fetched."""
-        self.steps += 1
+    def step_ended(self, ahead: int = 0) -> None:
+        """Count a step whose metrics were fetched.
+
+        Args:
+          ahead: steps after it that are computed too: where dispatching a step computes it, as on
+            CPUs, the seconds before this call are theirs.
+        """
         self.ended += 1
+        computed = max(self._computed, self.ended + ahead)
+        self.steps, self._computed = self.steps + computed - self._computed, computed
 
     def compiled(self, seconds: float) -> None:
         """Move `seconds` of tracing or compiling that have just ended from the current phase to
@@ -134,12 +142,18 @@ class GoodputClock:
         return dict(self._seconds)
 
     def read(self) -> dict[str, float]:
-        """Metrics of the steps since the last reading, and the seconds by phase so far.
+        """Metrics of the steps since the last reading, or of that reading if none was computed
+        since, and the seconds by phase so far.
 
         perf/images_per_sec, perf/images_per_sec_per_chip and perf/step_seconds cover the phases
         data and step; perf/input_wait is the share of data in them; perf/mfu is model FLOPs over
         the chips' peak."""
         total = self.total()
+        if self.steps or not self._speed:
+            self._speed = self._measure()
+        return self._speed | self._lines(total)
+
+    def _measure(self) -> dict[str, float]:
         (data, step), (data_before, step_before) = self._busy(), self._mark
         self._mark = data, step
         waited = data - data_before
@@ -153,7 +167,7 @@ class GoodputClock:
         }
         if self.peak and self.flops:
             out["perf/mfu"] = self.flops * rate / self.peak
-        return out | self._lines(total)
+        return out
 
     def summary(self) -> tuple[dict[str, float], str]:
         """Returns (metrics, one line for the log) of the whole run: the share of its wall time

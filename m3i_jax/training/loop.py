@@ -203,6 +203,11 @@ def equal_weights(values: Mapping[str, float]) -> dict[str, float]:
     return {"loss/equal_weights": values["loss/ssp"] + values["loss/sp"]}
 
 
+def _is_computed(metrics: Mapping[str, Any]) -> bool:
+    # bool() is False: of a value that does not say so, it is not known
+    return all(getattr(each, "is_ready", bool)() for each in metrics.values())
+
+
 class _MetricsLog:
     """Fetches and writes metrics one step late, so that the device never waits for it."""
 
@@ -215,15 +220,19 @@ class _MetricsLog:
         self._pending: tuple[int, dict[str, float], dict[str, jax.Array]] | None = None
 
     def push(self, step: int, samples_seen: int, metrics: dict[str, jax.Array]) -> None:
-        self.flush()
+        self.flush(metrics)
         self._pending = (
             step,
             {"samples_seen": samples_seen, **self.callbacks.data.counted()},
             metrics,
         )
 
-    def flush(self) -> None:
-        """Fetch the pending metrics, and write them at the steps that are logged."""
+    def flush(self, newer: Mapping[str, Any] | None = None) -> None:
+        """Fetch the pending metrics, and write them at the steps that are logged.
+
+        Args:
+          newer: metrics of the next step, if it is dispatched; they are not fetched.
+        """
         if self._pending is None:
             return
         (step, consumed, metrics), self._pending = self._pending, None
@@ -232,7 +241,7 @@ class _MetricsLog:
         values = self.last = {k: float(v) for k, v in jax.device_get(metrics).items()}
         # counted when the step is done, not dispatched, so that metrics fetched early keep their
         # step
-        self.clock.step_ended()
+        self.clock.step_ended(ahead=int(newer is not None and _is_computed(newer)))
         self.bad = self.bad + 1 if values["skipped/not_finite"] else 0
         # a finite step that is fetched together with the third bad one does not reset this
         self.failed |= self.bad >= MOST_NOT_FINITE
@@ -261,8 +270,9 @@ class _MetricsLog:
                 values["collapse/effective_rank"] = float(
                     collapse.effective_rank(jax.device_get(moment))
                 )
+            measured = self.clock.steps > 0  # else the speed is that of the last line
             values |= self.clock.read()
-            if stall := self.stalls.see(values):
+            if measured and (stall := self.stalls.see(values)):
                 self.callbacks.log(f"warning: {stall}")
             self.callbacks.write(step, values)
 

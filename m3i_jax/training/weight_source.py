@@ -104,6 +104,13 @@ def open_weights(
         return _open_run(location, weights, key)
     if checkpoint_dir.is_export(location):
         return _open_export(location, weights, key)
+    place = pathlib.Path(location).absolute()
+    for run in (place.parent, place.parent.parent):
+        if (run / "checkpoints") in (place, place.parent) and checkpoint_dir.is_run(str(run)):
+            raise UserError(
+                f"{key}: {location!r} holds checkpoints of a run, without its settings; give its"
+                f" workdir, {str(run)!r}, whose newest checkpoint is read"
+            )
     try:
         table = tensor_files.read_tensors(location)
         dense = published_dense.load_published_dense(table) if weights != "ema" else None

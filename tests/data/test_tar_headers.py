@@ -1,8 +1,11 @@
 """Headers of tar files: the members are those of Python's tarfile, and damage affects only its own
 member."""
 
+import bz2
 import collections
+import gzip
 import io
+import lzma
 import tarfile
 
 import numpy as np
@@ -34,6 +37,24 @@ def test_members_are_those_of_tarfile(make, kind):
     assert (
         parsed == expected == [(name.removeprefix("./"), c) for name, c in members] and not problems
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "compress"),
+    [
+        ("gzip", gzip.compress),
+        ("bzip2", bz2.compress),
+        ("xz", lzma.compress),
+        ("zstd", lambda content: b"\x28\xb5\x2f\xfd" + content),
+    ],
+)
+def test_a_compressed_file_is_named_as_such(make, kind, compress):
+    content = make.tar_bytes([(f"{n}.jpg", bytes(range(256)) * 9) for n in range(5)])
+    assert parse(compress(content)) == ([], {f"files compressed by {kind}": 1})
+
+
+def test_a_member_may_have_the_name_of_a_magic_number(make):
+    assert parse(make.tar_bytes([("BZh.jpg", b"abc")])) == ([("BZh.jpg", b"abc")], {})
 
 
 def test_sizes_in_base_256_and_in_pax_headers(make):

@@ -2,6 +2,7 @@
 damage affects only its own member."""
 
 import collections
+import gzip
 import io
 import json
 import logging
@@ -357,8 +358,8 @@ def test_refusals_of_tars(tmp_path, make):
     )
     (data / "0.tar.gz").write_bytes(b"")
     assert refusal(data / "*.tar").endswith(
-        f"{str(data)!r} holds 1 compressed ones, which cannot be read in place: decompress them"
-        " first"
+        f"{str(data)!r} holds 1 compressed tar file, and these cannot be read in place: decompress"
+        " them first"
     )
     (data / "00.tar").write_bytes(make.tar_bytes([("a.heic", b""), ("a.txt", b"text")]))
     assert (
@@ -372,6 +373,11 @@ def test_refusals_of_tars(tmp_path, make):
         " png, webp, gif, bmp, tif, tiff); ignored: 1 captions or labels without an image, 1"
         " other members"
     )
+    (data / "9.tar").write_bytes(gzip.compress(b"text"))
+    assert refusal(data / "9.tar").endswith(
+        "; ignored: 1 files compressed by gzip; decompress them first"
+    )
+    (data / "9.tar").unlink()
     (data / "01.tar").write_bytes(b"")
     assert refusal(data / "*.tar").startswith("the 2 tar files that match ")
 

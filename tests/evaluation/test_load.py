@@ -4,6 +4,7 @@ type."""
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -295,6 +296,16 @@ def test_refusals(run, tmp_path: pathlib.Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             load.load(path, **settings)
+
+
+def test_what_is_no_path_of_weights_is_named(run) -> None:
+    workdir = str(run[0])
+    for part in ("checkpoints", "checkpoints/4"):
+        with pytest.raises(UserError, match=f"give its workdir, {re.escape(repr(workdir))}"):
+            load.load(f"{workdir}/{part}")
+    for wrong in (None, 5, b"runs/first"):
+        with pytest.raises(TypeError, match=f"load: path={re.escape(repr(wrong))} is of type"):
+            load.load(wrong)
 
 
 def test_importing_the_package_does_not_load_it() -> None:

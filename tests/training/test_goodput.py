@@ -4,6 +4,8 @@ was started."""
 import threading
 import types
 
+import jax
+import numpy as np
 import pytest
 
 from m3i_jax.training import goodput, loop
@@ -211,6 +213,27 @@ def test_the_phases_of_a_run_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     total = {name: seconds for name, seconds in clock.total().items() if seconds}
     assert total == {"evaluate": 3, "save": 3, "data": 4, "panel": 1, "step": 3}
     assert sum(total.values()) == now[0] - 100
+
+
+def test_each_line_has_the_speed_of_steps_that_are_computed_when_dispatched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on CPUs: metrics are fetched a step later, and before a save at once."""
+    now = [100.0]
+    monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
+
+    class OnCpu(World):
+        def step(self, state, batch):
+            state, metrics = super().step(state, batch)
+            now[0] += 2.0
+            values = {name: np.float32(name == "loss") for name in metrics}
+            return state, jax.block_until_ready(jax.device_put(values))
+
+    world = OnCpu(6, save_every=3)
+    world.run(monkeypatch, evaluators=[])
+    assert [step for step, _ in world.lines] == [1, 2, 3, 4, 5, 6]
+    assert [values["perf/step_seconds"] for _, values in world.lines] == [2.0] * 6
+    assert [values["perf/images_per_sec"] for _, values in world.lines] == [BATCH / 2.0] * 6
 
 
 def test_every_step_is_passed_on_with_its_metrics_unfetched(

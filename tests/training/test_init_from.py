@@ -169,7 +169,7 @@ def test_a_fixed_table_in_a_file_is_known_as_the_fixed_one_here(tmp_path: pathli
         tmp_path / "mae.safetensors", {**weights(ENCODERS["mae"], **SIZES), "pos_embed": columns}
     )
     mae = {"init_from": str(tmp_path / "mae.safetensors")}
-    with pytest.raises(UserError, match=r"set config\.model\.encoder to .*positions=sincos_columns"):
+    with pytest.raises(UserError, match=r"config\.model\.encoder to .*positions=sincos_columns"):
         take(toy.settings(**mae))
     mae["model__encoder__positions"] = "sincos_columns"
     grids = "of a grid of 4 in the source and are of 6 in this run; .*position_grid=4 resizes them"

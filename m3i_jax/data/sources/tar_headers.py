@@ -15,6 +15,12 @@ _MAX_HEADER = 1 << 16  # bytes of a GNU name or pax header that are read
 _ZEROS = 1 << 20  # bytes that are read at a time where a file has zeros instead of headers
 TRUNCATED, BROKEN = "truncated ends", "damaged headers"
 LINKS, SPECIAL, OUTSIDE = "links", "special members", "names that lead outside"
+COMPRESSED = {  # the first bytes of a file that is no tar file before it is decompressed
+    "gzip": b"\x1f\x8b",
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zXZ\0",
+    "zstd": b"\x28\xb5\x2f\xfd",
+}
 DAMAGE, HOSTILE = (TRUNCATED, BROKEN), (LINKS, SPECIAL, OUTSIDE)
 
 
@@ -26,7 +32,7 @@ def tar_members(
     Args:
         file: open for reading, not compressed.
         problems: counts what is skipped: links, special files, names that lead outside, damaged
-            headers, truncated ends.
+            headers, truncated ends; of a compressed file nothing else.
 
     >>> import io, tarfile
     >>> buffer = io.BytesIO()
@@ -42,6 +48,9 @@ def tar_members(
     overrides: dict[str, bytes] = {}  # path and size of the next member, from extended headers
     while offset < end:
         header = _read(file, offset, BLOCK)
+        if not offset and (compression := _compression(header)):
+            problems[compressed_by(compression)] += 1
+            return
         if len(header) < BLOCK:
             problems[TRUNCATED] += 1
             return
@@ -81,6 +90,19 @@ def tar_members(
         else:
             yield name.removeprefix(b"./").decode("utf-8", "surrogateescape"), content, size
     problems[TRUNCATED] += offset > end
+
+
+def compressed_by(kind: str) -> str:
+    """Returns the name under which compressed files are counted."""
+    return f"files compressed by {kind}"
+
+
+def _compression(header: bytes) -> str:
+    """Returns how a file is compressed; "" for one whose first header is that of a tar file: a
+    member may have any name."""
+    kinds = (kind for kind, magic in COMPRESSED.items() if header.startswith(magic))
+    kind = next(kinds, "")
+    return "" if kind and len(header) == BLOCK and _valid_size(header) is not None else kind
 
 
 def _skip_zeros(file: BinaryIO, offset: int) -> int | None:

@@ -18,6 +18,7 @@ from m3i_jax.data.sources import base, remote, tar_index
 from m3i_jax.data.sources.base import EXTENSIONS, Record
 from m3i_jax.data.sources.captions import first_and_others
 from m3i_jax.data.sources.registry import SourceKind, register_source
+from m3i_jax.data.sources.tar_headers import COMPRESSED, compressed_by
 from m3i_jax.data.sources.tar_index import JSON_LIMIT, NO_CAPTION, TEXT
 from m3i_jax.errors import UserError
 
@@ -66,9 +67,11 @@ class TarSource:
                 if len(self.files) == 1
                 else f"the {len(self.files):,} tar files that match"
             )
+            packed = any(self.ignored[compressed_by(kind)] for kind in COMPRESSED)
             raise UserError(
                 f"{files} data.path={path!r} holds no image"
                 f" ({kinds}){base.format_counts(self.ignored)}"
+                + ("; decompress them first" if packed else "")
             )
 
     def _set_index(self, index: dict[str, np.ndarray]) -> None:
@@ -222,10 +225,8 @@ def _match(path: str) -> dict[str, remote.State | None]:
         every = os.path.join(folder, "*.tar")
         hint = f"{folder!r} holds {count}, the first is {tars[0]!r}: did you mean {every!r}?"
     elif packed:
-        hint = (
-            f"{folder!r} holds {len(packed):,} compressed ones, which cannot be read in place:"
-            " decompress them first"
-        )
+        count = f"{len(packed):,} compressed tar file{'s' * (len(packed) > 1)}"
+        hint = f"{folder!r} holds {count}, and these cannot be read in place: decompress them first"
     else:
         hint = f"{folder!r} holds no .tar file"
     raise UserError(f"no tar file matches data.path={path!r}: {hint}")
