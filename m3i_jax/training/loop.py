@@ -261,6 +261,9 @@ class _MetricsLog:
             or self.bad
             or collapsed
         ):
+            measured = self.clock.steps > 0  # else the speed is that of the last line
+            # now: what is computed below waits on the device for the next step
+            speed = self.clock.read()
             # schedules count the steps that were taken
             taken = max(step - int(values.get("skipped/steps", 0)), 1)
             values |= {**consumed, **trainer.scheduled(taken), **equal_weights(values)}
@@ -270,8 +273,7 @@ class _MetricsLog:
                 values["collapse/effective_rank"] = float(
                     collapse.effective_rank(jax.device_get(moment))
                 )
-            measured = self.clock.steps > 0  # else the speed is that of the last line
-            values |= self.clock.read()
+            values |= speed
             if measured and (stall := self.stalls.see(values)):
                 self.callbacks.log(f"warning: {stall}")
             self.callbacks.write(step, values)

@@ -236,6 +236,25 @@ def test_each_line_has_the_speed_of_steps_that_are_computed_when_dispatched(
     assert [values["perf/images_per_sec"] for _, values in world.lines] == [BATCH / 2.0] * 6
 
 
+def test_what_a_line_computes_is_not_in_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits on the device for the step that was dispatched meanwhile."""
+    now = [100.0]
+    monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
+
+    def ready(step: int) -> None:
+        now[0] = max(now[0], 100.0 + 2.0 * step)
+
+    class Busy(World):
+        def scheduled(self, step):
+            ready(len(self.of("dispatch")))
+            return super().scheduled(step)
+
+    world = Busy(6, save_every=3)
+    world.at = {f"fetch {k}": lambda k=k: ready(k) for k in range(1, 7)}
+    world.run(monkeypatch, evaluators=[])
+    assert [values["perf/step_seconds"] for _, values in world.lines] == [2.0] * 6
+
+
 def test_every_step_is_passed_on_with_its_metrics_unfetched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
