@@ -47,21 +47,30 @@ def run(
         return pretrain(setup, allow_changes, began)
 
 
-def check_same_run(setup: Setup, position: dict[str, Any] | None, allow_changes: bool) -> None:
-    """Refuse to resume a run with other relevant settings, data or tokenizer; write config.txt and
-    data.txt. Secrets in paths are redacted, so that new credentials are no change. The first host
+def check_same_run(setup: Setup, position: dict[str, Any], allow_changes: bool) -> None:
+    """Refuse to resume a run with other relevant settings, data or tokenizer; log them if they are
+    allowed. Secrets in paths are redacted, so that new credentials are no change. The first host
     checks for all."""
-    main, changed = not jax.process_index(), list[str]()
+    changed = list[str]()
     with parallel.fail_together("config.txt"):
-        if position and main:
+        if not jax.process_index():
             changed = _changes(setup, position)
-    changed = list(filter(None, parallel.exchange_values("changes", "; ".join(changed)[:4000])[:1]))
-    if changed and not allow_changes:
+    changes = parallel.exchange_values("changes", "; ".join(changed)[:4000])[0]
+    if changes and not allow_changes:
         raise UserError(
             f"--workdir {setup.workdir}: its run has another configuration"
-            f" ({'; '.join(changed)}); choose another directory, or add --allow-changes to continue"
+            f" ({changes}); choose another directory, or add --allow-changes to continue"
             " with the new one"
         )
+    if changes and not jax.process_index():
+        writers.log_line(f"--allow-changes: {changes}")
+
+
+def write_settings(setup: Setup) -> None:
+    """Write config.txt and data.txt of a run, and the names of its classes. For a run that has
+    checkpoints only after its state was restored: what a refused command left there would be taken
+    for the settings of the run. The first host writes."""
+    main = not jax.process_index()
     with parallel.fail_together("config.txt, written"):
         if main:
             write_text_atomic(setup.workdir / "config.txt", privacy.redact(setup.text), noted=True)
@@ -70,6 +79,16 @@ def check_same_run(setup: Setup, position: dict[str, Any] | None, allow_changes:
         if main and not setup.config.traits.views:  # predictions of the run have their names
             names = json.dumps({"classes": setup.classes}, indent=1) + "\n"
             write_text_atomic(setup.workdir / weight_source.CLASSES, names, noted=True)
+
+
+def _refuse_fewer_steps(config: schema.Config, steps: int, done: int) -> None:
+    """Refuse a length of `steps` that is less than what a run has done."""
+    if steps < done:
+        name = "steps" if config.train.steps else "epochs"
+        raise UserError(
+            f"config.train.{name}={getattr(config.train, name)}: the run has done {done:,} steps"
+            f" already, more than {steps:,}; set more, or use another --workdir"
+        )
 
 
 def _changes(setup: Setup, position: dict[str, Any]) -> list[str]:
@@ -192,7 +211,6 @@ def _newest_position(
     warning if a later one is missing."""
     newest = checkpoints.newest_good()
     if newest is None:
-        check_same_run(setup, None, allow_changes)
         return None
     position = checked_position(checkpoints.position(newest), newest)
     if not jax.process_index() and (lost := checkpoint_dir.lost_since(setup.workdir, newest)):
@@ -254,6 +272,7 @@ def _pretrain(
     samples = position.get("samples_seen", 0)
     views = task_views(config.task)
     trainer = setup.make_trainer()
+    _refuse_fewer_steps(config, trainer.length.steps, start)
     trainer.check_state_fits()
     with parallel.fail_together("files of the run", limit=1800.0):
         earlier = earlier_seconds(workdir, position) if newest else {}
@@ -287,6 +306,7 @@ def _pretrain(
             log(f"resuming at step {start:,}, {samples:,} samples seen")
         else:
             state = trainer.init(log, classes=setup.classes)
+        write_settings(setup)
         data = setup.batches(samples)
         data.go_on(position.get("counts", {}))
         alarm = loop.CollapseAlarm(position.get("collapse"))

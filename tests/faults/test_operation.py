@@ -185,12 +185,12 @@ SAME = [
 @pytest.mark.fast
 @pytest.mark.row("E3")
 def test_a_changed_configuration_is_shown_and_asks_for_a_flag(
-    trials, tmp_path: pathlib.Path
+    trials, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     position = {"samples_seen": 8, "fingerprint": "f"}
 
     def start(**changes: str) -> None:
-        train.check_same_run(job(tmp_path), None, False)
+        train.write_settings(job(tmp_path))
         train.check_same_run(job(tmp_path, **changes), position, False)
 
     for change, wanted in DIFFERENT.items():
@@ -201,12 +201,16 @@ def test_a_changed_configuration_is_shown_and_asks_for_a_flag(
             f"another configuration ({wanted}); choose another directory, or add --allow-changes"
             in message
         ), message
-        train.check_same_run(job(tmp_path, **dict([change.split("=", 1)])), position, True)
+        changed, before = job(tmp_path, **dict([change.split("=", 1)])), job(tmp_path).text
+        train.check_same_run(changed, position, True)
+        assert trials.add(f"--allow-changes: {wanted}" in capsys.readouterr().out)
+        assert (tmp_path / "config.txt").read_text() == before  # until the state is restored
+        train.write_settings(changed)
         assert trials.add(wanted.split(" -> ")[1] in (tmp_path / "config.txt").read_text())
     for change in SAME:
         start(**dict([change.split("=", 1)]))
         trials.add(True)
-    train.check_same_run(job(tmp_path), None, False)
+    train.write_settings(job(tmp_path))
     with pytest.raises(
         UserError, match=r"\(data, source 1: images, fingerprint f -> images, fingerprint g\)"
     ):

@@ -283,6 +283,7 @@ def started(arguments: list[str], monkeypatch) -> None:
     for swap in (("", ""), (SECRETS["password of a URL"], SECRETS["password of a URL"])):
         job = jobs.open_setup(settings(swap), arguments[-1])
         train.check_same_run(job, {"samples_seen": 8, "fingerprint": job.fingerprint}, False)
+        train.write_settings(job)
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_a_tokenizer_of_another_run_is_refused_by_the_position(words: pathlib.Pa
     """Undamaged, with its own digest; but the checkpoint was trained with another one."""
     position = {"samples_seen": 8, "fingerprint": "f", "files": train.tokenizer_of(words.parent)}
     here = job(words.parent)
-    train.check_same_run(here, None, False)
+    train.write_settings(here)
     train.check_same_run(here, position, False)
     tokenizer.train_tokenizer([*CAPTIONS, "some other words"], 300, 8).save(str(words))
     with pytest.raises(
@@ -94,7 +94,7 @@ def test_a_tokenizer_of_another_run_is_refused_by_the_position(words: pathlib.Pa
 def test_how_a_run_read_its_first_weights_is_no_other_run(tmp_path: pathlib.Path, capsys) -> None:
     """A recipe of a later version reads others of the same source; the checkpoint needs neither."""
     position = {"samples_seen": 8, "fingerprint": "f"}
-    train.check_same_run(job(tmp_path, init_from="/a"), None, False)
+    train.write_settings(job(tmp_path, init_from="/a"))
     capsys.readouterr()
     train.check_same_run(job(tmp_path, init_from="/a"), position, False)
     assert "init.weights" not in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_how_a_run_read_its_first_weights_is_no_other_run(tmp_path: pathlib.Path
 
 def test_settings_that_cannot_be_compared_are_logged(tmp_path: pathlib.Path, capsys) -> None:
     position = {"samples_seen": 8, "fingerprint": "f"}
-    train.check_same_run(job(tmp_path), None, False)
+    train.write_settings(job(tmp_path))
     text = (tmp_path / "config.txt").read_text()
     flip(tmp_path / "config.txt", 8 * (text.index("optim.lr = ") + 11))
     with pytest.raises(
@@ -119,10 +119,7 @@ def test_settings_that_cannot_be_compared_are_logged(tmp_path: pathlib.Path, cap
         configuration.load_from_workdir(str(tmp_path), "--workdir")
     (tmp_path / "config.txt").unlink()
     train.check_same_run(job(tmp_path), position, False)
-    assert (
-        "config.txt is missing" in capsys.readouterr().out
-        and (tmp_path / "config.txt").read_text() == text
-    )
+    assert "config.txt is missing" in capsys.readouterr().out
 
 
 def test_a_file_of_an_older_run_is_taken_as_it_is(tmp_path: pathlib.Path) -> None:

@@ -135,7 +135,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     place = tmp_path_factory.mktemp("whole") / "run"
     job = jobs.open_setup(toy.settings(**SMALL), str(place), trains=[FORMS])
     with jobs.lock_workdir(place):
-        train.check_same_run(job, None, False)
+        train.write_settings(job)
     writer = writers.open_writers(job.config, place, resume_at=0, total=8)
     checkpoints = Checkpoints(place / "checkpoints", 2)
     for step in range(1, 9):
@@ -159,6 +159,37 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     (place / "panels").mkdir()
     Image.new("RGB", (20, 20)).save(place / "panels" / "00000008.png")
     return place
+
+
+@pytest.mark.fast
+@pytest.mark.row("E3")
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (8, r"checkpoint 8: does not fit this configuration"),
+        (7, r"config\.train\.steps=7: the run has done 8 steps already, more than 7; set more, or"),
+    ],
+)
+def test_a_refused_change_leaves_the_settings_of_the_run(
+    run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, steps: int, words: str
+) -> None:
+    """What --allow-changes writes before the state fits would be read with the old weights."""
+    changes = {"data__augment__mean": "(0.5,0.5,0.5)", "train__steps": steps}
+    job = jobs.open_setup(toy.settings(**SMALL | changes), str(run), trains=[FORMS])
+    clock = types.SimpleNamespace(phase=lambda name: contextlib.nullcontext(), compiled=print)
+    length = types.SimpleNamespace(steps=steps, warmup=0)
+    other = types.SimpleNamespace(
+        check_state_fits=lambda: None, length=length, template={}, shardings={}
+    )
+    monkeypatch.setattr(jobs, "Trainer", lambda *_: other)
+    monkeypatch.setattr(train, "_log_start", lambda *_: None)
+    monkeypatch.setattr(train.monitoring, "make_clock", lambda *_, **__: clock)
+    monkeypatch.setattr(train.monitoring, "monitored", lambda *_: contextlib.nullcontext())
+    with put_back(run), jobs.lock_workdir(run):
+        before = (run / "config.txt").read_bytes(), (run / "data.txt").read_bytes()
+        with pytest.raises(UserError, match=words):
+            train.pretrain(job, True)
+        assert before == ((run / "config.txt").read_bytes(), (run / "data.txt").read_bytes())
 
 
 def opened(place: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:

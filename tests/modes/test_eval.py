@@ -47,7 +47,7 @@ def write_run(
     """A run with two checkpoints of its initial parameters plus `moved`, written to a directory."""
     job = jobs.open_setup(toy.settings(**SMALL | changes), str(place), trains=[forms])
     trainer = Trainer(job.config, job.mesh, job.tokenizer.vocabulary if job.tokenizer else 0)
-    train.check_same_run(job, None, False)
+    train.write_settings(job)
     checkpoints = Checkpoints(place / "checkpoints", 2)
     state = trainer.init()
     state = state.replace(params=jax.tree.map(lambda leaf: leaf + moved, state.params))
@@ -328,7 +328,7 @@ def test_a_moved_directory_has_the_same_data(tmp_path: pathlib.Path) -> None:
         )
         for name, share in (("old", 0.3), ("new", 0.3), ("new", 0.5))
     )
-    train.check_same_run(old, None, False)
+    train.write_settings(old)
     assert "held out 1 = " in (tmp_path / "run/data.txt").read_text()
     assert (
         evaluate.other_data(old, tmp_path / "run")
