@@ -34,11 +34,12 @@ __all__ = ["EvalContext", "EvalInputs", "Evaluator", "Metric", "evaluators", "re
 # What an evaluator can need.
 LABELS = "labels"  # the source has categories
 NAMES = "names"  # the categories have names, not only numbers
-CAPTIONS = "captions"  # captions are tokenized
+TOKENIZER = "tokenizer"  # texts can be tokenized
+CAPTIONS = "captions"  # held-out images have captions, and these can be tokenized
 CATEGORY_HEAD = "category_head"  # the objective trains a category head
 TEXT_TOWER = "text_tower"  # the objective trains a text tower
 CLASSIFIER = "classifier"  # kNN or the category head is evaluated too
-NEEDS = (LABELS, NAMES, CAPTIONS, CATEGORY_HEAD, TEXT_TOWER, CLASSIFIER)
+NEEDS = (LABELS, NAMES, TOKENIZER, CAPTIONS, CATEGORY_HEAD, TEXT_TOWER, CLASSIFIER)
 HEADS = frozenset({CATEGORY_HEAD, TEXT_TOWER})
 
 

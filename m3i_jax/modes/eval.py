@@ -417,10 +417,12 @@ def evaluate(
                 for name, metric in missing.items():
                     began = time.monotonic()
                     values[name] = dict(metric(context))
+                    nothing = "" if values[name] or name in figures else ", nothing measured"
                     results.skipped = results.skipped | dict(context.skipped)
                     if main:
                         # progress: an evaluation of many images takes long
-                        print(f"{prefix}{name}: {time.monotonic() - began:.1f} s", flush=True)
+                        seconds = f"{time.monotonic() - began:.1f} s"
+                        print(f"{prefix}{name}: {seconds}{nothing}", flush=True)
                         results.write(path)
         except loop.Preempted:
             if main:
@@ -430,6 +432,12 @@ def evaluate(
                     flush=True,
                 )
             return loop.PREEMPTED
+    if not any(results.values.values()) and figures.isdisjoint(metrics):
+        raise UserError(
+            f"--mode=eval: {', '.join(metrics)} measured nothing: no held-out image has the labels"
+            " or captions for it; give other data, or enable another evaluator, see config.evaluate"
+            " in --help"
+        )
     if main:
         print(f"\n{results.text()}")
         unreadable = {reason: count for reason, count in results.skipped.items() if count}

@@ -64,6 +64,7 @@ def _unmet_needs(setup: Setup, *, heads: bool) -> dict[str, str]:
     settings, category, text = setup.config.evaluate, False, False
     if heads and isinstance(setup.task, Pretrain):
         category, text = (bool(setup.task.plan.where(of)) for of in ("category", "text"))
+    no_tokenizer = "" if setup.tokenizer is not None else "the data have no captions"
     reasons = {
         registry.LABELS: "" if setup.classes else "the source has no categories",
         registry.NAMES: (
@@ -71,7 +72,9 @@ def _unmet_needs(setup: Setup, *, heads: bool) -> dict[str, str]:
             if numbers_alone(setup.classes)
             else ""
         ),
-        registry.CAPTIONS: "" if setup.tokenizer is not None else "the data have no captions",
+        registry.TOKENIZER: no_tokenizer,
+        registry.CAPTIONS: no_tokenizer
+        or ("" if setup.held_out.captions else "the held-out images have no captions"),
         registry.CATEGORY_HEAD: "" if category else "the objective trains no category head",
         registry.TEXT_TOWER: "" if text else "the objective trains no text tower",
         registry.CLASSIFIER: (

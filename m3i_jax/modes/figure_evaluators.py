@@ -352,7 +352,7 @@ for _evaluator in (
     registry.Evaluator(
         name="examples",
         setting="examples",
-        needs=(registry.TEXT_TOWER, registry.CAPTIONS, registry.LABELS, registry.NAMES),
+        needs=(registry.TEXT_TOWER, registry.TOKENIZER, registry.LABELS, registry.NAMES),
         build=lambda inputs: zero_shot_figure(
             inputs.figures, zero_shot.shared_prompts(inputs), image_set=inputs.pooled_set
         ),

@@ -3,6 +3,7 @@ table and the report show."""
 
 import json
 import pathlib
+import re
 import types
 
 import jax
@@ -360,3 +361,21 @@ def test_the_report_leaves_out_damaged_results(
     page = report.write_report(config, tmp_path).read_text()
     assert "eval-gone/eval.json is missing" in caplog.text and "eval-bad" in caplog.text
     assert "0.2500" in page and ">good<" in page and ">bad<" not in page
+
+
+def test_retrieval_of_images_without_captions_is_refused(
+    run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images without captions are known before any is read; empty captions only afterwards."""
+    folder = write_folder(tmp_path / "bare", images=8)
+    arguments = ["--mode=eval", "--workdir", str(run), *enable("retrieval"), "--data", str(folder)]
+    assert command.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert "no retrieval evaluation: the held-out images have no captions" in out
+    assert "no enabled evaluator can run" in err and err.count("\n") == 1
+    for image in list(folder.rglob("*.png")):
+        image.with_suffix(".txt").write_text("\n")
+    assert command.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert re.search(r"^retrieval: [\d.]+ s, nothing measured$", out, re.MULTILINE)
+    assert "retrieval measured nothing: no held-out image has" in err and err.count("\n") == 1
