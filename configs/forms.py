@@ -48,6 +48,8 @@ def get_config(
     published = {name: published_settings.settings_at(name, batch_size) for name in names}
     for settings in published.values():
         apply_overrides(config, [f"{key}={value}" for key, value in settings.items()])
+    if not config.model.encoder.cls_token:
+        config.model.decoder.cls = "auto"  # of a joined method that has one
     if epochs:
         config.train.epochs = epochs
     if epochs or not any("optim.warmup_epochs" in settings for settings in published.values()):

@@ -15,6 +15,7 @@ from m3i_jax.modes import setup as jobs
 from m3i_jax.parallel.sharding import path_text
 from m3i_jax.training import optimizer, plan, scaling
 from m3i_jax.training.task import make_task
+from m3i_jax.training.unused_model_settings import reject_unused_model_settings
 from tests import toy
 from tests.interop.published_vit import ENCODERS, weights
 
@@ -173,6 +174,25 @@ def test_another_image_size_keeps_the_position_grid(tmp_path: pathlib.Path) -> N
     (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings()))
     cfg = load(f"finetune.py:from={tmp_path},image_size=48,ema=0.99,batch_size=512")
     assert (cfg.model.encoder.position_grid, cfg.grid, cfg.optim.ema_of) == (4, 6, "all")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__encoder__positions": "rope", "model__encoder__position_grid": 7},
+        {"model__encoder__rope_base": 50.0, "model__intern_image__kernel": 3},
+    ],
+)
+def test_what_an_earlier_version_accepted_is_not_taken_over(
+    tmp_path: pathlib.Path, changes: dict[str, object]
+) -> None:
+    """A network reads none of these, and training refuses them: also where fine-tuning on larger
+    images would set the grid."""
+    (tmp_path / "config.txt").write_text(configuration.config_to_text(toy.settings(**changes)))
+    with pytest.raises(UserError, match=r"has no effect with model\.(encoder\.pos|backbone)"):
+        reject_unused_model_settings(toy.settings(**changes))
+    for recipe in ("finetune.py:image_size=48", "probe.py:batch_size=64"):
+        reject_unused_model_settings(load(f"{recipe},from={tmp_path}"))
 
 
 def saved_as(config, path: pathlib.Path) -> str:

@@ -61,7 +61,7 @@ def get_config(
     backbone = backbones.get_backbone(config.model)
     own = backbone.finetuning
     if image_size and image_size != config.data.image_size:
-        if backbone.resizes_positions:
+        if backbone.resizes_positions and config.model.encoder.positions != "rope":
             config.model.encoder.position_grid = (
                 vit.position_size(config) // config.model.encoder.patch_size
             )

@@ -41,6 +41,7 @@ from m3i_jax.training import (
     teachers,
     weight_source,
 )
+from m3i_jax.training.unused_model_settings import reset_unused_model_settings
 
 WEIGHTS = ("online", "ema")
 DTYPES = ("bfloat16", "float32")
@@ -323,6 +324,7 @@ def build_encoder(
     )
     if fixed and trained != config.data.image_size:
         encoder.position_grid = trained // encoder.patch_size
+    reset_unused_model_settings(config)
     config.init_from, config.init.only = path, ("^encoder/",)
     if checkpoint_dir.is_run(path):
         config.init.weights = weight_source.evaluated_weights(configuration.resolve(source))

@@ -29,6 +29,7 @@ from m3i_jax.data.sources.relabelled import RelabelledSource
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.errors import UserError
 from m3i_jax.registries import Registry
+from m3i_jax.training.unused_model_settings import reject_unused_model_settings
 
 Batch = dict[str, Any]
 
@@ -177,8 +178,8 @@ class Task(abc.ABC):
 
     @classmethod
     def reject_unused_settings(cls, config: schema.Config) -> None:
-        """Refuse a setting that this task does not read, with a UserError."""
-        return None
+        """Refuse a setting that this task or its network does not read, with a UserError."""
+        reject_unused_model_settings(config)
 
 
 TASK_KINDS: Registry[type[Task]] = Registry(

@@ -6,13 +6,15 @@ from collections.abc import Iterable
 
 from m3i_jax import schema
 from m3i_jax.errors import UserError
+from m3i_jax.models import backbones
 from m3i_jax.objective import derived_terms, prototype_targets, registry
-from m3i_jax.objective.terms import LinearHead
+from m3i_jax.objective.terms import DecoderHead, LinearHead
 from m3i_jax.training import plan
+from m3i_jax.training.unused_model_settings import reject_unused_model_settings
 
 
 def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ...]]) -> None:
-    """Refuse a setting that no objective of a training run reads.
+    """Refuse a setting that neither the network nor an objective of a training run reads.
 
     Only for training: a run that is evaluated or reused as an encoder may keep settings that its
     objective does not read. `objective.pairing` is exempt, since configs/quickstart.py sets it for
@@ -27,6 +29,7 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
 
     >>> reject_unused_settings(schema.Config(), [("sim",)])
     """
+    reject_unused_model_settings(config)
     o, default_config = config.objective, schema.Config()
     objectives = list(trains)
     count = len(config.small_views)
@@ -49,6 +52,14 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
     no_assignment = "no assignment to prototypes (as in dino)"
     no_caption = "no decoder of captions (as in cappa)"
     no_snapshot = "no snapshot of the EMA encoder (as in dinov3_gram)"
+    # a backbone that has no cls token leaves the settings of a recipe as they are
+    no_cls_token = (
+        not config.model.encoder.cls_token
+        and backbones.get_backbone(config.model).has_cls_token
+        and any(isinstance(t.head, DecoderHead) for t in terms)
+    )
+    rand = config.data.rand_augment
+    no_operation = "no operation of RandAugment (data.rand_augment.ops=0)"
     no_blend = "no blended input (as in finetune)"
     for key, is_read, reason in (
         ("data.small_views", small, "no small view"),
@@ -67,6 +78,11 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
         ("objective.soft_label", mixed, "no mixed input"),
         ("data.augment.mixup", blended, no_blend),
         ("data.augment.cutmix", blended, no_blend),
+        ("model.decoder.cls", not no_cls_token, "no cls token (model.encoder.cls_token=false)"),
+        ("data.rand_augment.magnitude", rand.ops, no_operation),
+        ("data.rand_augment.deviation", rand.ops, no_operation),
+        # below 0 a recipe leaves it open
+        ("data.rand_augment.p", rand.ops or rand.p < 0, no_operation),
     ):
         value, default = (operator.attrgetter(key)(each) for each in (config, default_config))
         if value != default and not is_read:

@@ -31,6 +31,28 @@ from tests.training.forward import HEAD, forward, plan_of
         ("m3i", {"data__augment__cutmix": 1.0}, ("data.augment.cutmix", "no blended input")),
         ("clip", {"objective__target_encoder": "shared"}, ("target_encoder", "no target encoder")),
         ("mim", {"objective__teacher_weight": 0.5}, ("teacher_weight", "no teacher")),
+        (
+            "mim",
+            {"model__encoder__rope_base": 50.0},
+            ("rope_base: 50.0", "model.encoder.positions=sincos", "leave it at 100.0"),
+        ),
+        (
+            "mim",
+            {"model__encoder__positions": "rope", "model__encoder__position_grid": 7},
+            ("position_grid: 7", "model.encoder.positions=rope", "leave it at 0"),
+        ),
+        (
+            "supervised",
+            {"model__intern_image__stem_strides": "(2,1)"},
+            ("intern_image.stem_strides: (2, 1)", "model.backbone=vit", "leave it at (2, 2)"),
+        ),
+        ("mim", {"data__rand_augment__magnitude": 3.0}, ("magnitude: 3.0", "rand_augment.ops=0")),
+        ("mim", {"data__rand_augment__p": 0.25}, ("rand_augment.p: 0.25", "rand_augment.ops=0")),
+        (
+            "mae",
+            {"model__decoder__cls": "yes", "model__encoder__cls_token": False},
+            ("decoder.cls: 'yes'", "no cls token", "leave it at 'auto'"),
+        ),
         ("mim", {"data__mask_blocks": 3}, ("data.mask_blocks", "data.mask=multi_block")),
         (
             "m3i",
@@ -49,6 +71,7 @@ def test_what_no_objective_reads_is_refused(
         error.value
     )
     shared = {"objective__second_group", "objective__teacher_weight", "data__mask_blocks"}
+    shared |= {key for key in changes if key.startswith(("model__", "data__rand_augment"))}
     if not shared & changes.keys():  # one of those that are compared is enough
         unused_settings.reject_unused_settings(config, [row, ("m3i", "milan"), ("finetune",)])
 
