@@ -27,6 +27,7 @@ from m3i_jax.parallel.sharding import path_text
 from m3i_jax.profiling import compile_report, flops, hardware, libtpu_dump
 from m3i_jax.profiling import topology as topologies
 from m3i_jax.training import plan, trainer
+from m3i_jax.training.task import task_kind
 
 GPU_POOL = 0.75  # share of GPU memory that JAX allocates by default
 
@@ -364,6 +365,7 @@ def run(
         )
     # first: it decides on the devices of this process, which make_workdir asks for
     target = compile_target(topology, memory, code=code)
+    task_kind(config.task).reject_unused_settings(config)
     directory = pathlib.Path(workdir)
     setup.make_workdir(directory)
     done, assumed = show.assume_data(config)

@@ -6,11 +6,13 @@ from m3i_jax import schema
 from m3i_jax.data.sources import base
 from m3i_jax.modes.setup import open_setup
 from m3i_jax.modes.task_views import task_views
+from m3i_jax.training.task import task_kind
 
 ROWS = 8
 
 
 def run(config: schema.Config, *, workdir: str) -> int:
+    task_kind(config.task).reject_unused_settings(config)
     setup = open_setup(config, workdir)
     data = setup.batches(0, views=(0, 1))
     try:

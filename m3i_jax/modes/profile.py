@@ -17,6 +17,7 @@ from m3i_jax.parallel import distributed, kernel_calls
 from m3i_jax.profiling import kernel_profile
 from m3i_jax.reporting import writers
 from m3i_jax.training import loop
+from m3i_jax.training.task import task_kind
 from m3i_jax.training.trainer import Trainer, abstract_batch
 
 WARM = 3  # steps before the trace: the first compiles, the others fill the queue of batches
@@ -51,6 +52,7 @@ def shorten_run(config: schema.Config) -> schema.Config:
 def run(
     config: schema.Config, *, workdir: str, kernels: bool = False, began: float | None = None
 ) -> int:
+    task_kind(config.task).reject_unused_settings(config)
     if kernels:
         return print_kernels(config)
     setup = open_setup(shorten_run(config), workdir, trains=[config.objective.forms])

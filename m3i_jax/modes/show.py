@@ -233,6 +233,7 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
     from clu import parameter_overview
 
     del workdir
+    task_kind(config.task).reject_unused_settings(config)
     done, assumed = assume_data(config)
     # One device is enough: shapes and counts do not depend on the mesh, which may be larger than
     # this machine.

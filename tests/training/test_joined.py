@@ -1,13 +1,16 @@
 """Rows that train together, and settings that none of them reads."""
 
 import functools
+import pathlib
+from typing import Any
 
 import jax
 import pytest
 
 from m3i_jax.errors import UserError
 from m3i_jax.models import m3i
-from m3i_jax.modes import train
+from m3i_jax.modes import compile as compile_mode
+from m3i_jax.modes import preview, profile, show, train
 from m3i_jax.training import unused_settings
 from tests import toy
 from tests.training.forward import HEAD, forward, plan_of
@@ -76,15 +79,32 @@ def test_what_no_objective_reads_is_refused(
         unused_settings.reject_unused_settings(config, [row, ("m3i", "milan"), ("finetune",)])
 
 
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        (train, {"allow_changes": False}),
+        (show, {}),
+        (preview, {}),
+        (profile, {}),
+        (profile, {"kernels": True}),
+        (
+            compile_mode,
+            {"topology": "cpu:1", "memory": "", "code": False, "largest_batch": False}
+            | {"suggest": False},
+        ),
+    ],
+)
 def test_a_run_is_refused_before_its_data_are_opened(
-    tmp_path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, mode: Any, flags: dict[str, Any]
 ) -> None:
+    """By training, and by what plans, shows or measures it."""
     monkeypatch.setattr(train.monitoring, "enable_compilation_cache", lambda place: None)
+    monkeypatch.setattr(compile_mode, "compile_target", lambda *_, **__: None)
     with pytest.raises(UserError, match="objective.isolate"):
-        train.run(
+        mode.run(
             toy.settings(objective__forms="sim", objective__isolate=True),
             workdir=str(tmp_path / "run"),
-            allow_changes=False,
+            **flags,
         )
     assert not (tmp_path / "run").exists()
 
