@@ -293,6 +293,7 @@ def _compiled(mesh: jax.sharding.Mesh | None) -> Any:
     return parallel.Program(
         lambda tree: jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)]),
         name="fingerprints",
+        announced="the checksums of a checkpoint",
         out_shardings=layout,
     )
 

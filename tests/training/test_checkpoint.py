@@ -15,7 +15,7 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.objective import terms
-from m3i_jax.training import checkpoint, optimizer, task
+from m3i_jax.training import checkpoint, checksums, optimizer, task
 from m3i_jax.training.checkpoint import FORMAT, Checkpoints
 from tests import toy
 
@@ -151,6 +151,17 @@ def test_the_newest_are_kept(tmp_path: pathlib.Path, open_at) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "7"]
     one = open_at(tmp_path)
     assert one.latest() == 7 and one.position(6)["samples_seen"] == 96
+
+
+def test_the_compilation_of_the_checksums_is_announced(tmp_path: pathlib.Path, open_at) -> None:
+    """Before the first save, which it delays by half a minute for a large state on a CPU."""
+    checksums._compiled.cache_clear()  # as in a new process
+    one, lines = open_at(tmp_path), list[str]()
+    with parallel.announced_compilations(lines.append):
+        for step in (2, 4):
+            one.save(step, {"x": jnp.arange(3)}, POSITION)
+            assert lines == ["compiling the checksums of a checkpoint ..."]
+        one.wait()
 
 
 def test_a_step_that_is_there_is_not_written_again(tmp_path: pathlib.Path, open_at) -> None:
