@@ -47,10 +47,10 @@ def run(
         return pretrain(setup, allow_changes, began)
 
 
-def check_same_run(setup: Setup, position: dict[str, Any], allow_changes: bool) -> None:
+def check_same_run(setup: Setup, position: dict[str, Any], allow_changes: bool) -> bool:
     """Refuse to resume a run with other relevant settings, data or tokenizer; log them if they are
-    allowed. Secrets in paths are redacted, so that new credentials are no change. The first host
-    checks for all."""
+    allowed. Returns whether there are any. Secrets in paths are redacted, so that new credentials
+    are no change. The first host checks for all."""
     changed = list[str]()
     with parallel.fail_together("config.txt"):
         if not jax.process_index():
@@ -64,6 +64,7 @@ def check_same_run(setup: Setup, position: dict[str, Any], allow_changes: bool) 
         )
     if changes and not jax.process_index():
         writers.log_line(f"--allow-changes: {changes}")
+    return bool(changes)
 
 
 def write_settings(setup: Setup) -> None:
@@ -206,9 +207,9 @@ def pretrain(
 
 def _newest_position(
     setup: Setup, checkpoints: Checkpoints, allow_changes: bool
-) -> tuple[int, dict[str, Any]] | None:
-    """(step, position) of the newest good checkpoint of the same run; None without one. Logs a
-    warning if a later one is missing."""
+) -> tuple[int, dict[str, Any], bool] | None:
+    """(step, position, whether this command changes settings) of the newest good checkpoint of the
+    same run; None without one. Logs a warning if a later one is missing."""
     newest = checkpoints.newest_good()
     if newest is None:
         return None
@@ -218,8 +219,7 @@ def _newest_position(
             f"warning: checkpoint {lost:,}, which the run saved, is missing: resuming from"
             f" {newest:,}"
         )
-    check_same_run(setup, position, allow_changes)
-    return newest, position
+    return newest, position, check_same_run(setup, position, allow_changes)
 
 
 def _log_start(setup: Setup, trainer: Trainer, log: Callable[[str], None]) -> None:
@@ -268,7 +268,7 @@ def _pretrain(
             checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
         checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
     newest = _newest_position(setup, checkpoints, allow_changes)
-    start, position = newest or (0, {})
+    start, position, changed = newest or (0, {}, False)
     samples = position.get("samples_seen", 0)
     views = task_views(config.task)
     trainer = setup.make_trainer()
@@ -306,7 +306,10 @@ def _pretrain(
             log(f"resuming at step {start:,}, {samples:,} samples seen")
         else:
             state = trainer.init(log, classes=setup.classes)
-        write_settings(setup)
+        if changed and start == trainer.length.steps:  # its weights are of the settings before
+            log("warning: no step is left to train, so the run keeps its settings")
+        else:
+            write_settings(setup)
         data = setup.batches(samples)
         data.go_on(position.get("counts", {}))
         alarm = loop.CollapseAlarm(position.get("collapse"))

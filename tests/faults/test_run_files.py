@@ -164,16 +164,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.mark.fast
 @pytest.mark.row("E3")
 @pytest.mark.parametrize(
-    ("steps", "words"),
+    ("steps", "fits", "words"),
     [
-        (8, r"checkpoint 8: does not fit this configuration"),
-        (7, r"config\.train\.steps=7: the run has done 8 steps already, more than 7; set more, or"),
+        (9, False, r"checkpoint 8: does not fit this configuration"),
+        (8, True, r"^restored$"),
+        (
+            7,
+            True,
+            r"config\.train\.steps=7: the run has done 8 steps already, more than 7; set more, or",
+        ),
     ],
 )
 def test_a_refused_change_leaves_the_settings_of_the_run(
-    run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, steps: int, words: str
+    run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, steps: int, fits: bool, words: str
 ) -> None:
-    """What --allow-changes writes before the state fits would be read with the old weights."""
+    """What --allow-changes writes would be read with the old weights, if the state does not fit or
+    no step is trained."""
+
+    def stop(*_: object) -> None:
+        raise UserError("restored")
+
     changes = {"data__augment__mean": "(0.5,0.5,0.5)", "train__steps": steps}
     job = jobs.open_setup(toy.settings(**SMALL | changes), str(run), trains=[FORMS])
     clock = types.SimpleNamespace(phase=lambda name: contextlib.nullcontext(), compiled=print)
@@ -182,6 +192,9 @@ def test_a_refused_change_leaves_the_settings_of_the_run(
         check_state_fits=lambda: None, length=length, template={}, shardings={}
     )
     monkeypatch.setattr(jobs, "Trainer", lambda *_: other)
+    if fits:
+        monkeypatch.setattr(Checkpoints, "restore", lambda *_: {})
+    monkeypatch.setattr(jobs.Setup, "batches", stop)
     monkeypatch.setattr(train, "_log_start", lambda *_: None)
     monkeypatch.setattr(train.monitoring, "make_clock", lambda *_, **__: clock)
     monkeypatch.setattr(train.monitoring, "monitored", lambda *_: contextlib.nullcontext())
