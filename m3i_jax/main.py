@@ -236,6 +236,8 @@ def _configured(flags: argparse.Namespace, overrides: list[str]) -> ml_collectio
         if flags.mode != "train" or not has_saved_step(flags.workdir):
             raise
         saved = configuration.load_from_workdir(flags.workdir, "--workdir")
+        unused = importlib.import_module("m3i_jax.training.unused_model_settings")
+        unused.reset_unused_model_settings(saved)
         if saved.init_from != os.path.expanduser(error.path):
             raise
         if flags.process_id in ("", "0"):

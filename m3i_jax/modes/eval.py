@@ -410,7 +410,9 @@ def evaluate(
         notice.arm()
         try:
             for values, known, enabled, prefix, make in passes:
-                values |= {name: known[name] for name in enabled if name in known}
+                # what measured nothing is tried again: captions may have come since
+                done = {name: of for name, of in known.items() if of or name in figures}
+                values |= {name: done[name] for name in enabled if name in done}
                 missing = {name: metric for name, metric in enabled.items() if name not in values}
                 context = make() if missing else trained
                 context.poll = notice.poll

@@ -30,6 +30,7 @@ from m3i_jax.training import (
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, SavesFailed
 from m3i_jax.training.task import task_kind
 from m3i_jax.training.trainer import Trainer
+from m3i_jax.training.unused_model_settings import unread_model_settings
 
 LOG = "metrics.jsonl"
 
@@ -108,7 +109,13 @@ def _changes(setup: Setup, position: dict[str, Any]) -> list[str]:
         )
         # what the run took from init_from is in its checkpoint, and is not read again
         started = [line for line in differences if line.startswith("init.")]
-        out += [line for line in differences if line not in started]
+        # a recipe of another version may have set what the network does not read
+        unread = unread_model_settings(setup.config)
+        out += [
+            line
+            for line in differences
+            if line not in started and line.partition(":")[0] not in unread
+        ]
         if started:
             writers.log_line(
                 f"warning: {'; '.join(started)}: has no effect, because the run continues from its"
@@ -305,10 +312,11 @@ def _pretrain(
                 state = checkpoints.restore(start, trainer.template, trainer.shardings)
             log(f"resuming at step {start:,}, {samples:,} samples seen")
         else:
+            write_settings(setup)  # for modes that read the run meanwhile
             state = trainer.init(log, classes=setup.classes)
         if changed and start == trainer.length.steps:  # its weights are of the settings before
             log("warning: no step is left to train, so the run keeps its settings")
-        else:
+        elif newest:
             write_settings(setup)
         data = setup.batches(samples)
         data.go_on(position.get("counts", {}))

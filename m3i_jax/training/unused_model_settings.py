@@ -26,6 +26,19 @@ def _unused(model: Any) -> Iterator[tuple[str, str]]:
         yield f"model.encoder.{key}", f"model.encoder.positions={model.encoder.positions}"
 
 
+def unread_model_settings(config: schema.Config) -> frozenset[str]:
+    """Returns the settings of the network that this network does not read, whatever they are.
+
+    >>> "model.encoder.rope_base" in unread_model_settings(schema.Config())
+    True
+    """
+    model = config.model
+    keys = {key for key, _ in _unused(model)}
+    if not (model.encoder.cls_token and backbones.get_backbone(model).has_cls_token):
+        keys.add("model.decoder.cls")
+    return frozenset(keys)
+
+
 def unused_model_settings(
     config: schema.Config | ml_collections.ConfigDict,
 ) -> dict[str, tuple[Any, Any, str]]:

@@ -79,10 +79,9 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
         ("data.augment.mixup", blended, no_blend),
         ("data.augment.cutmix", blended, no_blend),
         ("model.decoder.cls", not no_cls_token, "no cls token (model.encoder.cls_token=false)"),
+        # not its probability, which follows from the length of a run also without operations
         ("data.rand_augment.magnitude", rand.ops, no_operation),
         ("data.rand_augment.deviation", rand.ops, no_operation),
-        # below 0 a recipe leaves it open
-        ("data.rand_augment.p", rand.ops or rand.p < 0, no_operation),
     ):
         value, default = (operator.attrgetter(key)(each) for each in (config, default_config))
         if value != default and not is_read:

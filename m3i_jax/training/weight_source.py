@@ -105,11 +105,14 @@ def open_weights(
     if checkpoint_dir.is_export(location):
         return _open_export(location, weights, key)
     place = pathlib.Path(location).absolute()
-    for run in (place.parent, place.parent.parent):
-        if (run / "checkpoints") in (place, place.parent) and checkpoint_dir.is_run(str(run)):
+    for checkpoints, step in ((place, ""), (place.parent, place.name)):
+        if checkpoints.name != "checkpoints":
+            continue  # else it may be a directory of files of weights that has this name
+        steps = [str(number) for number in checkpoint_dir.complete_steps(checkpoints)]
+        if step in steps or steps and not step:
             raise UserError(
                 f"{key}: {location!r} holds checkpoints of a run, without its settings; give its"
-                f" workdir, {str(run)!r}, whose newest checkpoint is read"
+                f" workdir, {str(checkpoints.parent)!r}, whose newest checkpoint is read"
             )
     try:
         table = tensor_files.read_tensors(location)

@@ -298,11 +298,19 @@ def test_refusals(run, tmp_path: pathlib.Path) -> None:
             load.load(path, **settings)
 
 
-def test_what_is_no_path_of_weights_is_named(run) -> None:
+def test_what_is_no_path_of_weights_is_named(run, tmp_path: pathlib.Path) -> None:
     workdir = str(run[0])
     for part in ("checkpoints", "checkpoints/4"):
         with pytest.raises(UserError, match=f"give its workdir, {re.escape(repr(workdir))}"):
             load.load(f"{workdir}/{part}")
+    for name in ("vit.txt", "8"):  # a directory of files of weights may have this name
+        file = tmp_path / "checkpoints" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"")
+        with pytest.raises(UserError) as caught:
+            load.load(str(file))
+        assert "workdir" not in str(caught.value).partition("give")[0]
+        assert "without its settings" not in str(caught.value)
     for wrong in (None, 5, b"runs/first"):
         with pytest.raises(TypeError, match=f"load: path={re.escape(repr(wrong))} is of type"):
             load.load(wrong)

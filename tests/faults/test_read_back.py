@@ -105,6 +105,20 @@ def test_how_a_run_read_its_first_weights_is_no_other_run(tmp_path: pathlib.Path
         train.check_same_run(job(tmp_path, init_from="/b"), position, False)
 
 
+def test_what_the_network_does_not_read_is_no_other_run(tmp_path: pathlib.Path) -> None:
+    """A recipe of an earlier version set it; what is read on either side is another run."""
+    position = {"samples_seen": 8, "fingerprint": "f"}
+    old = {"model__encoder__rope_base": 50.0, "model__encoder__cls_token": False}
+    train.write_settings(job(tmp_path, **old, model__decoder__cls="yes"))
+    none = {"model__encoder__cls_token": False}
+    train.check_same_run(job(tmp_path, **none), position, False)
+    with pytest.raises(UserError, match=r"configuration \(model.encoder.cls_token: [^;]*\)"):
+        train.check_same_run(job(tmp_path, model__decoder__cls="yes"), position, False)
+    with pytest.raises(UserError, match="model.encoder.positions.*; model.encoder.rope_base: 50"):
+        rotary = {"model__encoder__positions": "rope", "model__encoder__rope_base": 100.0}
+        train.check_same_run(job(tmp_path, **none | rotary), position, False)
+
+
 def test_settings_that_cannot_be_compared_are_logged(tmp_path: pathlib.Path, capsys) -> None:
     position = {"samples_seen": 8, "fingerprint": "f"}
     train.write_settings(job(tmp_path))

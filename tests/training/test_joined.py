@@ -50,7 +50,6 @@ from tests.training.forward import HEAD, forward, plan_of
             ("intern_image.stem_strides: (2, 1)", "model.backbone=vit", "leave it at (2, 2)"),
         ),
         ("mim", {"data__rand_augment__magnitude": 3.0}, ("magnitude: 3.0", "rand_augment.ops=0")),
-        ("mim", {"data__rand_augment__p": 0.25}, ("rand_augment.p: 0.25", "rand_augment.ops=0")),
         (
             "mae",
             {"model__decoder__cls": "yes", "model__encoder__cls_token": False},

@@ -369,6 +369,9 @@ def _members(path: str) -> tuple[dict[str, dict[str, Any]], collections.Counter[
     for problem in (*tar_headers.DAMAGE, *tar_headers.HOSTILE):
         if problems[problem]:
             _log.warning("%r: %d %s; the valid members are used", path, problems[problem], problem)
+    for kind in tar_headers.COMPRESSED:
+        if problems[tar_headers.compressed_by(kind)]:
+            _log.warning("%r is compressed by %s: none of its members is used", path, kind)
     problems["captions or labels without an image"] += sum(
         "size" not in group for group in groups.values()
     )
