@@ -319,7 +319,7 @@ def test_short_run_is_reported_and_not_repeated(
     assert (
         "kNN, other style %" in output
         and "kNN, own style %" in output
-        and "Not run: M3I, CLIP." in output
+        and "Not run: M3I (steps=2, " in output
     )
     (result,) = json.loads((tmp_path / "results.json").read_text())
     assert (
