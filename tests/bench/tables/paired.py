@@ -19,8 +19,8 @@ def knn_hits(file: pathlib.Path, *, k: int, temperature: float) -> dict[str, Any
 
     Returns:
       images: digest of keys and labels, equal for runs that can be paired; count: their number;
-      knn: a bit for each in the order of the keys, as hexadecimal digits; first: likewise, whether
-      an image is the first of its key: drawings of one thing are not independent.
+      knn: a bit for each in the order of the keys, as hexadecimal digits; first: bits that say
+      whether an image is the first of its key, since drawings of one thing are not independent.
     """
     columns, _ = read_feature_file(str(file))
     features = columns["features"].astype(np.float32)
