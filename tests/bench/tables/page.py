@@ -80,7 +80,9 @@ def tables_page(
                 continue
             rows, paired = report.compare_rows(of_set), compare_with(REFERENCE, of_set)
             columns = [c for c in one.columns if any(c.key in row.figures for row in rows)]
-            charts = "".join(bar_chart(rows, column) for column in columns if column.best)
+            # gains may be negative, where bars begin at 0; the table has them
+            charted = [c for c in columns if c.best and not c.key.startswith("gained/")]
+            charts = "".join(bar_chart(rows, column) for column in charted)
             cells = [
                 [
                     row.form,
