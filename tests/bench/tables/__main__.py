@@ -13,7 +13,8 @@ the keys is held out by a hash.
 Every run is an ordinary command line (configs/toy.py for each stage, --mode=eval,
 configs/transfer/finetune.py) in OUT/runs/PROTOCOL/SET/ROW-SEED, one process at a time; a run with a
 result, in its directory or in --results, is not repeated, and an interrupted one is continued.
-OUT/tables.md, OUT/report.html and the file of results are rewritten after every run.
+OUT/tables.md, OUT/report.html and the file of results are rewritten after every run. Runs with
+--steps, --finetune-steps or --override are further rows, whose titles name these.
 
 The sets (`sets.py`):
 

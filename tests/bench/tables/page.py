@@ -69,7 +69,8 @@ def tables_page(
         f"<p class=muted>{len(results)} runs. A bar is the mean over seeds, a line one standard"
         " deviation to each side, a mark one seed. Every figure is measured at the end of its run,"
         " on images that no run of its table trains on. The last column compares kNN with M3I's"
-        " image by image; ± there is a standard error.</p>",
+        " on the same images; ± there is a standard error over the things that they show and, where"
+        " a row has two, over seeds.</p>",
     ]
     for protocol, title in titles.items():
         for one in sets.values():
