@@ -43,9 +43,9 @@ chosen=(-m "not slow")
 for argument in "$@"; do
     case "$argument" in -m | -m*) chosen=() ;; esac
 done
-# two processes, each with whole files: much of the suite is compiling, which uses one core. The
+# three processes, each with whole files: compiling uses one core, and what waits none. The
 # order of tests/conftest.py: the longest files first, or shuffled.
-python -m pytest -q -n "${M3I_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder \
+python -m pytest -q -n "${M3I_TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder \
     ${chosen[@]+"${chosen[@]}"} "$@" \
     </dev/null || status=$?
 if ((${#failed[@]})); then

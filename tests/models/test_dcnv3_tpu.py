@@ -11,10 +11,9 @@ from m3i_jax.models import dcnv3, dcnv3_tpu, dcnv3_window_plan
 from tests.models.test_dcnv3 import compare, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "groups", "width"),
-    (((18, 16), 8, 32), pytest.param((3, 130), 3, 8, marks=pytest.mark.slow)),
-    ids=str,
+    ("size", "groups", "width"), (((18, 16), 8, 32), ((3, 130), 3, 8)), ids=str
 )
 def test_blocks_of_lanes_and_tiles_of_outputs(size, groups, width):
     """Eight groups of 32 are two blocks of lanes; 288 and 390 outputs are tiles, the last not full;

@@ -219,9 +219,8 @@ def test_gradients():
         )
 
 
-@pytest.mark.parametrize(
-    "norm", ("pre", *(pytest.param(n, marks=pytest.mark.slow) for n in ("post", "res_post")))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ("pre", "post", "res_post"))
 def test_what_is_kept_by_name_needs_no_product_twice(norm):
     model = dataclasses.replace(SMALL, norm=norm, layer_scale=0.1 if norm == "post" else 0.0)
     model = dataclasses.replace(model, depths=(1, 1, 2, 1))

@@ -94,6 +94,7 @@ def test_modules_compute_the_same(kind: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_modules_of_internimage_compute_the_same() -> None:
     """Its output alone: the two modules are those of the networks above, and so are gradients."""
     network, x = SMALL["InternImage"], inputs("InternImage")

@@ -59,6 +59,7 @@ def test_the_parts_of_the_state_sum_to_its_bytes() -> None:
     assert whole / 4 < parts["params"] < whole / 2
 
 
+@pytest.mark.slow
 def test_residual_bytes_of_groups_that_span_devices() -> None:
     """A quarter of dinov2's 192 images are 48 rows, and KoLeo compares 64."""
 

@@ -6,7 +6,6 @@ import pathlib
 import re
 import types
 
-import jax
 import numpy as np
 import pytest
 
@@ -57,23 +56,6 @@ def test_weights_that_were_written_anew_are_evaluated_anew(tmp_path: pathlib.Pat
             headers.append(evaluate.described(setup, checkpoint, 7))
         assert headers[0] == headers[1] != headers[2]
         assert {**headers[2], "of": ""} == {**headers[0], "of": ""}
-
-
-def test_untrained_are_the_initial_weights_and_not_those_of_the_checkpoint(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_run(tmp_path / "run", ("supervised",), moved=0.25, objective__forms="supervised")
-    seen, context = [], evaluate._context
-
-    def spy(setup, image_sets, state):
-        seen.append(jax.device_get(state.params["encoder"]))
-        return context(setup, image_sets, state)
-
-    monkeypatch.setattr(evaluate, "_context", spy)
-    arguments = ["--mode=eval", "--workdir", str(tmp_path / "run"), *enable("knn"), "--untrained"]
-    assert command.main(arguments) == 0
-    moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b - 0.25).max(), *seen))
-    assert moved and max(moved) < 1e-6
 
 
 def test_a_folder_by_one_flag(

@@ -166,7 +166,8 @@ def intern(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return workdir
 
 
-@pytest.mark.parametrize("format", [pytest.param("hf", marks=pytest.mark.slow), "npz"])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["hf", "npz"])
 def test_an_intern_image_under_its_published_names(
     intern: pathlib.Path, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,7 @@ def test_gradients_of_networks_inside_shard_map_equal_those_of_the_parts(name):
     check(loss, (images,), params)
 
 
+@pytest.mark.slow
 def test_an_intern_image_inside_shard_map_has_gradients():
     network = m3i_jax.InternImage.preset("internimage_pico", depths=(1,) * 4)
     params = jax.eval_shape(network.init, jax.random.key(0))

@@ -104,6 +104,7 @@ def test_other_numbers_of_copies_are_refused(copies):
         settings(dense__maps__composite=copies)
 
 
+@pytest.mark.slow
 def test_internimage_h_composed_with_dino_has_the_parameters_of_the_paper():
     config = configuration.load_config("configs/transfer/coco.py:head=dino,model=internimage_h")
     config.dense.maps.composite = 2

@@ -80,7 +80,9 @@ OTHERS = {
 REPEATED = (
     ("same", "detect"),
     ("same", "mask2former"),
+    ("same", "segment"),
     ("order", "segment"),
+    ("order", "mask2former"),
     ("number", "detect"),
     ("number", "mask2former"),
 )

@@ -306,6 +306,7 @@ def test_an_encoder_that_fits_in_part_is_refused(intern, tmp_path: pathlib.Path)
     take(toy.settings(**settings, init__only="^encoder/(?!norm/)"))
 
 
+@pytest.mark.slow
 def test_an_intern_image_with_other_settings_is_logged(tmp_path: pathlib.Path) -> None:
     alone = {**toy.INTERN, "objective__forms": "sim", "data__captions": "no"}
     saved.run(tmp_path, toy.settings(**alone, model__intern_image__offset_scale=2.0))

@@ -283,6 +283,7 @@ def test_a_run_hands_on_the_encoder_that_it_evaluates(
     assert config.init.weights == ("online", "ema")[wanted]
 
 
+@pytest.mark.slow
 def test_an_intern_image_is_a_teacher(tmp_path) -> None:
     """A convolution has its map at another stride; the terms of ViTs read it all the same."""
     params, _ = saved.run(tmp_path, toy.settings(**toy.INTERN))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from m3i_jax import schema
 from m3i_jax.models.dense import denoising, dino, dino_decoder
@@ -47,6 +48,7 @@ def noisy(params: Any) -> Any:
     return jax.tree.map(lambda x: x + 0.1 * r.normal(size=x.shape).astype(np.float32), params)
 
 
+@pytest.mark.slow
 def test_heads_of_every_layer_and_activations_computed_again() -> None:
     """Equal heads in every layer predict as shared ones do, and the gradient of the shared ones is
     the sum of theirs; computed again, nothing changes."""

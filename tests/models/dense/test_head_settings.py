@@ -98,7 +98,7 @@ def unread(config: schema.Config, section: str) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "loss"),
     [
-        ("mask_rcnn", "softmax"),
+        pytest.param("mask_rcnn", "softmax", marks=pytest.mark.slow),
         ("dino", "softmax"),
         ("mask2former", "softmax"),
         pytest.param("mask_rcnn", "federated", marks=pytest.mark.slow),
