@@ -113,6 +113,8 @@ _WORDS = {
         errno.EACCES,
         errno.EIO,
         errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
         errno.EMFILE,
     )
 }
@@ -232,7 +234,8 @@ def _refusal(error: BaseException) -> UserError | RunStopped | None:
         if match
         else next((number for words, number in _WORDS.items() if words in text), 0)
     )
-    if number and not isinstance(error, KeyError | AssertionError):
+    lost = type(error).__name__ == "JaxRuntimeError" and _LOST.search(text)
+    if number and not lost and not isinstance(error, KeyError | AssertionError):
         file = _FILE.search(text)
         return system_error(
             OSError(number, os.strerror(number), file[1] if file else error_path(error) or None)
@@ -247,7 +250,7 @@ def _refusal(error: BaseException) -> UserError | RunStopped | None:
         )
     if "can't start new thread" in text:
         return UserError(f"no more threads can be started; {HINTS[errno.EAGAIN]}")
-    if type(error).__name__ == "JaxRuntimeError" and _LOST.search(text):
+    if lost:
         return RunStopped(
             f"a device or another host does not answer ({text}); run the same command again to"
             " resume"

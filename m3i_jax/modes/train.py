@@ -30,7 +30,7 @@ from m3i_jax.training import (
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, SavesFailed
 from m3i_jax.training.task import task_kind
 from m3i_jax.training.trainer import Trainer
-from m3i_jax.training.unused_model_settings import unread_model_settings
+from m3i_jax.training.unused_settings import unread_settings
 
 LOG = "metrics.jsonl"
 
@@ -109,8 +109,8 @@ def _changes(setup: Setup, position: dict[str, Any]) -> list[str]:
         )
         # what the run took from init_from is in its checkpoint, and is not read again
         started = [line for line in differences if line.startswith("init.")]
-        # a recipe of another version may have set what the network does not read
-        unread = unread_model_settings(setup.config)
+        # a run of another version may have set what nothing reads
+        unread = unread_settings(setup.config)
         out += [
             line
             for line in differences
@@ -307,6 +307,11 @@ def _pretrain(
         parallel.reported_checks(checked),
         monitoring.monitored(config, workdir, clock, log) as tracer,
     ):
+        # what may refuse the settings comes before they replace those of the run
+        evaluation = evaluators.make_evaluators(
+            setup, log, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)
+        )
+        data = setup.batches(samples)
         if newest:
             with clock.phase("restore"):
                 state = checkpoints.restore(start, trainer.template, trainer.shardings)
@@ -318,7 +323,6 @@ def _pretrain(
             log("warning: no step is left to train, so the run keeps its settings")
         elif newest:
             write_settings(setup)
-        data = setup.batches(samples)
         data.go_on(position.get("counts", {}))
         alarm = loop.CollapseAlarm(position.get("collapse"))
         if alarm.alarm:
@@ -331,9 +335,7 @@ def _pretrain(
             panel=lambda step, state, batch: writer.attempt(
                 "panels", lambda: views.draw_panel(setup, trainer, step, state, batch)
             ),
-            evaluators=evaluators.make_evaluators(
-                setup, log, trainer.length.steps, lambda draw: writer.attempt("pictures", draw)
-            ),
+            evaluators=evaluation,
             position=lambda samples: {
                 "samples_seen": samples,
                 "fingerprint": setup.fingerprint,

@@ -369,7 +369,8 @@ def _take_steps(
                 with metrics_log.clock.phase("save"):
                     _save_last(callbacks, now, state, samples_seen, reason)
             if isinstance(reason, CallbackError):
-                raise reason.error from None
+                # with what it was raised from: of a disk that is away, exit code 1
+                raise reason.error from reason.error.__cause__
             callbacks.log(f"preempted: saved step {now}; run the same command again to resume")
             return PREEMPTED, state
         # a signal meanwhile does not cost the last checkpoint

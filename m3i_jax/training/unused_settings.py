@@ -10,7 +10,24 @@ from m3i_jax.models import backbones
 from m3i_jax.objective import derived_terms, prototype_targets, registry
 from m3i_jax.objective.terms import DecoderHead, LinearHead
 from m3i_jax.training import plan
-from m3i_jax.training.unused_model_settings import reject_unused_model_settings
+from m3i_jax.training.unused_model_settings import (
+    reject_unused_model_settings,
+    unread_model_settings,
+)
+
+# not its probability, which follows from the length of a run also without operations
+_OF_OPERATIONS = ("data.rand_augment.magnitude", "data.rand_augment.deviation")
+
+
+def unread_settings(config: schema.Config) -> frozenset[str]:
+    """Returns the settings of the network and of augmentations that a run of any objective does not
+    read, whatever they are: where they differ from those of a run that is resumed, nothing does.
+
+    >>> "data.rand_augment.magnitude" in unread_settings(schema.Config())
+    True
+    """
+    unread = () if config.data.rand_augment.ops else _OF_OPERATIONS
+    return unread_model_settings(config).union(unread)
 
 
 def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ...]]) -> None:
@@ -58,7 +75,6 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
         and backbones.get_backbone(config.model).has_cls_token
         and any(isinstance(t.head, DecoderHead) for t in terms)
     )
-    rand = config.data.rand_augment
     no_operation = "no operation of RandAugment (data.rand_augment.ops=0)"
     no_blend = "no blended input (as in finetune)"
     for key, is_read, reason in (
@@ -79,9 +95,7 @@ def reject_unused_settings(config: schema.Config, trains: Iterable[tuple[str, ..
         ("data.augment.mixup", blended, no_blend),
         ("data.augment.cutmix", blended, no_blend),
         ("model.decoder.cls", not no_cls_token, "no cls token (model.encoder.cls_token=false)"),
-        # not its probability, which follows from the length of a run also without operations
-        ("data.rand_augment.magnitude", rand.ops, no_operation),
-        ("data.rand_augment.deviation", rand.ops, no_operation),
+        *((key, config.data.rand_augment.ops, no_operation) for key in _OF_OPERATIONS),
     ):
         value, default = (operator.attrgetter(key)(each) for each in (config, default_config))
         if value != default and not is_read:

@@ -1,7 +1,9 @@
 """ArrayRecord files: records survive a round trip, files of other programs are read, and damage
 affects only its record."""
 
+import errno
 import json
+import os
 import pathlib
 from multiprocessing.reduction import ForkingPickler
 
@@ -13,7 +15,7 @@ from m3i_jax.data import decode, splits
 from m3i_jax.data.sources import array_record as array_record_source
 from m3i_jax.data.sources import base, tf_example
 from m3i_jax.data.sources.array_record import ArrayRecordSource
-from m3i_jax.errors import UserError
+from m3i_jax.errors import UnreachableError, UnreadableError, UserError
 
 array_record = pytest.importorskip("array_record.python.array_record_module")
 RECORDS = [
@@ -215,6 +217,42 @@ def test_refusals(tmp_path):
     (data / "x-00001-of-00002.array_record.npz").unlink()
     with pytest.raises(UserError, match="has no .npz file beside it, so it is incomplete"):
         array_record_source.write_shard_index(str(data))
+
+
+def test_a_disk_that_is_away_is_no_mistake(tmp_path, monkeypatch):
+    write(tmp_path)
+    source = ArrayRecordSource(str(tmp_path))
+    said = [""]
+
+    class Away:
+        def read(self, rows):
+            raise RuntimeError(f"{said[0]}, reading {source.files[0]}")
+
+    monkeypatch.setattr(source, "_reader", lambda shard: Away())
+    for words, status in (
+        ("Transport endpoint is not connected", 1),
+        ("Input/output error", 1),
+        ("No such file or directory", 2),
+    ):
+        said[0] = words
+        with pytest.raises(UnreadableError, match=words) as refusal:
+            source[0]
+        assert refusal.value.status == status
+    stat = os.stat
+
+    def stale(path, **options):
+        if str(path) == source.files[0]:
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", stale)
+    with pytest.raises(UnreachableError, match="although it could when the run began"):
+        source[0]
+    monkeypatch.setattr(os, "stat", stat)
+    os.unlink(source.files[0])
+    with pytest.raises(UnreadableError, match="restore it") as refusal:
+        source[0]
+    assert refusal.value.status == 2
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

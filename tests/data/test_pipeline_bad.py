@@ -9,7 +9,7 @@ import pytest
 from m3i_jax import schema
 from m3i_jax.data import pipeline
 from m3i_jax.data.sources.folder import FolderSource
-from m3i_jax.errors import UserError
+from m3i_jax.errors import TransientError, UnreachableError, UserError
 
 
 def test_bad_records_are_replaced_and_counted_exactly(fill, make):
@@ -111,3 +111,17 @@ def test_a_source_without_a_pair_of_good_images(make):
             ),
         ):
             make.stream(make.settings(batch=4), source, None, 1)
+
+
+def test_a_store_that_stays_away_is_no_mistake(make, monkeypatch):
+    """Also where its records are replaced: the exit code lets a scheduler start the run again."""
+
+    def away(self, index):
+        raise UnreachableError("'gs://bucket/0.tar' cannot be read (503): check the address")
+
+    source, config = make.ColorImages(6), make.settings(batch=4)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, missing="replace"))
+    monkeypatch.setattr(make.ColorImages, "__getitem__", away)
+    with pytest.raises(TransientError, match="^100 draws in a row .* 100 unreadable ") as refusal:
+        make.stream(config, source, None, 1)
+    assert refusal.value.status == 1

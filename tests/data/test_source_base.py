@@ -12,7 +12,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import decode, splits
-from m3i_jax.data.sources import base, local_files
+from m3i_jax.data.sources import base, local_files, outages
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import TransientError, UserError, refuse_system_errors
 
@@ -306,15 +306,23 @@ def test_reading_fails_with_one_line(fill, monkeypatch):
     monkeypatch.setattr(os, "pread", pread)
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setattr(local_files, "OUTAGE", local_files.Outage())
     assert base.read_byte_range(path, 0, 3) == b"012" and not fails
+    monkeypatch.setattr(local_files, "OUTAGES", outages.Outages())  # nothing was read lately
     fails.extend([OSError(5, "Input/output error")] * 99)
     slept.clear()
     with pytest.raises(UserError, match="Input/output error") as refusal:
         base.read_byte_range(path, 0, 3)
     # a file server starts within two minutes; where it does not, a scheduler starts the run again
     assert 60 < sum(slept) < 180 and slept == sorted(slept) and refusal.value.status == 1
+    # while nothing can be read, every read waits: no other record could take its place
     slept.clear()
+    with pytest.raises(UserError, match="Input/output error"):
+        base.read_byte_range(path, 0, 3)
+    assert 60 < sum(slept) < 180
+    fails.clear()
+    slept.clear()
+    assert base.read_byte_range(path, 0, 3) == b"012"
+    fails.extend([OSError(5, "Input/output error")] * 99)
     with pytest.raises(UserError, match="Input/output error"):
         base.read_byte_range(path, 0, 3)
     assert sum(slept) < 5  # of many records that are replaced, one waits

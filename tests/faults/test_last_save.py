@@ -1,5 +1,6 @@
 """Rows C9, C10: a run whose data or evaluator fails saves its state, and resumes from there."""
 
+import errno
 import os
 import pathlib
 import signal
@@ -14,7 +15,7 @@ import pytest
 from m3i_jax import parallel
 from m3i_jax.data import pipeline, workers
 from m3i_jax.data.sources.folder import FolderSource
-from m3i_jax.errors import RunStopped, UnreadableError, UserError
+from m3i_jax.errors import RunStopped, TransientError, UnreadableError, UserError, as_refusal
 from m3i_jax.modes import train
 from m3i_jax.training import loop
 from m3i_jax.training.checkpoint import Checkpoints, SavesFailed
@@ -138,6 +139,17 @@ def test_the_state_is_saved_before_the_run_ends(
     # what is saved has its line in the log
     assert world.events[-2:] == ["save 5", "wait"] and "write 5" in world.events
     assert "saved step 5" in world.logged[-1]
+
+
+@pytest.mark.fast
+@pytest.mark.row("C9")
+def test_an_error_keeps_what_it_was_raised_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which a disk that is away gives exit code 1."""
+    error = UserError("the files of 'train' cannot be read")
+    error.__cause__ = OSError(errno.ESTALE, "Stale file handle")
+    with pytest.raises(UserError) as raised:
+        failing("draw", error).run(monkeypatch)
+    assert isinstance(as_refusal(raised.value), TransientError)
 
 
 @pytest.mark.fast

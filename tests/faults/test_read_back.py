@@ -109,9 +109,13 @@ def test_what_the_network_does_not_read_is_no_other_run(tmp_path: pathlib.Path) 
     """A recipe of an earlier version set it; what is read on either side is another run."""
     position = {"samples_seen": 8, "fingerprint": "f"}
     old = {"model__encoder__rope_base": 50.0, "model__encoder__cls_token": False}
-    train.write_settings(job(tmp_path, **old, model__decoder__cls="yes"))
+    magnitude = {"data__rand_augment__magnitude": 5.0}
+    train.write_settings(job(tmp_path, **old, **magnitude, model__decoder__cls="yes"))
     none = {"model__encoder__cls_token": False}
     train.check_same_run(job(tmp_path, **none), position, False)
+    with pytest.raises(UserError, match=r"ops: 0 -> 2; data.rand_augment.magnitude: 5.0 -> 9"):
+        operations = {"data__rand_augment__ops": 2}
+        train.check_same_run(job(tmp_path, **none | operations), position, False)
     with pytest.raises(UserError, match=r"configuration \(model.encoder.cls_token: [^;]*\)"):
         train.check_same_run(job(tmp_path, model__decoder__cls="yes"), position, False)
     with pytest.raises(UserError, match="model.encoder.positions.*; model.encoder.rope_base: 50"):

@@ -168,6 +168,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     [
         (9, False, r"checkpoint 8: does not fit this configuration"),
         (8, True, r"^restored$"),
+        (10, True, r"^evaluate\.features$"),
         (
             7,
             True,
@@ -178,11 +179,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_a_refused_change_leaves_the_settings_of_the_run(
     run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, steps: int, fits: bool, words: str
 ) -> None:
-    """What --allow-changes writes would be read with the old weights, if the state does not fit or
-    no step is trained."""
+    """What --allow-changes writes would be read with the old weights, if the state does not fit, an
+    evaluator refuses its settings or no step is trained."""
 
     def stop(*_: object) -> None:
         raise UserError("restored")
+
+    def refused(*_: object) -> None:
+        raise UserError("evaluate.features")
 
     changes = {"data__augment__mean": "(0.5,0.5,0.5)", "train__steps": steps}
     job = jobs.open_setup(toy.settings(**SMALL | changes), str(run), trains=[FORMS])
@@ -194,7 +198,10 @@ def test_a_refused_change_leaves_the_settings_of_the_run(
     monkeypatch.setattr(jobs, "Trainer", lambda *_: other)
     if fits:
         monkeypatch.setattr(Checkpoints, "restore", lambda *_: {})
-    monkeypatch.setattr(jobs.Setup, "batches", stop)
+    data = types.SimpleNamespace(go_on=lambda counts: None)
+    monkeypatch.setattr(jobs.Setup, "batches", lambda *_: data)
+    monkeypatch.setattr(train.loop, "CollapseAlarm", stop)  # first after settings are written
+    monkeypatch.setattr(train.evaluators, "make_evaluators", refused if steps == 10 else print)
     monkeypatch.setattr(train, "_log_start", lambda *_: None)
     monkeypatch.setattr(train.monitoring, "make_clock", lambda *_, **__: clock)
     monkeypatch.setattr(train.monitoring, "monitored", lambda *_: contextlib.nullcontext())

@@ -30,7 +30,7 @@ from m3i_jax.data.sources import base, shared_files, tf_example
 from m3i_jax.data.sources.base import HandleCache, Record
 from m3i_jax.data.sources.captions import encoded_captions
 from m3i_jax.data.sources.registry import SourceKind, register_source
-from m3i_jax.errors import UnreadableError, UserError
+from m3i_jax.errors import TransientError, UnreachableError, UnreadableError, UserError, as_refusal
 
 VERSION = 1
 INDEX = "dataset.json"
@@ -417,11 +417,7 @@ class ArrayRecordSource:
         try:
             return self._reader(shard).read(rows)
         except (RuntimeError, ValueError, IndexError):
-            if not os.path.isfile(self.files[shard]):
-                raise UnreadableError(
-                    f"{self.files[shard]!r} cannot be read although it could when the run began;"
-                    " restore it"
-                ) from None
+            base.check_presence(self.files[shard])
         # one by one, so that a damaged record does not affect its neighbours
         return [self._read_one(shard, row) for row in rows]
 
@@ -431,7 +427,8 @@ class ArrayRecordSource:
         except (RuntimeError, ValueError, IndexError) as error:
             if "orrupt" in str(error) or "mismatch" in str(error):
                 return DAMAGED
-            raise UnreadableError(
+            away = isinstance(as_refusal(error), TransientError)
+            raise (UnreachableError if away else UnreadableError)(
                 f"record {row} of {self.files[shard]!r} cannot be read ({error}); restore the file"
                 " and start again"
             ) from error

@@ -12,7 +12,7 @@ from m3i_jax.data import decode
 from m3i_jax.data.sources import base, class_names
 from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT, Record
 from m3i_jax.data.sources.registry import SourceKind, SplitFolders, register_source
-from m3i_jax.errors import UnreadableError, UserError
+from m3i_jax.errors import UserError
 
 OUTSIDE = "links out of the folder"  # a kind of ignored files
 ROLES = {
@@ -125,15 +125,7 @@ class FolderSource:
         if not self._captioned[index]:
             return None
         path = os.path.join(self.path, os.path.splitext(self._names[index])[0] + ".txt")
-        try:
-            return base.read_byte_range(
-                path, 0, min(os.path.getsize(path), decode.CAPTION_LIMIT + 1)
-            )
-        except OSError as error:
-            raise UnreadableError(
-                f"{path!r} cannot be read ({error.strerror}) although it could when the run began;"
-                " restore it"
-            ) from error
+        return base.read_byte_range(path, limit=decode.CAPTION_LIMIT + 1)
 
     def fingerprint(self) -> str:
         return self._fingerprint

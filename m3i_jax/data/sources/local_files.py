@@ -13,7 +13,14 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from m3i_jax.errors import UnreachableError, UnreadableError, UserError, is_transient
+from m3i_jax.data.sources.outages import OUTAGES
+from m3i_jax.errors import (
+    UnreachableError,
+    UnreadableError,
+    UserError,
+    is_transient,
+    path_exists,
+)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # An image file is read into memory before its header is checked, so 256 MiB is the limit.
@@ -49,7 +56,12 @@ def _names_directories(path: str) -> bool:
     """Whether a glob is of directories, below which a split lies; of a URL by its form."""
     if "://" in path:
         return "." not in os.path.basename(path)
-    return os.path.isdir(path) or any(map(os.path.isdir, glob.iglob(path)))
+    if os.path.isdir(path):
+        return True
+    matches = glob.iglob(path)
+    if "." in os.path.basename(path):  # one of tens of thousands of shards says what all are
+        matches = iter([min(matches, default="")])
+    return any(map(os.path.isdir, matches))
 
 
 def whole_files(source: Any) -> list[tuple[str, int, int]]:
@@ -92,7 +104,9 @@ def open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def read_byte_range(path: str, offset: int = 0, size: int | None = None) -> bytes:
+def read_byte_range(
+    path: str, offset: int = 0, size: int | None = None, *, limit: int = FILE_LIMIT
+) -> bytes:
     """Reads part of a file by position.
 
     A failed read is retried. A read that keeps failing is an error and not a bad record: otherwise
@@ -101,13 +115,15 @@ def read_byte_range(path: str, offset: int = 0, size: int | None = None) -> byte
     Args:
         path: local file.
         offset: of the first byte.
-        size: bytes; None for the rest of the file, at most FILE_LIMIT.
+        size: bytes; None for the rest of the file.
+        limit: most bytes of the rest of the file.
 
     Returns:
         The bytes; exactly `size` of them if `size` is given.
 
     Raises:
-        UnreadableError: the file cannot be read, or is shorter than when it was indexed.
+        UnreadableError: the file cannot be read, or is shorter than when it was indexed; an
+            UnreachableError where its disk does not answer.
 
     >>> read_byte_range(__file__, 0, 3)
     b'\"\"\"'
@@ -121,9 +137,7 @@ def read_byte_range(path: str, offset: int = 0, size: int | None = None) -> byte
                         " restore it"
                     )
                 length = (
-                    min(os.fstat(file.fileno()).st_size - offset, FILE_LIMIT)
-                    if size is None
-                    else size
+                    min(os.fstat(file.fileno()).st_size - offset, limit) if size is None else size
                 )
                 chunks, count = [], 0
                 while count < length and (
@@ -136,13 +150,14 @@ def read_byte_range(path: str, offset: int = 0, size: int | None = None) -> byte
                     f"{path!r} ends before byte {offset + size}: it became shorter while the run"
                     " was reading it; start again"
                 )
+            OUTAGES.answered()
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
         except OSError as error:
             transient = is_transient(error)
-            waits = WAITS if transient and not OUTAGE.lasts() else WAITS[:BRIEF]
+            waits = WAITS if transient and not OUTAGES.lasts(path) else WAITS[:BRIEF]
             if attempt >= len(waits) or isinstance(error, FileNotFoundError | PermissionError):
-                if transient:
-                    OUTAGE.begin()
+                if len(waits) == len(WAITS):
+                    OUTAGES.begin(path)
                 raise (UnreachableError if transient else UnreadableError)(
                     f"{path!r} cannot be read ({error.strerror}) although it could when the run"
                     " began; restore it"
@@ -152,26 +167,23 @@ def read_byte_range(path: str, offset: int = 0, size: int | None = None) -> byte
     raise AssertionError("unreachable")
 
 
-class Outage:
-    """Remembers that a read failed after all retries. For ten minutes others are retried briefly:
-    where bad records are replaced, each would wait for two minutes.
+def check_presence(path: str) -> None:
+    """Raises the error of a file that was there when the run began and is not any more.
 
-    >>> outage = Outage()
-    >>> outage.begin(); outage.lasts()
-    True
+    Raises:
+        UnreadableError: it is gone; an UnreachableError where its disk does not answer.
+
+    >>> check_presence("/no/such/file")
+    Traceback (most recent call last):
+    m3i_jax.errors.UnreadableError: '/no/such/file' cannot be read although it could when the ...
     """
-
-    def __init__(self) -> None:
-        self._until = 0.0
-
-    def begin(self) -> None:
-        self._until = time.monotonic() + 600.0
-
-    def lasts(self) -> bool:
-        return time.monotonic() < self._until
-
-
-OUTAGE = Outage()
+    try:
+        if path_exists(path):
+            return
+        kind = UnreadableError
+    except OSError:
+        kind = UnreachableError
+    raise kind(f"{path!r} cannot be read although it could when the run began; restore it")
 
 
 def log_retry(path: str, error: Exception, wait: float) -> None:

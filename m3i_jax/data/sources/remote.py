@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from m3i_jax.data.sources.local_files import OUTAGE, log_retry
+from m3i_jax.data.sources.local_files import log_retry
+from m3i_jax.data.sources.outages import OUTAGES
 from m3i_jax.errors import UnreachableError, UnreadableError, UserError
 
 # The protocols of fsspec that are stores. Others start programs (ssh, git) or keep unpacked copies
@@ -35,7 +36,7 @@ STORES = (
 BLOCK = 1 << 23
 # Seconds before each retry of a range: two minutes in total. The first retry follows at once.
 WAITS, BRIEF = (0.0, 0.2, 0.8, 4.0, 15.0, 30.0, 60.0), 3
-_REFUSED = re.compile(r"(?i)forbidden|unauthorized|credentials|bad request|access ?denied")
+_REFUSED = re.compile(r"(?i)forbidden|unauthorized|bad request|access ?denied")
 JOIN = 1 << 16  # bytes between two ranges that are read along: less time than another request
 _JOINED = 1 << 23  # most bytes of ranges that are read at once
 _THREADS = 32  # of file systems that have no concurrent reads of their own
@@ -202,7 +203,8 @@ def _join(ranges: Sequence[tuple[str, int, int]]) -> tuple[list[tuple[str, int, 
 def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
     # a range of no bytes cannot be asked for: stores send the whole file, or refuse
     contents = {i: b"" for i, (_, start, end) in enumerate(requests) if start == end}
-    for wait in (*(WAITS[:BRIEF] if OUTAGE.lasts() else WAITS), None):
+    waits = WAITS[:BRIEF] if requests and OUTAGES.lasts(requests[0][0]) else WAITS
+    for wait in (*waits, None):
         pending = [i for i in range(len(requests)) if i not in contents]
         if not pending:
             break
@@ -214,7 +216,8 @@ def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
                 if is_refusal(content):
                     raise UnreadableError(_reason(path, content)) from content
                 if wait is None:
-                    OUTAGE.begin()
+                    if waits is WAITS:
+                        OUTAGES.begin(path)
                     raise UnreachableError(_reason(path, content)) from content
                 failed = path, content
             elif len(content) < end - start:
@@ -227,6 +230,7 @@ def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
                     f"{path!r}: the server sends whole files instead of ranges: use another store"
                 )
             else:
+                OUTAGES.answered()
                 contents[i] = bytes(content)
         if failed and wait is not None:
             log_retry(*failed, wait)
@@ -271,7 +275,8 @@ def retry_network(path: str, act: Callable[[], _T], tries: int = 4) -> _T:
         except UserError:
             raise
         except Exception as error:  # each store raises its own types
-            if is_refusal(error):
+            # while a run reads, its access is refreshed and may fail for a moment; here it is new
+            if is_refusal(error) or "credentials" in str(error).lower():
                 raise UserError(_reason(path, error)) from error
             if attempt == tries:
                 raise UnreachableError(_reason(path, error)) from error
