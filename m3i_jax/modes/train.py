@@ -30,7 +30,7 @@ from m3i_jax.training import (
 from m3i_jax.training.checkpoint import CheckpointDamaged, Checkpoints, SavesFailed
 from m3i_jax.training.task import task_kind
 from m3i_jax.training.trainer import Trainer
-from m3i_jax.training.unused_settings import unread_settings
+from m3i_jax.training.unused_settings import ignored_settings
 
 LOG = "metrics.jsonl"
 
@@ -110,7 +110,7 @@ def _changes(setup: Setup, position: dict[str, Any]) -> list[str]:
         # what the run took from init_from is in its checkpoint, and is not read again
         started = [line for line in differences if line.startswith("init.")]
         # a run of another version may have set what nothing reads
-        unread = unread_settings(setup.config)
+        unread = ignored_settings(setup.config)
         out += [
             line
             for line in differences

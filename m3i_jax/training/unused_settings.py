@@ -19,11 +19,11 @@ from m3i_jax.training.unused_model_settings import (
 _OF_OPERATIONS = ("data.rand_augment.magnitude", "data.rand_augment.deviation")
 
 
-def unread_settings(config: schema.Config) -> frozenset[str]:
+def ignored_settings(config: schema.Config) -> frozenset[str]:
     """Returns the settings of the network and of augmentations that a run of any objective does not
     read, whatever they are: where they differ from those of a run that is resumed, nothing does.
 
-    >>> "data.rand_augment.magnitude" in unread_settings(schema.Config())
+    >>> "data.rand_augment.magnitude" in ignored_settings(schema.Config())
     True
     """
     unread = () if config.data.rand_augment.ops else _OF_OPERATIONS
