@@ -1,7 +1,8 @@
 """Decides which records of a source are worth training on: describes each by a pure function of its
 bytes, then filters, looks for evaluation images, and chooses one of several copies.
 
-The descriptions take 3.1 KB a record, so one machine with 64 GB compares some ten million."""
+A description takes 3.1 KB a record, and a comparison three of them: all descriptions, those that are
+compared, and the file of these that the processes share (`engines`)."""
 
 import collections
 import dataclasses
@@ -193,20 +194,30 @@ def decide(
     if rules.duplicates != "exact":
         rows = done.kept
         thumbnails = facts["thumbnail"][rows]
-        pairs = _near(facts["hash"][rows], thumbnails, thumbnails, rules, mapper)
+        crops = rules.duplicates == "crops"
+        pairs = _near(facts["hash"][rows], thumbnails, thumbnails, rules, mapper, crops=crops)
         pairs = check(pairs, source, rows, source, rows)
         _leave_out_pairs(rows, pairs, pixels, NEAR, done)
     if features is not None:
         rows = done.kept
         known = rows[np.abs(features[rows]).max(1, initial=0) > 0]
-        exact = rules.neighbours == "auto" and len(known) <= EXACT_FEATURES
-        if exact or rules.neighbours == "exact":
+        if not needs_faiss(rules, len(known)):
             search = FeatureSearch(features[known], rules.similarity)
             pairs = np.concatenate([np.zeros((0, 3)), *mapper(search, _ranges(len(known)))])
         else:
             pairs = near_duplicates.approximate_features(features[known], rules.similarity)
         _leave_out_pairs(known, pairs, pixels, LIKE, done)
     return done
+
+
+def needs_faiss(rules: schema.Curate, count: int) -> bool:
+    """Returns whether like features of so many images are searched for by faiss.
+
+    >>> needs_faiss(schema.Curate(), 50_000), needs_faiss(schema.Curate(), 50_001)
+    (False, True)
+    """
+    many = rules.neighbours == "auto" and count > EXACT_FEATURES
+    return many or rules.neighbours == "approximate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +287,8 @@ def _near(
     asked: np.ndarray,
     rules: schema.Curate,
     mapper: Mapper,
+    *,
+    crops: bool,
 ) -> np.ndarray:
     finder = near_duplicates.NearFinder(
         hashes,
@@ -284,7 +297,7 @@ def _near(
         found is asked,
         rules.distance,
         rules.difference,
-        crops=rules.duplicates == "crops",
+        crops=crops,
     )
     return np.concatenate([np.zeros((0, 7)), *mapper(finder, _ranges(len(asked)))])
 
@@ -365,20 +378,20 @@ def _leave_out_evaluation(
     source: DataSource | None,
     check: Callable[..., np.ndarray],
 ) -> None:
-    """Leaves out the copies of evaluation images, their crops, and images of which they are
-    crops; with duplicates=exact or none only equal files."""
+    """Leaves out the copies of evaluation images, their crops, and images of which they are crops,
+    whatever copies among the records themselves `curate.duplicates` leaves out."""
     rows, usable = done.kept, np.flatnonzero(evaluation.facts["reason"] < 0)
     contents = {bytes(evaluation.facts["content"][i]): i for i in usable.tolist()}
     equal = [(row, contents.get(bytes(facts["content"][row]), -1), 0.0) for row in rows.tolist()]
     matches = [match for match in equal if match[1] >= 0]
-    if rules.duplicates in ("near", "crops") and rows.size and usable.size:
+    if rows.size and usable.size:
         own, others = facts["thumbnail"][rows], evaluation.facts["thumbnail"][usable]
         hashes = evaluation.facts["hash"][usable]
-        pairs = _near(hashes, others, own, rules, mapper)
+        pairs = _near(hashes, others, own, rules, mapper, crops=True)
         pairs = check(pairs, source, rows, evaluation.source, usable)
         for pair in pairs.tolist():
             matches.append((rows[int(pair[0])], usable[int(pair[1])], pair[2]))
-        pairs = _near(facts["hash"][rows], own, others, rules, mapper)
+        pairs = _near(facts["hash"][rows], own, others, rules, mapper, crops=True)
         pairs = check(pairs, evaluation.source, usable, source, rows)
         for pair in pairs.tolist():
             matches.append((rows[int(pair[1])], usable[int(pair[0])], pair[2]))

@@ -2,34 +2,48 @@
 
 import concurrent.futures
 import concurrent.futures.process
+import copy
 import multiprocessing
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from m3i_jax import interrupts
 from m3i_jax.data.conversion import exit_with_parent
 from m3i_jax.errors import UserError
 
 ENGINES = ("local", "ray")
+TEMPORARY = ".arrays-"  # with which the name of a directory of such files begins
 _AHEAD = 4  # items in flight per worker
+_LARGE = 1 << 20  # bytes from which an array is not sent to each process, but read from a file
 _STATE: dict[str, Any] = {}  # of a worker process
 _T = TypeVar("_T")
 
 
 def map_items(
-    engine: str, function: Callable[[Any], _T], items: Sequence[Any], *, workers: int
+    engine: str,
+    function: Callable[[Any], _T],
+    items: Sequence[Any],
+    *,
+    workers: int,
+    directory: str | None = None,
 ) -> Iterator[_T]:
     """Yields `function(item)` of every item, in their order.
 
     The function is sent to each worker once, the items one by one; few are in flight, so results
-    that are not consumed yet take little memory.
+    that are not consumed yet take little memory. Large arrays that are attributes of the function
+    are in memory once for all processes, which cannot change them.
 
     Args:
         engine: "local" or "ray".
         function: picklable, with its data.
         items: picklable.
         workers: processes; 1 for this process alone. Ray has its own number.
+        directory: for temporary files of large arrays; None: that of the system.
 
     Raises:
         UserError: Ray is not installed, no cluster is there, or a process died.
@@ -42,17 +56,49 @@ def map_items(
     elif workers == 1 or len(items) < 2:
         yield from map(function, items)
     else:
-        yield from _map_in_processes(function, items, min(workers, len(items)))
+        with tempfile.TemporaryDirectory(dir=directory, prefix=TEMPORARY) as files:
+            sent = _write_arrays(function, files)
+            yield from _map_in_processes(sent, items, min(workers, len(items)))
 
 
-def _map_in_processes(
-    function: Callable[[Any], _T], items: Sequence[Any], workers: int
-) -> Iterator[_T]:
+class _Sent(NamedTuple):
+    """A function as it is sent to a process, and the files of those attributes that it lacks."""
+
+    function: Any
+    files: dict[str, str]
+
+
+def _write_arrays(function: Callable[[Any], Any], directory: str) -> _Sent:
+    """Writes the large arrays of a function to files, an array of two attributes to one."""
+    large = {
+        name: value
+        for name, value in getattr(function, "__dict__", {}).items()
+        if isinstance(value, np.ndarray) and value.nbytes >= _LARGE
+    }
+    if not large:
+        return _Sent(function, {})
+    paths = {id(value): os.path.join(directory, f"{name}.npy") for name, value in large.items()}
+    for value in {id(value): value for value in large.values()}.values():
+        np.save(paths[id(value)], value)
+    rest = copy.copy(function)
+    for name in large:
+        object.__setattr__(rest, name, None)  # of a frozen dataclass, too
+    return _Sent(rest, {name: paths[id(value)] for name, value in large.items()})
+
+
+def _map_arrays(sent: _Sent) -> Any:
+    """Returns the function; the processes of a machine share the pages of its arrays."""
+    for name, path in sent.files.items():
+        object.__setattr__(sent.function, name, np.asarray(np.load(path, mmap_mode="r")))
+    return sent.function
+
+
+def _map_in_processes(sent: _Sent, items: Sequence[Any], workers: int) -> Iterator[Any]:
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _begin_worker, (function,)
+        workers, multiprocessing.get_context("spawn"), _begin_worker, (sent,)
     )
     try:
-        pending: list[concurrent.futures.Future[_T]] = []
+        pending: list[concurrent.futures.Future[Any]] = []
         for item in items:
             with interrupts.block_interrupts():  # a process may be started here
                 pending.append(pool.submit(_call, item))
@@ -69,9 +115,9 @@ def _map_in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_worker(function: Callable[[Any], Any]) -> None:
+def _begin_worker(sent: _Sent) -> None:
     threading.Thread(target=exit_with_parent, daemon=True).start()
-    _STATE["function"] = function
+    _STATE["function"] = _map_arrays(sent)
 
 
 def _call(item: Any) -> Any:

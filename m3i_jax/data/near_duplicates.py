@@ -2,8 +2,8 @@
 perceptual hashes, confirmed on thumbnails. Pure functions of arrays, so any engine can run them."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -50,17 +50,20 @@ class NearFinder:
     distance: int
     difference: float
     crops: bool = True
+    _order: np.ndarray = dataclasses.field(init=False, repr=False)  # [4, N]
+    _starts: np.ndarray = dataclasses.field(init=False, repr=False)  # [4, 65537]
 
-    @functools.cached_property
-    def _tables(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each band, the images by their bits there, and where each value starts."""
-        tables = []
+    def __post_init__(self) -> None:
+        """Makes, of each band, the images by their bits there, and where each value starts: once,
+        not in each process that gets the finder."""
+        order = np.empty((BANDS, len(self.hashes)), np.uint32)
+        starts = np.empty((BANDS, (1 << _BITS) + 1), np.int64)
         for band in range(BANDS):
             values = _band(self.hashes, band)
-            order = np.argsort(values, kind="stable")
-            starts = np.searchsorted(values[order], np.arange((1 << _BITS) + 1))
-            tables.append((order, starts))
-        return tables
+            order[band] = np.argsort(values, kind="stable")
+            starts[band] = np.searchsorted(values[order[band]], np.arange((1 << _BITS) + 1))
+        object.__setattr__(self, "_order", order)
+        object.__setattr__(self, "_starts", starts)
 
     def __call__(self, rows: Iterable[int]) -> np.ndarray:
         """Returns the pairs of some queries, float64 [P, 7]: query, image, difference, and the
@@ -99,7 +102,7 @@ class NearFinder:
     def _candidates(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (region, image, differing bits) of the hashes that may be near, with repeats."""
         regions, images = [], []
-        for band, (order, starts) in enumerate(self._tables):
+        for band, (order, starts) in enumerate(zip(self._order, self._starts, strict=True)):
             values = (_band(asked, band)[:, None] ^ _PROBES).ravel()
             begin = starts[values]
             count = starts[values + 1] - begin
@@ -172,6 +175,22 @@ def similar_features(features: np.ndarray, rows: Iterable[int], least: float) ->
     return np.stack([numbers[row], other, 1 - cosine[row, other]], 1).astype(np.float64)
 
 
+def faiss_library() -> Any:
+    """Returns the module faiss.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise UserError(
+            "curate.neighbours='approximate' needs the package faiss: pip install"
+            " 'm3i-jax[neighbours]'; or set curate.neighbours=exact"
+        ) from None
+    return faiss
+
+
 def approximate_features(features: np.ndarray, least: float) -> np.ndarray:
     """Returns the pairs of `similar_features` that faiss finds in the nearest of about 4 sqrt(N)
     clusters: the cosines are exact, some pairs are missing.
@@ -183,13 +202,7 @@ def approximate_features(features: np.ndarray, least: float) -> np.ndarray:
     Raises:
         UserError: faiss is not installed.
     """
-    try:
-        import faiss
-    except ImportError:
-        raise UserError(
-            "curate.neighbours='approximate' needs the package faiss: pip install"
-            " 'm3i-jax[neighbours]'; or set curate.neighbours=exact"
-        ) from None
+    faiss = faiss_library()
     x = np.ascontiguousarray(features, np.float32)
     clusters = max(int(4 * len(x) ** 0.5), 1)
     if len(x) < 40 * clusters:  # k-means asks for 39 vectors a cluster

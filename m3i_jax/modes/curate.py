@@ -9,13 +9,14 @@ import collections
 import dataclasses
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from m3i_jax import interrupts, privacy, progress, schema
-from m3i_jax.data import curation, dataset_scan, decode, engines, splits
+from m3i_jax.data import curation, dataset_scan, decode, engines, near_duplicates, splits
 from m3i_jax.data.cores import usable_cores
 from m3i_jax.data.record_batches import record_key
 from m3i_jax.data.sources import base, keep_list, mixture, registry, score_table
@@ -47,34 +48,29 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
     workers = config.data.workers or usable_cores()
 
     def mapper(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        return engines.map_items(engine, function, items, workers=workers)
+        return engines.map_items(engine, function, items, workers=workers, directory=str(directory))
 
     make_workdir(directory)
     with lock_workdir(directory), interrupts.raise_interrupts():
+        for files in directory.glob(f"{engines.TEMPORARY}*"):  # of a process that was killed
+            shutil.rmtree(files)
         source = splits.open_source(config.data, cache=index_directory(config.data, directory))
         print(source.description(), flush=True)
-        scores = _scores(source, rules)  # refused before the images are read
+        scores = _scores(source, rules)  # as all files here, refused before the images are read
+        features = _features(source, rules)
+        of_sets = dataclasses.replace(config.data, class_names="")
+        sources = _open_evaluation(rules, of_sets, index_directory(config.data, directory))
         facts = _describe(source, config.data, directory, mapper)
-        sources, sets = [], []
-        for text in rules.against:
-            entry = mixture.parse_entry(text)
-            data = dataclasses.replace(config.data, class_names="")
-            against = registry.open_kind(
-                entry.kind,
-                entry.path,
-                entry.split,
-                data,
-                cache=index_directory(config.data, directory),
-            )
-            sources.append(against)
-            described = _describe(against, data, directory, mapper)
-            sets.append(curation.EvaluationSet(against.name, described, against))
+        sets = [
+            curation.EvaluationSet(each.name, _describe(each, of_sets, directory, mapper), each)
+            for each in sources
+        ]
         done = curation.decide(
             facts,
             rules,
             mapper,
             evaluation=sets,
-            features=_features(source, rules.features),
+            features=features,
             scores=scores,
             source=source,
             background=config.data.background,
@@ -96,6 +92,18 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
     return 0
 
 
+def _open_evaluation(rules: schema.Curate, data: schema.Data, cache: str) -> list[base.DataSource]:
+    """Opens the evaluation sets of curate.against."""
+    sources = []
+    for text in rules.against:
+        try:
+            entry = mixture.parse_entry(text)
+        except UserError as error:
+            raise UserError(str(error).replace("data.mixture", "curate.against", 1)) from None
+        sources.append(registry.open_kind(entry.kind, entry.path, entry.split, data, cache=cache))
+    return sources
+
+
 def _describe(
     source: base.DataSource,
     data: schema.Data,
@@ -105,20 +113,30 @@ def _describe(
     """The descriptions of all records; those of an earlier start are read. Chunks with records that
     could not be read then are described again: the disk or the network may be back."""
     describer = curation.RecordDescriber(source, data.background, data.missing)
-    folder, found = directory / "descriptions" / describer.identity(), {}
+    folder = directory / "descriptions" / describer.identity()
+    facts: dict[str, np.ndarray] = {}  # filled chunk by chunk, in memory once
+
+    def fill(chunk: int, arrays: dict[str, np.ndarray]) -> None:
+        start = chunk * curation.CHUNK
+        for name, values in arrays.items():
+            if name not in facts:
+                facts[name] = np.empty((len(source), *values.shape[1:]), values.dtype)
+            facts[name][start : start + len(values)] = values
+
+    todo = []
     for chunk in range(describer.chunks()):
         arrays = base.load_arrays(str(folder / f"{chunk:06d}.npz"))
         if arrays is not None and not (arrays["reason"] == _UNREADABLE).any():
-            found[chunk] = arrays
-    todo = [chunk for chunk in range(describer.chunks()) if chunk not in found]
+            fill(chunk, arrays)
+        else:
+            todo.append(chunk)
     described = progress.track_progress(
         mapper(describer, todo), f"reading {source.name}", len(todo), "chunks"
     )
     for chunk, arrays in zip(todo, described, strict=True):
         base.save_arrays(str(folder / f"{chunk:06d}.npz"), **arrays)
-        found[chunk] = arrays
-    parts = [found[chunk] for chunk in range(describer.chunks())]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        fill(chunk, arrays)
+    return facts
 
 
 def _scores(source: base.DataSource, rules: schema.Curate) -> dict[str, np.ndarray]:
@@ -153,13 +171,17 @@ def _quantiles(values: np.ndarray, kept: np.ndarray) -> dict[str, list[float]]:
     }
 
 
-def _features(source: base.DataSource, path: str) -> np.ndarray | None:
+def _features(source: base.DataSource, rules: schema.Curate) -> np.ndarray | None:
     """The features of a file by record, of norm 1; zeros where the file has none."""
+    path = rules.features
     if not path:
         return None
     if not os.path.isfile(path):
         raise UserError(f"curate.features={path!r}: there is no such file; see --mode=features")
-    columns, _ = feature_mode.read_feature_file(path)
+    try:
+        columns, _ = feature_mode.read_feature_file(path)
+    except UserError as error:
+        raise UserError(f"curate.features={error}") from None
     rows = {key: row for row, key in enumerate(columns["keys"].tolist())}
     place = np.array([rows.get(record_key(source, i), -1) for i in range(len(source))])
     if (place < 0).all():
@@ -167,6 +189,8 @@ def _features(source: base.DataSource, path: str) -> np.ndarray | None:
             f"curate.features={path!r}: none of its keys is in {source.name}: write it from this"
             " source"
         )
+    if curation.needs_faiss(rules, int((place >= 0).sum())):
+        near_duplicates.faiss_library()
     table = columns["features"].astype(np.float32)
     table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
     return np.where(place[:, None] >= 0, table[place], 0)

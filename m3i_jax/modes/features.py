@@ -204,6 +204,22 @@ def _part(
 
 
 def read_feature_file(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns (columns, about) of a file of features."""
+    """Returns (columns, about) of a file of features; about is {} if the file has no such array.
+
+    Raises:
+      UserError: the file has no keys or no features, or not one feature of numbers a key.
+    """
     table = dict(tensor_files.read_tensors(path))
-    return table, json.loads(str(table.pop("about")))
+    if missing := {"keys", "features"} - table.keys():
+        raise UserError(
+            f"{path}: has no array {min(missing)!r}, and is no file of features: write it by"
+            " --mode=features, or give keys (text [n]) and features (float [n, D])"
+        )
+    keys, features = table["keys"], table["features"]
+    if keys.shape != features.shape[:1] or features.ndim != 2 or features.dtype.kind not in "fiu":
+        raise UserError(
+            f"{path}: keys have shape {keys.shape}, and features {features.shape} and type"
+            f" {features.dtype}: write keys as text [n], and features as float [n, D]"
+        )
+    about = table.pop("about", None)
+    return table, {} if about is None else json.loads(str(about))

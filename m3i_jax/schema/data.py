@@ -426,8 +426,8 @@ class Curate:
     )
     duplicates: str = option(
         "crops",
-        "which copies are left out: exact (equal files), near (after re-encoding or resizing) or"
-        " crops (also after cropping)",
+        "which copies of one another are left out: exact (equal files), near (after re-encoding or"
+        " resizing) or crops (also after cropping)",
         "none",
         "exact",
         "near",
@@ -449,7 +449,8 @@ class Curate:
     )
     against: tuple[str, ...] = option(
         (),
-        "evaluation sets KIND:PATH[@SPLIT], of which no copy or crop is kept",
+        "evaluation sets KIND:PATH[@SPLIT], of which no copy or crop is kept, whatever"
+        " curate.duplicates is",
         PATH,
     )
     features: str = option(

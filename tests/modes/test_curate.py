@@ -114,6 +114,45 @@ def test_features_find_what_looks_alike(data: pathlib.Path, tmp_path: pathlib.Pa
         mode.run(config(data, features="/no"), workdir=str(tmp_path))
 
 
+@pytest.mark.parametrize("duplicates", ["none", "exact", "near"])
+def test_copies_and_crops_of_evaluation_images_are_searched_in_any_case(
+    data: pathlib.Path, tmp_path: pathlib.Path, duplicates: str
+) -> None:
+    rules: dict[str, Any] = {"duplicates": duplicates, "against": (f"folder:{data / 'test'}",)}
+    assert mode.run(config(data, **rules), workdir=str(tmp_path)) == 0
+    found = left_out(tmp_path)
+    assert found.pop("of the test <set>.jpg") == ("in an evaluation set", "100.png")
+    assert "crop of 01.jpg" not in found
+
+
+def test_what_is_missing_is_named_before_the_images_are_read(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(curation.RecordDescriber, "__call__", None)
+    monkeypatch.setattr(curation, "EXACT_FEATURES", 3)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    keys, table = np.array([f"{i:02d}.png" for i in range(4)]), np.eye(4, dtype=np.float32)
+    files: dict[str, dict[str, np.ndarray]] = {
+        "keys.npz": {"features": table},
+        "features.npz": {"keys": keys},
+        "shape.npz": {"keys": keys, "features": table[:3]},
+        "good.npz": {"keys": keys, "features": table},
+    }
+    for name, arrays in files.items():
+        np.savez(tmp_path / name, **arrays)
+    for rules, words in (
+        ({"features": "/no"}, "curate.features='/no': there is no such file"),
+        ({"features": str(tmp_path / "keys.npz")}, "^curate.features=.*has no array 'keys'"),
+        ({"features": str(tmp_path / "features.npz")}, "has no array 'features'"),
+        ({"features": str(tmp_path / "shape.npz")}, r"keys have shape \(4,\), and .*\(3, 4\)"),
+        ({"features": str(tmp_path / "good.npz")}, "needs the package faiss"),
+        ({"against": ("nowhere",)}, "^curate.against: 'nowhere' is not KIND:PATH"),
+        ({"against": ("folder:/no such",)}, "/no such"),
+    ):
+        with pytest.raises(UserError, match=words):
+            mode.run(config(data, **rules), workdir=str(tmp_path / "run"))
+
+
 def test_scores_filter_and_are_columns(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     table = {"key": [f"{i:02d}.png" for i in range(12)], "similarity": [0.1 * i for i in range(12)]}
     table["pixels"] = list(range(12))
@@ -305,6 +344,21 @@ def test_bands_find_every_hash_within_eleven_bits() -> None:
     finder = near_duplicates.NearFinder(hashes, np.zeros(0), np.zeros(0), False, 11, 0.1)
     region, image, bits = finder._candidates(asked)
     assert bits.max() == 11 and set(zip(region, image, strict=True)) >= {(i, i) for i in range(500)}
+
+
+def test_processes_share_large_arrays(tmp_path: pathlib.Path) -> None:
+    """They map the file to which a process writes them once."""
+    thumbnails = np.arange(400 * 3072).astype(np.uint8).reshape(400, 32, 32, 3)
+    hashes = np.random.default_rng(0).integers(0, 2**63, 400).astype(np.uint64)
+    finder = near_duplicates.NearFinder(hashes, thumbnails, thumbnails, True, 12, 0.5)
+    sent = engines._write_arrays(finder, str(tmp_path))
+    assert finder.queries is thumbnails and sent.function.thumbnails is None
+    assert len(list(tmp_path.iterdir())) == 2  # one of thumbnails and queries, one of tables
+    mapped = engines._map_arrays(sent)
+    for array in (mapped.queries, mapped.thumbnails):
+        assert not (array.flags.writeable or array.flags.owndata)
+        np.testing.assert_array_equal(array, thumbnails)
+    np.testing.assert_array_equal(mapped(range(30)), finder(range(30)))
 
 
 def test_engines(monkeypatch: Any) -> None:
