@@ -82,8 +82,8 @@ FILES = (
         "config.txt", _RUNS, ("train", "compare", "eval", "export", "features", "report"), "note"
     ),
     RunFile("data.txt", _RUNS, ("train", "compare", "eval", "report"), "note"),
-    # of detection and segmentation; also read by m3i_jax.load
-    RunFile("classes.json", ("train",), ("export",), "note"),
+    # also read by m3i_jax.load, of detection and segmentation
+    RunFile("classes.json", ("train",), ("eval", "export"), "note"),
     RunFile("detections-*.json", ("train", "eval"), (), "not read"),
     RunFile("eval-*/detections-*.json", ("eval",), (), "not read"),
     RunFile("tokenizer.json", (*_OPEN, "data"), (*_OPEN, "data"), "position"),

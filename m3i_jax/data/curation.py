@@ -1,8 +1,8 @@
 """Decides which records of a source are worth training on: describes each by a pure function of its
 bytes, then filters, looks for evaluation images, and chooses one of several copies.
 
-A description takes 3.1 KB a record, and a comparison three of them: all descriptions, those that are
-compared, and the file of these that the processes share (`engines`)."""
+A description takes 3.1 KB a record, and a comparison three of them: all descriptions, those that
+are compared, and the file of these that the processes share (`engines`)."""
 
 import collections
 import dataclasses

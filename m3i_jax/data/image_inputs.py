@@ -2,9 +2,10 @@
 any number of channels and any depth that have a meaning as RGB. Files and Pillow images follow the
 rules of `decode`; arrays become the same pixels as a file of them would."""
 
+import logging
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from m3i_jax.data import decode
 from m3i_jax.data.sources.folder import FolderSource
 
+_log = logging.getLogger(__name__)
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 _EXPECTED = (
     "it must be [H, W] or [H, W, C] with C in 1 (gray), 2 (gray and alpha), 3 (RGB), 4 (RGBA), of"
@@ -20,17 +22,18 @@ _EXPECTED = (
 )
 
 
-def rgb_pixels(image: Any, *, background: int = 255) -> np.ndarray:
+def rgb_pixels(image: Any, *, background: int = 255, skip: bool = False) -> np.ndarray:
     """One image as RGB, [H, W, 3]: uint8, or float32 in 0..1 for floats.
 
     Args:
       image: path of a file, Pillow image, or array [H, W] or [H, W, C] of 1 to 4 channels: uint8,
         uint16 (white is 65535), bool, or floats in 0..1.
       background: gray level 0..255 that replaces transparent pixels.
+      skip: return [0, 0, 3] for a file that cannot be used.
 
     Raises:
       ValueError: an array of another shape or type, floats outside 0..1, or a file that cannot be
-        decoded.
+        used.
 
     >>> gray = np.full((20, 30), 65535, np.uint16)
     >>> rgb_pixels(gray).shape, rgb_pixels(gray).max()
@@ -39,7 +42,12 @@ def rgb_pixels(image: Any, *, background: int = 255) -> np.ndarray:
     [0.75, 0.75, 0.75]
     """
     if isinstance(image, str | os.PathLike):
-        return _decode_file(pathlib.Path(image).expanduser(), background)
+        try:
+            return _decode_file(pathlib.Path(image).expanduser(), background)
+        except ValueError:
+            if not skip:
+                raise
+            return np.zeros((0, 0, 3), np.uint8)
     if isinstance(image, Image.Image):
         return np.asarray(decode.convert_to_rgb(image, background=background))
     pixels = np.asarray(image)
@@ -85,7 +93,7 @@ def _decode_file(path: pathlib.Path, background: int) -> np.ndarray:
     except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
     except decode.BadRecord as error:
-        raise ValueError(f"{str(path)!r} is not a usable image: {error}") from error
+        raise ValueError(f"{str(path)!r} is not a usable image: {error}; leave it out") from error
 
 
 def image_files(directory: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -98,6 +106,26 @@ def image_files(directory: str | os.PathLike[str]) -> list[pathlib.Path]:
     return [pathlib.Path(source.path, source.key(i)) for i in range(len(source))]
 
 
+def is_directory(images: Any) -> bool:
+    """Whether images are a directory, of whose files the caller need not know."""
+    return isinstance(images, str | os.PathLike) and pathlib.Path(images).expanduser().is_dir()
+
+
+def mark_unusable(features: np.ndarray, files: Sequence[Any]) -> None:
+    """Makes the rows of files that cannot be used NaN, in place, and logs how many these are.
+
+    Args:
+      features: rows of images.
+      files: for each row such a file, or None.
+    """
+    if rows := [row for row, file in enumerate(files) if file is not None]:
+        features[rows] = np.nan
+        first = (
+            f"{len(rows):,} of {len(files):,} files cannot be used, the first is {files[rows[0]]}"
+        )
+        _log.warning("%s: their rows of features are NaN", first)
+
+
 def iterate_images(images: Any) -> tuple[Iterator[Any], int | None]:
     """(images one by one, their number or None if unknown) of one image, a batch, a directory, or
     any iterable of images and directories.
@@ -108,11 +136,11 @@ def iterate_images(images: Any) -> tuple[Iterator[Any], int | None]:
     >>> [iterate_images(np.zeros(s))[1] for s in ((9, 9), (9, 9, 3), (5, 9, 9), (5, 9, 9, 3))]
     [1, 1, 5, 5]
     """
-    if isinstance(images, str | os.PathLike):
-        if not pathlib.Path(images).expanduser().is_dir():
-            return iter([images]), 1
+    if is_directory(images):
         files = image_files(images)
         return iter(files), len(files)
+    if isinstance(images, str | os.PathLike):
+        return iter([images]), 1
     if isinstance(images, Image.Image):
         return iter([images]), 1
     if (dimensions := getattr(images, "ndim", None)) is not None:
@@ -129,7 +157,7 @@ def iterate_images(images: Any) -> tuple[Iterator[Any], int | None]:
 
 def _flatten(images: Iterable[Any]) -> Iterator[Any]:
     for image in images:
-        if isinstance(image, str | os.PathLike) and pathlib.Path(image).expanduser().is_dir():
+        if is_directory(image):
             yield from image_files(image)
         else:
             yield image

@@ -268,18 +268,25 @@ def _coco_tables(
     return _tables(run.eval)
 
 
-def _lvis_tables(truth: dict[str, Any], found: list[dict[str, Any]], kind: str) -> _Tables:
+def _lvis_library() -> Any:
     try:
-        from faster_coco_eval import COCO, COCOeval_faster
+        import faster_coco_eval
     except ImportError:
         raise UserError(
             "evaluating LVIS needs faster-coco-eval, which is not installed: pip install"
             " 'm3i-jax[dense]'"
         ) from None
+    return faster_coco_eval
+
+
+def _lvis_tables(truth: dict[str, Any], found: list[dict[str, Any]], kind: str) -> _Tables:
+    library = _lvis_library()
     with contextlib.redirect_stdout(io.StringIO()):
-        known = COCO(_copied(truth))
+        known = library.COCO(_copied(truth))
         loaded = known.loadRes([dict(row) for row in found])
-        run = COCOeval_faster(known, loaded, kind, lvis_style=True, print_function=lambda *_: None)
+        run = library.COCOeval_faster(
+            known, loaded, kind, lvis_style=True, print_function=lambda *_: None
+        )
         run.params.maxDets = [MOST["lvis"]]
         run.evaluate()
         run.accumulate()
@@ -378,6 +385,11 @@ def _detect(inputs: EvalInputs, context: EvalContext) -> DetectionEvaluation:
 
 
 def _build(inputs: EvalInputs) -> Metric:
+    # what the scores need is refused before the images are predicted
+    if detection_results.category_table(inputs.held_out, inputs.classes).frequency:
+        _lvis_library()
+    mask_tools()
+
     def measure(context: EvalContext) -> Iterator[tuple[str, float]]:
         found = detections(inputs, context)
         for kind, scores in found.scores.items():

@@ -107,13 +107,14 @@ class LoadedEncoder:
           images: one image or several: a path, a Pillow image, or an array [H, W] or [H, W, C] of 1
             to 4 channels (gray, gray and alpha, RGB, RGBA): uint8, uint16, bool, or floats in 0..1;
             an array of them, [B, H, W] or [B, H, W, C]; a list or another iterable of images of any
-            sizes; or a directory, whose images are read in the order of their relative paths. Each
-            is made RGB, resized and cropped by `preprocessing`, as in an evaluation of the run.
+            sizes; or a directory, whose images are read in the order of their relative paths, and
+            of which a file that cannot be used has a row of NaN and is logged. Each is made RGB,
+            resized and cropped by `preprocessing`, as in an evaluation of the run.
           ready: the images have the model's size and are not resized or cropped.
 
         Raises:
-          ValueError: arrays of another shape or type, floats outside 0..1, files that are no
-            images, or views of another size; features that are not finite.
+          ValueError: arrays of another shape or type, floats outside 0..1, paths of files that are
+            no images, or views of another size; features that are not finite.
           UserError: a directory without images.
 
         >>> from m3i_jax.models import vit
@@ -127,14 +128,16 @@ class LoadedEncoder:
         """
         each, total = image_inputs.iterate_images(images)
         size = self.config.data.image_size
-        out = []
+        out, bad, skip = [], [], image_inputs.is_directory(images)
         with (
             concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool,
             progress.progress_bar("features", total) as advance,
         ):
-            view = functools.partial(self._view, ready)
+            view = functools.partial(self._view, ready, skip)
             while chunk := list(itertools.islice(each, _ROWS)):
                 views = list(pool.map(view, chunk))
+                bad += [None if v.size else image for image, v in zip(chunk, views, strict=True)]
+                views = [v if v.size else np.zeros((size, size, 3), np.uint8) for v in views]
                 dtype = np.uint8 if all(v.dtype == np.uint8 for v in views) else np.float32
                 rows = 1 << (len(views) - 1).bit_length()  # powers of two: few compilations
                 batch = np.zeros((rows, size, size, 3), dtype)
@@ -146,6 +149,7 @@ class LoadedEncoder:
             return np.zeros((0, *self.shape[1:]), np.float32)
         features = np.concatenate(out)
         finite = np.isfinite(features).reshape(len(features), -1).all(1)
+        image_inputs.mark_unusable(features, bad)
         if wrong := np.flatnonzero(~finite).tolist():
             raise ValueError(
                 f"the features of {len(wrong)} images are not finite, the first is image"
@@ -153,9 +157,11 @@ class LoadedEncoder:
             )
         return features
 
-    def _view(self, ready: bool, image: Any) -> np.ndarray:
-        """The view [S, S, 3] of an image."""
-        pixels = image_inputs.rgb_pixels(image, background=self.preprocessing.background)
+    def _view(self, ready: bool, skip: bool, image: Any) -> np.ndarray:
+        """The view [S, S, 3] of an image; [0, 0, 3] of one that cannot be used, to skip it."""
+        pixels = image_inputs.rgb_pixels(image, background=self.preprocessing.background, skip=skip)
+        if not pixels.size:
+            return pixels
         if ready:
             return _check_view(self.config.data.image_size, pixels)
         return self.preprocessing.view(pixels)

@@ -25,7 +25,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, run_files, schema
 from m3i_jax.data import tokenizer
 from m3i_jax.data.preprocessing import Preprocessing
-from m3i_jax.data.sources import base
+from m3i_jax.data.sources import base, relabelled
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load, registry
 from m3i_jax.evaluation.feature_extraction import EvalContext
@@ -88,8 +88,9 @@ def run(
         )
     # other data may have no captions, but the checkpoint has its text tower
     text_tower = bool(source) and config.data.captions == "yes"
+    saved = bool(data) and config.data.captions == "yes" and "data.captions" not in given
     setup = open_setup(
-        _with_captions(config, "auto") if text_tower else config,
+        _with_captions(config, "auto") if text_tower or saved else config,
         workdir,
         trains=[config.objective.forms],
         draws_batches=False,
@@ -123,7 +124,8 @@ def run(
     trained_on = source[0].parent if source else setup.workdir
     if other := other_data(setup, trained_on):
         log(f"the data are not those of the run in {trained_on}: {'; '.join(other)}")
-        setup = _with_other_classes(setup, log, named=bool(data))
+        learnt = weight_source.class_names(str(trained_on))
+        setup = _with_other_classes(setup, log, named=bool(data), learnt=learnt)
     if other or not source:  # of weights without a run, the data are not known
         setup = _with_learnt_classes(setup, str(source[0].parent if source else checkpoint), log)
     about = described(setup, str(source[0] / str(step)) if source else checkpoint, step)
@@ -267,30 +269,48 @@ def _with_captions(config: schema.Config, captions: str) -> schema.Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, captions=captions))
 
 
-def _with_other_classes(setup: Setup, log: Callable[[str], None], *, named: bool = False) -> Setup:
-    """The setup with the categories of these data. Without the evaluation of the category head if
-    the head of the run has another number of them. A run that ignored labels measures those of
-    data that are `named` by --data."""
+def _with_other_classes(
+    setup: Setup,
+    log: Callable[[str], None],
+    *,
+    named: bool = False,
+    learnt: tuple[str, ...] | None = None,
+) -> Setup:
+    """The setup with the categories of these data, numbered as those that the run has learnt where
+    they have the same names. Without the evaluation of the category head if they are others. A run
+    that ignored labels measures those of data that are `named` by --data."""
     classes, known = tuple(setup.train.classes), setup.config.data.classes
     if not setup.config.traits.views:
         return setup
     if not known:
         return dataclasses.replace(setup, classes=classes) if named else setup
-    config = setup.config
-    if config.evaluate.direct and len(classes) != known:
-        log(
-            f"no direct evaluation: these data have {len(classes)} categories, the head of the run"
-            f" has {known}"
-        )
-        config = dataclasses.replace(
-            config, evaluate=dataclasses.replace(config.evaluate, direct=False)
-        )
-    elif config.evaluate.direct:
+    setup = dataclasses.replace(setup, classes=classes)
+    if not setup.config.evaluate.direct or classes == learnt:
+        return setup
+    refused = ""
+    if len(classes) != known:
+        refused = f"these data have {len(classes)} categories, the head of the run has {known}"
+    elif learnt is None or any(all(map(str.isdecimal, names)) for names in (classes, learnt)):
         log(
             "direct evaluation assumes that category k of these data is category k of the run:"
             f" {', '.join(classes[:3])}, ..."
         )
-    return dataclasses.replace(setup, config=config, classes=classes)
+    elif other := [name for name in classes if name not in learnt]:
+        refused = f"the run has not learnt {len(other)} categories of these data, as {other[0]!r}"
+    elif len({*classes, *learnt}) < known:
+        refused = "categories are matched by name, and several of the run have the same"
+    else:
+        log(f"{known} categories of these data are numbered as those of the run, by name")
+        train, held_out = (
+            relabelled.RelabelledSource(part, learnt) for part in (setup.train, setup.held_out)
+        )
+        return dataclasses.replace(setup, train=train, held_out=held_out, classes=learnt)
+    if refused:
+        log(f"no direct evaluation: {refused}")
+        evaluators_of = dataclasses.replace(setup.config.evaluate, direct=False)
+        config = dataclasses.replace(setup.config, evaluate=evaluators_of)
+        return dataclasses.replace(setup, config=config)
+    return setup
 
 
 def _with_learnt_classes(setup: Setup, run: str, log: Callable[[str], None]) -> Setup:

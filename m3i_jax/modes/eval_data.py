@@ -44,7 +44,8 @@ def use_data(
       overrides: assignments of the command line, of which none may name the source too.
 
     Raises:
-      UserError: the text names no source, or an override names it too.
+      UserError: the text names no source, or an override names it too; or the run trained on all
+        images of a source of which a share would be held out.
     """
     keys = [assignment.partition("=")[0] for assignment in overrides]
     if twice := [key for key in keys if key in _NAMED_BY_FLAG]:
@@ -56,8 +57,11 @@ def use_data(
     defaults = schema.Data()
     annotated = "annotations" in kind.reads
     share = config.data.holdout or defaults.holdout
-    if config.task in _ANNOTATED and not _is_trained_on(entry, config.data):
+    own = _trained_on(entry, config.data)
+    if config.task in _ANNOTATED and kind.path and not own:
         share = 0.0
+    if not _splits(entry).held_out and "data.holdout" not in keys:
+        _refuse_trained_on(text, own, config.data.holdout)
     config.data.update(
         {
             "source": entry.kind,
@@ -78,34 +82,52 @@ def use_data(
     return entry
 
 
-def _is_trained_on(entry: MixtureEntry, data: Any) -> bool:
-    """Whether a source is one of those that settings train on, or shares a file or directory with
-    one; built-in images always are."""
-    kind = registry.source_kind(entry.kind)
+def _trained_on(entry: MixtureEntry, data: Any) -> list[MixtureEntry]:
+    """The sources that settings train on which are a source, or share a file or directory with it,
+    with the splits that are recognised at their paths."""
+    kind, split = registry.source_kind(entry.kind), _splits(entry).split
+    owns = [_splits(own) for own in mixture.mixture_entries(data) if own.kind == entry.kind]
     if not kind.path:
-        return True
-    owns = [own for own in mixture.mixture_entries(data) if own.kind == entry.kind]
+        return owns
     if kind.locate:
-        place = _real_path(kind.locate(entry.path, _training_split(entry)))
-        places = [_real_path(kind.locate(own.path, _training_split(own))) for own in owns]
-        return any(os.path.commonpath((place, own)) in (place, own) for own in places)
-    place, split = _real_path(entry.path), _training_split(entry)
+        place = _real_path(kind.locate(entry.path, split))
+        places = [_real_path(kind.locate(own.path, own.split)) for own in owns]
+        return [
+            own
+            for own, other in zip(owns, places, strict=True)
+            if os.path.commonpath((place, other)) in (place, other)
+        ]
+    place = _real_path(entry.path)
     # a kind that reads a split without being given its name may read this one
-    return any(
-        _real_path(own.path) == place and (not split or _training_split(own) in ("", split))
+    return [
+        own
         for own in owns
-    )
+        if _real_path(own.path) == place and (not split or own.split in ("", split))
+    ]
+
+
+def _refuse_trained_on(text: str, owns: list[MixtureEntry], holdout: float) -> None:
+    """Refuse a source without a held-out part if the run held no share of it out."""
+    split = next((own.held_out for own in owns if own.held_out), "")
+    if owns and (split or not holdout):
+        why = f"it held out {split!r}" if split else "data.holdout=0"
+        raise UserError(
+            f"--data={shorten(text)}: the run trained on all of these images ({why}): give images"
+            " that it did not train on, or evaluate on a share of its own by --config.data.holdout"
+        )
 
 
 def _real_path(path: str) -> str:
     return os.path.realpath(os.path.expanduser(path))
 
 
-def _training_split(entry: MixtureEntry) -> str:
-    """The split of an entry, or the one that its kind recognises at the path."""
+def _splits(entry: MixtureEntry) -> MixtureEntry:
+    """An entry with its splits, or with those that its kind recognises at the path."""
     find = registry.source_kind(entry.kind).find_splits
-    found = find(entry.path) if find and not entry.split else None
-    return found.train if found else entry.split
+    if not find or entry.split or not (found := find(entry.path)):
+        return entry
+    held_out = entry.held_out or found.held_out
+    return dataclasses.replace(entry, split=found.train, held_out=held_out)
 
 
 def entry_of(data: schema.Data) -> MixtureEntry:

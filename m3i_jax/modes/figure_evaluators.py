@@ -313,6 +313,12 @@ def _draw_examples(
     writer.write("zero_shot", "Zero-shot examples", note, rows)
 
 
+def _build_embedding(inputs: registry.EvalInputs) -> Metric:
+    if inputs.config.evaluate.map == "tsne":
+        embedding_map.tsne_class()  # drawn at the end of a run
+    return neighbors_figure(inputs.figures)
+
+
 def _build_confusion(inputs: registry.EvalInputs) -> Metric:
     if inputs.config.evaluate.direct and registry.CATEGORY_HEAD in inputs.available:
         return confusion_figure(
@@ -329,7 +335,7 @@ for _evaluator in (
     registry.Evaluator(
         name="embedding",
         setting="embedding",
-        build=lambda inputs: neighbors_figure(inputs.figures),
+        build=_build_embedding,
         last_only=True,
     ),
     registry.Evaluator(

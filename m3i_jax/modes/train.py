@@ -78,7 +78,7 @@ def write_settings(setup: Setup) -> None:
             write_text_atomic(setup.workdir / "config.txt", privacy.redact(setup.text), noted=True)
             identity = privacy.redact(setup.identity)
             write_text_atomic(setup.workdir / "data.txt", identity, noted=True)
-        if main and not setup.config.traits.views:  # predictions of the run have their names
+        if main and setup.classes:  # predictions of the run have their names
             names = json.dumps({"classes": setup.classes}, indent=1) + "\n"
             write_text_atomic(setup.workdir / weight_source.CLASSES, names, noted=True)
 

@@ -2,6 +2,7 @@
 
 import colorsys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -74,17 +75,25 @@ def project_to_2d(vectors_NxD: np.ndarray, how: str = "pca") -> np.ndarray:
         # the sign of an axis is arbitrary: make the largest coordinate positive
         points = centred @ (axes_Dx2 * np.where(strongest < 0, -1.0, 1.0))
         return np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+    perplexity = min(30.0, max(1.0, (len(centred) - 1) / 3))
+    projection = tsne_class()(n_components=2, init="pca", perplexity=perplexity, random_state=0)
+    return projection.fit_transform(centred.astype(np.float32))
+
+
+def tsne_class() -> Any:
+    """Returns the class `sklearn.manifold.TSNE`.
+
+    Raises:
+      UserError: scikit-learn is missing.
+    """
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
         raise UserError(
-            f"config.evaluate.map: {how!r} needs {error.name}: pip install 'm3i-jax[maps]', or use"
+            f"config.evaluate.map: 'tsne' needs {error.name}: pip install 'm3i-jax[maps]', or use"
             " 'pca'"
         ) from None
-    perplexity = min(30.0, max(1.0, (len(centred) - 1) / 3))
-    return TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=0).fit_transform(
-        centred.astype(np.float32)
-    )
+    return TSNE
 
 
 def class_color(number: int, count: int) -> Color:

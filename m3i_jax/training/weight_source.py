@@ -32,7 +32,7 @@ _COPIES = tuple(f"encoder/{name}/" for name in composite.OWN_PARTS)
 # heads of the published widths whose heads do not have 64 channels: SoViT-400m, ViT-H, -g, -G,
 # SigLIP 2's giant
 _OTHER_HEADS = dict.fromkeys((1152, 1280, 1408, 1536, 1664), 16)
-CLASSES = "classes.json"  # names of the categories of a run of a dense task
+CLASSES = "classes.json"  # names of the categories of a run
 
 
 @dataclasses.dataclass
@@ -362,8 +362,8 @@ def encoder_heads(settings: Mapping[str, Any]) -> int:
 
 
 def class_names(location: str) -> tuple[str, ...] | None:
-    """Returns the names of the categories that a run of a dense task, or its export, predicts; None
-    if it has no file of them, as other weights have none."""
+    """Returns the names of the categories that a run, or the export of one of a dense task,
+    predicts; None if it has no file of them, as other weights have none."""
     name = checkpoint_dir.DESCRIPTION if checkpoint_dir.is_export(location) else CLASSES
     file = pathlib.Path(location) / name
     names = run_files.read_run_json(file).get("classes") if file.is_file() else None

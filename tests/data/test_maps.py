@@ -77,7 +77,7 @@ def test_a_directory_without_splits(root, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("classes.txt", "wall\nsky\n\ntree\nroad\n"),
+        ("classes.txt", "wall\nsky\ntree\nroad\n\n \n"),
         ("classes.txt", "\ufeffwall\nsky\ntree\nroad\n"),
         (
             "objectInfo150.txt",
@@ -98,6 +98,7 @@ def test_names_of_classes(root, name, text) -> None:
     ("name", "text", "message"),
     [
         ("classes.txt", "", "names no class"),
+        ("classes.txt", "wall\nsky\n\ntree\n", "line 3 is blank, and line k names the k-th class"),
         ("classes.txt", "\n".join(map(str, range(255))), "255 classes, at most 254 fit"),
         ("classes.json", "{}", "not a list of class names"),
         ("classes.json", "[", "not a list of class names"),

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import pathlib
+import sys
 import types
 from typing import Any
 
@@ -16,6 +17,7 @@ from m3i_jax import schema
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.coco import CocoSource
 from m3i_jax.data.sources.objects import empty_objects
+from m3i_jax.errors import UserError
 from m3i_jax.evaluation import detection_eval, detection_results
 from m3i_jax.evaluation.detection_results import DetectionResult, ImageDetections
 from m3i_jax.modes import annotated_figures, dense_views
@@ -174,3 +176,15 @@ def test_a_preview_says_how_images_of_detection_are_resized(rule: dict, words: s
     geometry = schema.Geometry(**rule)
     config = schema.Config(dense=schema.DensePrediction(geometry=geometry))
     assert dense_views._detect_summary(config).startswith(words)
+
+
+@pytest.mark.parametrize("library", ["pycocotools", "faster_coco_eval"])
+def test_what_scores_need_is_refused_before_images_are_predicted(
+    monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    frequency = ("r", "f") if library == "faster_coco_eval" else ()
+    held_out = types.SimpleNamespace(classes=("a", "b"), category_ids=(1, 2), frequencies=frequency)
+    inputs: Any = types.SimpleNamespace(held_out=held_out, classes=("a", "b"))
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=f"{library.replace('_', '-')}, which is not installed"):
+        detection_eval._build(inputs)

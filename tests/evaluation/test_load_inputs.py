@@ -101,6 +101,22 @@ def test_batches_lists_and_directories(model: load.LoadedEncoder, tmp_path: path
     assert image_inputs.image_files(tmp_path)[1].name == "c.png"
 
 
+def test_files_of_a_directory_that_are_no_images_have_rows_of_nan(
+    model: load.LoadedEncoder, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pixels = noise(2, SIDE, SIDE)
+    for name, image in zip(("a.png", "c.png"), pixels, strict=True):
+        Image.fromarray(image).save(tmp_path / name)
+    (tmp_path / "b.png").write_text("no image")
+    found = model.features(tmp_path)
+    assert np.isnan(found[1]).all() and found.shape == (3, 32)
+    np.testing.assert_allclose(found[[0, 2]], model.features(pixels), atol=1e-5)
+    (record,) = caplog.records
+    assert "1 of 3 files cannot be used" in record.message and "b.png: " in record.message
+    with pytest.raises(ValueError, match="b.png' is not a usable image: .*; leave it out"):
+        model.features([tmp_path / "a.png", tmp_path / "b.png"])
+
+
 def test_refused_images(model: load.LoadedEncoder, tmp_path: pathlib.Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty").mkdir()

@@ -223,11 +223,11 @@ def test_data_of_the_run_are_known_by_their_files(
         (tmp_path / file).touch()
     own, notes = tmp_path / "own", str(tmp_path / "own" / "notes.json")
 
-    def share(task: str, source: str, data: str, **settings: str) -> float:
+    def share(task: str, source: str, data: str, *given: str, **settings: str) -> float:
         config = configuration.default_config()
         config.task = task
         config.data.update({"source": source, "holdout": 0.2, **settings})
-        eval_data.use_data(config, data)
+        eval_data.use_data(config, data, given)
         return config.data.holdout
 
     (tmp_path / "own" / "second").symlink_to(own / "images")
@@ -250,7 +250,35 @@ def test_data_of_the_run_are_known_by_their_files(
         (f"maps:{own}@val", False),
         (str(tmp_path / "other"), False),
     ):
-        assert share("segment", "maps", data, **run) == (0.2 if trained else 0), data
+        assert share("segment", "maps", data, "data.holdout=0.3", **run) == 0.2 * trained, data
+
+
+def test_data_of_which_a_run_held_nothing_out_are_refused(tmp_path: pathlib.Path) -> None:
+    for name in ("own/train/a", "own/val/a", "flat"):
+        write_folder(tmp_path / name, images=2)
+    own, flat = tmp_path / "own", str(tmp_path / "flat")
+    (own / "t.json").touch()
+
+    def use(task: str, source: str, path: object, data: str, *given: str, **more: object) -> None:
+        config = configuration.default_config()
+        config.task = task
+        config.data.update({"source": source, "path": str(path), "holdout": 0.2, **more})
+        eval_data.use_data(config, data, given)
+
+    notes = {"annotations": "t.json", "holdout_annotations": "v.json"}
+    for arguments, more, words in (
+        (("pretrain", "folder", flat, flat), {"holdout": 0.0}, r"\(data.holdout=0\)"),
+        (("pretrain", "shapes", "", "shapes:50"), {"holdout": 0.0}, r"\(data.holdout=0\)"),
+        (("pretrain", "folder", own, f"folder:{own}@train"), {}, r"\(it held out 'val'\)"),
+        (("detect", "coco", own, f"coco:{own}@t.json"), notes, r"\(it held out 'v.json'\)"),
+    ):
+        with pytest.raises(UserError, match=f"the run trained on all of these images {words}"):
+            use(*arguments, **more)
+        use(*arguments, "data.holdout=0.1", **more)  # asked for
+    use("pretrain", "folder", flat, flat)
+    use("pretrain", "folder", own, str(own), holdout=0.0)
+    use("pretrain", "folder", own, f"folder:{own}@val", holdout=0.0)
+    use("pretrain", "folder", flat, "shapes", holdout=0.0)
 
 
 def test_classes_of_other_data_are_matched_by_name(tmp_path: pathlib.Path) -> None:
@@ -302,6 +330,34 @@ def test_classes_of_an_export_are_those_of_its_description(tmp_path: pathlib.Pat
     # known before any array is read: this file has none
     (tmp_path / "model.npz").write_bytes(b"no arrays")
     assert weight_source.class_names(str(tmp_path)) == ("sea", "sky")
+
+
+def test_the_category_head_is_measured_on_the_categories_that_it_learnt(
+    tmp_path: pathlib.Path,
+) -> None:
+    images, back = shapes.ShapesSource(8), shapes.CLASSES[::-1]
+    setup = jobs.Setup(
+        config=toy.settings(**SMALL | {"data__classes": 8}),
+        mesh=None,
+        train=images,
+        held_out=images,
+        classes=shapes.CLASSES,
+        tokenizer=None,
+        workdir=tmp_path,
+    )
+    for learnt, classes, line in (
+        (shapes.CLASSES, shapes.CLASSES, ""),
+        (back, back, "8 categories of these data are numbered as those of the run, by name"),
+        ((*back[:7], "x"), shapes.CLASSES, "no direct evaluation: the run has not learnt 1 "),
+        (tuple("01234567"), shapes.CLASSES, "direct evaluation assumes that category k"),
+    ):
+        lines: list[str] = []
+        changed = evaluate._with_other_classes(setup, lines.append, learnt=learnt)
+        assert changed.classes == classes and "".join(lines).startswith(line)
+        assert changed.config.evaluate.direct == ("no direct" not in line)
+        for part in (changed.train, changed.held_out):
+            names = [classes[part[i].label] for i in range(8)]
+            assert names == [shapes.CLASSES[images[i].label] for i in range(8)]
 
 
 def test_refusals_are_one_line(run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
@@ -113,6 +114,22 @@ def test_init_settings_of_a_run_are_not_of_another_file(
     assert "no momentum copy" in capsys.readouterr().err
     assert command.main([*own, *enable("knn"), "--config.init.strict=true"]) == 0
     assert contexts[-1][0].init == schema.Init(only=("^encoder/",), strict=True)
+
+
+def test_data_without_captions_in_the_place_of_those_of_a_run(
+    tmp_path: pathlib.Path, contexts
+) -> None:
+    """A file has no text tower; captions that the command asks for are missed."""
+    own = toy.settings(**COUNTED | {"data__captions": "yes"}, objective__forms="mim")
+    (tmp_path / "config.txt").write_text(configuration.config_to_text(own))
+    call = ["--mode=eval", f"--workdir={tmp_path}", f"--checkpoint={vit_file(tmp_path)}"]
+    for i in range(8):
+        image = Image.fromarray(np.full((20, 20, 3), 30 * i, np.uint8))
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
+    call += [f"--data={tmp_path / 'data'}", *enable("knn")]
+    assert command.main(call) == 0 and contexts[0][0].data.captions == "no"
+    assert command.main([*call, "--config.data.captions=yes"]) == 2
 
 
 def test_the_average_of_a_file_has_results_of_its_name(tmp_path: pathlib.Path) -> None:

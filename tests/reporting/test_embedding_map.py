@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from m3i_jax import schema
 from m3i_jax.errors import UserError
+from m3i_jax.evaluation import registry
+from m3i_jax.modes import figure_evaluators as figure_evaluators  # registers its evaluators
 from m3i_jax.reporting import embedding_map
 
 
@@ -83,6 +86,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(UserError, match=r"config.evaluate.map: .*m3i-jax\[maps\]"):
         embedding_map.project_to_2d(unit(9), "tsne")
+    config = schema.Config(evaluate=schema.Evaluate(map="tsne"))
+    (embedding,) = (each for each in registry.evaluators() if each.name == "embedding")
+    with pytest.raises(UserError, match=r"config.evaluate.map: .*m3i-jax\[maps\]"):
+        embedding.build(types.SimpleNamespace(config=config))  # at the start of a run
 
 
 def test_every_point_of_a_map_has_the_colour_of_its_class() -> None:

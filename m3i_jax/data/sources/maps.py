@@ -226,7 +226,11 @@ def read_class_list(path: str) -> tuple[str, ...]:
             if not isinstance(names, list):
                 raise ValueError("is not a list")
         else:
-            names = [line.strip() for line in text.splitlines() if line.strip()]
+            names = [line.strip() for line in text.rstrip().splitlines()]
+            if "" in names:
+                raise ValueError(
+                    f"line {names.index('') + 1} is blank, and line k names the k-th class"
+                )
             if names and names[0].startswith("Idx"):
                 names = [line.split("\t")[-1].split(",")[0].strip() for line in names[1:]]
     except (OSError, ValueError, RecursionError) as error:
