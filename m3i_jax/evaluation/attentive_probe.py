@@ -173,6 +173,7 @@ registry.register_evaluator(
     registry.Evaluator(
         name="attentive",
         setting="attentive",
+        reads=("attentive_lr", "attentive_epochs", "attentive_limit"),
         needs=(registry.LABELS,),
         build=lambda inputs: measure(
             inputs.config,

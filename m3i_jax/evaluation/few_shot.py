@@ -111,6 +111,7 @@ registry.register_evaluator(
         name="few_shot",
         title="few-shot",
         setting="few_shot",
+        reads=("shots", "shot_seeds"),
         needs=(registry.LABELS,),
         build=lambda inputs: measure(inputs.config),
     )

@@ -143,6 +143,7 @@ registry.register_evaluator(
         name="knn",
         title="kNN",
         setting="knn",
+        reads=("k", "temperature"),
         needs=(registry.LABELS,),
         build=lambda inputs: measure(inputs.config),
     )

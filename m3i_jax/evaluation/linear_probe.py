@@ -183,6 +183,7 @@ registry.register_evaluator(
     registry.Evaluator(
         name="probe",
         setting="probe",
+        reads=("probe_lr", "probe_epochs", "probe_warmup", "probe_batch"),
         needs=(registry.LABELS,),
         build=lambda inputs: measure(inputs.config),
     )

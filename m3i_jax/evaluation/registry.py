@@ -103,6 +103,7 @@ class Evaluator:
         `EvalContext` (features of the image sets, parameters) and yields (metric name, value).
       needs: some of `NEEDS`. Without one of them the evaluator is skipped, which is logged.
       setting: the field of `config.evaluate` that enables it; "": enabled once registered.
+      reads: fields of `config.evaluate` that it reads, and not every evaluator.
       title: its name in messages; "": `name`.
       tasks: values of `config.task` whose runs it measures.
       last_only: run it at the last step of a run and in --mode=eval alone, as figures are drawn.
@@ -112,6 +113,7 @@ class Evaluator:
     build: Callable[[EvalInputs], Metric]
     needs: tuple[str, ...] = ()
     setting: str = ""
+    reads: tuple[str, ...] = ()
     title: str = ""
     tasks: tuple[str, ...] = ("pretrain",)
     last_only: bool = False
@@ -154,6 +156,11 @@ def register_evaluator(evaluator: Evaluator) -> None:
         raise ValueError(
             f"evaluator {name}: config.evaluate has no setting {evaluator.setting!r}; leave"
             " `setting` out to enable it without one"
+        )
+    if unknown := [field for field in evaluator.reads if field not in _SETTINGS]:
+        raise ValueError(
+            f"evaluator {name}: reads {unknown[0]!r}, which config.evaluate does not have; leave it"
+            " out of `reads`"
         )
     EVALUATORS.register(name, evaluator)
 

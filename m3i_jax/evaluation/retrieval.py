@@ -212,6 +212,7 @@ registry.register_evaluator(
     registry.Evaluator(
         name="retrieval",
         setting="retrieval",
+        reads=("caption_lines",),
         needs=(registry.TEXT_TOWER, registry.CAPTIONS),
         build=lambda inputs: measure(
             inputs.mesh,

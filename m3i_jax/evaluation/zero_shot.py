@@ -226,6 +226,7 @@ registry.register_evaluator(
         name="zero_shot",
         title="zero-shot",
         setting="zero_shot",
+        reads=("templates",),
         needs=(registry.TEXT_TOWER, registry.TOKENIZER, registry.LABELS, registry.NAMES),
         build=lambda inputs: measure(shared_prompts(inputs), image_set=inputs.pooled_set),
     )

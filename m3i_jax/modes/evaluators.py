@@ -3,11 +3,12 @@ objective can feed. The same during training and in --mode=eval."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 
+from m3i_jax import schema
 from m3i_jax.data import eval_batches
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.errors import UserError
@@ -84,6 +85,31 @@ def _unmet_needs(setup: Setup, *, heads: bool) -> dict[str, str]:
         ),
     }
     return {need: reason for need, reason in reasons.items() if reason}
+
+
+def refuse_unread(config: schema.Config, given: Collection[str]) -> None:
+    """Refuse settings of evaluators that are all disabled.
+
+    Args:
+      config: settings.
+      given: keys of the settings that a command sets.
+
+    Raises:
+      UserError: names the setting, and those that enable an evaluator that reads it.
+    """
+    readers: dict[str, list[registry.Evaluator]] = {}
+    for each in registry.evaluators():
+        if config.task in each.tasks:
+            for name in each.reads:
+                readers.setdefault(name, []).append(each)
+    for name, those in readers.items():
+        enabled = any(each.enabled(config.evaluate) for each in those)
+        if f"evaluate.{name}" in given and not enabled:
+            switches = " or ".join(f"evaluate.{each.setting}=true" for each in those)
+            raise UserError(
+                f"config.evaluate.{name}: has no effect, because no evaluator that reads it is"
+                f" enabled; set {switches}, or leave it out"
+            )
 
 
 def enabled_evaluators(

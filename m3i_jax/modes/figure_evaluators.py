@@ -335,6 +335,7 @@ for _evaluator in (
     registry.Evaluator(
         name="embedding",
         setting="embedding",
+        reads=("map", "neighbours"),
         build=_build_embedding,
         last_only=True,
     ),
@@ -351,6 +352,7 @@ for _evaluator in (
     registry.Evaluator(
         name="confusion",
         setting="confusion",
+        reads=("k", "temperature"),
         needs=(registry.LABELS, registry.CLASSIFIER),
         build=_build_confusion,
         last_only=True,
@@ -358,6 +360,7 @@ for _evaluator in (
     registry.Evaluator(
         name="examples",
         setting="examples",
+        reads=("templates",),
         needs=(registry.TEXT_TOWER, registry.TOKENIZER, registry.LABELS, registry.NAMES),
         build=lambda inputs: zero_shot_figure(
             inputs.figures, zero_shot.shared_prompts(inputs), image_set=inputs.pooled_set

@@ -83,10 +83,10 @@ def _require_terms(config: schema.Config, assumed: list[str]) -> None:
 @functools.lru_cache(maxsize=1)
 def _listed_data(data: schema.Data, task: str) -> tuple[DataSource, DataSource] | None:
     """(training part, held-out part) of what is counted without reading images: a folder on this
-    machine, of which only names of files are read, built-in scenes, and mixtures of built-in
-    images. None for other sources."""
+    machine, of which only names of files are read, built-in images, and mixtures of them. None for
+    other sources."""
     folder = data.source == "folder" and os.path.isdir(os.path.expanduser(data.path))
-    if not folder and not (data.source in ("scenes", "mixture") and _few_rendered(data)):
+    if not folder and not (data.source in (*_RENDERED, "mixture") and _few_rendered(data)):
         return None
     kind = task_kind(task)
     train, held_out = map(kind.with_annotations, splits.open_splits(data))

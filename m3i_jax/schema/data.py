@@ -310,7 +310,12 @@ class Data:
         "pillow",
         "fast",
     )
-    threads: int = option(2, "prefetch threads, used when data.workers is 0", NumberLimit(0, 1024))
+    threads: int = option(
+        2,
+        "threads that prefetch batches when data.workers is 0; evaluation, figures and features"
+        " decode with them in any case",
+        NumberLimit(0, 1024),
+    )
     workers: int = option(0, "worker processes that build batches", NumberLimit(0, 1024))
     patience: float = option(
         600.0,

@@ -14,7 +14,7 @@ from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import schema
 from m3i_jax.errors import UserError
-from m3i_jax.modes import MODES, refuse_missing, refuse_unread
+from m3i_jax.modes import MODES, evaluators, refuse_missing, refuse_unread
 from m3i_jax.modes import eval as eval_mode
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -94,6 +94,21 @@ def test_overrides_without_effect_are_refused(
     with pytest.raises(UserError) as error:
         refuse_unread(mode, [assignment], schema.Config(data=schema.Data(**data)))
     assert words in str(error.value) and assignment.partition("=")[0] in str(error.value)
+
+
+def test_settings_of_evaluators_that_are_disabled_are_refused() -> None:
+    on = {"few_shot": True, "knn": False, "embedding": False}
+    config = schema.Config(evaluate=schema.Evaluate(**on))
+    for name, words in (
+        ("probe_lr", "set evaluate.probe=true, or leave it out"),
+        ("map", "set evaluate.embedding=true"),
+    ):
+        with pytest.raises(UserError, match=f"config.evaluate.{name}: has no effect, .*{words}"):
+            evaluators.refuse_unread(config, {f"evaluate.{name}"})
+    # k is of the confusion matrix, too
+    evaluators.refuse_unread(config, {"evaluate.shots", "evaluate.k", "evaluate.crop"})
+    with pytest.raises(UserError, match="config.evaluate.shots: has no effect"):  # before all else
+        eval_mode.run(schema.Config(), workdir="/no such", given={"evaluate.shots"})
 
 
 @pytest.mark.parametrize(
