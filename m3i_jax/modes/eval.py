@@ -65,7 +65,7 @@ def run(
 ) -> int:
     if untrained:
         require_views(config, "eval --untrained", "its weights alone predict nothing")
-    evaluators.refuse_unread(config, given)
+    evaluators.refuse_disabled(config, given)
     flag = "--checkpoint" if checkpoint else "--workdir"
     source = find_checkpoint(checkpoint or workdir, flag, needed=not checkpoint)
     check_writable(

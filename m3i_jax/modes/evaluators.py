@@ -87,7 +87,7 @@ def _unmet_needs(setup: Setup, *, heads: bool) -> dict[str, str]:
     return {need: reason for need, reason in reasons.items() if reason}
 
 
-def refuse_unread(config: schema.Config, given: Collection[str]) -> None:
+def refuse_disabled(config: schema.Config, given: Collection[str]) -> None:
     """Refuse settings of evaluators that are all disabled.
 
     Args:

@@ -333,8 +333,9 @@ def test_classes_of_an_export_are_those_of_its_description(tmp_path: pathlib.Pat
 
 
 def test_the_category_head_is_measured_on_the_categories_that_it_learnt(
-    tmp_path: pathlib.Path,
+    run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
+    assert weight_source.class_names(str(run)) == shapes.CLASSES
     images, back = shapes.ShapesSource(8), shapes.CLASSES[::-1]
     setup = jobs.Setup(
         config=toy.settings(**SMALL | {"data__classes": 8}),

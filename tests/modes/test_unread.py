@@ -104,9 +104,9 @@ def test_settings_of_evaluators_that_are_disabled_are_refused() -> None:
         ("map", "set evaluate.embedding=true"),
     ):
         with pytest.raises(UserError, match=f"config.evaluate.{name}: has no effect, .*{words}"):
-            evaluators.refuse_unread(config, {f"evaluate.{name}"})
+            evaluators.refuse_disabled(config, {f"evaluate.{name}"})
     # k is of the confusion matrix, too
-    evaluators.refuse_unread(config, {"evaluate.shots", "evaluate.k", "evaluate.crop"})
+    evaluators.refuse_disabled(config, {"evaluate.shots", "evaluate.k", "evaluate.crop"})
     with pytest.raises(UserError, match="config.evaluate.shots: has no effect"):  # before all else
         eval_mode.run(schema.Config(), workdir="/no such", given={"evaluate.shots"})
 
