@@ -113,7 +113,7 @@ def _refuse_trained_on(text: str, owns: list[MixtureEntry], holdout: float) -> N
         why = f"it held out {split!r}" if split else "data.holdout=0"
         raise UserError(
             f"--data={shorten(text)}: the run trained on all of these images ({why}): give images"
-            " that it did not train on, or set --config.data.holdout to evaluate on a share of these"
+            " that it did not train on, or set --config.data.holdout, to evaluate on a share"
         )
 
 
