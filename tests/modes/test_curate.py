@@ -348,8 +348,9 @@ def test_bands_find_every_hash_within_eleven_bits() -> None:
 
 def test_processes_share_large_arrays(tmp_path: pathlib.Path) -> None:
     """They map the file to which a process writes them once."""
-    thumbnails = np.arange(400 * 3072).astype(np.uint8).reshape(400, 32, 32, 3)
-    hashes = np.random.default_rng(0).integers(0, 2**63, 400).astype(np.uint64)
+    some = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3)).astype(np.uint8)
+    thumbnails = np.concatenate([some, some])
+    hashes = np.concatenate([perceptual_hash.region_hashes(each, 1) for each in thumbnails])
     finder = near_duplicates.NearFinder(hashes, thumbnails, thumbnails, True, 12, 0.5)
     sent = engines._write_arrays(finder, str(tmp_path))
     assert finder.queries is thumbnails and sent.function.thumbnails is None
@@ -358,7 +359,8 @@ def test_processes_share_large_arrays(tmp_path: pathlib.Path) -> None:
     for array in (mapped.queries, mapped.thumbnails):
         assert not (array.flags.writeable or array.flags.owndata)
         np.testing.assert_array_equal(array, thumbnails)
-    np.testing.assert_array_equal(mapped(range(30)), finder(range(30)))
+    assert mapped(range(9))[:, :2].tolist() == finder(range(9))[:, :2].tolist()
+    assert {(i, i + 200) for i in range(9)} <= set(map(tuple, mapped(range(9))[:, :2].tolist()))
 
 
 def test_engines(monkeypatch: Any) -> None:
