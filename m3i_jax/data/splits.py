@@ -168,11 +168,7 @@ def _open_pair(
         registry.source_kind(entry.kind),
         _settings(entry.kind),
     )
-    if not kind.splits:
-        raise UserError(
-            f"data.source={entry.kind!r} has no splits: leave data.holdout_split empty,"
-            " data.holdout holds a share out"
-        )
+    registry.refuse_split(kind, entry.held_out)  # not as a part of the path
     train_split = entry.split or kind.default_split
     outside = "://" in entry.held_out or entry.held_out.startswith(("/", "~"))
     if not train_split and not outside:

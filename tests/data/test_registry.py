@@ -16,11 +16,15 @@ from m3i_jax import parallel, schema
 from m3i_jax.data import pipeline, splits
 from m3i_jax.data.sources import mixture, registry
 from m3i_jax.data.sources.base import Record
+from m3i_jax.data.sources.shapes import ShapesSource
 from m3i_jax.errors import UserError
 from m3i_jax.training import trainer
 from tests import toy
 
 PACKAGE = pathlib.Path(m3i_jax.__file__).parent
+
+
+SHAPES = ShapesSource(12)
 
 
 class GradientSource:
@@ -103,6 +107,27 @@ def test_settings_that_a_registered_source_does_not_read(gradients: str) -> None
         splits.open_source(schema.Data(source="gradients"))
     with pytest.raises(UserError, match="'names.txt' is not read by data.source='gradients'"):
         splits.open_source(schema.Data(source="gradients", path=gradients, class_names="names.txt"))
+
+
+def test_a_registered_source_without_splits_refuses_them() -> None:
+    """It would be trained on as a whole, under the name of a part; without a path, too."""
+    with registry.SOURCE_KINDS.temporary():
+        registry.register_source(
+            registry.SourceKind(
+                name="bare", splits=False, open=lambda path, split, data, cache: SHAPES
+            )
+        )
+        assert splits.open_source(schema.Data(source="bare")) is SHAPES
+        mixed = schema.Data(source="mixture", mixture=("bare:", "bare:=size"))
+        assert len(splits.open_source(mixed)) == 2 * len(SHAPES)
+        for data, name in (
+            (schema.Data(source="bare", split="train"), "train"),
+            (schema.Data(source="bare", holdout_split="val"), "val"),
+            (schema.Data(source="mixture", mixture=("bare:x@train",)), "train"),
+            (schema.Data(source="mixture", mixture=("bare:@|val",)), "val"),
+        ):
+            with pytest.raises(UserError, match=f"'bare' has no splits, and '{name}' names one"):
+                splits.open_splits(data)
 
 
 def test_unregistered_names_are_refused() -> None:

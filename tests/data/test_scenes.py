@@ -85,7 +85,7 @@ def test_the_table_lists_what_is_drawn(source, records) -> None:
 def test_refusals() -> None:
     with pytest.raises(UserError, match="data.size=0 renders no image, and data.source='scenes'"):
         splits.open_source(schema.Data(source="scenes"))
-    with pytest.raises(UserError, match="have no split 'train'"):
+    with pytest.raises(UserError, match="has no splits, and 'train'"):
         splits.open_source(schema.Data(source="scenes", size=9, split="train"))
     with pytest.raises(ValueError, match="at least 32 pixels"):
         ScenesSource(9, side=31)

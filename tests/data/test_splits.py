@@ -142,7 +142,7 @@ def test_parts_of_a_mixture(data):
         ),
         ({"source": "folder", "split": "trian"}, "did you mean '.*/train'"),
         ({"source": "shapes", "size": 9, "holdout_split": "val"}, "has no splits"),
-        ({"source": "shapes", "size": 9, "path": "", "split": "val"}, "have no split 'val'"),
+        ({"source": "shapes", "size": 9, "path": "", "split": "val"}, "no splits, and 'val'"),
     ],
 )
 def test_refusals(data, settings, why):

@@ -39,7 +39,8 @@ def parse_entry(text: str) -> MixtureEntry:
     """Parses `KIND:PATH[@SPLIT[|HELD_OUT]][=WEIGHT]`.
 
     Raises:
-        UserError: the kind of source is unknown, the path is missing or the weight is not positive.
+        UserError: the kind of source is unknown, the weight is not positive, or the path is missing
+            and the kind needs one (`SourceKind.path`).
 
     >>> parse_entry("tars:/a/*.tar=427").weight, parse_entry("tfds:food101=size").weight
     (Fraction(427, 1), None)
@@ -71,8 +72,8 @@ def parse_entry(text: str) -> MixtureEntry:
                 " the source out"
             )
     directory, split, held_out = _split_of_path(kind, path)
-    if not directory:
-        raise UserError(f"{refusal}: the path is missing")
+    if not directory and (needed := registry.source_kind(kind).path):
+        raise UserError(f"{refusal}: the path is missing; give {needed}")
     return MixtureEntry(kind, directory, split, held_out, weight)
 
 

@@ -61,7 +61,8 @@ class SourceKind:
             refused. With "class_names", `classes` of the opened source is assigned
             (`name_classes`), unless its attribute `names_its_classes` is true: then `open` has read
             the file.
-        splits: whether `data.split` and `data.holdout_split` name parts of the source.
+        splits: whether the source has parts that `data.split`, `data.holdout_split` and what
+            follows @ in an entry of a mixture name; else they are refused.
         default_split: used if `data.split` is empty; "" for all of it.
         find_splits: recognises splits by the layout of a path; None if it has no splits.
         locate: returns the file or directory that says which images a split of a path has, by
@@ -133,6 +134,20 @@ def source_kind(name: str) -> SourceKind:
     return SOURCE_KINDS[name]
 
 
+def refuse_split(kind: SourceKind, split: str) -> None:
+    """Refuses the name of a split where the kind has none: all records would be read instead.
+
+    >>> refuse_split(source_kind("folder"), "train"), refuse_split(source_kind("shapes"), "")
+    (None, None)
+    """
+    if split and not kind.splits:
+        raise UserError(
+            f"data.source={kind.name!r} has no splits, and {split!r} names one: leave data.split"
+            " and data.holdout_split empty, in an entry of a mixture what follows @; data.holdout"
+            " holds a share out"
+        )
+
+
 def open_kind(
     kind: str, path: str, split: str, data: schema.Data, *, cache: str = ""
 ) -> DataSource:
@@ -146,8 +161,8 @@ def open_kind(
         cache: directory in which an index of the records is kept; "" for none.
 
     Raises:
-        UserError: the path is empty or holds nothing that can be read as an image, or a package is
-            missing.
+        UserError: the path is empty or holds nothing that can be read as an image, the kind has no
+            splits, or a package is missing.
 
     >>> open_kind("shapes", "12", "", schema.Data()).description()
     '12 images in shapes (336 x 336 pixels, seed 0), 8 classes, captions for 100%'
@@ -155,6 +170,7 @@ def open_kind(
     entry = source_kind(kind)
     if entry.path and not path:
         raise UserError(f"data.path is empty, and data.source={kind!r} needs it: give {entry.path}")
+    refuse_split(entry, split)
     if data.class_names and data.source == kind and "class_names" not in entry.reads:
         raise UserError(
             f"data.class_names={data.class_names!r} is not read by data.source={kind!r}, which"

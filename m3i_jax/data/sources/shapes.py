@@ -392,11 +392,6 @@ def _rgb(color: np.ndarray) -> tuple[int, int, int]:
 
 
 def _open(path: str, split: str, data: schema.Data, cache: str) -> ShapesSource:
-    if split:
-        raise UserError(
-            f"the built-in shapes have no split {split!r}: leave data.split empty, data.holdout"
-            " holds a share out"
-        )
     if path and not path.isdecimal():
         raise UserError(
             f"shapes:{path}: the built-in shapes have no path: give their number, such as"
