@@ -219,17 +219,22 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for name in sorted(FLAGS.keys() - set(mode.flags)) + of_hosts:
         if getattr(flags, name):
             raise UserError(f"{_option(name)}: does not belong to --mode={flags.mode}")
-    if not mode.settings and (flags.config or overrides):
+    if not mode.settings and overrides:
         raise UserError(
-            f"--config: does not belong to --mode={flags.mode}, which uses the saved settings;"
-            " remove it"
+            f"--config.{overrides[0].partition('=')[0]}: does not belong to --mode={flags.mode},"
+            " which uses the saved settings; remove it"
         )
     return flags, overrides
 
 
 def _configured(flags: argparse.Namespace, overrides: list[str]) -> ml_collections.ConfigDict:
     """The settings of --config. Where its recipe starts from weights that are gone, and a run in
-    the working directory started from them and has a checkpoint, those that the run saved."""
+    the working directory started from them and has a checkpoint, those that the run saved; those in
+    a mode that takes no others, for which the file only registers what it defines."""
+    if not MODES[flags.mode].settings:
+        with contextlib.suppress(MissingWeights):
+            configuration.load_config(flags.config)
+        return configuration.load_from_workdir(flags.workdir, "--workdir")
     try:
         return configuration.load_config(flags.config, overrides)
     except MissingWeights as error:

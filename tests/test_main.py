@@ -219,7 +219,7 @@ def quickstart(*overrides: str) -> list[str]:
         ),
         (
             ["--mode=replay", "--workdir", "W", "--config.optim.lr=1"],
-            "--config: does not belong to --mode=replay",
+            "--config.optim.lr: does not belong to --mode=replay",
         ),
         (
             ["--config", "configs/quickstart.py", "--mode=data", "--workdir", "W", "--processes=2"],

@@ -17,7 +17,8 @@ class Mode(NamedTuple):
       text: a line for --help.
       flags: those of `FLAGS` that it has.
       of_run: uses the settings of the run in WORKDIR and needs no --config.
-      settings: accepts settings.
+      settings: accepts settings; else it has those that the run saved, and a --config is run for
+        what it registers.
       together: runs on all hosts; the others run on one.
       shares: several processes may run it, each its share, without communication; its `run` takes
         `hosts`, the flags --coordinator, --processes and --process-id.
@@ -202,7 +203,7 @@ MODES = {
     ),
     "replay": Mode(
         "repeat the step that ended the run in the working directory, and print what is not finite;"
-        " needs no --config",
+        " --config only registers what the run uses of a file",
         of_run=True,
         settings=False,
     ),

@@ -14,6 +14,7 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax import main as command
 from m3i_jax import parallel
+from m3i_jax.data.sources.registry import SOURCE_KINDS
 from m3i_jax.modes import replay, train
 from m3i_jax.objective import balance, ema
 from m3i_jax.training import debug_dump, loop, optimizer, task, trainer
@@ -169,6 +170,30 @@ def test_without_a_dump_there_is_nothing_to_replay(tmp_path: pathlib.Path, capsy
     assert command.main(["--mode=replay", "--workdir", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert "has no dumps/<step>" in err and err.count("\n") == 1
+
+
+@pytest.mark.fast
+@pytest.mark.row("D1")
+def test_a_replay_takes_the_file_of_what_a_run_registered(tmp_path: pathlib.Path, capsys) -> None:
+    """Its settings are those of the run: those of the file, which would be refused, are not
+    read."""
+    saved = configuration.config_to_text(toy.settings())
+    (tmp_path / "config.txt").write_text(saved.replace("'shapes'", "'of_a_file'"))
+    (tmp_path / "own.py").write_text(
+        "from m3i_jax.config import default_config\n"
+        "from m3i_jax.data.sources.registry import SourceKind, register_source\n"
+        "register_source(SourceKind(name='of_a_file', open=lambda *_: None))\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.data.source = 'unknown'\n"
+        "    return config\n"
+    )
+    place = ["--mode=replay", "--workdir", str(tmp_path)]
+    with SOURCE_KINDS.temporary():
+        assert command.main(place) == 2
+        assert "'of_a_file' is not one of" in capsys.readouterr().err
+        assert command.main([*place, "--config", str(tmp_path / "own.py")]) == 2
+        assert "has no dumps/<step>" in capsys.readouterr().err
 
 
 @pytest.mark.fast

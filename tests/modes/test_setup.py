@@ -9,7 +9,7 @@ import pytest
 from m3i_jax import config as configuration
 from m3i_jax.data import tokenizer
 from m3i_jax.errors import UserError
-from m3i_jax.modes import compare
+from m3i_jax.modes import compare, train
 from m3i_jax.modes import setup as jobs
 from tests import saved, toy
 
@@ -114,6 +114,28 @@ def test_a_resumed_run_keeps_its_rounded_batch(tmp_path: pathlib.Path, capsys) -
     fewer = toy.settings(**asked | {"train__batch_size": 32}, parallel__mesh="(1,1,8)")
     # configured, so it is reported as a change
     assert jobs.open_setup(fewer, str(tmp_path)).config.train.batch_size == 32
+
+
+def test_a_batch_is_kept_however_much_it_was_rounded(tmp_path: pathlib.Path) -> None:
+    """Eight data shards round 40 images by a fifth, to 48."""
+    asked = SMALL | {"data__size": 200, "train__batch_size": 40, "train__round_batch": True}
+    first = jobs.open_setup(toy.settings(**asked), str(tmp_path))
+    (tmp_path / "config.txt").write_text(first.text)
+    again = jobs.open_setup(toy.settings(**asked, parallel__mesh="(1,1,8)"), str(tmp_path))
+    assert first.config.train.batch_size == again.config.train.batch_size == 48
+
+
+def test_a_rounded_batch_that_does_not_divide_is_refused(tmp_path: pathlib.Path) -> None:
+    """Two data shards round 50 images to 52, which eight do not divide."""
+    asked = SMALL | {"data__size": 200, "train__batch_size": 50, "train__round_batch": True}
+    first = jobs.open_setup(toy.settings(**asked, parallel__mesh="(2,1,4)"), str(tmp_path))
+    assert first.config.train.batch_size == 52
+    train.write_settings(first)
+    more = jobs.open_setup(toy.settings(**asked), str(tmp_path))
+    position = {"fingerprint": first.fingerprint, "samples_seen": 0}
+    with pytest.raises(UserError, match="train.batch_size: 52 -> 64.* add --allow-changes"):
+        train.check_same_run(more, position, False)
+    assert train.check_same_run(more, position, True)
 
 
 def test_a_dense_head_has_as_many_names_as_it_predicts(tmp_path: pathlib.Path) -> None:
