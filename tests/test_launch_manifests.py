@@ -2,6 +2,7 @@
 other, and what happens after each exit code."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -354,3 +355,17 @@ def test_sky_gives_every_node_its_number_and_recovers_from_42(stage: Stage) -> N
         "1",
     ]
     assert out == "".join(f"{flag}|" for flag in flags)
+
+
+def test_the_table_of_the_guide_has_commands_that_start() -> None:
+    """A script that is typed without bash is executable; variables without a value are named."""
+    rows = [line for line in (LAUNCH / "README.md").read_text().splitlines() if "launch/" in line]
+    table = "\n".join(line for line in rows if line.startswith("| "))
+    scripts = set(re.findall(r"`launch/(\w+\.sh)", table))
+    assert scripts >= {"ssh.sh", "tpu_vm.sh", "apply.sh", "gcluster.sh"}
+    for name in scripts:
+        assert os.access(LAUNCH / name, os.X_OK), name
+        assert (LAUNCH / name).read_text().startswith("#!"), name
+    sky = next(line for line in table.splitlines() if "sky.yaml" in line)
+    needed = re.findall(r"^  (\w+): null", (LAUNCH / "sky.yaml").read_text(), re.MULTILINE)
+    assert needed and all(f"--env {name}=" in sky for name in needed)

@@ -339,7 +339,7 @@ def refuse_missing(mode: str, config: schema.Config, workdir: str) -> None:
                 " file of weights or a Hugging Face directory"
             )
     if config.evaluate.encoder == "ema" and mode in ("train", "compare", "eval"):
-        if config.task in ("detect", "segment") and config.optim.ema_of != "all":
+        if not config.traits.views and config.optim.ema_of != "all":  # dense tasks, own ones too
             raise UserError(
                 f"config.evaluate.encoder: 'ema' needs optim.ema_of=all: config.task={config.task}"
                 f" has no targets, and with optim.ema_of={config.optim.ema_of} it keeps no average;"

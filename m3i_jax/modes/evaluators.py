@@ -3,10 +3,11 @@ objective can feed. The same during training and in --mode=eval."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from m3i_jax import schema
 from m3i_jax.data import eval_batches
@@ -172,7 +173,18 @@ def enabled_metrics(
     else:
         inputs, image_sets = _inputs(setup, figures, heads=heads), {}
     enabled = enabled_evaluators(setup, log, thorough=thorough, heads=heads)
-    return {each.name: each.build(inputs) for each in enabled}, image_sets
+    return {each.name: _with_plain_values(each.build(inputs)) for each in enabled}, image_sets
+
+
+def _with_plain_values(metric: feature_extraction.Metric) -> feature_extraction.Metric:
+    """The same metric; scalars of numpy and JAX become numbers of Python, which JSON can hold."""
+
+    def measure(context: feature_extraction.EvalContext) -> Iterator[tuple[str, float]]:
+        for name, value in metric(context):
+            scalar = isinstance(value, np.generic | np.ndarray | jax.Array)
+            yield name, value.item() if scalar else value
+
+    return measure
 
 
 def _inputs(

@@ -64,13 +64,13 @@ class Watchdog:
             self._thread.join(timeout=2 * PATIENCE)
 
     def _watch(self) -> None:
-        period = min(self._limit / 4, 10.0)
+        period = min(self._limit / 4, self._first / 4, 10.0)
         reports, alive = 0, self._clock.alive
         # closing the file may fail as writing to it did
         with contextlib.suppress(OSError), self._open() as file:
             try:
                 while not self._stop.wait(period):
-                    limit = self._limit if self._clock.ended else max(self._first, self._limit)
+                    limit = self._limit if self._clock.ended else self._first
                     # if this thread cannot run: faulthandler's own thread needs no interpreter
                     faulthandler.dump_traceback_later(limit + 4 * period, file=file)
                     if self._clock.alive != alive:

@@ -17,6 +17,8 @@ from tests.test_main import TINY
 
 # A file for --config, as a user would write it.
 CONFIG = """
+import jax.numpy as jnp
+
 from m3i_jax.config import default_config
 from m3i_jax.evaluation.registry import EvalContext, EvalInputs, Evaluator, register_evaluator
 
@@ -25,7 +27,9 @@ def norms(inputs: EvalInputs):
     def run(context: EvalContext):
         queries = context("queries")
         yield "eval/norms/images", len(queries.vectors)
-        yield "eval/norms/mean", float((queries.vectors**2).sum(1).mean())
+        norms = (queries.vectors**2).sum(1)
+        yield "eval/norms/mean", norms.mean()  # of numpy
+        yield "eval/norms/most", jnp.asarray(norms).max()
 
     return run
 
@@ -67,6 +71,13 @@ def test_an_evaluator_from_outside_reports_in_the_log_of_a_run(
     held_out = re.search(r"([\d,]+) held out", capsys.readouterr().out)
     assert held_out and values["eval/norms/images"] == int(held_out[1]) > 1
     np.testing.assert_allclose(values["eval/norms/mean"], 1.0, rtol=1e-5)  # normalised features
+
+    read = [text for text in overrides if text.startswith("--config.evaluate.")]
+    assert command.main(["--mode=eval", "--workdir", str(run), *read]) == 0
+    found = json.loads((run / "eval.json").read_text())["results"]["norms"]
+    assert found.keys() == {"eval/norms/images", "eval/norms/mean", "eval/norms/most"}
+    assert all(type(value) in (int, float) for value in found.values())
+    np.testing.assert_allclose(found["eval/norms/mean"], 1.0, rtol=1e-5)
 
 
 def test_built_in_evaluators_have_a_setting_and_run_in_its_order() -> None:

@@ -15,12 +15,13 @@ import optax
 import pytest
 
 from m3i_jax import main as command
-from m3i_jax import parallel, schema
+from m3i_jax import modes, parallel, schema
 from m3i_jax.data import pipeline, record_batches
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.modes import task_views
 from m3i_jax.training import optimizer, task, trainer
+from m3i_jax.training.segment_task import SegmentTask
 from tests import toy
 
 PACKAGE = pathlib.Path(trainer.__file__).parents[1]
@@ -149,6 +150,24 @@ def test_it_runs_from_the_command_line(
     losses = [row["loss/color"] for row in rows if "loss/color" in row]
     assert len(losses) == 6 and losses[-1] < losses[0]
     assert command.main(run) == 0 and "done" in capsys.readouterr().out
+
+
+def test_an_own_dense_task_keeps_no_average_without_its_setting() -> None:
+    """`evaluate.encoder=ema` is refused before its first evaluation would fail."""
+
+    class Smooth(SegmentTask):
+        pass
+
+    task.register_task("smooth", Smooth)
+    try:
+        asked = {"task": "smooth", "evaluate__encoder": "ema"}
+        refusal = "'ema' needs optim.ema_of=all: config.task=smooth has no targets"
+        for mode in ("train", "eval"):
+            with pytest.raises(UserError, match=refusal):
+                modes.refuse_missing(mode, toy.settings(**asked), "")
+            modes.refuse_missing(mode, toy.settings(**asked, optim__ema_of="all"), "")
+    finally:
+        schema.TASKS.pop("smooth")
 
 
 def test_names_of_tasks_are_checked() -> None:

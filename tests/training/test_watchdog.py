@@ -54,17 +54,19 @@ def test_a_hanging_iterator_is_reported_with_its_stack(
     assert text.count("no sign of life") == 1
 
 
+@pytest.mark.parametrize("limit", [0.05, SECONDS])
 def test_the_first_step_has_a_limit_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, limit: float
 ) -> None:
-    """Silence before it is compilation, and much longer than one between steps."""
+    """Silence before it is compilation, and much longer than one between steps; a shorter limit is
+    that of who waits for a first step."""
     world, clock, logged = Hanging(1), GoodputClock(images=8), []
 
     def log(line: str) -> None:
         logged.append(line)
         world.freed.set()
 
-    with Watchdog(clock, tmp_path / "stacks-0.txt", log, limit=0.05, first=0.5):
+    with Watchdog(clock, tmp_path / "stacks-0.txt", log, limit=limit, first=0.5):
         world.run(monkeypatch, clock=clock)
     assert logged and "after 0 step(s)" in logged[0]
     seconds = float(logged[0].partition("for ")[2].partition(" s")[0])
