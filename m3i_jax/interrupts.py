@@ -1,7 +1,8 @@
 """Signals outside the training loop. Ctrl-C (SIGINT): the process ends with one line and exit code
 130. SIGTERM, by which a scheduler preempts, in the modes that go on where they were stopped: one
-line and exit code 42. The training loop saves a checkpoint first; elsewhere nothing is to be saved,
-since complete parts are on the disk.
+line and exit code 42. The other hosts of the run end in the same way, with the line of this one.
+The training loop saves a checkpoint first; elsewhere nothing is to be saved, since complete parts
+are on the disk.
 
 The handlers end the process instead of raising KeyboardInterrupt, which imports, callbacks of the
 garbage collector and threads of libraries print, swallow or wait for. A killed run loses nothing
@@ -26,7 +27,7 @@ from typing import NoReturn
 
 STATUS = 130  # exit code: 128 + SIGINT, as shells report it
 PREEMPTED = 42  # exit code
-_LINE = "m3i_jax: interrupted; run the same command again to continue\n"
+_INTERRUPTED = "interrupted; run the same command again to continue"
 _WHY = "stopped by SIGTERM where nothing has to be saved; run the same command again to continue"
 _once = threading.Lock()
 _watching = False  # whether the thread of `watch_long_calls` runs
@@ -35,12 +36,12 @@ _trace_requested = False
 
 
 def exit_interrupted() -> NoReturn:
-    """Print the line and end the process without cleaning up."""
-    _exit(STATUS, _LINE)
+    """Print the line and end the process without cleaning up; other hosts end too."""
+    _exit(STATUS, f"m3i_jax: {_INTERRUPTED}\n", lambda: _tell(STATUS, _INTERRUPTED))
 
 
 def exit_preempted() -> NoReturn:
-    """As `exit_interrupted`, after SIGTERM; other hosts end too."""
+    """As `exit_interrupted`, after SIGTERM."""
     _exit(PREEMPTED, f"m3i_jax: {_WHY}\n", lambda: _tell(PREEMPTED, _WHY))
 
 
@@ -98,15 +99,18 @@ def install_handler() -> None:
         signal.signal(signal.SIGINT, _handle)
 
 
-def exit_on_sigterm(tell: Callable[[int, str], None] | None = None) -> None:
-    """Replace the default action of SIGTERM by `exit_preempted`. Does nothing where the signal is
-    ignored, or where a program has its own handler.
+def notify_hosts(tell: Callable[[int, str], None]) -> None:
+    """Call `tell` with code and reason before a signal ends this process, for the other hosts.
 
-    Args:
-      tell: called before the exit with its code and reason, for other hosts; None: as before.
+    >>> notify_hosts(lambda status, why: None)
     """
     global _tell
-    _tell = tell or _tell
+    _tell = tell
+
+
+def exit_on_sigterm() -> None:
+    """Replace the default action of SIGTERM by `exit_preempted`. Does nothing where the signal is
+    ignored, or where a program has its own handler."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
         os.register_at_fork(after_in_child=_after_fork)

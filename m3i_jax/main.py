@@ -314,8 +314,7 @@ def _start_hosts(flags: argparse.Namespace, settings: schema.Config) -> None:
         settings.parallel.mesh,
         beat=settings.parallel.heartbeat,
     )
-    if interrupts.exits_on_sigterm():
-        interrupts.exit_on_sigterm(heartbeat.end_hosts)
+    interrupts.notify_hosts(heartbeat.end_hosts)
 
 
 def _run(arguments: Sequence[str], began: float, process: bool) -> int:

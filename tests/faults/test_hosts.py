@@ -167,6 +167,7 @@ def lost(tmp_path: pathlib.Path, victim: int, number: int, processes: int) -> fl
             process.wait()
 
 
+SLOW = pytest.mark.slow
 CASES = [
     (1, signal.SIGKILL, 2),
     (0, signal.SIGKILL, 2),
@@ -204,15 +205,18 @@ def test_every_host_that_may_be_lost_is_named(tmp_path: pathlib.Path, trials) ->
 REFUSE = (
     JOIN
     + """
+    from m3i_jax import interrupts
     from m3i_jax.errors import UserError
     from m3i_jax.parallel import heartbeat
     distributed.initialize(place, limit=60)
     barriers.barrier("all")
     bug = sys.argv[4].startswith("bug")
+    interrupts.notify_hosts(heartbeat.end_hosts)
     if "preempted" in sys.argv[4] and str(me) in sys.argv[4]:
-        from m3i_jax import interrupts
-        interrupts.exit_on_sigterm(heartbeat.end_hosts)
+        interrupts.exit_on_sigterm()
         os.kill(os.getpid(), 15)
+    elif "interrupted" in sys.argv[4] and str(me) in sys.argv[4]:
+        interrupts.exit_interrupted()
     elif str(me) in sys.argv[4]:
         try:
             with heartbeat.refuse_on_error():
@@ -226,26 +230,25 @@ REFUSE = (
 
 @pytest.mark.row("A5", "A6")
 @pytest.mark.parametrize(
-    "cases", [("0", "bug 1", "preempted 1"), pytest.param(("1", "01"), marks=pytest.mark.slow)]
+    "cases",
+    [("0", "bug 1", "preempted 1", "interrupted 0"), pytest.param(("1", "01"), marks=SLOW)],
 )
 def test_a_mistake_that_one_host_meets_ends_all(cases: tuple, tmp_path: pathlib.Path) -> None:
-    """The others would wait for it, and end with its code and reason, as after SIGTERM before the
-    loop. An error that all hosts have is reported by each."""
+    """The others would wait for it, and end with its code and reason, as after SIGTERM or
+    Ctrl-C before the loop. An error that all hosts have is reported by each."""
     script = tmp_path / "refuse.py"
     script.write_text(textwrap.dedent(REFUSE))
-    pairs = {who: start(script, who) for who in cases}
+    pairs, refused = {who: start(script, who) for who in cases}, ("cannot be read", 2)
+    ends = {"preempted": ("stopped by SIGTERM", 42), "interrupted": ("interrupted; run", 130)}
     try:
         for who, both in pairs.items():
             for i, process in enumerate(both):
                 _, err = process.communicate(timeout=90)
-                expected, code = f"m3i_jax: host {who[-1]} (", 2
-                why = "stopped by SIGTERM" if "preempted" in who else "cannot be read"
+                expected, why, code = f"m3i_jax: host {who[-1]} (", *ends.get(who[:-2], refused)
                 if "bug" in who:
                     expected, code, why = "m3i_jax: lost host 1 (", 1, "its process ended"
-                elif "preempted" in who:
-                    code = 42
                 if str(i) in who:
-                    expected = why = "stopped by SIGTERM" if "preempted" in who else ""
+                    expected = why = why if who[:-2] in ends else ""
                 found = (who, i, process.returncode, err[-2000:])
                 assert why in err and expected in err and process.returncode == code, found
     finally:
