@@ -109,6 +109,7 @@ FILES = (
     RunFile("pictures/*.json", (*_RUNS, "eval"), ("report",), "note"),
     RunFile("pictures/*.png", (*_RUNS, "eval"), ("report",), "shown"),
     RunFile("report.html", (*_RUNS, "eval", "report"), (), "not read"),
+    RunFile("compare/step_seconds.json", ("compare",), ("compare",), "note"),
     RunFile("compare.md", ("compare",), (), "not read"),
     RunFile("compare.json", ("compare",), (), "not read"),
     RunFile("compare.png", ("compare",), (), "not read"),

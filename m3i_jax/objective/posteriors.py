@@ -1,5 +1,4 @@
-"""Posteriors P^(z_y | prediction) as values, one of which every row of Table 1 names (M3I section
-3.1).
+"""Posteriors P^(z_y | prediction) as values; every row of Table 1 names one (M3I section 3.1).
 
 `cost` returns the loss, a negative log-likelihood, and the sums from which `bits` estimates the
 information that the prediction carries about its target. Both add up over parts of a batch; for
@@ -11,8 +10,7 @@ each other.
 error of two views keeps them from being constant: an objective adds an entropy term
 (`entropy_terms`), without which it collapses.
 
-R rows of predictions (images), N positions, D width, B images of the whole batch, K prototypes, C
-classes, E width of the joint space.
+R rows (images), N positions, D width, B images of a batch, K prototypes, C classes, E joint width.
 """
 
 import dataclasses
@@ -86,8 +84,12 @@ class Posterior:
         return {}
 
     def prepare(self, target: Any, /) -> Any:
-        """Returns the target as `cost` compares it."""
+        """Returns the target as `cost` compares it; pixels are prepared by `prepare_pixels`."""
         return target
+
+    def prepare_pixels(self, target: jax.Array, /) -> jax.Array:
+        """Returns patches of pixels as `cost` compares them, each normalised by itself."""
+        return losses.patch_normalize(target)
 
     def cost(self, prediction: Any, target: Any, where: Any, given: LossInputs, /) -> LossSum:
         """Returns the loss of arrays [R, N, D] with weights [R, N], or [R, D] with weights [R]."""
@@ -112,8 +114,7 @@ def moments(prediction: jax.Array, target: jax.Array, where: jax.Array) -> dict[
 
 
 class Regression(Posterior):
-    """Posteriors that predict the target itself. Their evidence is `moments`, their information
-    that of a Gaussian around the prediction."""
+    """Posteriors that predict the target itself, with the bits of a Gaussian of its `moments`."""
 
     def prepare(self, target: jax.Array) -> jax.Array:
         return losses.layer_normalize(target)
@@ -468,7 +469,6 @@ class TextSigmoid(Softmax):
     bias, whose initial values are fields. Its bits are those of a softmax over the same products:
     the bound of InfoNCE.
 
-    >>> import jax.numpy as jnp
     >>> zero = {"logit_scale": jnp.zeros(()), "logit_bias": jnp.zeros(())}
     >>> given = LossInputs(parameters=zero)
     >>> total = TextSigmoid().cost(jnp.eye(2), jnp.eye(2), jnp.ones(2), given).sum

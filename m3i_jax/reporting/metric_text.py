@@ -57,7 +57,13 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             _accuracy(
                 "retrieval/*", "r1, r5, r10: own image or an own caption among the first 1, 5 or 10"
             ),
-            _accuracy("embedding/same_class", "images whose nearest neighbour is of their class"),
+            MetricText(
+                "eval/embedding/same_class",
+                "share",
+                "images whose nearest neighbour is of their class; at the last step, and by"
+                " --mode=eval",
+                "above 1 / classes",
+            ),
             MetricText(
                 "eval/box/beyond_candidates",
                 "boxes",

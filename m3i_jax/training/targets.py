@@ -165,10 +165,9 @@ def target_features(
 
 
 def normalize_target(term: Term, target: jax.Array) -> jax.Array:
-    """Returns a target as the posterior of a term compares it, float32: pixels normalised by patch,
-    features prepared by the posterior."""
+    """Returns a target as the posterior of a term compares it, float32."""
     if term.target.of == "pixels":
-        return losses.patch_normalize(target)
+        return term.posterior.prepare_pixels(target)
     return term.posterior.prepare(target)
 
 

@@ -2,10 +2,13 @@
 but two runs are replaced by a fake."""
 
 import json
+import pathlib
+import types
 
 import pytest
 
 from m3i_jax import main as command
+from m3i_jax import run_files
 from m3i_jax.errors import UserError
 from m3i_jax.modes import compare
 from m3i_jax.modes import setup as jobs
@@ -310,3 +313,21 @@ def test_two_real_runs(tmp_path, monkeypatch, capsys) -> None:
     capsys.readouterr()
     assert command.main(arguments) == 0  # no run is repeated
     assert "compare: 1 of 2" not in capsys.readouterr().out
+
+
+def test_times_of_steps_are_measured_once_and_verified(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the lengths of the runs: of a file that changed, a run would get another one."""
+    base, asked = types.SimpleNamespace(workdir=tmp_path), {"mim": "a setup", "sim": "another"}
+    monkeypatch.setattr(compare, "time_step", lambda setup: float(len(setup)))
+    wanted = {"mim": 7.0, "sim": 7.0}
+    assert compare._step_seconds(base, asked) == wanted
+    monkeypatch.delattr(compare, "time_step")
+    assert compare._step_seconds(base, asked) == wanted
+    path = tmp_path / "compare" / compare.MEASURED
+    listed = {file.name: file.verified for file in run_files.FILES}
+    assert listed[path.relative_to(tmp_path).as_posix()] == "note"
+    path.write_text(path.read_text().replace("7.0", "8.0"))
+    with pytest.raises(UserError, match="restore it, or begin in an empty workdir"):
+        compare._step_seconds(base, asked)

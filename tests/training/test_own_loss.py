@@ -14,7 +14,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel
 from m3i_jax.objective import posteriors, registry
 from m3i_jax.objective import terms as objective_terms
-from m3i_jax.training import plan, trainer
+from m3i_jax.training import plan, targets, trainer
 from tests import toy
 
 
@@ -59,6 +59,28 @@ def test_a_loss_of_ones_own_trains_a_step() -> None:
     after, _ = one.step(after, toy.batch(config))  # the warm-up begins with a rate of 0
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), weights, jax.device_get(after.params))
     assert all(max(jax.tree.leaves(moved[part])) > 0 for part in ("encoder", "decoder"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RawPixels(posteriors.Gaussian):
+    """Compares pixels as they are."""
+
+    def prepare_pixels(self, target: Any) -> Any:
+        return target.astype(jnp.float32)
+
+
+def test_an_own_posterior_prepares_pixels_and_features() -> None:
+    """By default pixels are normalised by patch (unbiased variance), features by layer norm."""
+    values = np.random.default_rng(0).normal(3, 2, (2, 4, 12)).astype(np.float32)
+    masked = objective_terms.MASKED
+    one = objective_terms.pixel_term(masked, 0, posterior=RawPixels())
+    np.testing.assert_array_equal(targets.normalize_target(one, jnp.asarray(values)), values)
+    usual = dataclasses.replace(one, posterior=Huber())
+    got = np.asarray(targets.normalize_target(usual, jnp.asarray(values)))
+    np.testing.assert_allclose(got.std(-1, ddof=1), 1, rtol=1e-5)
+    features = objective_terms.token_term(masked, 0, posterior=RawPixels())
+    got = np.asarray(targets.normalize_target(features, jnp.asarray(values)))
+    np.testing.assert_allclose(got.std(-1), 1, rtol=1e-4)
 
 
 def test_a_configuration_file_registers_it(tmp_path: pathlib.Path) -> None:
