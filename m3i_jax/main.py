@@ -229,12 +229,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _configured(flags: argparse.Namespace, overrides: list[str]) -> ml_collections.ConfigDict:
     """The settings of --config. Where its recipe starts from weights that are gone, and a run in
-    the working directory started from them and has a checkpoint, those that the run saved; those in
-    a mode that takes no others, for which the file only registers what it defines."""
-    if not MODES[flags.mode].settings:
-        with contextlib.suppress(MissingWeights):
-            configuration.load_config(flags.config)
-        return configuration.load_from_workdir(flags.workdir, "--workdir")
+    the working directory started from them and has a checkpoint, those that the run saved."""
     try:
         return configuration.load_config(flags.config, overrides)
     except MissingWeights as error:
@@ -255,6 +250,16 @@ def _configured(flags: argparse.Namespace, overrides: list[str]) -> ml_collectio
         return saved
 
 
+def _reads_run(flags: argparse.Namespace) -> bool:
+    """Whether a command has the settings that the run in its working directory saved. Other weights
+    (--checkpoint), and a directory without a run, have those of the file."""
+    mode = MODES[flags.mode]
+    if not flags.config or not mode.settings:
+        return True
+    saved = (pathlib.Path(flags.workdir) / "config.txt").is_file() and has_saved_step(flags.workdir)
+    return mode.of_run and saved and not flags.checkpoint
+
+
 def _is_weight_file(path: str) -> bool:
     """Whether a path is a file of weights, or a Hugging Face directory."""
     return os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json"))
@@ -265,8 +270,13 @@ def _settings(flags: argparse.Namespace, overrides: list[str]) -> schema.Config:
     if flags.config:
         file = configuration.find_config_file(flags.config)
         found, file = configuration.describe_config_file(file), file.absolute()
+    if not _reads_run(flags):
         config = _configured(flags, overrides)
     else:
+        if flags.config:
+            found += f", run for what it registers: the settings are those of {flags.workdir}"
+            with contextlib.suppress(MissingWeights):
+                configuration.load_config(flags.config, overrides)
         config = configuration.load_from_workdir(flags.workdir, "--workdir")
     if flags.data:
         eval_data = importlib.import_module("m3i_jax.modes.eval_data")
@@ -331,7 +341,7 @@ def _run(arguments: Sequence[str], began: float, process: bool) -> int:
     if mode.timed:
         options["began"] = began
     if mode.takes_given:
-        options["given"] = given_settings(overrides, settings, file=bool(flags.config))
+        options["given"] = given_settings(overrides, settings, file=not _reads_run(flags))
     if mode.shares:
         options["hosts"] = (flags.coordinator, flags.processes, flags.process_id)
     hosts = _hosts(flags, settings) if mode.together else contextlib.nullcontext()

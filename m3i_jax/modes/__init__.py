@@ -16,9 +16,9 @@ class Mode(NamedTuple):
     Attributes:
       text: a line for --help.
       flags: those of `FLAGS` that it has.
-      of_run: uses the settings of the run in WORKDIR and needs no --config.
-      settings: accepts settings; else it has those that the run saved, and a --config is run for
-        what it registers.
+      of_run: uses the settings of the run in WORKDIR and needs no --config, which is run for what
+        it registers; its settings are of other weights, or of a WORKDIR without a run.
+      settings: accepts settings; else it has those that the run saved.
       together: runs on all hosts; the others run on one.
       shares: several processes may run it, each its share, without communication; its `run` takes
         `hosts`, the flags --coordinator, --processes and --process-id.
@@ -203,7 +203,7 @@ MODES = {
     ),
     "replay": Mode(
         "repeat the step that ended the run in the working directory, and print what is not finite;"
-        " --config only registers what the run uses of a file",
+        " needs no --config",
         of_run=True,
         settings=False,
     ),

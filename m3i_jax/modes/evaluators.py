@@ -181,10 +181,13 @@ def _with_plain_values(metric: feature_extraction.Metric) -> feature_extraction.
 
     def measure(context: feature_extraction.EvalContext) -> Iterator[tuple[str, float]]:
         for name, value in metric(context):
-            scalar = isinstance(value, np.generic | np.ndarray | jax.Array)
-            yield name, value.item() if scalar else value
+            yield name, _plain_value(value)
 
     return measure
+
+
+def _plain_value(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) else value
 
 
 def _inputs(

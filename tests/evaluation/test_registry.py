@@ -72,8 +72,9 @@ def test_an_evaluator_from_outside_reports_in_the_log_of_a_run(
     assert held_out and values["eval/norms/images"] == int(held_out[1]) > 1
     np.testing.assert_allclose(values["eval/norms/mean"], 1.0, rtol=1e-5)  # normalised features
 
-    read = [text for text in overrides if text.startswith("--config.evaluate.")]
-    assert command.main(["--mode=eval", "--workdir", str(run), *read]) == 0
+    # the settings are those of the run, not those of the file
+    own = ["--config", str(tmp_path / "own.py"), "--config.evaluate.batch_size=8"]
+    assert command.main(["--mode=eval", "--workdir", str(run), *own]) == 0
     found = json.loads((run / "eval.json").read_text())["results"]["norms"]
     assert found.keys() == {"eval/norms/images", "eval/norms/mean", "eval/norms/most"}
     assert all(type(value) in (int, float) for value in found.values())
