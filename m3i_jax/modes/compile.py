@@ -273,7 +273,7 @@ def search_batch(
 ) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
     """(images a data shard, or 0; report of that size, or of the smallest tried; attempts)."""
     shards = batch_search.data_shards(parallel.make_mesh(config.parallel.mesh, target.devices))
-    unit, reports, rows = 2 * config.train.microbatches, {}, {}
+    unit, reports, rows = (1 + config.traits.pairs) * config.train.microbatches, {}, {}
     group = _entropy_unit(config)
     unit = math.lcm(unit, group // math.gcd(group, shards))
 
@@ -329,8 +329,8 @@ def _advice(config: schema.Config, report: dict[str, Any]) -> str:
         and report["devices"] > report["mesh"]["fsdp"] * report["mesh"]["tensor"]
     ):
         return "shard the state with --config.parallel.mesh=(1,-1,1), or let --suggest search"
-    now, pairs = config.train.microbatches, report["batch_per_device"] // 2
-    possible = [parts for parts in (now * 2**k for k in range(1, 7)) if pairs % parts == 0]
+    now, rows = config.train.microbatches, report["batch_per_device"] // (1 + config.traits.pairs)
+    possible = [parts for parts in (now * 2**k for k in range(1, 7)) if rows % parts == 0]
     enough = [
         parts
         for parts in possible

@@ -93,7 +93,7 @@ def run(
     setup = open_setup(
         _with_captions(config, "auto") if text_tower or saved else config,
         workdir,
-        trains=[config.objective.forms],
+        trains=task_kind(config.task).objectives(config),
         draws_batches=False,
         hold_out_all=bool(data),
     )

@@ -52,10 +52,11 @@ def shorten_run(config: schema.Config) -> schema.Config:
 def run(
     config: schema.Config, *, workdir: str, kernels: bool = False, began: float | None = None
 ) -> int:
-    task_kind(config.task).reject_unused_settings(config)
+    kind = task_kind(config.task)
+    kind.reject_unused_settings(config)
     if kernels:
         return print_kernels(config)
-    setup = open_setup(shorten_run(config), workdir, trains=[config.objective.forms])
+    setup = open_setup(shorten_run(config), workdir, trains=kind.objectives(config))
     distributed.assert_same_on_all_hosts("data", {"data": setup.identity})
     with lock_workdir(setup.workdir):
         return profile(setup, began)

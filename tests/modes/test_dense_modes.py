@@ -34,6 +34,7 @@ VALUES = (SHARED | SEGMENT) | {
     "model.encoder.depth": 2,
     "model.encoder.heads": 2,
     "model.dtype": "float32",
+    "model.decoder.positions": "absolute",  # of a run of MAE; the default objective refuses it
     "dense.maps.blocks": (),
     "train.steps": 2,
     "train.log_every": 1,
