@@ -122,6 +122,11 @@ class Evaluator:
         """Returns whether the settings of a run enable it."""
         return not self.setting or bool(getattr(settings, self.setting))
 
+    @property
+    def of_package(self) -> bool:
+        """Whether its code is part of this package, of which `code_digest` shows a change."""
+        return self.build.__module__.startswith("m3i_jax.")
+
 
 _SETTINGS = tuple(field.name for field in dataclasses.fields(schema.Evaluate))
 EVALUATORS: Registry[Evaluator] = Registry(
@@ -146,7 +151,7 @@ def register_evaluator(evaluator: Evaluator) -> None:
     ValueError: evaluator toy: unknown needs boxes; known are labels, names, tokenizer, ...
     """
     name = evaluator.name
-    if not evaluator.build.__module__.startswith("m3i_jax."):
+    if not evaluator.of_package:
         _load_builtin()
     if unknown := [need for need in evaluator.needs if need not in NEEDS]:
         raise ValueError(

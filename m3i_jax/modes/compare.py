@@ -25,6 +25,7 @@ from m3i_jax import parallel, published_settings, run_files, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.modes import monitoring, train
+from m3i_jax.modes.eval_header import evaluated_images
 from m3i_jax.modes.setup import (
     Setup,
     has_checkpoints,
@@ -288,8 +289,8 @@ def compare_notes(
     out = [
         budget.description(config.train.batch_size),
         (
-            f"{base.train.description()}; {len(base.held_out):,} held out. Steps of"
-            f" {config.train.batch_size} images of {config.data.image_size} pixels, encoder of"
+            f"{base.train.description()}; {len(base.held_out):,} held out{_evaluated(base)}. Steps"
+            f" of {config.train.batch_size} images of {config.data.image_size} pixels, encoder of"
             f" {backbones.get_backbone(config.model).describe(config.model)}."
         ),
         (
@@ -331,6 +332,17 @@ def compare_notes(
     if failed:
         out.append(f"Failed, not in the table: {'; '.join(failed)}.")
     return out
+
+
+def _evaluated(base: Setup) -> str:
+    """How many images are evaluated, where limits leave some out."""
+    sizes = {"index": len(base.train), "queries": len(base.held_out)}
+    counts = evaluated_images(base.config, sizes["index"], sizes["queries"])
+    if counts == sizes:
+        return ""
+    return (
+        f", of which {counts['queries']:,} are evaluated, with {counts['index']:,} training images"
+    )
 
 
 def write_comparison(

@@ -24,20 +24,20 @@ import jax
 from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, run_files, schema
 from m3i_jax.data import tokenizer
-from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.data.sources import base, relabelled
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load, registry
 from m3i_jax.evaluation.feature_extraction import EvalContext
 from m3i_jax.models import backbones
-from m3i_jax.modes import eval_data, eval_source, evaluators, figure_evaluators, report
-from m3i_jax.modes.eval_results import (
-    RESULT,
-    Results,
-    earlier_results,
-    result_dir,
-    weight_files,
+from m3i_jax.modes import (
+    eval_data,
+    eval_header,
+    eval_source,
+    evaluators,
+    figure_evaluators,
+    report,
 )
+from m3i_jax.modes.eval_results import RESULT, Results, read_earlier, result_dir
 from m3i_jax.modes.setup import Setup, check_writable, open_setup, require_views
 from m3i_jax.parallel import distributed
 from m3i_jax.training import checkpoint_dir, init_from, loop, teachers, weight_source
@@ -45,13 +45,6 @@ from m3i_jax.training.checkpoint import Checkpoints
 from m3i_jax.training.task import task_kind
 
 HELD = "held out"  # prefix of the lines of data.txt about held-out data
-SAME = (
-    "evaluate.",
-    "data.",
-    "model.",
-    "objective.",
-    "seed ",
-)  # prefixes of the settings that a result depends on
 
 
 def run(
@@ -129,7 +122,7 @@ def run(
         setup = _with_other_classes(setup, log, named=bool(data), learnt=learnt)
     if other or not source:  # of weights without a run, the data are not known
         setup = _with_learnt_classes(setup, str(source[0].parent if source else checkpoint), log)
-    about = described(setup, str(source[0] / str(step)) if source else checkpoint, step)
+    about = eval_header.described(setup, str(source[0] / str(step)) if source else checkpoint, step)
     run_dir = setup.workdir
     if not of_run or other or data:
         name = eval_data.data_name(eval_data.entry_of(config.data)) if data else ""
@@ -148,6 +141,9 @@ def run(
             "--mode=eval: no enabled evaluator can run with this data and objective; enable another"
             " one, see config.evaluate in --help"
         )
+    about |= eval_header.measured_by(setup, metrics)
+    if warning := eval_header.cut_queries(setup.config, len(setup.held_out)):
+        log(warning)
     state = _restored_state(setup, source, checkpoint)
     make_context = functools.partial(_context, setup, image_sets)
     return evaluate(
@@ -193,31 +189,6 @@ def _initial_state(setup: Setup) -> Any:
 
 def _ignore(line: str) -> None:
     pass
-
-
-def described(setup: Setup, checkpoint: str, step: int) -> dict[str, Any]:
-    """Returns the header of the results: weights, data, preprocessing, and a digest of all settings
-    that they depend on and of the files of the weights, which may have been written anew."""
-    same = SAME if setup.config.traits.views else (*SAME, "dense.")
-    settings = [
-        line
-        for line in configuration.config_to_text(setup.config).splitlines()
-        if line.startswith(same)
-    ]
-    data = {
-        name: {"name": part.name, "pictures": len(part), "fingerprint": part.fingerprint()}
-        for name, part in (("index", setup.train), ("queries", setup.held_out))
-    }
-    of_file = setup.config.init_from == checkpoint  # `evaluate_weights`
-    copy = setup.config.init.weights if of_file else setup.config.evaluate.encoder
-    return privacy.redact_tree({
-        "checkpoint": checkpoint, "step": step,
-        "encoder": copy, "data": data,
-        "preprocessing": json.loads(json.dumps(Preprocessing.of(setup.config).described())),
-        "of": base.stable_digest(
-            *settings, setup.identity, str(len(setup.held_out)), *weight_files(checkpoint)
-        ),
-    })  # fmt: skip
 
 
 def other_data(setup: Setup, run: pathlib.Path) -> list[str]:
@@ -415,12 +386,10 @@ def evaluate(
     """
     main, path = not jax.process_index(), setup.workdir / RESULT
     with parallel.fail_together(RESULT):
-        saved = (earlier_results(path, about) or {}) if main else {}
-    parts = {part: saved.get(part) for part in ("results", "untrained")}
-    parts = {part: known if isinstance(known, dict) else {} for part, known in parts.items()}
+        parts = read_earlier(path, about) if main else {}
     # all hosts skip the same evaluators
     parts = json.loads(parallel.exchange_values("evaluated", json.dumps(parts))[0])
-    results = Results(about, len(setup.classes))
+    results = Results(about, len(setup.classes), skipped=parts["skipped"])
     figures = {each.name for each in registry.evaluators() if each.last_only}
     passes = [(results.values, parts["results"], metrics, "", lambda: trained)]
     if untrained:
@@ -441,7 +410,7 @@ def evaluate(
                     began = time.monotonic()
                     values[name] = dict(metric(context))
                     nothing = "" if values[name] or name in figures else ", nothing measured"
-                    results.skipped = results.skipped | dict(context.skipped)
+                    results.count_skipped(context.skipped)
                     if main:
                         # progress: an evaluation of many images takes long
                         seconds = f"{time.monotonic() - began:.1f} s"

@@ -11,8 +11,9 @@ import jax
 from m3i_jax import run_files
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
+from m3i_jax.evaluation import registry
 from m3i_jax.modes import eval_data
-from m3i_jax.reporting import text_table
+from m3i_jax.reporting import run_log, text_table
 from m3i_jax.run_files import write_text_atomic
 
 RESULT = "eval.json"
@@ -36,7 +37,7 @@ class Results:
     """Results of an evaluation so far.
 
     Attributes:
-      about: weights, data and preprocessing; see `eval.described`.
+      about: the header of the file; see `eval_header`.
       classes: number of categories of the data, for chance.
       values: of the trained weights.
       untrained: of the initial weights of the same network; {} if they are not evaluated.
@@ -55,6 +56,12 @@ class Results:
         named = {name: eval_data.chance_of(name, self.classes) for name in flat(self.values)}
         return {name: value for name, value in named.items() if value is not None}
 
+    def count_skipped(self, counts: Mapping[str, int]) -> None:
+        """Add images that could not be read. The image sets of an evaluation may be read again, by
+        a resumed command or for other weights: of one reason, the larger number counts."""
+        larger = {reason: max(n, self.skipped.get(reason, 0)) for reason, n in counts.items()}
+        self.skipped = self.skipped | larger
+
     def write(self, path: pathlib.Path) -> None:
         """Write the file of results."""
         content = {**self.about, "results": self.values}
@@ -68,8 +75,9 @@ class Results:
     def text(self) -> str:
         """Returns weights, data and all values as a table."""
         about, chance, untrained = self.about, self.chance, flat(self.untrained)
+        counts = run_log.image_counts(about)
         data = "; ".join(
-            f"{name} {part['pictures']:,} of {part['name']}, {part['fingerprint']}"
+            f"{name} {counts[name]} of {part['name']}, {part['fingerprint']}"
             for name, part in about["data"].items()
         )
         if self.classes:
@@ -141,3 +149,16 @@ def earlier_results(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, A
         print(f"warning: {error}: all evaluators run again", flush=True)
         return {}
     return saved if all(saved.get(key) == value for key, value in about.items()) else None
+
+
+def read_earlier(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parts of a result file to continue, "results", "untrained" and "skipped"; empty
+    ones if its header is another. Values of evaluators from outside the package are left out: no
+    digest shows that their code is another."""
+    saved = earlier_results(path, about) or {}
+    parts = {part: saved.get(part) for part in ("results", "untrained", "skipped")}
+    parts = {part: known if isinstance(known, dict) else {} for part, known in parts.items()}
+    own = {each.name for each in registry.evaluators() if each.of_package}
+    for part in ("results", "untrained"):
+        parts[part] = {name: values for name, values in parts[part].items() if name in own}
+    return parts

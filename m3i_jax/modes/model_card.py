@@ -15,6 +15,7 @@ from m3i_jax.data.preprocessing import RESIZING
 from m3i_jax.evaluation.load import LoadedEncoder
 from m3i_jax.evaluation.load_dense import LoadedDense
 from m3i_jax.models import backbones
+from m3i_jax.reporting import run_log
 from m3i_jax.schema.limits import TextLimit
 from m3i_jax.version import __version__
 
@@ -272,14 +273,14 @@ def _metrics(workdir: pathlib.Path, asked: schema.Evaluate) -> list[str]:
         seen = evaluation.get("preprocessing", {})
         used = {name: seen[name] for name in RESIZING if name in seen}
         other_eval = _settings_other(used, asked)
+        cut = run_log.image_counts(evaluation, cut=True).items()
+        how = "; ".join(["--mode=eval", *(f"{part} {count} images" for part, count in cut)])
         results = {
             f"{name}, {evaluation['encoder']}{other_eval}": value
             for metrics in evaluation["results"].values()
             for name, value in metrics.items()
         }
-        last |= {
-            f"{name} (--mode=eval)": (evaluation["step"], value) for name, value in results.items()
-        }
+        last |= {f"{name} ({how})": (evaluation["step"], value) for name, value in results.items()}
     if not last:
         return ["The run has no metrics."]
     return [

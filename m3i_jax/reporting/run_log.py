@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from m3i_jax import run_files
@@ -197,6 +197,27 @@ def is_complete_png(content: bytes) -> bool:
             return False
         at = end + 4
     return kind == b"IEND"
+
+
+def image_counts(saved: Mapping[str, Any], *, cut: bool = False) -> dict[str, str]:
+    """Returns how many images of each set an evaluation has read, in words.
+
+    Args:
+      saved: eval.json. Of one that says no number, from an older version, that of the set.
+      cut: leave out sets of which all images were read.
+
+    >>> data = {"index": {"pictures": 1281167}, "queries": {"pictures": 500}}
+    >>> saved = {"data": data, "evaluated": {"index": 50000, "queries": 500}}
+    >>> image_counts(saved), image_counts({"data": data}, cut=True)
+    ({'index': '50,000 of 1,281,167', 'queries': '500'}, {})
+    """
+    counts = {}
+    for name, part in saved.get("data", {}).items():
+        size = part.get("pictures", 0)
+        read = saved.get("evaluated", {}).get(name, size)
+        if read != size or not cut:
+            counts[name] = f"{read:,} of {size:,}" if read != size else f"{size:,}"
+    return counts
 
 
 def _evaluation(path: pathlib.Path) -> LogLine:

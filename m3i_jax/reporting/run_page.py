@@ -4,7 +4,7 @@ note about healthy ones, panels over time, evaluations, throughput, settings."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3i_jax.reporting import data_report, figures, html_page, svg_charts
+from m3i_jax.reporting import data_report, figures, html_page, run_log, svg_charts
 from m3i_jax.reporting.metric_text import is_score, metric_note
 from m3i_jax.reporting.run_log import RunLog, read_png
 from m3i_jax.reporting.svg_charts import SvgCurve
@@ -310,9 +310,10 @@ def _about_evaluation(saved: Mapping[str, Any]) -> str:
         f"{saved.get('checkpoint', '')}, {saved.get('encoder', '')} parameters; accuracies are"
         " fractions"
     )
+    counts = run_log.image_counts(saved)
     for name, part in saved.get("data", {}).items():
         about += (
-            f"; {name}: {part.get('pictures', 0):,} images of {part.get('name', '')}, fingerprint"
+            f"; {name}: {counts[name]} images of {part.get('name', '')}, fingerprint"
             f" {part.get('fingerprint', '')}"
         )
     return about

@@ -17,7 +17,7 @@ from m3i_jax.data.sources.mixture import MixtureEntry
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import detection_results
 from m3i_jax.modes import eval as evaluate
-from m3i_jax.modes import eval_data, report
+from m3i_jax.modes import eval_data, eval_header, report
 from m3i_jax.modes import setup as jobs
 from m3i_jax.modes.eval_results import Results, result_dir
 from m3i_jax.training import weight_source
@@ -53,7 +53,7 @@ def test_weights_that_were_written_anew_are_evaluated_anew(tmp_path: pathlib.Pat
             if not file.exists() or file.read_bytes() != content:
                 file.write_bytes(content)
             (tmp_path / "step" / "eval.json").write_text(str(len(headers)))  # of no weights
-            headers.append(evaluate.described(setup, checkpoint, 7))
+            headers.append(eval_header.described(setup, checkpoint, 7))
         assert headers[0] == headers[1] != headers[2]
         assert {**headers[2], "of": ""} == {**headers[0], "of": ""}
 
@@ -67,6 +67,11 @@ def test_a_folder_by_one_flag(
     own = ["--mode=eval", "--workdir", str(run), *enable("knn")]
     assert command.main(own) == 0
     before = (run / "eval.json").read_bytes()
+    saved = json.loads(before)
+    sizes = [part["pictures"] for part in saved["data"].values()]
+    assert saved["evaluated"] == {"index": 32, "queries": sizes[1]} and sizes[0] > 32
+    assert saved["settings"]["train_limit"] == 32 and saved["settings"]["k"] == 3
+    assert f"index 32 of {sizes[0]} of shapes" in capsys.readouterr().out
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     other = [*own, "--data", str(folder), "--untrained"]
     capsys.readouterr()
@@ -84,6 +89,7 @@ def test_a_folder_by_one_flag(
     assert f"index {counts[0]} of folder" in out and "2 categories" in out
     page = (run / "report.html").read_text()
     assert "sketch, untrained" in page and "sketch, chance" in page and "data of the run" in page
+    assert f"index: 32 of {sizes[0]} images of shapes" in page
     assert command.main(other) == 0
     assert "knn:" not in capsys.readouterr().out  # neither is measured again
     (run / "metrics.jsonl").unlink()

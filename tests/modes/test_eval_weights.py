@@ -18,7 +18,7 @@ from m3i_jax.data.sources import shapes
 from m3i_jax.evaluation.feature_extraction import EvalContext
 from m3i_jax.interop import tensor_files
 from m3i_jax.modes import eval as evaluate
-from m3i_jax.modes import report
+from m3i_jax.modes import eval_header, report
 from m3i_jax.training import teachers
 from tests import saved, toy
 from tests.interop.published_vit import ENCODERS, weights
@@ -147,7 +147,7 @@ def test_the_average_of_a_file_has_results_of_its_name(tmp_path: pathlib.Path) -
         setup = types.SimpleNamespace(
             config=config, train=images, held_out=images, identity="shapes"
         )
-        headers.append(evaluate.described(setup, str(file), 0))
+        headers.append(eval_header.described(setup, str(file), 0))
     assert [about["encoder"] for about in headers] == ["online", "ema"]
     assert {**headers[1], "encoder": "online"} == headers[0]
 

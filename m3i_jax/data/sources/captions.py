@@ -3,6 +3,8 @@ as the five of an image of COCO or Flickr30k."""
 
 from typing import Any
 
+from m3i_jax.data.sources.interface import inner_sources
+
 
 def caption_texts(value: Any) -> tuple[str | bytes, ...]:
     """Returns the texts of a field of a file: a text, or a list of texts; () for anything else.
@@ -54,6 +56,20 @@ def source_captions(source: Any, index: int) -> tuple[str | bytes, ...]:
         record = source[index]
         caption, others = record.caption, record.other_captions
     return () if caption is None else (caption, *others)
+
+
+def caption_digests(source: Any) -> list[str]:
+    """Returns the digests of captions whose changes no fingerprint shows, of a source and of those
+    that it is made of.
+
+    >>> import types
+    >>> folder = types.SimpleNamespace(caption_digest=lambda: "0123456789abcdef")
+    >>> caption_digests(types.SimpleNamespace(source=folder)), caption_digests([])
+    (['0123456789abcdef'], [])
+    """
+    if digest := getattr(source, "caption_digest", None):
+        return [digest()]
+    return [digest for inner in inner_sources(source) for digest in caption_digests(inner)]
 
 
 def encoded_captions(record: Any) -> tuple[bytes, ...]:

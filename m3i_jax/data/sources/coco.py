@@ -110,11 +110,11 @@ class CocoSource:
         beside = os.path.realpath(os.path.dirname(self.annotations))
         below = os.path.relpath(beside, os.path.realpath(self.path)).replace(os.sep, "/")
         counts: collections.Counter[str] = collections.Counter()
-        listing = dict(folder.files(self.path, counts))
+        listing = _sizes(self.path, counts)
         place = _find_place(names, listing, below, self)
         if place is None and below.startswith(".."):
             paths = {path for name in names for path in _paths(name)}
-            others = {f: n for f, n in folder.files(beside, collections.Counter()) if f in paths}
+            others = {f: n for f, n in _sizes(beside, collections.Counter()).items() if f in paths}
             if place := _find_place(names, others, ".", self):
                 _log.warning(
                     "%s: none of its images is in data.path=%r; those beside the file are read",
@@ -265,6 +265,11 @@ def _paths(name: str) -> tuple[str, str]:
     """
     address = urllib.parse.unquote(name.rpartition("?d=")[2])
     return name.replace("\\", "/"), address.replace("\\", "/")
+
+
+def _sizes(directory: str, ignored: collections.Counter[str]) -> dict[str, int]:
+    """Returns {path: size} of the files of a directory."""
+    return {name: stat.st_size for name, stat in folder.files(directory, ignored)}
 
 
 def _find_place(

@@ -67,14 +67,15 @@ class FolderSource:
         self.note = ""  # added to the description, see `SplitFolders`
         self.ignored: collections.Counter[str] = collections.Counter()
         others: collections.Counter[str] = collections.Counter()
-        images, texts = [], set()
+        images: list[tuple[str, int]] = []
+        texts: dict[str, tuple[int, int]] = {}  # by their names without .txt: size and time
         listed = files(self.path, self.ignored)
-        for name, size in progress.track_progress(listed, f"listing {path}", unit="files"):
+        for name, stat in progress.track_progress(listed, f"listing {path}", unit="files"):
             stem, extension = os.path.splitext(name)
             if extension.lower() in EXTENSIONS:
-                images.append((name, size))
+                images.append((name, stat.st_size))
             elif extension == ".txt":
-                texts.add(stem)
+                texts[stem] = (stat.st_size, stat.st_mtime_ns)
             else:
                 others[extension.lower()] += 1
         images.sort()
@@ -84,7 +85,11 @@ class FolderSource:
             )
         self.ignored["other files"] = others.total()
         self._names = [name for name, _ in images]
-        self._captioned = np.array([os.path.splitext(name)[0] in texts for name in self._names])
+        stems = [os.path.splitext(name)[0] for name in self._names]
+        self._captioned = np.array([stem in texts for stem in stems])
+        self._caption_digest = base.stable_digest(
+            *(f"{stem}\0{texts[stem]}" for stem in stems if stem in texts)
+        )
         tops = [name.split("/", 1)[0] if "/" in name else "" for name in self._names]
         names = sorted(set(tops) - {""})
         self.classes: tuple[str, ...] = tuple(names)
@@ -130,6 +135,10 @@ class FolderSource:
     def fingerprint(self) -> str:
         return self._fingerprint
 
+    def caption_digest(self) -> str:
+        """Returns a digest of the sizes and times of the captions, which may be written anew."""
+        return self._caption_digest
+
     def description(self) -> str:
         share = f", captions for {self._captioned.mean():.0%}" if self.captions else ""
         classes = f", {len(self.classes):,} classes" if self.classes else ""
@@ -149,8 +158,8 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, int]]:
-    """Yields (path relative to root, size) of every readable file inside root; counts the ignored
+def files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """Yields (path relative to root, status) of every readable file inside root; counts the ignored
     ones."""
     real = os.path.realpath(root)
     stack: list[tuple[str, tuple[str, ...]]] = [("", (real,))]
@@ -185,10 +194,10 @@ def files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, i
                 ignored["special files"] += 1
             elif not os.access(entry.path, os.R_OK):
                 ignored["unreadable"] += 1
-            elif (size := entry.stat().st_size) > FILE_LIMIT:
+            elif (stat := entry.stat()).st_size > FILE_LIMIT:
                 ignored["files over 256 MiB"] += 1
             else:
-                yield name, size
+                yield name, stat
 
 
 def _explain_empty(

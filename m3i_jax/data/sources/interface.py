@@ -43,7 +43,8 @@ class DataSource(Protocol):
     Optional, for speed: `__getitems__(indices)`, `key(i)`, `key_hashes()`, `caption(i)`, and if
     records have several, `caption_list(i)`; functions fall back to `__getitem__`. `extents()`: what
     the records are read from, [(file or directory, first record, end)]; two splits that share
-    records are refused. Annotated sources: `object_table()`, `map_classes`, and for the
+    records are refused. `caption_digest()`: changes when captions do, of a source whose
+    `fingerprint()` may not. Annotated sources: `object_table()`, `map_classes`, and for the
     tables of an evaluation `category_ids` and `frequencies`. Sources of sources: `identity()`,
     `part(holdout, part)`, `locate(seed, positions, attempt)`, `record_weights` and
     `cumulative_weights`. `names_its_classes`: see `registry.SourceKind`.

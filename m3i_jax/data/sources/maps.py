@@ -248,14 +248,14 @@ def _files(
     """Returns (relative path, size) by stem of the files with some extensions; of two files with
     one stem, the first by name."""
     found: dict[str, tuple[str, int]] = {}
-    for name, size in sorted(folder.files(root, ignored)):
+    for name, stat in sorted(folder.files(root, ignored)):
         stem, extension = os.path.splitext(name)
         if extension.lower() not in extensions:
             ignored["other files"] += 1
         elif stem in found:
             ignored["files of the same name with another extension"] += 1
         else:
-            found[stem] = (name, size)
+            found[stem] = (name, stat.st_size)
     return found
 
 
