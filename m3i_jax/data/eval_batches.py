@@ -1,5 +1,5 @@
-"""Builds batches of centre crops for evaluators: decoded as in training, without randomness. Each
-host reads its own rows of every batch, and all hosts build the same number of batches."""
+"""Builds batches of centre crops for evaluators, of images decoded at full size. Each host reads
+its own rows of every batch, and all hosts build the same number of batches."""
 
 import concurrent.futures
 import functools
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from m3i_jax.data import crops, decode
+from m3i_jax.data import decode
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource
@@ -96,7 +96,9 @@ def _batches(
         if isinstance(record, decode.BadRecord):
             return record
         try:
-            return _central_view(record, preprocessing), record.label
+            # at full size, unlike training: pixels are those of published protocols and of `load`
+            pixels = decode.decode_image(record.image, background=preprocessing.background)
+            return preprocessing.view(pixels), record.label
         except decode.BadRecord as error:
             return error
 
@@ -119,20 +121,3 @@ def _batches(
                     batch["views"][row], batch["label"][row] = result
                     batch["index"][row], batch["valid"][row] = index, True
             yield batch
-
-
-def _central_view(record: base.Record, preprocessing: Preprocessing) -> np.ndarray:
-    opened, size = decode.open_image(record.image), preprocessing.image_size
-    box = preprocessing.box(opened.height, opened.width)
-    least = (decode.GAP * size / box[2] * opened.height, decode.GAP * size / box[3] * opened.width)
-    if preprocessing.interpolation == "nearest":  # of the image's own pixels
-        least = (opened.height, opened.width)
-    image = opened.rgb(background=preprocessing.background, least=least)
-    return crops.cut_view(
-        image,
-        box,
-        size,
-        height=opened.height,
-        width=opened.width,
-        interpolation=preprocessing.interpolation,
-    ).reshape(size, size, 3)

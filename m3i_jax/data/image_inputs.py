@@ -131,7 +131,11 @@ def iterate_images(images: Any) -> tuple[Iterator[Any], int | None]:
     any iterable of images and directories.
 
     An array of four dimensions is a batch; so is one of three whose last is no number of channels,
-    of gray images.
+    of gray images. One whose first is 3 or 4 may also be a single image with its channels first, as
+    torch has them.
+
+    Raises:
+      ValueError: it is no image and no batch, or could be either.
 
     >>> [iterate_images(np.zeros(s))[1] for s in ((9, 9), (9, 9, 3), (5, 9, 9), (5, 9, 9, 3))]
     [1, 1, 5, 5]
@@ -144,6 +148,7 @@ def iterate_images(images: Any) -> tuple[Iterator[Any], int | None]:
     if isinstance(images, Image.Image):
         return iter([images]), 1
     if (dimensions := getattr(images, "ndim", None)) is not None:
+        _refuse_channels_first(images.shape)
         single = dimensions == 2 or (dimensions == 3 and images.shape[-1] in _MODES)
         return (iter([images]), 1) if single else (iter(images), len(images))
     if not isinstance(images, Iterable):
@@ -153,6 +158,15 @@ def iterate_images(images: Any) -> tuple[Iterator[Any], int | None]:
         return _flatten(images), None
     flat = list(_flatten(several))
     return iter(flat), len(flat)
+
+
+def _refuse_channels_first(shape: Sequence[int]) -> None:
+    if len(shape) == 3 and shape[0] in (3, 4) and shape[-1] not in _MODES:
+        raise ValueError(
+            f"images have shape {tuple(shape)}, which is one image with its channels first or"
+            f" {shape[0]} gray ones: give one image as images.transpose(1, 2, 0) (of torch:"
+            " images.permute(1, 2, 0)), several gray ones as list(images)"
+        )
 
 
 def _flatten(images: Iterable[Any]) -> Iterator[Any]:

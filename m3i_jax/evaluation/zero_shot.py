@@ -4,7 +4,10 @@ compared with the images.
 The representation of a class is the normalised mean of its normalised prompt embeddings; an image
 gets the class with the largest cosine. M3I's Table 5 compares with results of 7 templates and of
 images whose short side is resized to the size of the view, by bilinear interpolation: set
-evaluate.crop=1 and evaluate.interpolation=bilinear for that."""
+evaluate.crop=1 and evaluate.interpolation=bilinear for that.
+
+The names of ImageNet's classes, as its lists give them, are the first synonyms of WordNet. CLIP's
+authors measured with names that they curated; `data.class_names` takes a file of those."""
 
 import json
 import pathlib

@@ -3,7 +3,8 @@ settings enable on the newest checkpoint, or on another one; prints a table and 
 WORKDIR/eval.json, which also describes the data and the preprocessing.
 
 The file is rewritten after every evaluator. The same command continues with the evaluators that are
-missing in it; another checkpoint of the run or other settings start a new file.
+missing in it; another checkpoint of the run, and other settings, texts or code of this package
+start a new file (`eval_header`).
 
 --data SOURCE evaluates on other data (`eval_data`), in WORKDIR/eval-<name of the data>. Other data
 or weights by other means go to WORKDIR/eval-<digits>. Figures are there too: eval.json and figures

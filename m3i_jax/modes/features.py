@@ -26,6 +26,7 @@ from m3i_jax.evaluation import load
 from m3i_jax.interop import tensor_files
 from m3i_jax.modes.eval_results import weight_files
 from m3i_jax.modes.setup import check_writable, index_directory, lock_workdir, require_views
+from m3i_jax.parallel import distributed
 from m3i_jax.training import checkpoint_dir
 
 _PART = 4096  # images of a part
@@ -63,7 +64,8 @@ def run(config: schema.Config, *, workdir: str, out: str, given: Collection[str]
     parts_dir = target.with_name(target.name + ".parts")
     with lock_workdir(directory):
         files = weight_files(file) if file else []
-        _remove_other_parts(parts_dir, identity | {"files": files})
+        code = distributed.code_digest()  # it decodes images and computes features
+        _remove_other_parts(parts_dir, identity | {"files": files, "code": code})
         print(
             f"{model.name}, {model.pool}: {len(train):,} training images, {len(held_out):,} held"
             f" out; {preprocessing.resized_side} {preprocessing.short_side},"

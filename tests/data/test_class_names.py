@@ -136,6 +136,25 @@ def test_names_of_numbers(tmp_path, make, name, content):
     assert source.classes == ("ant", "bee", "cat") and source[0].label == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "cut"),
+    [
+        ("names.json", json.dumps({"n02769748": "bag, black plastic"}), False),
+        ("names.json", json.dumps(["tench", "bag, black plastic"]), False),
+        ("names.txt", "tench\nbag, black plastic\n", False),
+        ("words.txt", "n01440764\ttench\nn02769748\tbag, black plastic\n", True),
+    ],
+)
+def test_names_are_cut_in_lists_of_synonyms_alone(tmp_path, name, content, cut):
+    (tmp_path / name).write_text(content)
+    by_id = "n02769748" in content
+    named = [("n02769748",)] if by_id else []
+    named += [("1",)] if "tench" in content else []
+    for classes in named:
+        found = class_names.class_names_from_file(str(tmp_path / name), classes)
+        assert found == ("bag" if cut else "bag, black plastic",)
+
+
 @pytest.fixture
 def mixed_tars(tmp_path, make) -> tuple[str, str]:
     """Captioned tars, labelled tars, and a file of names."""

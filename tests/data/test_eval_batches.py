@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3i_jax.data import decode, eval_batches
+from m3i_jax.data import decode, eval_batches, image_inputs
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.folder import FolderSource
@@ -72,6 +72,17 @@ def test_evaluation_views(make, crop: float, short: int):
         top, left = round((h - 28) / 2), round((w - 28) / 2)
         view = batch["views"][row].astype(int)
         assert np.abs(view - np.asarray(resized)[top : top + 28, left : left + 28]).max() <= 1
+
+
+def test_large_jpegs_are_decoded_at_full_size(tmp_path, make):
+    """The views are those that `load` cuts of the same file. A JPEG can be decoded at a smaller
+    scale, faster and with other pixels."""
+    noisy = np.random.default_rng(0).integers(0, 256, (1600, 1700, 3), np.uint8)
+    raw, file = make.encode(noisy, "JPEG"), tmp_path / "a.jpg"
+    file.write_bytes(raw)
+    (batch,) = eval_batches.evaluation_batches([base.Record("a", raw, 5)], [0], PREPROCESSING, 1)
+    expected = PREPROCESSING.view(image_inputs.rgb_pixels(file))
+    np.testing.assert_array_equal(batch["views"][0], expected)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])

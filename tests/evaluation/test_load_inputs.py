@@ -80,12 +80,13 @@ def test_a_rotated_image_is_turned_as_its_file(kind: str) -> None:
 
 
 def test_batches_lists_and_directories(model: load.LoadedEncoder, tmp_path: pathlib.Path) -> None:
-    gray = noise(3, SIDE, SIDE)
+    gray = noise(5, SIDE, SIDE)
     rgb = np.repeat(gray[..., None], 3, -1)
     expected = model.features(rgb)
-    assert expected.shape == (3, 32)
+    assert expected.shape == (5, 32)
     (tmp_path / "b").mkdir()
-    for name, pixels in zip(("a.png", "b/c.png", "b/d.png"), gray, strict=True):
+    names = ("a.png", "b/c.png", "b/d.png", "b/e.png", "b/f.png")
+    for name, pixels in zip(names, gray, strict=True):
         Image.fromarray(pixels).save(tmp_path / name)
     for same in (
         gray,
@@ -93,12 +94,24 @@ def test_batches_lists_and_directories(model: load.LoadedEncoder, tmp_path: path
         (image for image in rgb),
         str(tmp_path),
         [tmp_path / "a.png", tmp_path / "b"],
-        [gray[0], Image.fromarray(rgb[1]), str(tmp_path / "b" / "d.png")],
+        [gray[0], Image.fromarray(rgb[1]), str(tmp_path / "b" / "d.png"), *rgb[3:]],
     ):
         np.testing.assert_allclose(model.features(same), expected, atol=1e-6)
     np.testing.assert_allclose(model.features(gray[0]), expected[:1], atol=1e-6)
     np.testing.assert_allclose(model.features(tmp_path / "a.png"), expected[:1], atol=1e-6)
     assert image_inputs.image_files(tmp_path)[1].name == "c.png"
+
+
+def test_one_image_with_its_channels_first_is_no_batch_of_gray_images(
+    model: load.LoadedEncoder,
+) -> None:
+    for channels, dtype in ((3, "uint8"), (3, "float32"), (4, "uint16")):
+        image = np.zeros((channels, SIDE, SIDE), dtype)
+        with pytest.raises(ValueError, match=r"channels first .*transpose\(1, 2, 0\).*list\(image"):
+            model.features(image)
+        assert model.features(image.transpose(1, 2, 0)).shape == (1, 32)
+        assert model.features(list(image)).shape == (channels, 32)
+    assert model.features(np.zeros((3, SIDE, 3))).shape == (1, 32)  # an image of three rows
 
 
 def test_files_of_a_directory_that_are_no_images_have_rows_of_nan(

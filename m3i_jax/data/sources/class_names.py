@@ -2,9 +2,10 @@
 ImageNet) or by numbers.
 
 Distributions of ImageNet contain such a file: `LOC_synset_mapping.txt`, `synset_words.txt` or
-`words.txt`, whose lines are an id, a space or tab, and the names. Numbered classes are named by the
-lines in their order, each a name or an id and names, or by a JSON list or object. Without a file
-the ids stay."""
+`words.txt`, whose lines are an id, a space or tab, and the synonyms of WordNet, of which the first
+is the name. Numbered classes are named by the lines in their order, each a name or an id and
+synonyms, or by a JSON list or object. Names without ids, and those of JSON, are read as they are:
+"bag, black plastic" is one. Without a file the ids stay."""
 
 import collections
 import json
@@ -86,42 +87,47 @@ def name_spaces(
         raise UserError(
             f"data.class_names={path!r} is not a JSON list or object of names: {error}"
         ) from None
-    known = [listed or _names_in_text(text, space) for space in spaces]
+    known = [(listed, False) if listed else _names_in_text(text, space) for space in spaces]
     named = [
-        readable_class_names(space, names) if names.keys() & set(space) else None
-        for space, names in zip(spaces, known, strict=True)
+        readable_class_names(space, names, synonyms=several) if names.keys() & set(space) else None
+        for space, (names, several) in zip(spaces, known, strict=True)
     ]
     if needed and not any(named):
         classes = [name for space in spaces for name in space]
         examples = ", ".join(map(repr, classes[:3])) or "none"
         raise UserError(
-            f"data.class_names={path!r} names {len(known[0]):,} classes, but none of the source's"
-            f" ({examples}): give another file"
+            f"data.class_names={path!r} names {len(known[0][0]):,} classes, but none of the"
+            f" source's ({examples}): give another file"
         )
     return named
 
 
-def _names_in_text(text: str, classes: Sequence[str]) -> dict[str, str]:
-    """Parses lines of ids and names, or of names alone in the order of numbered classes."""
+def _names_in_text(text: str, classes: Sequence[str]) -> tuple[dict[str, str], bool]:
+    """Parses lines of ids and synonyms, or of names alone in the order of numbered classes; returns
+    {class: text}, and whether the texts are synonyms."""
     if are_wordnet_ids(classes) and (known := dict(_lines(text))):
-        return known
+        return known, True
     known = {str(i): line.strip() for i, line in enumerate(text.splitlines()) if line.strip()}
     identified = _lines(text)
     if len(identified) == len(known) and are_wordnet_ids([key for key, _ in identified]):
-        known = {key: line.split(None, 1)[1] for key, line in known.items()}
-    return known
+        return {key: line.split(None, 1)[1] for key, line in known.items()}, True
+    return known, False
 
 
-def readable_class_names(classes: Sequence[str], known: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns distinct names of classes: the first of several synonyms. Where two classes would
+def readable_class_names(
+    classes: Sequence[str], known: Mapping[str, str], *, synonyms: bool = True
+) -> tuple[str, ...]:
+    """Returns distinct names of classes: of several `synonyms` the first. Where two classes would
     have the same name, all synonyms, and if that is not enough, the id in brackets.
 
     >>> names = {"n1": "crane, bird", "n2": "crane", "n3": "tench, Tinca tinca"}
     >>> readable_class_names(("n1", "n2", "n3"), names)
     ('crane, bird', 'crane', 'tench')
+    >>> readable_class_names(("n1", "n2", "n3"), names, synonyms=False)
+    ('crane, bird', 'crane', 'tench, Tinca tinca')
     """
     full = [known.get(name, name).strip() or name for name in classes]
-    names = [name.split(",")[0].strip() or name for name in full]
+    names = [name.split(",")[0].strip() or name for name in full] if synonyms else full
     for better in (
         full,
         [f"{name} ({identity})" for name, identity in zip(full, classes, strict=True)],
