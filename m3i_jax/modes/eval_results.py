@@ -156,9 +156,11 @@ def read_earlier(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any]
     ones if its header is another. Values of evaluators from outside the package are left out: no
     digest shows that their code is another."""
     saved = earlier_results(path, about) or {}
-    parts = {part: saved.get(part) for part in ("results", "untrained", "skipped")}
-    parts = {part: known if isinstance(known, dict) else {} for part, known in parts.items()}
+    parts: dict[str, dict[str, Any]] = {}
     own = {each.name for each in registry.evaluators() if each.of_package}
-    for part in ("results", "untrained"):
-        parts[part] = {name: values for name, values in parts[part].items() if name in own}
+    for part in ("results", "untrained", "skipped"):
+        known = saved.get(part)
+        parts[part] = known if isinstance(known, dict) else {}
+        if part != "skipped":
+            parts[part] = {name: values for name, values in parts[part].items() if name in own}
     return parts
