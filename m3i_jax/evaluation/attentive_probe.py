@@ -22,6 +22,7 @@ from m3i_jax.evaluation.category_head import head_accuracy, top_k_hits
 from m3i_jax.evaluation.feature_extraction import (
     EvalContext,
     Metric,
+    check_finite,
     drop_cls,
     extract_set,
     gather_from_hosts,
@@ -139,6 +140,7 @@ def measure(
     def run(context: EvalContext) -> Iterator[tuple[str, float]]:
         tokens, labels, batches = [], [], index()
         for tokens_BxTxD, rows in extract_set(mesh, encode, context.params, batches, context.poll):
+            check_finite(tokens_BxTxD, rows["index"])
             labelled = rows["label"] >= 0
             tokens.append(tokens_BxTxD[labelled])
             labels.append(rows["label"][labelled])

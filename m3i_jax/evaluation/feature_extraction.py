@@ -13,10 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3i_jax import parallel, progress, schema
+from m3i_jax.errors import UserError
 from m3i_jax.models import backbones, m3i, pooling
 from m3i_jax.training import schedule_free, views
 
 AttentionMaps = dict[str, jax.Array]
+
+
+class NotFiniteError(UserError):
+    """The features of an image are not finite."""
 
 
 def extract_features(
@@ -69,6 +74,33 @@ class ImageFeatures(NamedTuple):
         return self.vectors * self.lengths[:, None]
 
 
+def check_finite(
+    features_Bx: np.ndarray, record_B: np.ndarray, key: Callable[[int], str] = "record {}".format
+) -> None:
+    """Refuse features of which one is not finite: a similarity or a fit of it would be of no image.
+
+    Args:
+      features_Bx: features of B images, of any shape.
+      record_B: numbers of their records.
+      key: number of a record -> its name in the message.
+
+    Raises:
+      NotFiniteError: names the first image.
+
+    >>> check_finite(np.array([[1.0], [np.nan]]), np.array([4, 9]))
+    Traceback (most recent call last):
+    m3i_jax.evaluation.feature_extraction.NotFiniteError: record 9: the features of this image ...
+    """
+    finite = np.isfinite(features_Bx)
+    if not finite.all():
+        first = int(np.flatnonzero(~finite.reshape(len(finite), -1).all(1))[0])
+        raise NotFiniteError(
+            f"{key(int(record_B[first]))}: the features of this image are not finite (NaN or Inf),"
+            " because the weights diverged or the model overflows; use an earlier checkpoint or"
+            " other weights, or config.model.dtype=float32"
+        )
+
+
 class Extractor:
     """Computes features of batches `{views, label, index, valid}`; compiled once for all calls.
 
@@ -94,15 +126,18 @@ class Extractor:
         params: Any,
         batches: Iterable[dict[str, np.ndarray]],
         poll: Callable[[], None] = lambda: None,
+        key: Callable[[int], str] = "record {}".format,
     ) -> ImageFeatures:
         """Features of the valid rows, in order. `params` has the part "encoder" and, for attention
-        pooling, "pool". `poll` is called between batches and may raise."""
+        pooling, "pool". `poll` is called between batches and may raise. `key` names a record in the
+        message of a NotFiniteError."""
         vectors, labels, index = (
             [np.zeros((0, self._width), np.float32)],
             [np.zeros(0, np.int32)],
             [np.zeros(0, np.int64)],
         )
         for vectors_BxD, rows in extract_set(self._mesh, self._features, params, batches, poll):
+            check_finite(vectors_BxD, rows["index"], key)
             vectors.append(vectors_BxD)
             labels.append(rows["label"])
             index.append(rows["index"])
@@ -228,29 +263,40 @@ ImageSet = Callable[[Any, Callable[[], None]], tuple[ImageFeatures, Mapping[str,
 Metric = Callable[[EvalContext], Iterator[tuple[str, float]]]
 
 
-def image_sets(extract: Extractor, batches: Callable[[], Any]) -> ImageSet:
+def image_sets(
+    extract: Extractor,
+    batches: Callable[[], Any],
+    key: Callable[[int], str] = "record {}".format,
+) -> ImageSet:
     """Returns an image set: `batches` gives a fresh iterator, whose attribute `skipped` counts at
-    its end the images that could not be read."""
+    its end the images that could not be read; `key` names its records in messages."""
 
     def run(params: Any, poll: Callable[[], None]) -> tuple[ImageFeatures, Mapping[str, int]]:
         iterator = batches()
-        features = extract(params, iterator, poll)
+        features = extract(params, iterator, poll, key)
         return features, gather_from_hosts(getattr(iterator, "skipped", {}))
 
     return run
 
 
 def make_evaluator(
-    config: schema.Config, image_sets: Mapping[str, ImageSet], metrics: Iterable[Metric]
+    config: schema.Config,
+    image_sets: Mapping[str, ImageSet],
+    metrics: Iterable[Metric],
+    log: Callable[[str], None],
 ) -> Any:
     """Yields an evaluation of the online encoder or its EMA (`evaluate.encoder`): (state, poll) ->
-    iterator of (name, value)."""
+    iterator of (name, value). Where features are not finite, it ends with a line of the log: the
+    run goes on, and may recover."""
     metrics = tuple(metrics)
 
     def run(state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, float]]:
         context = EvalContext(image_sets, encoder_params(config, state), poll)
-        for metric in metrics:
-            yield from metric(context)
+        try:
+            for metric in metrics:
+                yield from metric(context)
+        except NotFiniteError as error:
+            log(f"warning: this evaluation was stopped: {error}")
         for reason, count in context.skipped.items():
             yield f"data/skipped/evaluation/{reason}", count
 

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from m3i_jax.evaluation import registry
+from m3i_jax.evaluation.category_head import head_accuracy, top_k_hits
 from m3i_jax.evaluation.feature_extraction import EvalContext, Metric
 
 # weight decays from strong to weak: each fit starts from the weights of the one before
@@ -124,20 +125,19 @@ def logistic_accuracy(
     for l2 in L2:
         poll()
         weights = fit_logistic(features, labels, training, weights, l2)
-        trials.append((_accuracy(weights, x[validation], x_label[validation], 1), l2, weights))
+        right = _ranks(weights, x[validation], x_label[validation]) < 1
+        trials.append((float(right.mean()), l2, weights))
     _, l2, weights = max(trials, key=lambda trial: trial[:2])
     poll()
     weights = fit_logistic(features, labels, jnp.ones(len(x)), weights, l2)
-    for top in (1, 5):
-        if top == 1 or classes > 5:
-            yield f"top{top}", _accuracy(weights, q, q_label, top)
+    yield from head_accuracy(_ranks(weights, q, q_label), classes)
     yield "log10_l2", round(float(np.log10(l2)), 3)
 
 
-def _accuracy(weights: Weights, x_NxD: np.ndarray, label_N: np.ndarray, top: int) -> float:
+def _ranks(weights: Weights, x_NxD: np.ndarray, label_N: np.ndarray) -> np.ndarray:
+    """Ranks [N] of the right classes, as of `top_k_hits`."""
     kernel, bias = np.asarray(weights["kernel"]), np.asarray(weights["bias"])
-    order = np.argsort(-(x_NxD @ kernel + bias), axis=1, kind="stable")[:, :top]
-    return float((order == label_N[:, None]).any(1).mean())
+    return top_k_hits(x_NxD @ kernel + bias, label_N)
 
 
 def measure() -> Metric:

@@ -12,6 +12,7 @@ import numpy as np
 from m3i_jax import schema
 from m3i_jax.data import eval_batches
 from m3i_jax.data.preprocessing import Preprocessing
+from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, registry
 from m3i_jax.modes import annotated_figures as annotated_figures  # registers its evaluators
@@ -247,12 +248,18 @@ def _feature_inputs(
         "index": functools.partial(inputs.index_batches, settings.train_limit),
         "queries": inputs.query_batches,
     }
+    sources = {"index": setup.train, "queries": setup.held_out}
+
+    def image_set(extract: feature_extraction.Extractor, name: str) -> feature_extraction.ImageSet:
+        key = functools.partial(base.source_key, sources[name])
+        return feature_extraction.image_sets(extract, batches[name], key)
+
     extract = feature_extraction.Extractor(config, setup.mesh, pool=pool)
-    image_sets = {name: feature_extraction.image_sets(extract, batches[name]) for name in batches}
+    image_sets = {name: image_set(extract, name) for name in batches}
     if before:
         extract = feature_extraction.Extractor(config, setup.mesh, pool=of_heads)
         image_sets |= {
-            before + name: feature_extraction.image_sets(extract, batches[name])
+            before + name: image_set(extract, name)
             for name in (("queries", "index") if batch_norm else ("queries",))
         }
     return inputs, image_sets
@@ -273,9 +280,9 @@ def make_evaluators(
         return []
     last_only = {each.name for each in registry.evaluators() if each.last_only}
     usual = feature_extraction.make_evaluator(
-        setup.config, image_sets, [m for name, m in metrics.items() if name not in last_only]
+        setup.config, image_sets, [m for name, m in metrics.items() if name not in last_only], log
     )
-    last = feature_extraction.make_evaluator(setup.config, image_sets, metrics.values())
+    last = feature_extraction.make_evaluator(setup.config, image_sets, metrics.values(), log)
 
     def evaluate(state: Any, poll: Callable[[], None]) -> Any:
         step[0] = int(state.step)

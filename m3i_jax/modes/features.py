@@ -7,6 +7,7 @@ is written when all features are computed; until then the parts are in FILE.part
 command resumes from them."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -23,6 +24,7 @@ from m3i_jax.data.preprocessing import Preprocessing, with_evaluation
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
+from m3i_jax.evaluation.feature_extraction import check_finite
 from m3i_jax.interop import tensor_files
 from m3i_jax.modes.eval_results import weight_files
 from m3i_jax.modes.setup import check_writable, index_directory, lock_workdir, require_views
@@ -188,6 +190,9 @@ def _part(
         valid = batch["valid"]
         features.append(
             np.asarray(model.function(model.params, jax.device_put(batch["views"], layout)))[valid]
+        )
+        check_finite(
+            features[-1], batch["index"][valid], functools.partial(base.source_key, source)
         )
         labels.append(batch["label"][valid])
         index.append(batch["index"][valid])

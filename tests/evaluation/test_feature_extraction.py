@@ -10,6 +10,7 @@ import pytest
 
 from m3i_jax import parallel
 from m3i_jax.augment import photometric
+from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction
 from m3i_jax.models import pooling, vit
 from tests import toy
@@ -185,7 +186,10 @@ def test_metrics_share_features_and_no_other_set_is_extracted() -> None:
         "queries": a_set("queries", {"truncated": 1, "empty": 1}),
     }
     run = feature_extraction.make_evaluator(
-        settings(), sets | {"more": a_set("more", {"small": 9})}, [measure("one"), measure("two")]
+        settings(),
+        sets | {"more": a_set("more", {"small": 9})},
+        [measure("one"), measure("two")],
+        print,
     )
     state = types.SimpleNamespace(params={"encoder": "online"}, opt={})
     for _ in range(2):  # a second evaluation extracts again
@@ -204,7 +208,7 @@ def test_the_configured_encoder_is_evaluated() -> None:
     )
     sets = {"queries": lambda params, poll: (asked.append(params), (made_of("a"), {}))[1]}
     run = feature_extraction.make_evaluator(
-        config, sets, [lambda seen: iter([("x", seen("queries").labels[0])])]
+        config, sets, [lambda seen: iter([("x", seen("queries").labels[0])])], print
     )
     assert dict(run(state, lambda: None)) == {"x": 0} and asked == [
         {"encoder": "average", "pool": 1}
@@ -217,7 +221,7 @@ def test_an_image_set_reads_fresh_batches_and_counts_skipped_images() -> None:
 
     polls, batches_drawn = [], []
     made = feature_extraction.image_sets(
-        lambda params, batches, poll: (poll(), batches_drawn.append(batches), made_of("a"))[2],  # type: ignore[arg-type]
+        lambda params, batches, poll, key: (poll(), batches_drawn.append(batches), made_of("a"))[2],  # type: ignore[arg-type]
         lambda: Batches(["b"]),
     )
     for _ in range(2):
@@ -228,3 +232,43 @@ def test_an_image_set_reads_fresh_batches_and_counts_skipped_images() -> None:
         and batches_drawn == [["b"], ["b"]]
         and batches_drawn[0] is not batches_drawn[1]
     )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused_by_the_first_image(value: float) -> None:
+    """A row that is not valid may hold anything."""
+    extract = feature_extraction.Extractor(settings(), one_device())
+    inner, some = extract._features, batches()
+    some[0]["valid"][2] = False
+    extract._features = lambda params, x: np.where(
+        np.isin(np.arange(ROWS), (2, 5))[:, None], value, inner(params, x)
+    )
+    with pytest.raises(UserError, match=r"^record 28: the features .* not finite"):
+        extract({"encoder": encoder()}, some)
+    made = feature_extraction.image_sets(extract, lambda: some, key="cats/{}.png".format)
+    with pytest.raises(UserError, match=r"^cats/28.png: [^\n]*checkpoint[^\n]*$"):
+        made({"encoder": encoder()}, lambda: None)
+
+
+def test_a_run_goes_on_after_features_that_are_not_finite() -> None:
+    """It logs a line, keeps the metrics before, and evaluates again later."""
+    finite, lines = [False], []
+
+    def queries(params, poll):
+        feature_extraction.check_finite(np.array([[1.0 if finite[0] else np.nan]]), np.array([3]))
+        return made_of("a"), {}
+
+    run = feature_extraction.make_evaluator(
+        settings(),
+        {"queries": queries},
+        [
+            lambda seen: iter([("eval/steps", 1.0)]),
+            lambda seen: iter([("eval/x", float(len(seen("queries").labels)))]),
+        ],
+        lines.append,
+    )
+    state = types.SimpleNamespace(params={"encoder": "online"}, opt={})
+    assert dict(run(state, print)) == {"eval/steps": 1.0}
+    assert len(lines) == 1 and lines[0].startswith("warning: ") and "record 3: " in lines[0]
+    finite[0] = True
+    assert dict(run(state, print)) == {"eval/steps": 1.0, "eval/x": 2.0} and len(lines) == 1

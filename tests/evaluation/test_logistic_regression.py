@@ -142,3 +142,12 @@ def test_a_poll_comes_before_every_fit() -> None:
         f"eval/linear/{name}": value
         for name, value in logistic_regression.logistic_accuracy((x[:9], label[:9]), (x, label))
     }
+
+
+@pytest.mark.parametrize("side", ["index", "queries"])
+def test_features_that_are_not_finite_are_never_right(side: str) -> None:
+    """A sort puts NaN in the order of the classes, so that all images would be of class 0."""
+    (x, label), (q, q_label) = data(3, rows=60), data(3, rows=30, seed=1)
+    (x if side == "index" else q)[:] = np.nan
+    got = dict(logistic_regression.logistic_accuracy((q, q_label), (x, label)))
+    assert got["top1"] == 0

@@ -287,3 +287,29 @@ def test_refusals(
         assert command.main(["--mode=features", *arguments]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
+
+
+def test_features_that_are_not_finite_are_refused(
+    workdir: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The fourth image of the second batch."""
+    train, _ = splits.open_splits(toy.settings(**SOURCE).data)
+    inner, calls = load.LoadedEncoder.function.func, []
+
+    def function(self):
+        def run(params, views):
+            calls.append(1)
+            out = np.array(inner(self)(params, views))
+            out[3] = np.nan if len(calls) == 2 else out[3]
+            return out
+
+        return run
+
+    monkeypatch.setattr(load.LoadedEncoder, "function", property(function))
+    assert written(workdir, tmp_path / "a.npz") == 2
+    error = capsys.readouterr().err
+    assert f"{train.key(11)}: the features of this image are not finite" in error
+    assert len(error.splitlines()) == 1 and not (tmp_path / "a.npz").exists()
