@@ -49,14 +49,38 @@ def knn_votes(
 
 
 KnnIndex = tuple[np.ndarray, np.ndarray]  # features [n, D] and labels [n]
+_RANKED = 6  # classes of a query that are kept: the five of top5, and one more
+_MOST, _LEAST = 1024, 8  # queries at a time
+_BLOCK = 1 << 28  # similarities at a time: 1 GiB
+
+
+def chunk_rows(index: int) -> int:
+    """Returns the number of queries at a time for an index of so many rows.
+
+    >>> [chunk_rows(rows) for rows in (50_000, 1_281_167, 10**9)]
+    [1024, 209, 8]
+    """
+    return min(_MOST, max(_LEAST, _BLOCK // index))
 
 
 def rank_classes(
-    queries: KnnIndex, index: KnnIndex, *, k: int, temperature: float, chunk: int = 1024
+    queries: KnnIndex,
+    index: KnnIndex,
+    *,
+    k: int,
+    temperature: float,
+    chunk: int = 0,
+    poll: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (labels [Q], classes sorted by their votes [Q, C], most votes first) of the queries
-    with a label, by the rows of an index with a label. -1 takes the place of a class without a
-    vote: it is no prediction.
+    """Returns (labels [Q], the first six classes by votes [Q, 6], most votes first) of the queries
+    with a label, by the rows of an index with a label; fewer columns where there are fewer classes.
+    -1 takes the place of a class without a vote: it is no prediction.
+
+    Args:
+      queries, index: features and labels.
+      k, temperature: of the votes.
+      chunk: queries at a time; 0: as many as memory allows, at most 1,024.
+      poll: called before every chunk; may raise.
 
     >>> some = (np.eye(2, dtype=np.float32), np.array([1, -1]))
     >>> [x.tolist() for x in rank_classes(some, some, k=1, temperature=1.0)]
@@ -69,19 +93,21 @@ def rank_classes(
         return np.zeros(0, np.int64), np.zeros((0, 1), np.int64)
     x, x_label = jax.device_put((x, x_label))
     classes, k = int(max(q_label.max(), x_label.max())) + 1, min(k, len(x))
-    votes_QxC = np.concatenate(
-        [
-            np.asarray(
-                knn_votes(
-                    q[i : i + chunk], x, x_label, k=k, classes=classes, temperature=temperature
-                )
-            )
-            for i in range(0, len(q), chunk)
-        ]
-    )
-    order_QxC = np.argsort(-votes_QxC, axis=1, kind="stable")
+    ranked, chunk = [], chunk or chunk_rows(len(x))
+    for i in range(0, len(q), chunk):
+        poll()
+        votes = knn_votes(
+            q[i : i + chunk], x, x_label, k=k, classes=classes, temperature=temperature
+        )
+        ranked.append(_first_classes(np.asarray(votes)))
+    return q_label, np.concatenate(ranked)
+
+
+def _first_classes(votes_BxC: np.ndarray) -> np.ndarray:
+    """The first classes [B, 6] of votes, as `rank_classes` returns them."""
+    order_Bx6 = np.argsort(-votes_BxC, axis=1, kind="stable")[:, :_RANKED]
     # not true of NaN either
-    return q_label, np.where(np.take_along_axis(votes_QxC, order_QxC, 1) > 0, order_QxC, -1)
+    return np.where(np.take_along_axis(votes_BxC, order_Bx6, 1) > 0, order_Bx6, -1)
 
 
 def knn_top_accuracy(label_Q: np.ndarray, order_QxC: np.ndarray) -> Iterator[tuple[str, float]]:
@@ -94,7 +120,7 @@ def knn_top_accuracy(label_Q: np.ndarray, order_QxC: np.ndarray) -> Iterator[tup
 
 
 def knn_accuracy(
-    queries: KnnIndex, index: KnnIndex, *, k: int, temperature: float, chunk: int = 1024
+    queries: KnnIndex, index: KnnIndex, *, k: int, temperature: float, chunk: int = 0
 ) -> Iterator[tuple[str, float]]:
     """Yields ("top1", share) and, with more than five classes, ("top5", share) of queries
     (features, labels) among an index (features, labels).
@@ -119,9 +145,9 @@ def knn_predictions(
             (index.vectors, index.labels),
             k=settings.k,
             temperature=settings.temperature,
+            poll=context.poll,
         )
-        # `knn_top_accuracy` reads no more than six columns
-        return Predictions(label, order[:, 0]), order[:, :6]
+        return Predictions(label, order[:, 0]), order
 
     return lambda context: context.once("knn", lambda: run(context))
 

@@ -100,7 +100,7 @@ def neighbors_figure(writer: FigureWriter) -> Metric:
             lambda: _draw_neighbors(writer, queries.vectors, queries.labels, queries.records)
         )
         writer.draw(lambda: _draw_map(writer, queries.vectors, queries.labels))
-        share = embedding_map.neighbor_agreement(queries.vectors, queries.labels)
+        share = embedding_map.neighbor_agreement(queries.vectors, queries.labels, context.poll)
         if share is not None:
             yield "eval/embedding/same_class", share
 

@@ -1,7 +1,7 @@
 """The embedding report: nearest neighbours by features, and a 2-D map of all features."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,35 +14,60 @@ from m3i_jax.reporting.image_grid import Color
 SIDE = 720  # of the map
 LEGEND = 24  # classes in the legend
 NONE: Color = (170, 172, 176)  # points without a class
+_ROWS, _BLOCK = 1024, 1 << 26  # queries and cosines at a time, at most
 
 
 def nearest_neighbors(
-    vectors_NxD: np.ndarray, rows_Q: Sequence[int], count: int
+    vectors_NxD: np.ndarray,
+    rows_Q: Sequence[int],
+    count: int,
+    poll: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (rows [Q, K], cosines [Q, K]) of the nearest neighbours of some vectors, without the
-    vector itself, the nearest first.
+    vector itself, the nearest first; of equally near ones, the lowest row first.
 
     Args:
       vectors_NxD: L2-normalised.
       rows_Q: rows of the queries.
       count: K, at most N - 1.
+      poll: called between blocks of queries; may raise.
 
     >>> nearest_neighbors(np.array([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]]), [0], 2)[0].tolist()
     [[2, 1]]
     """
-    query_Q = np.asarray(rows_Q, np.int64)
-    cosine_QxN = vectors_NxD[query_Q] @ vectors_NxD.T
-    cosine_QxN[np.arange(len(query_Q)), query_Q] = -np.inf
     count = min(count, len(vectors_NxD) - 1)
-    nearest_QxK = np.argsort(-cosine_QxN, axis=1, kind="stable")[:, :count]
-    return nearest_QxK, np.take_along_axis(cosine_QxN, nearest_QxK, 1)
+    block = min(_ROWS, max(1, _BLOCK // len(vectors_NxD)))
+    nearest = [np.zeros((0, count), np.int64)]
+    cosines = [np.zeros((0, count), vectors_NxD.dtype)]
+    for at in range(0, len(rows_Q), block):
+        poll()
+        query_B = np.asarray(rows_Q[at : at + block], np.int64)
+        cosine_BxN = vectors_NxD[query_B] @ vectors_NxD.T
+        cosine_BxN[np.arange(len(query_B)), query_B] = -np.inf
+        nearest.append(_largest(cosine_BxN, count))
+        cosines.append(np.take_along_axis(cosine_BxN, nearest[-1], 1))
+    return np.concatenate(nearest), np.concatenate(cosines)
+
+
+def _largest(cosine_QxN: np.ndarray, count: int) -> np.ndarray:
+    """Columns [Q, K] of the largest values of each row, as of a stable descending sort, but in
+    linear time."""
+    if count == 1:
+        return cosine_QxN.argmax(1)[:, None]
+    out_QxK = np.zeros((len(cosine_QxN), count), np.int64)
+    for out_K, cosine_N in zip(out_QxK, cosine_QxN, strict=True):
+        least = np.partition(cosine_N, -count)[-count] if count else np.inf
+        # with all that equal the smallest, of which a partition keeps any
+        kept = np.flatnonzero(~(cosine_N < least))
+        out_K[:] = kept[np.argsort(-cosine_N[kept], kind="stable")[:count]]
+    return out_QxK
 
 
 def neighbor_agreement(
-    vectors_NxD: np.ndarray, label_N: np.ndarray, chunk: int = 1024
+    vectors_NxD: np.ndarray, label_N: np.ndarray, poll: Callable[[], None] = lambda: None
 ) -> float | None:
     """Returns the share of the labelled vectors whose nearest labelled neighbour has their label;
-    None if there are fewer than two.
+    None if there are fewer than two. `poll` is called between blocks of vectors and may raise.
 
     >>> neighbor_agreement(np.eye(3)[[0, 0, 1]], np.array([5, 5, 6]))
     0.6666666666666666
@@ -50,11 +75,8 @@ def neighbor_agreement(
     x, label = vectors_NxD[label_N >= 0], label_N[label_N >= 0]
     if len(x) < 2:
         return None
-    right = 0
-    for at in range(0, len(x), chunk):
-        rows = range(at, min(at + chunk, len(x)))
-        right += int((label[nearest_neighbors(x, rows, 1)[0][:, 0]] == label[rows]).sum())
-    return right / len(x)
+    nearest_N = nearest_neighbors(x, range(len(x)), 1, poll)[0][:, 0]
+    return int((label[nearest_N] == label).sum()) / len(x)
 
 
 def project_to_2d(vectors_NxD: np.ndarray, how: str = "pca") -> np.ndarray:

@@ -128,6 +128,27 @@ def test_without_any_label_there_is_no_accuracy() -> None:
     )
 
 
+def test_a_large_index_has_fewer_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most so many similarities a block, but eight queries; each block is polled for, and six
+    classes are kept of each, which are those of all votes."""
+    queries, index = data(9)
+    votes = np.asarray(knn.knn_votes(queries[0], *index, k=5, classes=9, temperature=0.1))
+    order = np.argsort(-votes, axis=1, kind="stable")
+    wanted = np.where(np.take_along_axis(votes, order, 1) > 0, order, -1)[:, :6]
+    inner, rows, polls = knn.knn_votes, [], []
+    monkeypatch.setattr(
+        knn, "knn_votes", lambda q, *a, **k: (rows.append(len(q)), inner(q, *a, **k))[1]
+    )
+    for block, shapes in ((1 << 28, [37]), (60 * 20, [20, 17]), (1, [8, 8, 8, 8, 5])):
+        monkeypatch.setattr(knn, "_BLOCK", block)
+        rows.clear(), polls.clear()
+        _, got = knn.rank_classes(
+            queries, index, k=5, temperature=0.1, poll=lambda: polls.append(1)
+        )
+        assert np.array_equal(got, wanted) and rows == shapes and len(polls) == len(shapes)
+        assert got.base is None or got.base.size == got.size  # no view of all classes
+
+
 def test_the_metric_uses_the_settings() -> None:
     queries, index = data(8)
     config = dataclasses.replace(schema.Config(), evaluate=schema.Evaluate(k=4, temperature=0.3))
