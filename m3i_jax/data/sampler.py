@@ -98,6 +98,20 @@ def records_at(source: Any, seed: int, positions: np.ndarray, attempt: int = 0) 
     return sample_index(seed, positions, len(source), attempt)
 
 
+def spread_records(size: int, limit: int) -> list[int]:
+    """Returns at most `limit` of `size` records, ascending: one drawn from each of as many equal
+    parts of the source, always the same ones. A constant stride would leave out classes of a source
+    that lists its classes in turn.
+
+    >>> spread_records(3, 4), [record // 5 for record in spread_records(20, 4)]
+    ([0, 1, 2], [0, 1, 2, 3])
+    """
+    count = min(limit, size)
+    ends = np.arange(count + 1, dtype=np.int64) * size // max(count, 1)
+    drawn = hash64(0, RECORD, np.arange(count)) % np.diff(ends).astype(np.uint64)
+    return (ends[:-1] + drawn.astype(np.int64)).tolist()
+
+
 def epoch_size(source: Any) -> int:
     """Returns the number of samples of an epoch of a source: of its records, or the sum of their
     weights, rounded up.

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from m3i_jax import parallel
-from m3i_jax.data import annotated_eval
+from m3i_jax.data import annotated_eval, sampler
 from m3i_jax.evaluation.registry import EvalInputs
 
 
@@ -53,9 +53,8 @@ def predictor(inputs: EvalInputs) -> Predictor:
 
 
 def queries(inputs: EvalInputs) -> list[int]:
-    """Returns numbers of the held-out records that are evaluated, evenly spread."""
-    count = min(inputs.config.evaluate.query_limit, len(inputs.held_out))
-    return [i * len(inputs.held_out) // count for i in range(count)]
+    """Returns numbers of the held-out records that are evaluated, spread over the source."""
+    return sampler.spread_records(len(inputs.held_out), inputs.config.evaluate.query_limit)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The order of the stream is a closed form: a permutation an epoch, and the same from anywhere."""
 
 import numpy as np
+import pytest
 
 from m3i_jax.data import sampler
 
@@ -30,3 +31,21 @@ def test_attempts_are_other_draws():
 def test_a_far_position_needs_no_replay():
     where = sampler.sample_index(0, 10**15 + np.arange(256), 400_000_000)
     assert where.min() >= 0 and where.max() < 400_000_000 and len(np.unique(where)) == 256
+
+
+@pytest.mark.parametrize(("size", "limit"), [(1000, 500), (1000, 130), (7, 7), (7, 9), (10, 9)])
+def test_spread_records_are_one_of_each_part(size: int, limit: int) -> None:
+    """Ascending, without repeats, and all of them without a cut."""
+    records, count = sampler.spread_records(size, limit), min(size, limit)
+    for number, record in enumerate(records):
+        assert number * size // count <= record < (number + 1) * size // count
+    assert len(records) == count and records == sampler.spread_records(size, limit)
+    assert sampler.spread_records(0, limit) == []
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_spread_records_have_all_classes_that_a_source_lists_in_turn(classes: int) -> None:
+    """Every second of 100,000 records: a constant stride has half of the classes."""
+    found = np.bincount(np.array(sampler.spread_records(100_000, 50_000)) % classes)
+    share = found / (50_000 / classes)
+    assert len(found) == classes and 0.4 < share.min() and share.max() < 1.6
