@@ -26,11 +26,12 @@ from m3i_jax.training import optimizer, update_rules
 BATCH = 16_384  # the learning rate is that of a batch of this size
 EPS, KEEP = 1e-6, 0.9  # batch norm: added to the variance; decay of the running statistics
 INIT = 0.01  # standard deviation of the initial weights
+FEW_STEPS = 200  # below, LARS with its warm-up has hardly moved the weights
 
 
 class LinearProbe(NamedTuple):
     """State of a probe: weights {"kernel": [D, C], "bias": [C]}, state of LARS, and the running
-    mean and variance [D] of the batch norm."""
+    mean and variance [D] of the batch norm, from 0 while it is trained."""
 
     weights: Any
     opt: Any
@@ -75,6 +76,15 @@ def probe_step(
     )
 
 
+def count_steps(rows: int, *, epochs: int, batch: int) -> int:
+    """Returns the number of steps of a training on so many rows.
+
+    >>> count_steps(300, epochs=90, batch=16_384), count_steps(300, epochs=90, batch=128)
+    (90, 180)
+    """
+    return epochs * (rows // min(batch, rows))
+
+
 def fit_linear_probe(
     x_NxD: np.ndarray,
     label_N: np.ndarray,
@@ -88,7 +98,8 @@ def fit_linear_probe(
     poll: Callable[[], None] = lambda: None,
 ) -> LinearProbe:
     """Train a probe. The last partial batch of an epoch is dropped; fewer rows than a batch are one
-    batch.
+    batch. The running statistics are weighted means of those of the batches, without a share of
+    their start: the bias is corrected as Adam does, which changes nothing after many steps.
 
     Args:
       x_NxD: features.
@@ -101,13 +112,11 @@ def fit_linear_probe(
       poll: called before every epoch; may raise.
     """
     rows, size = len(x_NxD), min(batch, len(x_NxD))
-    steps = rows // size
+    steps, total = rows // size, count_steps(rows, epochs=epochs, batch=batch)
     settings = schema.Optim(lr=lr * size / BATCH, min_lr=0.0)
     tx = optax.chain(
         *update_rules.lars(
-            optimizer.lr_schedule(
-                settings, steps=epochs * steps, warmup=min(warmup, epochs) * steps
-            )
+            optimizer.lr_schedule(settings, steps=total, warmup=min(warmup, epochs) * steps)
         )
     )
 
@@ -126,12 +135,13 @@ def fit_linear_probe(
         "kernel": jnp.asarray(INIT * rng.normal(size=(width, classes)), jnp.float32),
         "bias": jnp.zeros(classes),
     }
-    probe = LinearProbe(weights, tx.init(weights), jnp.zeros(width), jnp.ones(width))
+    probe = LinearProbe(weights, tx.init(weights), jnp.zeros(width), jnp.zeros(width))
     x, label = jax.device_put((x_NxD.astype(np.float32), label_N.astype(np.int32)))
     for _ in range(epochs):
         poll()
         probe = epoch(probe, x, label, rng.permutation(rows)[: steps * size].reshape(steps, size))
-    return probe
+    seen = 1 - KEEP**total  # the sum of the weights of the batches
+    return probe._replace(mean=probe.mean / seen, variance=probe.variance / seen)
 
 
 def linear_probe_accuracy(
@@ -159,11 +169,26 @@ def linear_probe_accuracy(
     )
 
 
-def measure(config: schema.Config) -> Metric:
-    """eval/probe/..., from the index and the queries."""
+def measure(config: schema.Config, log: Callable[[str], None]) -> Metric:
+    """eval/probe/..., from the index and the queries. The first evaluation logs the number of
+    steps."""
+
+    @functools.cache
+    def log_steps(rows: int) -> None:
+        settings = config.evaluate
+        steps = count_steps(rows, epochs=settings.probe_epochs, batch=settings.probe_batch)
+        line = f"the linear probe takes {steps:,} steps on {rows:,} images"
+        if steps < FEW_STEPS:
+            line = (
+                f"warning: {line}, fewer than {FEW_STEPS}: eval/probe needs large sets; for small"
+                " ones use eval/linear (config.evaluate.linear=true)"
+            )
+        log(line)
 
     def run(context: EvalContext) -> Iterator[tuple[str, float]]:
         queries, index, settings = context("queries"), context("index"), config.evaluate
+        if labelled := int((index.labels >= 0).sum()):
+            log_steps(labelled)
         both = (queries.raw, queries.labels), (index.raw, index.labels)
         for name, value in linear_probe_accuracy(
             *both,
@@ -185,6 +210,6 @@ registry.register_evaluator(
         setting="probe",
         reads=("probe_lr", "probe_epochs", "probe_warmup", "probe_batch"),
         needs=(registry.LABELS,),
-        build=lambda inputs: measure(inputs.config),
+        build=lambda inputs: measure(inputs.config, inputs.log),
     )
 )

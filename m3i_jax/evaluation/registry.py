@@ -66,6 +66,7 @@ class EvalInputs:
         batch norm; "" without batch norm.
       figures: the `FigureWriter` of the run.
       task: the `Task` of the run.
+      log: receives lines for the user.
     """
 
     config: schema.Config
@@ -83,6 +84,7 @@ class EvalInputs:
     statistics_set: str = ""
     figures: Any = None
     task: Any = None
+    log: Callable[[str], None] = print
     _cache: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:

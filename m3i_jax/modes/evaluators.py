@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import eval_batches
+from m3i_jax.data import eval_batches, sampler
 from m3i_jax.data.preprocessing import Preprocessing
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
@@ -31,10 +31,9 @@ def eval_rows(setup: Setup) -> int:
 
 
 def host_eval_batches(setup: Setup, source: Any, limit: int) -> eval_batches.EvaluationBatches:
-    """Returns this host's share of the clean views of at most `limit` images, spread evenly over
-    the source."""
-    count = min(limit, len(source))
-    return chosen_batches(setup, source, [i * len(source) // count for i in range(count)])
+    """Returns this host's share of the clean views of at most `limit` images, those of
+    `spread_records`."""
+    return chosen_batches(setup, source, sampler.spread_records(len(source), limit))
 
 
 def chosen_batches(setup: Setup, source: Any, indices: list[int]) -> eval_batches.EvaluationBatches:
@@ -173,6 +172,7 @@ def enabled_metrics(
         inputs, image_sets = _feature_inputs(setup, setup.task, figures, heads=heads)
     else:
         inputs, image_sets = _inputs(setup, figures, heads=heads), {}
+    inputs = dataclasses.replace(inputs, log=log)
     enabled = enabled_evaluators(setup, log, thorough=thorough, heads=heads)
     return {each.name: _with_plain_values(each.build(inputs)) for each in enabled}, image_sets
 

@@ -35,7 +35,7 @@ def reference(
         np.zeros_like(w),
         np.zeros_like(b),
         np.zeros(x.shape[1]),
-        np.ones(x.shape[1]),
+        np.zeros(x.shape[1]),
     )
     for epoch in range(epochs):
         order = r.permutation(len(x))
@@ -58,7 +58,47 @@ def reference(
             mw, mb = 0.9 * mw + gw, 0.9 * mb + gb
             w, b = w - rate * mw, b - rate * mb
             mean, var = 0.9 * mean + 0.1 * m, 0.9 * var + 0.1 * v * size / (size - 1)
-    return w, b, mean, var
+    seen = 1 - 0.9 ** (epochs * steps)
+    return w, b, mean / seen, var / seen
+
+
+@pytest.mark.parametrize("epochs", [1, 10])
+def test_a_few_steps_give_the_statistics_of_their_batches(epochs: int) -> None:
+    """All batches are the whole set: 35 % of the initial variance is left after ten steps without a
+    correction."""
+    x, label = data(50)
+    made = linear_probe.fit_linear_probe(x, label, 3, epochs=epochs)
+    np.testing.assert_allclose(made.mean, x.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(made.variance, x.var(0, ddof=1), rtol=1e-4)
+
+
+def test_many_steps_need_no_correction() -> None:
+    """The moving average from 0 and 1, as torch keeps it, in float64."""
+    x, label = data(40)
+    mean, var, r = np.zeros(5), np.ones(5), np.random.default_rng(0)
+    r.normal(size=(5, 3))
+    for _ in range(100):
+        for rows in r.permutation(40).reshape(4, 10):
+            mean = 0.9 * mean + 0.1 * x[rows].mean(0, dtype=np.float64)
+            var = 0.9 * var + 0.1 * x[rows].var(0, ddof=1, dtype=np.float64)
+    made = linear_probe.fit_linear_probe(x, label, 3, epochs=100, batch=10)
+    np.testing.assert_allclose(made.mean, mean, rtol=2e-6)
+    np.testing.assert_allclose(made.variance, var, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("epochs", "warned"), [(50, False), (49, True)])
+def test_the_number_of_steps_is_logged_once_a_run(epochs: int, warned: bool) -> None:
+    """Four steps an epoch of 40 images, two of which have no label; fewer than 200 warn."""
+    (x, label), lines = data(42), []
+    label[:2] = -1
+    features = feature_extraction.ImageFeatures(x, label, np.arange(42), np.ones(42, np.float32))
+    config = toy.settings(evaluate__probe_epochs=epochs, evaluate__probe_batch=10)
+    measure = linear_probe.measure(config, lines.append)
+    for _ in range(2):
+        sets = {name: lambda p, poll: (features, {}) for name in ("index", "queries")}
+        dict(measure(feature_extraction.EvalContext(sets, {}, lambda: None)))
+    assert len(lines) == 1 and f" {4 * epochs} steps on 40 images" in lines[0]
+    assert lines[0].startswith("warning: ") == warned == ("evaluate.linear" in lines[0])
 
 
 @pytest.mark.parametrize("batch", [16, 16_384])
@@ -107,7 +147,7 @@ def test_the_metric_uses_raw_features() -> None:
         evaluate__probe_batch=20,
     )
     got = dict(
-        linear_probe.measure(config)(
+        linear_probe.measure(config, print)(
             feature_extraction.EvalContext(
                 {k: lambda p, poll, v=v: (v, {}) for k, v in found.items()}, {}, lambda: None
             )
