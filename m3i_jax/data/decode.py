@@ -14,7 +14,8 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -37,6 +38,7 @@ MIN_SIDE = 16  # pixels
 PIXEL_LIMIT = 64_000_000
 CAPTION_LIMIT = 8192  # bytes; 77 tokens need far less
 _CAPTION_THREADS = 32
+CAPTION_CHUNK = 1024  # records whose captions are read at a time
 # A JPEG is decoded at 1/2, 1/4 or 1/8 only if each crop keeps this many times the pixels per side
 # of its view.
 GAP = 3.0
@@ -58,6 +60,9 @@ _ORIENTATION = 0x0112  # EXIF tag
 ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 1 << 18)
 # PIXEL_LIMIT refuses such images. Appended: filters of the program that imports this come first.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+
+
+_Read = TypeVar("_Read")
 
 
 class BadRecord(Exception):
@@ -121,7 +126,7 @@ def sample_captions(
     source: DataSource, limit: int = 200_000, *, missing: str = "stop"
 ) -> Iterator[str | bytes]:
     """Yields the captions of at most `limit` records, evenly spread over the source, always the
-    same ones. They are read on several threads, since those in a bucket take a request each.
+    same ones, as `read_captions` does it.
 
     Raises:
         UnreadableError: a caption cannot be read, with missing="stop"; else it is left out.
@@ -136,11 +141,21 @@ def sample_captions(
         return None
 
     indices = range(0, len(source), -(-len(source) // limit))
+    for start in range(0, len(indices), CAPTION_CHUNK):
+        for caption in read_captions(read, indices[start : start + CAPTION_CHUNK]):
+            if caption is not None:
+                yield caption
+
+
+def read_captions(read: Callable[[int], _Read], indices: Sequence[int]) -> list[_Read]:
+    """Returns `read` of each record, in order. It is called on several threads, since captions in a
+    bucket take a request each.
+
+    >>> read_captions(str, range(3))
+    ['0', '1', '2']
+    """
     with concurrent.futures.ThreadPoolExecutor(_CAPTION_THREADS) as pool:
-        for start in range(0, len(indices), 1024):
-            for caption in pool.map(read, indices[start : start + 1024]):
-                if caption is not None:
-                    yield caption
+        return list(pool.map(read, indices))
 
 
 @dataclasses.dataclass

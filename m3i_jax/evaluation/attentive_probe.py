@@ -144,18 +144,18 @@ def measure(
             labelled = rows["label"] >= 0
             tokens.append(tokens_BxTxD[labelled])
             labels.append(rows["label"][labelled])
-        context.skipped.update(gather_from_hosts(getattr(batches, "skipped", {})))
+        context.count_skipped("index", gather_from_hosts(getattr(batches, "skipped", {})))
         if not tokens or not sum(map(len, tokens)):
             return
         label_N = np.concatenate(labels)
         classes = max(config.data.classes, int(label_N.max()) + 1)
         head = probe.fit(np.concatenate(tokens), label_N, classes, batch, context.poll)
-        ranks = []
+        ranks, batches = [], queries()
         for logits, rows in extract_set(
             mesh,
             lambda params, views: classify((params, head), views),
             context.params,
-            queries(),
+            batches,
             context.poll,
         ):
             label_Q = rows["label"]
@@ -164,6 +164,7 @@ def measure(
             rank_Q = np.full(len(label_Q), classes)
             rank_Q[known] = top_k_hits(logits[known], label_Q[known])
             ranks.append(rank_Q[label_Q >= 0])
+        context.count_skipped("queries", gather_from_hosts(getattr(batches, "skipped", {})))
         if ranks and sum(map(len, ranks)):
             for name, value in head_accuracy(np.concatenate(ranks), classes):
                 yield f"eval/attentive/{name}", value

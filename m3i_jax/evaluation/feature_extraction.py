@@ -183,6 +183,9 @@ def extract_set(
         yield fetch(*pending)
 
 
+POOLED = "pooled "  # before the name of a set of the same images, with features of another pooling
+
+
 class Predictions(NamedTuple):
     """Labels [q] and predicted classes [q] of the images that have a label."""
 
@@ -198,7 +201,8 @@ class EvalContext:
     Attributes:
       params: the parameters that are evaluated.
       poll: to be called between pieces of work; may raise.
-      skipped: reason -> number of images that could not be read.
+      skipped: reason -> number of images that could not be read, counted once however many
+        readings there are.
 
     >>> image_sets = {"index": lambda params, poll: (print("extracted"), {})}
     >>> context = EvalContext(image_sets, params={}, poll=lambda: None)
@@ -213,14 +217,31 @@ class EvalContext:
         self._image_sets, self.params, self.poll = image_sets, params, poll
         self._cache: dict[str, Any] = {}
         self.skipped: collections.Counter[str] = collections.Counter()
+        self._skipped_of: dict[str, collections.Counter[str]] = {}
 
     def __call__(self, name: str) -> ImageFeatures:
         def extract() -> ImageFeatures:
             features, skipped = self._image_sets[name](self.params, self.poll)
-            self.skipped.update(skipped)
+            self.count_skipped(name.removeprefix(POOLED), skipped)
             return features
 
         return self.once(f"set {name}", extract)
+
+    def count_skipped(self, images: str, skipped: Mapping[str, int]) -> None:
+        """Add the images that a reading could not use to `skipped`. Of several readings of the same
+        images, which have one name, the one with the most counts.
+
+        >>> context = EvalContext({}, params={}, poll=lambda: None)
+        >>> context.count_skipped("queries", {"empty": 2})
+        >>> context.count_skipped("queries", {"empty": 2, "truncated": 1})
+        >>> dict(context.skipped)
+        {'empty': 2, 'truncated': 1}
+        """
+        counted = self._skipped_of.setdefault(images, collections.Counter())
+        for reason, count in skipped.items():  # a count of 0 is logged too
+            more = max(count - counted[reason], 0)
+            counted[reason] += more
+            self.skipped[reason] += more
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Returns the result of the first call of `make` under this name."""

@@ -114,13 +114,21 @@ class _Captions:
         self._token_ids: dict[int, tuple[Tokens, ...]] = {}
         self.unreadable: set[int] = set()
 
-    def __call__(self, records: Sequence[int]) -> list[tuple[Tokens, ...]]:
-        """Token ids of all captions of each record, start and end included."""
+    def __call__(
+        self, records: Sequence[int], poll: Callable[[], None] = lambda: None
+    ) -> list[tuple[Tokens, ...]]:
+        """Token ids of all captions of each record, start and end included. `poll` is called
+        between chunks of records, as often on all hosts; it may raise."""
         if new := [record for record in dict.fromkeys(records) if record not in self._token_ids]:
             unit = self._mesh.shape["replica"] * self._mesh.shape["fsdp"]
             hosts, host = jax.process_count(), jax.process_index()
             share = -(-len(new) // unit) * unit // hosts
-            own = [self._read(record) for record in new[host * share : (host + 1) * share]]
+            ends = host * share, (host + 1) * share
+            own: list[list[str] | None] = []
+            for start in range(*ends, decode.CAPTION_CHUNK):
+                poll()
+                chunk = new[start : min(start + decode.CAPTION_CHUNK, ends[1])]
+                own += decode.read_captions(self._read, chunk)
             number = np.zeros(share, np.int32)
             number[: len(own)] = [_UNREADABLE if read is None else len(read) for read in own]
             number = parallel.allgather_rows(self._mesh, {"captions": number})["captions"]
@@ -186,7 +194,7 @@ def measure(
     def run(context: EvalContext) -> Iterator[tuple[str, float]]:
         features = context(image_set)
         records = features.records.tolist()
-        texts = captions(records)
+        texts = captions(records, context.poll)
         context.skipped[decode.UNREADABLE] += len(captions.unreadable.intersection(records))
         captioned = np.array([bool(text) for text in texts], bool)
         if not captioned.any():

@@ -237,7 +237,7 @@ def _feature_inputs(
     pooled = pool == "attention"
     # what the heads read; with batch norm, whose statistics come from a set, before it
     of_heads = "mean" if batch_norm else "attention"
-    before = "" if pool == of_heads else "pooled "
+    before = "" if pool == of_heads else feature_extraction.POOLED
     inputs = dataclasses.replace(
         _inputs(setup, figures, heads=heads),
         pooled=pooled,

@@ -1,8 +1,6 @@
 """The attentive probe: it uses information that the mean of the tokens hides, and trains on the
 tokens of the frozen encoder."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,11 +72,15 @@ def test_the_metric_reads_both_sources_and_counts_labelled_images() -> None:
         return out
 
     measure = attentive_probe.measure(config, mesh, lambda: batches(6, 0), lambda: batches(3, 1), 8)
-    context = feature_extraction.EvalContext({}, params, lambda: None)
+    found = feature_extraction.ImageFeatures(np.zeros((0, 4)), np.zeros(0), np.zeros(0))
+    sets = {name: lambda p, poll: (found, {"small": 1}) for name in ("index", "pooled queries")}
+    context = feature_extraction.EvalContext(sets, params, lambda: None)
+    context("index"), context("pooled queries")  # of other evaluators
     got = dict(measure(context))
     assert list(got) == ["eval/attentive/top1"] and got["eval/attentive/top1"] > 0.9
     asked = sum((b["valid"] & (b["label"] >= 0)).sum() for b in batches(3, 1))
-    assert (got["eval/attentive/top1"] * asked) % 1 < 1e-6 and context.skipped == {"small": 2}
+    assert (got["eval/attentive/top1"] * asked) % 1 < 1e-6
+    assert context.skipped == {"small": 4}  # two of the index, and two of the queries
     others = batches(3, 1)
     for batch in others:  # a class that the index does not have
         batch["label"][batch["label"] == 1] = 7
@@ -87,11 +89,4 @@ def test_the_metric_reads_both_sources_and_counts_labelled_images() -> None:
     share = sum((b["valid"] & (b["label"] == 0)).sum() for b in others) / asked
     assert 0.8 * share < dict(unseen(context))["eval/attentive/top1"] <= share < 0.7
     nothing = attentive_probe.measure(config, mesh, lambda: [], lambda: batches(1, 1), 8)
-    assert (
-        list(
-            nothing(
-                types.SimpleNamespace(params=params, poll=lambda: None, skipped=context.skipped)
-            )
-        )
-        == []
-    )
+    assert list(nothing(feature_extraction.EvalContext({}, params, lambda: None))) == []

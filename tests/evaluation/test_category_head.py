@@ -97,7 +97,7 @@ def test_heads_read_what_they_were_trained_on(
 ) -> None:
     """Whatever feature the other evaluators read. Batch norm is left to the head."""
     monkeypatch.setattr(feature_extraction, "Extractor", lambda config, mesh, *, pool: pool)
-    monkeypatch.setattr(feature_extraction, "image_sets", lambda extract, batches: extract)
+    monkeypatch.setattr(feature_extraction, "image_sets", lambda extract, *_: extract)
     config = toy.settings(
         objective__forms=("supervised",),
         model__encoder__cls_token="true",

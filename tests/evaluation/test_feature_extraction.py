@@ -199,6 +199,25 @@ def test_metrics_share_features_and_no_other_set_is_extracted() -> None:
     assert asked == 2 * [("queries", "online"), ("index", "online")]
 
 
+def test_images_that_several_pools_read_are_counted_once() -> None:
+    """Those of the queries and of the index; a second reading adds what it alone could not use."""
+    counts = {
+        "queries": {"truncated": 1, "empty": 0},
+        "pooled queries": {"truncated": 1, "unreadable": 1},
+        "index": {"truncated": 2},
+        "pooled index": {"truncated": 2},
+    }
+    context = feature_extraction.EvalContext(
+        {name: lambda p, poll, name=name: (made_of(name), counts[name]) for name in counts},
+        {},
+        lambda: None,
+    )
+    for name in counts:
+        context(name)
+    assert context.skipped == {"truncated": 3, "unreadable": 1, "empty": 0}
+    assert "empty" in context.skipped
+
+
 def test_the_configured_encoder_is_evaluated() -> None:
     config = toy.settings(evaluate__encoder="ema")
     target = types.SimpleNamespace(params={"encoder": "average"})

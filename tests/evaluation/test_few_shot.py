@@ -1,5 +1,7 @@
 """Few-shot least squares against numpy's lstsq, and the drawing of the shots."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -23,13 +25,33 @@ def test_ridge_weights_equal_lstsq(rows: int, width: int, l2: float) -> None:
     """Ridge regression is least squares with sqrt(l2) times the identity appended to the data and
     zeros to the targets."""
     r = np.random.default_rng(1)
-    x, y = r.normal(size=(rows, width)), r.normal(size=(rows, 3))
+    x, label = r.normal(size=(rows, width)), r.integers(0, 4, rows)
+    label[label == 1] = 3  # a class without a row
+    y = 2.0 * np.eye(5)[label] - 1.0
     wanted = np.linalg.lstsq(
         np.concatenate([x, l2**0.5 * np.eye(width)]),
-        np.concatenate([y, np.zeros((width, 3))]),
+        np.concatenate([y, np.zeros((width, 5))]),
         rcond=None,
     )[0]
-    np.testing.assert_allclose(few_shot.solve_ridge(x, y, l2), wanted, rtol=1e-6, atol=1e-9)
+    got = few_shot.solve_ridge(x, label, 5, l2)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", [20, 400])
+def test_many_classes_need_no_targets_of_all(width: int) -> None:
+    """The weights of explicit targets, to 1e-10; of 20,000 classes these take 32 MB, and the
+    identity that they are rows of 3 GB."""
+    r, classes = np.random.default_rng(2), 20_000
+    x, label = r.normal(size=(200, width)), r.integers(0, classes, 200)
+    few = np.unique(np.append(label, [0, classes - 1]))
+    y = np.where(label[:, None] == few, 1.0, -1.0)
+    wanted = x.T @ np.linalg.solve(x @ x.T + 1024.0 * np.eye(200), y)
+    tracemalloc.start()
+    got = few_shot.solve_ridge(x, label, classes, 1024.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(got[:, few], wanted, rtol=0, atol=1e-10)
+    assert peak < 4 * got.nbytes + 2**22
 
 
 @pytest.mark.parametrize("shots", [1, 3, 100])

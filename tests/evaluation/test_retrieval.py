@@ -2,13 +2,14 @@
 
 import functools
 import pathlib
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from m3i_jax import parallel
-from m3i_jax.data import tokenizer
+from m3i_jax.data import decode, tokenizer
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UnreadableError
@@ -203,6 +204,25 @@ def test_all_captions_of_a_record_are_read(lines: bool) -> None:
     )
     last = ids("a red cat", "a cat") if lines else ids("a red cat a cat")
     assert captions([2, 0, 1, 2]) == [last, ids("a dog", "two birds"), (), last]
+
+
+def test_captions_are_read_at_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read waits until eight are under way; a poll comes before each chunk of them."""
+    monkeypatch.setattr(decode, "CAPTION_CHUNK", 8)
+    together, polls = threading.Barrier(8), []
+
+    class Slow(list):
+        def caption(self, index: int) -> str:
+            together.wait(10)
+            return self[index].caption
+
+    texts = ("a dog", "two birds", "a red cat", "a cat")
+    source = Slow(base.Record(str(i), b"", caption=texts[i % 4]) for i in range(16))
+    mesh, order = parallel.make_mesh((1, 1, 1), jax.devices()[:1]), [*range(5, 16), *range(5)]
+    captions = retrieval._Captions(source, words(), mesh, "stop", False)
+    ids = [tuple(tokens[:length].tolist()) for tokens, length in map(words().encode, texts)]
+    assert captions(order, lambda: polls.append(1)) == [(ids[i % 4],) for i in order]
+    assert len(polls) == 2
 
 
 def test_without_captions_there_is_no_retrieval() -> None:
