@@ -108,8 +108,8 @@ def spread_records(size: int, limit: int) -> list[int]:
     """
     count = min(limit, size)
     ends = np.arange(count + 1, dtype=np.int64) * size // max(count, 1)
-    drawn = hash64(0, RECORD, np.arange(count)) % np.diff(ends).astype(np.uint64)
-    return (ends[:-1] + drawn.astype(np.int64)).tolist()
+    offset = hash64(0, RECORD, np.arange(count)) % np.diff(ends).astype(np.uint64)
+    return (ends[:-1] + offset.astype(np.int64)).tolist()
 
 
 def epoch_size(source: Any) -> int:

@@ -126,11 +126,12 @@ def measure(
       batch: images a step, a multiple of the data shards.
     """
     probe, replicated = AttentiveProbe(config, mesh), parallel.replicated(mesh)
-    encode = parallel.Program(
-        lambda params, views: drop_cls(config, params, views),
-        name="tokens",
-        out_shardings=replicated,
-    )
+
+    def tokens_and_means(params: Any, views: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens_BxTxD = drop_cls(config, params, views)
+        return tokens_BxTxD, tokens_BxTxD.astype(jnp.float32).mean((1, 2))
+
+    encode = parallel.Program(tokens_and_means, name="tokens", out_shardings=replicated)
     classify = parallel.Program(
         lambda both, views: probe.logits(both[1], drop_cls(config, both[0], views)),
         name="attentive",
@@ -139,8 +140,10 @@ def measure(
 
     def run(context: EvalContext) -> Iterator[tuple[str, float]]:
         tokens, labels, batches = [], [], index()
-        for tokens_BxTxD, rows in extract_set(mesh, encode, context.params, batches, context.poll):
-            check_finite(tokens_BxTxD, rows["index"])
+        for (tokens_BxTxD, mean_B), rows in extract_set(
+            mesh, encode, context.params, batches, context.poll
+        ):
+            check_finite(mean_B, rows["index"])  # as finite as the tokens, of which there are many
             labelled = rows["label"] >= 0
             tokens.append(tokens_BxTxD[labelled])
             labels.append(rows["label"][labelled])

@@ -54,10 +54,10 @@ _MOST, _LEAST = 1024, 8  # queries at a time
 _BLOCK = 1 << 28  # similarities at a time: 1 GiB
 
 
-def chunk_rows(index: int) -> int:
+def queries_at_a_time(index: int) -> int:
     """Returns the number of queries at a time for an index of so many rows.
 
-    >>> [chunk_rows(rows) for rows in (50_000, 1_281_167, 10**9)]
+    >>> [queries_at_a_time(rows) for rows in (50_000, 1_281_167, 10**9)]
     [1024, 209, 8]
     """
     return min(_MOST, max(_LEAST, _BLOCK // index))
@@ -93,7 +93,7 @@ def rank_classes(
         return np.zeros(0, np.int64), np.zeros((0, 1), np.int64)
     x, x_label = jax.device_put((x, x_label))
     classes, k = int(max(q_label.max(), x_label.max())) + 1, min(k, len(x))
-    ranked, chunk = [], chunk or chunk_rows(len(x))
+    ranked, chunk = [], chunk or queries_at_a_time(len(x))
     for i in range(0, len(q), chunk):
         poll()
         votes = knn_votes(

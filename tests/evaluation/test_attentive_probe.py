@@ -4,8 +4,10 @@ tokens of the frozen encoder."""
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from m3i_jax import parallel
+from m3i_jax.errors import UserError
 from m3i_jax.evaluation import attentive_probe, feature_extraction
 from m3i_jax.models import vit
 from tests import toy
@@ -73,7 +75,7 @@ def test_the_metric_reads_both_sources_and_counts_labelled_images() -> None:
 
     measure = attentive_probe.measure(config, mesh, lambda: batches(6, 0), lambda: batches(3, 1), 8)
     found = feature_extraction.ImageFeatures(np.zeros((0, 4)), np.zeros(0), np.zeros(0))
-    sets = {name: lambda p, poll: (found, {"small": 1}) for name in ("index", "pooled queries")}
+    sets = {name: lambda p, poll: (found, {"small": 2}) for name in ("index", "pooled queries")}
     context = feature_extraction.EvalContext(sets, params, lambda: None)
     context("index"), context("pooled queries")  # of other evaluators
     got = dict(measure(context))
@@ -88,5 +90,9 @@ def test_the_metric_reads_both_sources_and_counts_labelled_images() -> None:
     context = feature_extraction.EvalContext({}, params, lambda: None)
     share = sum((b["valid"] & (b["label"] == 0)).sum() for b in others) / asked
     assert 0.8 * share < dict(unseen(context))["eval/attentive/top1"] <= share < 0.7
+    diverged = {"encoder": jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params["encoder"])}
+    context = feature_extraction.EvalContext({}, diverged, lambda: None)
+    with pytest.raises(UserError, match="record 0: the features"):
+        dict(measure(context))
     nothing = attentive_probe.measure(config, mesh, lambda: [], lambda: batches(1, 1), 8)
     assert list(nothing(feature_extraction.EvalContext({}, params, lambda: None))) == []
