@@ -111,15 +111,16 @@ def redact(text: str, *, environment: Mapping[str, str] | None = None) -> str:
 
 
 def redact_tree(value: Any) -> Any:
-    """`redact` applied to every text in nested lists, tuples and dictionaries.
+    """`redact` applied to every text in nested lists, tuples and dictionaries, each by itself, keys
+    of dictionaries included.
 
-    >>> redact_tree({"path": "https://me:word-1@host/x", "sizes": [1, 2]})
-    {'path': 'https://***@host/x', 'sizes': [1, 2]}
+    >>> redact_tree({"path": "https://me:word-1@host/x", "caption/token": 9.2192, "sizes": [1, 2]})
+    {'path': 'https://***@host/x', 'caption/token': 9.2192, 'sizes': [1, 2]}
     """
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
-        return {k: redact_tree(v) for k, v in value.items()}
+        return {redact_tree(k): redact_tree(v) for k, v in value.items()}
     return type(value)(map(redact_tree, value)) if isinstance(value, list | tuple) else value
 
 

@@ -454,8 +454,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str, *, noted: bool = False) -> None:
-    """Write a UTF-8 file atomically, with secrets redacted and control characters escaped. JSON
-    comes from `privacy.json_text`, which escapes them as JSON does.
+    """Write a UTF-8 file atomically, with secrets redacted and control characters escaped. For JSON
+    use `write_json_atomic`.
 
     Args:
       path: of the file.
@@ -471,7 +471,20 @@ def write_text_atomic(path: str | os.PathLike[str], text: str, *, noted: bool = 
     >>> path.read_bytes()
     b'\\xc3\\xa9'
     """
-    content = privacy.escape_control(privacy.redact(text)).encode("utf-8", "replace")
+    _write_atomic(path, privacy.escape_control(privacy.redact(text)), noted)
+
+
+def write_json_atomic(
+    path: str | os.PathLike[str], value: Any, *, indent: int | None = 1, noted: bool = False
+) -> None:
+    """Write a value as a JSON file atomically, with secrets in its texts redacted. As one text, a
+    number beside a name such as "caption/token" would be taken for a secret, and the file would no
+    longer be JSON. `noted`, and errors: as of `write_text_atomic`."""
+    _write_atomic(path, privacy.json_text(privacy.redact_tree(value), indent=indent) + "\n", noted)
+
+
+def _write_atomic(path: str | os.PathLike[str], text: str, noted: bool) -> None:
+    content = text.encode("utf-8", "replace")
     if noted:
         note_mark(pathlib.Path(path), file_mark(content))
     with atomic_file(path) as temporary:

@@ -249,12 +249,18 @@ def load_from_workdir(workdir: str, flag: str) -> ml_collections.ConfigDict:
         return config_from_text(text, str(file))
 
 
-def config_difference(old: str, new: str) -> list[str]:
-    """Returns the differences `key: old -> new` between two texts of `config_to_text`, without the
-    keys of FREE. A setting that is missing in the old text had its default.
+def config_difference(old: str, new: str, *, also: str = "") -> list[str]:
+    """Returns the differences `key: old -> new` between two texts of `config_to_text`. A setting
+    that is missing in a text had its default.
+
+    Args:
+      old, new: the texts.
+      also: a section of FREE, such as "evaluate."; the other keys of FREE are left out.
 
     >>> config_difference("seed = 0\\ntrain.keep = 2\\n", "seed = 1\\ntrain.keep = 3\\n")
     ['seed: 0 -> 1']
+    >>> config_difference("evaluate.k = 20\\n", "evaluate.k = 10\\n", also="evaluate.")
+    ['evaluate.k: 20 -> 10']
     """
     old_values, new_values = (
         dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line)
@@ -264,12 +270,27 @@ def config_difference(old: str, new: str) -> list[str]:
     changed = [
         key
         for key in {**old_values, **new_values}
-        if old_values.get(key, defaults.get(key)) != new_values.get(key)
-        and not key.startswith(FREE)
+        if old_values.get(key, defaults.get(key)) != new_values.get(key, defaults.get(key))
+        and (not key.startswith(FREE) or (also and key.startswith(also)))
     ]
     return [
         f"{key}: {old_values.get(key, 'absent')} -> {new_values.get(key, 'absent')}"
         for key in changed
+    ]
+
+
+def evaluation_difference(old: str, new: str) -> list[str]:
+    """Returns the lines of `config_difference` about evaluations: the training may go on with other
+    settings of them, but their values may not be comparable.
+
+    >>> evaluation_difference("seed = 0\\nevaluate.k = 20\\n", "seed = 1\\nevaluate.k = 10\\n")
+    ['evaluate.k: 20 -> 10']
+    """
+    lines = config_difference(old, new, also="evaluate.")
+    return [
+        line
+        for line in lines
+        if line.startswith("evaluate.") and not line.startswith("evaluate.batch_size:")
     ]
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from m3i_jax import parallel, published_settings, run_files, schema
+from m3i_jax import config as configuration
+from m3i_jax import parallel, privacy, published_settings, run_files, schema
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
 from m3i_jax.modes import monitoring, train
@@ -37,7 +38,7 @@ from m3i_jax.modes.setup import (
 )
 from m3i_jax.reporting import compare_table, run_log, text_table
 from m3i_jax.reporting.text_table import format_figures
-from m3i_jax.run_files import write_text_atomic
+from m3i_jax.run_files import write_json_atomic, write_text_atomic
 from m3i_jax.training import loop, plan, unused_settings
 from m3i_jax.training.trainer import Trainer, run_length
 
@@ -201,9 +202,9 @@ def write_result(setup: Setup, form: str, seed: int, cost: float) -> dict[str, A
         "run_flops": values["step"] * cost,
     }
     result = {"form": form, "seed": seed, "fingerprint": setup.fingerprint, "values": values}
+    result["evaluate"] = evaluation_settings(setup.config)
     if not jax.process_index():
-        text = json.dumps(result, indent=1) + "\n"
-        write_text_atomic(setup.workdir / RESULT, text, noted=True)
+        write_json_atomic(setup.workdir / RESULT, result, noted=True)
     return result
 
 
@@ -212,7 +213,25 @@ def is_result(content: dict[str, Any]) -> bool:
     values = content.get("values")
     if not isinstance(values, dict) or not isinstance(content.get("fingerprint"), str):
         return False
+    if not isinstance(content.get("evaluate", ""), str):  # absent from files of earlier versions
+        return False
     return "step" in values and all(isinstance(value, int | float) for value in values.values())
+
+
+def evaluation_settings(config: schema.Config) -> str:
+    """Returns the settings of evaluations, one line each."""
+    lines = privacy.redact(configuration.config_to_text(config)).splitlines(keepends=True)
+    return "".join(line for line in lines if line.startswith("evaluate."))
+
+
+def otherwise_evaluated(base: Setup, results: list[dict[str, Any]]) -> list[str]:
+    """Returns a line for every run that was evaluated with other settings than this command's."""
+    now = evaluation_settings(config_for(base, base.config.compare.forms[0], 0).config)
+    out = []
+    for result in results:
+        if changed := configuration.evaluation_difference(result.get("evaluate", now), now):
+            out.append(f"{result['form']}, seed {result['seed']} ({', '.join(changed)})")
+    return out
 
 
 def compare_seeds(config: schema.Config) -> range:
@@ -327,6 +346,11 @@ def compare_notes(
     collapsed = [
         f"{r['form']}, seed {r['seed']}" for r in results if r["values"].get("collapse/alarm")
     ]
+    if others := otherwise_evaluated(base, results):
+        out.append(
+            "Evaluated with other settings, the first of two values, and perhaps not comparable:"
+            f" {'; '.join(others)}."
+        )
     if collapsed:
         out.append(f"Collapsed at the end: {'; '.join(collapsed)}.")
     if failed:
@@ -362,7 +386,8 @@ def write_comparison(
         "seeds": list(compare_seeds(base.config)),
     }
     write_text_atomic(directory / "compare.md", compare_table.compare_markdown(rows, notes))
-    write_text_atomic(directory / "compare.json", compare_table.compare_json(rows, notes, settings))
+    content = compare_table.compare_content(rows, notes, settings)
+    write_json_atomic(directory / "compare.json", content)
     chance = 1 / len(base.classes) if base.classes else None
     title = f"{base.train.name}, {base.config.train.batch_size} images a step"
     compare_table.write_bar_chart(directory / "compare.png", rows, title=title, chance=chance)
@@ -432,7 +457,7 @@ def _step_seconds(base: Setup, runs: Mapping[str, Setup]) -> dict[str, float]:
             known[form] = float(parallel.broadcast_from_host0(np.array(time_step(setup))))
     if main:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_text_atomic(path, json.dumps(known, indent=1) + "\n", noted=True)
+        write_json_atomic(path, known, noted=True)
     return {form: float(known[form]) for form in runs}
 
 

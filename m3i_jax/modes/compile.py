@@ -382,10 +382,8 @@ def run(
     else:
         report = report_program(done, target, vocabulary)
     content = report | {"assumed": assumed, "largest_batch": largest or None, "tried": rows}
-    run_files.write_text_atomic(
-        directory / "compile.json",
-        json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n",
-    )
+    ordered = json.loads(json.dumps(content, sort_keys=True, allow_nan=False))
+    run_files.write_json_atomic(directory / "compile.json", ordered)
     print(compile_report.report_tables(report))
     if rows:
         print(compile_report.attempt_table(rows))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from m3i_jax import interrupts, privacy, progress, schema
+from m3i_jax import interrupts, progress, schema
 from m3i_jax.data import curation, dataset_scan, decode, engines, near_duplicates, splits
 from m3i_jax.data.cores import usable_cores
 from m3i_jax.data.record_batches import record_key
@@ -24,7 +24,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.modes import features as feature_mode
 from m3i_jax.modes.setup import index_directory, lock_workdir, make_workdir
 from m3i_jax.reporting import data_page
-from m3i_jax.run_files import write_text_atomic
+from m3i_jax.run_files import write_json_atomic, write_text_atomic
 
 EXAMPLES = 12  # of each reason on the page
 _READ = ("key", "weight", "caption", "label")  # columns of a keep-list that a training reads
@@ -79,7 +79,7 @@ def run(config: schema.Config, *, workdir: str, engine: str = "") -> int:
         report = _report(source, rules, done, sets, engine)
         report["scores"] = {name: _quantiles(scores[name], done.kept) for name in scores}
         _write_lists(source, done, sources, directory, scores)
-        write_text_atomic(directory / "curate.json", privacy.json_text(report, indent=1) + "\n")
+        write_json_atomic(directory / "curate.json", report)
         examples = _examples(source, sources, facts, done, config.data)
         page = data_page.curation_page_html(report, examples)
         write_text_atomic(directory / "curate.html", page)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from m3i_jax import parallel, privacy, schema
+from m3i_jax import parallel, schema
 from m3i_jax.data import (
     annotation_stats,
     dataset_scan,
@@ -31,7 +31,7 @@ from m3i_jax.modes.setup import (
 )
 from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.reporting import data_page, data_report
-from m3i_jax.run_files import write_text_atomic
+from m3i_jax.run_files import write_json_atomic, write_text_atomic
 from m3i_jax.training import trainer
 from m3i_jax.training.task import make_task, task_kind
 
@@ -101,7 +101,7 @@ def run(config: schema.Config, *, workdir: str) -> int:
         "speed": {**dataclasses.asdict(speed), "cores": usable_cores()},
         "feeds": chips_fed(done, words.vocabulary if words else 0, usable_cores() * speed.pipeline),
     }
-    write_text_atomic(directory / "data.json", privacy.json_text(report, indent=1) + "\n")
+    write_json_atomic(directory / "data.json", report)
     shown = _examples(source, spread_items(readable, EXAMPLES), config.data)
     twins = _twins(source, readable, config.data)
     write_text_atomic(

@@ -2,7 +2,6 @@
 as their arrays."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -18,7 +17,7 @@ from m3i_jax.evaluation.load_dense import LoadedDense
 from m3i_jax.interop import tensor_files
 from m3i_jax.modes import export_files, model_card, monitoring
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.run_files import write_text_atomic
+from m3i_jax.run_files import write_json_atomic, write_text_atomic
 from m3i_jax.training import checkpoint, checkpoint_dir
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
@@ -48,9 +47,7 @@ def export_model(config: schema.Config, *, workdir: str, format: str) -> int:
         lines = _WRITERS[format](temporary, model)
         write_text_atomic(temporary / "config.txt", model_card.portable_settings(model.config))
         described = {"classes": model.names, "task": config.task, "input": _input(model)}
-        write_text_atomic(
-            temporary / checkpoint_dir.DESCRIPTION, json.dumps(described, indent=1) + "\n"
-        )
+        write_json_atomic(temporary / checkpoint_dir.DESCRIPTION, described)
         write_text_atomic(
             temporary / model_card.FILE,
             model_card.model_card_text(asked, pathlib.Path(workdir), format),

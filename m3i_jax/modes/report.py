@@ -9,6 +9,7 @@ import jax
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
+from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import figures, run_log, run_page
 from m3i_jax.run_files import write_text_atomic
@@ -44,6 +45,18 @@ def _figure_sections(directory: pathlib.Path) -> list[str]:
     return sections
 
 
+def _differences(first: run_log.RunLog, other: run_log.RunLog) -> list[str]:
+    """What differs between two runs of a page: settings that change the training, settings of
+    evaluations, data. Files that one of them has not are not compared."""
+    out = []
+    if first.config and other.config:
+        out += configuration.config_difference(first.config, other.config, also="evaluate.")
+    if first.data and other.data:
+        was, now = (base.current_identity(run.data) for run in (first, other))
+        out += [f"data, {line}" for line in configuration.config_difference(was, now)]
+    return out
+
+
 def write_report(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:
     """Write the page of a run and of those in `report.beside`; returns its path.
 
@@ -60,9 +73,7 @@ def write_report(config: schema.Config, workdir: pathlib.Path) -> pathlib.Path:
         for log, name in zip(logs, run_log.run_names([workdir, *beside]), strict=True)
     ]
     differs = {
-        other.name: configuration.config_difference(runs[0].config, other.config)
-        for other in runs[1:]
-        if other.config
+        other.name: _differences(runs[0], other) for other in runs[1:] if other.config or other.data
     }
     write_text_atomic(
         workdir / "report.html",

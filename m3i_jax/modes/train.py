@@ -18,7 +18,7 @@ from m3i_jax.modes.setup import Setup, lock_on_all_hosts, open_setup, require_sh
 from m3i_jax.modes.task_views import task_views
 from m3i_jax.parallel import distributed
 from m3i_jax.reporting import run_log, writers
-from m3i_jax.run_files import write_text_atomic
+from m3i_jax.run_files import write_json_atomic, write_text_atomic
 from m3i_jax.training import (
     checkpoint_dir,
     debug_dump,
@@ -79,8 +79,8 @@ def write_settings(setup: Setup) -> None:
             identity = privacy.redact(setup.identity)
             write_text_atomic(setup.workdir / "data.txt", identity, noted=True)
         if main and setup.classes:  # predictions of the run have their names
-            names = json.dumps({"classes": setup.classes}, indent=1) + "\n"
-            write_text_atomic(setup.workdir / weight_source.CLASSES, names, noted=True)
+            names = {"classes": setup.classes}
+            write_json_atomic(setup.workdir / weight_source.CLASSES, names, noted=True)
 
 
 def _refuse_fewer_steps(config: schema.Config, steps: int, done: int) -> None:
@@ -226,7 +226,23 @@ def _newest_position(
             f"warning: checkpoint {lost:,}, which the run saved, is missing: resuming from"
             f" {newest:,}"
         )
-    return newest, position, check_same_run(setup, position, allow_changes)
+    changed = check_same_run(setup, position, allow_changes)
+    if not jax.process_index() and (lines := _evaluation_changes(setup)):
+        writers.log_line(
+            f"warning: {'; '.join(lines)}: evaluations up to step {newest:,} had the old value, and"
+            " may not be comparable with later ones"
+        )
+    return newest, position, changed
+
+
+def _evaluation_changes(setup: Setup) -> list[str]:
+    """Settings of evaluations that differ from those of the run so far; [] without its file."""
+    saved = setup.workdir / "config.txt"
+    if not saved.is_file():
+        return []
+    return configuration.evaluation_difference(
+        run_files.read_run_text(saved), privacy.redact(setup.text)
+    )
 
 
 def _log_start(setup: Setup, trainer: Trainer, log: Callable[[str], None]) -> None:

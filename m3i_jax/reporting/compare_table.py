@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3i_jax import privacy
 from m3i_jax.reporting import image_grid, text_table
 from m3i_jax.reporting.image_grid import INK, MARGIN, MUTED, OWN, PARTNER
 
@@ -160,10 +159,10 @@ def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
-def compare_json(
+def compare_content(
     rows: Sequence[CompareRow], notes: Sequence[str], settings: Mapping[str, Any]
-) -> str:
-    """Returns all metrics of the last lines as JSON; numbers that are not finite are null."""
+) -> dict[str, Any]:
+    """Returns all metrics of the last lines for JSON; numbers that are not finite are None."""
 
     def number(x: float | None) -> float | None:
         return x if x is not None and math.isfinite(x) else None
@@ -179,12 +178,7 @@ def compare_json(
         }
         return {"form": row.form, "seeds": row.seeds, "figures": figures}
 
-    return (
-        privacy.json_text(
-            {"settings": settings, "rows": [one(row) for row in rows], "notes": notes}, indent=1
-        )
-        + "\n"
-    )
+    return {"settings": dict(settings), "rows": [one(row) for row in rows], "notes": list(notes)}
 
 
 LABELS, SPAN, BAR, BETWEEN, HEAD = 190, 460, 15, 16, 74

@@ -16,11 +16,11 @@ from typing import Any
 
 from PIL import Image
 
-from m3i_jax import privacy, run_files
+from m3i_jax import run_files
 from m3i_jax.errors import UserError
 from m3i_jax.reporting import html_page, image_grid
 from m3i_jax.reporting.image_grid import GAP, INK, MARGIN, MUTED, Color
-from m3i_jax.run_files import write_text_atomic
+from m3i_jax.run_files import write_json_atomic
 
 # pixels of a figure: line height, title, column of lines, their bars, least width
 LINE, HEAD, BESIDE, BAR, LEAST = 17, 32, 260, 60, 480
@@ -103,7 +103,7 @@ def write_figure(directory: str | os.PathLike[str], name: str, figure: Figure) -
         for at, row in zip(boxes, figure.rows, strict=True)
     ]
     content = {"title": figure.title, "note": figure.note, "made": time.time(), "rows": rows}
-    write_text_atomic(directory / f"{name}.json", privacy.json_text(content), noted=True)
+    write_json_atomic(directory / f"{name}.json", content, indent=None, noted=True)
 
 
 def newest_figures(directory: str | os.PathLike[str]) -> list[pathlib.Path]:

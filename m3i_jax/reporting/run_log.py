@@ -3,6 +3,7 @@ A file that differs from what the run wrote is left out with a warning; of a cha
 readable lines are used with a warning."""
 
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -17,6 +18,7 @@ from m3i_jax.errors import UserError
 LogLine = dict[str, Any]
 T = TypeVar("T")
 _PNG = b"\x89PNG\r\n\x1a\n"
+NOT_FINITE = ("nan", "inf", "-inf")  # as JSON lines have them, see `writers`
 _log = logging.getLogger(__name__)
 
 
@@ -42,42 +44,53 @@ class RunLog:
     others: dict[str, LogLine] = dataclasses.field(default_factory=dict)
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
-        """Returns steps and values of a metric.
+        """Returns steps and values of a metric; values may not be finite.
 
         >>> RunLog("a", [{"step": 1, "loss": 2.0}, {"step": 2}], "", "", [], {}).curve("loss")
         ([1], [2.0])
         """
-        points = [
-            (line["step"], line[name])
-            for line in self.lines
-            if isinstance(line.get(name), int | float)
-        ]
-        return [step for step, _ in points], [value for _, value in points]
+        return self._curves.get(name, ([], []))
 
-    def last(self, name: str) -> float | None:
-        """Returns the last value of a metric, which may not be finite, or None.
+    def last_point(self, name: str) -> tuple[int, float] | None:
+        """Returns the last step and value of a metric, which may not be finite, or None.
 
         >>> lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": "nan"}, {"step": 3}]
-        >>> RunLog("a", lines, "", "", [], {}).last("loss")
-        nan
+        >>> RunLog("a", lines, "", "", [], {}).last_point("loss")
+        (2, nan)
         """
-        for line in reversed(self.lines):
-            value = line.get(name)
-            if isinstance(value, int | float) or value in ("nan", "inf", "-inf"):
-                return float(value)
-        return None
+        steps, values = self.curve(name)
+        return (int(steps[-1]), values[-1]) if steps else None
+
+    def last(self, name: str) -> float | None:
+        """Returns the value of `last_point`."""
+        point = self.last_point(name)
+        return point[1] if point else None
+
+    @property
+    def end(self) -> int:
+        """The last step that was logged."""
+        return self.lines[-1]["step"]
 
     @property
     def names(self) -> list[str]:
         """All metrics with a numeric value, in the order of their first line."""
-        return list(
-            dict.fromkeys(
-                name
-                for line in self.lines
-                for name, v in line.items()
-                if isinstance(v, int | float) and name != "step"
-            )
-        )
+        return list(self._curves)
+
+    @functools.cached_property
+    def _curves(self) -> dict[str, tuple[list[float], list[float]]]:
+        """{metric: (steps, values)} from one pass over the lines."""
+        curves: dict[str, tuple[list[float], list[float]]] = {}
+        for line in self.lines:
+            step = line["step"]
+            for name, value in line.items():
+                if isinstance(value, str) and value in NOT_FINITE:
+                    value = float(value)
+                elif name == "step" or not isinstance(value, int | float):
+                    continue
+                steps, values = curves.get(name) or curves.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+        return curves
 
 
 def run_names(workdirs: Sequence[str | pathlib.Path]) -> list[str]:

@@ -1,8 +1,11 @@
 """The report of one run, or of several runs compared, as one page: curves of all metrics with a
 note about healthy ones, panels over time, evaluations, throughput, settings."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from m3i_jax.reporting import data_report, figures, html_page, run_log, svg_charts
 from m3i_jax.reporting.metric_text import is_score, metric_note
@@ -13,8 +16,17 @@ DENSE_LOSSES = (
     "All losses fall, classification last. A loss that stays at its first value is not learnt, such"
     " as a box loss if no object is ever matched."
 )
+CURVES = (
+    f"Of a curve with more than {svg_charts.MOST} points, the line is the mean of consecutive"
+    " points and the band reaches from the least to the largest of them; of evaluations, points are"
+    " left out. A cross marks values that are not finite."
+)
 PANELS = 5  # shown of a run
 TONES = 8
+DASHES = ("", " dashed", " dotted")  # of as many runs each as there are tones
+# metrics of the headline; those of pre-training are named by the ends of their names
+HEADLINE = ("eval/box/AP", "eval/mask/AP", "eval/segmentation/mIoU")
+HEADLINE_ENDS = ("top1", "/r1")
 LOSSES = "Losses"  # the section that panels and figures follow
 # (section, prefixes of its metrics, what is healthy)
 SECTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -98,18 +110,19 @@ def run_page_html(
     >>> "first" in run_page_html([one], differs={})
     True
     """
-    first, last = runs[0], max(run.lines[-1]["step"] for run in runs)
+    first, axis = runs[0], _Axis.of(runs)
     body = [
         f"<h1>{html_page.escape_html(first.name)}</h1>",
         f"<p class=muted>{html_page.escape_html(_about(runs))}</p>",
         html_page.headline(_key_values(first)),
     ]
     if len(runs) > 1:
-        body.append(_legend(runs) + _comparison(runs))
+        notes = (*_unequal(runs, differs), *axis.notes)
+        body.append(_legend(runs) + _comparison(runs) + _paragraphs(notes))
     shown: set[str] = set()
     for title, prefixes, healthy in SECTIONS:
         names = _names(runs, prefixes, shown)
-        charts = "".join(_chart(name, runs, last) for name in names)
+        charts = "".join(_chart(name, runs, axis) for name in names)
         shown |= set(names)
         if charts:
             body.append(
@@ -124,12 +137,12 @@ def run_page_html(
     if others := [name for name in _names(runs, ("",), shown) if name != "samples_seen"]:
         body.append(
             '<h2>Other metrics</h2><div class="charts">'
-            + "".join(_chart(name, runs, last) for name in others)
+            + "".join(_chart(name, runs, axis) for name in others)
             + "</div>"
         )
     if first.data:
         body.append(f"<h2>Data</h2><pre>{html_page.escape_html(first.data)}</pre>")
-    if first.config:
+    if first.config or differs:
         changed = "".join(
             f"<h3>{html_page.escape_html(name)} differs in</h3>{_lines(lines)}"
             for name, lines in differs.items()
@@ -138,6 +151,8 @@ def run_page_html(
             f"<h2>Settings</h2>{changed}<details><summary>all"
             f" settings</summary><pre>{html_page.escape_html(first.config)}</pre></details>"
         )
+    if any('<path class="band ' in part or '<path class="gap ' in part for part in body):
+        body.insert(3, f"<p class=muted>{CURVES}</p>")
     return html_page.render_page(
         f"Run: {first.name}",
         html_page.with_toc(body, after=3),
@@ -164,25 +179,61 @@ summary { cursor: pointer; color: var(--muted); }
 
 
 def _about(runs: Sequence[RunLog]) -> str:
-    end, samples = runs[0].lines[-1]["step"], runs[0].last("samples_seen")
+    end, samples = runs[0].end, runs[0].last("samples_seen")
     images = f", {samples:,.0f} images seen" if samples else ""
     others = f"; compared with {', '.join(run.name for run in runs[1:])}" if len(runs) > 1 else ""
     return f"{end:,} steps{images}{others}"
+
+
+def _tone(number: int) -> str:
+    """The classes of a run's curves: colours first, then the same ones dashed."""
+    return f"c{number % TONES}{DASHES[number // TONES % len(DASHES)]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """The horizontal axis of all curves: steps, or images seen where runs have different batch
+    sizes. `last` is its right end."""
+
+    images: bool
+    last: float
+
+    @classmethod
+    def of(cls, runs: Sequence[RunLog]) -> "_Axis":
+        ends = [run.last_point("samples_seen") for run in runs]
+        batches = [samples / step for step, samples in filter(None, ends) if step]
+        images = len(batches) == len(runs) and max(batches) > 1.001 * min(batches)
+        last = max(
+            end[1] if images and end else run.end for run, end in zip(runs, ends, strict=True)
+        )
+        return cls(images, last)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("Curves are over images seen.",) if self.images else ()
+
+    def positions(self, run: RunLog, steps: Sequence[float]) -> Sequence[float]:
+        if not self.images:
+            return steps
+        known, samples = run.curve("samples_seen")
+        return [float(x) for x in np.interp(steps, [0, *known], [0, *samples])]
+
+
+def _at_step(run: RunLog, step: int, form: str) -> str:
+    """The step of a value in words; "" of the last step of its run."""
+    return "" if step == run.end else form.format(f"step {step:,}")
 
 
 def _key_values(run: RunLog) -> list[tuple[str, str]]:
     """(value, what it is) of what decides a run, at its end."""
     out = []
     for name in run.names:
-        if name.startswith("eval/") and name.endswith(("top1", "/r1")):
+        if name in HEADLINE or (name.startswith("eval/") and name.endswith(HEADLINE_ENDS)):
             x, y = run.curve(name)
-            out.append(
-                (
-                    f"{100 * (run.last(name) or 0.0):.1f} %",
-                    name.removeprefix("eval/")
-                    + (f", {100 * y[0]:.1f} % at step {x[0]:,}" if len(y) > 1 else ""),
-                )
-            )
+            what = name.removeprefix("eval/") + _at_step(run, int(x[-1]), " at {}")
+            if len(y) > 1:
+                what += f", {100 * y[0]:.1f} % at step {x[0]:,}"
+            out.append((f"{100 * y[-1]:.1f} %", what))
     for name, form, what in (
         ("loss", "{:.3f}".format, "loss"),
         ("balance/lambda", "{:.3g}".format, "lambda"),
@@ -191,8 +242,8 @@ def _key_values(run: RunLog) -> list[tuple[str, str]]:
         ("perf/mfu", "{:.1%}".format, "of the peak (MFU)"),
         ("perf/goodput", "{:.1%}".format, "goodput"),
     ):
-        if (value := run.last(name)) is not None:
-            out.append((form(value), what))
+        if (point := run.last_point(name)) is not None:
+            out.append((form(point[1]), what + _at_step(run, point[0], " at {}")))
     return out
 
 
@@ -213,17 +264,22 @@ def _names(runs: Sequence[RunLog], prefixes: tuple[str, ...], shown: set[str]) -
     return [n for n in chosen if any(v != 0 for run in runs for v in run.curve(n)[1])]
 
 
-def _chart(name: str, runs: Sequence[RunLog], last: float) -> str:
+def _chart(name: str, runs: Sequence[RunLog], axis: _Axis) -> str:
+    curves = [(run, *run.curve(name)) for run in runs]
     lines = [
-        SvgCurve(run.name, *run.curve(name), tone=f"c{i % TONES}") for i, run in enumerate(runs)
+        SvgCurve(run.name, axis.positions(run, steps), values, tone=_tone(number))
+        for number, (run, steps, values) in enumerate(curves)
     ]
     # shares begin at almost 0 and are read against 1
+    evaluation = name.startswith("eval/")
     return svg_charts.svg_chart(
         name.removeprefix("eval/"),
         lines,
-        last=last,
+        last=axis.last,
         note=metric_note(name),
-        linear=name.startswith("eval/"),
+        linear=evaluation,
+        picked=evaluation,
+        axis="image" if axis.images else "step",
     )
 
 
@@ -231,29 +287,52 @@ def _legend(runs: Sequence[RunLog]) -> str:
     return (
         '<div class="legend">'
         + "".join(
-            f'<span><i class="c{i % TONES}"></i>{html_page.escape_html(r.name)}</span>'
-            for i, r in enumerate(runs)
+            f'<span><i class="{_tone(number)}"></i>{html_page.escape_html(run.name)}</span>'
+            for number, run in enumerate(runs)
         )
         + "</div>"
     )
 
 
 def _comparison(runs: Sequence[RunLog]) -> str:
-    """Last values of evaluations and losses, one row for each run."""
+    """Length of every run, and the last values of its evaluations and of its loss, a row each."""
     metrics = [
         n
         for n in dict.fromkeys(name for run in runs for name in run.names)
         if (n.startswith("eval/") and is_score(n)) or n == "loss"
     ]
     metrics = [n for n in metrics if not n.endswith(("r5", "r10", "top5"))]
-    values = [[run.last(name) for name in metrics] for run in runs]
-    rows = [
-        [run.name, *("" if v is None else f"{v:.4g}" for v in row)]
-        for run, row in zip(runs, values, strict=True)
-    ]
-    return html_page.html_table(
-        ("run", *(n.removeprefix("eval/") for n in metrics)), rows, numeric=1
-    )
+    rows = []
+    for run in runs:
+        samples = run.last("samples_seen")
+        row = [run.name, f"{run.end:,}", "" if samples is None else f"{samples:,.0f}"]
+        for name in metrics:
+            point = run.last_point(name)
+            row.append(f"{point[1]:.4g}{_at_step(run, point[0], ' ({})')}" if point else "")
+        rows.append(row)
+    titles = ("run", "steps", "images seen", *(n.removeprefix("eval/") for n in metrics))
+    return html_page.html_table(titles, rows, numeric=1)
+
+
+def _unequal(runs: Sequence[RunLog], differs: Mapping[str, Sequence[str]]) -> list[str]:
+    """Warnings of what makes values of the comparison incomparable, a sentence each."""
+    out = []
+    for start, what, why in (
+        ("train.batch_size:", "Batch sizes", "a step is not as many images"),
+        (("objective.", "task:"), "Objectives", "losses are not on one scale"),
+        ("evaluate.", "Settings of evaluations", "scores may not be comparable"),
+        ("data, ", "Data", "scores may be of other images"),
+    ):
+        names = [
+            name for name, lines in differs.items() if any(one.startswith(start) for one in lines)
+        ]
+        if names:
+            out.append(f"{what} of {', '.join(names)} and {runs[0].name} differ: {why}.")
+    return out
+
+
+def _paragraphs(lines: Sequence[str]) -> str:
+    return "".join(f"<p class=muted>{html_page.escape_html(line)}</p>" for line in lines)
 
 
 def _panels(run: RunLog) -> str:
@@ -323,5 +402,5 @@ def _lines(lines: Sequence[str]) -> str:
     return (
         "<ul>" + "".join(f"<li>{html_page.escape_html(line)}</li>" for line in lines) + "</ul>"
         if lines
-        else "<p>no setting that changes the training</p>"
+        else "<p>no setting that changes the training or its evaluations, and not in its data</p>"
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from m3i_jax.reporting.html_page import escape_html
 
@@ -10,13 +10,14 @@ WIDTH, HEIGHT = 420, 200
 # margins: least room for labels at the left, room for half of the last one below the axis
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 18, 10, 28
 _LETTER = 8  # width of a digit, with room to spare
-_MOST = 400  # points of a curve; more are averaged in groups
+MOST = 400  # points of a curve; more are drawn in groups
 _WIDE = 300.0  # ratio of largest to smallest value above which an axis is logarithmic
 
 
 @dataclasses.dataclass(frozen=True)
 class SvgCurve:
-    """One line of a chart; `tone` is a colour class of the style sheet, c0 to c7."""
+    """One line of a chart; `tone` is a colour class of the style sheet, c0 to c7, with "dashed" or
+    "dotted" after a blank for more lines than colours."""
 
     name: str
     x: Sequence[float]
@@ -69,20 +70,55 @@ def _decimals(value: float, digits: int) -> str:
     return f"{value:.0f}" if "e" in text else text
 
 
-def thin_points(
-    x: Sequence[float], y: Sequence[float], most: int = _MOST
-) -> tuple[list[float], list[float]]:
-    """Returns at most `most` points: means over consecutive finite points.
+@dataclasses.dataclass(frozen=True)
+class PointGroup:
+    """Consecutive points of a curve, drawn as one: their mean, and the least and the largest value,
+    of those that are finite; NaN if none is.
 
-    >>> thin_points([0, 1, 2, 3], [1.0, 3.0, float("nan"), 5.0], most=2)
-    ([0.5, 3.0], [2.0, 5.0])
+    Attributes:
+      broken: a value is not finite, so that the line before ends here.
     """
-    good = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
-    size = -(-len(good) // most) if good else 1
-    groups = [good[i : i + size] for i in range(0, len(good), size)]
-    return [sum(a for a, _ in g) / len(g) for g in groups], [
-        sum(b for _, b in g) / len(g) for g in groups
-    ]
+
+    x: float
+    y: float
+    low: float
+    high: float
+    broken: bool = False
+
+
+def group_points(x: Sequence[float], y: Sequence[float], most: int = MOST) -> list[PointGroup]:
+    """Returns at most `most` groups of points; the first and the last one have a point alone.
+
+    >>> [(g.x, g.y, g.low, g.high) for g in group_points([0, 1, 2, 3], [5.0, 1, 3, 6.0], most=3)]
+    [(0.0, 5.0, 5.0, 5.0), (1.5, 2.0, 1, 3), (3.0, 6.0, 6.0, 6.0)]
+    >>> group_points([7], [math.nan])
+    [PointGroup(x=7.0, y=nan, low=nan, high=nan, broken=True)]
+    """
+    points = list(zip(x, y, strict=True))
+    size = 1 if len(points) <= most else -(-(len(points) - 2) // (most - 2))
+    inner = [points[i : min(i + size, len(points) - 1)] for i in range(1, len(points) - 1, size)]
+    return [_group(each) for each in (points[:1], *inner, points[1:][-1:]) if each]
+
+
+def _group(points: Sequence[tuple[float, float]]) -> PointGroup:
+    middle = sum(a for a, _ in points) / len(points)
+    good = [b for _, b in points if math.isfinite(b)]
+    broken, good = len(good) < len(points), good or [math.nan]
+    return PointGroup(middle, sum(good) / len(good), min(good), max(good), broken)
+
+
+def pick_points(
+    x: Sequence[float], y: Sequence[float], most: int = MOST
+) -> tuple[list[float], list[float]]:
+    """Returns at most `most` of the points, evenly spread, with the first and the last.
+
+    >>> pick_points(range(9), range(9), most=3)
+    ([0, 4, 8], [0, 4, 8])
+    """
+    if len(x) <= most:
+        return list(x), list(y)
+    chosen = [round(k * (len(x) - 1) / (most - 1)) for k in range(most)]
+    return [x[i] for i in chosen], [y[i] for i in chosen]
 
 
 def svg_chart(
@@ -92,9 +128,11 @@ def svg_chart(
     last: float,
     note: str = "",
     linear: bool = False,
+    picked: bool = False,
     axis: str = "step",
 ) -> str:
-    """Returns a figure with one chart.
+    """Returns a figure with one chart: the mean of each group of points as a line, with a band
+    from the least to the largest value; a cross where values are not finite.
 
     Args:
       title: above the chart.
@@ -102,16 +140,19 @@ def svg_chart(
       last: right end of the x axis, in steps.
       note: below the chart.
       linear: the vertical axis is linear however far apart the values are.
+      picked: of many points some are drawn, and none is averaged.
       axis: what the horizontal axis counts, for the text of a curve.
 
     >>> svg_chart("loss", [SvgCurve("a", [0, 10], [2.0, 1.0])], last=10).count("<path")
     1
     """
-    points = [(curve, *thin_points(curve.x, curve.y)) for curve in curves]
-    values = [v for _, _, y in points for v in y]
-    if not values:
+    grouped = [
+        (c, group_points(*(pick_points(c.x, c.y) if picked else (c.x, c.y)))) for c in curves
+    ]
+    finite = [g for _, groups in grouped for g in groups if not math.isnan(g.y)]
+    if not finite:
         return ""
-    low, high = min(values), max(values)
+    low, high = min(g.low for g in finite), max(g.high for g in finite)
     logarithmic = not linear and low > 0 and high / low > _WIDE
     if not logarithmic:
         margin = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
@@ -145,28 +186,8 @@ def svg_chart(
         for step in axis_ticks(0, last)
         if step == int(step)  # of a run of a few steps; there is no half step
     ]
-    for curve, x, y in points:
-        title_tag = (
-            f"<title>{escape_html(curve.name)}: {tick_label(y[-1])} at {axis}"
-            f" {tick_label(x[-1])}</title>"
-            if y
-            else ""
-        )
-        if len(x) == 1:
-            parts.append(
-                f'<circle class="{curve.tone}" cx="{x_of(x[0]):.1f}" cy="{y_of(y[0]):.1f}"'
-                f' r="3">{title_tag}</circle>'
-            )
-        elif x:
-            path = " ".join(f"{x_of(a):.1f},{y_of(b):.1f}" for a, b in zip(x, y, strict=True))
-            dots = "".join(
-                f'<circle class="{curve.tone}" cx="{x_of(a):.1f}" cy="{y_of(b):.1f}" r="2.2"/>'
-                for a, b in zip(x, y, strict=True)
-            )
-            parts.append(
-                f'<path class="{curve.tone}" d="M{path}">{title_tag}</path>'
-                + (dots if len(x) <= 12 else "")
-            )
+    for curve, groups in grouped:
+        parts += _drawn(curve, groups, x_of, y_of, axis)
     scale = " <small>(logarithmic)</small>" if logarithmic else ""
     return (
         f'<figure class="chart"><h3>{escape_html(title)}{scale}</h3><svg viewBox="0 0 {WIDTH}'
@@ -174,6 +195,59 @@ def svg_chart(
         + (f"<figcaption>{escape_html(note)}</figcaption>" if note else "")
         + "</figure>"
     )
+
+
+def _segments(groups: Sequence[PointGroup]) -> list[list[PointGroup]]:
+    """The parts of a curve between values that are not finite."""
+    out: list[list[PointGroup]] = [[]]
+    for group in groups:
+        if group.broken:
+            out.append([])
+        if not math.isnan(group.y):
+            out[-1].append(group)
+    return [segment for segment in out if segment]
+
+
+def _drawn(
+    curve: SvgCurve,
+    groups: Sequence[PointGroup],
+    x_of: Callable[[float], float],
+    y_of: Callable[[float], float],
+    axis: str,
+) -> list[str]:
+    """The elements of a curve: band, line and dots of each part, and crosses."""
+    segments = _segments(groups)
+    ends = [(g.x, g.y) for segment in segments for g in segment[-1:]]
+    title = (
+        f"<title>{escape_html(curve.name)}: {tick_label(ends[-1][1])} at {axis}"
+        f" {tick_label(ends[-1][0])}</title>"
+        if ends
+        else ""
+    )
+    parts = []
+    for segment in segments:
+        highs = [f"{x_of(g.x):.1f},{y_of(g.high):.1f}" for g in segment]
+        lows = [f"{x_of(g.x):.1f},{y_of(g.low):.1f}" for g in segment]
+        middle = [f"{x_of(g.x):.1f},{y_of(g.y):.1f}" for g in segment]
+        if highs != lows:
+            band = " ".join([*highs, *reversed(lows)])
+            parts.append(f'<path class="band {curve.tone}" d="M{band}Z"/>')
+        if len(segment) > 1:
+            parts.append(f'<path class="{curve.tone}" d="M{" ".join(middle)}">{title}</path>')
+        if len(segment) == 1 or len(groups) <= 12:
+            radius = 3 if len(groups) == 1 else 2.2
+            parts += [
+                f'<circle class="{curve.tone}" cx="{at.partition(",")[0]}"'
+                f' cy="{at.partition(",")[2]}" r="{radius}">'
+                f"{title if len(segment) == 1 else ''}</circle>"
+                for at in middle
+            ]
+    return parts + [
+        f'<path class="gap {curve.tone}" d="M{x_of(g.x) - 3:.1f},{_TOP}l6,6m0,-6l-6,6">'
+        f"<title>{escape_html(curve.name)}: not finite at {axis} {tick_label(g.x)}</title></path>"
+        for g in groups
+        if g.broken
+    ]
 
 
 def _powers(low: float, high: float) -> list[float]:
@@ -188,13 +262,18 @@ STYLE = """
 .chart text { fill: var(--muted); font-size: 13.5px; }
 .chart .grid { stroke: var(--rule); stroke-width: 1; }
 .chart path { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.chart path.band { stroke-width: 1; opacity: .35; }
+.dashed { stroke-dasharray: 6 4; } .dotted { stroke-dasharray: 2 3; }
+.chart path.gap, .chart path.band { stroke-dasharray: none; }
 .chart small { font-weight: 400; color: var(--muted); } .chart figcaption { color: var(--muted); }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: .6rem 0; }
 .legend i { display: inline-block; width: 1.1rem;
   height: .3rem; border-radius: 2px; margin-right: .4rem; vertical-align: middle; }
+.legend i.dashed { mask: repeating-linear-gradient(90deg, #000 0 .28rem, #0000 0 .41rem); }
+.legend i.dotted { mask: repeating-linear-gradient(90deg, #000 0 .1rem, #0000 0 .25rem); }
 """ + "".join(
-    f".c{i} {{ stroke: {colour}; }} circle.c{i} {{ fill: {colour}; }} .legend i.c{i} {{ background:"
-    f" {colour}; }}\n"
+    f".c{i} {{ stroke: {colour}; }} circle.c{i}, .chart path.band.c{i} {{ fill: {colour}; }}"
+    f" .legend i.c{i} {{ background: {colour}; }}\n"
     for i, colour in enumerate(
         ("#4676b2", "#e4873e", "#3f9a76", "#b4442f", "#8b6bb8", "#8a7346", "#c867a0", "#7d8590")
     )

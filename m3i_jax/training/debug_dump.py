@@ -10,7 +10,6 @@ the batch, so nothing else is needed.
 """
 
 import io
-import json
 import math
 import pathlib
 import zipfile
@@ -25,7 +24,7 @@ from m3i_jax import config as configuration
 from m3i_jax import parallel, run_files, version
 from m3i_jax.errors import UserError
 from m3i_jax.parallel.sharding import path_text
-from m3i_jax.run_files import write_text_atomic
+from m3i_jax.run_files import write_json_atomic, write_text_atomic
 from m3i_jax.training import step as step_module
 from m3i_jax.training import targets
 from m3i_jax.training.checkpoint import Checkpoints
@@ -88,7 +87,7 @@ def write_dump(
     }
     parallel.barrier("dump")  # a dump is complete once all hosts have written their batch
     if jax.process_index() == 0:
-        write_text_atomic(dump / "step.json", json.dumps(description, indent=1), noted=True)
+        write_json_atomic(dump / "step.json", description, noted=True)
     return dump
 
 

@@ -134,6 +134,19 @@ def test_all_rows_have_one_budget(ran, tmp_path, monkeypatch, capsys, budget) ->
     assert len(ran) == 4 and len(timed) == (2 if budget == "time" else 0)  # measured once
 
 
+def test_a_metric_with_the_name_of_a_secret_is_a_number(ran, tmp_path, monkeypatch) -> None:
+    """`token: 9.2192` in a text is a secret; in JSON it would cost the whole file."""
+    monkeypatch.setitem(LINES[3], "bits/caption/token", 9.219244)
+    chosen = settings(compare__forms="mim", compare__seeds=1)
+    compare.run(chosen, workdir=str(tmp_path), allow_changes=False)
+    result = json.loads((tmp_path / "compare" / "mim-0" / "result.json").read_text())
+    assert result["values"]["bits/caption/token"] == 9.219244
+    (row,) = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert row["figures"]["bits/caption/token"]["mean"] == 9.219244
+    compare.run(chosen, workdir=str(tmp_path), allow_changes=False)
+    assert names(ran) == ["mim-0"]
+
+
 def test_finished_runs_are_not_repeated(ran, tmp_path) -> None:
     compare.run(settings(compare__forms="mim"), workdir=str(tmp_path), allow_changes=False)
     (tmp_path / "compare" / "mim-1" / "result.json").unlink()
@@ -164,6 +177,32 @@ def test_a_result_of_other_settings_is_refused(ran, tmp_path) -> None:
     with pytest.raises(UserError, match=r"mim-0.*optim.lr"):
         compare.run(settings(optim__lr=0.5), workdir=str(tmp_path), allow_changes=False)
     assert len(ran) == 4
+
+
+def test_rows_that_were_evaluated_with_other_settings_are_named(ran, tmp_path, capsys) -> None:
+    """They are one table all the same: a setting of evaluations does not make another run."""
+    compare.run(settings(compare__seeds=1), workdir=str(tmp_path), allow_changes=False)
+    assert "comparable" not in (tmp_path / "compare.md").read_text()
+    (tmp_path / "compare" / "mae+clip-0" / "result.json").unlink()
+    again = settings(compare__seeds=1, evaluate__k=7, evaluate__batch_size=8)
+    compare.run(again, workdir=str(tmp_path), allow_changes=False)
+    lines = (tmp_path / "compare.md").read_text().splitlines()
+    (note,) = (line for line in lines if "comparable" in line)
+    assert "mim, seed 0 (evaluate.k: 20 -> 7)" in note and "mae" not in note
+    assert note[2:] in capsys.readouterr().out
+
+
+def test_a_result_of_an_earlier_version_has_no_settings_of_evaluations(ran, tmp_path) -> None:
+    chosen = settings(compare__forms="mim", compare__seeds=1)
+    compare.run(chosen, workdir=str(tmp_path), allow_changes=False)
+    path = tmp_path / "compare" / "mim-0" / "result.json"
+    result = json.loads(path.read_text())
+    del result["evaluate"]
+    run_files.write_json_atomic(path, result, noted=True)
+    assert compare.run(chosen, workdir=str(tmp_path), allow_changes=False) == 0
+    run_files.write_json_atomic(path, result | {"evaluate": 3}, noted=True)
+    with pytest.raises(UserError, match="is not the result of a run"):
+        compare.run(chosen, workdir=str(tmp_path), allow_changes=False)
 
 
 def test_preemption_is_returned_and_the_table_has_the_finished_runs(

@@ -1,8 +1,10 @@
 """Setup of a run: captions are tokenized if an objective reads them, or if no objective is
 given."""
 
+import dataclasses
 import pathlib
 import shutil
+import types
 
 import pytest
 
@@ -136,6 +138,25 @@ def test_a_rounded_batch_that_does_not_divide_is_refused(tmp_path: pathlib.Path)
     with pytest.raises(UserError, match="train.batch_size: 52 -> 64.* add --allow-changes"):
         train.check_same_run(more, position, False)
     assert train.check_same_run(more, position, True)
+
+
+def test_a_resumed_run_says_that_its_evaluations_changed(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = jobs.open_setup(toy.settings(**SMALL), str(tmp_path))
+    train.write_settings(first)
+    saved = types.SimpleNamespace(
+        newest_good=lambda: 70,
+        position=lambda step: {"fingerprint": first.fingerprint, "samples_seen": 8},
+    )
+    capsys.readouterr()
+    assert train._newest_position(first, saved, False)[2] is False
+    assert "evaluat" not in capsys.readouterr().out
+    evaluate = dataclasses.replace(first.config.evaluate, k=7)
+    other = dataclasses.replace(first, config=dataclasses.replace(first.config, evaluate=evaluate))
+    assert train._newest_position(other, saved, False)[2] is False  # nor is it refused
+    said = capsys.readouterr().out
+    assert "evaluate.k: 20 -> 7: evaluations up to step 70 had" in said
 
 
 def test_a_dense_head_has_as_many_names_as_it_predicts(tmp_path: pathlib.Path) -> None:
