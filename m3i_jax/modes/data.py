@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from m3i_jax import parallel, schema
 from m3i_jax.data import (
@@ -101,6 +102,8 @@ def run(config: schema.Config, *, workdir: str) -> int:
         "speed": {**dataclasses.asdict(speed), "cores": usable_cores()},
         "feeds": chips_fed(done, words.vocabulary if words else 0, usable_cores() * speed.pipeline),
     }
+    if not report["sample"]["whole"]:
+        report["duplicates"]["keys_in_both_parts"] = shared_keys(train, held_out)
     write_json_atomic(directory / "data.json", report)
     shown = _examples(source, spread_items(readable, EXAMPLES), config.data)
     twins = _twins(source, readable, config.data)
@@ -110,6 +113,19 @@ def run(config: schema.Config, *, workdir: str) -> int:
     print(data_report.report_text(report))
     print(f"\n{directory / 'data.json'}\n{directory / 'data.html'}")
     return 0
+
+
+def shared_keys(train: base.DataSource, held_out: base.DataSource) -> int:
+    """Returns how many keys both parts of a source have, without reading an image; 0 if a part has
+    no keys but the numbers of its records.
+
+    >>> shared_keys(["a", "b"], ["c"])
+    0
+    """
+    parts = (train, held_out)
+    if not all(hasattr(part, "key_hashes") or hasattr(part, "key") for part in parts):
+        return 0
+    return len(np.intersect1d(*map(base.source_key_hashes, parts)))
 
 
 def _read_speed(

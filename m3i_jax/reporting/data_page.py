@@ -32,7 +32,7 @@ def data_page_html(
             "usable" + ("" if sample["whole"] else f" of {examined:,} examined"),
         ),
         *_annotated(report),
-        (format_share(report["duplicates"]["records"], good), "are duplicates"),
+        _duplicate_number(report),
         (data_report.format_rate(fed) if fed else "-", "samples a second a core"),
     ]
     sentence, chips = data_report.feeding_lines(report)
@@ -43,7 +43,7 @@ def data_page_html(
         "<h2>Images</h2>" + (_image_list(images) or "<p>No usable image.</p>"),
         '<h2>Distributions</h2><div class="charts">'
         + "".join(
-            _bars(title, bars, data_report.histogram_unit(title, bars, good)[1])
+            _bars(title, bars, data_report.histogram_unit(title, report)[1])
             for title, bars in data_report.histogram_lines(report, 24)
         )
         + "</div>",
@@ -59,6 +59,13 @@ def data_page_html(
         ),
     ]
     return html_page.render_page(f"Data: {source['name']}", body)
+
+
+def _duplicate_number(report: DataReport) -> tuple[str, str]:
+    count, among = report["duplicates"]["records"], data_report.examined_scope(report)
+    if among:
+        return f"≥ {count:,}", f"are duplicates, found{among}"
+    return format_share(count, report["pictures"]["usable"]), "are duplicates"
 
 
 def _annotated(report: DataReport) -> list[tuple[str, str]]:
@@ -129,10 +136,7 @@ def _bad(report: DataReport) -> str:
 
 
 def _twins(report: DataReport, twins: Sequence[Sequence[Thumbnail]]) -> str:
-    count, scope = (
-        report["duplicates"],
-        ("" if report["sample"]["whole"] else " among the examined records"),
-    )
+    count, scope = report["duplicates"], data_report.examined_scope(report)
     if not count["records"]:
         return f"<p>No two images have the same bytes{scope}.</p>"
     summary = (

@@ -1,6 +1,6 @@
 """The data report as text for the console; `data_page` makes the page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from m3i_jax import privacy
@@ -38,18 +38,14 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
     """Returns (name, value) of the facts at the top of the report."""
     source, sample, counts = report["source"], report["sample"], report["pictures"]
     examined, good = counts["looked_at"], counts["usable"]
-    sizes, captions, categories, twice = (
-        report["sizes"],
-        report["captions"],
-        report["categories"],
-        report["duplicates"],
-    )
-    annotated = has_annotations_alone(report)
+    sizes, captions, categories = report["sizes"], report["captions"], report["categories"]
+    annotated, whole = has_annotations_alone(report), sample["whole"]
+    among = examined_scope(report)
     rows = [
         ("records", f"{source['records']:,}, of which {source['held_out']:,} are held out"),
         (
             "examined",
-            "all" if sample["whole"] else f"{examined:,}, evenly spread: {sample['rule']}",
+            "all" if whole else f"{examined:,}, evenly spread: {sample['rule']}",
         ),
         ("usable", f"{good:,} ({format_share(good, examined)}); bad: {counts['bad']:,}"),
         *([] if annotated else _label_facts(report)),
@@ -68,10 +64,10 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
         rows.append(
             (
                 "categories",
-                f"{categories['used']:,} used of {categories['in_source']:,}; images in each:"
-                f" {categories['smallest']:,} to {categories['largest']:,}, median"
+                f"{categories['used']:,} used of {categories['in_source']:,}; images in each"
+                f"{among}: {categories['smallest']:,} to {categories['largest']:,}, median"
                 f" {categories['median']:g}; entropy as of {categories['effective']:g} equal ones"
-                + (f"; {empty:,} have no image" if empty else "")
+                + (f"; {empty:,} have no image{'' if whole else ' there'}" if empty else "")
                 + (f"; {dropped:,} labels dropped" if dropped else ""),
             )
         )
@@ -88,17 +84,37 @@ def report_facts(report: DataReport) -> list[tuple[str, str]]:
             )
         )
     rows += annotation_facts(report)
-    both, labels = twice["in_both_parts"], twice["with_several_labels"]
-    rows.append(
-        (
-            "duplicates",
-            f"{twice['records']:,} ({format_share(twice['records'], good)}) have the bytes of"
-            " another one"
-            + (f"; {both:,} images are both trained on and held out" if both else "")
-            + (f"; {labels:,} have several labels" if labels else ""),
-        )
-    )
+    rows.append(("duplicates", _duplicate_fact(report)))
     return rows
+
+
+def examined_scope(report: DataReport) -> str:
+    """Returns in words that counts are those of a sample; "" if all records were examined.
+
+    >>> report = {"sample": {"whole": False}, "pictures": {"looked_at": 1000}}
+    >>> examined_scope(report | {"source": {"records": 50_000}})
+    ' among 1,000 of 50,000 records'
+    """
+    if report["sample"]["whole"]:
+        return ""
+    return f" among {report['pictures']['looked_at']:,} of {report['source']['records']:,} records"
+
+
+def _duplicate_fact(report: DataReport) -> str:
+    """What is known of duplicates. A sample has few of the pairs of its source: its counts are
+    lower bounds."""
+    twice, among = report["duplicates"], examined_scope(report)
+    both, labels = twice["in_both_parts"], twice["with_several_labels"]
+    share = f"({format_share(twice['records'], report['pictures']['usable'])}) "
+    least = "at least " if among else ""
+    keys = twice.get("keys_in_both_parts", 0)
+    return (
+        f"{least}{twice['records']:,} {'' if among else share}have the bytes of another one"
+        + (f"; {least}{both:,} images are both trained on and held out" if both else "")
+        + (f"; {least}{labels:,} have several labels" if labels else "")
+        + (f"; found{among}" if among else "")
+        + (f"; of all records, {keys:,} keys are in both parts" if keys else "")
+    )
 
 
 def has_annotations_alone(report: DataReport) -> bool:
@@ -219,9 +235,8 @@ def report_text(report: DataReport) -> str:
         report["source"]["description"],
         text_table.text_table(report_facts(report), ("of the source", "")),
     ]
-    good = report["pictures"]["usable"]
     for title, bars in histogram_lines(report):
-        unit, total = histogram_unit(title, bars, good)
+        unit, total = histogram_unit(title, report)
         bins = [
             (
                 _name(label),
@@ -295,17 +310,17 @@ def histogram_lines(report: DataReport, most: int = 12) -> list[tuple[str, list[
     return [(title, list(bars)) for title, bars in histograms if any(n for _, n in bars)]
 
 
-def histogram_unit(title: str, bars: Sequence[tuple[str, int]], images: int) -> tuple[str, int]:
-    """Returns what a histogram counts, and how many there are of it.
+def histogram_unit(title: str, report: DataReport) -> tuple[str, int]:
+    """Returns what a histogram counts, and how many there are of it; those without a bar are among
+    them.
 
-    >>> histogram_unit("width : height", [("1:1", 3)], 9)
-    ('images', 9)
-    >>> histogram_unit(OBJECT_SIDE, [("0-7", 3), ("8-15", 4)], 2)
-    ('objects', 7)
+    >>> report = {"pictures": {"usable": 9}, "annotations": {"objects": {"objects": 7}}}
+    >>> histogram_unit("width : height", report), histogram_unit(OBJECT_SIDE, report)
+    (('images', 9), ('objects', 7))
     """
     if title.startswith((OBJECT_SIDE, OBJECT_CLASS)):
-        return "objects", sum(n for _, n in bars)
-    return "images", images
+        return "objects", report["annotations"]["objects"]["objects"]
+    return "images", report["pictures"]["usable"]
 
 
 def _class_bars(

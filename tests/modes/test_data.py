@@ -16,6 +16,7 @@ from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import UnreadableError
 from m3i_jax.modes import data
 from m3i_jax.parallel.chips import CHIPS
+from m3i_jax.reporting import data_page, data_report
 from tests import broken, toy
 
 
@@ -189,6 +190,40 @@ def test_a_large_source_is_sampled_evenly_and_deterministically():
         800_000_000,
     ]
     assert data.spread_items(list(range(10)), 20) == list(range(10))
+
+
+def test_what_a_sample_has_is_not_said_of_its_source(survey):
+    """Two records of a pair are rarely in one sample: the counts are lower bounds."""
+    report = survey[0]
+    twice = report["duplicates"] | {"in_both_parts": 1, "keys_in_both_parts": 7}
+    sampled = report | {
+        "source": report["source"] | {"records": 50_000},
+        "sample": {"whole": False, "rule": "every one"},
+        "duplicates": twice,
+    }
+    facts, whole = dict(data_report.report_facts(sampled)), dict(data_report.report_facts(report))
+    assert facts["duplicates"] == (
+        "at least 2 have the bytes of another one; at least 1 images are both trained on and held"
+        " out; at least 1 have several labels; found among 48 of 50,000 records; of all records, 7"
+        " keys are in both parts"
+    )
+    assert "images in each among 48 of 50,000 records: 13 to 13" in facts["categories"]
+    assert whole["duplicates"].startswith("2 (7.7 %) have") and "among" not in str(whole)
+    pages = [data_page.data_page_html(r, images=(), twins=()) for r in (sampled, report)]
+    assert "<b>≥ 2</b><span>are duplicates, found among 48 of 50,000 records</span>" in pages[0]
+    assert "<b>7.7 %</b><span>are duplicates</span>" in pages[1]
+    assert "occur more than once among 48 of 50,000 records" in pages[0]
+
+
+def test_keys_of_both_parts_are_compared_without_reading_images(tmp_path):
+    parts = []
+    for part, names in (("train", "abc"), ("test", "bcd")):
+        (tmp_path / part).mkdir()
+        for name in names:
+            (tmp_path / part / f"{name}.png").write_bytes(b"no image")
+        parts.append(FolderSource(str(tmp_path / part)))
+    assert data.shared_keys(*parts) == 2
+    assert data.shared_keys(["a"], ["b"]) == 0  # their keys would be numbers alone
 
 
 def test_both_parts_are_read_in_order():

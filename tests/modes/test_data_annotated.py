@@ -14,6 +14,7 @@ from m3i_jax.data import annotation_stats, dataset_scan
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.scenes import ScenesSource
 from m3i_jax.modes import data
+from m3i_jax.reporting import data_report
 from tests import toy
 from tests.scene_files import write_scenes
 
@@ -161,6 +162,22 @@ def test_frequencies_of_classes() -> None:
         infos, classes=("a", "b", "c", "d"), map_classes=(), geometry=schema.Geometry()
     )["objects"]
     assert (stats["frequent"], stats["common"], stats["rare"], stats["empty"]) == (1, 1, 1, ["d"])
+
+
+def test_shares_of_classes_are_of_all_objects() -> None:
+    """Of 40 classes the largest and the smallest have a bar."""
+    table = [(f"c{k}", 40 - k, 1) for k in range(40)]
+    report = {
+        "pictures": {"usable": 9},
+        "sizes": {"short_side": [], "aspect": []},
+        "captions": {},
+        "categories": {"table": []},
+        "annotations": {"objects": {"objects": 820, "table": table}},
+    }
+    ((title, bars),) = data_report.histogram_lines(report)
+    unit, total = data_report.histogram_unit(title, report)
+    assert (unit, total, len(bars)) == ("objects", 820, 12)
+    assert data_report.format_share(bars[0][1], total) == "4.9 %"
 
 
 def test_repeat_factors_do_not_stop_the_report(files, tmp_path, monkeypatch) -> None:
