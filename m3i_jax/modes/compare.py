@@ -149,11 +149,9 @@ def run(config: schema.Config, *, workdir: str, allow_changes: bool) -> int:
         if main:
             rows = compare_table.compare_rows(results)
             if rows:
-                print(
-                    "\n"
-                    + compare_table.compare_text(rows, compare_notes(base, results, failed, budget))
-                    + "\n"
-                )
+                notes = compare_notes(base, results, failed, budget)
+                seeds = base.config.compare.seeds
+                print(f"\n{compare_table.compare_text(rows, notes, seeds=seeds)}\n")
             files = [base.workdir / f"compare.{ending}" for ending in ("md", "json", "png")]
             print("\n".join(str(file) for file in files if file.is_file()))
     return loop.FAILED if failed else loop.DONE
@@ -304,7 +302,8 @@ def compare_notes(
     budget: Budget,
 ) -> list[str]:
     """Returns notes below the table."""
-    config, count = base.config, base.config.compare.seeds
+    config = base.config
+    seeds = compare_table.seeds_note(compare_table.compare_rows(results))
     out = [
         budget.description(config.train.batch_size),
         (
@@ -312,11 +311,7 @@ def compare_notes(
             f" of {config.train.batch_size} images of {config.data.image_size} pixels, encoder of"
             f" {backbones.get_backbone(config.model).describe(config.model)}."
         ),
-        (
-            f"Mean ± standard deviation over {count} seeds."
-            if count > 1
-            else "One seed: differences may be chance; set config.compare.seeds."
-        ),
+        *([seeds] if seeds else []),
         (
             (
                 "Only the objective differs"
@@ -385,7 +380,8 @@ def write_comparison(
         "data": base.fingerprint,
         "seeds": list(compare_seeds(base.config)),
     }
-    write_text_atomic(directory / "compare.md", compare_table.compare_markdown(rows, notes))
+    table = compare_table.compare_markdown(rows, notes, seeds=base.config.compare.seeds)
+    write_text_atomic(directory / "compare.md", table)
     content = compare_table.compare_content(rows, notes, settings)
     write_json_atomic(directory / "compare.json", content)
     chance = 1 / len(base.classes) if base.classes else None

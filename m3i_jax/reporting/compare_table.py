@@ -119,19 +119,51 @@ def _number(value: float, column: CompareColumn) -> str:
     return format(scaled, column.form) if column.form else text_table.format_figures(scaled)
 
 
-def compare_text(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
-    """Returns the table for a console, notes below."""
-    shown = used_columns(rows)
+def row_title(row: CompareRow, seeds: int) -> str:
+    """Returns the objective of a row, with the number of its seeds if that is not all of `seeds`.
+
+    >>> row_title(CompareRow("mae", (0, 2), {}), 3), row_title(CompareRow("mae", (0,), {}), 1)
+    ('mae (2 of 3 seeds)', 'mae')
+    """
+    return (
+        row.form if len(row.seeds) >= seeds else f"{row.form} ({len(row.seeds)} of {seeds} seeds)"
+    )
+
+
+def seeds_note(rows: Sequence[CompareRow]) -> str:
+    """Returns what the numbers after ± are, from the seeds that the rows have; "" without a row.
+
+    >>> seeds_note([CompareRow("a", (0, 1), {}), CompareRow("b", (0, 1), {})])
+    'Mean ± standard deviation over 2 seeds.'
+    """
+    least, most = (part((len(row.seeds) for row in rows), default=0) for part in (min, max))
+    if most == 1:
+        return "One seed: differences may be chance; set config.compare.seeds."
+    if least < most:
+        return (
+            f"Mean ± standard deviation over the seeds that a row has, {least} to {most}; without"
+            " equal numbers of them no value is marked as the best."
+        )
+    return f"Mean ± standard deviation over {most} seeds." if most else ""
+
+
+def compare_text(rows: Sequence[CompareRow], notes: Sequence[str], *, seeds: int = 0) -> str:
+    """Returns the table for a console, notes below. `seeds`: that a complete row has."""
+    shown, seeds = used_columns(rows), max([seeds, *(len(row.seeds) for row in rows)])
     table = text_table.text_table(
-        [(r.form, *(table_cell(c, r.figures.get(c.key)) for c in shown)) for r in rows],
+        [
+            (row_title(r, seeds), *(table_cell(c, r.figures.get(c.key)) for c in shown))
+            for r in rows
+        ],
         ("objective", *(c.title for c in shown)),
     )
     return "\n".join([table, "", *notes])
 
 
-def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
-    """Returns the table as Markdown, the best of each evaluation bold, notes below."""
-    shown = used_columns(rows)
+def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str], *, seeds: int = 0) -> str:
+    """Returns the table as Markdown, the best of each evaluation bold if all rows have as many seeds
+    of it, notes below. `seeds`: that a complete row has."""
+    shown, seeds = used_columns(rows), max([seeds, *(len(row.seeds) for row in rows)])
     finite_means = {
         c.key: [
             r.figures[c.key].mean
@@ -140,13 +172,21 @@ def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
         ]
         for c in shown
     }
+    equal = {
+        c.key: len({len(r.figures[c.key].each) for r in rows if c.key in r.figures}) == 1
+        for c in shown
+    }
 
     def one(row: CompareRow, column: CompareColumn) -> str:
         figure, means = row.figures.get(column.key), finite_means[column.key]
         plain = table_cell(column, figure)
         return (
             f"**{plain}**"
-            if column.best and figure and len(means) > 1 and figure.mean == max(means)
+            if column.best
+            and figure
+            and equal[column.key]
+            and len(means) > 1
+            and figure.mean == max(means)
             else plain
         )
 
@@ -154,7 +194,9 @@ def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str]) -> str:
         f"| objective | {' | '.join(c.title for c in shown)} |",
         f"|---|{'---:|' * len(shown)}",
     ]
-    lines += [f"| {row.form} | {' | '.join(one(row, c) for c in shown)} |" for row in rows]
+    lines += [
+        f"| {row_title(row, seeds)} | {' | '.join(one(row, c) for c in shown)} |" for row in rows
+    ]
     lines = lines if rows else ["No run has a result."]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 

@@ -255,6 +255,9 @@ def test_a_run_that_is_not_finite_does_not_stop_the_others(
         and "mim, seed 0" in capsys.readouterr().out
     )
     assert not (tmp_path / "compare" / "mim-0" / "result.json").exists()
+    table = (tmp_path / "compare.md").read_text()
+    assert "| mim (1 of 2 seeds) | 40.0 |" in table and "| mae+clip | 40.0 ± 0.0 |" in table
+    assert "over the seeds that a row has, 1 to 2;" in table
 
 
 def test_a_run_that_fails_is_in_the_files_and_a_late_signal_stops_after_it(

@@ -57,18 +57,35 @@ def test_mean_and_spread_over_seeds_in_the_order_of_objectives() -> None:
 
 
 def test_the_table_has_only_columns_that_a_row_has_and_marks_the_best() -> None:
-    rows = compare_table.compare_rows(RESULTS)
+    rows = compare_table.compare_rows([*RESULTS[:2], RESULTS[2] | {"form": "b"}])
     lines = compare_table.compare_markdown(rows, ["a note"]).splitlines()
     assert (
         lines[0]
         == "| objective | kNN top-1 % | linear top-1 % | loss | GFLOP a step | seconds | target"
         " spread |"
     )
-    assert lines[2] == "| a | 35.0 ± 7.1 | **55.0 ± 7.1** | 2.5000 ± 0.7071 | 4.10 | 40 ± 14 | - |"
+    assert lines[2] == "| a | 30.0 | 50.0 | 2.0000 | 4.10 | 30 | - |"
     assert lines[3] == "| m3i | **60.0** | 40.0 | 1.0000 | 9.00 | - | 0.500 |"
+    assert lines[4] == "| b | 40.0 | **60.0** | 3.0000 | 4.10 | 50 | - |"
     assert lines[-1] == "- a note"
     plain = compare_table.compare_text(rows, ["a note"])
-    assert "35.0 ± 7.1" in plain and plain.endswith("a note") and "**" not in plain
+    assert "60.0" in plain and plain.endswith("a note") and "**" not in plain
+
+
+def test_rows_of_other_numbers_of_seeds_say_so_and_none_is_the_best() -> None:
+    rows = compare_table.compare_rows(RESULTS)
+    lines = compare_table.compare_markdown(rows, [], seeds=3).splitlines()
+    assert lines[2].startswith("| a (2 of 3 seeds) | 35.0 ± 7.1 | 55.0 ± 7.1 | 2.5000 ± 0.7071 |")
+    assert lines[3].startswith("| m3i (1 of 3 seeds) | 60.0 | 40.0 |")
+    plain = compare_table.compare_text(rows, [])
+    assert "m3i (1 of 2 seeds)" in plain and "a (" not in plain
+    assert "over the seeds that a row has, 1 to 2;" in compare_table.seeds_note(rows)
+    assert compare_table.seeds_note(rows[1:]).startswith("One seed: differences may be chance")
+    equal = compare_table.compare_rows(RESULTS[::2] + [r | {"form": "b"} for r in RESULTS[::2]])
+    lines = compare_table.compare_markdown(equal, [], seeds=2).splitlines()
+    assert lines[2].startswith("| a | **35.0 ± 7.1** |")
+    assert compare_table.seeds_note(equal) == "Mean ± standard deviation over 2 seeds."
+    assert compare_table.seeds_note([]) == ""
 
 
 def test_the_cost_of_a_real_run_is_written_out() -> None:
