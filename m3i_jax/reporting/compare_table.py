@@ -161,8 +161,8 @@ def compare_text(rows: Sequence[CompareRow], notes: Sequence[str], *, seeds: int
 
 
 def compare_markdown(rows: Sequence[CompareRow], notes: Sequence[str], *, seeds: int = 0) -> str:
-    """Returns the table as Markdown, the best of each evaluation bold if all rows have as many seeds
-    of it, notes below. `seeds`: that a complete row has."""
+    """Returns the table as Markdown, notes below; the best of each evaluation is bold if all rows
+    have equal numbers of seeds. `seeds`: that a complete row has."""
     shown, seeds = used_columns(rows), max([seeds, *(len(row.seeds) for row in rows)])
     finite_means = {
         c.key: [
