@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from m3i_jax import interrupts, parallel, run_files, schema
+from m3i_jax import interrupts, parallel, schema
 from m3i_jax.data import geometry
 from m3i_jax.profiling import flops, hardware, trace
 from m3i_jax.training import goodput, step
@@ -100,21 +100,6 @@ def make_clock(
             f" of {peak.flops / 1e12:,.4g} TFLOP/s"
         )
     return clock
-
-
-def log_metrics(log: pathlib.Path) -> dict[str, float]:
-    """Returns seconds by phase of the last line of a log that has them; {} without such a line."""
-    if not log.is_file():
-        return {}
-    for values in reversed(run_files.read_log(log, [])[0]):
-        with contextlib.suppress(ValueError, TypeError):
-            if seconds := {
-                k.removeprefix(goodput.PREFIX): float(v)
-                for k, v in values.items()
-                if k.startswith(goodput.PREFIX)
-            }:
-                return seconds
-    return {}
 
 
 @contextlib.contextmanager

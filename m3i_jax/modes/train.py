@@ -13,7 +13,8 @@ from m3i_jax import parallel, privacy, run_files, schema
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError, one_line
 from m3i_jax.models import m3i
-from m3i_jax.modes import evaluators, monitoring, report
+from m3i_jax.modes import earlier_log, evaluators, monitoring, report
+from m3i_jax.modes.earlier_log import EarlierLog
 from m3i_jax.modes.setup import Setup, lock_on_all_hosts, open_setup, require_shared
 from m3i_jax.modes.task_views import task_views
 from m3i_jax.parallel import distributed
@@ -22,7 +23,6 @@ from m3i_jax.run_files import write_json_atomic, write_text_atomic
 from m3i_jax.training import (
     checkpoint_dir,
     debug_dump,
-    goodput,
     loop,
     scaling,
     weight_source,
@@ -287,8 +287,7 @@ def _pretrain(
 ) -> int:
     config, workdir, main = setup.config, setup.workdir, not jax.process_index()
     with parallel.fail_together("checkpoints"):
-        if main:
-            checkpoint_dir.refuse_lost(workdir, run_log.read_log_lines(workdir / LOG))
+        logged = _earlier_log(workdir) if main else EarlierLog()
         checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep, log=writers.log_line)
     newest = _newest_position(setup, checkpoints, allow_changes)
     start, position, changed = newest or (0, {}, False)
@@ -298,19 +297,21 @@ def _pretrain(
     _refuse_fewer_steps(config, trainer.length.steps, start)
     trainer.check_state_fits()
     with parallel.fail_together("files of the run", limit=1800.0):
-        earlier = earlier_seconds(workdir, position) if newest else {}
         writer = writers.open_writers(
             config, workdir, resume_at=start, total=trainer.length.steps, main=main
         )
-        own = sorted(evaluations_done(workdir / LOG)) if main else []
+        own = sorted(step for step in logged.evaluated if step <= start)
         # for the position, which the first host writes
         vocabulary_mark = tokenizer_of(workdir) if setup.tokenizer and main else {}
     log = writer.log
     # all hosts skip the evaluations that are in the log of the first
     done = frozenset(json.loads(parallel.exchange_values("evaluated", json.dumps(own))[0]))
     _log_start(setup, trainer, log)
-    restarts = 1 + position.get("restarts", 0) if newest else 0
-    clock = monitoring.make_clock(trainer, log, earlier=earlier, restarts=restarts, began=began)
+    resumed = logged.resumed(position) if newest else {}
+    clock = monitoring.make_clock(trainer, log, **resumed, began=began)
+    goes_on = newest is not None and start < trainer.length.steps
+    if goes_on:  # the lines that had it were cut, and this start may end before its first one
+        writer.write(start, earlier_log.kept_metrics(**resumed))
 
     def checked(line: str, values: dict[str, float]) -> None:
         log(line)
@@ -331,6 +332,8 @@ def _pretrain(
         if newest:
             with clock.phase("restore"):
                 state = checkpoints.restore(start, trainer.template, trainer.shardings)
+            if goes_on:
+                writer.write(start, clock.started())
             log(f"resuming at step {start:,}, {samples:,} samples seen")
         else:
             write_settings(setup)  # for modes that read the run meanwhile
@@ -356,7 +359,7 @@ def _pretrain(
                 "samples_seen": samples,
                 "fingerprint": setup.fingerprint,
                 "seconds": clock.total(),
-                "restarts": restarts,
+                "restarts": clock.restarts,
                 "counts": data.counts,
                 "collapse": alarm.saved(),
                 "files": {**writer.mark(), **vocabulary_mark},
@@ -389,7 +392,9 @@ def _pretrain(
             values, line = clock.summary()
             writer.write(start + clock.ended, values)
             log(line)
-    if not jax.process_index():
+    if code == loop.PREEMPTED and earlier_log.is_long(workdir / LOG):
+        log("no report.html, since reading this long log takes time; --mode=report writes it")
+    elif not jax.process_index():
         writer.attempt("report.html", lambda: report.write_report(config, workdir))
     if code == loop.DONE:
         log(
@@ -399,19 +404,12 @@ def _pretrain(
     return code
 
 
-def earlier_seconds(workdir: pathlib.Path, position: dict[str, Any]) -> dict[str, float]:
-    """Returns seconds by phase of a run before it was resumed from a checkpoint. Only the first
-    host reads the log: it replaces the file meanwhile."""
-    logged = {} if jax.process_index() else monitoring.log_metrics(workdir / LOG)
-    return goodput.resumed_seconds(position.get("seconds", {}), logged)
-
-
-def evaluations_done(log: pathlib.Path) -> frozenset[int]:
-    """Returns steps with an evaluation in a log."""
-    lines = run_files.read_log(log, [])[0] if log.is_file() else []
-    return frozenset(
-        line["step"] for line in lines if any(name.startswith("eval/") for name in line)
-    )
+def _earlier_log(workdir: pathlib.Path) -> EarlierLog:
+    """The log of a run before this start. Only the first host reads it: it replaces the file
+    meanwhile. Refuses to start where the checkpoints of the run are gone."""
+    lines = run_log.read_log_lines(workdir / LOG)
+    checkpoint_dir.refuse_lost(workdir, lines)
+    return EarlierLog.of(lines)
 
 
 def tokenizer_of(workdir: pathlib.Path) -> dict[str, run_files.Mark]:

@@ -188,6 +188,11 @@ class GoodputClock:
         phases = " + ".join(f"{name} {tenths / 10:,.1f}" for name, tenths in parts)
         return values, f"goodput {values['perf/goodput']:.1%}: {done / 10:,.1f} s = {phases}{again}"
 
+    def started(self) -> dict[str, float]:
+        """Returns the metrics that a resumed run logs once it has its state: another start before
+        the next line would otherwise not know of this one."""
+        return self._lines(self.total())
+
     def _lines(self, total: Mapping[str, float]) -> dict[str, float]:
         out = {PREFIX + name: seconds for name, seconds in total.items() if seconds}
         return out | ({"perf/restarts": self.restarts} if self.restarts else {})

@@ -71,18 +71,6 @@ def test_an_unknown_chip_needs_a_peak() -> None:
     assert len(lines) == 1 and "'new chip'" in lines[0] and "report.peak_tflops" in lines[0]
 
 
-def test_seconds_are_read_from_the_last_line_with_them(tmp_path: pathlib.Path) -> None:
-    log = tmp_path / "metrics.jsonl"
-    assert monitoring.log_metrics(log) == {}
-    lines = [
-        {"step": 1, "perf/seconds/step": 3.0},
-        {"step": 2, "perf/seconds/step": 5.0, "perf/goodput": 1.0},
-        {"step": 2, "eval/x": 1},
-    ]
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "perf/sec')
-    assert monitoring.log_metrics(log) == {"step": 5.0}
-
-
 def test_compilations_are_reported_to_the_clock() -> None:
     clock = goodput.GoodputClock()
     with monitoring.count_compilations(clock), clock.phase("step"):
@@ -226,15 +214,6 @@ def test_a_run_and_its_restart_account_for_all_time(
         after["perf/seconds/step"] > last["perf/seconds/step"]
         and after["perf/wall_seconds"] > last["perf/wall_seconds"]
     )
-
-
-def test_only_the_first_host_reads_the_log_that_it_replaces(monkeypatch, tmp_path) -> None:
-    (tmp_path / train.LOG).write_text('{"step": 1, "perf/seconds/save": 3.0}\n')
-    position = {"seconds": {"step": 2.0}}
-    assert train.earlier_seconds(tmp_path, position)["save"] == 3.0
-    monkeypatch.setattr(train.jax, "process_index", lambda: 1)
-    monkeypatch.setattr(monitoring, "log_metrics", lambda log: pytest.fail("read"))
-    assert train.earlier_seconds(tmp_path, position)["step"] == 2.0
 
 
 def test_heads_compute_nothing_again_either() -> None:
