@@ -286,11 +286,19 @@ def _examples(
             shown = [_image(source, row, f"left out, {size}", data)]
             if done.of[row] >= 0:
                 other = _source_of(row, source, sources, done)
-                note = "kept" if other is source else f"of {other.name}"
-                note += f", difference {done.difference[row]:.3f}"
+                note = f"{_stays(done, row, other)}, difference {done.difference[row]:.3f}"
                 shown.append(_image(other, int(done.of[row]), note, data))
             examples.setdefault(reason, []).append(shown)
     return examples
+
+
+def _stays(done: curation.Decisions, row: int, other: base.DataSource) -> str:
+    """What became of the image of which a record is a copy: it may be left out for another
+    reason."""
+    if done.evaluation[row] >= 0:
+        return f"of {other.name}"
+    reason = done.reason[done.of[row]]
+    return "kept" if reason < 0 else f"itself left out: {curation.REASONS[reason]}"
 
 
 def _image(source: base.DataSource, row: int, note: str, data: schema.Data) -> dict[str, Any]:

@@ -7,6 +7,7 @@ dark mode."""
 
 import dataclasses
 import io
+import logging
 import math
 import os
 import pathlib
@@ -27,6 +28,7 @@ LINE, HEAD, BESIDE, BAR, LEAST = 17, 32, 260, 60, 480
 RIGHT, WRONG = (64, 145, 92), (196, 70, 66)
 # a row with more tiles, or with larger ones (pixels), takes the full width of a page
 _MANY, _LARGE = 5, 200
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +109,15 @@ def write_figure(directory: str | os.PathLike[str], name: str, figure: Figure) -
 
 
 def newest_figures(directory: str | os.PathLike[str]) -> list[pathlib.Path]:
-    """Returns the newest figure of every kind, STEP-KIND.json, in the order of the kinds.
-
-    Raises:
-      UserError: a file is not a figure.
-    """
-    kinds: dict[str, pathlib.Path] = {}
-    for file in sorted(
-        pathlib.Path(directory).glob("*-*.json"), key=lambda file: (_read(file)["made"], file.name)
-    ):
-        kinds[file.stem.partition("-")[2]] = file
+    """Returns the newest figure of every kind, STEP-KIND.json, in the order of the kinds. A file
+    that is no figure is left out with a warning."""
+    made = []
+    for file in pathlib.Path(directory).glob("*-*.json"):
+        try:
+            made.append((_read(file)["made"], file.name, file))
+        except UserError as error:
+            _log.warning("warning: %s: it is left out", error)
+    kinds = {file.stem.partition("-")[2]: file for _, _, file in sorted(made)}
     return [kinds[kind] for kind in sorted(kinds)]
 
 

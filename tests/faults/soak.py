@@ -89,7 +89,8 @@ def learned(run: pathlib.Path) -> list[dict[str, Any]]:
         "collapse/",
         "skipped/",
     )
-    return [{k: v for k, v in row.items() if k.startswith(kept)} for row in rows(run)]
+    lines = [{k: v for k, v in row.items() if k.startswith(kept)} for row in rows(run)]
+    return [line for line in lines if len(line) > 1]  # a start has a line of times alone
 
 
 DIGEST = """

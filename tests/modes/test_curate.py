@@ -88,6 +88,23 @@ def test_a_source_is_curated(data: pathlib.Path, tmp_path: pathlib.Path, capsys:
     assert len(kept) == 12 and base.source_key(kept, 11) == "large 02.jpg"
 
 
+def test_the_original_of_a_copy_may_be_left_out_itself() -> None:
+    """Record 1 is a copy of 0, which is in an evaluation set, and 2 one of 3, which is kept."""
+    copy, tested = (curation.REASONS.index(r) for r in ("copy or crop", "in an evaluation set"))
+    done = curation.Decisions(
+        np.array([tested, copy, copy, -1], np.int8),
+        np.array([7, 0, 3, -1]),
+        np.array([0, -1, -1, -1], np.int16),
+        np.zeros(4, np.float32),
+    )
+    source = types.SimpleNamespace(name="x (test)")
+    assert [mode._stays(done, row, source) for row in (0, 1, 2)] == [
+        "of x (test)",
+        "itself left out: in an evaluation set",
+        "kept",
+    ]
+
+
 def test_descriptions_are_read_again(
     data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any
 ) -> None:

@@ -95,6 +95,18 @@ def test_the_newest_of_every_kind(tmp_path: pathlib.Path) -> None:
     assert figures.newest_figures(tmp_path / "absent") == []
 
 
+def test_a_damaged_text_of_a_figure_costs_that_figure_alone(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("000001-map", "000001-curves", "000002-curves"):
+        figures.write_figure(tmp_path, name, Figure(name, "", ROWS))
+    (tmp_path / "000002-curves.json").write_text("{")
+    found = [file.stem for file in figures.newest_figures(tmp_path)]
+    assert found == ["000001-curves", "000001-map"]  # the one before is whole
+    (warning,) = caplog.messages
+    assert "000002-curves.json: is not a figure" in warning and "left out" in warning
+
+
 @pytest.mark.parametrize(
     "damage", ["{", "[]", '{"made": 1, "title": "", "note": "", "rows": [{}]}', "no sheet"]
 )
@@ -107,7 +119,7 @@ def test_what_is_broken_is_named(damage: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(
         UserError, match=r"000001-map\.json: is not a figure of an evaluator"
     ) as error:
-        [figures.figure_html(file) for file in figures.newest_figures(tmp_path)]
+        figures.figure_html(tmp_path / "000001-map.json")
     assert "\n" not in str(error.value)
 
 
