@@ -18,6 +18,7 @@ import os
 import pathlib
 import socket
 import stat
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -400,7 +401,9 @@ def parse_log_line(text: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     step = line.get("step") if isinstance(line, dict) else None
-    return line if type(step) is int and 0 <= step < 2**53 else None
+    if type(step) is not int or not 0 <= step < 2**53:
+        return None
+    return {sys.intern(name): value for name, value in line.items()}  # once for all lines
 
 
 def changed_run_files(position: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, str]:

@@ -393,7 +393,10 @@ def _pretrain(
             writer.write(start + clock.ended, values)
             log(line)
     if code == loop.PREEMPTED and earlier_log.is_long(workdir / LOG):
-        log("no report.html, since reading this long log takes time; --mode=report writes it")
+        log(
+            f"report.html is not written: a preemption leaves no time to read {workdir / LOG}, which"
+            " is long; --mode=report writes it"
+        )
     elif not jax.process_index():
         writer.attempt("report.html", lambda: report.write_report(config, workdir))
     if code == loop.DONE:

@@ -125,7 +125,8 @@ def load_run_log(workdir: str | pathlib.Path, key: str = "--workdir") -> RunLog:
         )
     by_step: dict[int, LogLine] = {}
     for line in read_log_lines(log):
-        by_step[line["step"]] = by_step.get(line["step"], {}) | line
+        before = by_step.get(line["step"])
+        by_step[line["step"]] = before | line if before else line
     if not by_step:
         raise UserError(f"{log}: has no line of a run; train first")
     files = [
