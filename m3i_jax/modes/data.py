@@ -125,7 +125,7 @@ def shared_keys(train: base.DataSource, held_out: base.DataSource) -> int:
     parts = (train, held_out)
     if not all(hasattr(part, "key_hashes") or hasattr(part, "key") for part in parts):
         return 0
-    return len(np.intersect1d(*map(base.source_key_hashes, parts)))
+    return len(np.intersect1d(base.source_key_hashes(train), base.source_key_hashes(held_out)))
 
 
 def _read_speed(

@@ -394,8 +394,8 @@ def _pretrain(
             log(line)
     if code == loop.PREEMPTED and earlier_log.is_long(workdir / LOG):
         log(
-            f"report.html is not written: a preemption leaves no time to read {workdir / LOG}, which"
-            " is long; --mode=report writes it"
+            "report.html is not written: a preemption leaves no time to read"
+            f" {workdir / LOG}, which is long; --mode=report writes it"
         )
     elif not jax.process_index():
         writer.attempt("report.html", lambda: report.write_report(config, workdir))

@@ -187,7 +187,7 @@ def svg_chart(
         if step == int(step)  # of a run of a few steps; there is no half step
     ]
     for curve, groups in grouped:
-        parts += _drawn(curve, groups, x_of, y_of, axis)
+        parts += _curve_elements(curve, groups, x_of, y_of, axis)
     scale = " <small>(logarithmic)</small>" if logarithmic else ""
     return (
         f'<figure class="chart"><h3>{escape_html(title)}{scale}</h3><svg viewBox="0 0 {WIDTH}'
@@ -208,7 +208,7 @@ def _segments(groups: Sequence[PointGroup]) -> list[list[PointGroup]]:
     return [segment for segment in out if segment]
 
 
-def _drawn(
+def _curve_elements(
     curve: SvgCurve,
     groups: Sequence[PointGroup],
     x_of: Callable[[float], float],
