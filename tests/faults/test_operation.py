@@ -152,6 +152,7 @@ def job(workdir: pathlib.Path, fingerprint: str = "f", **changes: Any) -> Any:
         fingerprint=fingerprint,
         earlier_fingerprints=(),
         identity=identity,
+        classes=(),
     )
 
 

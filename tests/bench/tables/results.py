@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_jax.reporting import compare_table as report
-from m3i_jax.run_files import write_text_atomic
+from m3i_jax.run_files import write_json_atomic, write_text_atomic
 from tests.bench.tables.crossing import crossing_text
 from tests.bench.tables.paired import compare_with, paired_text
 from tests.bench.tables.sets import RUN_COLUMNS, Set
@@ -190,5 +190,5 @@ def write_tables(
     text = tables_text(sets, results)
     write_text_atomic(out / "tables.md", text)
     short = [{**r, "values": {k: round(v, 6) for k, v in r["values"].items()}} for r in results]
-    write_text_atomic(kept, json.dumps(short, indent=1) + "\n")
+    write_json_atomic(kept, short)
     return text

@@ -13,7 +13,7 @@ from typing import Any
 
 from m3i_jax.data.sources.base import stable_digest
 from m3i_jax.errors import UserError
-from m3i_jax.run_files import write_text_atomic
+from m3i_jax.run_files import write_json_atomic
 from tests.bench.tables.paired import knn_hits, unpack_hits
 from tests.bench.tables.results import machine, run_metrics, version
 from tests.bench.tables.rows import METHODS, UNTRAINED, Row, Stage
@@ -92,7 +92,7 @@ def flops_a_step(run: Run, stage: Stage, out: pathlib.Path) -> float:
             trains=[tuple(config.objective.forms)],
         )
         known[name] = compare.flops_a_step(opened)
-        write_text_atomic(cache, json.dumps(known, indent=1))
+        write_json_atomic(cache, known)
     return float(known[name])
 
 
@@ -233,7 +233,7 @@ def run_once(
     run_commands, start = commands(run, out, steps, finetune), time.time()
     public = [public_command(c, private) for c in run_commands]
     if same := same_run(run, public, results):
-        write_text_atomic(done, json.dumps(same, indent=1) + "\n")
+        write_json_atomic(done, same)
         return same
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with open(path / "log.txt", "a") as log:
@@ -266,7 +266,7 @@ def run_once(
         "values": metrics,
         "hits": _hits(path, metrics["eval/knn/top1"]),
     }
-    write_text_atomic(done, json.dumps(result, indent=1) + "\n")
+    write_json_atomic(done, result)
     return result
 
 
