@@ -14,7 +14,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.evaluation import registry
 from m3i_jax.modes import eval_data
 from m3i_jax.reporting import run_log, text_table
-from m3i_jax.run_files import write_text_atomic
+from m3i_jax.run_files import write_json_atomic
 
 RESULT = "eval.json"
 Values = dict[str, dict[str, float]]  # of each evaluator: its metrics
@@ -70,7 +70,7 @@ class Results:
         if chance := self.chance:
             content |= {"classes": self.classes, "chance": chance}
         content["skipped"] = {reason: n for reason, n in self.skipped.items()}
-        write_text_atomic(path, json.dumps(content, indent=1) + "\n", noted=True)
+        write_json_atomic(path, content, noted=True)
 
     def text(self) -> str:
         """Returns weights, data and all values as a table."""
