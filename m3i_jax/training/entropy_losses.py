@@ -32,14 +32,16 @@ def entropy_key(seed: int, batch: Batch) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(base, high), low)
 
 
-def entropy_rows(term: EntropyTerm, inputs: Inputs) -> int:
+def entropy_rows(plan: Plan, term: EntropyTerm, inputs: Inputs) -> int:
     """Returns the number of rows that an entropy term counts: images, or the tokens of an image in
     a pass."""
     read = inputs[term.reads]
-    rows, tokens = read.mask.shape
+    rows = read.mask.shape[0]
     if term.head.pool != "none":
         return rows
     whole = not term.reads.mixed and (not term.reads.masked or term.reads.mask_tokens)
+    # the mask has the cells of a large view, also where the pass reads a small one
+    tokens = (plan.config.view_size(term.reads.view) // plan.config.model.encoder.patch_size) ** 2
     return rows * (tokens if whole else read.cells(term.image).shape[1])
 
 

@@ -106,7 +106,7 @@ def project_target(
       plan: of the run.
       params: the tree of the target encoder.
       space: of a `TargetKey`.
-      z_BxTxD: features of a clean view, cls first.
+      z_BxTxD: features of a clean view, cls first if the encoder has one.
       hidden_BxH: the cells that a space of hidden tokens reads; its targets are [B, H, D].
     """
     first, model = int(plan.config.model.encoder.cls_token), plan.config.model
@@ -115,7 +115,7 @@ def project_target(
     if isinstance(space, ClusterHead):
         return heads.cluster_logits(model, params["heads"][space.name], z_BxTxD[:, first:])
     if isinstance(space, ProjectionHead):
-        tokens = z_BxTxD[:, first:]
+        cls, tokens = (z_BxTxD[:, 0] if first else None), z_BxTxD[:, first:]
         if space.queries == "hidden":
             assert hidden_BxH is not None
             tokens = mixing.gather(tokens, hidden_BxH)
@@ -123,7 +123,7 @@ def project_target(
             model,
             params.get("heads", {}).get(space.name, {}),
             space,
-            pool_tokens(space, tokens, z_BxTxD[:, 0]),
+            pool_tokens(space, tokens, cls),
         )
     return decoder.project_targets(model, params["decoder"], z_BxTxD)[:, first:]
 
@@ -131,7 +131,8 @@ def project_target(
 def pool_tokens(
     space: ProjectionHead, tokens_RxKxD: jax.Array, cls_RxD: jax.Array | None
 ) -> jax.Array:
-    """Returns the input of a projection: the mean of the tokens, cls, or every token by itself."""
+    """Returns the input of a projection: the mean of the tokens, cls, or every token by itself;
+    the mean in place of cls where the encoder has none."""
     if space.pool == "none":
         return tokens_RxKxD
     if space.pool == "cls" and cls_RxD is not None:

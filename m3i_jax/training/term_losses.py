@@ -120,7 +120,7 @@ def loss_weights(
             for t, image in zip(plan.terms, is_image, strict=True)
             if image and t.group == entropy_term.group
         )
-        count = jnp.asarray(entropy_losses.entropy_rows(entropy_term, inputs), jnp.float32)
+        count = jnp.asarray(entropy_losses.entropy_rows(plan, entropy_term, inputs), jnp.float32)
         counts.append(count)
         weights.append(entropy_term.weight / count / (pool_weight or 1))
     return counts, weights

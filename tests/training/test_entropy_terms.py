@@ -12,9 +12,9 @@ from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.models import heads, m3i
 from m3i_jax.objective import entropy_terms, registry
-from m3i_jax.objective.entropy_terms import EntropyTerm, Koleo
+from m3i_jax.objective.entropy_terms import EntropyTerm, Koleo, Uniformity
 from m3i_jax.objective.posteriors import TextSigmoid
-from m3i_jax.objective.terms import FULL, MASKED, MIXED, Pass, pooled_term
+from m3i_jax.objective.terms import FULL, MASKED, MIXED, Pass, ProjectionHead, pooled_term
 from m3i_jax.training import entropy_losses, plan_table, trainer
 from tests import toy
 from tests.objective import entropy_reference as reference
@@ -152,6 +152,28 @@ def test_a_row_of_entropy_alone_weighs_the_same_without_small_views():
         kept = sum(t.weight for t in plan.terms if t.group == "ssp")
         assert kept == pytest.approx(1.25 if small else 0.25)
         assert sum(t.weight for t in plan.entropy_terms) == pytest.approx(0.1 * kept)
+
+
+def test_every_token_of_a_small_view_counts_once():
+    """Beside those of a large one, which has four times as many."""
+    tokens = ProjectionHead(name="tokens", pool="none")
+    rows = tuple(
+        EntropyTerm(
+            name=f"uniform_{read.view}", estimator=Uniformity(), reads=read, head=tokens, weight=0.5
+        )
+        for read in (FULL, Pass(view=2))
+    )
+    pairs = tuple(pooled_term(read, 1) for read in (FULL, Pass(view=2)))
+    registry.register_form("uniform_tokens", (*pairs, *rows))
+    got = forward(plan_of("uniform_tokens", data__small_views=("1 x 16 at 0.2-0.5",), **HEAD))
+    total = got.losses["loss/global"]
+    for view in (0, 2):
+        z = np.asarray(got.z[Pass(view=view)], np.float64)[:, 1:]
+        assert z.shape[1] == (16 if view == 0 else 4)
+        wanted = reference.uniformity(z.reshape(-1, z.shape[-1]))
+        assert got.losses[f"loss/uniform_{view}"] == pytest.approx(wanted, rel=1e-4)
+        total += 0.5 * wanted / 2
+    assert got.losses["loss/ssp"] == pytest.approx(total, rel=1e-4)
 
 
 def test_joined_rows_keep_their_own_spaces_and_names():

@@ -193,15 +193,23 @@ def test_distill_predicts_images_and_cells_of_every_teacher(paths) -> None:
     np.testing.assert_allclose(metrics["loss/ssp"], total / 4, rtol=1e-4)
 
 
-def test_distill_of_one_checkpoint_reads_its_cls() -> None:
-    """As `feature_distillation`, a run of the same shape needs no other way."""
-    got = forward(plan_of("distill", objective__target_checkpoint="x"))
+@pytest.mark.parametrize("cls", [True, False])
+def test_distill_of_one_checkpoint_reads_its_image_feature(cls: bool) -> None:
+    """As `feature_distillation`, a run of the same shape needs no other way: cls of both encoders,
+    or the mean of both without it."""
+    got = forward(
+        plan_of("distill", objective__target_checkpoint="x", model__encoder__cls_token=cls)
+    )
     crops = augmented_patches(got.plan.config, got.batch, (0,))
     target = np.asarray(encode(got.plan.config, got.trees["frozen"]["encoder"], crops[0]))
     tree = got.params["heads"]["linear_pooled"]
-    image = np.asarray(got.z[terms.FULL][:, 0] @ tree["kernel"] + tree["bias"], np.float64)
-    wanted = (1 - (unit(image) * unit(target[:, 0].astype(np.float64))).sum(-1)).mean()
-    assert got.losses["loss/image"] == pytest.approx(wanted, rel=1e-4)
+    found, wanted = (
+        x[:, 0] if cls else x.mean(1)
+        for x in (np.asarray(z, np.float64) for z in (got.z[terms.FULL], target))
+    )
+    image = found @ np.asarray(tree["kernel"], np.float64) + tree["bias"]
+    cosine = (unit(image) * unit(wanted)).sum(-1)
+    assert got.losses["loss/image"] == pytest.approx((1 - cosine).mean(), rel=1e-4)
 
 
 def test_steps_train_the_maps_and_leave_the_teachers(paths) -> None:
