@@ -35,7 +35,9 @@ _DINO = {
 # stay, if not 4,096. SigLIP's paper has one rate from 512 images on.
 RATE_BATCH = {"capi": 16_384, "lejepa": 256, "siglip": 512}
 
-# {method: {dotted key: value}}; learning rates and momentum at this batch.
+# {method: {dotted key: value}}; learning rates and momentum at this batch. The constraint and the
+# temperature of assignments to prototypes are in the terms: as settings, those of one row would also
+# change the assignments of every row that it is joined with.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mae": {
         "data.mask": "uniform",
@@ -152,8 +154,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.drop_path": 0.1,
         **_DINO,
         "model.head.prototypes": 8192,
-        # its command of 800 epochs; the code's default is 0.04 for images
-        "objective.target_temperature": (0.04, 0.07),
         "objective.target_temperature_rise": 30 / 800,
         **published_rates.IBOT,
         "optim.freeze_prototypes": 1 / 800,
@@ -168,6 +168,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.drop_path_rule": "uniform",
         "model.encoder.layer_scale": 1e-5,
         **_DINO,
+        "objective.target_temperature_rise": 0.3,
         **published_rates.DINOV2,
         "optim.layer_decay": 0.9,
     },
@@ -271,7 +272,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # snapshot, after 1 M of 1.2 M steps, and took three more, 10,000 apart.
     "dinov3_gram": {
         "objective.snapshot_at": (100 / 120, 101 / 120, 102 / 120, 103 / 120),
-        "objective.prototype_targets": "sinkhorn",
         "objective.target_temperature_rise": 100 / 1200,
         "data.crop_scale": (0.32, 1.0),
         "data.flip_p": 0.0,

@@ -9,6 +9,8 @@ from m3i_jax import config as configuration
 from m3i_jax import published_settings, schema
 from m3i_jax.modes import show
 from m3i_jax.objective import published
+from m3i_jax.objective.prototype_targets import PrototypeSoftmax
+from m3i_jax.training import plan
 from tests import toy
 from tests.quick_show import leave_out_estimates
 
@@ -154,6 +156,26 @@ def test_each_combined_method_is_compared_with_its_own_settings():
         "optim.warmup_epochs",
         "train.epochs",
     }
+
+
+@pytest.mark.parametrize(
+    "forms", ["capi+dinov3_gram", "dino+dinov3_gram", "dino+ibot", "ibot+dino", "dinov2+ibot"]
+)
+def test_a_joined_row_keeps_the_assignments_of_each(forms):
+    """The constraint and the temperature of each row alone; a value that is given is that of
+    all."""
+
+    def assignments(*overrides, form=forms):
+        config = resolved(f"forms.py:form={form},batch_size=4096", *overrides)
+        terms, _ = plan.terms_of(config.objective, 1)
+        kept = [t for t in terms if isinstance(t.posterior, PrototypeSoftmax)]
+        return [(t.posterior.constraint, t.posterior.target_temperature) for t in kept]
+
+    alone = [each for name in forms.split("+") for each in assignments(form=name)]
+    assert assignments() == alone
+    assert ("position_sinkhorn" in dict(alone)) == ("capi" in forms)
+    given = ("objective.prototype_targets=sinkhorn", "objective.target_temperature=(0.1,0.2)")
+    assert set(assignments(*given)) == {("sinkhorn", (0.1, 0.2))}
 
 
 def test_paper_forms_have_no_line():

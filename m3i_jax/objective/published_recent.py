@@ -173,7 +173,9 @@ RECENT: dict[str, PublishedMethod] = {
         left_out=(
             "views of the target cut anew at twice the pixels and without colour changes (here the"
             " input's view is enlarged), the rise of the weight by a cosine over 1,000 steps, half"
-            " of the weight of small views in this stage, rotary positions rescaled at random"
+            " of the weight of small views in this stage, rotary positions rescaled at random,"
+            " Sinkhorn for the assignments of the row that it joins, which keep their own constraint"
+            " (objective.prototype_targets=sinkhorn sets it)"
         ),
     ),
     # CAPI (arXiv 2502.08769, sections 3 and 4; facebookresearch/capi, train_capi.py, model.py)

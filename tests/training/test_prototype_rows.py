@@ -106,10 +106,10 @@ def test_ibot_adds_the_hidden_tokens_of_the_masked_view(constraint: str) -> None
     tokens = head_logits(online, got.z[MASK_TOKENS][:, 1:])[hidden]
     token_targets = head_logits(ema, clean[0][:, 1:])[hidden]
     if constraint == "centering":
-        q = [softmax((z - of_images) / 0.04) for z in teacher]
-        q_tokens = softmax((token_targets - of_tokens) / 0.055)  # half way from .04 to .07
+        q = [softmax((z - of_images) / 0.055) for z in teacher]  # half way from .04 to .07
+        q_tokens = softmax((token_targets - of_tokens) / 0.055)
     else:
-        q = np.split(balanced(np.concatenate(teacher), 0.04), 2)
+        q = np.split(balanced(np.concatenate(teacher), 0.055), 2)
         q_tokens = balanced(token_targets, 0.055)  # of all images, hidden cells alone
     of_cls = (cross_entropy(q[1], student[0]).mean() + cross_entropy(q[0], student[1]).mean()) / 2
     of_patches = cross_entropy(q_tokens, tokens).mean()
