@@ -36,8 +36,8 @@ _DINO = {
 RATE_BATCH = {"capi": 16_384, "lejepa": 256, "siglip": 512}
 
 # {method: {dotted key: value}}; learning rates and momentum at this batch. The constraint and the
-# temperature of assignments to prototypes are in the terms: as settings, those of one row would also
-# change the assignments of every row that it is joined with.
+# temperature of assignments to prototypes are in the terms: as settings, those of one row would
+# also change the assignments of every row that it is joined with.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mae": {
         "data.mask": "uniform",
@@ -215,7 +215,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.drop_path": 0.2,
         "model.encoder.drop_path_rule": "uniform",
         "model.encoder.freeze_patch_embed": False,
-        "model.encoder.final_norm": True,
+        "model.encoder.final_norm": False,  # its last norm is that of the pooling
         "model.pool.kind": "cls",
         "model.pool.projection": False,
         "model.category_std": 0.02,

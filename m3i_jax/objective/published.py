@@ -54,6 +54,10 @@ _SLIP = pooled_term(
     posterior=NTXent(temperature=0.1),
     head=ProjectionHead(pool="cls", projector=MlpShape(layers=3)),
 )
+_CLIP_LEFT_OUT = (
+    "causal attention, QuickGELU and norms with an eps of 1e-5 in the text tower (here exact GELU"
+    " and 1e-6)"
+)
 
 PUBLISHED: dict[str, PublishedMethod] = {
     "mae": PublishedMethod(
@@ -138,7 +142,10 @@ PUBLISHED: dict[str, PublishedMethod] = {
             " its later code) with batch norm after both, NT-Xent against all other views of the"
             " batch"
         ),
-        left_out="LARS; negatives of other microbatches; the scale of the last batch norm",
+        left_out=(
+            "LARS; negatives of other microbatches; the scale of the last batch norm; batch norm of"
+            " both views together (here of each)"
+        ),
     ),
     "barlow_twins": PublishedMethod(
         terms=(
@@ -258,8 +265,9 @@ PUBLISHED: dict[str, PublishedMethod] = {
             "a random choice of the masked views and of the share of hidden cells (the first view"
             " and 30 %), separate heads and SwiGLU of its large models, stochastic depth by a"
             " subset of the batch, a fifth of the rate for the patch embedding, clipping of each"
-            " part by itself, the rate by the root of the batch size, blur with the complements of"
-            " these probabilities (a slip of its code), the rest as in dino"
+            " part by itself, decay of the prototypes' lengths (here of their directions alone),"
+            " the rate by the root of the batch size, blur with the complements of these"
+            " probabilities (a slip of its code), the rest as in dino"
         ),
     ),
     # I-JEPA (arXiv 2301.08243, section 3; facebookresearch/ijepa, src/masks/multiblock.py)
@@ -293,12 +301,16 @@ PUBLISHED: dict[str, PublishedMethod] = {
             "symmetric softmax over the global batch, learned temperature up to 100, cls"
             " token, last text token"
         ),
-        left_out="causal attention in the text tower",
+        left_out=_CLIP_LEFT_OUT,
     ),
     "slip": PublishedMethod(
         terms=(*FORMS["weakly_supervised"], _SLIP),
         kept="CLIP on one view plus SimCLR on two, added with weight 1",
-        left_out="a third, weakly augmented view for CLIP: it reads SimCLR's first one",
+        left_out=(
+            "a third, weakly augmented view for CLIP: it reads SimCLR's first one; batch norm of"
+            " both views together in SimCLR's head (here of each); one norm of cls before CLIP's"
+            f" linear map (here the pooling has a second one); {_CLIP_LEFT_OUT}"
+        ),
     ),
     "deit": PublishedMethod(
         terms=FORMS["supervised"],

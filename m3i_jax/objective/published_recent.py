@@ -174,7 +174,7 @@ RECENT: dict[str, PublishedMethod] = {
             "views of the target cut anew at twice the pixels and without colour changes (here the"
             " input's view is enlarged), the rise of the weight by a cosine over 1,000 steps, half"
             " of the weight of small views in this stage, rotary positions rescaled at random,"
-            " Sinkhorn for the assignments of the row that it joins, which keep their own constraint"
+            " Sinkhorn for the assignments of the row that it joins, which keeps its own constraint"
             " (objective.prototype_targets=sinkhorn sets it)"
         ),
     ),
@@ -354,8 +354,9 @@ RECENT: dict[str, PublishedMethod] = {
         left_out=(
             "the second cls token with a synthetic caption (a record has one caption), sinusoidal"
             " positions, scaled embeddings, dropout and ReLU of the text tower, its augmentation"
-            " (here the pairs read a view with colour changes and flips), rates and length of its"
-            " runs"
+            " (here the pairs read a view with colour changes and flips), one norm of cls before"
+            " the linear map of the pairs (here the pooling has a second one), rates and length of"
+            " its runs"
         ),
     ),
 }

@@ -282,7 +282,10 @@ class Model:
     captioner: Captioner = section(Captioner)
     dtype: str = option(
         "bfloat16",
-        "precision of matrix products; parameters, norms, softmax and losses stay float32",
+        "precision of matrix products and of the sum of an encoder's branches (the residual"
+        " stream); parameters, norms, softmax and losses stay float32. In bfloat16 a branch below a"
+        " 500th of the sum is lost: with layer_scale=1e-5, blocks start as the identity until its"
+        " factors have grown",
         "bfloat16",
         "float32",
     )

@@ -3,10 +3,12 @@
 import pathlib
 from typing import Any
 
+import jax
 import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax import schema
+from m3i_jax.models import pooling
 from m3i_jax.objective import published
 
 FORMS = pathlib.Path(__file__).parents[2] / "configs/forms.py"
@@ -245,6 +247,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "gray": 0.333333,
         "scale": 1e-4,
         "positions": "learned",
+        "last_norm": False,  # the pooling has it
         "smoothing": 0.0,
     },
     "milan": {
@@ -336,6 +339,19 @@ def test_a_method_keeps_its_views_beside_one_without(name: str) -> None:
     assert (joined.augment, joined.flip_p) == (alone.augment, 0.5)
     assert joined.crop_scale == alone.crop_scale
     assert joined.augment.jitter_p == 0.8
+
+
+@pytest.mark.parametrize("name", ["clip", "slip", "tips", "deit"])
+def test_one_linear_map_follows_the_pooled_cls(name: str) -> None:
+    """That to the classes or to the space of the captions. SLIP's SimCLR and the prototypes of TIPS
+    read cls after a last norm of the encoder, too, which is left out of neither."""
+    config = recipe(name)
+    made = jax.eval_shape(lambda key: pooling.init(config.model, key), jax.random.key(0))
+    assert config.model.pool.kind == "cls" and set(made) == {"norm"}
+    assert config.model.pooled == config.model.encoder.width
+    two = config.model.encoder.final_norm
+    assert two == (name in ("slip", "tips"))
+    assert two == ("the pooling has a second one" in published.PUBLISHED[name].left_out)
 
 
 def test_the_papers_forms_keep_the_recipe_of_its_ablations() -> None:
