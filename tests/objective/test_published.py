@@ -344,7 +344,8 @@ def test_a_method_keeps_its_views_beside_one_without(name: str) -> None:
 @pytest.mark.parametrize("name", ["clip", "slip", "tips", "deit"])
 def test_one_linear_map_follows_the_pooled_cls(name: str) -> None:
     """That to the classes or to the space of the captions. SLIP's SimCLR and the prototypes of TIPS
-    read cls after a last norm of the encoder, too, which is left out of neither."""
+    read cls after a last norm of the encoder, so that captions have two norms, as `left_out`
+    says."""
     config = recipe(name)
     made = jax.eval_shape(lambda key: pooling.init(config.model, key), jax.random.key(0))
     assert config.model.pool.kind == "cls" and set(made) == {"norm"}
