@@ -398,6 +398,8 @@ def run(
             "this needs more than the three quarters of a GPU that JAX allocates by default: set"
             f" XLA_CLIENT_MEM_FRACTION={GPU_MEMORY}"
         )
+    for line in show.size_lines(config):
+        print(line)
     if assumed:
         print(f"assumed, since this mode reads no data: {', '.join(assumed)}")
     print(f"written: {directory / 'compile.json'}")

@@ -56,15 +56,39 @@ def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
     captions = d.captions == "yes" or (d.captions == "auto" and d.source == "shapes")
     if d.captions == "auto" and d.source != "shapes":
         assumed.append("no captions")
-    size = d.size or ASSUMED["size"]
+    size = round(d.size * (1 - _held_out_share(d))) or ASSUMED["size"]
     if not d.size:
         assumed.append(f"{size:,} training images")
-    if d.source == "shapes":
-        size = round(size * (1 - d.holdout))
     done = setup.complete_config(config, classes=classes, captions=captions, size=size)
     if not captions and d.captions == "auto":
         _require_terms(done, assumed)
     return done, assumed
+
+
+def _held_out_share(data: schema.Data) -> float:
+    """The share of `data.size` images that a run holds out: none where a held-out split has its own
+    images."""
+    named = any(entry.held_out for entry in mixture.mixture_entries(data))
+    return 0.0 if named else data.holdout
+
+
+def size_lines(config: schema.Config) -> list[str]:
+    """Lines on the length that a configuration is planned with, where `assume_data` counts nothing:
+    what of `data.size` is held out, and that a keep-list is not read."""
+    data, lines = config.data, list[str]()
+    if _listed_data(data, config.task):
+        return lines
+    if data.size and (share := _held_out_share(data)):
+        images = round(data.size * (1 - share))
+        lines.append(
+            f"data.size={data.size:,} with {data.size - images:,} held out (data.holdout={share:g})"
+            f" leaves {images:,} training images"
+        )
+    if any(data.keep):
+        kept = "the number of images that it keeps, or the sum of their weights"
+        what = "is taken as" if data.size else "is 0: give"
+        lines.append(f"data.keep is not read: data.size {what} {kept}")
+    return lines
 
 
 def _require_terms(config: schema.Config, assumed: list[str]) -> None:
@@ -286,6 +310,8 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         print(line)
     if left := scaling.open_settings(config):
         print(f"derived from batch size and length (training/scaling.py): {', '.join(left)}")
+    for line in size_lines(config):
+        print(line)
     if opened := _listed_data(config.data, config.task):
         train, held_out = opened
         how = "counted by the names of files" if config.data.source == "folder" else "counted"

@@ -212,8 +212,9 @@ class Data:
     )
     size: int = option(
         0,
-        "images to render (shapes, scenes); of other sources a number to plan with, which"
-        " --mode=show and compile take in the place of ImageNet's and a run counts; 0: counted",
+        "images to render (shapes, scenes); of other sources a number to plan with, held-out images"
+        " included where data.holdout applies, which --mode=show and compile take in the place of"
+        " ImageNet's and a run counts; 0: counted",
         NumberLimit(0, 2**40),
     )
     image_size: int = option(224, "side of a view in pixels [P]", NumberLimit(1, 8192))

@@ -4,11 +4,13 @@ import dataclasses
 import pathlib
 import re
 import tempfile
+from typing import Any
 
 import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax import main as command
+from m3i_jax import schema
 from m3i_jax.errors import UserError
 from m3i_jax.modes import show
 from m3i_jax.modes.setup import open_setup
@@ -128,3 +130,28 @@ def test_built_in_images_are_counted(recipe: str, captions: str) -> None:
     if not config.data.mixture:  # too many to list
         shapes = config.data.source == "shapes"
         assert show.assume_data(many)[1] == ([] if shapes else ["1000 categories"])
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "lines"),
+    [
+        ({"size": 400}, 360, ["data.size=400 with 40 held out (data.holdout=0.1) leaves 360"]),
+        ({"size": 400, "holdout": 0.0}, 400, []),
+        ({"size": 400, "split": "a*.tar", "holdout_split": "b*.tar"}, 400, []),
+        (
+            {"size": 400, "holdout": 0.25, "keep": ("keep.parquet",)},
+            300,
+            ["100 held out (data.holdout=0.25) leaves 300", "data.keep is not read: data.size is"],
+        ),
+        ({"size": 0, "keep": ("keep.parquet",)}, 1_281_167, ["data.size is 0: give the number"]),
+    ],
+)
+def test_what_is_held_out_of_other_sources_is_not_planned(
+    data: dict[str, Any], size: int, lines: list[str]
+) -> None:
+    """A run on tar files trains on what data.holdout leaves."""
+    source = schema.Data(**{"source": "tars", "path": "/x/*.tar", "holdout": 0.1, **data})
+    config = dataclasses.replace(toy.settings(data__classes=-1), data=source)
+    assert show.assume_data(config)[0].data.size == size
+    for line, words in zip(show.size_lines(config), lines, strict=True):
+        assert words in line
