@@ -70,7 +70,7 @@ def weighted_epoch_size(cumulative_weights: np.ndarray) -> int:
     >>> weighted_epoch_size(np.cumsum([1.0, 2.5]))
     4
     """
-    return int(np.ceil(cumulative_weights[-1]))
+    return int(np.ceil(cumulative_weights[-1])) if len(cumulative_weights) else 0
 
 
 def records_at_weighted(

@@ -114,10 +114,12 @@ def spread_records(size: int, limit: int) -> list[int]:
 
 def epoch_size(source: Any) -> int:
     """Returns the number of samples of an epoch of a source: of its records, or the sum of their
-    weights, rounded up.
+    weights, rounded up; of a mixture the sum of those of its sources.
 
     >>> epoch_size("abc")
     3
     """
+    if (size := getattr(source, "epoch_size", None)) is not None:
+        return int(size)
     ends = getattr(source, "cumulative_weights", None)
     return len(source) if ends is None else repeat_factors.weighted_epoch_size(ends)

@@ -17,6 +17,7 @@ from m3i_jax.data import (
     dataset_stats,
     decode,
     pipeline,
+    sampler,
     splits,
     tokenizer,
 )
@@ -50,7 +51,8 @@ def run(config: schema.Config, *, workdir: str) -> int:
     names = kind.class_names(train)
     classes = len(names) if config.data.classes < 0 else config.data.classes
     captions = pipeline.uses_captions(config.data, source)
-    done = complete_config(config, classes=classes, captions=captions, size=max(len(train), 1))
+    size = max(sampler.epoch_size(train), 1)
+    done = complete_config(config, classes=classes, captions=captions, size=size)
     words = (
         tokenizer.open_tokenizer(
             done.data,

@@ -20,7 +20,7 @@ import jax
 
 from m3i_jax import config as configuration
 from m3i_jax import parallel, schema, validation
-from m3i_jax.data import pipeline, splits, tokenizer
+from m3i_jax.data import pipeline, sampler, splits, tokenizer
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.models import backbones
@@ -40,7 +40,7 @@ def complete_config(
     config: schema.Config, *, classes: int, captions: bool, size: int
 ) -> schema.Config:
     """Returns the configuration completed from the data: number of categories, whether captions are
-    used, number of training images, and the open settings that follow from it
+    used, samples of an epoch of the training images, and the open settings that follow from it
     (`scaling.fill_open_settings`)."""
     data = dataclasses.replace(
         config.data, classes=classes, captions="yes" if captions else "no", size=size
@@ -213,7 +213,8 @@ def open_setup(
     captions = pipeline.uses_captions(config.data, train)
     if draws_batches:
         pipeline.require_regions(config.data, train)
-    done = complete_config(config, classes=count, captions=captions, size=len(train))
+    size = sampler.epoch_size(train)
+    done = complete_config(config, classes=count, captions=captions, size=size)
     # refused here, before a vocabulary is learnt
     plans = [build_plan(with_objective(done, forms)) for forms in trains]
     if (
@@ -223,7 +224,7 @@ def open_setup(
         and not any(each.where("text", *CAPTIONS) for each in plans)
     ):
         captions = False
-        done = complete_config(config, classes=count, captions=False, size=len(train))
+        done = complete_config(config, classes=count, captions=False, size=size)
     vocabulary = str(path / "tokenizer.json")
     with parallel.host0_first("tokenizer", written=_new_files(vocabulary)):
         # the first host makes it, the others have to use that one

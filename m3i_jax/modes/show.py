@@ -11,7 +11,7 @@ import jax
 
 from m3i_jax import config as configuration
 from m3i_jax import parallel, schema, validation
-from m3i_jax.data import pipeline, splits
+from m3i_jax.data import pipeline, sampler, splits
 from m3i_jax.data.sources import mixture
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.errors import UserError
@@ -43,7 +43,7 @@ def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
         train, _ = opened
         classes = len(task_kind(config.task).class_names(train)) if d.classes < 0 else d.classes
         planned = d.size if d.source == "folder" else 0  # of built-in images, those to render
-        captions, size = pipeline.uses_captions(d, train), planned or len(train)
+        captions, size = pipeline.uses_captions(d, train), planned or sampler.epoch_size(train)
         done = setup.complete_config(config, classes=classes, captions=captions, size=size)
         if captions and d.captions == "auto" and not _reads_captions(done):
             done = setup.complete_config(config, classes=classes, captions=False, size=size)

@@ -10,9 +10,12 @@ import pytest
 
 from m3i_jax import config as configuration
 from m3i_jax.data import tokenizer
+from m3i_jax.data.sources import base
+from m3i_jax.data.sources.shapes import ShapesSource
 from m3i_jax.errors import UserError
-from m3i_jax.modes import compare, train
+from m3i_jax.modes import compare, show, train
 from m3i_jax.modes import setup as jobs
+from m3i_jax.training.trainer import run_length
 from tests import saved, toy
 
 SMALL = {
@@ -93,6 +96,19 @@ def test_a_reopened_run_has_the_same_images(tmp_path: pathlib.Path) -> None:
         and len(again.held_out) == len(first.held_out)
         and again.text == first.text
     )
+
+
+def test_the_length_of_a_run_is_of_the_epochs_of_its_stream(tmp_path: pathlib.Path) -> None:
+    """A keep-list of 32 shapes, each of them four times an epoch; --mode=show plans the same."""
+    arrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    keys = [base.source_key(ShapesSource(40), i) for i in range(32)]
+    parquet.write_table(arrow.table({"key": keys, "weight": [4.0] * 32}), tmp_path / "a.parquet")
+    kept = {"data__keep": (str(tmp_path / "a.parquet"),), "data__holdout": 0.0}
+    for changes, size in ((kept, 128), ({**kept, "data__keep": ()}, 40)):
+        config = toy.settings(**{**SMALL, **changes, "train__epochs": 3.0, "train__steps": 0})
+        job = jobs.open_setup(config, str(tmp_path), trains=[("mim",)])
+        assert job.config.data.size == size == show.assume_data(config)[0].data.size
+        assert run_length(job.config).steps == 3 * (size // 16)
 
 
 def test_a_resumed_run_keeps_its_rounded_batch(tmp_path: pathlib.Path, capsys) -> None:

@@ -46,8 +46,9 @@ class DataSource(Protocol):
     records are refused. `caption_digest()`: changes when captions do, of a source whose
     `fingerprint()` may not. Annotated sources: `object_table()`, `map_classes`, and for the
     tables of an evaluation `category_ids` and `frequencies`. Sources of sources: `identity()`,
-    `part(holdout, part)`, `locate(seed, positions, attempt)`, `record_weights` and
-    `cumulative_weights`. `names_its_classes`: see `registry.SourceKind`.
+    `part(holdout, part)`, `locate(seed, positions, attempt)`, `record_weights`,
+    `cumulative_weights` and `epoch_size`, where an epoch has another number of samples than
+    records. `names_its_classes`: see `registry.SourceKind`.
     `drop_single_class()` is called unless the source is a held-out split."""
 
     @property

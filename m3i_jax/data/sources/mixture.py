@@ -269,6 +269,7 @@ class Mixture:
         self.sizes = [len(source) for source in sources]
         self._epoch_sizes = [sampler.epoch_size(source) for source in sources]
         self.shares = integer_shares(weights, self._epoch_sizes)
+        self.epoch_size = sum(self._epoch_sizes)  # see `sampler.epoch_size`
         self._ends = np.cumsum(self.sizes)
         self.classes, self._tables = class_names.join_classes(
             [source.classes for source in sources],
@@ -398,7 +399,7 @@ class Mixture:
             f"{share / total:.2%} of the samples ({epochs:.3g} epochs in one pass)"
             f" from {source.description()}"
             for source, share, epochs in zip(
-                self.sources, self.shares, self.epochs(len(self)), strict=True
+                self.sources, self.shares, self.epochs(self.epoch_size), strict=True
             )
         ]
         count = sum(len(source.classes) for source in self.sources)
