@@ -342,6 +342,8 @@ def _run(arguments: Sequence[str], began: float, process: bool) -> int:
         options["began"] = began
     if mode.takes_given:
         options["given"] = given_settings(overrides, settings, file=not _reads_run(flags))
+    if mode.takes_file:
+        options["file"] = flags.config
     if mode.shares:
         options["hosts"] = (flags.coordinator, flags.processes, flags.process_id)
     hosts = _hosts(flags, settings) if mode.together else contextlib.nullcontext()

@@ -26,6 +26,8 @@ class Mode(NamedTuple):
       timed: its `run` takes `began`, the start time of the process.
       takes_given: its `run` takes `given`, the keys of the settings that the command sets
         (`given_settings`): those of a run may be of other weights than the command names.
+      takes_file: its `run` takes `file`, the text of --config, which another process of it runs for
+        what the file registers.
       compiles: keeps compiled programs for the next start.
       reads: prefixes of the settings that it reads; (): all.
     """
@@ -39,6 +41,7 @@ class Mode(NamedTuple):
     preemptible: bool = False
     timed: bool = False
     takes_given: bool = False
+    takes_file: bool = False
     compiles: bool = False
     reads: tuple[str, ...] = ()
 
@@ -200,6 +203,7 @@ MODES = {
         "compile the train step for accelerators that need not be present: memory, FLOPs, time;"
         " reads no data",
         flags=("topology", "memory", "code", "largest_batch", "suggest"),
+        takes_file=True,
     ),
     "replay": Mode(
         "repeat the step that ended the run in the working directory, and print what is not finite;"

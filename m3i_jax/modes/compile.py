@@ -8,6 +8,7 @@ given."""
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from m3i_jax import config as configuration
 from m3i_jax import parallel, run_files, schema
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.modes import batch_search, monitoring, setup, show
@@ -35,12 +37,14 @@ GPU_POOL = 0.75  # share of GPU memory that JAX allocates by default
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileTarget:
     """The devices to compile for. limit: bytes of a device that a program may use; code: whether to
-    run code generation too; on a TPU the reported values are known before it."""
+    run code generation too; on a TPU the reported values are known before it; file: the text of
+    --config, which a process that compiles runs for what the file registers."""
 
     topology: topologies.Topology
     devices: list[jax.Device]
     limit: float
     code: bool = True
+    file: str = ""
 
     @property
     def chip(self) -> str:
@@ -124,14 +128,18 @@ def report_program(config: schema.Config, target: CompileTarget, vocabulary: int
     if target.code:
         return _report(None, config, target, vocabulary)
     return libtpu_dump.run_in_subprocess(
-        _report_in_subprocess, config, target.topology.name, target.limit, vocabulary
+        _report_in_subprocess, target.file, config, target.topology.name, target.limit, vocabulary
     )
 
 
 def _report_in_subprocess(
-    folder: pathlib.Path, config: schema.Config, name: str, limit: float, vocabulary: int
+    folder: pathlib.Path, file: str, config: schema.Config, name: str, limit: float, vocabulary: int
 ) -> dict[str, Any]:
-    """`report_program` in a process that has not initialised its devices."""
+    """`report_program` in a process that has not initialised its devices, nor run the file that
+    registers what the settings may name."""
+    if file:
+        with contextlib.redirect_stdout(io.StringIO()):  # it printed its lines once
+            configuration.load_config(file)
     return _report(
         folder, config, dataclasses.replace(compile_target(name, ""), limit=limit), vocabulary
     )
@@ -357,6 +365,7 @@ def run(
     code: bool,
     largest_batch: bool,
     suggest: bool,
+    file: str = "",
 ) -> int:
     """Run the mode: returns 0, or raises DoesNotFit (exit code 3) after all output is written."""
     if largest_batch and suggest:
@@ -364,7 +373,7 @@ def run(
             "--suggest: cannot be combined with --largest-batch; run the two one after the other"
         )
     # first: it decides on the devices of this process, which make_workdir asks for
-    target = compile_target(topology, memory, code=code)
+    target = dataclasses.replace(compile_target(topology, memory, code=code), file=file)
     task_kind(config.task).reject_unused_settings(config)
     directory = pathlib.Path(workdir)
     setup.make_workdir(directory)

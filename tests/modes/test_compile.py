@@ -1,6 +1,7 @@
 """--mode=compile for forced CPU devices: output, refusals and exit codes; for a TPU if libtpu is
 installed."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -19,7 +20,8 @@ from m3i_jax import main as command
 from m3i_jax import parallel
 from m3i_jax.errors import UserError
 from m3i_jax.modes import compile as mode
-from m3i_jax.profiling import compile_report
+from m3i_jax.objective import registry
+from m3i_jax.profiling import compile_report, libtpu_dump
 from m3i_jax.training import trainer
 from tests import toy
 from tests.test_main import TINY, environment
@@ -229,6 +231,46 @@ def test_a_mesh_that_a_run_refuses_is_refused(search, tmp_path, capsys, monkeypa
     monkeypatch.setattr(parallel, "check_host_rows", refuse)
     assert command.main([*ARGUMENTS, *search, "--workdir", str(tmp_path), "--topology=cpu:8"]) == 2
     assert "hosts of 8 devices share rows" in capsys.readouterr().err
+
+
+def test_the_process_that_compiles_knows_what_the_configuration_registers(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    """It is another one, in which the file of --config was not run."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from m3i_jax import register_form\n"
+        "from m3i_jax.config import default_config\n"
+        "from m3i_jax.objective import terms\n"
+        "register_form('compiled_form', (terms.token_term(terms.FULL, 1, weight=2.0),))\n"
+        "def get_config(size: int = 3):\n"
+        "    print('printed by the file')\n"
+        "    config = default_config()\n"
+        "    config.data.size = size\n"
+        "    return config\n"
+    )
+    sent: list[Any] = []
+
+    def run_here(function, *arguments):
+        sent.extend([function, *arguments])
+        raise UserError("another process")
+
+    target = mode.compile_target("cpu:8", "")
+    monkeypatch.setattr(
+        mode, "compile_target", lambda *_, **__: dataclasses.replace(target, code=False)
+    )
+    monkeypatch.setattr(libtpu_dump, "run_in_subprocess", run_here)
+    flags = ["--config", f"{file}:size=512", *TINY, *TEXTLESS, *COLORLESS, "--mode=compile"]
+    flags += ["--workdir", str(tmp_path), "--topology=cpu:8"]
+    with registry._FORMS.temporary():
+        assert command.main([*flags, "--config.objective.forms=compiled_form"]) == 2
+    assert "compiled_form" not in registry.forms()  # as in a new process
+    capsys.readouterr()
+    monkeypatch.setattr(mode, "_report", lambda *_: {"known": "compiled_form" in registry.forms()})
+    function, *arguments = sent
+    with registry._FORMS.temporary():
+        assert function(tmp_path, *arguments) == {"known": True}
+    assert not capsys.readouterr().out
 
 
 def fake(limit_units: int):
