@@ -11,7 +11,7 @@ def leave_out_traffic(patch: pytest.MonkeyPatch) -> None:
     """The FLOPs of a step, and what they take on each slice, are those of the run."""
     traffic = {platform: StepTraffic(1e6, 1e6, 1e6) for platform in ("tpu", "cuda")}
     patch.setattr(show, "estimated_traffic", lambda trainer, state: traffic)
-    patch.setattr(show, "machine_line", lambda total, state, mfu, dtype: "")
+    patch.setattr(show, "machine_line", lambda total, state, mfu, dtype, peak: "")
 
 
 def leave_out_estimates(patch: pytest.MonkeyPatch) -> None:

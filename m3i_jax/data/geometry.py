@@ -227,6 +227,16 @@ def bucket_canvases(geometry: schema.Geometry) -> tuple[tuple[int, int], ...]:
     return tuple(zip(given[::2], given[1::2], strict=True))
 
 
+def mean_canvas_share(geometry: schema.Geometry) -> float:
+    """Returns the pixels of the mean canvas over those of the largest; 1 with one size of images.
+
+    >>> mean_canvas_share(schema.Geometry(rule="buckets", buckets=(64, 64, 64, 128)))
+    0.75
+    """
+    pixels = [height * width for height, width in bucket_canvases(geometry)]
+    return sum(pixels) / len(pixels) / max(pixels) if pixels else 1.0
+
+
 def range_sides(height: int, width: int, long: int, short: int) -> tuple[int, int]:
     """Returns the (height, width) of an image that is scaled until its long side is `long` or its
     short side `short`, whichever is first.

@@ -22,6 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from m3i_jax import config as configuration
 from m3i_jax import parallel, run_files, schema
+from m3i_jax.data import geometry
 from m3i_jax.errors import DoesNotFit, UserError
 from m3i_jax.modes import batch_search, monitoring, setup, show
 from m3i_jax.parallel.chips import CHIPS, GPU_MEMORY
@@ -190,17 +191,22 @@ def _report(
     }
     out["peak_ratio"] = need.peak / (sum(state.values()) + rows + out["residual_bytes"])
     out |= compile_report.analyze_program(
-        compiled.as_text() or "", chip=target.chip, cores=family.cores, host=family.host
-    )
+        compiled.as_text() or "", chip=target.chip, cores=family.cores, host=family.host,
+        dtype=config.model.dtype,
+    )  # fmt: skip
     own = monitoring.model_flops(step_trainer)
     one = trainer.Trainer(monitoring.without_remat(config), _one_cpu(), vocabulary)
     due, devices = flops.count_flops(one.trace, one.template, batch).total, len(target.devices)
+    # of the update a device computes its share of an fsdp axis, and of the rest that of all devices
+    again = monitoring.update_flops(step_trainer) * (1 / mesh.shape["fsdp"] - 1 / devices)
+    asked = due / devices + again
     out["flops"] |= {
-        "model": own / devices,
-        "asked": due / devices,
-        "ratio": out["flops"]["compiled"] * devices / due,
+        "model": own / devices + again,
+        "asked": asked,
+        "ratio": out["flops"]["compiled"] / asked,
     }
-    out["run"] = _run_days(step_trainer, target, own, out["roofline"])
+    mean = monitoring.mean_flops(step_trainer, own) + again * devices
+    out["run"] = _run_days(step_trainer, target, mean, out["roofline"])
     return out
 
 
@@ -246,18 +252,21 @@ def _excess(requested: float, limit: float, state: dict[str, float], rows: float
 def _run_days(
     step_trainer: trainer.Trainer, target: CompileTarget, total: float, roofline: Any
 ) -> dict[str, Any]:
-    """The entry `run`: days by the roofline, and by `total` FLOPs a step at `report.mfu`."""
-    steps, mfu = step_trainer.length.steps, step_trainer.config.report.mfu
-    at_mfu = (
-        hardware.training_days(
-            total * steps, kind=target.chip, chips=target.topology.chips, mfu=mfu
-        )
-        if roofline
-        else None
-    )
+    """The entry `run`: days by the roofline, which is that of the largest canvas, and by `total`
+    FLOPs a step at `report.mfu`."""
+    config, steps = step_trainer.config, step_trainer.length.steps
+    mfu, days, at_mfu = config.report.mfu, None, None
+    if roofline:
+        share = geometry.mean_canvas_share(config.dense.geometry)
+        pixels = max(roofline["compute_seconds"], roofline["memory_seconds"]) * share
+        days = max(pixels, roofline["network_seconds"]) * steps / 86_400
+        at_mfu = hardware.training_days(
+            total * steps, kind=target.chip, chips=target.topology.chips, mfu=mfu,
+            dtype=config.model.dtype,
+        )  # fmt: skip
     return {
         "steps": steps,
-        "days": roofline["step_seconds"] * steps / 86_400 if roofline else None,
+        "days": days,
         "days_at_mfu": at_mfu,
         "mfu": mfu,
     }

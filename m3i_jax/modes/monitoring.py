@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import optax
 
 from m3i_jax import interrupts, parallel, schema
 from m3i_jax.data import geometry
 from m3i_jax.profiling import flops, hardware, trace
-from m3i_jax.training import goodput, step
+from m3i_jax.training import goodput, optimizer, step
 from m3i_jax.training.trainer import Trainer, abstract_batch
+from m3i_jax.training.update_rules import update_rule
 from m3i_jax.training.watchdog import Watchdog
 
 
@@ -58,10 +60,11 @@ def model_flops(trainer: Trainer, canvas: tuple[int, int] = (0, 0)) -> float:
     return flops.count_flops(run, trainer.template, batch).total
 
 
-def mean_flops(trainer: Trainer) -> float:
+def mean_flops(trainer: Trainer, largest: float = 0.0) -> float:
     """Returns `model_flops` of the mean step of a run, whose batches may have different canvases.
-    Between the smallest and the largest, FLOPs grow with the number of pixels."""
-    largest = model_flops(trainer)
+    Between the smallest and the largest, FLOPs grow with the number of pixels. `largest`: those of
+    the largest, if they are counted already."""
+    largest = largest or model_flops(trainer)
     canvases = geometry.bucket_canvases(trainer.config.dense.geometry)
     pixels = [height * width for height, width in canvases]
     if len(set(pixels)) < 2:
@@ -70,6 +73,19 @@ def mean_flops(trainer: Trainer) -> float:
     smallest = model_flops(trainer, canvases[pixels.index(least)])
     share = (sum(pixels) / len(pixels) - least) / (most - least)
     return smallest + share * (largest - smallest)
+
+
+def update_flops(trainer: Trainer) -> float:
+    """Returns matrix FLOPs of the update rule of one step, which only Muon has. They do not depend
+    on the batch: devices that have the whole state compute all of them."""
+    optim = trainer.config.optim
+    links = update_rule(optim.rule).links(optim, lambda _: 0.0, optimizer.decay_mask)
+    rule = optax.with_extra_args_support(optax.chain(*links))
+
+    def update(params: Any) -> Any:
+        return rule.update(params, rule.init(params), params)[0]
+
+    return flops.count_flops(update, trainer.template.params).total
 
 
 def make_clock(

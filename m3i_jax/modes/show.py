@@ -11,7 +11,7 @@ import jax
 
 from m3i_jax import config as configuration
 from m3i_jax import parallel, schema, validation
-from m3i_jax.data import pipeline, sampler, splits
+from m3i_jax.data import geometry, pipeline, sampler, splits
 from m3i_jax.data.sources import mixture
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.errors import UserError
@@ -31,6 +31,7 @@ _RENDERED = ("shapes", "scenes")
 _LISTED = 50_000  # built-in images of which the objects are placed to count them
 # of ImageNet-1k and CLIP, in place of values that only the data determine
 ASSUMED = {"classes": 1000, "size": 1_281_167, "vocabulary": 49_408}
+_MAP_CLASSES = 150  # of ADE20K; a class map has at most 255
 
 
 def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
@@ -50,7 +51,8 @@ def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
         return done, assumed
     classes = d.classes
     if classes < 0:
-        classes = 8 if d.source == "shapes" else ASSUMED["classes"]
+        of_task = _MAP_CLASSES if config.task == "segment" else ASSUMED["classes"]
+        classes = 8 if d.source == "shapes" else of_task
         if d.source != "shapes":
             assumed.append(f"{classes} categories")
     captions = d.captions == "yes" or (d.captions == "auto" and d.source == "shapes")
@@ -149,7 +151,7 @@ def _days(days: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{math.ceil(60 * hours)} minutes"
 
 
-def machine_line(total: float, state: float, mfu: float, dtype: str) -> str:
+def machine_line(total: float, state: float, mfu: float, dtype: str, peak: float = 0.0) -> str:
     """What a run means for the devices of this machine.
 
     Args:
@@ -157,8 +159,9 @@ def machine_line(total: float, state: float, mfu: float, dtype: str) -> str:
       state: bytes of parameters, moments and target.
       mfu: share of the peak that is assumed.
       dtype: of the products.
+      peak: FLOP/s of one chip, if the settings give it.
     """
-    machine = this_machine.describe_machine(dtype)
+    machine = this_machine.describe_machine(dtype, peak)
     speed = f"{machine.flops / 1e12:,.3g} TFLOP/s"
     source = f"measured for products of {dtype} matrices" if machine.measured else "its peak"
     fits = "" if state < machine.memory else "; the state does not fit its memory"
@@ -204,13 +207,25 @@ def estimated_traffic(step_trainer: trainer.Trainer, state: float) -> dict[str, 
         step.train_step, dataclasses.replace(step_trainer.task, config=some), step_trainer.tx
     )
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step_trainer.template.params))
-    return {
+    largest = {
         platform: traffic_model.step_traffic(
             run, step_trainer.template, trainer.abstract_batch(some),
             images=some.train.batch_size, state=state, params=params, platform=platform,
         )
         for platform in ("tpu", "cuda")
     }  # fmt: skip
+    share = geometry.mean_canvas_share(config.dense.geometry)
+    return {name: each._replace(image=each.image * share) for name, each in largest.items()}
+
+
+def _divides(config: schema.Config, devices: int) -> bool:
+    """Whether the batch, rounded up if so configured, can be split over so many devices."""
+    shards = devices // max(config.parallel.mesh[2], 1)
+    try:
+        validation.fit_batch_to_mesh(config, (shards, 1, 1))
+    except UserError:
+        return False
+    return True
 
 
 def _amounts(
@@ -294,9 +309,13 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         " from the traced step (profiling/traffic_model.py): --mode=compile counts it in the"
         " compiled program"
     )
+    update = monitoring.update_flops(step_trainer)
     bounds = traffic_model.bound_rows(
         hardware.SLICES,
+        functools.partial(_divides, done),
         flops=total,
+        update_flops=update,
+        dtype=done.model.dtype,
         traffic=estimated_traffic(step_trainer, state),
         state=state,
         params=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step_trainer.template.params)),
@@ -305,7 +324,9 @@ def run(config: schema.Config, *, workdir: str | None) -> int:
         mfu=mfu,
     )
     print(text_table.text_table(bounds, traffic_model.HEADERS))
-    print(machine_line(total * length.steps, state, mfu, done.model.dtype))
+    own = total + update * ((jax.device_count() if done.parallel.mesh[1] == 1 else 1) - 1)
+    peak = done.report.peak_tflops * 1e12
+    print(machine_line(own * length.steps, state, mfu, done.model.dtype, peak))
     for line in scaling.scaling_warnings(done, steps=length.steps, warmup=length.warmup):
         print(line)
     if left := scaling.open_settings(config):

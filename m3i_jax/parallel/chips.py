@@ -94,6 +94,18 @@ class Chip:
     cache: int = 0
     reported_bandwidth: int = 0
 
+    def peak_of(self, dtype: str) -> float:
+        """FLOP/s of products of arrays of a type, as JAX computes them by default: float32 on a GPU
+        in TF32, at half the speed, on a TPU as bf16.
+
+        >>> CHIPS["h100"].peak_of("float32") / CHIPS["h100"].peak_of("bfloat16")
+        0.5
+        >>> CHIPS["v5e"].peak_of("float32") == CHIPS["v5e"].peak
+        True
+        """
+        halved = self.platform == "cuda" and dtype == "float32"
+        return self.peak / 2 if halved else self.peak
+
     @property
     def usable(self) -> float:
         """Bytes that a program may use on a JAX device.

@@ -34,7 +34,9 @@ roofline
 compiler_seconds
     with --code, the sum of the TPU compiler's estimated cycles of all instructions; else null
 run
-    {steps, days, days_at_mfu, mfu}: at roofline.step_seconds; at report.mfu of the peak
+    {steps, days, days_at_mfu, mfu}: at the times of roofline, of which compute and memory are in
+    proportion to the pixels of the mean canvas where batches have several (dense.geometry.buckets);
+    and the FLOPs of the mean canvas at report.mfu of the peak
 compile_seconds
     time of lowering and compiling; for a TPU without --code until memory and operations were
     settled
@@ -124,7 +126,9 @@ def parse_out_of_memory(message: str) -> tuple[float, float] | None:
     return float("nan"), float("nan")
 
 
-def analyze_program(text: str, *, chip: str, cores: int = 1, host: int = 0) -> dict[str, Any]:
+def analyze_program(
+    text: str, *, chip: str, cores: int = 1, host: int = 0, dtype: str = "bfloat16"
+) -> dict[str, Any]:
     """Entries of compile.json from the program's text: flops.compiled, collectives, traffic_bytes,
     roofline, compiler_seconds.
 
@@ -133,6 +137,7 @@ def analyze_program(text: str, *, chip: str, cores: int = 1, host: int = 0) -> d
       chip: a key of `chips.CHIPS`, or the name of an unknown chip.
       cores: devices per chip, which share its peak.
       host: devices per host, if the chip's links connect only those; 0: they connect all.
+      dtype: of most products.
     """
     program = hlo.parse_hlo(text)
     traffic, collectives, flops = (
@@ -154,7 +159,7 @@ def analyze_program(text: str, *, chip: str, cores: int = 1, host: int = 0) -> d
     if chip in CHIPS:
         limits = CHIPS[chip]
         times = {
-            "compute_seconds": flops / limits.peak * cores,
+            "compute_seconds": flops / limits.peak_of(dtype) * cores,
             "memory_seconds": traffic / limits.bandwidth * cores,
             "network_seconds": max(
                 sum(t.received for t in collectives.values()) / limits.link * cores,

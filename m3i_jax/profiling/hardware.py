@@ -49,10 +49,13 @@ def find_chip(kind: str, devices: int) -> ChipPeak | None:
     return None
 
 
-def training_days(total: float, *, kind: str, chips: int, mfu: float) -> float:
-    """Days that `total` FLOPs take on `chips` chips at a model FLOP utilisation of 0..1.
+def training_days(
+    total: float, *, kind: str, chips: int, mfu: float, dtype: str = "bfloat16"
+) -> float:
+    """Days that `total` FLOPs of products of arrays of a type take on `chips` chips at a model FLOP
+    utilisation of 0..1.
 
     >>> round(training_days(86_400 * 197e12, kind="v5e", chips=1, mfu=0.5), 6)
     2.0
     """
-    return total / (CHIPS[kind].peak * chips * mfu) / 86_400
+    return total / (CHIPS[kind].peak_of(dtype) * chips * mfu) / 86_400

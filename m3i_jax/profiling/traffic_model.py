@@ -55,13 +55,15 @@ class StepTraffic(NamedTuple):
     update: float
     weights: float
 
-    def of_chip(self, images: float, share: float = 1.0) -> float:
-        """Bytes of a chip that has so many images, and that share of the state.
+    def of_chip(self, images: float, share: float = 1.0, cores: int = 1) -> float:
+        """Bytes of a chip that has so many images and that share of the state, which it computes on
+        so many devices, each with weights in its own memory.
 
-        >>> StepTraffic(10.0, 100.0, 20.0).of_chip(4, 0.5)
-        110.0
+        >>> traffic = StepTraffic(10.0, 100.0, 20.0)
+        >>> traffic.of_chip(4, 0.5), traffic.of_chip(4, 0.5, cores=2)
+        (110.0, 130.0)
         """
-        return self.image * images + self.update * share + self.weights
+        return self.image * images + self.update * share + self.weights * cores
 
 
 def step_traffic(
@@ -231,16 +233,19 @@ def _branch(each: Any, platforms: Any, platform: str, loops: int) -> float:
 
 def chip_days(
     *, flops: float, traffic: StepTraffic, state: float, params: int, images: int, steps: int,
-    kind: str, chips: int, mfu: float
+    kind: str, chips: int, mfu: float, update_flops: float = 0.0, dtype: str = "bfloat16"
 ) -> dict[str, float]:  # fmt: skip
     """Days of a run by its FLOPs at a share of the peak, and by what memory and network move at
     their peaks.
 
     Args:
       flops: of a step.
-      state: bytes of the state; where a chip has no room for it, it is sharded (FSDP).
+      state: bytes of the state; where a device has no room for it, it is sharded (FSDP), else it
+        lies on each.
       params: their number.
       images: of a step.
+      update_flops: those of `flops` that every device computes where the state is not sharded.
+      dtype: of the products.
 
     >>> chip_days(
     ...     flops=1e15, traffic=StepTraffic(1e9, 1e9, 0.0), state=1e9, params=10**8, images=512,
@@ -249,8 +254,10 @@ def chip_days(
     0.0194...
     """
     chip = CHIPS[kind]
-    sharded = 3 * state > chip.memory
-    moved = traffic.of_chip(images / chips, 1 / chips if sharded else 1.0)
+    sharded = 3 * state > chip.device_memory
+    moved = traffic.of_chip(images / chips, 1 / chips if sharded else chip.cores, chip.cores)
+    if not sharded:
+        flops += update_flops * (chips * chip.cores - 1)
     # a gradient is reduced and its sum spread; sharded, weights are gathered in two bytes for the
     # forward and for the backward pass, and gradients are reduced
     received = params * (2 + 2 + 4 if sharded else 8)
@@ -258,7 +265,9 @@ def chip_days(
     if 0 < chip.host < chips:  # between hosts GPUs have no links: all of a host take in once what
         times.append(received * (1 - chip.host / chips) / (chip.host * chip.network))  # others have
     return {
-        "FLOPs": hardware.training_days(flops * steps, kind=kind, chips=chips, mfu=mfu),
+        "FLOPs": hardware.training_days(
+            flops * steps, kind=kind, chips=chips, mfu=mfu, dtype=dtype
+        ),
         "memory": moved / chip.bandwidth * steps / 86_400,
         "network": max(times) * steps / 86_400,
     }
@@ -267,12 +276,17 @@ def chip_days(
 HEADERS = ("slice", "chips", "memory a chip", "days by FLOPs", "by memory", "by network", "binds")
 
 
-def bound_rows(slices: Sequence[tuple[str, str, int]], **run: Any) -> list[tuple[str, ...]]:
+def bound_rows(
+    slices: Sequence[tuple[str, str, int]],
+    divides: Callable[[int], bool] = lambda devices: True,
+    **run: Any,
+) -> list[tuple[str, ...]]:
     """One row a slice, for `text_table.text_table` with HEADERS; without days where a chip has no
     room for its part of the state.
 
     Args:
       slices: as `hardware.SLICES`.
+      divides: whether the batch can be split over so many devices; a row says where it cannot.
       run: of `chip_days`; `traffic` is {platform: StepTraffic}.
     """
     out: list[tuple[str, ...]] = []
@@ -285,5 +299,8 @@ def bound_rows(slices: Sequence[tuple[str, str, int]], **run: Any) -> list[tuple
             continue
         days = chip_days(traffic=of_platform[chip.platform], kind=kind, chips=chips, **run)
         shown = [f"{time:,.1f}" if time >= 1 else f"{time:.2f}" for time in days.values()]
-        out.append((name, str(chips), memory, *shown, max(days, key=lambda each: days[each])))
+        binds = max(days, key=lambda each: days[each])
+        if not divides(chips * chip.cores):
+            binds += "; batch does not divide"
+        out.append((name, str(chips), memory, *shown, binds))
     return out

@@ -133,7 +133,9 @@ def test_weights_are_occurrences_in_an_epoch(tmp_path: pathlib.Path) -> None:
     assert both.shares == (20, 1) and both.epochs(105) == [1.0, 1.0]
     assert sampler.epoch_size(both) == 105 and "(1 epochs in one pass)" in both.description()
     emptied = base.split_by_hash(kept, 1.0, "train")
-    assert sampler.epoch_size(emptied) == sampler.epoch_size(mixture.Mixture([emptied], [None])) == 0
+    assert (
+        sampler.epoch_size(emptied) == sampler.epoch_size(mixture.Mixture([emptied], [None])) == 0
+    )
     drawn = both.locate(3, np.arange(105 * 200))
     assert np.bincount(drawn[drawn < 100]).tolist() == [200] * 100
     assert np.bincount(drawn[drawn >= 100] - 100) / 200 == pytest.approx([2, 0.5, 1, 1.5], abs=0.1)

@@ -1,5 +1,6 @@
 """Monitoring of a run, and --mode=profile, at toy size."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,9 +14,12 @@ import pytest
 
 from m3i_jax import interrupts, parallel, schema
 from m3i_jax.config import config_to_text
-from m3i_jax.modes import monitoring, profile, train
-from m3i_jax.profiling import flops
+from m3i_jax.modes import compile as compile_mode
+from m3i_jax.modes import monitoring, profile, show, train
+from m3i_jax.parallel.sharding import path_text
+from m3i_jax.profiling import flops, traffic_model
 from m3i_jax.training import goodput, loop, trainer
+from m3i_jax.training.muon import is_matrix
 from tests import toy
 from tests.dense_toy import dense_settings
 
@@ -37,6 +41,42 @@ def test_model_flops_are_those_of_the_plain_step() -> None:
     ).total
     # rematerialisation adds no FLOPs of the model
     assert monitoring.model_flops(again) == wanted < counted
+
+
+def test_the_update_of_muon_is_counted_by_itself() -> None:
+    """Five steps for each matrix of a by b, a <= b: x x', its square, and their product with x."""
+    muon, adamw = made(optim__rule="muon"), made()
+    expected = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(muon.template.params):
+        name = path_text(path)
+        if is_matrix(name, leaf.shape):
+            layers, rows, columns = leaf.shape
+            parts = 3 if name.endswith("qkv/kernel") else 1
+            small, large = sorted((rows, columns // parts))
+            expected += layers * parts * 5 * (4 * small**2 * large + 2 * small**3)
+    assert monitoring.update_flops(muon) == expected > 0
+    assert monitoring.update_flops(adamw) == 0
+    assert monitoring.model_flops(muon) - monitoring.model_flops(adamw) == expected
+
+
+def test_traffic_and_times_are_of_the_mean_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Canvases of 64 x 64 and 64 x 192 pixels: two thirds of the largest."""
+    rule = schema.Geometry(rule="buckets", buckets=(64, 64, 64, 192))
+    config = schema.Config(dense=schema.DensePrediction(geometry=rule))
+    length = trainer.RunLength(steps_per_epoch=1, steps=86_400, warmup=0)
+    run = types.SimpleNamespace(config=config, length=length)
+    target = types.SimpleNamespace(chip="v5e", topology=types.SimpleNamespace(chips=1))
+    times = {"compute_seconds": 2.0, "memory_seconds": 3.0, "network_seconds": 1.0}
+    days = compile_mode._run_days(run, target, 197e12, times)  # type: ignore[arg-type]
+    assert days["days"] == pytest.approx(2.0)
+    assert days["days_at_mfu"] == pytest.approx(1 / config.report.mfu)
+    slow = compile_mode._run_days(run, target, 1.0, times | {"network_seconds": 2.5})  # type: ignore[arg-type]
+    assert slow["days"] == 2.5
+    moved = traffic_model.StepTraffic(3.0, 5.0, 7.0)
+    monkeypatch.setattr(traffic_model, "step_traffic", lambda *_, **__: moved)
+    one = made()
+    one.config = dataclasses.replace(one.config, dense=config.dense)
+    assert show.estimated_traffic(one, 1.0)["tpu"] == pytest.approx((2.0, 5.0, 7.0))
 
 
 @pytest.mark.slow

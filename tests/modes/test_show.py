@@ -4,8 +4,10 @@ import dataclasses
 import pathlib
 import re
 import tempfile
+import types
 from typing import Any
 
+import jax
 import pytest
 
 from m3i_jax import config as configuration
@@ -15,6 +17,7 @@ from m3i_jax.errors import UserError
 from m3i_jax.modes import show
 from m3i_jax.modes.setup import open_setup
 from m3i_jax.modes.task_views import task_views
+from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.profiling import this_machine
 from m3i_jax.training.task import task_kind
 from tests import toy
@@ -56,7 +59,7 @@ def test_the_numbers_of_a_folder(
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     machine = this_machine.Machine("2 x cpu", 8 * 2**30, 1e12, True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(this_machine, "describe_machine", lambda dtype: machine)
+        patch.setattr(this_machine, "describe_machine", lambda dtype, peak: machine)
         day = 86_400 * 1e12
         line = show.machine_line(2 * day, 2**30, 0.5, "bfloat16")
         assert line == (
@@ -66,7 +69,27 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
         assert "does not fit" in show.machine_line(day, 2**34, 0.5, "float32")
     real = this_machine.describe_machine("float32")
     assert real.measured and 1e8 < real.flops < 1e15 and real.memory > 0
+    given = this_machine.describe_machine("float32", 3e12)
+    assert not given.measured and given.flops == 3e12 * jax.device_count()
     assert re.fullmatch(r"\d+ x cpu", real.devices)
+
+
+def test_an_unlisted_accelerator_is_measured_with_large_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its time of a small one is that of a launch. Of a listed one the peak is known, of float32
+    products, which a GPU computes in TF32, half of it."""
+    kind, asked = "NVIDIA Unlisted", []
+    device = lambda: types.SimpleNamespace(device_kind=kind, platform="gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device(), device()])
+    monkeypatch.setattr(this_machine.parallel, "make_mesh", lambda *_: None)
+    monkeypatch.setattr(this_machine.parallel, "device_memory", lambda _: 2.0**30)
+    monkeypatch.setattr(this_machine, "measured_flops", lambda *given: asked.append(given) or 4e12)
+    found = this_machine.describe_machine("bfloat16")
+    assert found.measured and found.flops == 8e12 and asked == [("bfloat16", 4096, 16)]
+    assert this_machine.describe_machine("bfloat16", 5e12)[2:] == (10e12, False)
+    kind = CHIPS["h100"].device_kind
+    assert this_machine.describe_machine("float32")[2:] == (CHIPS["h100"].peak, False)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +111,23 @@ def test_the_cost_is_of_what_a_step_has_as_many_of_as_images(
 def test_other_sources_are_assumed() -> None:
     config = toy.settings(data__source="tars", data__path="/x/*.tar", data__classes=-1)
     assert show.assume_data(config)[1] == ["1000 categories"]
+
+
+def test_maps_have_fewer_classes_than_imagenet() -> None:
+    """A class map has at most 255."""
+    config = configuration.load_config("configs/transfer/segment.py:path=/no/such/maps")
+    done, assumed = show.assume_data(configuration.resolve(config))
+    assert done.data.classes == 150 and assumed[0] == "150 categories"
+
+
+def test_a_row_says_that_the_batch_does_not_divide() -> None:
+    """Pairs of images: 96 are 3 pairs for each of 16 devices, and 64 devices would share them. Of
+    two devices of a tensor axis both have the same images."""
+    config = toy.settings(train__batch_size=96)
+    assert show._divides(config, 16) and not show._divides(config, 64)
+    halved = dataclasses.replace(config, parallel=schema.Parallel(mesh=(-1, 1, 4)))
+    assert show._divides(halved, 64)
+    assert show._divides(toy.settings(train__batch_size=96, train__round_batch=True), 64)
 
 
 def test_captions_that_are_only_assumed_to_be_absent_are_asked_for() -> None:
@@ -128,8 +168,9 @@ def test_built_in_images_are_counted(recipe: str, captions: str) -> None:
     assert found == (opened.size, opened.classes, captions) and not assumed
     many = dataclasses.replace(config, data=dataclasses.replace(config.data, size=10**9))
     if not config.data.mixture:  # too many to list
+        classes = 150 if config.task == "segment" else 1000
         shapes = config.data.source == "shapes"
-        assert show.assume_data(many)[1] == ([] if shapes else ["1000 categories"])
+        assert show.assume_data(many)[1] == ([] if shapes else [f"{classes} categories"])
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """The estimated memory traffic of a traced program against what its operations must move."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from m3i_jax import parallel
 from m3i_jax.models import attention
+from m3i_jax.parallel.chips import CHIPS
 from m3i_jax.profiling import traffic_model
 
 N = 256
@@ -79,6 +82,49 @@ def test_attention_is_the_kernel_s():
     assert moved["tpu"] == pytest.approx(4 / 3, rel=0.01)
     assert moved["cuda"] == pytest.approx(4 / 3, rel=0.02)
     assert moved["cpu"] > 5
+
+
+def days(kind: str, chips: int, **changes: Any) -> dict[str, float]:
+    run = {
+        "flops": 1e15, "traffic": traffic_model.StepTraffic(0.0, 4e9, 1e9), "state": 2e9,
+        "params": 10**8, "images": 1024, "steps": 86_400, "mfu": 0.5,
+    }  # fmt: skip
+    return traffic_model.chip_days(kind=kind, chips=chips, **{**run, **changes})  # type: ignore[arg-type]
+
+
+def test_every_device_makes_the_update_of_a_state_that_it_has() -> None:
+    """Muon's products, 1e14 of 1e15 FLOPs: of 16 chips each has 1/16 of the rest. A state of 16 GB
+    is split over all."""
+    peak = CHIPS["v5e"].peak * 0.5
+    of_chip = 9e14 / 16 + 1e14
+    assert days("v5e", 16, update_flops=1e14)["FLOPs"] == pytest.approx(of_chip / peak)
+    sharded = days("v5e", 16, update_flops=1e14, state=16e9)["FLOPs"]
+    assert sharded == pytest.approx(1e15 / 16 / peak) == days("v5e", 16)["FLOPs"]
+
+
+def test_both_devices_of_a_chip_have_the_state() -> None:
+    """Two JAX devices of a TPU7x, of 94.75 GiB each: 4 GB of updates and 1 GB of weights, twice.
+    Three times 40 GiB fit the chip, and no device of it."""
+    bandwidth = CHIPS["tpu7x"].bandwidth
+    assert days("tpu7x", 64)["memory"] == pytest.approx(10e9 / bandwidth)
+    sharded = days("tpu7x", 64, state=40 * 2**30)["memory"]
+    assert sharded == pytest.approx((4e9 / 64 + 2e9) / bandwidth)
+
+
+def test_float32_is_half_as_fast_on_a_gpu() -> None:
+    for kind, factor in (("h100", 2), ("v5e", 1)):
+        plain, whole = (days(kind, 8, dtype=dtype)["FLOPs"] for dtype in ("bfloat16", "float32"))
+        assert whole == pytest.approx(factor * plain)
+
+
+def test_rows_say_where_a_batch_cannot_be_split() -> None:
+    run = {
+        "flops": 1e15, "state": 2e9, "params": 10**8, "images": 64, "steps": 10, "mfu": 0.5,
+        "traffic": dict.fromkeys(("tpu", "cuda"), traffic_model.StepTraffic(1.0, 1.0, 1.0)),
+    }  # fmt: skip
+    slices = [("a", "v5e", 16), ("b", "tpu7x", 16)]  # of which b has 32 devices
+    rows = traffic_model.bound_rows(slices, lambda devices: devices <= 16, **run)
+    assert [row[-1] for row in rows] == ["FLOPs", "FLOPs; batch does not divide"]
 
 
 @pytest.mark.parametrize(("chips", "seconds"), [(8, 0.0233333), (16, 0.025), (64, 0.035)])
