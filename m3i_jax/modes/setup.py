@@ -181,6 +181,7 @@ def open_setup(
     trains: Iterable[tuple[str, ...]] = (),
     draws_batches: bool = True,
     hold_out_all: bool = False,
+    alone: bool = False,
 ) -> Setup:
     """Open the data of a configuration and complete it.
 
@@ -193,10 +194,16 @@ def open_setup(
         evaluate on may lack it.
       hold_out_all: if a task without views is to hold nothing out of these data, all of them are
         held out: it is only evaluated on them.
+      alone: one device is enough, as no step is taken: the mesh of the configuration may be larger
+        than this machine, and the batch need not divide.
     """
     backbones.validate_backbone(config)  # before data are opened, which may take minutes
     path = pathlib.Path(workdir)
-    config, devices = fit_to_devices(_with_rounded_batch(config, path))
+    config = _with_rounded_batch(config, path)
+    if alone:
+        devices = parallel.make_mesh((1, 1, 1), jax.devices()[:1])
+    else:
+        config, devices = fit_to_devices(config)
     with parallel.fail_together("--workdir"):
         make_workdir(path)
     index = index_directory(config.data, path)

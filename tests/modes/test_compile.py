@@ -140,7 +140,8 @@ def test_a_step_for_eight_devices_is_compiled_and_reported(tmp_path, capsys) -> 
     """Half a MiB is too little: all output is written, then one line gives the
     excess, and the exit code is 3. The batch is rounded up as in a run."""
     rounded = ["--config.train.batch_size=12", "--config.train.round_batch=true"]
-    rounded += ["--config.objective.forms=mim"]
+    # replicas compute all products of Muon each, which one device does once
+    rounded += ["--config.objective.forms=mim", "--config.optim.rule=muon"]
     assert (
         command.main(
             [

@@ -1,6 +1,8 @@
 """--mode=preview: the original next to the views is the record of the row, also where a bad record
 was replaced."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,8 +14,10 @@ from m3i_jax.data.sources import base
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.modes import preview as show
 from m3i_jax.modes import setup as jobs
+from m3i_jax.modes.task_views import TaskViews
 from m3i_jax.reporting import image_grid, preview_sheet
 from tests import broken, toy
+from tests.dense_toy import dense_settings
 
 
 def test_the_views_of_a_row_are_cut_from_its_record(tmp_path):
@@ -120,6 +124,41 @@ def test_the_preview_of_a_fine_tuning_shows_blended_inputs(tmp_path):
     shown = pixels[top : top + side, left : left + side]
     zoom = side // 32
     np.testing.assert_allclose(shown[zoom // 2 :: zoom, zoom // 2 :: zoom], wanted, atol=2.5)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "detect"])
+def test_a_few_rows_are_those_of_the_first_batch_of_a_pod(task, tmp_path, monkeypatch):
+    """Of a mesh of 64 devices, more than there are. Scenes have one of three canvases a batch."""
+    if task == "detect":
+        rule = {"rule": "buckets", "buckets": (64, 64, 64, 128, 128, 128)}
+        changes: dict[str, object] = {f"dense__geometry__{k}": v for k, v in rule.items()}
+        changes |= {"data__source": "scenes", "model__encoder__mlp_ratio": 4.0}
+        config = dense_settings("detect", **toy.INTERN, **changes)
+        dense = dataclasses.replace(config.dense, maps=schema.Maps())  # of the ViT
+        config = dataclasses.replace(config, dense=dense)
+    else:
+        config = toy.settings(data__classes=-1, objective__forms="m3i", data__captions="auto")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, size=200, classes=-1),
+        train=dataclasses.replace(config.train, batch_size=24),
+    )
+    whole = jobs.open_setup(config, str(tmp_path), alone=True)
+    batches = whole.batches(0, views=(0, 1))
+    expected, records = next(batches), batches.record.tolist()
+    batches.close()
+    shown = []
+    drawn = lambda setup, path, batch, records: shown.append((batch, records))
+    monkeypatch.setattr(show, "task_views", lambda _: TaskViews(draw_preview=drawn))
+    pod = dataclasses.replace(config, parallel=schema.Parallel(mesh=(64, 1, 1)))
+    assert show.run(pod, workdir=str(tmp_path)) == 0
+    ((batch, items),) = shown
+    assert {name: len(value) for name, value in batch.items()} == dict.fromkeys(expected, show.ROWS)
+    for name, value in batch.items():
+        np.testing.assert_array_equal(value, expected[name][: show.ROWS], err_msg=name)
+    assert [item.key for item in items] == [
+        base.source_key(whole.train, i) for i in records[: show.ROWS]
+    ]
 
 
 @pytest.mark.parametrize(("form", "tiles"), [("supervised", 2), ("mae", 3), ("sim", 4), ("m3i", 5)])
