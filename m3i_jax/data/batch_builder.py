@@ -21,7 +21,12 @@ class BatchBuilder(RecordBatchBuilder):
     """Builds the batches of `pipeline.iterate_batches`."""
 
     # counted in addition to the bad records, so that every cut and every drop is logged
-    notes: ClassVar[tuple[str, ...]] = ("caption_cut", "label_dropped", "region_too_long")
+    notes: ClassVar[tuple[str, ...]] = (
+        "caption_cut",
+        "caption_undecodable",
+        "label_dropped",
+        "region_too_long",
+    )
     purpose: ClassVar[str] = "that could be used beside its partner"
 
     grid: int  # patches per side
@@ -186,6 +191,9 @@ class BatchBuilder(RecordBatchBuilder):
             ids = self.tokenizer.ids(text, cleaned=True)
             batch["tokens"][row], batch["length"][row] = self.tokenizer.frame(ids)
             self.count(batch, "caption_cut", int(len(ids) > self.tokenizer.length - 2))
+            raw = record.caption
+            undecodable = isinstance(raw, bytes) and not decode.decode_caption(raw)[1]
+            self.count(batch, "caption_undecodable", int(undecodable))
 
     def _fill_regions(
         self, record: base.Record, size: tuple[int, int], row: int, batch: Batch

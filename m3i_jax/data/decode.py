@@ -6,6 +6,7 @@ plain background, palettes are looked up, 16-bit gray is scaled (not clipped), C
 (JPEGs store it inverted, as Adobe does), and an animation gives its first frame. Embedded colour
 profiles are not applied."""
 
+import codecs
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -393,14 +394,34 @@ def _bands(image: Image.Image) -> Iterator[np.ndarray]:
 
 
 _SPACE = re.compile(r"\s+")
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def decode_caption(caption: bytes) -> tuple[str, bool]:
+    """Decodes the part of a caption that is used: UTF-8, or UTF-16 with a byte order mark.
+
+    Returns:
+        (text, whether all bytes of the part have a character); where not, U+FFFD stands for them.
+
+    >>> decode_caption(b"caf\\xc3\\xa9"), decode_caption(b"caf\\xe9")
+    (('café', True), ('caf\ufffd', False))
+    """
+    kept = caption[:CAPTION_LIMIT]
+    decoder = codecs.getincrementaldecoder("utf-16" if kept.startswith(_UTF_16) else "utf-8")
+    # the limit may cut a character in two, which is left out
+    final = len(kept) == len(caption)
+    try:
+        return decoder("strict").decode(kept, final), True
+    except UnicodeDecodeError:
+        return decoder("replace").decode(kept, final), False
 
 
 def clean_caption(caption: str | bytes | None) -> str | None:
     """Cleans a caption as CLIP's tokenizer does, without its lower-casing.
 
-    Bytes that are not UTF-8 become U+FFFD, NULs are removed, text beyond 8 KiB is cut, wrongly
-    decoded text is repaired (ftfy), HTML entities are resolved twice (web captions are often
-    escaped twice), and white space is collapsed.
+    Bytes that are no text become U+FFFD (`decode_caption`), NULs are removed, text beyond 8 KiB is
+    cut, wrongly decoded text is repaired (ftfy), HTML entities are resolved twice (web captions are
+    often escaped twice), and white space is collapsed.
 
     Args:
         caption: as the source holds it.
@@ -417,13 +438,7 @@ def clean_caption(caption: str | bytes | None) -> str | None:
         return None
     import ftfy
 
-    if isinstance(caption, bytes):
-        kept = caption[:CAPTION_LIMIT]
-        text = kept.decode("utf-8", "replace")
-        # the limit may cut a character in two
-        text = text.rstrip("\ufffd") if len(caption) > len(kept) else text
-    else:
-        text = caption[:CAPTION_LIMIT]
+    text = decode_caption(caption)[0] if isinstance(caption, bytes) else caption[:CAPTION_LIMIT]
     text = html.unescape(html.unescape(ftfy.fix_text(text.replace("\0", ""))))
     # A lone surrogate cannot be encoded.
     text = text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")

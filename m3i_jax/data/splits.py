@@ -54,6 +54,7 @@ def open_source(data: schema.Data, *, cache: str = "") -> DataSource:
     ]
     kinds = [entry.kind for entry in entries]
     registry.name_classes(data, list(zip(kinds, sources, strict=True)))
+    mixture.warn_shared_numbers(data, sources)
     return mixture.join_sources(data, entries, sources)
 
 
@@ -87,6 +88,7 @@ def open_splits(data: schema.Data, *, cache: str = "") -> tuple[DataSource, Data
     ]
     opened = zip(entries, pairs, strict=True)
     registry.name_classes(data, [(entry.kind, part) for entry, pair in opened for part in pair])
+    mixture.warn_shared_numbers(data, [train for train, _ in pairs])
     pairs = [(train, _with_classes_of(train, held_out)) for train, held_out in pairs]
     train, held_out = (
         mixture.join_sources(data, entries, part) for part in zip(*pairs, strict=True)

@@ -308,8 +308,8 @@ METRICS: tuple[tuple[str, tuple[MetricText, ...]], ...] = (
             MetricText(
                 "data/*",
                 "",
-                "captions, labels and annotations of the first host that were cut or left out,"
-                " by reason, so far",
+                "captions, labels and annotations of the first host that were cut, left out or not"
+                " decoded in full, by reason, so far",
             ),
             MetricText(
                 "report/dropped/*",

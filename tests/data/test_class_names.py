@@ -190,6 +190,29 @@ def test_names_of_a_mixture_with_a_source_without_labels(mixed_tars, tmp_path, o
             open_data(other)
 
 
+def test_equal_numbers_of_two_label_sets_are_announced(tmp_path, make, caplog):
+    for name, label in (("imagenet", b"2"), ("food", b"1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.tar").write_bytes(
+            make.tar_bytes([("1.jpg", b"x"), ("1.cls", label), ("2.jpg", b"x"), ("2.cls", b"0")])
+        )
+    entries = tuple(f"tars:{tmp_path / name}" for name in ("imagenet", "food"))
+    data = schema.Data(source="mixture", mixture=entries)
+    for open_data in (splits.open_source, lambda data: splits.open_splits(data)[0]):
+        caplog.clear()
+        assert "3 classes (2 of them shared by number)" in open_data(data).description()
+        (line,) = caplog.messages
+        assert f"(3 of tars {str(tmp_path / 'imagenet')!r}" in line
+        assert "set data.class_space=separate" in line and "data.class_names=FILE" in line
+        # each of the two answers ends the warning
+        caplog.clear()
+        (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+        named = dataclasses.replace(data, class_names=str(tmp_path / "names.txt"))
+        assert "3 classes (2 of them shared by name)" in open_data(named).description()
+        apart = open_data(dataclasses.replace(data, class_space="separate"))
+        assert len(apart.classes) == 5 and not caplog.messages
+
+
 def test_names_of_the_labels_of_a_keep_list(mixed_tars, tmp_path):
     pytest.importorskip("pyarrow")
     path = str(tmp_path / "keep.parquet")

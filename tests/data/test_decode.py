@@ -240,6 +240,8 @@ def test_damage_raises_only_bad_record(make):
         ("&nbsp;", None),
         (b"a cat\n", "a cat"),
         (b"caf\xe9 au lait", "caf\ufffd au lait"),
+        (b"\xff\xfe" + "caf\u00e9 \U0001f431".encode("utf-16-le"), "caf\u00e9 \U0001f431"),
+        (b"\xfe\xff" + "caf\u00e9 au lait".encode("utf-16-be"), "caf\u00e9 au lait"),
         ("a\0b", "ab"),
         ("two  \t spaces\nand\u3000a line", "two spaces and a line"),
         ("l&amp;#39;amour &lt;3 &amp;amp; &quot;x&quot;", 'l\'amour <3 & "x"'),
@@ -268,6 +270,11 @@ def test_long_captions_are_cut():
     # The cut goes through the two bytes of a letter, which is no defect of the caption.
     assert decode.clean_caption(b"x" + "\u00e9".encode() * 100_000) == "x" + "\u00e9" * (
         (decode.CAPTION_LIMIT - 1) // 2
+    )
+    wide = b"\xff\xfe" + ("x" + "\U0001f431" * 9000).encode("utf-16-le")
+    assert decode.decode_caption(wide) == (
+        "x" + "\U0001f431" * (decode.CAPTION_LIMIT // 4 - 1),
+        True,
     )
 
 

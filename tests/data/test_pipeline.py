@@ -275,7 +275,9 @@ def test_labels_beyond_the_classes_are_dropped_and_counted(make, classes, kept, 
     batches = pipeline.iterate_batches(config, source, None, start=0)
     label = next(batches)["label"]
     assert set(label) == set(range(-1, kept))
-    assert batches.noted == {"caption_cut": 0, "label_dropped": dropped, "region_too_long": 0}
+    assert {note: n for note, n in batches.noted.items() if n} == (
+        {"label_dropped": dropped} if dropped else {}
+    )
     assert pipeline.count_classes(config.data, source) == (7 if classes < 0 else classes)
 
 
@@ -290,6 +292,20 @@ def test_long_captions_are_cut_and_counted(make, bpe):
     batch = next(batches)
     assert batches.noted["caption_cut"] == 50 == (batch["length"] == LENGTH).sum()
     assert (batch["tokens"][np.arange(100), batch["length"] - 1] == bpe.end).all()
+
+
+def test_captions_that_are_no_text_are_counted(make, bpe):
+    """A run of an earlier version, which did not count them, goes on."""
+    captions = (b"caf\xe9", b"caf\xc3\xa9", "café", "café".encode("utf-16"), None)
+
+    class Encoded(make.ColorImages):
+        def __getitem__(self, index: int) -> base.Record:
+            return dataclasses.replace(super().__getitem__(index), caption=captions[index % 5])
+
+    batches = pipeline.iterate_batches(make.settings(batch=100), Encoded(100), bpe, start=0)
+    batches.go_on({"noted": {"caption_cut": 3, "label_dropped": 0, "region_too_long": 0}})
+    next(batches)
+    assert batches.counted() == {"data/caption_cut": 3, "data/caption_undecodable": 20}
 
 
 def test_refusals(make):

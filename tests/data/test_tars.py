@@ -106,6 +106,17 @@ def test_grouping_captions_and_labels(tmp_path, make):
         ("10.jpg", b"ten"),
         ("10.cls", b"9" * 5000),
         ("10.json", meta(label=10**12)),
+        # a blank text says nothing, in any order of members
+        ("11.jpg", b"eleven"),
+        ("11.txt", b" \r\n"),
+        ("11.json", meta(caption="the text is blank")),
+        ("12.json", meta(caption="the text is blank")),
+        ("12.txt", b"\n"),
+        ("12.jpg", b"twelve"),
+        ("13.jpg", b"thirteen"),
+        ("13.json", b'{"caption": "caf\xe9", "label": 1}'),
+        ("14.jpg", b"fourteen"),
+        ("14.json", b"[]"),
     ]
     (tmp_path / "0.tar").write_bytes(make.tar_bytes(members))
     source = TarSource(str(tmp_path))  # a directory means its tar files
@@ -119,6 +130,10 @@ def test_grouping_captions_and_labels(tmp_path, make):
         ("7", b"seven", -1, None),
         ("a.b", b"dots", -1, b"in the name"),
         ("10", b"ten", -1, None),
+        ("11", b"eleven", -1, "the text is blank"),
+        ("12", b"twelve", -1, "the text is blank"),
+        ("13", b"thirteen", -1, None),
+        ("14", b"fourteen", -1, None),
     ]
     assert source.classes == ("0", "1", "2", "3", "4", "5") and source.captions
     assert {kind: n for kind, n in source.ignored.items() if n} == {
@@ -126,9 +141,10 @@ def test_grouping_captions_and_labels(tmp_path, make):
         "images with the key of an earlier one": 1,
         "captions or labels without an image": 1,
         "JSON over 1 MiB": 1,
+        "JSON that cannot be read": 4,
     }
     assert source.__getitems__([5, 0, 5]) == [source[5], source[0], source[5]]
-    assert source.description().startswith("9 images in 1 tar file of tars ")
+    assert source.description().startswith("13 images in 1 tar file of tars ")
 
 
 def test_a_key_twice_keeps_the_first_sample(tmp_path, make):
@@ -187,6 +203,18 @@ def test_files_in_the_order_of_their_names(tmp_path, make):
     assert {len(base.split_by_hash(source, 0.5, part)) for part in ("train", "held_out")} == {0, 3}
 
 
+def test_links_to_tars_are_counted(tmp_path, make):
+    for name in ("0", "1"):
+        (tmp_path / f"{name}.tar").write_bytes(make.tar_bytes([("1.jpg", b"x"), ("2.jpg", b"y")]))
+        os.utime(tmp_path / f"{name}.tar", ns=(1, 1))  # as alike as a link, and none
+    assert "links to" not in TarSource(str(tmp_path)).description()
+    (tmp_path / "latest.tar").symlink_to(tmp_path / "1.tar")
+    source = TarSource(str(tmp_path))
+    assert len(source) == 6 and "; 2 records are links to others" in source.description()
+    assert len(TarSource(str(tmp_path / "latest.tar"))) == 2
+    assert "links to" not in TarSource(str(tmp_path / "latest.tar")).description()
+
+
 def test_damage_is_logged_with_the_name_of_the_file(tmp_path, make, caplog):
     content = make.tar_bytes([("1.jpg", b"x" * 600), ("2.jpg", b"y" * 600)])
     (tmp_path / "0.tar").write_bytes(content[:2600])
@@ -214,11 +242,15 @@ def test_the_index_is_cached_and_rebuilt(tmp_path, make, monkeypatch):
     first = opened()
     assert all_records(opened()) == all_records(first) and len(built) == 1
     assert opened().fingerprint() == first.fingerprint() and opened().ignored == first.ignored
-    (cached,) = pathlib.Path(cache).iterdir()
+    (before,) = pathlib.Path(cache).iterdir()
     os.utime(data / "0.tar", ns=(1, 1))  # another time
     assert all_records(opened()) == all_records(first) and len(built) == 2
+    for path in pathlib.Path(cache).iterdir():
+        path.unlink()
     (data / "0.tar").write_bytes(make.tar_bytes([("1.jpg", b"changed")]))  # another size or content
     assert all_records(opened()) == [("1", b"changed", -1, None)] and len(built) == 3
+    (cached,) = pathlib.Path(cache).iterdir()
+    assert cached != before
     for damage in (
         b"",
         b"PK\x03\x04 nothing",
@@ -230,6 +262,39 @@ def test_the_index_is_cached_and_rebuilt(tmp_path, make, monkeypatch):
         assert len(opened()) == 1 and len(built) == before + 1
     assert len(opened()) == 1 and len(built) == 7
     assert list(pathlib.Path(cache).iterdir()) == [cached]  # no partial file is left
+
+
+def test_hosts_with_their_own_files_share_a_directory(tmp_path, make, monkeypatch):
+    """Copies of the tars on the disk of each host have other times, and so other indices."""
+    monkeypatch.setattr(tar_index, "PART", 2)
+    data, cache = tmp_path / "data", str(tmp_path / "cache")
+    data.mkdir()
+
+    def on_host(number: int) -> None:
+        for shard in range(5):
+            (data / f"{shard}.tar").write_bytes(make.tar_bytes([(f"{shard}.jpg", b"x")]))
+            os.utime(data / f"{shard}.tar", ns=(number, number))
+
+    on_host(1)
+    first = TarSource(str(data), cache=cache)
+    sent = bytes(ForkingPickler.dumps(first))
+    on_host(2)
+    TarSource(str(data), cache=cache)
+    monkeypatch.setattr(tar_index.IndexBuilder, "build", None)  # neither host scans again
+    assert all_records(ForkingPickler.loads(sent)) == all_records(first)
+    assert all_records(TarSource(str(data), cache=cache)) == all_records(first)
+    on_host(1)
+    assert all_records(TarSource(str(data), cache=cache)) == all_records(first)
+
+
+def test_an_index_that_vanishes_while_it_is_made(tmp_path, make, monkeypatch):
+    """Its parts are still there to be joined in memory."""
+    monkeypatch.setattr(tar_index, "PART", 1)
+    for shard in range(2):
+        (tmp_path / f"{shard}.tar").write_bytes(make.tar_bytes([(f"{shard}.jpg", b"x")]))
+    monkeypatch.setattr(tar_index.IndexBuilder, "load", lambda self, verify=True: None)
+    source = TarSource(str(tmp_path), cache=str(tmp_path / "cache"))
+    assert [record[0] for record in all_records(source)] == ["0", "1"]
 
 
 def test_an_index_that_cannot_be_saved_is_no_error(tmp_path, make, caplog):

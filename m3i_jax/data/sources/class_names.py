@@ -35,6 +35,15 @@ def are_wordnet_ids(classes: Sequence[str]) -> bool:
     return bool(classes) and all(_ID.fullmatch(name) for name in classes)
 
 
+def are_numbers(classes: Sequence[str]) -> bool:
+    """Returns whether classes have no names but their numbers.
+
+    >>> are_numbers(("0", "1")), are_numbers(("0", "tench")), are_numbers(())
+    (True, False, False)
+    """
+    return bool(classes) and all(name == str(i) for i, name in enumerate(classes))
+
+
 def names_near_folder(folder: str, classes: Sequence[str]) -> tuple[str, ...]:
     """Names WordNet ids by an ImageNet file in the folder or above it; without such a file, returns
     the ids.

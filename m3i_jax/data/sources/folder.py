@@ -3,6 +3,7 @@ its caption, and sub-folders train/, val/ and test/ are recognised as splits."""
 
 import collections
 import os
+import stat
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,8 +13,9 @@ from m3i_jax.data import decode
 from m3i_jax.data.sources import base, class_names
 from m3i_jax.data.sources.base import EXTENSIONS, FILE_LIMIT, Record
 from m3i_jax.data.sources.registry import SourceKind, SplitFolders, register_source
-from m3i_jax.errors import UserError
+from m3i_jax.errors import UserError, is_transient, path_exists
 
+_READABLE = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 OUTSIDE = "links out of the folder"  # a kind of ignored files
 ROLES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -69,7 +71,8 @@ class FolderSource:
         others: collections.Counter[str] = collections.Counter()
         images: list[tuple[str, int]] = []
         texts: dict[str, tuple[int, int]] = {}  # by their names without .txt: size and time
-        listed = files(self.path, self.ignored)
+        links: dict[str, str] = {}
+        listed = files(self.path, self.ignored, links)
         for name, stat in progress.track_progress(listed, f"listing {path}", unit="files"):
             stem, extension = os.path.splitext(name)
             if extension.lower() in EXTENSIONS:
@@ -85,6 +88,7 @@ class FolderSource:
             )
         self.ignored["other files"] = others.total()
         self._names = [name for name, _ in images]
+        self.linked = _count_linked(self._names, links)
         stems = [os.path.splitext(name)[0] for name in self._names]
         self._captioned = np.array([stem in texts for stem in stems])
         self._caption_digest = base.stable_digest(
@@ -144,8 +148,8 @@ class FolderSource:
         classes = f", {len(self.classes):,} classes" if self.classes else ""
         note = f"; {self.note}" if self.note else ""
         return (
-            f"{len(self):,} images in"
-            f" {self.name}{classes}{share}{base.format_counts(self.ignored)}{note}"
+            f"{len(self):,} images in {self.name}{classes}{share}"
+            f"{base.format_links(self.linked)}{base.format_counts(self.ignored)}{note}"
         )
 
 
@@ -158,13 +162,25 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
+def files(
+    root: str, ignored: collections.Counter[str], links: dict[str, str] | None = None
+) -> Iterator[tuple[str, os.stat_result]]:
     """Yields (path relative to root, status) of every readable file inside root; counts the ignored
-    ones."""
+    ones.
+
+    Args:
+        root: a directory.
+        ignored: counts what is left out, by reason.
+        links: gets {path of a file that is behind a link: path of the file itself}, both relative.
+
+    Raises:
+        OSError: a folder or file cannot be listed now, and may be later.
+    """
     real = os.path.realpath(root)
     stack: list[tuple[str, tuple[str, ...]]] = [("", (real,))]
     while stack:
         folder, above = stack.pop()
+        linked = folder and above[-1] != os.path.join(real, folder)
         try:
             entries = list(os.scandir(os.path.join(root, folder)))
         except PermissionError:
@@ -178,7 +194,7 @@ def files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, o
             target = ""
             if entry.is_symlink():
                 target = os.path.realpath(entry.path)
-                if not os.path.exists(target):
+                if not path_exists(target):
                     ignored["broken links"] += 1
                     continue
                 if os.path.commonpath((real, target)) != real:
@@ -192,12 +208,37 @@ def files(root: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, o
                     stack.append((name, (*above, inner)))
             elif not entry.is_file():
                 ignored["special files"] += 1
-            elif not os.access(entry.path, os.R_OK):
+            elif (stat := _readable_status(entry)) is None:
                 ignored["unreadable"] += 1
-            elif (stat := entry.stat()).st_size > FILE_LIMIT:
+            elif stat.st_size > FILE_LIMIT:
                 ignored["files over 256 MiB"] += 1
             else:
+                if links is not None and (target or linked):
+                    own = target or os.path.join(above[-1], entry.name)
+                    links[name] = os.path.relpath(own, real)
                 yield name, stat
+
+
+def _count_linked(names: list[str], links: dict[str, str]) -> int:
+    """Counts the files among some names that are read under another name, too."""
+    return len(names) - len({links.get(name, name) for name in names})
+
+
+def _readable_status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Returns the status of a file; None if this user may not read it, or it is gone.
+
+    Raises:
+        OSError: of another kind, which may pass: without the file, a new run would have other data.
+    """
+    try:
+        state = entry.stat()
+        # where all may read, no second request is made: over a network, each takes a round trip
+        if state.st_mode & _READABLE != _READABLE and not os.access(entry.path, os.R_OK):
+            # `os.access` does not say why
+            os.close(base.open_nonblocking(entry.path, os.O_RDONLY))
+        return state
+    except (PermissionError, FileNotFoundError):
+        return None
 
 
 def _explain_empty(
@@ -346,7 +387,9 @@ def _folders(root: str) -> list[str]:
         entries = [
             entry for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)
         ]
-    except OSError:
+    except OSError as error:
+        if is_transient(error):
+            raise
         return []
     return sorted(
         entry.name

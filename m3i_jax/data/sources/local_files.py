@@ -99,6 +99,21 @@ def format_counts(ignored: dict[str, int]) -> str:
     return f"; ignored: {kinds}" if kinds else ""
 
 
+def format_links(count: int) -> str:
+    """Formats a number of records that are read under another name, too, as part of a description.
+
+    >>> format_links(2), format_links(0)
+    ('; 2 records are links to others', '')
+    """
+    if not count:
+        return ""
+    return (
+        f"; {count:,} records are links to others"
+        if count > 1
+        else "; 1 record is a link to another"
+    )
+
+
 def open_nonblocking(path: str, flags: int) -> int:
     """An opener for `open` that does not block on a named pipe without a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -6,6 +6,7 @@ a position of the stream are a closed form of it (`sampler.sample_mixture_index`
 
 import dataclasses
 import fractions
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from m3i_jax.data.sources.relabelled import relabel_record
 from m3i_jax.errors import UserError
 
 CYCLE_LIMIT = 1 << 40  # samples after which the shares are exact
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -198,6 +200,27 @@ def join_sources(
         return sources[0]
     weights = [entry.weight for entry in entries]
     return Mixture(sources, weights, shared=data.class_space == "shared")
+
+
+def warn_shared_numbers(data: schema.Data, sources: Sequence[DataSource]) -> None:
+    """Warns where sources of a mixture share classes that have no names but their numbers: those of
+    two label sets, such as of ImageNet and of food, would be one class each.
+
+    >>> warn_shared_numbers(schema.Data(), [])
+    """
+    if data.source != "mixture" or data.class_space != "shared":
+        return
+    numbered = [source for source in sources if class_names.are_numbers(source.classes)]
+    if len(numbered) > 1:
+        listed = ", ".join(f"{len(s.classes):,} of {s.name}" for s in numbered)
+        _log.warning(
+            "WARNING: classes of %d sources of data.mixture are numbers without names (%s), and"
+            " data.class_space='shared' makes equal numbers one class: if they number different"
+            " labels, set data.class_space=separate; if the same, data.class_names=FILE names them"
+            " and ends this warning",
+            len(numbered),
+            listed,
+        )
 
 
 def integer_shares(
@@ -403,8 +426,9 @@ class Mixture:
             )
         ]
         count = sum(len(source.classes) for source in self.sources)
+        numbered = sum(class_names.are_numbers(source.classes) for source in self.sources) > 1
         shared = (
-            f" ({count - len(self.classes):,} of them shared by name)"
+            f" ({count - len(self.classes):,} of them shared by {'number' if numbered else 'name'})"
             if count > len(self.classes)
             else ""
         )

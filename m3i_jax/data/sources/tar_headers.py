@@ -47,7 +47,7 @@ def tar_members(
     offset, damaged = 0, False
     overrides: dict[str, bytes] = {}  # path and size of the next member, from extended headers
     while offset < end:
-        header = _read(file, offset, BLOCK)
+        header = read_at(file, offset, BLOCK)
         if not offset and (compression := _compression(header)):
             problems[compressed_by(compression)] += 1
             return
@@ -68,7 +68,7 @@ def tar_members(
             continue
         damaged, kind, content = False, header[156:157], offset + BLOCK
         if kind in b"LKxg" and kind:
-            raw = _read(file, content, min(size, _MAX_HEADER))
+            raw = read_at(file, content, min(size, _MAX_HEADER))
             if kind == b"L":
                 overrides["path"] = raw.rstrip(b"\0")
             elif kind == b"x":
@@ -108,14 +108,15 @@ def _compression(header: bytes) -> str:
 def _skip_zeros(file: BinaryIO, offset: int) -> int | None:
     """Returns where the first block from `offset` on begins that is not zero; None if the file ends
     before. Of an archive that ends as it should, these are some KB."""
-    while chunk := _read(file, offset, _ZEROS):
+    while chunk := read_at(file, offset, _ZEROS):
         if (zeros := len(chunk) - len(chunk.lstrip(b"\0"))) < len(chunk):
             return offset + zeros // BLOCK * BLOCK
         offset += len(chunk)
     return None
 
 
-def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Reads bytes at an offset, fewer where the file ends."""
     file.seek(offset)
     return file.read(size)
 

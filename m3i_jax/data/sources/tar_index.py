@@ -19,7 +19,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from m3i_jax.errors import UserError
 VERSION = 5  # of the index; an index of another version is rebuilt
 PART = 64  # tar files of a part
 JSON_LIMIT = 1 << 20
+UNREADABLE_JSON = "JSON that cannot be read"  # a kind of ignored members
+_BLANK = 512  # bytes of a text that may be all white space
 NO_CAPTION, TEXT, JSON = 0, 1, 2  # where the caption of an image is stored
 # Threads that read headers: of files in a bucket, each request waits; more than 8 of them are
 # faster than one core parses.
@@ -73,7 +75,7 @@ class IndexBuilder:
     Attributes:
         files: paths or URLs, sorted.
         states: see `signature`.
-        path: file of the index; "" to keep it in memory.
+        path: file of the index, whose name tells files and states apart; "" to keep it in memory.
     """
 
     files: Sequence[str]
@@ -131,6 +133,7 @@ class IndexBuilder:
             with self._warn_unsaved():
                 self._write(readers)
             if (index := self.load(verify=False)) is not None:
+                self._remove_parts()
                 return index
         return {
             column.name: np.concatenate([np.zeros(0, column.dtype), *column.blocks])
@@ -146,6 +149,7 @@ class IndexBuilder:
             return self.load(verify=False) is not None
         try:
             self._write([self._part_reader(part) for part in range(self.parts())])
+            self._remove_parts()
         except OSError as error:  # another host wrote the index and removed its parts
             if error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise
@@ -154,6 +158,8 @@ class IndexBuilder:
 
     def _write(self, readers: Sequence[Reader]) -> None:
         mapped_arrays.write_columns(self.path, self._merged(readers))
+
+    def _remove_parts(self) -> None:
         shutil.rmtree(f"{self.path}.parts", ignore_errors=True)
 
     def _merged(self, readers: Sequence[Reader]) -> Iterator[mapped_arrays.Column]:
@@ -266,17 +272,17 @@ def _blocks(
         yield block
 
 
-def parse_json(raw: bytes) -> dict[str, Any]:
-    """Parses a JSON object; {} for anything else.
+def parse_json(raw: bytes) -> dict[str, Any] | None:
+    """Parses a JSON object; None for anything else.
 
     >>> parse_json(b'{"label": 1}'), parse_json(b"[")
-    ({'label': 1}, {})
+    ({'label': 1}, None)
     """
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def json_captions(value: dict[str, Any]) -> tuple[str | bytes, ...]:
@@ -307,6 +313,14 @@ def _scan(number: int, path: str) -> tuple[Arrays, collections.Counter[str]]:
     arrays = {name: np.array(columns[name], dtype) for name, dtype in _DTYPES.items()}
     arrays["keys"] = np.frombuffer(b"".join(key for key, _ in images), np.uint8)
     return arrays, problems
+
+
+def _add_text(group: dict[str, Any], file: BinaryIO, offset: int, size: int) -> None:
+    """Adds a text to a sample. It has priority over the JSON, in any order of members, unless it is
+    blank."""
+    group["blank"] = size <= _BLANK and not tar_headers.read_at(file, offset, size).strip()
+    if not group["blank"] or "caption_kind" not in group:
+        group.update(caption_kind=TEXT, caption_offset=offset, caption_size=size)
 
 
 def _members(path: str) -> tuple[dict[str, dict[str, Any]], collections.Counter[str]]:
@@ -341,28 +355,28 @@ def _members(path: str) -> tuple[dict[str, dict[str, Any]], collections.Counter[
             elif stem in repeated and extension in (".txt", ".json", ".cls"):
                 problems["captions or labels with the key of an earlier one"] += 1
             elif extension == ".txt":
-                if 0 < size < FILE_LIMIT:  # has priority over the JSON, in any order of members
-                    groups.setdefault(stem, {}).update(
-                        caption_kind=TEXT, caption_offset=offset, caption_size=size
-                    )
+                if 0 < size < FILE_LIMIT:
+                    _add_text(groups.setdefault(stem, {}), file, offset, size)
             elif extension in (".json", ".cls"):
                 if size > JSON_LIMIT:
                     problems["JSON over 1 MiB"] += 1
                     continue
-                file.seek(offset)
-                raw = file.read(size)
+                raw = tar_headers.read_at(file, offset, size)
                 value = (
                     parse_json(raw)
                     if extension == ".json"
                     else {"label": int(raw) if raw.strip().isdigit() and size < 20 else raw}
                 )
                 group = groups.setdefault(stem, {})
+                if value is None:
+                    problems[UNREADABLE_JSON] += 1
+                    continue
                 if value.get("label") is not None:
                     label = base.parse_label(value["label"])
                     problems["labels that are not a category"] += label is None
                     if label is not None:
                         group["label"] = label
-                if json_captions(value) and group.get("caption_kind") != TEXT:
+                if json_captions(value) and (group.get("caption_kind") != TEXT or group["blank"]):
                     group.update(caption_kind=JSON, caption_offset=offset, caption_size=size)
             else:
                 problems["other members"] += 1

@@ -60,6 +60,8 @@ class TarSource:
         self._builder = builder = index_builder(path, cache=cache)
         self.files = builder.files
         self._set_index(builder.load() or builder.build())
+        links = _links(self.files, builder.states)
+        self.linked = int(np.isin(self._index["shard"], links).sum()) if links else 0
         if not len(self):
             kinds = ", ".join(e[1:] for e in EXTENSIONS)
             files = (
@@ -144,7 +146,7 @@ class TarSource:
     def _parse_captions(self, index: int, raw: bytes) -> tuple[str | bytes, ...]:
         if self._index["caption_kind"][index] == TEXT:
             return (raw,)
-        return tar_index.json_captions(tar_index.parse_json(raw))
+        return tar_index.json_captions(tar_index.parse_json(raw) or {})
 
     def key_hashes(self) -> np.ndarray:
         return self._index["key_hash"]
@@ -161,8 +163,8 @@ class TarSource:
         classes = f", {len(self.classes):,} classes" if self.classes else ""
         files = f"{len(self.files):,} tar file{'s' * (len(self.files) > 1)}"
         return (
-            f"{len(self):,} images in {files} of"
-            f" {self.name}{classes}{share}{base.format_counts(self.ignored)}"
+            f"{len(self):,} images in {files} of {self.name}{classes}{share}"
+            f"{base.format_links(self.linked)}{base.format_counts(self.ignored)}"
         )
 
 
@@ -170,6 +172,21 @@ def _read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     if ranges and remote.is_remote(ranges[0][0]):
         return remote.read_ranges(ranges)
     return [base.read_byte_range(*args) for args in ranges]
+
+
+def _links(files: Sequence[str], states: np.ndarray) -> list[int]:
+    """Returns the numbers of local files that are links to another one, or links to the same."""
+    if remote.is_remote(files[0]):
+        return []
+    _, inverse, counts = np.unique(states, axis=0, return_inverse=True, return_counts=True)
+    # a link has the size and the time of its target, so that few paths are resolved
+    alike = np.flatnonzero(counts[inverse.ravel()] > 1).tolist()
+    own = {number: os.path.realpath(files[number]) for number in alike}
+    # of links to one file that is not matched itself, all but one
+    first: dict[str, int] = {}
+    for number in sorted(alike, key=lambda number: os.path.islink(files[number])):
+        first.setdefault(own[number], number)
+    return [number for number in alike if first[own[number]] != number]
 
 
 def index_builder(path: str, *, cache: str = "") -> tar_index.IndexBuilder:
@@ -185,8 +202,12 @@ def index_builder(path: str, *, cache: str = "") -> tar_index.IndexBuilder:
     known = _match(path)
     files = list(known)
     names = [file if remote.is_remote(file) else os.path.realpath(file) for file in files]
-    saved = os.path.join(cache, f"tar_index_{base.stable_digest(*names)}.npz") if cache else ""
-    return tar_index.IndexBuilder(files, tar_index.signature(files, known), saved)
+    states = tar_index.signature(files, known)
+    # Hosts that have the files on disks of their own may share the directory: copies under one path
+    # have other times, so each has its own index.
+    digest = base.stable_digest(*names, states.tobytes())
+    saved = os.path.join(cache, f"tar_index_{digest}.npz") if cache else ""
+    return tar_index.IndexBuilder(files, states, saved)
 
 
 def _match(path: str) -> dict[str, remote.State | None]:
