@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import resource
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -158,6 +159,31 @@ def test_files_of_other_programs(tmp_path):
     )
     cached.write_bytes(b"damaged")
     assert ArrayRecordSource(str(data), cache=str(cache)).fingerprint() == source.fingerprint()
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_no_column_is_sent_to_a_worker(tmp_path, monkeypatch, converted):
+    path = tmp_path / "data" / "x.array_record"
+    array_record_source.write_shard(str(path), [base.Record(str(i), b"x") for i in range(3000)])
+    if converted:
+        array_record_source.write_shard_index(str(path.parent))
+    source = ArrayRecordSource(str(path.parent), cache=str(tmp_path / "cache"))
+    sent = bytes(ForkingPickler.dumps(source))
+    assert len(sent) < 2000
+    copy = ForkingPickler.loads(sent)
+    monkeypatch.setattr(copy, "_read_all", None)  # what is asked for is not scanned again
+    assert copy[2999] == source[2999] and copy.fingerprint() == source.fingerprint()
+    assert (copy.key_hashes() == source.key_hashes()).all()
+
+
+@pytest.mark.parametrize(
+    ("limit", "records", "most"),
+    [(1024, 9, 256), (4096, 9, 1024), (1 << 20, 9, 4096), (-1, 9, 4096)]
+    + [(1 << 20, 1e5, 335), (1 << 20, 1e9, 256)],
+)
+def test_files_that_are_open_at_a_time(monkeypatch, limit, records, most):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
+    assert array_record_source._most_open(records) == most
 
 
 def test_damage_affects_one_record(tmp_path):

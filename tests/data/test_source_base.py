@@ -1,17 +1,21 @@
 """Image folders and splits by hash: images, classes, captions, and the error messages."""
 
 import collections
+import concurrent.futures
 import errno
+import functools
 import os
 import pathlib
 import shutil
+import threading
 import time
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 
 from m3i_jax import schema
-from m3i_jax.data import decode, splits
+from m3i_jax.data import decode, sampler, splits
 from m3i_jax.data.sources import base, local_files, outages
 from m3i_jax.data.sources.folder import FolderSource
 from m3i_jax.errors import TransientError, UserError, refuse_system_errors
@@ -374,6 +378,46 @@ def test_reading_fails_with_one_line(fill, monkeypatch):
 
 
 @pytest.mark.row("C13")
+def test_handles_are_opened_beside_each_other():
+    """A slow opening keeps no other file waiting, and happens once for all who ask for the file."""
+    cache, begun, go_on = base.HandleCache(2), threading.Barrier(3), threading.Event()
+    opened: list[str] = []
+
+    def slow(key: str) -> str:
+        opened.append(key)
+        begun.wait(10)
+        go_on.wait(10)
+        return key.upper()
+
+    assert cache("c", lambda: "C") == "C"
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(cache, key, functools.partial(slow, key)) for key in "abab"]
+        begun.wait(10)  # both are being opened, and a third is there
+        assert cache("c", lambda: "again") == "C" and sorted(opened) == ["a", "b"]
+        go_on.set()
+        assert [call.result() for call in calls] == ["A", "B", "A", "B"]
+    assert sorted(opened) == ["a", "b"] and len(cache) == 2
+
+
+def test_what_a_worker_never_reads_is_not_sent():
+    class Many:
+        name, classes, captions = "many", (), False
+        record_weights = np.linspace(1, 3, 10_000)
+
+        def __len__(self) -> int:
+            return 10_000
+
+    part = base.SubsetSource(Many(), np.arange(0, 10_000, 2, dtype=np.uint32), "part", "part")
+    part.source = []
+    plain = len(ForkingPickler.dumps(part.indices))
+    drawn = sampler.records_at(part, 3, np.arange(99))
+    sent = bytes(ForkingPickler.dumps(part))
+    assert len(sent) < plain + part.cumulative_weights.nbytes + 1000
+    received = ForkingPickler.loads(sent)
+    assert sampler.records_at(received, 3, np.arange(99)).tolist() == drawn.tolist()
+    assert part.record_weights is not None
+
+
 def test_a_pipe_in_place_of_a_file_is_refused_at_once(fill):
     folder = fill({"a/1.jpg": b"1", "b/2.jpg": b"2", "b/2.txt": b"two"})
     source = FolderSource(str(folder))

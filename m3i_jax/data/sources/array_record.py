@@ -14,6 +14,7 @@ known, `label` and `caption`. Nothing is pickled. A converted data set is a dire
 Written by `write_shard` for each shard, in any order and process, then `write_shard_index`. A
 complete shard is renamed into place, after its small file (`shard_length`)."""
 
+import functools
 import glob
 import hashlib
 import io
@@ -44,7 +45,9 @@ IMAGES = ("image", "image/encoded", "image_bytes", "jpg", "jpeg", "png", "webp")
 LABELS = ("label", "image/class/label", "class", "cls")
 CAPTIONS = ("caption", "text", "txt", "image/caption")
 KEYS = ("key", "__key__", "id", "image/filename", "filename", "file_name")
-_MAX_OPEN = 256  # files open at a time
+# Files open at a time: a quarter of those that a process may have open, within these bounds. Each
+# record of an open file takes 8 bytes.
+_FEW_OPEN, _MANY_OPEN, _OPEN_RECORDS = 256, 4096, 1 << 25
 _BLOCK = 256  # records read at a time while the index is built
 _COLUMNS = {"key": np.uint64, "label": np.int32, "caption": np.bool_}
 _log = logging.getLogger(__name__)
@@ -250,9 +253,10 @@ class ArrayRecordSource:
         _library()
         self._lenient = lenient
         self.path, self.name = os.path.expanduser(path), f"array_record {path!r}"
-        self._readers = HandleCache(_MAX_OPEN)
+        self._readers = HandleCache(_FEW_OPEN)
         index = os.path.join(self.path, INDEX)
-        if os.path.isfile(index):
+        self._converted = os.path.isfile(index)
+        if self._converted:
             self._read_index(index)
         else:
             self._build_index(cache)
@@ -261,6 +265,15 @@ class ArrayRecordSource:
             raise UserError(
                 f"data.path={path!r} holds no record: the {ENDING} files there are empty"
             )
+        self._readers = HandleCache(_most_open(len(self) / len(self.files)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # No worker process reads the columns, which are 13 bytes of every record.
+        return {name: value for name, value in self.__dict__.items() if name != "_columns"}
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        return self._read_columns() if self._converted else self._scanned_columns()
 
     def _read_index(self, index: str) -> None:
         """Reads the index of a converted data set."""
@@ -296,6 +309,10 @@ class ArrayRecordSource:
                         " data set again"
                     )
                 _log.warning("%r is missing; its records are replaced (config.data.missing)", file)
+        _ = self._columns  # refuses a directory without them
+
+    def _read_columns(self) -> dict[str, np.ndarray]:
+        """Reads the keys and labels of a converted data set."""
         parts = [_load(f"{file}.npz") for file in self.files]
         if any(
             part is None or len(part["key"]) != count
@@ -305,13 +322,13 @@ class ArrayRecordSource:
                 f"the small .npz files beside the shards of {self.path!r} are missing or damaged:"
                 " convert the data set again"
             )
-        self._columns = {
+        return {
             name: np.concatenate([part[name] for part in parts if part is not None])
             for name in _COLUMNS
         }
 
     def _build_index(self, cache: str) -> None:
-        """Reads the keys and labels of files without an index, or loads them from the cache."""
+        """Finds files without an index, and their keys and labels."""
         self.files = _files(self.path)
         if not self.files:
             raise UserError(
@@ -322,26 +339,29 @@ class ArrayRecordSource:
         signature = base.stable_digest(
             VERSION, *(f"{path}\0{state.st_size}\0{state.st_mtime_ns}" for path, state in states)
         )
-        cache_path = os.path.join(cache, f"array_record_{signature}.npz") if cache else ""
+        self._saved = os.path.join(cache, f"array_record_{signature}.npz") if cache else ""
         self._counts = [_count(self._reader(i), file) for i, file in enumerate(self.files)]
-        columns = _load(cache_path) if cache_path else None
-        if columns is None:
-            columns = self._read_all()
-            if cache_path:
-                index = {name: columns[name] for name in (*_COLUMNS, "digest")}
-                try:
-                    base.save_arrays(cache_path, **index)
-                except OSError as error:
-                    _log.warning(
-                        "the index %r cannot be saved (%s); it will be rebuilt at the next start",
-                        cache_path,
-                        error.strerror,
-                    )
-        self._columns = {name: columns[name] for name in _COLUMNS}
-        self.captions = bool(columns["caption"].any())
-        highest = int(columns["label"].max(initial=-1))
+        self.captions = bool(self._columns["caption"].any())
+        highest = int(self._columns["label"].max(initial=-1))
         self.classes = tuple(str(i) for i in range(highest + 1))
-        self._identity = base.stable_digest(str(columns["digest"]))
+        self._identity = base.stable_digest(str(self._columns["digest"]))
+
+    def _scanned_columns(self) -> dict[str, np.ndarray]:
+        """Reads the keys and labels of files without an index, or loads them from the cache."""
+        if self._saved and (saved := _load(self._saved)) is not None:
+            return saved
+        columns = self._read_all()
+        if self._saved:
+            index = {name: columns[name] for name in (*_COLUMNS, "digest")}
+            try:
+                base.save_arrays(self._saved, **index)
+            except OSError as error:
+                _log.warning(
+                    "the index %r cannot be saved (%s); it will be rebuilt at the next start",
+                    self._saved,
+                    error.strerror,
+                )
+        return columns
 
     def _read_all(self) -> dict[str, np.ndarray]:
         content, position = hashlib.blake2b(digest_size=8), 0
@@ -441,6 +461,18 @@ class ArrayRecordSource:
                 self.files[shard], options, file_reader_buffer_size=1 << 15
             ),
         )
+
+
+def _most_open(records: float) -> int:
+    """Returns how many files of so many records each may be open at a time. In random order, a file
+    that was closed is opened again, and its index read, for about every record of it."""
+    try:
+        import resource
+    except ImportError:  # only Unix has it
+        return _FEW_OPEN
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = _MANY_OPEN if limit == resource.RLIM_INFINITY else limit // 4
+    return max(_FEW_OPEN, min(files, _MANY_OPEN, int(_OPEN_RECORDS / records)))
 
 
 def _library() -> Any:

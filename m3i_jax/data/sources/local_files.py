@@ -225,17 +225,29 @@ class HandleCache:
 
     def __init__(self, size: int = 1) -> None:
         self._size, self._lock = size, threading.Lock()
+        self._making: dict[Hashable, threading.Lock] = {}
         self._handles: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
 
     def __call__(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Returns the entry of `key`, made by `make` if it is not cached."""
+        """Returns the entry of `key`, made by `make` if it is not cached. Entries of other keys are
+        there meanwhile, and are made at the same time."""
         with self._lock:
-            if key not in self._handles:
-                self._handles[key] = make()
-            self._handles.move_to_end(key)
-            if len(self._handles) > self._size:
-                self._handles.popitem(last=False)
-            return self._handles[key]
+            if key in self._handles:
+                self._handles.move_to_end(key)
+                return self._handles[key]
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            with self._lock:
+                made = self._handles.get(key)  # by the thread that this one waited for
+            if made is None:
+                made = make()
+            with self._lock:
+                self._making.pop(key, None)
+                self._handles[key] = made
+                self._handles.move_to_end(key)
+                if len(self._handles) > self._size:
+                    self._handles.popitem(last=False)
+                return made
 
     def __len__(self) -> int:
         return len(self._handles)

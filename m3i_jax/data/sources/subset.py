@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,14 @@ class SubsetSource:
         self.class_ids: tuple[str, ...] = getattr(source, "class_ids", ())
         weights = getattr(source, "record_weights", None)  # see `sampler.records_at`
         self.record_weights: np.ndarray | None = None if weights is None else weights[indices]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process draws by the cumulative weights alone.
+        state = self.__dict__.copy()
+        if state.get("record_weights") is not None:
+            state["cumulative_weights"] = self.cumulative_weights
+            del state["record_weights"]
+        return state
 
     @functools.cached_property
     def cumulative_weights(self) -> np.ndarray | None:
