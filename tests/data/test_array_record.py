@@ -14,7 +14,7 @@ import pytest
 from m3i_jax import schema
 from m3i_jax.data import decode, splits
 from m3i_jax.data.sources import array_record as array_record_source
-from m3i_jax.data.sources import base, tf_example
+from m3i_jax.data.sources import base, packed_records, tf_example
 from m3i_jax.data.sources.array_record import ArrayRecordSource
 from m3i_jax.errors import UnreachableError, UnreadableError, UserError
 
@@ -94,9 +94,7 @@ def test_pixels_are_kept_without_loss(make):
     pixels = make.smooth(20, 30)
     assert (
         decode.decode_image(
-            array_record_source.unpack_record(
-                array_record_source.pack_record(base.Record("a", pixels))
-            ).image
+            packed_records.unpack_record(packed_records.pack_record(base.Record("a", pixels))).image
         )
         == pixels
     ).all()

@@ -17,7 +17,7 @@ import pytest
 
 from m3i_jax import schema
 from m3i_jax.data import splits
-from m3i_jax.data.sources import base, tar_index, tars
+from m3i_jax.data.sources import base, local_files, tar_index, tars
 from m3i_jax.data.sources.tars import TarSource
 from m3i_jax.errors import UserError
 
@@ -384,6 +384,26 @@ def test_an_index_is_built_in_parts(tmp_path, make, monkeypatch):
     files = [next((tmp_path / name).iterdir()) for name in ("alone", "shared")]
     assert files[0].read_bytes() == files[1].read_bytes()  # and the parts are gone
     assert builder.finish() and ForkingPickler.loads(ForkingPickler.dumps(together))[3].key == "03"
+
+
+def test_a_file_is_opened_once_for_the_records_of_a_batch(tmp_path, make, monkeypatch):
+    members = [(f"{i}.{kind}", b"%d" % i * 300) for i in range(20) for kind in ("jpg", "txt")]
+    for name in ("0", "1"):
+        (tmp_path / f"{name}.tar").write_bytes(make.tar_bytes(members))
+    source = TarSource(str(tmp_path))
+    opened, read = [], []
+    openers = (local_files.open_nonblocking, os.pread)
+    monkeypatch.setattr(
+        local_files,
+        "open_nonblocking",
+        lambda path, *a: opened.append(path) or openers[0](path, *a),
+    )
+    monkeypatch.setattr(os, "pread", lambda *a: read.append(a) or openers[1](*a))
+    records = source.__getitems__([25, 3, 17, 3])
+    assert [(r.key, r.image, r.caption) for r in records] == [
+        (str(i), b"%d" % i * 300, b"%d" % i * 300) for i in (5, 3, 17, 3)
+    ]
+    assert sorted(opened) == source.files and len(read) == 3
 
 
 def test_a_file_that_changes_during_the_run(tmp_path, make):

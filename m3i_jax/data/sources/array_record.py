@@ -17,7 +17,6 @@ complete shard is renamed into place, after its small file (`shard_length`)."""
 import functools
 import glob
 import hashlib
-import io
 import json
 import logging
 import os
@@ -27,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import privacy, progress
-from m3i_jax.data.sources import base, shared_files, tf_example
+from m3i_jax.data.sources import base, shared_files
 from m3i_jax.data.sources.base import HandleCache, Record
-from m3i_jax.data.sources.captions import encoded_captions
+from m3i_jax.data.sources.packed_records import pack_record, unpack_record
 from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import TransientError, UnreachableError, UnreadableError, UserError, as_refusal
 
@@ -40,69 +39,12 @@ INDEX = "dataset.json"
 INDEX_LIMIT, _FILE_LIMIT = 1 << 22, 1 << 9
 ENDING = ".array_record"
 DAMAGED = b"damaged record"  # instead of bytes with a wrong checksum; no decoder accepts it
-# Names of features in files of other programs; the first that is present is used.
-IMAGES = ("image", "image/encoded", "image_bytes", "jpg", "jpeg", "png", "webp")
-LABELS = ("label", "image/class/label", "class", "cls")
-CAPTIONS = ("caption", "text", "txt", "image/caption")
-KEYS = ("key", "__key__", "id", "image/filename", "filename", "file_name")
 # Files open at a time: a quarter of those that a process may have open, within these bounds. Each
 # record of an open file takes 8 bytes.
 _FEW_OPEN, _MANY_OPEN, _OPEN_RECORDS = 256, 4096, 1 << 25
 _BLOCK = 256  # records read at a time while the index is built
 _COLUMNS = {"key": np.uint64, "label": np.int32, "caption": np.bool_}
 _log = logging.getLogger(__name__)
-
-
-def pack_record(record: Record) -> bytes:
-    """Encodes a record as a tf.train.Example. Decoded pixels are stored as PNG, encoded images
-    unchanged.
-
-    >>> unpack_record(pack_record(Record("a", b"...", 3, "a cat")))
-    Record(key='a', image=b'...', label=3, caption=b'a cat')
-    """
-    image = record.image if isinstance(record.image, bytes) else _png(record.image)
-    features: dict[str, bytes | int | tuple[bytes, ...]] = {
-        "image": image,
-        "key": record.key.encode("utf-8", "surrogateescape"),
-    }
-    if record.label >= 0:
-        features["label"] = int(record.label)
-    if texts := encoded_captions(record):
-        features["caption"] = texts
-    return tf_example.encode_example(features)
-
-
-def unpack_record(raw: bytes, key: str = "") -> Record:
-    """Decodes the record of a tf.train.Example with features of the usual names (IMAGES, LABELS,
-    CAPTIONS, KEYS). Without an image feature, the image is empty.
-
-    Args:
-        raw: the message.
-        key: of the record, if the message holds none.
-
-    Raises:
-        ValueError: the bytes are not a tf.train.Example.
-
-    >>> unpack_record(tf_example.encode_example({"image/encoded": b"...", "text": b"a dog"}), "7")
-    Record(key='7', image=b'...', label=-1, caption=b'a dog')
-    """
-    features = tf_example.decode_example(raw)
-
-    def found(names: Sequence[str], kind: type) -> Any:
-        for name in names:
-            if (values := features.get(name)) and isinstance(values[0], kind):
-                return tuple(values)
-        return (None,)
-
-    label, name = base.parse_label(found(LABELS, int)[0]), found(KEYS, bytes)[0]
-    caption, *others = found(CAPTIONS, bytes)
-    return Record(
-        name.decode("utf-8", "surrogateescape") if name else key,
-        found(IMAGES, bytes)[0] or b"",
-        -1 if label is None else label,
-        caption,
-        other_captions=tuple(others),
-    )
 
 
 def write_shard(path: str, records: Iterable[Record], *, writer_name: str = "") -> int:
@@ -502,14 +444,6 @@ def _files(path: str) -> list[str]:
         for f in glob.glob(pattern, recursive=True)
         if os.path.isfile(f) and not f.endswith((".npz", ".part"))
     )
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 def _load(path: str) -> dict[str, np.ndarray] | None:

@@ -10,7 +10,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from m3i_jax.data.sources.outages import OUTAGES
@@ -28,6 +28,7 @@ FILE_LIMIT = 1 << 28
 # Seconds before each retry of a failed read: two minutes in total, which a file server needs to
 # start again. An error that no server causes, such as too many open files, has `BRIEF` waits.
 WAITS, BRIEF = (0.2, 0.8, 4.0, 15.0, 30.0, 60.0), 2
+_JOINED = 1 << 23  # most bytes of ranges that are read at once
 _log = logging.getLogger(__name__)
 
 
@@ -122,10 +123,7 @@ def open_nonblocking(path: str, flags: int) -> int:
 def read_byte_range(
     path: str, offset: int = 0, size: int | None = None, *, limit: int = FILE_LIMIT
 ) -> bytes:
-    """Reads part of a file by position.
-
-    A failed read is retried. A read that keeps failing is an error and not a bad record: otherwise
-    the order of the stream would depend on transient faults of a network disk.
+    """Reads part of a file by position; see `read_byte_ranges`.
 
     Args:
         path: local file.
@@ -136,37 +134,44 @@ def read_byte_range(
     Returns:
         The bytes; exactly `size` of them if `size` is given.
 
+    >>> read_byte_range(__file__, 0, 3)
+    b'\"\"\"'
+    """
+    return read_byte_ranges(path, [(offset, size)], limit=limit)[0]
+
+
+def read_byte_ranges(
+    path: str, ranges: Sequence[tuple[int, int | None]], *, limit: int = FILE_LIMIT
+) -> list[bytes]:
+    """Reads parts of a file, (offset, size) each, and opens it once.
+
+    A failed read is retried. A read that keeps failing is an error and not a bad record: otherwise
+    the order of the stream would depend on transient faults of a network disk.
+
     Raises:
         UnreadableError: the file cannot be read, or is shorter than when it was indexed; an
             UnreachableError where its disk does not answer.
-
-    >>> read_byte_range(__file__, 0, 3)
-    b'\"\"\"'
     """
     for attempt in range(len(WAITS) + 1):
         try:
             with open(path, "rb", buffering=0, opener=open_nonblocking) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                state = os.fstat(file.fileno())
+                if not stat.S_ISREG(state.st_mode):
                     raise UnreadableError(
                         f"{path!r} is no longer a regular file, as it was when the run began;"
                         " restore it"
                     )
-                length = (
-                    min(os.fstat(file.fileno()).st_size - offset, limit) if size is None else size
-                )
-                chunks, count = [], 0
-                while count < length and (
-                    chunk := os.pread(file.fileno(), length - count, offset + count)
-                ):
-                    chunks.append(chunk)
-                    count += len(chunk)
-            if size is not None and count < size:
-                raise UnreadableError(
-                    f"{path!r} ends before byte {offset + size}: it became shorter while the run"
-                    " was reading it; start again"
-                )
+                contents = []
+                for offset, size in ranges:
+                    length = min(state.st_size - offset, limit) if size is None else size
+                    contents.append(content := _read_at(file.fileno(), offset, length))
+                    if size is not None and len(content) < size:
+                        raise UnreadableError(
+                            f"{path!r} ends before byte {offset + size}: it became shorter while"
+                            " the run was reading it; start again"
+                        )
             OUTAGES.answered()
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            return contents
         except OSError as error:
             transient = is_transient(error)
             waits = WAITS if transient and not OUTAGES.lasts(path) else WAITS[:BRIEF]
@@ -180,6 +185,59 @@ def read_byte_range(
             log_retry(path, error, wait := waits[attempt])
             time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def _read_at(file: int, offset: int, length: int) -> bytes:
+    """Reads bytes at an offset, fewer where the file ends."""
+    chunks, count = [], 0
+    while count < length and (chunk := os.pread(file, length - count, offset + count)):
+        chunks.append(chunk)
+        count += len(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+Range = tuple[str, int, int]  # path, and offset and size, or start and end
+
+
+def read_joined(
+    ranges: Sequence[Range], gap: int, read: Callable[[list[Range]], list[bytes]]
+) -> list[bytes]:
+    """Reads ranges (path, offset, size). Those of a file that lie close together, such as an image
+    and its caption, are one request.
+
+    Args:
+        ranges: to read.
+        gap: bytes between two ranges that are read along.
+        read: requests (path, start, end), sorted -> the bytes of each.
+    """
+    requests, places = join_ranges(ranges, gap)
+    contents = read(requests)
+    results: list[bytes] = []
+    for (_, start, size), place in zip(ranges, places, strict=True):
+        begin = start - requests[place][1]
+        whole = begin == 0 and size == len(contents[place])
+        results.append(contents[place] if whole else contents[place][begin : begin + size])
+    return results
+
+
+def join_ranges(ranges: Sequence[Range], gap: int) -> tuple[list[Range], list[int]]:
+    """Returns requests (path, start, end), sorted, and of each range the number of its request.
+
+    >>> join_ranges([("b", 9, 3), ("a", 5, 2), ("a", 0, 4)], gap=1)
+    ([('a', 0, 7), ('b', 9, 12)], [1, 0, 0])
+    """
+    requests: list[Range] = []
+    places = [0] * len(ranges)
+    for i in sorted(range(len(ranges)), key=ranges.__getitem__):
+        path, start, size = ranges[i]
+        last, begin, end = requests[-1] if requests else ("", 0, 0)
+        joined = max(end, start + size)
+        if path == last and start <= end + gap and joined - begin <= _JOINED:
+            requests[-1] = (path, begin, joined)
+        else:
+            requests.append((path, start, start + size))
+        places[i] = len(requests) - 1
+    return requests, places
 
 
 def check_presence(path: str) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from m3i_jax.data.sources.local_files import log_retry
+from m3i_jax.data.sources.local_files import log_retry, read_joined
 from m3i_jax.data.sources.outages import OUTAGES
 from m3i_jax.errors import UnreachableError, UnreadableError, UserError
 
@@ -38,7 +38,6 @@ BLOCK = 1 << 23
 WAITS, BRIEF = (0.0, 0.2, 0.8, 4.0, 15.0, 30.0, 60.0), 3
 _REFUSED = re.compile(r"(?i)forbidden|unauthorized|bad request|access ?denied")
 JOIN = 1 << 16  # bytes between two ranges that are read along: less time than another request
-_JOINED = 1 << 23  # most bytes of ranges that are read at once
 _THREADS = 32  # of file systems that have no concurrent reads of their own
 State = tuple[int, str]  # size in bytes, and a text that changes when the file changes
 _T = TypeVar("_T")
@@ -170,34 +169,7 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     Raises:
         UnreadableError: a range cannot be read, or a file ends before it.
     """
-    requests, places = _join(ranges)
-    contents = _read_requests(requests)
-    results: list[bytes] = []
-    for (_, start, size), place in zip(ranges, places, strict=True):
-        begin = start - requests[place][1]
-        whole = begin == 0 and size == len(contents[place])
-        results.append(contents[place] if whole else contents[place][begin : begin + size])
-    return results
-
-
-def _join(ranges: Sequence[tuple[str, int, int]]) -> tuple[list[tuple[str, int, int]], list[int]]:
-    """Returns requests (URL, start, end), and of each range the number of its request.
-
-    >>> _join([("b", 9, 3), ("a", 4, 2), ("a", 0, 4)])
-    ([('a', 0, 6), ('b', 9, 12)], [1, 0, 0])
-    """
-    requests: list[tuple[str, int, int]] = []
-    places = [0] * len(ranges)
-    for i in sorted(range(len(ranges)), key=ranges.__getitem__):
-        path, start, size = ranges[i]
-        last, begin, end = requests[-1] if requests else ("", 0, 0)
-        joined = max(end, start + size)
-        if path == last and start <= end + JOIN and joined - begin <= _JOINED:
-            requests[-1] = (path, begin, joined)
-        else:
-            requests.append((path, start, start + size))
-        places[i] = len(requests) - 1
-    return requests, places
+    return read_joined(ranges, JOIN, _read_requests)
 
 
 def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
