@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from m3i_jax import interrupts, schema
 from m3i_jax.data import conversion, reencode, splits
 from m3i_jax.data.cores import usable_cores
-from m3i_jax.data.sources import tar_shards
+from m3i_jax.data.sources import base, mixture, tar_shards
 from m3i_jax.errors import UserError, shorten
 from m3i_jax.modes import host_share
 from m3i_jax.modes.setup import index_directory, lock_workdir, make_workdir
@@ -45,8 +45,8 @@ def run(
     with _lock(directory, share):
         source = splits.open_source(config.data, cache=index_directory(config.data, directory))
         print(source.description())
-        if getattr(source, "record_weights", None) is not None:
-            print("shards hold no weights: train on them with the same data.keep")
+        for line in lost_weights(source):
+            print(line)
         if form is conversion.TAR and (key := tar_shards.key_with_dot(source)):
             print(
                 f"keys such as {shorten(key)} have a dot, at which WebDataset ends them and names"
@@ -111,6 +111,31 @@ def run(
         f" train on them with --config.data.source={kind} --config.data.path={directory}{named}"
     )
     return 0
+
+
+def lost_weights(source: base.DataSource) -> list[str]:
+    """Says which weights of a source its shards do not hold.
+
+    >>> class Few:
+    ...     name, classes, captions, record_weights = "few", (), False, (1.0, 2.0)
+    ...     def __len__(self): return 2
+    >>> lost_weights(Few())
+    ['shards hold no weights of records: train on them with the same data.keep']
+    """
+    tree = [source]
+    for node in tree:
+        tree += base.inner_sources(node)
+    lines = []
+    if any(getattr(node, "record_weights", None) is not None for node in tree):
+        lines.append("shards hold no weights of records: train on them with the same data.keep")
+    for node in tree:
+        if isinstance(node, mixture.Mixture) and any(node.weights):
+            shares = " : ".join(f"{share:,}" for share in node.shares)
+            lines.append(
+                f"shards hold every record of data.mixture once and not its shares {shares}: to"
+                " keep these, convert each source to a --workdir of its own and mix the results"
+            )
+    return lines
 
 
 @contextlib.contextmanager

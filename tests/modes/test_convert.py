@@ -1,6 +1,7 @@
 """--mode=convert: the same records in the same order, for any number of processes and after an
 interruption."""
 
+import dataclasses
 import io
 import os
 import pathlib
@@ -10,11 +11,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from m3i_jax import schema
-from m3i_jax.data import conversion, decode, reencode
+from m3i_jax.data import conversion, decode, reencode, splits
 from m3i_jax.data.sources import array_record, base, tar_shards
 from m3i_jax.data.sources.base import Record
 from m3i_jax.data.sources.class_names import class_names_from_file
@@ -347,6 +349,21 @@ def test_a_killed_conversion_is_resumed(images, tmp_path):
     assert done.returncode == 0, done.stderr
     same(tmp_path, images)
     assert os.listdir(tmp_path) and not list(tmp_path.glob("*.part"))
+
+
+def test_weights_that_shards_do_not_hold_are_named(tmp_path, capsys):
+    settings = schema.Data(source="mixture", mixture=("shapes:9=3", "shapes:6=1"), workers=1)
+    small = dataclasses.replace(settings, mixture=("shapes:3=3", "shapes:3=1"))
+    assert mode.run(schema.Config(data=small), workdir=str(tmp_path / "run")) == 0
+    out = capsys.readouterr().out
+    assert "shards hold every record of data.mixture once and not its shares 3 : 1: to" in out
+    by_size = dataclasses.replace(settings, mixture=("shapes:9", "shapes:6"))
+    assert mode.lost_weights(splits.open_source(by_size)) == []
+    kept = base.SubsetSource(ShapesSource(9), np.arange(4), "part", "part")
+    kept.record_weights = np.ones(4)
+    inner = base.SubsetSource(Mixture([kept, ShapesSource(6)], [None, None]), np.arange(9), "", "")
+    (line,) = mode.lost_weights(inner)
+    assert line == "shards hold no weights of records: train on them with the same data.keep"
 
 
 def test_a_panorama_that_no_jpeg_can_hold_keeps_its_bytes(tmp_path, caplog, monkeypatch):
