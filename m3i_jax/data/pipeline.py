@@ -24,6 +24,7 @@ from m3i_jax.data.batch_builder import BatchBuilder
 from m3i_jax.data.record_batches import (
     Batch,
     RecordBatchBuilder,
+    describe_batch,
     record_key,
     summarize_bad_records,
 )
@@ -277,7 +278,8 @@ def iterate(builder: RecordBatchBuilder) -> Batches:
         _check_shared_memory(data.workers, sum(map(math.prod, builder.large().values())))
     threads = 0 if data.workers else data.threads
     make = functools.partial(_make_iterator, builder, data.workers, threads)
-    batches = RestartingIterator(make, workers=data.workers, limit=data.patience)
+    describe = functools.partial(describe_batch, builder) if data.workers else None
+    batches = RestartingIterator(make, workers=data.workers, limit=data.patience, describe=describe)
     return Batches(batches, builder)
 
 

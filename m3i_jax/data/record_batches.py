@@ -7,6 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -118,6 +119,7 @@ class RecordBatchBuilder(abc.ABC):
         u = self.uniforms(first)
         for start in range(0, self.rows, _READ_SIZE):
             rows = range(start, min(start + _READ_SIZE, self.rows))
+            self.buffers.note(-1, -1)
             records = decode.read_records(
                 self.source, batch["record"][rows].tolist(), self.data.missing
             )
@@ -149,6 +151,7 @@ class RecordBatchBuilder(abc.ABC):
             try:
                 if isinstance(record, decode.BadRecord):
                     raise record
+                self.buffers.note(position, int(indices[row]))
                 self.fill_row(record, row, u, batch)
                 return
             except decode.BadRecord as error:
@@ -170,6 +173,22 @@ class RecordBatchBuilder(abc.ABC):
             f"{TRIES} draws in a row at position {position} of {self.source.name} gave no image"
             f" {self.purpose}: {why or 'the source has only one'}; check the source"
         )
+
+
+def describe_batch(
+    builder: RecordBatchBuilder, number: int, ended: Sequence[tuple[int, int]]
+) -> str:
+    """Describes a batch whose worker is lost.
+
+    Args:
+        builder: of the batches.
+        number: of the batch.
+        ended: (position, record) of each record at which a worker ended, of this or a later batch.
+    """
+    first = builder.first + number * builder.batch
+    text = f"positions {first:,} to {first + builder.rows - 1:,} of the stream"
+    keys = [f"{record_key(builder.source, i)!r} (position {at:,})" for at, i in ended]
+    return f"{text}, while {' and '.join(keys)} was being decoded" if keys else text
 
 
 def record_key(source: DataSource, index: int) -> str:

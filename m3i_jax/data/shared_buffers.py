@@ -24,6 +24,7 @@ import mmap
 import multiprocessing
 import os
 import shutil
+import struct
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ import numpy as np
 
 _HEADER = mmap.PAGESIZE
 _FREE, _LENT = 0, 1
+_NOTE, _ENTRY = "note-", struct.Struct("<qqq")  # the file of the record that a worker decodes
 _PREFIX = "m3i-batches-"
 _SEMAPHORE = "sem."  # prefix of the C library for files of semaphores
 
@@ -55,6 +57,7 @@ class BufferWriter:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._blocks: dict[str, mmap.mmap] = {}
+        self._current: mmap.mmap | None = None
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return BufferWriter, (self._directory,)
@@ -82,6 +85,15 @@ class BufferWriter:
         except BaseException:
             block[0] = _FREE
             raise
+
+    def note(self, position: int, record: int) -> None:
+        """Notes the record that is being decoded for a position of the stream, for the case that it
+        ends this process; (-1, -1): none is. See `SharedBufferPool.current_records`."""
+        if self._current is None:
+            file, _ = tempfile.mkstemp(prefix=_NOTE, dir=self._directory)
+            os.truncate(file, _ENTRY.size)
+            self._current = _map(file)
+        _ENTRY.pack_into(self._current, 0, os.getpid(), position, record)
 
 
 class _TrackedArray(np.ndarray):
@@ -133,6 +145,9 @@ class ThreadBufferPool:
         array = _tracked_view(block, shape, 0, functools.partial(free.append, block))
         yield array, array
 
+    def note(self, position: int, record: int) -> None:
+        """Does nothing: a record that ends a thread ends the program; see `BufferWriter.note`."""
+
 
 class SharedBufferPool:
     """Owns the shared memory in the main process, and receives the arrays of the workers.
@@ -173,6 +188,17 @@ class SharedBufferPool:
         block = self._blocks[handle.name]
         release = functools.partial(block.__setitem__, 0, _FREE)
         return _tracked_view(block, handle.shape, _HEADER, release)
+
+    def current_records(self) -> list[tuple[int, int, int]]:
+        """Returns (process, position of the stream, record) of the records that workers are
+        decoding, or were when they ended."""
+        notes = []
+        for entry in os.scandir(self.directory):
+            if entry.name.startswith(_NOTE):
+                with open(entry.path, "rb") as file:
+                    note = _ENTRY.unpack(file.read(_ENTRY.size))
+                notes += [note] if note[0] and note[1] >= 0 else []
+        return notes
 
     def close(self) -> None:
         """Releases the memory; that of arrays which are still referenced lives as long as they."""

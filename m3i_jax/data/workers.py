@@ -42,6 +42,8 @@ class RestartingIterator(Iterator[dict[str, Any]]):
         workers: processes of the iterator, of which worker k % workers builds batch k; 0 for
             threads of this process.
         limit: seconds that a batch may take.
+        describe: (number of a batch, (position, record) of each record at which a worker ended) ->
+            what the batch consists of, for the message where its worker is lost.
 
     Attributes:
         restarts: number of restarts of the workers.
@@ -60,8 +62,10 @@ class RestartingIterator(Iterator[dict[str, Any]]):
         *,
         workers: int,
         limit: float,
+        describe: Callable[[int, list[tuple[int, int]]], str] | None = None,
     ) -> None:
         self._make, self._workers, self._limit = make, workers, limit
+        self._describe = describe
         self._number, self.restarts = 0, 0
         self.on_wait: Callable[[], None] = lambda: None
         self._open()
@@ -86,12 +90,14 @@ class RestartingIterator(Iterator[dict[str, Any]]):
             try:
                 batch = dict(self._fetch_within_limit())
                 break
-            except _WorkerLost as lost:
+            except _WorkerLost as error:
+                lost = f"{error}{self._described()}"
                 self._kill_workers()
                 if attempt == TRIES:
                     raise RunStopped(
-                        f"{lost}, {TRIES} times in a row: check the memory of this machine and the"
-                        " disk of the data"
+                        f"{lost}, {TRIES} times in a row: check the memory of this machine, the"
+                        " disk of the data and the file of a record that is named here, which may"
+                        " be one that ends a decoder: remove it or repair it"
                     ) from None
                 self.restarts += 1
                 _log.warning(
@@ -114,13 +120,8 @@ class RestartingIterator(Iterator[dict[str, Any]]):
         if error is None:
             return batch
         if self._workers and isinstance(error, RuntimeError) and (died := _DIED.search(str(error))):
-            killed = (
-                ", killed, as the kernel does when memory runs out"
-                if died[1] == f"-{signal.SIGKILL:d}"
-                else ""
-            )
             raise _WorkerLost(
-                f"{self._worker_name()} ended with exit code {died[1]}{killed}"
+                f"{self._worker_name()} ended with exit code {died[1]}{_signal(int(died[1]))}"
             ) from None
         raise error
 
@@ -144,6 +145,15 @@ class RestartingIterator(Iterator[dict[str, Any]]):
             f" (for {due})"
         )
 
+    def _described(self) -> str:
+        """Describes the batch that is due, as the end of a message."""
+        if self._describe is None:
+            return ""
+        alive = {child.pid for child in multiprocessing.active_children()}
+        notes = self._pool.current_records() if self._pool else []
+        ended = [(position, record) for process, position, record in notes if process not in alive]
+        return f" ({self._describe(self._number, ended)})"
+
     def start(self) -> None:
         """Starts to prefetch batches."""
         with _block_interrupts(self._workers):
@@ -165,6 +175,18 @@ class RestartingIterator(Iterator[dict[str, Any]]):
             close()
         if self._pool:
             self._pool.close()
+
+
+def _signal(code: int) -> str:
+    """Names the signal of a negative exit code.
+
+    >>> _signal(-11), _signal(-9), _signal(1)
+    (', by SIGSEGV', ', killed, as the kernel does when memory runs out', '')
+    """
+    if code == -signal.SIGKILL:
+        return ", killed, as the kernel does when memory runs out"
+    known = {-number: f", by {number.name}" for number in signal.Signals}
+    return known.get(code, "")
 
 
 def _block_interrupts(workers: int) -> contextlib.AbstractContextManager[None]:

@@ -1,13 +1,20 @@
-"""Worker processes end with their trainer."""
+"""Worker processes end with their trainer, and what ends them is named."""
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 
+import numpy as np
 import pytest
+
+from m3i_jax.data import batch_builder, pipeline, record_batches, sampler, shared_buffers, workers
+from m3i_jax.data.sources import base
+from m3i_jax.errors import RunStopped
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 ONE_PROCESS = """
@@ -41,6 +48,65 @@ if __name__ == "__main__":
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     time.sleep(600)
 """
+
+
+class Poisoned:
+    """Record 5 ends the process that decodes it."""
+
+    name, classes, captions = "poisoned", (), False
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> base.Record:
+        return base.Record(f"images/{index}.jpg", np.full((40, 40, 3), index, np.uint8))
+
+    def key(self, index: int) -> str:
+        return f"images/{index}.jpg"
+
+
+class Ending(batch_builder.BatchBuilder):
+    def fill_row(self, record, row, u, batch) -> None:
+        if record.key == "images/5.jpg":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        super().fill_row(record, row, u, batch)
+
+
+@pytest.mark.row("C10")
+def test_the_record_that_ends_workers_is_named(make, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "BatchBuilder", Ending)
+    monkeypatch.setattr(workers, "TRIES", 1)
+    config = make.settings(batch=4, workers=1)
+    place = sampler.records_at(Poisoned(), config.seed, np.arange(12)).tolist().index(5)
+    batches = pipeline.iterate_batches(config, Poisoned(), None, start=0)
+    try:
+        with pytest.raises(RunStopped) as stopped:
+            for _ in range(3):
+                next(batches)
+    finally:
+        batches.close()
+    # the batch that is due, or one before, if the worker was ahead
+    assert re.search(
+        r"ended with exit code -11, by SIGSEGV \(positions \d to \d+ of the stream, while"
+        rf" 'images/5.jpg' \(position {place}\) was being decoded\), 1 times in a row: check",
+        str(stopped.value),
+    )
+
+
+def test_what_a_worker_decodes_is_noted() -> None:
+    pool = shared_buffers.SharedBufferPool()
+    writers = [pool.writer() for _ in range(2)]
+    builder = types.SimpleNamespace(source=Poisoned(), first=2, batch=8, rows=4)
+    try:
+        writers[0].note(12, 3)
+        writers[1].note(-1, -1)  # reads, and decodes nothing
+        assert pool.current_records() == [(os.getpid(), 12, 3)]
+    finally:
+        pool.close()
+    assert [record_batches.describe_batch(builder, 1, ended) for ended in ([], [(12, 3)])] == [
+        "positions 10 to 13 of the stream",
+        "positions 10 to 13 of the stream, while 'images/3.jpg' (position 12) was being decoded",
+    ]
 
 
 def is_alive(pid: int) -> bool:
@@ -78,18 +144,18 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path, script) -> None:
     )
     try:
         assert trainer.stdout is not None
-        workers = [int(pid) for pid in trainer.stdout.readline().split()]
-        assert workers
-        assert all(map(is_alive, workers))
+        children = [int(pid) for pid in trainer.stdout.readline().split()]
+        assert children
+        assert all(map(is_alive, children))
         # of the pipeline: a terminal sends SIGINT to workers too
-        assert script is ONE_PROCESS or all(map(blocks_interrupts, workers))
+        assert script is ONE_PROCESS or all(map(blocks_interrupts, children))
     finally:
         os.kill(trainer.pid, signal.SIGKILL)
         trainer.wait()
     limit = time.monotonic() + 30
-    while any(map(is_alive, workers)) and time.monotonic() < limit:
+    while any(map(is_alive, children)) and time.monotonic() < limit:
         time.sleep(0.05)
-    left = [pid for pid in workers if is_alive(pid)]
+    left = [pid for pid in children if is_alive(pid)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left
