@@ -184,6 +184,34 @@ def test_files_that_are_open_at_a_time(monkeypatch, limit, records, most):
     assert array_record_source._most_open(records) == most
 
 
+def test_a_start_opens_one_file_of_columns(tmp_path, monkeypatch, caplog):
+    records = write(tmp_path)
+    hashes = [base.key_hash(record.key) for record in records]
+    read: list[str] = []
+    load = array_record_source._load
+    monkeypatch.setattr(
+        array_record_source, "_load", lambda path: read.append(os.path.basename(path)) or load(path)
+    )
+    source = ArrayRecordSource(str(tmp_path))
+    assert read == ["dataset.npz"] and source.key_hashes().tolist() == hashes
+    # damaged or of other shards, or missing as in a set of an earlier version
+    joined = tmp_path / "dataset.npz"
+    whole = joined.read_bytes()
+    (tmp_path / "other").mkdir()
+    array_record_source.write_shard(str(tmp_path / "other" / "x.array_record"), RECORDS[::-1])
+    array_record_source.write_shard_index(str(tmp_path / "other"))
+    for content in (b"", whole[:-50], (tmp_path / "other" / "dataset.npz").read_bytes()):
+        joined.write_bytes(content)
+        again = ArrayRecordSource(str(tmp_path))
+        assert again.key_hashes().tolist() == hashes
+        assert again.fingerprint() == source.fingerprint()
+        assert again.description() == source.description()
+    assert len(caplog.messages) == 3
+    joined.unlink()
+    assert ArrayRecordSource(str(tmp_path)).key_hashes().tolist() == hashes
+    assert len(caplog.messages) == 3
+
+
 def test_damage_affects_one_record(tmp_path):
     path = tmp_path / "x.array_record"
     rng = np.random.default_rng(0)

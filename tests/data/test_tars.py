@@ -2,6 +2,7 @@
 damage affects only its own member."""
 
 import collections
+import errno
 import gzip
 import io
 import json
@@ -213,6 +214,23 @@ def test_links_to_tars_are_counted(tmp_path, make):
     assert len(source) == 6 and "; 2 records are links to others" in source.description()
     assert len(TarSource(str(tmp_path / "latest.tar"))) == 2
     assert "links to" not in TarSource(str(tmp_path / "latest.tar")).description()
+
+
+def test_a_tar_whose_disk_fails_is_not_left_out(tmp_path, make, monkeypatch):
+    for name in ("0", "1"):
+        (tmp_path / f"{name}.tar").write_bytes(make.tar_bytes([("1.jpg", b"x")]))
+    real = os.stat
+
+    def stale_once(path, **options):
+        if str(path).endswith("1.tar"):
+            monkeypatch.setattr(os, "stat", real)
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stale_once)
+    with pytest.raises(OSError, match="Stale"):
+        TarSource(str(tmp_path / "*.tar"))
+    assert len(TarSource(str(tmp_path / "*.tar"))) == 2
 
 
 def test_damage_is_logged_with_the_name_of_the_file(tmp_path, make, caplog):

@@ -97,8 +97,11 @@ def records_in(folder: pathlib.Path, image: bytes = JPEG) -> pathlib.Path:
 
 
 def in_the_columns(folder: pathlib.Path, payload: bytes) -> None:
-    (columns,) = records_in(folder).glob("*.npz")
-    columns.write_bytes(objects(folder.parent / "fired", ("key", "label", "caption", "digest")))
+    joined, columns = sorted(records_in(folder).glob("*.npz"))  # of all shards, and of one
+    planted = objects(folder.parent / "fired", ("key", "label", "caption", "digest"))
+    joined.write_bytes(planted)
+    read_all(array_record.ArrayRecordSource(str(folder)))
+    columns.write_bytes(planted)
     with pytest.raises(UserError, match="missing or damaged"):
         array_record.ArrayRecordSource(str(folder))
 

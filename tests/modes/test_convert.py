@@ -136,7 +136,11 @@ def test_a_mixture_with_annotations_is_refused(tmp_path, held):
 
 def written(directory: pathlib.Path) -> dict[str, bytes]:
     """The files of a conversion that are read later."""
-    names = [*directory.glob("pictures-*"), directory / "dataset.json", directory / "convert.json"]
+    names = [
+        *directory.glob("pictures-*"),
+        *directory.glob("dataset.*"),
+        directory / "convert.json",
+    ]
     return {path.name: path.read_bytes() for path in names if not path.name.endswith(".part")}
 
 

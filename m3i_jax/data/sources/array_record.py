@@ -8,6 +8,7 @@ known, `label` and `caption`. Nothing is pickled. A converted data set is a dire
                                           not shrink
     NAME-00000-of-00008.array_record.npz  13 bytes per record: hash of the key, label, whether it
                                           has a caption; the digest of the shard
+    dataset.npz                           the same of all shards, so that a start opens one file
     dataset.json                          version, classes, shards with counts and digests; written
                                           last, so it marks a complete data set
 
@@ -33,7 +34,7 @@ from m3i_jax.data.sources.registry import SourceKind, register_source
 from m3i_jax.errors import TransientError, UnreachableError, UnreadableError, UserError, as_refusal
 
 VERSION = 1
-INDEX = "dataset.json"
+INDEX, JOINED = "dataset.json", "dataset.npz"
 # Bytes of the index that are read: of names of classes, and for each file of the directory. A shard
 # takes a hundred and has two files, so an index of many shards does not lie there alone.
 INDEX_LIMIT, _FILE_LIMIT = 1 << 22, 1 << 9
@@ -118,7 +119,8 @@ def check_shard(path: str, count: int) -> bool:
 def write_shard_index(
     directory: str, *, classes: Sequence[str] = (), captions: bool | None = None, name: str = ""
 ) -> int:
-    """Writes `dataset.json` for the shards of a directory, which marks the data set as complete.
+    """Writes `dataset.npz` and `dataset.json` for the shards of a directory, of which the latter
+    marks the data set as complete.
 
     Args:
         directory: of the shards.
@@ -133,7 +135,7 @@ def write_shard_index(
         UserError: there is no shard, or one of them was not written by `write_shard`.
     """
     shards: list[dict[str, Any]] = []
-    any_caption = False
+    parts: list[dict[str, np.ndarray]] = []
     for path in _files(directory):
         columns = _load(f"{path}.npz")
         if columns is None:
@@ -141,7 +143,7 @@ def write_shard_index(
                 f"{path!r} has no .npz file beside it, so it is incomplete; remove it and convert"
                 " again"
             )
-        any_caption |= bool(columns["caption"].any())
+        parts.append(columns)
         shards.append(
             {
                 "file": os.path.basename(path),
@@ -151,16 +153,37 @@ def write_shard_index(
         )
     if not shards:
         raise UserError(f"{directory!r} holds no {ENDING} file to index")
-    count = sum(int(shard["count"]) for shard in shards)
+    joined, digest = _join(parts), _joined_digest(shards)
+    if _load_joined(directory, digest, len(joined["key"])) is None:
+        path = os.path.join(directory, JOINED)
+        base.save_arrays(path, digest=np.array(digest), **joined)
+    count = len(joined["key"])
     metadata = {
         "version": VERSION,
         "name": privacy.redact(name),
         "count": count,
-        "captions": any_caption if captions is None else captions,
+        "captions": bool(joined["caption"].any()) if captions is None else captions,
     }
     index = {**metadata, "classes": list(classes), "shards": shards}
     shared_files.write_shared(os.path.join(directory, INDEX), json.dumps(index).encode())
     return count
+
+
+def _join(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in _COLUMNS}
+
+
+def _joined_digest(shards: Sequence[dict[str, Any]]) -> str:
+    """Returns what changes if any shard does: the joined columns are those of these shards."""
+    return base.stable_digest(*(f"{shard['count']}\0{shard['digest']}" for shard in shards))
+
+
+def _load_joined(directory: str, digest: str, count: int) -> dict[str, np.ndarray] | None:
+    """Returns the columns of all shards; None if there is no file of these shards."""
+    joined = _load(os.path.join(directory, JOINED))
+    if joined is None or str(joined["digest"]) != digest or len(joined["key"]) != count:
+        return None
+    return {name: joined[name] for name in _COLUMNS}
 
 
 class ArrayRecordSource:
@@ -232,6 +255,7 @@ class ArrayRecordSource:
             self._identity = base.stable_digest(
                 *(shard["digest"] for shard in shards), *self.classes
             )
+            self._joined = _joined_digest(shards)
             version = int(metadata["version"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
@@ -254,7 +278,16 @@ class ArrayRecordSource:
         _ = self._columns  # refuses a directory without them
 
     def _read_columns(self) -> dict[str, np.ndarray]:
-        """Reads the keys and labels of a converted data set."""
+        """Reads the keys and labels of a converted data set, of an earlier version shard by
+        shard."""
+        joined = _load_joined(self.path, self._joined, sum(self._counts))
+        if joined is not None:
+            return joined
+        if os.path.isfile(os.path.join(self.path, JOINED)):
+            _log.warning(
+                "%r is damaged or of other shards: the files of the shards are read instead",
+                os.path.join(self.path, JOINED),
+            )
         parts = [_load(f"{file}.npz") for file in self.files]
         if any(
             part is None or len(part["key"]) != count
@@ -264,10 +297,7 @@ class ArrayRecordSource:
                 f"the small .npz files beside the shards of {self.path!r} are missing or damaged:"
                 " convert the data set again"
             )
-        return {
-            name: np.concatenate([part[name] for part in parts if part is not None])
-            for name in _COLUMNS
-        }
+        return _join([part for part in parts if part is not None])
 
     def _build_index(self, cache: str) -> None:
         """Finds files without an index, and their keys and labels."""
@@ -442,7 +472,7 @@ def _files(path: str) -> list[str]:
     return sorted(
         f
         for f in glob.glob(pattern, recursive=True)
-        if os.path.isfile(f) and not f.endswith((".npz", ".part"))
+        if base.is_file(f) and not f.endswith((".npz", ".part"))
     )
 
 

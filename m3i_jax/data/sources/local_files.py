@@ -115,6 +115,24 @@ def format_links(count: int) -> str:
     )
 
 
+def is_file(path: str) -> bool:
+    """Returns whether a path is a regular file, as `os.path.isfile`, which is False also where the
+    disk of the file fails: a file would be left out of a new run.
+
+    Raises:
+        OSError: of a kind that may pass.
+
+    >>> is_file(__file__), is_file("/"), is_file("/no/such/file")
+    (True, False, False)
+    """
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+        if is_transient(error):
+            raise
+        return False
+
+
 def open_nonblocking(path: str, flags: int) -> int:
     """An opener for `open` that does not block on a named pipe without a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

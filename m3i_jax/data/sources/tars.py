@@ -32,7 +32,7 @@ class TarSource:
     members.
 
     Members with the same stem form a record: `KEY.jpg`, `KEY.txt` (caption), `KEY.json` (`caption`
-    or `captions`, a text or a list, if there is no text; `label` if a whole number), `KEY.cls`
+    or `captions`, a text or a list, if no text says anything; `label` if a whole number), `KEY.cls`
     (label). The key of a record is the stem, up to the last dot (WebDataset's ends at the first),
     so equal keys of two tar files are in the same part of a split. Classes have no names;
     they are "0", "1", ... up to the highest label.
@@ -237,7 +237,7 @@ def _match(path: str) -> dict[str, remote.State | None]:
     pattern = os.path.expanduser(path)
     pattern = os.path.join(pattern, "*.tar") if os.path.isdir(pattern) else pattern
     paths = sorted(glob.glob(pattern, recursive=True))
-    files = [path for path in paths if path.lower().endswith(".tar") and os.path.isfile(path)]
+    files = [path for path in paths if path.lower().endswith(".tar") and base.is_file(path)]
     if files:
         return dict.fromkeys(files)
     folder = os.path.dirname(pattern) or "."
