@@ -135,15 +135,18 @@ def test_files_that_may_not_be_read_are_told_from_a_failing_disk(fill, monkeypat
 def test_a_disk_that_fails_while_a_folder_is_listed(fill, monkeypatch, call):
     folder = fill({"train/a/1.jpg": b"1", "train/b/1.jpg": b"1", "val/a/2.jpg": b"2"})
     (folder / "train/a/link.jpg").symlink_to(folder / "train/a/1.jpg")
-    if call == "scandir":
-        monkeypatch.setattr(os, "scandir", lambda *_: stale())
+    if call == "scandir":  # once, while splits are searched for
+        scandir, left = os.scandir, [0]
+        monkeypatch.setattr(
+            os, "scandir", lambda *a: scandir(*a) if not left else stale(left.pop())
+        )
     else:  # what a link leads to
         stat = os.stat
         monkeypatch.setattr(
             os, "stat", lambda p, **k: stale() if str(p).endswith("/1.jpg") else stat(p, **k)
         )
 
-    def stale() -> None:
+    def stale(*_: int) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
     with pytest.raises(TransientError), refuse_system_errors():
