@@ -133,7 +133,7 @@ def lost_weights(source: base.DataSource) -> list[str]:
             shares = " : ".join(f"{share:,}" for share in node.shares)
             lines.append(
                 f"shards hold every record of data.mixture once and not its shares {shares}: to"
-                " keep these, convert each source to a --workdir of its own and mix the results"
+                " keep these, convert each source to another --workdir and mix the results"
             )
     return lines
 
