@@ -73,12 +73,12 @@ class FolderSource:
         texts: dict[str, tuple[int, int]] = {}  # by their names without .txt: size and time
         links: dict[str, str] = {}
         listed = files(self.path, self.ignored, links)
-        for name, stat in progress.track_progress(listed, f"listing {path}", unit="files"):
+        for name, status in progress.track_progress(listed, f"listing {path}", unit="files"):
             stem, extension = os.path.splitext(name)
             if extension.lower() in EXTENSIONS:
-                images.append((name, stat.st_size))
+                images.append((name, status.st_size))
             elif extension == ".txt":
-                texts[stem] = (stat.st_size, stat.st_mtime_ns)
+                texts[stem] = (status.st_size, status.st_mtime_ns)
             else:
                 others[extension.lower()] += 1
         images.sort()
@@ -208,15 +208,15 @@ def files(
                     stack.append((name, (*above, inner)))
             elif not entry.is_file():
                 ignored["special files"] += 1
-            elif (stat := _readable_status(entry)) is None:
+            elif (status := _readable_status(entry)) is None:
                 ignored["unreadable"] += 1
-            elif stat.st_size > FILE_LIMIT:
+            elif status.st_size > FILE_LIMIT:
                 ignored["files over 256 MiB"] += 1
             else:
                 if links is not None and (target or linked):
                     own = target or os.path.join(above[-1], entry.name)
                     links[name] = os.path.relpath(own, real)
-                yield name, stat
+                yield name, status
 
 
 def _count_linked(names: list[str], links: dict[str, str]) -> int:
