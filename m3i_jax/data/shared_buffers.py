@@ -37,6 +37,7 @@ _FREE, _LENT = 0, 1
 _NOTE, _ENTRY = "note-", struct.Struct("<qqq")  # the file of the record that a worker decodes
 _PREFIX = "m3i-batches-"
 _SEMAPHORE = "sem."  # prefix of the C library for files of semaphores
+_OWN = set[str]()  # names of directories of this process, whose semaphores Python removes at exit
 
 
 class BufferHandle:
@@ -172,6 +173,7 @@ class SharedBufferPool:
                 break
             os.close(lock)  # before it was locked, another process took it for one left behind
         self._finalize = weakref.finalize(self, _remove, self.directory, lock)
+        _OWN.add(os.path.basename(self.directory))
         _name_semaphores(self.directory)
         self._blocks: dict[str, mmap.mmap] = {}
 
@@ -252,7 +254,7 @@ def _remove_stale() -> None:
                     continue
                 if entry.name.startswith(_SEMAPHORE):
                     directory = entry.name.removeprefix(_SEMAPHORE).rpartition("-")[0]
-                    if not os.path.isdir(os.path.join(folder, directory)):
+                    if directory not in _OWN and not os.path.isdir(os.path.join(folder, directory)):
                         os.unlink(entry.path)
                     continue
                 lock = os.open(os.path.join(entry.path, "lock"), os.O_RDWR | os.O_NOFOLLOW)
