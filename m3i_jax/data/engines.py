@@ -89,7 +89,9 @@ def _write_arrays(function: Callable[[Any], Any], directory: str) -> _Sent:
 def _map_arrays(sent: _Sent) -> Any:
     """Returns the function; the processes of a machine share the pages of its arrays."""
     for name, path in sent.files.items():
-        object.__setattr__(sent.function, name, np.asarray(np.load(path, mmap_mode="r")))
+        object.__setattr__(
+            sent.function, name, np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        )
     return sent.function
 
 

@@ -243,7 +243,5 @@ def test_a_run_that_is_killed_with_its_group_leaves_no_semaphores_for_long():
     )
     alive.close()
     shared_buffers.SharedBufferPool().close()
-    assert all(
-        path.exists() for path in names
-    )  # Python removes them at exit
+    assert all(path.exists() for path in names)  # Python removes them at exit
     assert multiprocessing.current_process()._config["semprefix"] == "/mp"
