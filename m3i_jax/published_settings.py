@@ -215,8 +215,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.encoder.drop_path": 0.2,
         "model.encoder.drop_path_rule": "uniform",
         "model.encoder.freeze_patch_embed": False,
-        "model.encoder.final_norm": False,  # its last norm is that of the pooling
-        "model.pool.kind": "cls",
+        "model.pool.kind": "cls",  # whose norm is the last
         "model.pool.projection": False,
         "model.category_std": 0.02,
         "objective.label_smoothing": 0.0,

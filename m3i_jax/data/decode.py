@@ -25,15 +25,16 @@ from m3i_jax.data import decode_fast
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource, Record
 from m3i_jax.data.sources.captions import source_caption
-from m3i_jax.errors import UnreadableError
+from m3i_jax.errors import UnreachableError, UnreadableError
 
-EMPTY, UNDECODABLE, TRUNCATED, TOO_SMALL, TOO_LARGE, UNREADABLE = REASONS = (
+EMPTY, UNDECODABLE, TRUNCATED, TOO_SMALL, TOO_LARGE, UNREADABLE, UNREACHABLE = REASONS = (
     "empty",
     "undecodable",
     "truncated",
     "too_small",
     "too_large",
     "unreadable",
+    "unreachable",  # the disk or store does not answer
 )
 MIN_SIDE = 16  # pixels
 PIXEL_LIMIT = 64_000_000
@@ -99,7 +100,8 @@ def replaceable(missing: str) -> Iterator[None]:
     except UnreadableError as error:
         if missing == "stop":
             raise
-        raise BadRecord(UNREADABLE, str(error)) from error
+        away = isinstance(error, UnreachableError)
+        raise BadRecord(UNREACHABLE if away else UNREADABLE, str(error)) from error
 
 
 def read_records(

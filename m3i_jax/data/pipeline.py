@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from m3i_jax import schema
-from m3i_jax.data import crops, rand_augment, region_texts, shared_buffers
+from m3i_jax.data import crops, decode, rand_augment, region_texts, shared_buffers
 from m3i_jax.data.batch_builder import BatchBuilder
 from m3i_jax.data.record_batches import (
     Batch,
@@ -32,7 +32,7 @@ from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource
 from m3i_jax.data.tokenizer import Tokenizer
 from m3i_jax.data.workers import RestartingIterator, begin_worker
-from m3i_jax.errors import UserError
+from m3i_jax.errors import TransientError, UserError
 
 # Raised when a change gives the same (seed, position) other bytes. Where it does so for some
 # settings alone, those are hashed beside it (`_fill`), and all other runs go on.
@@ -249,7 +249,9 @@ class Batches(Iterator[Batch]):
                 reason: (n, self._examples[reason])
                 for reason, n in zip(self._reasons, self._bad.tolist(), strict=True)
             }
-            raise UserError(
+            # a store that does not answer is no mistake: a scheduler starts the run again
+            away = counts.get(decode.UNREACHABLE, (0, []))[0]
+            raise (UserError if bad - away > self._limit * window else TransientError)(
                 f"{bad:,} of the last {self._samples:,} records of {self._source.name} were bad,"
                 f" more than data.max_bad_share={self._limit} of {window:,}:"
                 f" {summarize_bad_records(counts)}; repair or remove them, or raise the limit"

@@ -16,7 +16,7 @@ from m3i_jax import schema
 from m3i_jax.data import decode, sampler, shared_buffers
 from m3i_jax.data.sources import base
 from m3i_jax.data.sources.base import DataSource
-from m3i_jax.errors import TransientError, UnreachableError, UnreadableError, UserError
+from m3i_jax.errors import TransientError, UnreadableError, UserError
 
 TRIES = 100  # bad records in a row at one position after which the run stops
 _READ_SIZE = 64  # encoded records in memory at a time
@@ -138,7 +138,6 @@ class RecordBatchBuilder(abc.ABC):
         """Fills a row from the first usable record at its position."""
         indices = batch["record"]
         bad_keys, last_error = collections.defaultdict[str, list[str]](list), ""
-        unreachable = 0
         for attempt in range(TRIES):
             if attempt:
                 indices[row] = sampler.records_at(
@@ -161,7 +160,6 @@ class RecordBatchBuilder(abc.ABC):
                     else record.key
                 )
                 last_error = f"; the last is {key!r} ({error})"
-                unreachable += isinstance(error.__cause__, UnreachableError)
                 reason = self.reasons.index(error.reason)
                 batch["skipped"][reason] += 1
                 batch["example"][reason] = indices[row]
@@ -169,7 +167,7 @@ class RecordBatchBuilder(abc.ABC):
         counts = {reason: (len(keys), keys) for reason, keys in bad_keys.items()}
         why = summarize_bad_records(counts) + last_error
         # a store that does not answer is no mistake: a scheduler starts the run again
-        raise (TransientError if unreachable else UserError)(
+        raise (TransientError if decode.UNREACHABLE in bad_keys else UserError)(
             f"{TRIES} draws in a row at position {position} of {self.source.name} gave no image"
             f" {self.purpose}: {why or 'the source has only one'}; check the source"
         )

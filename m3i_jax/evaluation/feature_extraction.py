@@ -96,8 +96,8 @@ def check_finite(
         first = int(np.flatnonzero(~finite.reshape(len(finite), -1).all(1))[0])
         raise NotFiniteError(
             f"{key(int(record_B[first]))}: the features of this image are not finite (NaN or Inf),"
-            " because the weights diverged or the model overflows; use an earlier checkpoint or"
-            " other weights, or config.model.dtype=float32"
+            " because the weights diverged or the model overflows; use other weights, or"
+            " model.dtype=float32"
         )
 
 

@@ -272,11 +272,16 @@ def run_one(
 
 
 def read_outcome(setup: Setup) -> dict[str, float]:
-    """Returns results of a finished run: its last line of metrics, its last evaluation, and the
-    "seconds" of training, without the first step, which compiles, and without evaluations."""
+    """Returns results of a finished run: its last line of metrics, the evaluation after its last
+    step, and the "seconds" of training, without the first step, which compiles, and without
+    evaluations."""
     lines = run_log.read_log_lines(setup.workdir / train.LOG)
     trained = [line for line in lines if "loss" in line]
-    evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
+    # one that was stopped, as of features that are not finite, leaves those of earlier steps
+    end = trained[-1]["step"] if trained else 0
+    evaluated = [
+        line for line in lines if line["step"] >= end and any(k.startswith("eval/") for k in line)
+    ]
     before, seconds = 1, 0.0
     for line in trained[1:]:
         seconds += (line["step"] - before) * float(line["perf/step_seconds"])
@@ -313,14 +318,11 @@ def compare_notes(
         ),
         *([seeds] if seeds else []),
         (
-            (
-                "Only the objective differs"
-                if budget.kind == "images"
-                else "Only objective and length differ"
-            )
-            + " between rows, and losses of different objectives are not on"
-            " one scale."
-        ),
+            "Only the objective differs"
+            if budget.kind == "images"
+            else "Only objective and length differ"
+        )
+        + " between rows, and losses of different objectives are not on one scale.",
         (
             "kNN and linear use attention-pooled features where the objective trains the pooling"
             " (category or text), cls where it compares images by cls alone (as in dino), else the"

@@ -30,7 +30,8 @@ EXAMPLES = 12  # of each reason on the page
 _READ = ("key", "weight", "caption", "label")  # columns of a keep-list that a training reads
 _MEASURED = ("sharpness", "entropy")  # columns of both lists
 _OWN = ("key", *_MEASURED, "reason", "copy_of", "difference")  # that no score may replace
-_UNREADABLE = decode.REASONS.index(decode.UNREADABLE)
+# of an outage perhaps: read again by the next command
+_AGAIN = [decode.REASONS.index(reason) for reason in (decode.UNREADABLE, decode.UNREACHABLE)]
 QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)  # of scores on the page
 
 
@@ -126,7 +127,7 @@ def _describe(
     todo = []
     for chunk in range(describer.chunks()):
         arrays = base.load_arrays(str(folder / f"{chunk:06d}.npz"))
-        if arrays is not None and not (arrays["reason"] == _UNREADABLE).any():
+        if arrays is not None and not np.isin(arrays["reason"], _AGAIN).any():
             fill(chunk, arrays)
         else:
             todo.append(chunk)
@@ -189,7 +190,7 @@ def _features(source: base.DataSource, rules: schema.Curate) -> np.ndarray | Non
             f"curate.features={path!r}: none of its keys is in {source.name}: write it from this"
             " source"
         )
-    if curation.needs_faiss(rules, int((place >= 0).sum())):
+    if rules.duplicates != "none" and curation.needs_faiss(rules, int((place >= 0).sum())):
         near_duplicates.faiss_library()
     table = columns["features"].astype(np.float32)
     table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)

@@ -118,15 +118,17 @@ def run(config: schema.Config, *, workdir: str) -> int:
 
 
 def shared_keys(train: base.DataSource, held_out: base.DataSource) -> int:
-    """Returns how many keys both parts of a source have, without reading an image; 0 if a part has
-    no keys but the numbers of its records.
+    """Returns how many keys both parts of a source have, without reading an image; 0 if the keys of
+    a part are numbers, which say nothing of an image, or cannot be listed.
 
     >>> shared_keys(["a", "b"], ["c"])
     0
     """
-    parts = (train, held_out)
-    if not all(hasattr(part, "key_hashes") or hasattr(part, "key") for part in parts):
-        return 0
+    for part in (train, held_out):
+        if not (hasattr(part, "key_hashes") or hasattr(part, "key")) or not len(part):
+            return 0
+        if pathlib.PurePath(base.source_key(part, 0)).stem.isdecimal():
+            return 0
     return len(np.intersect1d(base.source_key_hashes(train), base.source_key_hashes(held_out)))
 
 

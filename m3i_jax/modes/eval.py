@@ -17,7 +17,7 @@ import json
 import pathlib
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ import jax
 from m3i_jax import config as configuration
 from m3i_jax import parallel, privacy, run_files, schema
 from m3i_jax.data import tokenizer
-from m3i_jax.data.sources import base, relabelled
+from m3i_jax.data.sources import base, class_names, relabelled
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import feature_extraction, load, registry
 from m3i_jax.evaluation.feature_extraction import EvalContext
@@ -263,13 +263,16 @@ def _with_other_classes(
     refused = ""
     if len(classes) != known:
         refused = f"these data have {len(classes)} categories, the head of the run has {known}"
-    elif learnt is None or any(all(map(str.isdecimal, names)) for names in (classes, learnt)):
+    elif learnt is None or any(_are_numbers(names) for names in (classes, learnt)):
         log(
             "direct evaluation assumes that category k of these data is category k of the run:"
             f" {', '.join(classes[:3])}, ..."
         )
     elif other := [name for name in classes if name not in learnt]:
-        refused = f"the run has not learnt {len(other)} categories of these data, as {other[0]!r}"
+        refused = (
+            f"the run has not learnt {len(other)} categories of these data, as {other[0]!r}; if"
+            " they only have other names, give --config.data.class_names"
+        )
     elif len({*classes, *learnt}) < known:
         refused = "categories are matched by name, and several of the run have the same"
     else:
@@ -284,6 +287,12 @@ def _with_other_classes(
         config = dataclasses.replace(setup.config, evaluate=evaluators_of)
         return dataclasses.replace(setup, config=config)
     return setup
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    """Whether names are numbers of categories or ids of WordNet, which other data may have names
+    for."""
+    return all(map(str.isdecimal, names)) or class_names.are_wordnet_ids(names)
 
 
 def _with_learnt_classes(setup: Setup, run: str, log: Callable[[str], None]) -> Setup:

@@ -85,8 +85,13 @@ def use_data(
 def _trained_on(entry: MixtureEntry, data: Any) -> list[MixtureEntry]:
     """The sources that settings train on which are a source, or share a file or directory with it,
     with the splits that are recognised at their paths."""
-    kind, split = registry.source_kind(entry.kind), _splits(entry).split
-    owns = [_splits(own) for own in mixture.mixture_entries(data) if own.kind == entry.kind]
+    kind = registry.source_kind(entry.kind)
+    split = _splits(entry).split or kind.default_split
+    owns = [
+        dataclasses.replace(own, split=own.split or kind.default_split)
+        for own in map(_splits, mixture.mixture_entries(data))
+        if own.kind == entry.kind
+    ]
     if not kind.path:
         return owns
     if kind.locate:

@@ -2,8 +2,11 @@
 depend on. Results of another header are not continued."""
 
 import dataclasses
+import inspect
 import json
-from collections.abc import Collection
+import os
+import pathlib
+from collections.abc import Callable, Collection
 from typing import Any
 
 from m3i_jax import config as configuration
@@ -102,11 +105,25 @@ def cut_queries(config: schema.Config, held_out: int) -> str:
 
 
 def _texts(setup: Setup, enabled: Collection[registry.Evaluator]) -> list[str]:
-    """Texts that results depend on, and that neither settings nor fingerprints contain."""
+    """Texts that results depend on, and that neither settings nor fingerprints contain: names,
+    templates, captions, and the files of evaluators from outside the package."""
     texts = [*setup.classes]
+    for each in enabled:
+        if not each.of_package:
+            texts += ["evaluator", each.name, _file_text(each.build)]
     if any("templates" in each.reads for each in enabled):
         for name in setup.config.evaluate.templates:
             texts += ["templates", *zero_shot.prompt_templates(name)[1]]
     if any(registry.CAPTIONS in each.needs for each in enabled):
         texts += ["captions", *captions.caption_digests(setup.held_out)]
     return texts
+
+
+def _file_text(function: Callable[..., Any]) -> str:
+    """The text of the file that defines a function; another text at each call without a file, so
+    that no earlier result is taken for one of the same code."""
+    try:
+        path = inspect.getsourcefile(inspect.unwrap(function))
+        return pathlib.Path(path or "").read_text("utf-8")
+    except (TypeError, OSError, ValueError):
+        return os.urandom(8).hex()

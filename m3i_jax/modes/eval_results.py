@@ -11,7 +11,6 @@ import jax
 from m3i_jax import run_files
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
-from m3i_jax.evaluation import registry
 from m3i_jax.modes import eval_data
 from m3i_jax.reporting import run_log, text_table
 from m3i_jax.run_files import write_json_atomic
@@ -153,14 +152,10 @@ def earlier_results(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, A
 
 def read_earlier(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parts of a result file to continue, "results", "untrained" and "skipped"; empty
-    ones if its header is another. Values of evaluators from outside the package are left out: no
-    digest shows that their code is another."""
+    ones if its header is another."""
     saved = earlier_results(path, about) or {}
     parts: dict[str, dict[str, Any]] = {}
-    own = {each.name for each in registry.evaluators() if each.of_package}
     for part in ("results", "untrained", "skipped"):
         known = saved.get(part)
         parts[part] = known if isinstance(known, dict) else {}
-        if part != "skipped":
-            parts[part] = {name: values for name, values in parts[part].items() if name in own}
     return parts

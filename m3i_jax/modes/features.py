@@ -18,17 +18,16 @@ import jax
 import numpy as np
 
 from m3i_jax import config as configuration
-from m3i_jax import parallel, privacy, progress, schema
+from m3i_jax import parallel, privacy, progress, schema, version
 from m3i_jax.data import eval_batches, splits
 from m3i_jax.data.preprocessing import Preprocessing, with_evaluation
 from m3i_jax.data.sources import base
 from m3i_jax.errors import UserError
 from m3i_jax.evaluation import load
-from m3i_jax.evaluation.feature_extraction import check_finite
+from m3i_jax.evaluation.feature_extraction import NotFiniteError, check_finite
 from m3i_jax.interop import tensor_files
 from m3i_jax.modes.eval_results import weight_files
 from m3i_jax.modes.setup import check_writable, index_directory, lock_workdir, require_views
-from m3i_jax.parallel import distributed
 from m3i_jax.training import checkpoint_dir
 
 _PART = 4096  # images of a part
@@ -66,8 +65,8 @@ def run(config: schema.Config, *, workdir: str, out: str, given: Collection[str]
     parts_dir = target.with_name(target.name + ".parts")
     with lock_workdir(directory):
         files = weight_files(file) if file else []
-        code = distributed.code_digest()  # it decodes images and computes features
-        _remove_other_parts(parts_dir, identity | {"files": files, "code": code})
+        # of another release, images may be decoded in another way
+        _remove_other_parts(parts_dir, identity | {"files": files, "release": version.__version__})
         print(
             f"{model.name}, {model.pool}: {len(train):,} training images, {len(held_out):,} held"
             f" out; {preprocessing.resized_side} {preprocessing.short_side},"
@@ -148,12 +147,26 @@ def _model(config: schema.Config, workdir: str, weights: str) -> load.LoadedEnco
 
 
 def _remove_other_parts(parts_dir: pathlib.Path, identity: dict[str, Any]) -> None:
-    """Remove the parts if they are of other weights, preprocessing or data."""
+    """Remove the parts if they are of other weights, preprocessing, data or another release."""
     text, file = json.dumps(identity), parts_dir / "about.json"
     if parts_dir.is_dir() and not (file.is_file() and file.read_text() == text):
+        print(
+            f"{parts_dir}: removed, as its parts are of other weights, data or settings, or of"
+            " another release of m3i_jax",
+            flush=True,
+        )
         shutil.rmtree(parts_dir)
     parts_dir.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
+
+
+def _warn_of_infinite(features_BxD: np.ndarray, index_B: np.ndarray, source: Any) -> None:
+    """Print the first image of a batch whose features are not finite: one of millions is no reason
+    to write none."""
+    try:
+        check_finite(features_BxD, index_B, functools.partial(base.source_key, source))
+    except NotFiniteError as error:
+        print(f"warning: {error}", flush=True)
 
 
 def _part(
@@ -191,9 +204,7 @@ def _part(
         features.append(
             np.asarray(model.function(model.params, jax.device_put(batch["views"], layout)))[valid]
         )
-        check_finite(
-            features[-1], batch["index"][valid], functools.partial(base.source_key, source)
-        )
+        _warn_of_infinite(features[-1], batch["index"][valid], source)
         labels.append(batch["label"][valid])
         index.append(batch["index"][valid])
     if not features:  # no image could be read

@@ -131,8 +131,7 @@ def _with_rounded_batch(config: schema.Config, workdir: pathlib.Path) -> schema.
     with parallel.fail_together("config.txt, batch size"):
         if not jax.process_index() and (workdir / "config.txt").is_file():
             saved = configuration.load_from_workdir(str(workdir), "--workdir").train
-            unit = (1 + config.traits.pairs) * config.train.microbatches
-            if saved.round_batch and _rounds_up(configured, saved.batch_size, unit):
+            if saved.round_batch and configured < saved.batch_size < 1.1 * configured:
                 size = saved.batch_size
     if not (size := int(parallel.exchange_values("batch size", str(size))[0])):
         return config
@@ -142,17 +141,6 @@ def _with_rounded_batch(config: schema.Config, workdir: pathlib.Path) -> schema.
             flush=True,
         )
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
-
-
-def _rounds_up(size: int, batch: int, unit: int) -> bool:
-    """Whether `batch` is `size` rounded up for some devices: to a multiple of so many `unit`s as
-    they have shards, at most `size`.
-
-    >>> [_rounds_up(40, batch, 2) for batch in (40, 42, 46, 48, 60, 80)]
-    [False, True, False, True, True, False]
-    """
-    candidates = range(max(batch - size, 0) // unit + 1, size // unit + 1)
-    return batch > size and any(batch % (unit * shards) == 0 for shards in candidates)
 
 
 def fit_to_devices(

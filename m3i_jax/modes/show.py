@@ -43,7 +43,8 @@ def assume_data(config: schema.Config) -> tuple[schema.Config, list[str]]:
     if opened := _listed_data(d, config.task):
         train, _ = opened
         classes = len(task_kind(config.task).class_names(train)) if d.classes < 0 else d.classes
-        planned = d.size if d.source == "folder" else 0  # of built-in images, those to render
+        # of built-in images, `data.size` are those to render
+        planned = round(d.size * (1 - _held_out_share(d))) if d.source == "folder" else 0
         captions, size = pipeline.uses_captions(d, train), planned or sampler.epoch_size(train)
         done = setup.complete_config(config, classes=classes, captions=captions, size=size)
         if captions and d.captions == "auto" and not _reads_captions(done):
@@ -78,7 +79,8 @@ def size_lines(config: schema.Config) -> list[str]:
     """Lines on the length that a configuration is planned with, where `assume_data` counts nothing:
     what of `data.size` is held out, and that a keep-list is not read."""
     data, lines = config.data, list[str]()
-    if _listed_data(data, config.task):
+    planned = data.source == "folder" and data.size  # also where the folder is here
+    if _listed_data(data, config.task) and not planned:
         return lines
     if data.size and (share := _held_out_share(data)):
         images = round(data.size * (1 - share))
@@ -220,9 +222,11 @@ def estimated_traffic(step_trainer: trainer.Trainer, state: float) -> dict[str, 
 
 def _divides(config: schema.Config, devices: int) -> bool:
     """Whether the batch, rounded up if so configured, can be split over so many devices."""
-    shards = devices // max(config.parallel.mesh[2], 1)
+    tensor = max(config.parallel.mesh[2], 1)
+    if devices % tensor:
+        return False
     try:
-        validation.fit_batch_to_mesh(config, (shards, 1, 1))
+        validation.fit_batch_to_mesh(config, (devices // tensor, 1, 1))
     except UserError:
         return False
     return True

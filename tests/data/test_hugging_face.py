@@ -121,7 +121,7 @@ def test_refusals(files, tmp_path):
     (tmp_path / "other").mkdir()
     cases: list[tuple[pathlib.Path, str, str]] = [
         (tmp_path / "bare", "", r"has no image: its columns are a \(Value\)"),
-        (tmp_path / "x", "train", "has no splits: leave data.split='train' empty"),
+        (tmp_path / "x", "train", "has no splits"),
         (tmp_path / "other", "", "is not a data set that `datasets` saved with save_to_disk"),
         (tmp_path / "ohter", "", "did you mean .*other"),
     ]

@@ -31,7 +31,8 @@ def test_bad_records_are_replaced_and_counted_exactly(fill, make):
     views = np.concatenate([next(batches)["views"] for _ in range(16)])
     used, skipped = make.expected_stream(source, reasons, 320)
     assert batches.skipped == skipped and [reason for reason, n in skipped.items() if not n] == [
-        "unreadable"
+        "unreadable",
+        "unreachable",
     ]
     colours = [int(source.key(i).removeprefix("good_")[:3]) for i in used]
     assert (views == np.array(colours)[:, None, None, None, None]).all()
@@ -84,12 +85,18 @@ def test_a_window_forgets(make):
     config = make.settings(batch=500, max_bad_share=0.05)
     batches = pipeline.iterate_batches(config, make.ColorImages(10), None, start=0)
     for _ in range(40):
-        batches._check_bad_share(500, np.array([20, 0, 0, 0, 0, 0]))
+        batches._check_bad_share(500, np.array([20, 0, 0, 0, 0, 0, 0]))
     for _ in range(20):
-        batches._check_bad_share(500, np.zeros(6, np.int64))
+        batches._check_bad_share(500, np.zeros(7, np.int64))
     assert batches._bad.sum() == 0 and pipeline.WINDOW <= batches._samples < pipeline.WINDOW + 520
-    with pytest.raises(UserError, match="^501 of the last"):
-        batches._check_bad_share(500, np.array([0, 501, 0, 0, 0, 0]))
+    with pytest.raises(UserError, match="^501 of the last") as refusal:
+        batches._check_bad_share(500, np.array([0, 501, 0, 0, 0, 0, 0]))
+    assert refusal.value.status == 2
+    # of a store that does not answer, among good ones: a scheduler starts the run again
+    batches = pipeline.iterate_batches(config, make.ColorImages(10), None, start=0)
+    with pytest.raises(UserError, match="^501 of the last .* 401 unreachable") as refusal:
+        batches._check_bad_share(500, np.array([0, 100, 0, 0, 0, 0, 401]))
+    assert refusal.value.status == 1
 
 
 def test_a_source_without_a_pair_of_good_images(make):
@@ -122,6 +129,6 @@ def test_a_store_that_stays_away_is_no_mistake(make, monkeypatch):
     source, config = make.ColorImages(6), make.settings(batch=4)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, missing="replace"))
     monkeypatch.setattr(make.ColorImages, "__getitem__", away)
-    with pytest.raises(TransientError, match="^100 draws in a row .* 100 unreadable ") as refusal:
+    with pytest.raises(TransientError, match="^100 draws in a row .* 100 unreachable ") as refusal:
         make.stream(config, source, None, 1)
     assert refusal.value.status == 1

@@ -265,7 +265,7 @@ def test_features_that_are_not_finite_are_refused_by_the_first_image(value: floa
     with pytest.raises(UserError, match=r"^record 28: the features .* not finite"):
         extract({"encoder": encoder()}, some)
     made = feature_extraction.image_sets(extract, lambda: some, key="cats/{}.png".format)
-    with pytest.raises(UserError, match=r"^cats/28.png: [^\n]*checkpoint[^\n]*$"):
+    with pytest.raises(UserError, match=r"^cats/28.png: [^\n]*use other weights[^\n]*$"):
         made({"encoder": encoder()}, lambda: None)
 
 

@@ -224,6 +224,11 @@ def test_keys_of_both_parts_are_compared_without_reading_images(tmp_path):
         parts.append(FolderSource(str(tmp_path / part)))
     assert data.shared_keys(*parts) == 2
     assert data.shared_keys(["a"], ["b"]) == 0  # their keys would be numbers alone
+    for part in ("train", "test"):
+        (tmp_path / part / "a.png").unlink(missing_ok=True)
+        (tmp_path / part / "00.png").write_bytes(b"no image")
+    numbered = [FolderSource(str(tmp_path / part)) for part in ("train", "test")]
+    assert data.shared_keys(*numbered) == 0
 
 
 def test_both_parts_are_read_in_order():

@@ -1,6 +1,7 @@
 """The header of eval.json: how many images are evaluated, and which earlier values are used."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -142,13 +143,28 @@ def evaluated(
     return ran, json.loads((place / "eval.json").read_text())
 
 
-def test_values_of_evaluators_from_outside_are_measured_again(tmp_path: pathlib.Path) -> None:
-    with registry.EVALUATORS.temporary():
-        registry.register_evaluator(registry.Evaluator(name="own", build=lambda inputs: None))
-        for ran in (["knn", "own"] * 2, ["own"] * 2):
-            assert evaluated(tmp_path, "knn", "own", untrained=True)[0] == ran
-        ran, saved = evaluated(tmp_path, "knn", "own")
-    assert ran == ["own"] and list(saved["untrained"]) == ["knn"]
+def test_the_file_of_an_evaluator_from_outside_is_in_the_header(tmp_path: pathlib.Path) -> None:
+    """Values of another text are not continued; without a file they never are."""
+    setup = types.SimpleNamespace(config=SMALL, train=[1], held_out=[1], classes=())
+
+    def texts(build: Callable) -> str:
+        with registry.EVALUATORS.temporary():
+            registry.register_evaluator(registry.Evaluator(name="own", build=build))
+            return eval_header.measured_by(setup, ["own"])["texts"]
+
+    def written(text: str) -> Callable:
+        path = tmp_path / "own.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location("own", path)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        return module.build
+
+    first = texts(written("def build(inputs): return None"))
+    assert first == texts(written("def build(inputs): return None"))
+    assert first != texts(written("def build(inputs): return 1"))
+    build = written("def build(inputs): return None")
+    (tmp_path / "own.py").unlink()
+    assert texts(build) != texts(build)
 
 
 def test_a_resumed_evaluation_remembers_skipped_images(

@@ -134,13 +134,13 @@ def test_a_resumed_run_keeps_its_rounded_batch(tmp_path: pathlib.Path, capsys) -
     assert jobs.open_setup(fewer, str(tmp_path)).config.train.batch_size == 32
 
 
-def test_a_batch_is_kept_however_much_it_was_rounded(tmp_path: pathlib.Path) -> None:
-    """Eight data shards round 40 images by a fifth, to 48."""
+def test_a_batch_that_is_much_larger_is_another(tmp_path: pathlib.Path) -> None:
+    """Eight data shards round 40 images by a fifth, to 48: on other devices 40 may be meant."""
     asked = SMALL | {"data__size": 200, "train__batch_size": 40, "train__round_batch": True}
     first = jobs.open_setup(toy.settings(**asked), str(tmp_path))
     (tmp_path / "config.txt").write_text(first.text)
     again = jobs.open_setup(toy.settings(**asked, parallel__mesh="(1,1,8)"), str(tmp_path))
-    assert first.config.train.batch_size == again.config.train.batch_size == 48
+    assert (first.config.train.batch_size, again.config.train.batch_size) == (48, 40)
 
 
 def test_a_rounded_batch_that_does_not_divide_is_refused(tmp_path: pathlib.Path) -> None:

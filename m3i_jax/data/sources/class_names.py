@@ -5,7 +5,8 @@ Distributions of ImageNet contain such a file: `LOC_synset_mapping.txt`, `synset
 `words.txt`, whose lines are an id, a space or tab, and the synonyms of WordNet, of which the first
 is the name. Numbered classes are named by the lines in their order, each a name or an id and
 synonyms, or by a JSON list or object. Names without ids, and those of JSON, are read as they are:
-"bag, black plastic" is one. Without a file the ids stay."""
+"bag, black plastic" is one; but for ImageNet's, whose JSON files list the synonyms, too. Without a
+file the ids stay."""
 
 import collections
 import json
@@ -24,6 +25,7 @@ FILES = ("LOC_synset_mapping.txt", "synset_words.txt", "synsets.txt", "words.txt
 ABOVE = 4
 LIMIT = 1 << 22  # bytes of a file that are read; WordNet's words.txt has 2.6 MB
 _ID = re.compile(r"n\d{8}")
+_TENCH = "tench, Tinca tinca"  # by which a list of ImageNet's synonyms is recognised
 
 
 def are_wordnet_ids(classes: Sequence[str]) -> bool:
@@ -96,7 +98,8 @@ def name_spaces(
         raise UserError(
             f"data.class_names={path!r} is not a JSON list or object of names: {error}"
         ) from None
-    known = [(listed, False) if listed else _names_in_text(text, space) for space in spaces]
+    of_imagenet = _TENCH in listed.values()
+    known = [(listed, of_imagenet) if listed else _names_in_text(text, space) for space in spaces]
     named = [
         readable_class_names(space, names, synonyms=several) if names.keys() & set(space) else None
         for space, (names, several) in zip(spaces, known, strict=True)

@@ -2,6 +2,7 @@
 its caption, and sub-folders train/, val/ and test/ are recognised as splits."""
 
 import collections
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ class FolderSource:
         self.ignored: collections.Counter[str] = collections.Counter()
         others: collections.Counter[str] = collections.Counter()
         images: list[tuple[str, int]] = []
-        texts: dict[str, tuple[int, int]] = {}  # by their names without .txt: size and time
+        texts = set[str]()  # names without .txt
         links: dict[str, str] = {}
         listed = files(self.path, self.ignored, links)
         for name, status in progress.track_progress(listed, f"listing {path}", unit="files"):
@@ -78,7 +79,7 @@ class FolderSource:
             if extension.lower() in EXTENSIONS:
                 images.append((name, status.st_size))
             elif extension == ".txt":
-                texts[stem] = (status.st_size, status.st_mtime_ns)
+                texts.add(stem)
             else:
                 others[extension.lower()] += 1
         images.sort()
@@ -89,11 +90,7 @@ class FolderSource:
         self.ignored["other files"] = others.total()
         self._names = [name for name, _ in images]
         self.linked = _count_linked(self._names, links)
-        stems = [os.path.splitext(name)[0] for name in self._names]
-        self._captioned = np.array([stem in texts for stem in stems])
-        self._caption_digest = base.stable_digest(
-            *(f"{stem}\0{texts[stem]}" for stem in stems if stem in texts)
-        )
+        self._captioned = np.array([os.path.splitext(name)[0] in texts for name in self._names])
         tops = [name.split("/", 1)[0] if "/" in name else "" for name in self._names]
         names = sorted(set(tops) - {""})
         self.classes: tuple[str, ...] = tuple(names)
@@ -133,15 +130,25 @@ class FolderSource:
         """Returns the text beside the image, up to the length that is used, or None."""
         if not self._captioned[index]:
             return None
-        path = os.path.join(self.path, os.path.splitext(self._names[index])[0] + ".txt")
-        return base.read_byte_range(path, limit=decode.CAPTION_LIMIT + 1)
+        return base.read_byte_range(self._caption_path(index), limit=decode.CAPTION_LIMIT + 1)
+
+    def _caption_path(self, index: int) -> str:
+        return os.path.join(self.path, os.path.splitext(self._names[index])[0] + ".txt")
 
     def fingerprint(self) -> str:
         return self._fingerprint
 
     def caption_digest(self) -> str:
         """Returns a digest of the sizes and times of the captions, which may be written anew."""
-        return self._caption_digest
+        digest = hashlib.blake2b(digest_size=8)
+        for index in np.flatnonzero(self._captioned).tolist():
+            state = os.stat(self._caption_path(index))
+            digest.update(
+                f"{self._names[index]}\0{state.st_size} {state.st_mtime_ns}\0".encode(
+                    "utf-8", "surrogateescape"
+                )
+            )
+        return digest.hexdigest()
 
     def description(self) -> str:
         share = f", captions for {self._captioned.mean():.0%}" if self.captions else ""

@@ -29,6 +29,7 @@ FILE_LIMIT = 1 << 28
 # start again. An error that no server causes, such as too many open files, has `BRIEF` waits.
 WAITS, BRIEF = (0.2, 0.8, 4.0, 15.0, 30.0, 60.0), 2
 _JOINED = 1 << 23  # most bytes of ranges that are read at once
+_EXAMPLES = 20  # matches of a glob that are asked for what they are, from either end
 _log = logging.getLogger(__name__)
 
 
@@ -59,10 +60,9 @@ def _names_directories(path: str) -> bool:
         return "." not in os.path.basename(path)
     if os.path.isdir(path):
         return True
-    matches = glob.iglob(path)
-    if "." in os.path.basename(path):  # one of tens of thousands of shards says what all are
-        matches = iter([min(matches, default="")])
-    return any(map(os.path.isdir, matches))
+    # of tens of thousands of shards a few say what all are
+    matches = sorted(glob.iglob(path))
+    return any(map(os.path.isdir, {*matches[:_EXAMPLES], *matches[-_EXAMPLES:]}))
 
 
 def whole_files(source: Any) -> list[tuple[str, int, int]]:
@@ -170,6 +170,7 @@ def read_byte_ranges(
         UnreadableError: the file cannot be read, or is shorter than when it was indexed; an
             UnreachableError where its disk does not answer.
     """
+    started = time.monotonic()
     for attempt in range(len(WAITS) + 1):
         try:
             with open(path, "rb", buffering=0, opener=open_nonblocking) as file:
@@ -188,14 +189,14 @@ def read_byte_ranges(
                             f"{path!r} ends before byte {offset + size}: it became shorter while"
                             " the run was reading it; start again"
                         )
-            OUTAGES.answered()
+            OUTAGES.answered(path)
             return contents
         except OSError as error:
             transient = is_transient(error)
             waits = WAITS if transient and not OUTAGES.lasts(path) else WAITS[:BRIEF]
             if attempt >= len(waits) or isinstance(error, FileNotFoundError | PermissionError):
                 if len(waits) == len(WAITS):
-                    OUTAGES.begin(path)
+                    OUTAGES.begin(path, started)
                 raise (UnreachableError if transient else UnreadableError)(
                     f"{path!r} cannot be read ({error.strerror}) although it could when the run"
                     " began; restore it"

@@ -2,40 +2,50 @@
 
 import time
 
-# Seconds for which reads of a place are retried briefly after one failed with all its retries, and
-# seconds within which another read must have succeeded.
-MEMORY, RECENT = 600.0, 30.0
+# A read that failed after all retries is remembered for so many seconds. Another read must have
+# succeeded within RECENT seconds, or PATIENT reads of a store, one after another, must have failed.
+MEMORY, RECENT, PATIENT = 3600.0, 30.0, 5
 
 
 class Outages:
-    """Remembers the stores of which a read failed after all retries. For ten minutes, and while
-    other reads succeed, further failures there are taken for those of single records and retried
-    briefly: where bad records are replaced (`data.missing`), each would wait for two minutes.
-    Where nothing succeeds, every read waits: there is no other record to go on with.
+    """Remembers the stores of which reads failed after all retries. While other reads succeed,
+    further failures there are taken for those of single records and retried briefly: where bad
+    records are replaced (`data.missing`), each would wait for two minutes. Where nothing succeeds,
+    a read waits, for there is no other record to go on with, but only five times one after another:
+    then the store is taken for lost.
 
     >>> outages = Outages()
-    >>> outages.begin("gs://a/0.tar"); outages.lasts("gs://a/1.tar")
+    >>> outages.begin("gs://a/0.tar", time.monotonic()); outages.lasts("gs://a/1.tar")
     False
-    >>> outages.answered(); outages.lasts("gs://a/1.tar"), outages.lasts("gs://b/1.tar")
+    >>> outages.answered("gs://b/0.tar"); outages.lasts("gs://a/1.tar"), outages.lasts("gs://b/1")
     (True, False)
     """
 
     def __init__(self) -> None:
-        self._began: dict[str, float] = {}
+        self._last: dict[str, float] = {}  # by store: when a read last failed after all retries
+        self._count: dict[str, int] = {}  # and how many did one after another
         self._answered = -RECENT
 
-    def begin(self, path: str) -> None:
-        """Notes that a read of a path failed after all retries, not after brief ones."""
-        self._began[_store(path)] = time.monotonic()
+    def begin(self, path: str, started: float) -> None:
+        """Notes that a read of a path that was started at a time of `time.monotonic` failed after
+        all retries, not after brief ones. Those of several threads at once count as one."""
+        store = _store(path)
+        if started >= self._last.get(store, 0.0):
+            self._count[store] = self._count.get(store, 0) + 1
+        self._last[store] = time.monotonic()
 
-    def answered(self) -> None:
-        """Notes that a read succeeded."""
+    def answered(self, path: str) -> None:
+        """Notes that a read of a path succeeded."""
         self._answered = time.monotonic()
+        if self._count:
+            self._count.pop(_store(path), None)
 
     def lasts(self, path: str) -> bool:
         """Returns whether a failed read of a path is to be retried briefly."""
-        now, began = time.monotonic(), self._began.get(_store(path))
-        return began is not None and now - began < MEMORY and now - self._answered < RECENT
+        now, store = time.monotonic(), _store(path)
+        if now - self._last.get(store, -MEMORY) >= MEMORY:
+            return False
+        return now - self._answered < RECENT or self._count.get(store, 0) >= PATIENT
 
 
 OUTAGES = Outages()

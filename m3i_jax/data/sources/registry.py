@@ -142,9 +142,9 @@ def refuse_split(kind: SourceKind, split: str) -> None:
     """
     if split and not kind.splits:
         raise UserError(
-            f"data.source={kind.name!r} has no splits, and {split!r} names one: leave data.split"
-            " and data.holdout_split empty, in an entry of a mixture what follows @; data.holdout"
-            " holds a share out"
+            f"the source {kind.name!r} has no splits, and {split!r} names one: leave it out, of"
+            " data.split, data.holdout_split or an entry KIND:PATH@SPLIT; data.holdout holds a"
+            " share out"
         )
 
 

@@ -175,6 +175,7 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
 def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
     # a range of no bytes cannot be asked for: stores send the whole file, or refuse
     contents = {i: b"" for i, (_, start, end) in enumerate(requests) if start == end}
+    started = time.monotonic()
     waits = WAITS[:BRIEF] if requests and OUTAGES.lasts(requests[0][0]) else WAITS
     for wait in (*waits, None):
         pending = [i for i in range(len(requests)) if i not in contents]
@@ -189,7 +190,7 @@ def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
                     raise UnreadableError(_reason(path, content)) from content
                 if wait is None:
                     if waits is WAITS:
-                        OUTAGES.begin(path)
+                        OUTAGES.begin(path, started)
                     raise UnreachableError(_reason(path, content)) from content
                 failed = path, content
             elif len(content) < end - start:
@@ -202,7 +203,7 @@ def _read_requests(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
                     f"{path!r}: the server sends whole files instead of ranges: use another store"
                 )
             else:
-                OUTAGES.answered()
+                OUTAGES.answered(path)
                 contents[i] = bytes(content)
         if failed and wait is not None:
             log_retry(*failed, wait)
