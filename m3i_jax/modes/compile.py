@@ -52,9 +52,9 @@ class CompileTarget:
         return self.topology.kind
 
 
-def compile_target(name: str, memory: str, *, code: bool = False) -> CompileTarget:
-    """The devices of a topology and their memory, which `memory` (GiB, as text) overrides. Raises
-    UserError for an unknown topology."""
+def compile_target(name: str, memory: str, *, code: bool = False, file: str = "") -> CompileTarget:
+    """The devices of a topology and their memory, which `memory` (GiB, as text) overrides, and the
+    configuration file. Raises UserError for an unknown topology."""
     parsed = topologies.parse_topology(name)
     try:
         given = float(memory) * 2**30 if memory else 0.0
@@ -72,6 +72,7 @@ def compile_target(name: str, memory: str, *, code: bool = False) -> CompileTarg
         devices=devices,
         limit=given or available,
         code=code or parsed.family.platform != "tpu",
+        file=file,
     )
 
 
@@ -382,7 +383,7 @@ def run(
             "--suggest: cannot be combined with --largest-batch; run the two one after the other"
         )
     # first: it decides on the devices of this process, which make_workdir asks for
-    target = dataclasses.replace(compile_target(topology, memory, code=code), file=file)
+    target = compile_target(topology, memory, code=code, file=file)
     task_kind(config.task).reject_unused_settings(config)
     directory = pathlib.Path(workdir)
     setup.make_workdir(directory)
