@@ -258,7 +258,9 @@ def test_the_process_that_compiles_knows_what_the_configuration_registers(
 
     target = mode.compile_target("cpu:8", "")
     monkeypatch.setattr(
-        mode, "compile_target", lambda *_, **__: dataclasses.replace(target, code=False)
+        mode,
+        "compile_target",
+        lambda *_, file="", **__: dataclasses.replace(target, code=False, file=file),
     )
     monkeypatch.setattr(libtpu_dump, "run_in_subprocess", run_here)
     flags = ["--config", f"{file}:size=512", *TINY, *TEXTLESS, *COLORLESS, "--mode=compile"]
