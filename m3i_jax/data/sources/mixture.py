@@ -214,7 +214,7 @@ def warn_shared_numbers(data: schema.Data, sources: Sequence[DataSource]) -> Non
     if len(numbered) > 1:
         listed = ", ".join(f"{len(s.classes):,} of {s.name}" for s in numbered)
         _log.warning(
-            "WARNING: classes of %d sources of data.mixture are numbers without names (%s), and"
+            "classes of %d sources of data.mixture are numbers without names (%s), and"
             " data.class_space='shared' makes equal numbers one class: if they number different"
             " labels, set data.class_space=separate; if the same, data.class_names=FILE names them"
             " and ends this warning",
