@@ -198,7 +198,10 @@ class SharedBufferPool:
         for entry in os.scandir(self.directory):
             if entry.name.startswith(_NOTE):
                 with open(entry.path, "rb") as file:
-                    note = _ENTRY.unpack(file.read(_ENTRY.size))
+                    raw = file.read(_ENTRY.size)
+                if len(raw) < _ENTRY.size:  # of a worker that was killed before it made room
+                    continue
+                note = _ENTRY.unpack(raw)
                 notes += [note] if note[0] and note[1] >= 0 else []
         return notes
 

@@ -263,7 +263,7 @@ def _with_other_classes(
     refused = ""
     if len(classes) != known:
         refused = f"these data have {len(classes)} categories, the head of the run has {known}"
-    elif learnt is None or any(_are_numbers(names) for names in (classes, learnt)):
+    elif learnt is None or _may_be_renamed(classes, learnt):
         log(
             "direct evaluation assumes that category k of these data is category k of the run:"
             f" {', '.join(classes[:3])}, ..."
@@ -289,10 +289,10 @@ def _with_other_classes(
     return setup
 
 
-def _are_numbers(names: Sequence[str]) -> bool:
-    """Whether names are numbers of categories or ids of WordNet, which other data may have names
-    for."""
-    return all(map(str.isdecimal, names)) or class_names.are_wordnet_ids(names)
+def _may_be_renamed(classes: Sequence[str], learnt: Sequence[str]) -> bool:
+    """Whether one side has numbers, or alone ids of WordNet, for which the other may have names."""
+    numbers = any(all(map(str.isdecimal, names)) for names in (classes, learnt))
+    return numbers or len({class_names.are_wordnet_ids(names) for names in (classes, learnt)}) > 1
 
 
 def _with_learnt_classes(setup: Setup, run: str, log: Callable[[str], None]) -> Setup:

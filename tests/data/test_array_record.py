@@ -176,7 +176,7 @@ def test_no_column_is_sent_to_a_worker(tmp_path, monkeypatch, converted):
 
 @pytest.mark.parametrize(
     ("limit", "records", "most"),
-    [(1024, 9, 256), (4096, 9, 1024), (1 << 20, 9, 4096), (-1, 9, 4096)]
+    [(1024, 9, 256), (16384, 9, 1024), (1 << 20, 9, 4096), (-1, 9, 4096)]
     + [(1 << 20, 1e5, 335), (1 << 20, 1e9, 256)],
 )
 def test_files_that_are_open_at_a_time(monkeypatch, limit, records, most):

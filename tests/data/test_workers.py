@@ -100,6 +100,7 @@ def test_what_a_worker_decodes_is_noted() -> None:
     try:
         writers[0].note(12, 3)
         writers[1].note(-1, -1)  # reads, and decodes nothing
+        open(os.path.join(pool.directory, f"{shared_buffers._NOTE}x"), "wb").close()  # was killed
         assert pool.current_records() == [(os.getpid(), 12, 3)]
     finally:
         pool.close()

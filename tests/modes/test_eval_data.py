@@ -343,6 +343,8 @@ def test_the_category_head_is_measured_on_the_categories_that_it_learnt(
 ) -> None:
     assert weight_source.class_names(str(run)) == shapes.CLASSES
     images, back = shapes.ShapesSource(8), shapes.CLASSES[::-1]
+    ids = tuple(f"n{k:08}" for k in range(8))
+    assert not evaluate._may_be_renamed(ids, ids[::-1])  # ids of both sides are names
     setup = jobs.Setup(
         config=toy.settings(**SMALL | {"data__classes": 8}),
         mesh=None,
@@ -357,6 +359,7 @@ def test_the_category_head_is_measured_on_the_categories_that_it_learnt(
         (back, back, "8 categories of these data are numbered as those of the run, by name"),
         ((*back[:7], "x"), shapes.CLASSES, "no direct evaluation: the run has not learnt 1 "),
         (tuple("01234567"), shapes.CLASSES, "direct evaluation assumes that category k"),
+        (ids, shapes.CLASSES, "direct evaluation assumes that category k"),
     ):
         lines: list[str] = []
         changed = evaluate._with_other_classes(setup, lines.append, learnt=learnt)

@@ -40,7 +40,7 @@ INDEX, JOINED = "dataset.json", "dataset.npz"
 INDEX_LIMIT, _FILE_LIMIT = 1 << 22, 1 << 9
 ENDING = ".array_record"
 DAMAGED = b"damaged record"  # instead of bytes with a wrong checksum; no decoder accepts it
-# Files open at a time: a quarter of those that a process may have open, within these bounds. Each
+# Files open at a time: a sixteenth of those that a process may have open, within these bounds. Each
 # record of an open file takes 8 bytes.
 _FEW_OPEN, _MANY_OPEN, _OPEN_RECORDS = 256, 4096, 1 << 25
 _BLOCK = 256  # records read at a time while the index is built
@@ -437,13 +437,14 @@ class ArrayRecordSource:
 
 def _most_open(records: float) -> int:
     """Returns how many files of so many records each may be open at a time. In random order, a file
-    that was closed is opened again, and its index read, for about every record of it."""
+    that was closed is opened again, and its index read, for about every record of it. A sixteenth
+    of the limit: a mixture has several sources, each with a held-out split."""
     try:
         import resource
     except ImportError:  # only Unix has it
         return _FEW_OPEN
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = _MANY_OPEN if limit == resource.RLIM_INFINITY else limit // 4
+    files = _MANY_OPEN if limit == resource.RLIM_INFINITY else limit // 16
     return max(_FEW_OPEN, min(files, _MANY_OPEN, int(_OPEN_RECORDS / records)))
 
 
