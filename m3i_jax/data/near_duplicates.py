@@ -185,8 +185,9 @@ def faiss_library() -> Any:
         import faiss
     except ImportError:
         raise UserError(
-            "curate.neighbours='approximate' needs the package faiss: pip install"
-            " 'm3i-jax[neighbours]'; or set curate.neighbours=exact"
+            "the features of so many images (curate.neighbours) are compared by the package faiss,"
+            " which is not installed: pip install 'm3i-jax[neighbours]', or set"
+            " curate.neighbours=exact"
         ) from None
     return faiss
 

@@ -162,7 +162,10 @@ def test_what_is_missing_is_named_before_the_images_are_read(
         ({"features": str(tmp_path / "keys.npz")}, "^curate.features=.*has no array 'keys'"),
         ({"features": str(tmp_path / "features.npz")}, "has no array 'features'"),
         ({"features": str(tmp_path / "shape.npz")}, r"keys have shape \(4,\), and .*\(3, 4\)"),
-        ({"features": str(tmp_path / "good.npz")}, "needs the package faiss"),
+        (
+            {"features": str(tmp_path / "good.npz")},
+            "compared by the package faiss, which is not installed",
+        ),
         ({"against": ("nowhere",)}, "^curate.against: 'nowhere' is not KIND:PATH"),
         ({"against": ("folder:/no such",)}, "/no such"),
     ):

@@ -121,7 +121,7 @@ def test_values_of_another_version_are_not_used_again(monkeypatch: pytest.Monkey
 
 
 def evaluated(
-    place: pathlib.Path, *names: str, skips: dict[str, int] | None = None, untrained: bool = False
+    place: pathlib.Path, *names: str, skips: dict[str, int] | None = None
 ) -> tuple[list[str], dict]:
     """(evaluators that ran, content of eval.json) of an evaluation by fake metrics."""
     ran: list[str] = []
@@ -136,10 +136,9 @@ def evaluated(
 
     setup = types.SimpleNamespace(config=SMALL, workdir=place, classes=())
     about = {"checkpoint": "c", "step": 1, "encoder": "online", "data": {}}
-    contexts = [EvalContext({}, {}, lambda: None) for _ in range(2)]
-    of_initial = (lambda: contexts[1]) if untrained else None
+    context = EvalContext({}, {}, lambda: None)
     metrics = {name: metric(name) for name in names}
-    assert evaluate.evaluate(setup, about, metrics, contexts[0], of_initial) == 0
+    assert evaluate.evaluate(setup, about, metrics, context) == 0
     return ran, json.loads((place / "eval.json").read_text())
 
 
